@@ -1,0 +1,137 @@
+"""SparseCodes: the compressed rows that flow between the ops."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class LatentOrder(NamedTuple):
+    """The feature-major view of a set of codes: entries sorted by latent, ties by row (a stable sort)."""
+
+    permutation: Tensor
+    """[nnz] int64: entry numbers, so `values[permutation]` is feature-major."""
+    rows: Tensor
+    """[nnz] int64: the row of each entry, feature-major."""
+    latent_ptr: Tensor
+    """[d_sae + 1] int64: latent i owns the feature-major entries latent_ptr[i] .. latent_ptr[i + 1]."""
+
+
+@dataclass(frozen=True, eq=False)
+class SparseCodes:
+    """Sparse activations of B tokens over d_sae latents, as compressed rows.
+
+    Within a row, indices ascend and are unique. `values` are never negative; an entry whose value is 0 is inactive (TopK
+    keeps exactly k entries a row, so a row with fewer than k positive pre-activations carries zeros).
+
+    Fields:
+        values: [nnz] floating point, carries the autograd graph.
+        indices: [nnz] int64, latent ids in [0, d_sae).
+        row_ptr: [B + 1] int64, row b owns entries row_ptr[b] .. row_ptr[b + 1].
+        shape: (B, d_sae).
+
+    Equivalent to: `torch.sparse_csr_tensor(row_ptr, indices, values, shape)`.
+    """
+
+    values: Tensor
+    indices: Tensor
+    row_ptr: Tensor
+    shape: tuple[int, int]
+    _derived: dict[str, object] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        for name in ("values", "indices", "row_ptr"):
+            part = getattr(self, name)
+            if not isinstance(part, Tensor):
+                raise TypeError(f"SparseCodes.{name}: expected a tensor, got {type(part).__name__}")
+            if part.dim() != 1:
+                raise ValueError(f"SparseCodes.{name}: expected one dimension, got shape {tuple(part.shape)}")
+        if not self.values.is_floating_point():
+            raise TypeError(f"SparseCodes.values: expected a floating dtype, got {self.values.dtype}")
+        for name in ("indices", "row_ptr"):
+            dtype = getattr(self, name).dtype
+            if dtype != torch.int64:
+                raise TypeError(f"SparseCodes.{name}: expected int64, got {dtype}")
+        if self.values.shape != self.indices.shape:
+            raise ValueError(
+                f"SparseCodes: values and indices must have one length, got {self.values.numel()} and {self.indices.numel()}"
+            )
+        if len(self.shape) != 2 or self.row_ptr.numel() != self.shape[0] + 1:
+            raise ValueError(
+                f"SparseCodes: row_ptr must hold B + 1 entries for shape (B, d_sae) = {tuple(self.shape)}, "
+                f"got {self.row_ptr.numel()}"
+            )
+        if not (self.values.device == self.indices.device == self.row_ptr.device):
+            raise ValueError(
+                "SparseCodes: values, indices and row_ptr must share a device, got "
+                f"{self.values.device}, {self.indices.device}, {self.row_ptr.device}"
+            )
+
+    @property
+    def nnz(self) -> int:
+        """Stored entries, inactive ones included."""
+        return self.values.numel()
+
+    @property
+    def device(self) -> torch.device:
+        return self.values.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.values.dtype
+
+    def with_values(self, values: Tensor) -> SparseCodes:
+        """The same pattern with other values [nnz]; the feature-major order is shared, not computed again."""
+        return SparseCodes(values, self.indices, self.row_ptr, self.shape, self._derived)
+
+    def detach(self) -> SparseCodes:
+        return self.with_values(self.values.detach())
+
+    def rows(self) -> Tensor:
+        """[nnz] int64: the row of each entry. Computed once."""
+        rows = self._derived.get("rows")
+        if rows is None:
+            counts = self.row_ptr.diff()
+            every = torch.arange(self.shape[0], device=self.device)
+            rows = torch.repeat_interleave(every, counts, output_size=self.nnz)
+            self._derived["rows"] = rows
+        assert isinstance(rows, Tensor)
+        return rows
+
+    def by_latent(self) -> LatentOrder:
+        """The feature-major order: one stable sort, computed once and shared by every reduction over tokens."""
+        order = self._derived.get("by_latent")
+        if order is None:
+            # 32-bit keys halve the sort's passes; d_sae fits by far.
+            sorted_ids, permutation = self.indices.to(torch.int32).sort(stable=True)
+            boundaries = torch.arange(self.shape[1] + 1, device=self.device, dtype=torch.int32)
+            latent_ptr = torch.searchsorted(sorted_ids, boundaries)
+            order = LatentOrder(permutation, self.rows()[permutation], latent_ptr)
+            self._derived["by_latent"] = order
+        assert isinstance(order, LatentOrder)
+        return order
+
+    def to_dense(self) -> Tensor:
+        """[B, d_sae] in the dtype of `values`; differentiable. For tests, references and small inputs."""
+        flat = self.rows() * self.shape[1] + self.indices
+        dense = self.values.new_zeros(self.shape[0] * self.shape[1])
+        return dense.index_put((flat,), self.values).view(self.shape)
+
+    def to_sparse_csr(self) -> Tensor:
+        """A torch CSR tensor of the same entries (values shared)."""
+        return torch.sparse_csr_tensor(self.row_ptr, self.indices, self.values, self.shape)
+
+    @classmethod
+    def from_dense(cls, z: Tensor) -> SparseCodes:
+        """The positive entries of z [B, d_sae]. Reads the count on the host."""
+        if not isinstance(z, Tensor) or z.dim() != 2:
+            got = tuple(z.shape) if isinstance(z, Tensor) else type(z).__name__
+            raise ValueError(f"SparseCodes.from_dense: expected z [B, d_sae], got {got}")
+        positive = z > 0
+        rows, indices = positive.nonzero(as_tuple=True)
+        row_ptr = torch.zeros(z.shape[0] + 1, dtype=torch.int64, device=z.device)
+        torch.cumsum(positive.sum(1), 0, out=row_ptr[1:])
+        return cls(z[rows, indices], indices, row_ptr, (z.shape[0], z.shape[1]))

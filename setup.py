@@ -1,0 +1,13 @@
+"""Build only: the import map. Everything else is in pyproject.toml."""
+
+from __future__ import annotations
+
+from setuptools import find_packages, setup
+
+# The folder kernels/ installs as transcoder.kernels: the bare name `kernels` belongs to Hugging Face's package.
+kernel_packages = ["transcoder.kernels", *(f"transcoder.kernels.{name}" for name in find_packages("kernels"))]
+
+setup(
+    packages=[*find_packages(include=["transcoder", "transcoder.*"]), *kernel_packages],
+    package_dir={"transcoder": "transcoder", "transcoder.kernels": "kernels"},
+)
