@@ -1,10 +1,10 @@
 """The text that every Python installation carries: the source files of its own standard library.
 
-The documents come in a fixed order that is shuffled by a hash of the file name, so that neighbours are not from
-one package, and each file name belongs to the ``train`` or to the ``heldout`` split by another hash. Both depend
-on the relative path alone: a file is in the same split on Python 3.10 and on 3.13, and a model trained on one
-version's ``train`` split never saw a file of a ``heldout`` name. (Text may still move between files from one
-Python version to the next; the split is by name.)
+The documents come in a fixed order that is shuffled by a hash of the file name, so that neighbours are not
+from one package, and each file name belongs to the ``train`` or to the ``heldout`` split by another hash.
+Both depend on the relative path alone: a file is in the same split on Python 3.10 and on 3.13, and a model
+trained on one version's ``train`` split never saw a file of a ``heldout`` name. (Text may still move between
+files from one Python version to the next: the split is by name.)
 """
 
 from __future__ import annotations
