@@ -119,6 +119,12 @@ def test_wrong_arguments_raise_at_the_call() -> None:
         iter_documents("train", start=-1)
 
 
+def test_installation_without_sources_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stdlib_text.sysconfig, "get_path", lambda key: str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="installed without them"):
+        iter_documents("train")
+
+
 def test_importing_the_package_loads_neither_torch_nor_transformers() -> None:
     # Other modules may be loaded by a site hook before any import, so only what the import adds counts.
     code = (

@@ -10,6 +10,7 @@ files from one Python version to the next: the split is by name.)
 from __future__ import annotations
 
 import hashlib
+import os
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -52,12 +53,22 @@ def iter_documents(split: Split | None, start: int = 0) -> Iterator[Document]:
         split: ``"train"``, ``"heldout"`` (about 5 % of the files), or None for both.
         start: number of documents to leave out at the beginning, so that
             ``iter_documents(split, start=n)`` goes on where a reader of ``n`` documents stopped.
+
+    Raises:
+        FileNotFoundError: this Python was installed without the sources of its standard library.
     """
     if split not in ("train", "heldout", None):
         raise ValueError(f"split must be 'train', 'heldout' or None, got {split!r}")
     if start < 0:
         raise ValueError(f"start must not be negative, got {start}")
-    return _iter_documents(split, start)
+    root = _stdlib_root()
+    names = _names(root)
+    if not names:
+        raise FileNotFoundError(
+            f"no source files of the standard library in {root}: this Python was installed without them "
+            "(as a zip or as compiled files); use another installation or another text"
+        )
+    return _iter_documents(root, [name for name in names if split in (None, document_split(name))], start)
 
 
 def document_split(name: str) -> Split:
@@ -68,14 +79,14 @@ def document_split(name: str) -> Split:
 def count_skipped(split: Split | None = None) -> int:
     """Return how many files of a split are left out because they are not UTF-8."""
     root = _stdlib_root()
-    return sum(_read(root / name) is None for name in _names(root, split))
+    names = [name for name in _names(root) if split in (None, document_split(name))]
+    return sum(_read(root / name) is None for name in names)
 
 
-def _iter_documents(split: Split | None, start: int) -> Iterator[Document]:
+def _iter_documents(root: Path, names: list[str], start: int) -> Iterator[Document]:
     # Separate from iter_documents so that wrong arguments raise at the call and not at the first next().
-    root = _stdlib_root()
     seen = 0
-    for name in _names(root, split):
+    for name in names:
         text = _read(root / name)
         if not text:  # not UTF-8 (None) or blank
             continue
@@ -88,17 +99,21 @@ def _stdlib_root() -> Path:
     return Path(sysconfig.get_path("stdlib"))
 
 
-def _names(root: Path, split: Split | None) -> list[str]:
-    names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
-    kept = [name for name in names if not _is_excluded(name) and split in (None, document_split(name))]
-    return sorted(kept, key=lambda name: (_hash("order", name), name))
+def _names(root: Path) -> list[str]:
+    names = []
+    for folder, subfolders, files in os.walk(root):
+        # Pruned in place, so that a large site-packages is never walked.
+        subfolders[:] = [name for name in subfolders if not _is_excluded(name)]
+        prefix = Path(folder).relative_to(root)
+        names += [
+            (prefix / name).as_posix() for name in files if name.endswith(".py") and not _is_excluded(name)
+        ]
+    return sorted(names, key=lambda name: (_hash("order", name), name))
 
 
 def _is_excluded(name: str) -> bool:
-    *folders, file_name = name.split("/")
-    if any(folder in _EXCLUDED_FOLDERS or folder.startswith(_GENERATED_PREFIXES) for folder in folders):
-        return True
-    return file_name.startswith(_GENERATED_PREFIXES)
+    """Tell whether a folder or file of this name, at any depth, is left out."""
+    return name in _EXCLUDED_FOLDERS or name.startswith(_GENERATED_PREFIXES)
 
 
 def _read(path: Path) -> str | None:
