@@ -1,0 +1,157 @@
+"""MetricsWriter: the file comes first, stays strict JSON, and is cut back exactly on resume."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import resource
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from transcoder.config import RunConfig
+from transcoder.reporting import MetricsWriter
+from transcoder.reporting.jsonl import JsonlFile, read_records
+
+CONFIG = RunConfig(name="metrics-test")
+
+
+def strict(line: str) -> dict:
+    def refuse(text: str) -> None:
+        raise AssertionError(f"{text} is not JSON")
+
+    return json.loads(line, parse_constant=refuse)
+
+
+def lines(run_dir: Path) -> list[dict]:
+    return [strict(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_line_is_on_its_way_before_write_returns(tmp_path: Path) -> None:
+    writer = MetricsWriter(tmp_path, CONFIG)
+    writer.write(10, {"losses/overall_loss": 0.5, "sparsity/dead_features": 3})
+    (line,) = lines(tmp_path)
+    assert line["step"] == 10
+    assert line["time"] >= 0
+    assert line["losses/overall_loss"] == 0.5
+    assert isinstance(line["sparsity/dead_features"], int)
+    writer.close()
+    writer.close()
+
+
+def test_nan_and_inf_are_null_and_named(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path, CONFIG) as writer:
+        writer.write(1, {"a": math.nan, "b": math.inf, "c": -math.inf, "d": torch.tensor(2.5), "e": 1e-300})
+        writer.write_event(
+            "stopped", {"why": "a\nnewline", "loss": math.nan, "where": Path("x"), "n": [1, math.inf]}
+        )
+    first, event = lines(tmp_path)
+    assert (first["a"], first["b"], first["c"], first["d"], first["e"]) == (None, None, None, 2.5, 1e-300)
+    assert first["nonfinite"] == {"a": "nan", "b": "inf", "c": "-inf"}
+    assert event["event"] == "stopped"
+    assert event["step"] == 1
+    assert event["payload"] == {"why": "a\nnewline", "loss": "nan", "where": "x", "n": [1, "inf"]}
+
+
+def test_what_is_no_number_is_refused_by_name(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path, CONFIG) as writer:
+        with pytest.raises(TypeError, match=r"metrics/l0: expected a number, got str"):
+            writer.write(1, {"metrics/l0": "many"})  # type: ignore[dict-item]
+        with pytest.raises(TypeError, match="expected a number, got Tensor"):
+            writer.write(1, {"x": torch.zeros(2)})  # type: ignore[dict-item]
+        with pytest.raises(ValueError, match="'time' is the line's own"):
+            writer.write(1, {"time": 3.0})
+        assert lines(tmp_path) == []
+    with pytest.raises(ValueError, match="resume_step"):
+        MetricsWriter(tmp_path, CONFIG, resume_step=-1)
+
+
+def test_resume_drops_exactly_what_lies_beyond_the_step(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path, CONFIG) as writer:
+        for step in range(0, 100, 10):
+            writer.write(step, {"losses/overall_loss": 1 / (step + 1)})
+    before = (tmp_path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    with open(tmp_path / "metrics.jsonl", "ab") as file:
+        file.write(b'{"step": 100, "losses/overa')  # killed in the middle of a line
+
+    with MetricsWriter(tmp_path, CONFIG, resume_step=50) as writer:
+        writer.write(60, {"losses/overall_loss": 7.0})
+    raw = (tmp_path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    assert raw[:6] == before[:6]
+    resumed, after = (strict(line.decode()) for line in raw[6:])
+    assert resumed["event"] == "resume"
+    assert resumed["payload"] == {"from_step": 50, "lines_dropped": 5}
+    assert after["losses/overall_loss"] == 7.0
+    assert after["time"] >= json.loads(before[5])["time"], "time goes on from the last line kept"
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_resume_without_an_earlier_file(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path / "new", CONFIG, resume_step=0) as writer:
+        writer.write(1, {"x": 1.0})
+    assert [line.get("x") for line in lines(tmp_path / "new")] == [None, 1.0]
+
+
+def test_a_new_run_never_overwrites_an_old_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for value in (1.0, 2.0, 3.0):
+        with MetricsWriter(tmp_path, CONFIG) as writer:
+            writer.write(0, {"x": value})
+    found = {p.name: json.loads(p.read_text())["x"] for p in tmp_path.iterdir()}
+    assert found == {"metrics.jsonl.1": 1.0, "metrics.jsonl.2": 2.0, "metrics.jsonl": 3.0}
+    assert "metrics.jsonl.2" in caplog.text
+
+
+def test_damage_in_the_middle_is_read_past(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    path.write_bytes(b'{"step": 1}\n\xff\xfe garbage\n[1]\n\n{"step": 2}')
+    assert list(read_records(path)) == [{"step": 1}, None, None, {"step": 2}]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a file size limit")
+def test_a_full_disk_costs_no_line_and_leaves_no_torn_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = JsonlFile(tmp_path / "m.jsonl")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        # The kernel itself refuses to let the file grow, as a full disk does; the second line fits in part.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30, hard))
+        for step in range(4):
+            file.append({"step": step, "x": 1.5})
+        assert (tmp_path / "m.jsonl").read_bytes() == b'{"step": 0, "x": 1.5}\n'
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert caplog.text.count("cannot write") == 1
+    file.append({"step": 4})
+    file.close()
+    assert [r["step"] for r in read_records(tmp_path / "m.jsonl") if r] == [0, 1, 2, 3, 4]
+
+
+def test_tensorboard_gets_the_same_figures(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    config = CONFIG.replace({"logging.tensorboard": True})
+    with MetricsWriter(tmp_path, config) as writer:
+        writer.write(3, {"metrics/fvu": 0.25})
+        writer.flush()
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    (scalar,) = events.Scalars("metrics/fvu")
+    assert (scalar.step, scalar.value) == (3, 0.25)
+
+
+def test_tensorboard_absent_is_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with MetricsWriter(tmp_path, CONFIG.replace({"logging.tensorboard": True})) as writer:
+        for step in range(5):
+            writer.write(step, {"x": 1.0})
+    warnings = [r for r in caplog.records if r.levelno >= logging.WARNING]
+    assert len(warnings) == 1
+    assert "pip install tensorboard" in warnings[0].getMessage()
+    assert len(lines(tmp_path)) == 5

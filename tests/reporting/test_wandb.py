@@ -1,0 +1,255 @@
+"""W&B in every bad state it can be in: the run neither stops nor waits."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from transcoder.config import RunConfig
+from transcoder.reporting import MetricsWriter
+from transcoder.reporting import wandb_sink as sink_module
+
+CONFIG = RunConfig(name="wandb-test").replace({"logging.wandb": "offline"})
+ONLINE = CONFIG.replace({"logging.wandb": "online"})
+
+
+@pytest.fixture(autouse=True)
+def _own_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No real account, no real server, nothing outside the test's folder."""
+    for name in list(os.environ):
+        if name.startswith("WANDB_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+
+
+@pytest.fixture
+def fake_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package `wandb` that comes first in the worker: each test writes what it does."""
+    folder = tmp_path / "fake"
+    (folder / "wandb").mkdir(parents=True)
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    return folder / "wandb" / "__init__.py"
+
+
+def use(config: RunConfig, run_dir: Path, writes: int = 20) -> tuple[float, float]:
+    """The longest write and the close, in seconds."""
+    writer = MetricsWriter(run_dir, config)
+    longest = 0.0
+    for step in range(writes):
+        began = time.perf_counter()
+        writer.write(step, {"losses/overall_loss": 1.0 / (step + 1)})
+        longest = max(longest, time.perf_counter() - began)
+    began = time.perf_counter()
+    writer.close()
+    closing = time.perf_counter() - began
+    assert len((run_dir / "metrics.jsonl").read_text().splitlines()) == writes
+    return longest, closing
+
+
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+
+
+def test_offline_writes_its_files_inside_the_run_folder(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = tmp_path / "run"
+    longest, closing = use(CONFIG, run)
+    assert warnings(caplog) == []
+    (data,) = run.glob("wandb/offline-run-*/run-*.wandb")
+    assert data.stat().st_size > 0
+    assert b"losses/overall_loss" in data.read_bytes()
+    assert data.name == f"run-{(run / 'wandb' / 'run_id').read_text().strip()}.wandb"
+    assert longest < 0.05
+    assert closing < 11
+    assert not (tmp_path / "home").exists() or not any((tmp_path / "home").rglob("*.wandb"))
+
+
+def test_raising_is_one_warning(tmp_path: Path, fake_wandb: Path, caplog: pytest.LogCaptureFixture) -> None:
+    fake_wandb.write_text("raise RuntimeError('this wandb is broken')\n")
+    longest, closing = use(CONFIG, tmp_path / "run")
+    (warning,) = warnings(caplog)
+    assert "this wandb is broken" in warning
+    assert longest < 0.05
+    assert closing < 11
+
+
+def test_absent_says_how_to_get_it(
+    tmp_path: Path, fake_wandb: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fake_wandb.write_text("raise ModuleNotFoundError(\"No module named 'wandb'\", name='wandb')\n")
+    use(CONFIG, tmp_path / "run")
+    (warning,) = warnings(caplog)
+    assert "pip install wandb" in warning
+
+
+def test_crashing_is_one_warning(tmp_path: Path, fake_wandb: Path, caplog: pytest.LogCaptureFixture) -> None:
+    fake_wandb.write_text("import os\nos._exit(7)\n")
+    # More than a pipe holds, so that the feeder meets the broken pipe for certain.
+    longest, _ = use(CONFIG, tmp_path / "run", writes=2000)
+    (warning,) = warnings(caplog)
+    assert "worker ended unasked" in warning
+    assert longest < 0.05
+
+
+def test_hanging_forever_costs_the_deadline_and_no_more(
+    tmp_path: Path, fake_wandb: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pid_file = tmp_path / "pid"
+    fake_wandb.write_text(HANGING.format(pid_file=str(pid_file)))
+    monkeypatch.setattr(sink_module, "CLOSE_SECONDS", 1.5)
+    # Beyond the queue's and the pipe's capacity: the feeder is stuck in a write, and lines are dropped.
+    longest, closing = use(CONFIG, tmp_path / "run", writes=8000)
+    assert longest < 0.05
+    assert closing < 4
+    told = warnings(caplog)
+    assert len(told) == 2
+    assert "cannot keep up" in told[0]
+    assert "not finished 1.5 s after the run's end" in told[1]
+    for pid in map(int, pid_file.read_text().split()):
+        assert _gone(pid), "the worker and its helpers are ended with it"
+
+
+@pytest.mark.parametrize("server", ["refuses", "hangs"])
+def test_a_server_that_cannot_be_used(
+    server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(sink_module, "CLOSE_SECONDS", 3.0)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        if server == "hangs":
+            listener.listen(64)  # connections are taken by the kernel and never answered
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{listener.getsockname()[1]}")
+        longest, closing = use(ONLINE, tmp_path / "run")
+    assert longest < 0.05
+    assert closing < 6
+    assert len(warnings(caplog)) >= 1
+
+
+def test_an_online_run_that_cannot_start_goes_on_offline(
+    tmp_path: Path, fake_wandb: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    record = tmp_path / "record.jsonl"
+    fake_wandb.write_text(FAKE.format(record=str(record)))
+    use(ONLINE, tmp_path / "run", writes=3)
+    calls = [json.loads(line) for line in record.read_text().splitlines()]
+    assert [c["mode"] for c in calls if c["call"] == "init"] == ["online", "offline"]
+    assert [c["step"] for c in calls if c["call"] == "log"] == [0, 1, 2]
+    assert calls[-1] == {"call": "finish", "exit_code": 0}
+    (warning,) = warnings(caplog)
+    assert "logging offline instead" in warning
+
+
+def test_name_project_and_identity(tmp_path: Path, fake_wandb: Path) -> None:
+    record = tmp_path / "record.jsonl"
+    fake_wandb.write_text(FAKE.format(record=str(record)))
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_00000001"
+    for config in (CONFIG, CONFIG.replace({"logging.wandb_upload_checkpoints": True})):
+        with MetricsWriter(tmp_path / "run", config, resume_step=0) as writer:
+            writer.write(1, {"x": float("nan")})
+            writer.upload_checkpoint(checkpoint, 1)
+    calls = [json.loads(line) for line in record.read_text().splitlines()]
+    inits = [c for c in calls if c["call"] == "init"]
+    assert {c["name"] for c in inits} == {"wandb-test"}
+    assert {c["project"] for c in inits} == {"transcoder"}
+    assert len({c["id"] for c in inits}) == 1, "a resumed run continues the same W&B run"
+    uploads = [c for c in calls if c["call"] == "artifact"]
+    assert [u["folder"] for u in uploads] == [str(checkpoint)], "only the run that asked for it uploads"
+
+
+def test_a_killed_run_lets_its_worker_finish_as_failed(tmp_path: Path, fake_wandb: Path) -> None:
+    record = tmp_path / "record.jsonl"
+    fake_wandb.write_text(FAKE.format(record=str(record)))
+    script = KILLED.format(run=str(tmp_path / "run"), record=str(record))
+    assert subprocess.run([sys.executable, "-c", script], timeout=60).returncode == -9
+    deadline = time.monotonic() + 10
+    while '"finish"' not in record.read_text() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert json.loads(record.read_text().splitlines()[-1]) == {"call": "finish", "exit_code": 1}
+
+
+def test_the_feed_never_blocks_nor_raises(caplog: pytest.LogCaptureFixture) -> None:
+    from transcoder.reporting.background import BackgroundFeed
+
+    gate = threading.Event()
+    seen: list[int] = []
+
+    def consume(item: int) -> None:
+        gate.wait(10)
+        seen.append(item)
+
+    feed = BackgroundFeed("slow", consume, capacity=4)
+    for item in range(20):
+        feed.offer(item)
+    assert 15 <= feed.dropped + 0 <= 16
+    assert not feed.close(0.1)
+    gate.set()
+    assert feed.close(5)
+    assert seen == sorted(seen)
+    assert len([m for m in warnings(caplog) if "cannot keep up" in m]) == 1
+
+
+def _gone(pid: int) -> bool:
+    for _ in range(100):
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+        except FileNotFoundError:
+            return True
+        if state == "Z":
+            return True
+        time.sleep(0.02)
+    return False
+
+
+FAKE = """
+import json
+def note(**fields):
+    with open({record!r}, "a") as file:
+        file.write(json.dumps(fields) + "\\n")
+class Settings:
+    def __init__(self, **kwargs): pass
+class Artifact:
+    def __init__(self, name, type, metadata): self.folder = None
+    def add_dir(self, folder, **kwargs): self.folder = folder
+class Run:
+    id, url, dir = "abc", None, "somewhere"
+    def log(self, metrics, step): note(call="log", step=step)
+    def log_artifact(self, artifact): note(call="artifact", folder=artifact.folder)
+    def finish(self, exit_code=0): note(call="finish", exit_code=exit_code)
+def init(mode, id, name, project, **kwargs):
+    note(call="init", mode=mode, id=id, name=name, project=project)
+    if mode == "online":
+        raise ConnectionError("no route to host")
+    return Run()
+"""
+
+HANGING = """
+import os, subprocess, sys, time
+helper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(99)"])
+with open({pid_file!r}, "w") as file:
+    file.write(f"{{os.getpid()}} {{helper.pid}}")
+time.sleep(99)
+"""
+
+KILLED = """
+import os, signal, time
+from transcoder.config import RunConfig
+from transcoder.reporting import MetricsWriter
+config = RunConfig(name="killed").replace({{"logging.wandb": "offline"}})
+writer = MetricsWriter({run!r}, config)
+writer.write(5, {{"x": 1.0}})
+while not (os.path.exists({record!r}) and '"log"' in open({record!r}).read()):
+    time.sleep(0.02)
+os.kill(os.getpid(), signal.SIGKILL)
+"""

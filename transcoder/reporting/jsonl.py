@@ -1,0 +1,127 @@
+"""Strict JSON lines: written whole or not at all, cut back to a step on resume, read past damage."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from transcoder.reporting.files import replacing
+
+logger = logging.getLogger(__name__)
+
+BACKLOG_LINES = 10_000
+"""Lines kept in memory while the disk refuses them; a line is about 1 KB."""
+
+
+class JsonlFile:
+    """An append-only file of JSON objects that outlives a full disk.
+
+    A line that cannot be written is kept and tried again with the next one; the file is cut back to its last
+    whole line, so a torn one never stays. The run goes on: figures are not worth a lost run.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - closed in close()
+        self._size = os.fstat(self._file.fileno()).st_size
+        self._backlog: deque[bytes] = deque(maxlen=BACKLOG_LINES)
+        self._lost = 0
+        self._warned = False
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Write one object as a line. NaN and Inf are refused (ValueError): they are not JSON."""
+        line = json.dumps(record, allow_nan=False, separators=(", ", ": ")).encode() + b"\n"
+        if len(self._backlog) == self._backlog.maxlen:
+            self._lost += 1
+        self._backlog.append(line)
+        self._drain()
+
+    def flush(self) -> None:
+        """Bring what was written to the disk (fsync)."""
+        self._drain()
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            self._warn(error)
+
+    def close(self) -> None:
+        if self._file.closed:
+            return
+        self.flush()
+        self._file.close()
+        missing = len(self._backlog) + self._lost
+        if missing:
+            logger.warning("%s: %d lines could not be written before the run ended", self.path, missing)
+
+    def _drain(self) -> None:
+        while self._backlog:
+            line = self._backlog[0]
+            try:
+                written = self._file.write(line)
+                if written != len(line):
+                    raise OSError(f"{written} of {len(line)} bytes fitted")
+            except OSError as error:
+                self._cut_back()
+                self._warn(error)
+                return
+            self._backlog.popleft()
+            self._size += len(line)
+        self._warned = False
+
+    def _cut_back(self) -> None:
+        try:
+            os.ftruncate(self._file.fileno(), self._size)
+        except OSError as error:
+            self._warn(error)
+
+    def _warn(self, error: OSError) -> None:
+        if not self._warned:
+            self._warned = True
+            logger.warning(
+                "%s: cannot write (%s); lines are kept in memory and tried again", self.path, error
+            )
+
+
+def read_records(path: Path) -> Iterator[dict[str, Any] | None]:
+    """The objects of a JSON-lines file in order; None stands for a line that is not one (a torn end)."""
+    with open(path, "rb") as file:
+        for line in file:
+            if line.strip():
+                yield _parse(line)
+
+
+def drop_after(path: Path, step: int) -> tuple[int, dict[str, Any] | None]:
+    """Cut a file back to the lines whose "step" is at most `step`, atomically.
+
+    Unreadable lines (the torn end of a killed run) go too. Returns the number of lines dropped and the last
+    line kept.
+    """
+    if not path.exists():
+        return 0, None
+    dropped = 0
+    last: dict[str, Any] | None = None
+    with open(path, "rb") as old, replacing(path) as new:
+        for line in old:
+            if not line.strip():
+                continue
+            record = _parse(line)
+            at = None if record is None else record.get("step")
+            if record is None or not isinstance(at, (int, float)) or at > step:
+                dropped += 1
+                continue
+            new.write(line if line.endswith(b"\n") else line + b"\n")
+            last = record
+    return dropped, last
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
