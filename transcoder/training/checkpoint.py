@@ -1,0 +1,508 @@
+"""Checkpoints that are whole or absent: `checkpoints/step_00000500/`.
+
+Each holds transcoder.safetensors (the weights), trainer.safetensors and state.json (the rest of the run's
+state).
+
+How a write fails, in order: the temporary folder is removed; checkpoints that the retention lets go are
+deleted and the write is tried once more; then `checkpoint.second_location` takes it, if set; then `save`
+raises `CheckpointError`. Every checkpoint that was good before is still good after any of these. A trainer
+may go on after the error and try again at the next interval.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import json
+import math
+import os
+import re
+import secrets
+import shutil
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from transcoder.config import CheckpointSection
+from transcoder.training.state_tree import pack_state, unpack_state
+from transcoder.training.storage import (
+    FolderLock,
+    RunLockedError,
+    folder_discarded_on_error,
+    free_bytes,
+    fsync_folder,
+    human_bytes,
+    remove_folder,
+    replace_atomically,
+    write_durably,
+)
+from transcoder.training.tensor_file import (
+    WrittenFile,
+    file_digest,
+    read_tensors,
+    tensor_bytes,
+    write_tensors,
+)
+
+__all__ = [
+    "CheckpointError",
+    "CheckpointStore",
+    "FolderLock",
+    "Loaded",
+    "RunLockedError",
+    "find_checkpoint",
+    "load_checkpoint",
+    "pack_state",
+    "unpack_state",
+]
+
+FORMAT, VERSION = "transcoder-checkpoint", 1
+MODEL_FILE, TRAINER_FILE, STATE_FILE = "transcoder.safetensors", "trainer.safetensors", "state.json"
+_FOLDER = re.compile(r"(?:\.replaced_)?step_(\d{8,})")
+_SLACK = 64 * 1024
+"""Room for the folder itself and for blocks that are not full."""
+_THRIFT: tuple[tuple[str, Any, str], ...] = (
+    ("keep_every", None, "null"),
+    ("keep_best", False, "false"),
+    ("keep_last", 1, "1"),
+)
+"""Settings that take less room, the least missed first, and how a flag spells them."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be written or none can be read. The message gives places, causes and what to do."""
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """A checkpoint in memory, verified. All tensors are on the CPU."""
+
+    step: int
+    model: dict[str, Tensor]
+    trainer_tree: Any
+    """What `save` was given: nested, tensors at the leaves."""
+    summary: dict[str, Any]
+    metric: float | None
+    path: Path
+
+
+class CheckpointStore:
+    """The checkpoints of one run.
+
+    Args:
+        run_dir: the run's folder. One process may write to it at a time: hold a `FolderLock` on it.
+        section: retention and second location. Kept are the last `keep_last`, the one of the lowest metric
+            (`keep_best`), those whose step is a multiple of `keep_every`. The second location keeps the
+            newest only.
+    """
+
+    def __init__(self, run_dir: Path | str, section: CheckpointSection | None = None) -> None:
+        self.run_dir = Path(run_dir)
+        self.section = section or CheckpointSection()
+        self.folder = self.run_dir / "checkpoints"
+
+    def save(
+        self,
+        step: int,
+        model: dict[str, Tensor],
+        trainer_tree: Any,
+        summary: dict[str, Any],
+        metric: float | None = None,
+    ) -> Path:
+        """Write one checkpoint durably and apply the retention.
+
+        Args:
+            step: optimizer steps done; names the folder.
+            model: the transcoder's tensors by name, any device and layout.
+            trainer_tree: everything else that a bitwise resume needs, see `pack_state`.
+            summary: JSON values for people and reports; no tensors.
+            metric: lower is better (held-out FVU); None or NaN never counts as best.
+
+        Returns:
+            The checkpoint's folder.
+
+        Raises:
+            CheckpointError: neither the run's folder nor the second location took it; older ones are
+            untouched. TypeError: a leaf that cannot be stored; nothing was written.
+        """
+        tensors, skeleton = pack_state(trainer_tree)
+        summary_tensors, packed_summary = pack_state(summary)
+        if summary_tensors:
+            names = ", ".join(summary_tensors)
+            raise TypeError(f"summary: expected JSON values, got tensors at {names}; read them with .item()")
+        metric = None if metric is None or math.isnan(metric) else float(metric)
+        state = {
+            "step": step,
+            "metric": metric,
+            "summary": packed_summary,
+            "trainer": skeleton,
+            "torch": torch.__version__,
+        }
+        write = _Writer({MODEL_FILE: model, TRAINER_FILE: tensors}, state)
+
+        places: list[tuple[Path, Callable[[], object]]] = [
+            (self.folder, lambda: None),
+            (self.folder, lambda: self._make_room(step, metric)),
+        ]
+        second = self._second_folder(create=True)
+        if second is not None:
+            places.append((second, lambda: None))
+        failures: list[str] = []
+        for place, prepare in places:
+            try:
+                prepare()
+                path = write(place)
+            except OSError as error:
+                failures.append(f"{place}: {error}")
+                continue
+            if place != self.folder:
+                warnings.warn(
+                    f"checkpoint of step {step} went to the second location {path}: {failures[-1]}",
+                    stacklevel=2,
+                )
+            self._retain(place)
+            return path
+        causes = "; ".join(dict.fromkeys(failures))
+        raise CheckpointError(
+            f"checkpoint of step {step} ({human_bytes(write.bytes)}) could not be written: {causes}. Older "
+            "ones are untouched. Free space, or set checkpoint.second_location to a folder on another disk"
+        )
+
+    def latest(self) -> Loaded | None:
+        """The newest checkpoint that verifies, in the run's folder or the second location; None if none is
+        there.
+
+        Torn, corrupted or half-missing ones are passed over with a warning.
+
+        Raises:
+            CheckpointError: there are checkpoints but not one verifies, or a newer version wrote one.
+        """
+        places = [self.folder, self._second_folder(create=False)]
+        return _newest(_candidates(p for p in places if p is not None), load_checkpoint)
+
+    def budget(self, checkpoint_bytes: int, steps: int) -> int:
+        """Bytes that checkpoints take at most in a run of `steps`: those kept and the one in writing."""
+        return _budget(self.section, checkpoint_bytes, steps)
+
+    def check_space(self, bytes_needed: int, steps: int | None = None) -> None:
+        """Refuse what cannot fit.
+
+        Args:
+            bytes_needed: size of one checkpoint.
+            steps: length of the run: checks the whole retention (before training); None: one write.
+
+        Raises:
+            CheckpointError: with bytes needed, bytes free and the settings that would fit.
+        """
+        if steps is not None:
+            self._check_second_location()
+        present = sum(_size(path) for _, path in _candidates([self.folder])) if steps is not None else 0
+        free = free_bytes(self.folder) + present
+
+        def needed(section: CheckpointSection) -> int:
+            return bytes_needed + _SLACK if steps is None else _budget(section, bytes_needed, steps)
+
+        if needed(self.section) <= free:
+            return
+        need = human_bytes(needed(self.section))
+        message = f"{self.folder}: checkpoints need {need}, free are {human_bytes(free)}. "
+        section, flags = self.section, ""
+        for name, value, text in _THRIFT if steps is not None else ():
+            if getattr(section, name) != value:
+                section = dataclasses.replace(section, **{name: value})
+                flags += f" --checkpoint.{name} {text}"
+                if needed(section) <= free:
+                    raise CheckpointError(
+                        f"{message}This would fit:{flags} (needs {human_bytes(needed(section))})"
+                    )
+        share = math.floor(100 * max(free - 2 * _SLACK, 0) / needed(section))
+        raise CheckpointError(
+            f"{message}The least is {human_bytes(needed(section))}{flags and ' with' + flags}: choose --out "
+            f"on "
+            f"another disk, free space, or a smaller transcoder.d_sae (about {share} % of the present one "
+            f"fits)"
+        )
+
+    def _check_second_location(self) -> None:
+        if self.section.second_location is None:
+            return
+        try:
+            Path(self.section.second_location).mkdir(parents=True, exist_ok=True)
+            writable = os.access(self.section.second_location, os.W_OK | os.X_OK)
+        except OSError as error:
+            raise CheckpointError(f"checkpoint.second_location: cannot be made: {error}") from error
+        if not writable:
+            raise CheckpointError(
+                f"checkpoint.second_location: {self.section.second_location} is not writable"
+            )
+        # The marker is made while there is room for it.
+        self._second_folder(create=True)
+
+    def _second_folder(self, create: bool) -> Path | None:
+        """The run's own folder in the second location.
+
+        Named by an id that dies with the run folder: another run of this name must never resume from it.
+        """
+        if self.section.second_location is None:
+            return None
+        marker = self.run_dir / ".run_id"
+        try:
+            run_id = marker.read_text(encoding="utf-8").strip()
+        except OSError:
+            if not create:
+                return None
+            run_id = secrets.token_hex(8)
+            with contextlib.suppress(OSError):
+                self.run_dir.mkdir(parents=True, exist_ok=True)
+                replace_atomically(marker, run_id.encode())
+        if not run_id.isalnum():
+            return None
+        return Path(self.section.second_location) / f"{self.run_dir.resolve().name}-{run_id}"
+
+    def _make_room(self, step: int, metric: float | None) -> None:
+        """Delete now what the retention would delete after this save; never the newest that verifies."""
+        metrics = {folder: _metric(folder) for _, folder in _candidates([self.folder])}
+        coming = self.folder / _name(step)
+        keep = _kept(self.section, {**metrics, coming: metric})
+        good = next((folder for _, folder in _candidates([self.folder]) if _verifies(folder)), None)
+        _delete(folder for folder in metrics if folder not in keep and folder != good)
+
+    def _retain(self, place: Path) -> None:
+        section = self.section if place == self.folder else CheckpointSection(keep_last=1, keep_best=False)
+        metrics = {folder: _metric(folder) for _, folder in _candidates([place])}
+        keep = _kept(section, metrics)
+        _delete(folder for folder in metrics if folder not in keep)
+
+
+def load_checkpoint(path: Path | str) -> Loaded:
+    """Read and verify one checkpoint folder.
+
+    Raises:
+        ValueError: a file is missing, torn or corrupted; the message names it.
+        CheckpointError: the checkpoint was written by a newer version.
+        OSError: a file cannot be read.
+    """
+    path = Path(path)
+    state = _read_state(path)
+    tensors = {name: read_tensors(path / name, expected) for name, expected in state["files"].items()}
+    try:
+        return Loaded(
+            step=state["step"],
+            model=tensors[MODEL_FILE],
+            trainer_tree=unpack_state(tensors[TRAINER_FILE], state["trainer"]),
+            summary=unpack_state({}, state["summary"]),
+            metric=state["metric"],
+            path=path,
+        )
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path}: {STATE_FILE} does not hold a run's state: {error!r}") from error
+
+
+def verify_checkpoint(path: Path | str) -> int:
+    """Check sizes and checksums of one checkpoint folder. Returns its step; raises as `load_checkpoint`."""
+    path = Path(path)
+    state = _read_state(path)
+    for name, expected in state["files"].items():
+        if (found := file_digest(path / name)) != expected:
+            raise ValueError(f"{path.name}/{name}: expected {expected}, got {found}")
+    return int(state["step"])
+
+
+def find_checkpoint(path: Path | str) -> Path:
+    """The checkpoint folder that `path` means: itself, or the newest good one of a run folder.
+
+    Raises:
+        FileNotFoundError: no such folder, or no checkpoint in it.
+        CheckpointError: there are checkpoints, but not one verifies.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise FileNotFoundError(
+            f"{path}: expected a run folder or a checkpoint folder, there is no such folder"
+        )
+    if (path / STATE_FILE).is_file():
+        return path
+    candidates = _candidates([path / "checkpoints", path])
+
+    def verified(folder: Path) -> Path:
+        verify_checkpoint(folder)
+        return folder
+
+    found = _newest(candidates, verified)
+    if found is None:
+        raise FileNotFoundError(
+            f"{path}: expected a run folder or a checkpoint folder, found no checkpoint in it"
+        )
+    return found
+
+
+class _Writer:
+    """Writes one state to any place: a temporary folder beside the target, fsync of all, rename."""
+
+    def __init__(self, files: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+        self.files, self.state = files, state
+        self.bytes = (
+            sum(tensor_bytes(tensors) for tensors in files.values()) + len(json.dumps(state)) + _SLACK
+        )
+
+    def __call__(self, place: Path) -> Path:
+        place.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(place)
+        free = free_bytes(place)
+        if free < self.bytes:
+            # The same error as a failed write, without filling the disk to the brim first.
+            raise OSError(errno.ENOSPC, f"needs {human_bytes(self.bytes)}, free are {human_bytes(free)}")
+        final = place / _name(self.state["step"])
+        with folder_discarded_on_error(place / f".writing_{final.name}") as temporary:
+            written = {name: write_tensors(temporary / name, tensors) for name, tensors in self.files.items()}
+            write_durably(temporary / STATE_FILE, _state_bytes(self.state, written))
+            fsync_folder(temporary)
+            replaced = final.with_name(f".replaced_{final.name}")
+            if final.exists():
+                # Rename cannot replace a full folder; `_candidates` knows the old one by this name meanwhile.
+                os.rename(final, replaced)
+            os.rename(temporary, final)
+        fsync_folder(place)
+        fsync_folder(place.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
+        return final
+
+
+def _state_bytes(state: dict[str, Any], files: dict[str, WrittenFile]) -> bytes:
+    body = {
+        "format": FORMAT,
+        "version": VERSION,
+        **state,
+        "files": {name: f._asdict() for name, f in files.items()},
+    }
+    return json.dumps({**body, "sha256": _digest(body)}, indent=1).encode()
+
+
+def _digest(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    """state.json, its own checksum verified; `files` as `WrittenFile`s."""
+    try:
+        body = json.loads((path / STATE_FILE).read_bytes())
+        written = body.pop("sha256")
+        known = body["format"] == FORMAT
+    except FileNotFoundError:
+        raise ValueError(f"{path}: {STATE_FILE} is missing") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path}: {STATE_FILE} is torn or corrupted: {error!r}") from error
+    if not known or written != _digest(body):
+        raise ValueError(f"{path}: {STATE_FILE} is corrupted: its checksum does not match its content")
+    if body["version"] > VERSION:
+        raise CheckpointError(
+            f"{path}: written in checkpoint format {body['version']}, this version reads up to {VERSION}; "
+            f"upgrade transcoder"
+        )
+    try:
+        body["files"] = {name: WrittenFile(**body["files"][name]) for name in (MODEL_FILE, TRAINER_FILE)}
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path}: {STATE_FILE} does not name its files: {error!r}") from error
+    return dict(body)
+
+
+def _newest(candidates: list[tuple[int, Path]], read: Callable[[Path], Any]) -> Any:
+    problems = []
+    for _, folder in candidates:
+        try:
+            return read(folder)
+        except (ValueError, OSError) as error:
+            problems.append(str(error))
+            warnings.warn(
+                f"checkpoint {folder} is not usable, trying the one before it: {error}", stacklevel=3
+            )
+    if problems:
+        raise CheckpointError(
+            f"none of {len(problems)} checkpoints can be used: {'; '.join(problems)}. "
+            "Start again with another --out, or restore one of them"
+        )
+    return None
+
+
+def _verifies(folder: Path) -> bool:
+    try:
+        verify_checkpoint(folder)
+    except (ValueError, OSError, CheckpointError):
+        return False
+    return True
+
+
+def _candidates(places: Iterable[Path]) -> list[tuple[int, Path]]:
+    """(step, folder) of everything that carries a checkpoint's name, newest first."""
+    found = []
+    for place in places:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            for folder in place.iterdir():
+                match = _FOLDER.fullmatch(folder.name)
+                if match and folder.is_dir():
+                    found.append((int(match[1]), folder))
+    # At one step a folder under its final name comes before one that was being replaced.
+    return sorted(found, key=lambda item: (-item[0], item[1].name.startswith("."), str(item[1])))
+
+
+def _kept(section: CheckpointSection, metrics: dict[Path, float | None]) -> set[Path]:
+    def step(folder: Path) -> int:
+        match = _FOLDER.fullmatch(folder.name)
+        return int(match[1]) if match else -1
+
+    newest_first = sorted(metrics, key=step, reverse=True)
+    keep = set(newest_first[: section.keep_last])
+    scored = [(metric, -step(folder), folder) for folder, metric in metrics.items() if metric is not None]
+    if section.keep_best and scored:
+        keep.add(min(scored)[2])
+    if section.keep_every is not None:
+        keep.update(folder for folder in metrics if step(folder) % section.keep_every == 0)
+    return keep
+
+
+def _budget(section: CheckpointSection, checkpoint_bytes: int, steps: int) -> int:
+    saves = math.ceil(steps / section.every)
+    kept = section.keep_last + int(section.keep_best)
+    if section.keep_every is not None:
+        kept += steps // math.lcm(section.every, section.keep_every)
+    return min(saves, kept + 1) * (checkpoint_bytes + _SLACK)
+
+
+def _metric(folder: Path) -> float | None:
+    try:
+        metric = _read_state(folder)["metric"]
+    except (ValueError, OSError, CheckpointError):
+        return None
+    return None if metric is None else float(metric)
+
+
+def _delete(folders: Iterable[Path]) -> None:
+    for folder in folders:
+        try:
+            remove_folder(folder)
+        except OSError as error:
+            warnings.warn(f"old checkpoint {folder} could not be deleted: {error}", stacklevel=3)
+
+
+def _remove_leftovers(place: Path) -> None:
+    """What a killed process left: half-written, half-deleted, and replaced ones whose successor is there."""
+    for folder in place.iterdir():
+        successor = folder.name.removeprefix(".replaced_")
+        replaced = successor != folder.name and (place / successor).exists()
+        if replaced or folder.name.startswith((".writing_", ".deleting_")):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+
+
+def _name(step: int) -> str:
+    return f"step_{step:08d}"

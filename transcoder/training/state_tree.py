@@ -1,0 +1,101 @@
+"""A nested state (leaves are tensors or JSON values) as flat tensors plus JSON, and back, bit for bit."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# A marked node is a JSON object with one key that begins with "$"; dicts that would look like one are marked
+# too.
+_TENSOR, _ITEMS, _TUPLE, _FLOAT = "$tensor", "$items", "$tuple", "$float"
+
+
+def pack_state(tree: Any) -> tuple[dict[str, Tensor], Any]:
+    """Split a nested state into tensors (by unique name) and a JSON-ready skeleton that names them.
+
+    Args:
+        tree: dicts (keys str or int), lists, tuples; leaves are dense tensors, None, bool, int, str, and
+        float
+            (NaN and Inf too).
+
+    Returns:
+        (tensors, skeleton). Tensors are detached, not copied: write them before the state moves on.
+
+    Raises:
+        TypeError: a leaf or key of another kind; the message gives its place in the tree.
+
+    Equivalent to: `unpack_state(*pack_state(tree)) == tree`, tensors bitwise, devices aside.
+    """
+    tensors: dict[str, Tensor] = {}
+    return tensors, _pack(tree, "", tensors)
+
+
+def unpack_state(tensors: dict[str, Tensor], skeleton: Any) -> Any:
+    """The tree that `pack_state` took apart.
+
+    Raises:
+        ValueError: the skeleton names a tensor that is not there, or is not a skeleton.
+    """
+    if isinstance(skeleton, list):
+        return [unpack_state(tensors, value) for value in skeleton]
+    if not isinstance(skeleton, dict):
+        return skeleton
+    if len(skeleton) == 1:
+        ((mark, value),) = skeleton.items()
+        if mark == _TENSOR:
+            if value not in tensors:
+                raise ValueError(f"state: expected a tensor named {value!r}, it is missing from the file")
+            return tensors[value]
+        if mark == _TUPLE:
+            return tuple(unpack_state(tensors, item) for item in value)
+        if mark == _ITEMS:
+            return {key: unpack_state(tensors, item) for key, item in value}
+        if mark == _FLOAT:
+            return float(value)
+    return {key: unpack_state(tensors, value) for key, value in skeleton.items()}
+
+
+def _pack(node: Any, place: str, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(node, Tensor):
+        if node.layout != torch.strided or node.is_quantized or node.device.type == "meta":
+            raise TypeError(
+                f"state {place or 'root'}: expected a dense tensor, got {node.layout} on {node.device}"
+            )
+        name = place or "tensor"
+        while name in tensors:
+            name += "'"
+        tensors[name] = node.detach()
+        return {_TENSOR: name}
+    if isinstance(node, dict):
+        packed = [
+            (_key(key, place), _pack(value, f"{place}/{key}" if place else str(key), tensors))
+            for key, value in node.items()
+        ]
+        if all(isinstance(key, str) and not key.startswith("$") for key, _ in packed):
+            return dict(packed)
+        return {_ITEMS: [[key, value] for key, value in packed]}
+    if isinstance(node, (list, tuple)):
+        values = [_pack(value, f"{place}/{i}" if place else str(i), tensors) for i, value in enumerate(node)]
+        return {_TUPLE: values} if isinstance(node, tuple) else values
+    if isinstance(node, float) and not math.isfinite(node):
+        return {_FLOAT: repr(float(node))}
+    # Exact types, so that NumPy scalars do not pass and come back changed.
+    if node is None or type(node) in (bool, int, float, str):
+        return node
+    raise TypeError(
+        f"state {place or 'root'}: expected a tensor, None, bool, int, float or str, got "
+        f"{type(node).__name__}; "
+        "convert it (for a NumPy scalar: .item())"
+    )
+
+
+def _key(key: Any, place: str) -> str | int:
+    if type(key) not in (str, int):
+        raise TypeError(
+            f"state {place or 'root'}: expected keys of type str or int, got {key!r} of type "
+            f"{type(key).__name__}"
+        )
+    return key

@@ -1,0 +1,171 @@
+"""Files that survive a crash and a full disk: atomic writes, fsync, free space, the run folder's lock."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import socket
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+LOCK_NAME = ".lock"
+
+
+class RunLockedError(RuntimeError):
+    """Another process is writing this run folder. The message names its process id and host."""
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make renames and new names inside `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network and FUSE file systems cannot fsync a folder; the files' own fsync is done by then.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Write a new file and fsync it. The folder's own fsync is the caller's, once for all files."""
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def replace_atomically(path: Path, data: bytes) -> None:
+    """Readers see the old content or the new, never a part: temporary name, fsync, rename, folder fsync.
+
+    Raises:
+        OSError: the write failed; the old file is as it was and no temporary file is left.
+    """
+    temporary = path.with_name(f".{path.name}.writing")
+    try:
+        write_durably(temporary, data)
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    fsync_folder(path.parent)
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a folder so that no reader ever meets half of it: renamed to a hidden name first."""
+    doomed = folder.with_name(f".deleting_{folder.name.lstrip('.')}")
+    if doomed != folder:
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.rename(folder, doomed)
+    shutil.rmtree(doomed)
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes that this user may still write on the file system of `folder` (its nearest existing parent)."""
+    place = folder.absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
+def human_bytes(count: int) -> str:
+    """`1,234,567 bytes (1.2 MiB)`: exact for a script, short for a person."""
+    size, unit = float(count), "bytes"
+    for unit in ("bytes", "KiB", "MiB", "GiB", "TiB"):
+        if size < 1024 or unit == "TiB":
+            break
+        size /= 1024
+    return f"{count:,} bytes" if unit == "bytes" else f"{count:,} bytes ({size:.1f} {unit})"
+
+
+class FolderLock(contextlib.AbstractContextManager["FolderLock"]):
+    """Exclusive use of a run folder, held until `release` or the end of the process, however it ends.
+
+    The lock is `flock` on `<folder>/.lock`, so a killed run never leaves a stale one; the file's content
+    (process id, host, start time) only serves the message of the run that is refused.
+
+    Raises:
+        RunLockedError: another process holds the folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / LOCK_NAME
+        self._descriptor: int | None = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            self._take()
+        except BaseException:
+            self.release()
+            raise
+
+    def _take(self) -> None:
+        assert self._descriptor is not None
+        try:
+            import fcntl
+        except ImportError:
+            warnings.warn(
+                "this platform has no flock: two runs in one folder would not be noticed", stacklevel=3
+            )
+            return
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunLockedError(
+                f"run folder {self.path.parent}: in use by {_owner(self.path)}; "
+                "wait for it, stop it, or choose another folder with --out"
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                raise
+            warnings.warn(
+                f"{self.path}: this file system has no locks ({error}); two runs here would clash",
+                stacklevel=3,
+            )
+        owner = {
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+        }
+        # On a full disk the lock still holds; only the owner's name is missing from the refusal.
+        with contextlib.suppress(OSError):
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, json.dumps(owner).encode(), 0)
+
+    def release(self) -> None:
+        """Give the folder free. The lock file stays: removing it would race with the next owner."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+def _owner(path: Path) -> str:
+    try:
+        owner = json.loads(path.read_text(encoding="utf-8"))
+        return f"process {owner['pid']} on {owner['host']} since {owner['since']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"
+
+
+@contextlib.contextmanager
+def folder_discarded_on_error(folder: Path) -> Iterator[Path]:
+    """A fresh, empty folder that disappears when the block raises."""
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        folder.mkdir(parents=True)
+        yield folder
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
