@@ -1,0 +1,366 @@
+"""Real faults against checkpoints: full disk, killed writer, flipped bits, truncated and missing files."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pytest
+import torch
+from torch import Tensor
+
+from transcoder.config import CheckpointSection
+from transcoder.training import checkpoint, storage, tensor_file
+from transcoder.training.checkpoint import (
+    CheckpointError,
+    CheckpointStore,
+    load_checkpoint,
+    verify_checkpoint,
+)
+
+FILES = ["state.json", "trainer.safetensors", "transcoder.safetensors"]
+KIB, MIB = 2**10, 2**20
+
+
+def state(step: int, size: int = 100 * KIB) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights of `size` bytes and moments of twice that, all a function of the step."""
+    generator = torch.Generator().manual_seed(step)
+    model = {"W_enc": torch.randn(size // 4, generator=generator)}
+    return model, {"moments": torch.randn(size // 2, generator=generator), "step": step, "text": "x" * 1000}
+
+
+def assert_holds(loaded: checkpoint.Loaded | None, step: int, size: int = 100 * KIB) -> None:
+    assert loaded is not None
+    model, trainer = state(step, size)
+    assert loaded.step == loaded.trainer_tree["step"] == step
+    assert torch.equal(loaded.model["W_enc"], model["W_enc"])
+    assert torch.equal(loaded.trainer_tree["moments"], trainer["moments"])
+
+
+class SmallDisk:
+    """A folder that holds 2 MiB: a real tmpfs where mounting is permitted, else a limit under open()."""
+
+    def __init__(self, folder: Path, mounted: bool) -> None:
+        self.folder, self.mounted = folder, mounted
+
+    def used(self) -> int:
+        return sum(p.stat().st_size for p in self.folder.rglob("*") if p.is_file())
+
+    def free(self) -> int:
+        return storage.free_bytes(self.folder) if self.mounted else 2 * MIB - self.used()
+
+    def leave(self, room: int) -> Path:
+        """Fill the disk but for `room` bytes."""
+        filler = self.folder / "filler"
+        with open(filler, "ab") as file:
+            file.write(b"\0" * (self.free() - room))
+        return filler
+
+
+class _Limited:
+    """A file whose writes fail once its small disk is full."""
+
+    def __init__(self, file: BinaryIO, disk: SmallDisk) -> None:
+        self.file, self.disk = file, disk
+
+    def __enter__(self) -> _Limited:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+    def write(self, data: bytes) -> int:
+        self.file.flush()
+        if len(data) > self.disk.free():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return self.file.write(data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+
+@pytest.fixture
+def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SmallDisk]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
+    mounted = bool(shutil.which("mount")) and subprocess.run(command, capture_output=True).returncode == 0
+    small = SmallDisk(folder, mounted)
+    if not mounted:
+
+        def limited_open(path: Path, mode: str = "r", *args: Any) -> Any:
+            file: Any = open(path, mode, *args)  # noqa: SIM115 (handed to the caller's own `with`)
+            return _Limited(file, small) if "w" in mode and folder in Path(path).parents else file
+
+        monkeypatch.setattr(storage, "open", limited_open, raising=False)
+        monkeypatch.setattr(tensor_file, "open", limited_open, raising=False)
+        inside = storage.free_bytes
+        monkeypatch.setattr(
+            checkpoint, "free_bytes", lambda p: small.free() if folder in [p, *p.parents] else inside(p)
+        )
+    yield small
+    if mounted:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def names(store: CheckpointStore) -> list[str]:
+    return sorted(p.name for p in store.folder.iterdir())
+
+
+def believe_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What statvfs says under a quota or with other writers: the write itself must meet the full disk."""
+    monkeypatch.setattr(checkpoint, "free_bytes", lambda folder: 2**60)
+
+
+@pytest.mark.parametrize("believe", [False, True], ids=["seen by statvfs", "met by the write"])
+@pytest.mark.parametrize("room", [0, 20 * KIB, 150 * KIB, 302 * KIB])
+def test_a_full_disk_costs_one_checkpoint_and_nothing_else(
+    disk: SmallDisk, monkeypatch: pytest.MonkeyPatch, room: int, believe: bool
+) -> None:
+    store = CheckpointStore(disk.folder / "run")
+    store.save(1, *state(1), {})
+    filler = disk.leave(room)
+    if believe:
+        believe_there_is_room(monkeypatch)
+    with pytest.raises(CheckpointError, match=r"step 2 .* could not be written.*(space|needs)"):
+        store.save(2, *state(2), {})
+    assert names(store) == ["step_00000001"], "no temporary folder is left"
+    assert_holds(store.latest(), 1)
+    filler.unlink()
+    store.save(3, *state(3), {})
+    assert_holds(store.latest(), 3)
+
+
+@pytest.mark.parametrize("believe", [False, True], ids=["seen by statvfs", "met by the write"])
+def test_room_is_made_by_what_the_retention_lets_go(
+    disk: SmallDisk, monkeypatch: pytest.MonkeyPatch, believe: bool
+) -> None:
+    store = CheckpointStore(disk.folder / "run", CheckpointSection(keep_last=2, keep_best=False))
+    if believe:
+        believe_there_is_room(monkeypatch)
+    for step in range(1, 6):
+        store.save(step, *state(step, 250 * KIB), {})
+    assert names(store) == ["step_00000004", "step_00000005"]
+    assert_holds(store.latest(), 5, 250 * KIB)
+
+
+def test_the_last_good_one_is_never_given_up(disk: SmallDisk) -> None:
+    store = CheckpointStore(disk.folder / "run", CheckpointSection(keep_last=1, keep_best=False))
+    store.save(1, *state(1, 400 * KIB), {})
+    for step in (2, 3):
+        with pytest.raises(CheckpointError, match=f"step {step}"):
+            store.save(step, *state(step, 400 * KIB), {})
+    assert_holds(store.latest(), 1, 400 * KIB)
+
+
+def test_a_corrupted_newest_one_does_not_cost_the_good_one_before_it(disk: SmallDisk) -> None:
+    store = CheckpointStore(disk.folder / "run", CheckpointSection(keep_last=2, keep_best=False))
+    store.save(1, *state(1, 250 * KIB), {})
+    damaged = store.save(2, *state(2, 250 * KIB), {})
+    flip_bit(damaged / "transcoder.safetensors", 5000)
+    disk.leave(10 * KIB)
+    with pytest.raises(CheckpointError):
+        store.save(3, *state(3, 250 * KIB), {})
+    with pytest.warns(UserWarning, match="step_00000002 is not usable"):
+        assert_holds(store.latest(), 1, 250 * KIB)
+
+
+def test_the_second_location_takes_over_and_is_resumed_from(disk: SmallDisk, tmp_path: Path) -> None:
+    section = CheckpointSection(keep_last=1, keep_best=False, second_location=str(tmp_path / "second"))
+    store = CheckpointStore(disk.folder / "run", section)
+    store.check_space(400 * KIB, steps=3)
+    store.save(1, *state(1), {})
+    filler = disk.leave(0)
+    for step in (2, 3):
+        with pytest.warns(UserWarning, match="second location"):
+            path = store.save(step, *state(step), {})
+        assert tmp_path / "second" in path.parents
+    assert_holds(CheckpointStore(disk.folder / "run", section).latest(), 3)
+    assert [p.name for p in path.parent.iterdir()] == ["step_00000003"], (
+        "the second location keeps the newest"
+    )
+    filler.unlink()
+    store.save(4, *state(4), {})
+    assert_holds(CheckpointStore(disk.folder / "run", section).latest(), 4)
+
+
+def test_another_run_of_this_name_does_not_resume_from_the_second_location(tmp_path: Path) -> None:
+    section = CheckpointSection(second_location=str(tmp_path / "second"))
+    first = CheckpointStore(tmp_path / "run", section)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").write_text("in the way")
+    with pytest.warns(UserWarning, match="second location"):
+        first.save(1, *state(1, 64), {})
+    shutil.rmtree(tmp_path / "run")
+    assert CheckpointStore(tmp_path / "run", section).latest() is None
+
+
+def test_a_read_only_disk(disk: SmallDisk, tmp_path: Path) -> None:
+    store = CheckpointStore(disk.folder / "run")
+    store.save(1, *state(1), {})
+    if disk.mounted:
+        subprocess.run(["mount", "-o", "remount,ro", str(disk.folder)], check=True)
+    else:
+        store.folder.chmod(0o500)
+    with pytest.raises(CheckpointError, match=r"Read-only|denied"):
+        store.save(2, *state(2), {})
+    assert_holds(store.latest(), 1)
+
+
+def test_a_folder_that_vanished_is_made_again(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path / "run")
+    store.save(1, *state(1), {})
+    shutil.rmtree(tmp_path / "run")
+    store.save(2, *state(2), {})
+    assert_holds(store.latest(), 2)
+
+
+FILE_SIZE_LIMIT = """
+import resource, sys
+from pathlib import Path
+import torch
+from transcoder.training.checkpoint import CheckpointError, CheckpointStore
+store = CheckpointStore(Path(sys.argv[1]))
+store.save(1, {"w": torch.ones(1000)}, {"m": torch.ones(1000)}, {})
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    store.save(2, {"w": torch.ones(1000)}, {"m": torch.ones(100_000)}, {})
+except CheckpointError as error:
+    print(error)
+print([p.name for p in store.folder.iterdir()], store.latest().step)
+"""
+
+
+def test_a_file_size_limit(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", FILE_SIZE_LIMIT, str(tmp_path / "run")]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert "File too large" in run.stdout
+    assert "['step_00000001'] 1" in run.stdout
+
+
+SAVE_FOREVER = """
+import sys
+from pathlib import Path
+import torch
+from transcoder.config import CheckpointSection
+from transcoder.training.checkpoint import CheckpointStore
+size = 400 * 1024
+store = CheckpointStore(Path(sys.argv[1]), CheckpointSection(keep_last=2, keep_best=False))
+loaded = store.latest()
+step = 0 if loaded is None else loaded.step
+while True:
+    step += 1
+    generator = torch.Generator().manual_seed(step)
+    model = {"W_enc": torch.randn(size // 4, generator=generator)}
+    store.save(step, model, {"moments": torch.randn(size // 2, generator=generator), "step": step}, {})
+    print(step, flush=True)
+"""
+
+
+def test_sigkill_at_random_moments(tmp_path: Path) -> None:
+    draw, saved = random.Random(0), 0
+    for _ in range(8):
+        command = [sys.executable, "-c", SAVE_FOREVER, str(tmp_path / "run")]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
+            assert writer.stdout is not None
+            first = writer.stdout.readline()
+            assert int(first) > saved, "it went on where the killed one was"
+            time.sleep(draw.uniform(0, 0.15))
+            writer.send_signal(signal.SIGKILL)
+            reported = [int(first), *map(int, writer.stdout.read().split())]
+        loaded = CheckpointStore(tmp_path / "run").latest()
+        assert_holds(loaded, loaded.step if loaded else -1, 400 * KIB)
+        assert loaded is not None
+        assert loaded.step >= reported[-1], "a checkpoint that was reported is durable"
+        saved = loaded.step
+
+
+def flip_bit(file: Path, bit: int) -> None:
+    data = bytearray(file.read_bytes())
+    data[bit // 8 % len(data)] ^= 1 << bit % 8
+    file.write_bytes(data)
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> CheckpointStore:
+    store = CheckpointStore(tmp_path / "run", CheckpointSection(keep_last=3))
+    store.save(1, *state(1, 256), {"n": 1})
+    store.save(2, *state(2, 256), {"n": 2})
+    return store
+
+
+def assert_falls_back(store: CheckpointStore) -> None:
+    damaged = store.folder / "step_00000002"
+    with pytest.raises((ValueError, OSError)):
+        verify_checkpoint(damaged)
+    with pytest.raises((ValueError, OSError)):
+        load_checkpoint(damaged)
+    with pytest.warns(UserWarning, match="step_00000002 is not usable"):
+        assert_holds(store.latest(), 1, 256)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_bit_flips_are_found(two: CheckpointStore, name: str) -> None:
+    file = two.folder / "step_00000002" / name
+    original, draw = file.read_bytes(), random.Random(name)
+    for _ in range(60):
+        bit = draw.randrange(8 * len(original))
+        flip_bit(file, bit)
+        try:
+            # A flip in JSON's spelling can leave the content as it was: then nothing was damaged.
+            harmless = name == "state.json" and json.loads(file.read_bytes()) == json.loads(original)
+        except ValueError:
+            harmless = False
+        if harmless:
+            assert_holds(two.latest(), 2, 256)
+        else:
+            assert_falls_back(two)
+        file.write_bytes(original)
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("share", [0, 0.001, 0.3, 0.9, 0.999])
+def test_truncated_files_are_found(two: CheckpointStore, name: str, share: float) -> None:
+    file = two.folder / "step_00000002" / name
+    os.truncate(file, int(share * file.stat().st_size))
+    assert_falls_back(two)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_missing_files_are_found(two: CheckpointStore, name: str) -> None:
+    (two.folder / "step_00000002" / name).unlink()
+    assert_falls_back(two)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"null", b"[]", b"3", b'"x"', b"{}", b'{"sha256": 1}', b"\xff\xfe", b"[" * 100_000]
+)
+def test_foreign_state_files_are_found(two: CheckpointStore, content: bytes) -> None:
+    (two.folder / "step_00000002" / "state.json").write_bytes(content)
+    assert_falls_back(two)
+
+
+def test_files_of_another_step_are_found(two: CheckpointStore) -> None:
+    for name in FILES[1:]:
+        shutil.copy(two.folder / "step_00000001" / name, two.folder / "step_00000002" / name)
+    assert_falls_back(two)
+
+
+def test_when_nothing_verifies_the_run_does_not_silently_start_again(two: CheckpointStore) -> None:
+    for folder in two.folder.iterdir():
+        os.truncate(folder / "transcoder.safetensors", 10)
+    with (
+        pytest.warns(UserWarning, match="not usable"),
+        pytest.raises(CheckpointError, match="none of 2 checkpoints"),
+    ):
+        two.latest()
