@@ -1,0 +1,116 @@
+"""Backend `torch` of the nested loss: prefixes are walked, never stored.
+
+The forward walks up: one running reconstruction [B, d_out], each entry of the codes added once, the loss read at every
+prefix boundary. The backward walks down from the saved final residual, subtracting one group of latents at a time, so the
+prefix gradient G_p = sum_{q >= p} dL/d(reconstruction_q) that all of a group's gradients need is a running sum as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from transcoder.kernels.codes import LatentOrder, SparseCodes
+from transcoder.kernels.segments import row_dots, weighted_row_sum
+
+
+@dataclass(frozen=True)
+class Group:
+    """The entries whose latents lie in [first, last), as compressed rows.
+
+    On the CPU they are compacted (`entries` lists them). On an accelerator that would need a size on the host, so all
+    entries stay and `member` masks their weights.
+    """
+
+    first: int
+    last: int
+    rows: Tensor
+    ids: Tensor
+    ptr: Tensor
+    entries: Tensor | None
+    member: Tensor | None
+
+    def take(self, values: Tensor) -> Tensor:
+        """The group's own of per-entry values [nnz]."""
+        if self.member is not None:
+            return torch.where(self.member, values, torch.zeros_like(values))
+        return values if self.entries is None else values[self.entries]
+
+    def put(self, into: Tensor, values: Tensor) -> None:
+        """Write the group's per-entry values back to their places in `into` [nnz]."""
+        if self.member is not None:
+            into.copy_(torch.where(self.member, values, into))
+        elif self.entries is None:
+            into.copy_(values)
+        else:
+            into[self.entries] = values
+
+
+def groups_of(codes: SparseCodes, widths: Sequence[int]) -> list[Group]:
+    """One Group a Matryoshka step: latents [0, w_1), [w_1, w_2), ..."""
+    rows, ids, ptr = codes.rows(), codes.indices, codes.row_ptr
+    bounds = list(zip([0, *widths], widths, strict=False))
+    if len(bounds) == 1 and widths[0] == codes.shape[1]:
+        return [Group(0, widths[0], rows, ids, ptr, None, None)]
+    every_row = torch.arange(codes.shape[0] + 1, device=codes.device)
+    groups = []
+    for first, last in bounds:
+        member = (ids >= first) & (ids < last)
+        if codes.device.type == "cpu":
+            entries = member.nonzero().squeeze(1)
+            own_rows = rows[entries]
+            own_ptr = torch.searchsorted(own_rows, every_row)
+            groups.append(Group(first, last, own_rows, ids[entries], own_ptr, entries, None))
+        else:
+            groups.append(Group(first, last, rows, ids, ptr, None, member))
+    return groups
+
+
+def prefix_errors(
+    groups: list[Group], values: Tensor, W_dec: Tensor, b_dec: Tensor, y: Tensor, token_weights: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(squared errors summed over tokens and d_out, one a prefix [P]; final residual [B, d_out])."""
+    residual = b_dec.to(values.dtype) - y
+    errors = []
+    for group in groups:
+        residual += weighted_row_sum(W_dec, group.ids, group.ptr, group.take(values))
+        per_token = torch.linalg.vector_norm(residual, dim=1).square()
+        errors.append((per_token if token_weights is None else per_token * token_weights).sum())
+    return torch.stack(errors), residual
+
+
+def prefix_gradients(
+    groups: list[Group],
+    values: Tensor,
+    W_dec: Tensor,
+    residual: Tensor,
+    order: LatentOrder,
+    scales: Tensor,
+    token_weights: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of sum_p scales[p] * errors[p] for (values [nnz], W_dec [d_sae, d_out], reconstruction [B, d_out])."""
+    doubled = 2 * scales
+    rows_scale = None if token_weights is None else token_weights[:, None]
+    grad_values = torch.zeros_like(values)
+    grad_W = W_dec.new_zeros(W_dec.shape, dtype=values.dtype)
+    by_latent = values[order.permutation]
+    bounds = order.latent_ptr[[g.first for g in groups] + [groups[-1].last]].tolist() if values.is_cpu else None
+    running = torch.zeros_like(residual)
+    for p in reversed(range(len(groups))):
+        group = groups[p]
+        step = residual * doubled[p]
+        running += step if rows_scale is None else step * rows_scale
+        group.put(grad_values, row_dots(running, W_dec, group.rows, group.ids, group.ptr))
+        if bounds is not None:
+            own = slice(bounds[p], bounds[p + 1])
+            ptr = order.latent_ptr[group.first : group.last + 1] - bounds[p]
+            grad_W[group.first : group.last] = weighted_row_sum(running, order.rows[own], ptr, by_latent[own])
+        else:
+            whole = weighted_row_sum(running, order.rows, order.latent_ptr, by_latent)
+            grad_W[group.first : group.last] = whole[group.first : group.last]
+        if p > 0:
+            residual = residual - weighted_row_sum(W_dec, group.ids, group.ptr, group.take(values))
+    return grad_values, grad_W, running

@@ -1,0 +1,68 @@
+"""Train sparse TopK, BatchTopK and Matryoshka transcoders whose latents do not duplicate each other.
+
+Public names load on first use, so that `import transcoder` stays quick and needs torch, triton and numpy only.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transcoder.activations import ActivationBatch
+    from transcoder.antidup import (
+        ActivationSampleCollector,
+        CorrelationMonitor,
+        DiversityRegularizer,
+        PositionSampler,
+        UsageLedger,
+    )
+    from transcoder.config import ConfigError, RunConfig
+    from transcoder.model import StepOutput, Transcoder, TranscoderConfig
+    from transcoder.training import RunResult, train_transcoder
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "ActivationBatch": "transcoder.activations",
+    "ActivationSampleCollector": "transcoder.antidup",
+    "ConfigError": "transcoder.config",
+    "CorrelationMonitor": "transcoder.antidup",
+    "DiversityRegularizer": "transcoder.antidup",
+    "PositionSampler": "transcoder.antidup",
+    "RunConfig": "transcoder.config",
+    "RunResult": "transcoder.training",
+    "StepOutput": "transcoder.model",
+    "Transcoder": "transcoder.model",
+    "TranscoderConfig": "transcoder.model",
+    "UsageLedger": "transcoder.antidup",
+    "train_transcoder": "transcoder.training",
+}
+
+__all__ = [
+    "ActivationBatch",
+    "ActivationSampleCollector",
+    "ConfigError",
+    "CorrelationMonitor",
+    "DiversityRegularizer",
+    "PositionSampler",
+    "RunConfig",
+    "RunResult",
+    "StepOutput",
+    "Transcoder",
+    "TranscoderConfig",
+    "UsageLedger",
+    "__version__",
+    "train_transcoder",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'transcoder' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,94 @@
+"""Held-out figures of a transcoder, beside the baselines it must beat."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from transcoder.activations import ActivationBatch
+from transcoder.kernels import SparseCodes, nested_loss
+from transcoder.model import Transcoder
+from transcoder.training.baselines import LinearBaseline
+
+
+@torch.no_grad()
+def evaluate(
+    transcoder: Transcoder,
+    heldout: Sequence[ActivationBatch],
+    sinks: ActivationBatch | None = None,
+    baseline: LinearBaseline | None = None,
+) -> dict[str, float]:
+    """FVU (fraction of variance unexplained) on held-out non-sink tokens, per prefix, with L0 and the baselines.
+
+    FVU = sum |y - y_hat|^2 / sum |y - mean(y)|^2 over all tokens, the mean being the held-out one; BatchTopK runs with its
+    threshold, as at inference. `evaluation/sink_fvu` is the same ratio over the masked-out sink tokens, around the mean of
+    the others. Reads the device: call it between steps.
+
+    Returns: {"evaluation/fvu", "evaluation/fvu_prefix_<w>", "evaluation/explained_variance", "evaluation/l0",
+    "evaluation/tokens", "evaluation/live_share", and with a baseline "evaluation/baseline_mean_fvu",
+    "evaluation/baseline_linear_fvu"}.
+    """
+    if not heldout:
+        raise ValueError("evaluate: expected at least one held-out batch, got none")
+    was_training = transcoder.training
+    transcoder.eval()
+    try:
+        return _evaluate(transcoder, heldout, sinks, baseline)
+    finally:
+        transcoder.train(was_training)
+
+
+def _evaluate(
+    transcoder: Transcoder,
+    heldout: Sequence[ActivationBatch],
+    sinks: ActivationBatch | None,
+    baseline: LinearBaseline | None,
+) -> dict[str, float]:
+    tokens = sum(len(batch) for batch in heldout)
+    widths = transcoder.widths
+    mean = sum(batch.target.double().sum(0) for batch in heldout) / tokens
+    solution = None if baseline is None or baseline.tokens == 0 else baseline.solve()
+
+    device = mean.device
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    errors = torch.zeros(len(widths), dtype=torch.float64, device=device)
+    rivals = torch.zeros(2, dtype=torch.float64, device=device)
+    active = torch.zeros((), dtype=torch.int64, device=device)
+    fired = torch.zeros(transcoder.config.d_sae, dtype=torch.bool, device=device)
+    for batch in heldout:
+        sums, codes = _prefix_sums(transcoder, batch)
+        errors += sums
+        total += (batch.target.double() - mean).square().sum()
+        live = codes.values > 0
+        active += live.sum()
+        fired.index_fill_(0, codes.indices[live], True)
+        if baseline is not None and solution is not None:
+            rivals[0] += (batch.target - baseline.mean()).double().square().sum()
+            rivals[1] += (batch.target - baseline.predict(solution, batch.source)).double().square().sum()
+    fvu = (errors / total).tolist()
+    figures = {
+        "evaluation/fvu": fvu[-1],
+        **{f"evaluation/fvu_prefix_{w}": value for w, value in zip(widths, fvu, strict=True)},
+        "evaluation/explained_variance": 1 - fvu[-1],
+        "evaluation/l0": float(active) / tokens,
+        "evaluation/tokens": float(tokens),
+        "evaluation/live_share": float(fired.float().mean()),
+    }
+    if solution is not None:
+        figures["evaluation/baseline_mean_fvu"], figures["evaluation/baseline_linear_fvu"] = (rivals / total).tolist()
+    if sinks is not None and len(sinks) > 0:
+        sums, _ = _prefix_sums(transcoder, sinks)
+        figures["evaluation/sink_fvu"] = float(sums[-1] / (sinks.target.double() - mean).square().sum())
+        figures["evaluation/sink_tokens"] = float(len(sinks))
+    return figures
+
+
+def _prefix_sums(transcoder: Transcoder, batch: ActivationBatch) -> tuple[Tensor, SparseCodes]:
+    """(squared errors [P] in raw units, summed over the batch; codes)."""
+    codes = transcoder.encode(batch.source)
+    target = transcoder.residual_target(batch.source, batch.target)
+    nested = nested_loss(codes, transcoder.W_dec, transcoder.b_dec, target, transcoder.widths)
+    raw = nested.per_prefix.double() * target.numel() / transcoder.target_scale.double().square()
+    return raw, codes
