@@ -6,7 +6,8 @@ import io
 import re
 
 from transcoder.reporting import ProgressBar
-from transcoder.reporting.progress import clock, figures, thousands
+from transcoder.reporting.numbers import clock, number, percent, thousands
+from transcoder.reporting.progress import figures
 
 METRICS = {
     "losses/overall_loss": 0.53124,
@@ -41,6 +42,18 @@ def test_numbers_for_people() -> None:
         "3G",
         "?",
     ]
+    values = (None, 0.123456, 18432.0, 1.2e9, 0.00001234, 0, 23456.7, float("inf"))
+    assert [number(v) for v in values] == [
+        "–",
+        "0.1235",
+        "18,432",
+        "1.2G",
+        "1.23e-05",
+        "0",
+        "23,457",
+        "not finite",
+    ]
+    assert [percent(v) for v in (None, 0.0213, 0, 1, 0.9999)] == ["–", "2.1 %", "0 %", "100 %", "100 %"]
     assert [clock(v) for v in (0, 59.9, 61, 3671, float("inf"))] == ["0:00", "0:59", "1:01", "1:01:11", "?"]
 
 

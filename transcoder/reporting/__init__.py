@@ -2,5 +2,6 @@
 
 from transcoder.reporting.metrics import MetricsWriter
 from transcoder.reporting.progress import ProgressBar
+from transcoder.reporting.runfolder import RunFolder
 
-__all__ = ["MetricsWriter", "ProgressBar"]
+__all__ = ["MetricsWriter", "ProgressBar", "RunFolder"]

@@ -8,6 +8,8 @@ import time
 from collections.abc import Mapping
 from typing import Any, TextIO
 
+from transcoder.reporting.numbers import clock, thousands
+
 PLAIN_SECONDS = 10.0
 
 
@@ -108,22 +110,3 @@ def figures(metrics: Mapping[str, float]) -> str:
     if "metrics/tokens_per_second" in metrics:
         parts.append(f"{thousands(metrics['metrics/tokens_per_second'])} tok/s")
     return "  ".join(parts)
-
-
-def thousands(value: float) -> str:
-    """12345 as '12.3k', 4.2e6 as '4.2M'."""
-    if not math.isfinite(value):
-        return "?"
-    for size, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:.3g}{suffix}"
-    return f"{value:.3g}"
-
-
-def clock(seconds: float) -> str:
-    """3671 s as '1:01:11'."""
-    if not math.isfinite(seconds):
-        return "?"
-    minutes, second = divmod(int(seconds), 60)
-    hour, minute = divmod(minutes, 60)
-    return f"{hour}:{minute:02d}:{second:02d}" if hour else f"{minute}:{second:02d}"

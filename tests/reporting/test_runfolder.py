@@ -1,0 +1,122 @@
+"""RunFolder: reads what is there, says what is not."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from transcoder.reporting import RunFolder
+
+
+def missing(run: RunFolder) -> dict[str, str]:
+    return {m.what: m.why for m in run.missing}
+
+
+def test_a_whole_run(finished_run: Path) -> None:
+    run = RunFolder(finished_run)
+    assert run.missing == []
+    assert run.name == "synthetic"
+    assert run.status == "finished"
+    assert run.last_step == 600
+    assert run.setting("transcoder.widths") == [64, 192, 448, 512]
+    assert run.setting("transcoder.nothing", 7) == 7
+    assert list(run.prefix_figures("evaluation/fvu_prefix")) == [64, 192, 448, 512]
+    assert run.figure("no/such") is None
+    assert run.correlation["step"] == 600
+    assert [step for step, _ in run.correlation_files] == [100, 200, 300, 400, 500, 600]
+    assert run.part_enabled("activation_samples") is False
+    assert [e["event"] for e in run.metrics.events] == ["checkpoint"]
+
+
+def test_series_keep_what_is_not_finite(finished_run: Path) -> None:
+    series = RunFolder(finished_run).metrics.get("details/gradient_norm")
+    assert len(series) == 60
+    assert series.values[3] == math.inf
+    assert 40 not in series.at_steps()
+    tail = series.tail_mean()
+    assert tail == pytest.approx(np.mean(series.values[-10:]))
+    assert series.median() == pytest.approx(np.median([v for v in series.values[1:] if math.isfinite(v)]))
+    assert math.isfinite(series.last() or math.inf)
+
+
+def test_the_summary_wins_over_the_last_line(make_run: Callable[..., Path]) -> None:
+    path = make_run(steps=100)
+    run = RunFolder(path)
+    (path / "summary.json").write_text(
+        '{"metrics": {"metrics/l0": 12.5, "evaluation/fvu": NaN}, "seconds": 3}'
+    )
+    assert run.figure("metrics/l0") == 12.5
+    assert run.figure("evaluation/fvu") == run.metrics.get("evaluation/fvu").last()
+    assert run.figure("seconds") == 3
+
+
+def test_an_empty_folder_names_everything(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    assert set(missing(run)) == {
+        "config.yaml",
+        "metrics.jsonl",
+        "usage.json",
+        "summary.json",
+        "correlation report",
+        "activation samples",
+    }
+    assert run.status == "interrupted or running"
+    assert run.last_step is None
+    assert run.samples is None
+    assert run.correlation == {}
+    assert run.prefix_figures("evaluation/fvu_prefix") == {}
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        RunFolder(tmp_path / "nothing")
+
+
+def test_an_interrupted_run(make_run: Callable[..., Path]) -> None:
+    run = RunFolder(make_run(steps=600, interrupted=True))
+    assert run.last_step == 270
+    assert list(missing(run)) == ["summary.json"]
+    assert run.figure("evaluation/fvu") is not None, "the last evaluation in metrics.jsonl counts"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.yaml", b"a: [unclosed"),
+        ("config.yaml", b"- a list"),
+        ("summary.json", b"{"),
+        ("summary.json", b"[1]"),
+        ("usage.json", b"\xff\xfe"),
+        ("usage.json", b'{"components": 3}'),
+        ("metrics.jsonl", b""),
+        ("activation_samples/samples.parquet", b"PAR1 not really"),
+    ],
+)
+def test_damage_is_named_and_read_past(
+    name: str, content: bytes, make_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = shutil.copytree(make_run(steps=100, latents=3), tmp_path / "run")
+    (path / name).write_bytes(content)
+    run = RunFolder(path)
+    told = missing(run)
+    assert len(told) == 1
+    assert next(iter(told)).split(".")[0] in (name.split(".")[0], "activation samples")
+
+
+def test_a_damaged_newest_report_falls_back(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    path = shutil.copytree(make_run(steps=300, latents=3), tmp_path / "run")
+    (path / "anti_duplication_logs" / "correlation_step_00000300.json").write_text('{"pairs": [')
+    run = RunFolder(path)
+    assert run.correlation["step"] == 200
+    assert list(missing(run)) == ["anti_duplication_logs/correlation_step_00000300.json"]
+
+
+def test_samples_by_row(finished_run: Path) -> None:
+    samples = RunFolder(finished_run).samples
+    assert samples is not None
+    (rows,) = np.nonzero(samples.latent == samples.latent[0])
+    contexts = samples.contexts(rows)
+    assert contexts[0][samples.anchor[rows[0]]] == "<script>alert(1)</script>"
+    assert contexts[5][:3] == ["", "", ""], "padding is empty"

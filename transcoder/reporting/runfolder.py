@@ -1,0 +1,270 @@
+"""RunFolder: everything a run left behind, tolerant of what is not there and plain about it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from transcoder.reporting.jsonl import read_records
+from transcoder.reporting.metrics import FILE_NAME
+from transcoder.reporting.sample_table import SampleTable, read_samples
+from transcoder.reporting.series import MetricsTable, collect
+
+logger = logging.getLogger(__name__)
+
+COMPONENTS = ("diversity_regularizer", "position_sampler", "correlation_monitor", "activation_samples")
+_SECTIONS = dict(zip(COMPONENTS, ("regularizer", "positions", "monitor", "samples"), strict=True))
+
+
+@dataclass(frozen=True)
+class Missing:
+    """Something a whole run has and this one lacks."""
+
+    what: str
+    why: str
+
+
+class RunFolder:
+    """Reads a run's folder. Nothing is required but the folder itself.
+
+    Files: config.yaml, metrics.jsonl, usage.json, summary.json,
+        anti_duplication_logs/correlation_step_*.json,
+    activation_samples/{samples.parquet, summary.json}. A file that is absent or unreadable is empty here and
+    named in `missing`, with the reason.
+
+    summary.json is {"status": "finished" | "stopped" | ..., "step": int, "seconds": float, ..., "metrics":
+    {name: number}}, where the names are those of metrics.jsonl and of the last evaluation; numbers at the
+    top level count too.
+
+    Raises:
+        FileNotFoundError: `path` is no folder.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise FileNotFoundError(
+                f"run folder {str(self.path)!r}: no such folder; expected one that `transcoder train` wrote"
+            )
+        self._missing: dict[str, str] = {}
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """config.yaml as plain dicts; a run of another version is read as it is."""
+        file = self.path / "config.yaml"
+        try:
+            values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            self._missing["config.yaml"] = "not in the folder: the settings are unknown"
+            return {}
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            self._missing["config.yaml"] = f"cannot be read: {_first_line(error)}"
+            return {}
+        if not isinstance(values, dict):
+            self._missing["config.yaml"] = "holds no sections"
+            return {}
+        return values
+
+    @cached_property
+    def metrics(self) -> MetricsTable:
+        file = self.path / FILE_NAME
+        try:
+            table = collect(read_records(file))
+        except FileNotFoundError:
+            self._missing[FILE_NAME] = "not in the folder: there are no curves"
+            return collect(())
+        except OSError as error:
+            self._missing[FILE_NAME] = f"cannot be read: {_first_line(error)}"
+            return collect(())
+        if table.unreadable:
+            lines = "line is" if table.unreadable == 1 else "lines are"
+            self._missing[f"part of {FILE_NAME}"] = (
+                f"{table.unreadable} {lines} unreadable (a run that was killed?)"
+            )
+        if not table.series:
+            self._missing[FILE_NAME] = "holds no figures: the run ended before its first logging step"
+        return table
+
+    @cached_property
+    def summary(self) -> dict[str, Any]:
+        return self._json("summary.json", "not in the folder: the run was interrupted or is still going")
+
+    @cached_property
+    def usage(self) -> dict[str, Any]:
+        """The ledger's components by name."""
+        usage = self._json(
+            "usage.json", "not in the folder: nothing proves that the anti-duplication parts ran"
+        )
+        components = usage.get("components")
+        if usage and not isinstance(components, dict):
+            self._missing["usage.json"] = "holds no components"
+        return components if isinstance(components, dict) else {}
+
+    @cached_property
+    def correlation_files(self) -> list[tuple[int, Path]]:
+        """Every correlation report as (step, path), in order of steps."""
+        found = []
+        for file in (self.path / "anti_duplication_logs").glob("correlation_step_*.json"):
+            step = re.fullmatch(r"correlation_step_(\d+)\.json", file.name)
+            if step:
+                found.append((int(step[1]), file))
+        return sorted(found)
+
+    @cached_property
+    def correlation(self) -> dict[str, Any]:
+        """The newest correlation report that can be read."""
+        name = "correlation report"
+        for _, file in reversed(self.correlation_files):
+            report = self._json(str(file.relative_to(self.path)), "went away")
+            if report:
+                return report
+        if self.setting("antidup.monitor.enabled") is False:
+            self._missing[name] = "the correlation monitor was switched off"
+        elif not self.correlation_files:
+            every = self.setting("antidup.monitor.correlation_save_frequency")
+            when = "its first report" if every is None else f"step {every}, when the first is due"
+            self._missing[name] = (
+                f"anti_duplication_logs/ holds none: the run ended before {when}, or did not write it"
+            )
+        else:
+            self._missing[name] = "none of those in anti_duplication_logs/ can be read"
+        return {}
+
+    @cached_property
+    def sample_summary(self) -> dict[str, Any]:
+        return self._json("activation_samples/summary.json", "not in the folder", quiet=self.samples is None)
+
+    @cached_property
+    def samples(self) -> SampleTable | None:
+        """activation_samples/samples.parquet, or None."""
+        file = self.path / "activation_samples" / "samples.parquet"
+        name = "activation samples"
+        if not file.exists():
+            if self.setting("antidup.samples.enabled") is False:
+                self._missing[name] = "the sample collector was switched off"
+            else:
+                every = self.setting("antidup.samples.save_frequency")
+                when = "" if every is None else f" (they are saved every {every} steps)"
+                self._missing[name] = f"samples.parquet is not in the folder{when}: no contexts can be shown"
+            return None
+        try:
+            table = read_samples(file)
+        except ImportError:
+            self._missing[name] = (
+                "pyarrow is not installed (pip install pyarrow): samples.parquet cannot be read"
+            )
+        except (OSError, ValueError) as error:
+            self._missing[name] = f"samples.parquet cannot be read: {_first_line(error)}"
+        else:
+            if len(table):
+                return table
+            self._missing[name] = (
+                "samples.parquet is empty: no latent passed the collector's minimum activation"
+            )
+        return None
+
+    @property
+    def missing(self) -> list[Missing]:
+        """What is not there, and why. Reads everything."""
+        for part in ("config", "metrics", "summary", "usage", "correlation", "samples", "sample_summary"):
+            getattr(self, part)
+        return [Missing(what, why) for what, why in self._missing.items()]
+
+    @property
+    def name(self) -> str:
+        name = self.config.get("name")
+        return name if isinstance(name, str) and name else self.path.resolve().name
+
+    @property
+    def last_step(self) -> int | None:
+        step = self.summary.get("step")
+        return step if isinstance(step, int) else self.metrics.last_step
+
+    @property
+    def status(self) -> str:
+        """What summary.json says; without it 'interrupted or running'."""
+        status = self.summary.get("status")
+        if isinstance(status, str) and status:
+            return status
+        return "finished" if self.summary else "interrupted or running"
+
+    def setting(self, dotted: str, default: Any = None) -> Any:
+        """A setting such as "transcoder.k"; `default` where the config does not say."""
+        value: Any = self.config
+        for part in dotted.split("."):
+            if not isinstance(value, Mapping) or part not in value:
+                return default
+            value = value[part]
+        return value
+
+    def figure(self, name: str, how: str = "last") -> float | None:
+        """A final figure by metric name: summary.json's, else from metrics.jsonl; None where neither has it.
+
+        Args:
+            how: From metrics.jsonl take the "last" value, the "tail_mean" of the last ten, or the "median"
+                of the run.
+        """
+        stated = self._summary_numbers.get(name)
+        if stated is not None:
+            return stated
+        series = self.metrics.get(name)
+        return {"last": series.last, "tail_mean": series.tail_mean, "median": series.median}[how]()
+
+    def figure_names(self) -> list[str]:
+        return sorted({*self._summary_numbers, *self.metrics.series})
+
+    def prefix_figures(self, family: str) -> dict[int, float]:
+        """Width -> value of a family such as "evaluation/fvu_prefix", widths ascending."""
+        found = {}
+        for name in self.figure_names():
+            width = name.removeprefix(family + "_")
+            value = self.figure(name, "tail_mean") if width != name and width.isdecimal() else None
+            if value is not None:
+                found[int(width)] = value
+        return dict(sorted(found.items()))
+
+    def part_enabled(self, component: str) -> bool | None:
+        """Whether an anti-duplication part was switched on, by the ledger, else the config; None: unknown."""
+        record = self.usage.get(component)
+        if isinstance(record, dict) and isinstance(record.get("enabled"), bool):
+            return record["enabled"]
+        enabled = self.setting(f"antidup.{_SECTIONS[component]}.enabled")
+        return enabled if isinstance(enabled, bool) else None
+
+    @cached_property
+    def _summary_numbers(self) -> dict[str, float]:
+        found: dict[str, float] = {}
+        nested = self.summary.get("metrics")
+        for group in (self.summary, nested if isinstance(nested, dict) else {}):
+            for name, value in group.items():
+                if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+                    found[name] = float(value)
+        return found
+
+    def _json(self, name: str, absent: str, quiet: bool = False) -> dict[str, Any]:
+        try:
+            value = json.loads((self.path / name).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            if not quiet:
+                self._missing[name] = absent
+            return {}
+        except (OSError, ValueError) as error:
+            self._missing[name] = f"cannot be read: {_first_line(error)}"
+            return {}
+        if not isinstance(value, dict):
+            self._missing[name] = "is not a JSON object"
+            return {}
+        return value
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
