@@ -1,0 +1,190 @@
+"""The language model: found by name, hooked at two places, stopped as soon as both have fired."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from transcoder.activations.vocabulary import Vocabulary
+from transcoder.demo import language_model_path
+
+
+class ModelError(ValueError):
+    """A language model or a hook that cannot be had. The message says what there is and what to do."""
+
+
+def resolve_model_name(name: str) -> str:
+    """What to load for `model.name`: `demo` is the packaged folder, an existing folder is itself, else a hub name.
+
+    Asks the hub one quick question unless the model is in its local cache, so that a wrong name or a missing network is
+    an error at once and not after half a minute of retries.
+
+    Raises:
+        ModelError: no such folder, a folder without config.json, or nothing of that name on the hub.
+    """
+    if name == "demo" and not Path(name).exists():
+        try:
+            return str(language_model_path())
+        except FileNotFoundError as error:
+            raise ModelError(f"model.name: {error}") from error
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(
+                f"model.name: the folder {name!r} holds no config.json; give a folder in Hugging Face layout"
+            )
+        return str(path)
+    if path.exists() or name.startswith((".", "~", os.sep)) or name.count("/") > 1:
+        raise ModelError(
+            f"model.name: no model folder at {name!r}; give 'demo', a Hugging Face folder or a hub name"
+        )
+    _check_hub_model(name)
+    return name
+
+
+def _check_hub_model(name: str) -> None:
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+    from transformer_lens.tools.model_registry.registry_io import resolve_model_alias
+
+    official = resolve_model_alias(name) or name
+    try:
+        if isinstance(try_to_load_from_cache(official, "config.json"), str):
+            return
+        HfApi().model_info(official, timeout=15)
+    except HFValidationError as error:
+        raise ModelError(
+            f"model.name: {name!r} is neither 'demo' nor a folder, and no hub name either: {error}"
+        ) from error
+    except Exception as error:
+        # The hub's client raises its own types and those of two HTTP libraries.
+        raise ModelError(
+            f"model.name: there is no folder {name!r}, and the Hugging Face hub gives no model of that name: "
+            f"{type(error).__name__}: {error}. Check the name and the network (a gated model needs `hf auth login`); "
+            "without a network use 'demo' or a local folder."
+        ) from error
+
+
+def layer_of(hook: str) -> int | None:
+    """The block that a hook name belongs to; None outside the blocks."""
+    match = re.match(r"blocks\.(\d+)\.", hook)
+    return int(match.group(1)) if match else None
+
+
+class HookedModel:
+    """A TransformerBridge that yields the activations at two hooks.
+
+    Args:
+        name: as `resolve_model_name` takes it.
+        source_hook, target_hook: TransformerLens names, canonical or alias, such as `blocks.8.hook_resid_mid` and
+            `blocks.8.hook_mlp_out`, or `blocks.8.mlp.hook_in` and `blocks.8.mlp.hook_out`.
+        dtype: type of weights and activations.
+        device: where it runs.
+
+    Attributes:
+        d_in, d_out: widths at the two hooks (a hook with heads is flattened).
+        vocabulary: the tokenizer beside the model's vocabulary size.
+
+    Raises:
+        ModelError: an unknown hook (with the nearest names), one that never fires, or a source after its target's layer.
+    """
+
+    def __init__(
+        self, name: str, source_hook: str, target_hook: str, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        _check_layers(source_hook, target_hook)
+        folder = resolve_model_name(name)
+        from transformer_lens.model_bridge import TransformerBridge
+
+        try:
+            bridge = TransformerBridge.boot_transformers(folder, device=str(device), dtype=dtype)
+        except Exception as error:
+            # Loading raises many types: a torn weight file, an architecture without an adapter, no network half-way.
+            raise ModelError(f"model.name: cannot load {name!r}: {type(error).__name__}: {error}") from error
+        bridge.eval()
+        bridge.requires_grad_(False)
+        self._bridge: Any = bridge
+        self._device = device
+        # Training and evaluation may run the model from two threads, and the captures are this object's.
+        self._lock = threading.Lock()
+        self._captured: dict[str, Tensor] = {}
+        self._hooks = {"source": source_hook, "target": target_hook}
+        self.max_length: int | None = getattr(bridge.cfg, "n_ctx", None)
+        size = int(bridge.cfg.d_vocab)
+        self.vocabulary = Vocabulary(bridge.tokenizer, size)
+        self._attach()
+        source, target = self.forward(torch.zeros(2, 13, dtype=torch.int64, device=device))
+        self.d_in, self.d_out = source.shape[-1], target.shape[-1]
+
+    def _attach(self) -> None:
+        names = self._bridge.hook_dict
+        for role, hook in self._hooks.items():
+            if hook not in names:
+                close = difflib.get_close_matches(hook, names, n=3, cutoff=0.5)
+                layers = int(self._bridge.cfg.n_layers)
+                raise ModelError(
+                    f"activations.{role}_hook: this model has no hook {hook!r}; the nearest are "
+                    f"{', '.join(map(repr, close)) or 'none'} (blocks 0 to {layers - 1})"
+                )
+            try:
+                self._bridge.add_hook(hook, self._capture(role), is_permanent=True)
+            except (ValueError, NotImplementedError) as error:
+                raise ModelError(
+                    f"activations.{role}_hook: {hook!r} cannot be read on this model: {error}"
+                ) from error
+
+    def _capture(self, role: str) -> Any:
+        from transformer_lens.model_bridge.exceptions import StopAtLayerException
+
+        def capture(activation: Tensor, hook: object) -> None:
+            self._captured[role] = activation.detach()
+            if len(self._captured) == 2:
+                # The bridge's own signal for stop_at_layer, sent from inside the layer: nothing after the later hook
+                # runs, neither the rest of its block nor, for the last block, the unembedding.
+                raise StopAtLayerException(activation)
+
+        return capture
+
+    @torch.no_grad()
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """(source [S, L, d_in], target [S, L, d_out]) of tokens [S, L] int64, in the model's dtype.
+
+        Equivalent to: `run_with_cache(tokens)` read at the two hooks.
+        """
+        with self._lock:
+            self._captured.clear()
+            try:
+                self._bridge.forward(tokens, return_type=None, use_cache=False)
+                for role, hook in self._hooks.items():
+                    if role not in self._captured:
+                        raise ModelError(
+                            f"activations.{role}_hook: {hook!r} exists on this model but never fires"
+                        )
+                return self._flat("source", tokens), self._flat("target", tokens)
+            finally:
+                self._captured.clear()
+
+    def _flat(self, role: str, tokens: Tensor) -> Tensor:
+        value = self._captured[role]
+        if value.dim() < 3 or value.shape[:2] != tokens.shape or not value.is_floating_point():
+            raise ModelError(
+                f"activations.{role}_hook: {self._hooks[role]!r} gives shape {tuple(value.shape)} for tokens "
+                f"{tuple(tokens.shape)}; expected [sequences, positions, width]"
+            )
+        return value.flatten(2)
+
+
+def _check_layers(source_hook: str, target_hook: str) -> None:
+    source, target = layer_of(source_hook), layer_of(target_hook)
+    if source is not None and target is not None and source > target:
+        raise ModelError(
+            f"activations.source_hook: {source_hook!r} lies in a later layer than target_hook {target_hook!r}; a transcoder "
+            "predicts a layer's output from what comes before it"
+        )

@@ -1,0 +1,133 @@
+"""The shuffle buffer: rows of many sequences on the device, drawn without replacement, refilled in part."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from transcoder.activations.batch import ActivationBatch
+
+_OPTIONAL = ("sequences", "weights", "contexts")
+_COLUMNS = ("source", "target", "tokens", "positions", *_OPTIONAL)
+
+
+def columns_of(batch: ActivationBatch) -> dict[str, Tensor]:
+    """The batch's tensors by field name, absent ones left out."""
+    found = {name: getattr(batch, name) for name in _COLUMNS}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def batch_of(columns: Mapping[str, Tensor], context_anchor: int) -> ActivationBatch:
+    """The batch of these columns; those not there are None."""
+    named = {name: columns.get(name) for name in _OPTIONAL}
+    required = {name: columns[name] for name in _COLUMNS if name not in _OPTIONAL}
+    return ActivationBatch(**required, **named, context_anchor=context_anchor)
+
+
+def take_rows(batch: ActivationBatch, rows: Tensor | slice) -> ActivationBatch:
+    """Rows of a batch: a copy for an index tensor, a view for a slice."""
+    return batch_of({name: value[rows] for name, value in columns_of(batch).items()}, batch.context_anchor)
+
+
+def concatenate(batches: Sequence[ActivationBatch]) -> ActivationBatch:
+    """Batches with the same columns, one after another."""
+    parts = [columns_of(b) for b in batches]
+    return batch_of(
+        {name: torch.cat([p[name] for p in parts]) for name in parts[0]}, batches[0].context_anchor
+    )
+
+
+def permutation(length: int, *key: int | str) -> Tensor:
+    """[length] int64 on the CPU: a random permutation that depends on the key alone, on every device and machine."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    return torch.randperm(length, generator=generator)
+
+
+class ShuffleBuffer:
+    """`capacity` rows in a fixed allocation; batches are drawn without replacement in a random order.
+
+    When `refill_fraction` of the rows have been drawn, new ones take their slots and all rows, old and new, are shuffled
+    again: each batch mixes sequences that entered at different times. Every row is delivered exactly once. The order
+    depends on (seed, number of the refill) and on the rows' history, not on where they lie: a buffer saved and loaded
+    goes on bitwise.
+    """
+
+    def __init__(self, capacity: int, batch_size: int, refill_fraction: float, seed: int) -> None:
+        self._capacity, self._batch_size, self._seed = capacity, batch_size, seed
+        self._refill_at = max(1, math.ceil(refill_fraction * capacity))
+        self._columns: dict[str, Tensor] = {}
+        self._anchor = 0
+        self._order = torch.empty(0, dtype=torch.int64)
+        self._drawn = capacity
+        self._refills = 0
+
+    @property
+    def room(self) -> int:
+        """Rows drawn so far, so free slots; all of them at the start."""
+        return self._drawn
+
+    @property
+    def needs_refill(self) -> bool:
+        return self._drawn >= self._refill_at or self._capacity - self._drawn < self._batch_size
+
+    def refill(self, pieces: Sequence[ActivationBatch]) -> None:
+        """Put `room` rows, given in pieces, into the free slots and shuffle everything."""
+        rows = sum(len(piece) for piece in pieces)
+        if rows != self._drawn:
+            raise ValueError(f"ShuffleBuffer.refill: expected {self._drawn} rows, got {rows}")
+        self._allocate(pieces[0])
+        free, kept = self._order[: self._drawn], self._order[self._drawn :]
+        begin = 0
+        for piece in pieces:
+            slots = free[begin : begin + len(piece)]
+            for name, value in columns_of(piece).items():
+                self._columns[name][slots] = value
+            begin += len(piece)
+        shuffle = permutation(self._capacity, "refill", self._seed, self._refills).to(free.device)
+        self._order = torch.cat([kept, free])[shuffle]
+        self._drawn = 0
+        self._refills += 1
+
+    def draw(self) -> ActivationBatch:
+        """The next batch: fresh tensors, in random order."""
+        rows = self._order[self._drawn : self._drawn + self._batch_size]
+        batch = batch_of({name: value[rows] for name, value in self._columns.items()}, self._anchor)
+        self._drawn += self._batch_size
+        return batch
+
+    def _allocate(self, like: ActivationBatch) -> None:
+        if self._columns:
+            return
+        for name, value in columns_of(like).items():
+            self._columns[name] = value.new_empty((self._capacity, *value.shape[1:]))
+        self._anchor = like.context_anchor
+        self._order = torch.arange(self._capacity, device=like.source.device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rows not drawn yet, in the order in which they are due, and the number of refills."""
+        due = self._order[self._drawn :]
+        rows = {name: value[due] for name, value in self._columns.items()}
+        return {"rows": rows, "refills": self._refills, "anchor": self._anchor}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        rows: dict[str, Tensor] = state["rows"]
+        self._columns, self._refills, self._drawn = {}, int(state["refills"]), self._capacity
+        if not rows:
+            return
+        held = rows["source"].shape[0]
+        if held > self._capacity:
+            raise ValueError(
+                f"activations.buffer_tokens: the saved buffer holds {held} tokens and this one has room for {self._capacity}; "
+                "resume with the setting that the run was started with"
+            )
+        moved = {name: value.to(device) for name, value in rows.items()}
+        self._allocate(batch_of(moved, int(state["anchor"])))
+        self._drawn = self._capacity - held
+        for name, value in moved.items():
+            self._columns[name][self._drawn :] = value

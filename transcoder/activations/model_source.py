@@ -1,0 +1,114 @@
+"""Activations made while training runs: documents -> sequences -> one forward pass -> rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from transcoder.activations.batch import ActivationBatch
+from transcoder.activations.bridge import HookedModel
+from transcoder.activations.masking import SinkMasker
+from transcoder.activations.packing import Packed, Packer
+from transcoder.activations.passes import Chunk, Pass, PositionChoice, RowMaker, counters_of, grid
+from transcoder.activations.text import DataError, Document, Source, build_sources, is_heldout
+from transcoder.config import RunConfig
+
+
+class ModelSource:
+    """Runs the language model over packed text; see `passes.ActivationSource`.
+
+    Training and evaluation read disjoint documents: the two splits of `stdlib`, or for other data a share of the documents
+    chosen by a hash of their place in the stream.
+    """
+
+    def __init__(
+        self, config: RunConfig, device: torch.device, sampler: PositionChoice | None, context_tokens: int
+    ) -> None:
+        self._section = section = config.activations
+        # Before the model is loaded: a wrong path should not cost minutes.
+        self._training_source, self._heldout_source, self._fraction = build_sources(section)
+        self._model = HookedModel(
+            config.model.name,
+            section.source_hook,
+            section.target_hook,
+            getattr(torch, config.model.dtype),
+            device,
+        )
+        self.d_in, self.d_out, self.vocabulary = self._model.d_in, self._model.d_out, self._model.vocabulary
+        self.sequence_length = section.sequence_length
+        longest = self._model.max_length
+        if longest is not None and section.sequence_length > longest:
+            raise DataError(
+                f"activations.sequence_length: the model reads at most {longest} tokens, got {section.sequence_length}"
+            )
+        self.identity: dict[str, Any] = {
+            "kind": "model", "source_hook": section.source_hook, "target_hook": section.target_hook, "d_in": self.d_in,
+            "d_out": self.d_out, "vocabulary": self.vocabulary.size, "sequence_length": section.sequence_length,
+            "sequences_per_forward": section.sequences_per_forward, "prepend_bos": section.prepend_bos,
+            "text": section.tokens_column is None,
+        }  # fmt: skip
+        self._device, self._sampler, self._context_tokens = device, sampler, context_tokens
+        self._masker = SinkMasker(
+            section, self.vocabulary.special_ids, self.vocabulary.size, self.vocabulary.pad_id, device
+        )
+        self._rows = RowMaker(self._masker, context_tokens, sampler)
+        self._packer = self._pack(self._training_source, self._trains)
+
+    def _pack(self, source: Source, keep: Any) -> Packer:
+        return Packer(source, self.vocabulary, self._section.sequence_length, self._section.prepend_bos, keep)
+
+    def _trains(self, document: Document) -> bool:
+        return not is_heldout(document.index, self._fraction)
+
+    def _evaluates(self, document: Document) -> bool:
+        return self._fraction == 0 or is_heldout(document.index, self._fraction)
+
+    def produce(self) -> Chunk:
+        """The next forward pass's rows."""
+        packed = self._packer.pack(self._section.sequences_per_forward)
+        assert packed is not None  # it repeats for ever
+        number = int(self._rows.totals["passes"])
+        rows, _ = self._rows.make(self._run(packed, f"forward pass {number}"), step=number)
+        return Chunk(rows, self.cursor())
+
+    def heldout_passes(self) -> Iterator[tuple[ActivationBatch, ActivationBatch]]:
+        """(rows, sinks) of each forward pass over the held-out documents, once through; no position sampling."""
+        if self._section.heldout_fraction == 0 and self._training_source is self._heldout_source:
+            return
+        packer = self._pack(self._heldout_source, self._evaluates)
+        maker = RowMaker(self._masker, self._context_tokens, None)
+        number = 0
+        while (packed := packer.pack(self._section.sequences_per_forward, repeat=False)) is not None:
+            yield maker.make(self._run(packed, f"held-out pass {number}"))
+            number += 1
+
+    def _run(self, packed: Packed, where: str) -> Pass:
+        tokens = torch.from_numpy(packed.tokens).to(self._device)
+        source, target = self._model.forward(tokens)
+        sequences, length = packed.tokens.shape
+        positions, numbers = grid(sequences, length, packed.first_sequence, self._device)
+        valid = torch.from_numpy(packed.valid).to(self._device).view(-1)
+        return Pass(
+            source.flatten(0, 1),
+            target.flatten(0, 1),
+            tokens.view(-1),
+            positions,
+            numbers,
+            valid,
+            (sequences, length),
+            where,
+        )
+
+    def cursor(self) -> dict[str, Any]:
+        return {"packer": self._packer.state_dict(), "totals": dict(self._rows.totals)}
+
+    def seek(self, cursor: dict[str, Any]) -> None:
+        self._packer = self._pack(self._training_source, self._trains)
+        self._packer.load_state_dict(cursor["packer"])
+        self._rows.totals = {name: float(value) for name, value in cursor["totals"].items()}
+
+    def counters(self, cursor: dict[str, Any]) -> dict[str, float]:
+        names = ("documents", "skipped_documents", "epochs", "sequences")
+        return counters_of(cursor["totals"], {name: int(cursor["packer"][name]) for name in names})
