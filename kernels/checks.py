@@ -44,7 +44,9 @@ def check_codes(op: str, codes: SparseCodes) -> None:
 def check_one_device(op: str, **tensors: Tensor) -> None:
     devices = {name: t.device for name, t in tensors.items()}
     if len(set(devices.values())) > 1:
-        raise ValueError(f"{op}: expected all tensors on one device, got {', '.join(f'{n} on {d}' for n, d in devices.items())}")
+        raise ValueError(
+            f"{op}: expected all tensors on one device, got {', '.join(f'{n} on {d}' for n, d in devices.items())}"
+        )
 
 
 def check_k(op: str, k: int, d_sae: int) -> None:

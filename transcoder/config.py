@@ -81,15 +81,30 @@ class ActivationsSection:
         n = "activations."
         _require(self.kind in ("model", "cached"), n + "kind", "'model' or 'cached'", self.kind)
         if self.kind == "cached":
-            _require(bool(self.cached_path), n + "cached_path", "a folder of shards when kind is 'cached'", self.cached_path)
+            _require(
+                bool(self.cached_path),
+                n + "cached_path",
+                "a folder of shards when kind is 'cached'",
+                self.cached_path,
+            )
         _require(self.sequence_length >= 2, n + "sequence_length", "at least 2", self.sequence_length)
-        _require(self.sequences_per_forward >= 1, n + "sequences_per_forward", "at least 1", self.sequences_per_forward)
+        _require(
+            self.sequences_per_forward >= 1,
+            n + "sequences_per_forward",
+            "at least 1",
+            self.sequences_per_forward,
+        )
         _require(self.buffer_tokens >= 1, n + "buffer_tokens", "at least 1", self.buffer_tokens)
         _require(0 < self.refill_fraction <= 1, n + "refill_fraction", "in (0, 1]", self.refill_fraction)
         _require(0 <= self.heldout_fraction < 1, n + "heldout_fraction", "in [0, 1)", self.heldout_fraction)
         _require(self.prefetch >= 0, n + "prefetch", "at least 0", self.prefetch)
         if self.mask_norm_multiple is not None:
-            _require(self.mask_norm_multiple > 1, n + "mask_norm_multiple", "above 1 or null", self.mask_norm_multiple)
+            _require(
+                self.mask_norm_multiple > 1,
+                n + "mask_norm_multiple",
+                "above 1 or null",
+                self.mask_norm_multiple,
+            )
 
 
 @dataclass(frozen=True)
@@ -121,7 +136,12 @@ class TranscoderSection:
         n = "transcoder."
         _require(self.d_sae >= 1, n + "d_sae", "at least 1", self.d_sae)
         _require(1 <= self.k <= self.d_sae, n + "k", f"between 1 and d_sae = {self.d_sae}", self.k)
-        _require(self.activation in ("topk", "batch_topk"), n + "activation", "'topk' or 'batch_topk'", self.activation)
+        _require(
+            self.activation in ("topk", "batch_topk"),
+            n + "activation",
+            "'topk' or 'batch_topk'",
+            self.activation,
+        )
         if self.widths is not None:
             w = self.widths
             increasing = len(w) > 0 and w[0] >= 1 and all(a < b for a, b in zip(w, w[1:], strict=False))
@@ -140,7 +160,12 @@ class TranscoderSection:
         _require(self.aux_coefficient >= 0, n + "aux_coefficient", "at least 0", self.aux_coefficient)
         _require(self.dead_after_tokens >= 1, n + "dead_after_tokens", "at least 1", self.dead_after_tokens)
         _require(0 < self.threshold_rate <= 1, n + "threshold_rate", "in (0, 1]", self.threshold_rate)
-        _require(self.normalization_tokens >= 2, n + "normalization_tokens", "at least 2", self.normalization_tokens)
+        _require(
+            self.normalization_tokens >= 2,
+            n + "normalization_tokens",
+            "at least 2",
+            self.normalization_tokens,
+        )
 
 
 @dataclass(frozen=True)
@@ -180,7 +205,10 @@ class TrainingSection:
         _require(ok, n + "betas", "two numbers in [0, 1)", self.betas)
         _require(self.eps > 0, n + "eps", "positive", self.eps)
         _require(
-            self.gradient_clip is None or self.gradient_clip > 0, n + "gradient_clip", "positive or null", self.gradient_clip
+            self.gradient_clip is None or self.gradient_clip > 0,
+            n + "gradient_clip",
+            "positive or null",
+            self.gradient_clip,
         )
         _require(self.evaluation_every >= 0, n + "evaluation_every", "at least 0", self.evaluation_every)
         _require(self.evaluation_tokens >= 1, n + "evaluation_tokens", "at least 1", self.evaluation_tokens)
@@ -217,7 +245,12 @@ class RegularizerSection:
 
     def __post_init__(self) -> None:
         n = "antidup.regularizer."
-        for name in ("correlation_weight", "orthogonality_weight", "all_pairs_weight", "position_entropy_weight"):
+        for name in (
+            "correlation_weight",
+            "orthogonality_weight",
+            "all_pairs_weight",
+            "position_entropy_weight",
+        ):
             value = getattr(self, name)
             _require(value >= 0 and math.isfinite(value), n + name, "finite, at least 0", value)
         for name in ("correlation_margin", "orthogonality_threshold", "position_entropy_floor"):
@@ -280,7 +313,12 @@ class MonitorSection:
 
     def __post_init__(self) -> None:
         n = "antidup.monitor."
-        _require(0 < self.correlation_threshold < 1, n + "correlation_threshold", "in (0, 1)", self.correlation_threshold)
+        _require(
+            0 < self.correlation_threshold < 1,
+            n + "correlation_threshold",
+            "in (0, 1)",
+            self.correlation_threshold,
+        )
         _require(
             0 < self.release_threshold <= self.correlation_threshold,
             n + "release_threshold",
@@ -297,12 +335,21 @@ class MonitorSection:
             self.blocks_remembered,
         )
         _require(
-            self.halflife_tokens is None or self.halflife_tokens >= 1, n + "halflife_tokens", "positive or null",
+            self.halflife_tokens is None or self.halflife_tokens >= 1,
+            n + "halflife_tokens",
+            "positive or null",
             self.halflife_tokens,
         )
-        _require(self.sketch_dim is None or self.sketch_dim >= 8, n + "sketch_dim", "at least 8 or null", self.sketch_dim)
         _require(
-            self.correlation_save_frequency >= 1, n + "correlation_save_frequency", "at least 1",
+            self.sketch_dim is None or self.sketch_dim >= 8,
+            n + "sketch_dim",
+            "at least 8 or null",
+            self.sketch_dim,
+        )
+        _require(
+            self.correlation_save_frequency >= 1,
+            n + "correlation_save_frequency",
+            "at least 1",
             self.correlation_save_frequency,
         )
 
@@ -325,9 +372,21 @@ class SamplesSection:
 
     def __post_init__(self) -> None:
         n = "antidup.samples."
-        for name in ("collect_every", "top_per_latent", "context_tokens", "position_bins", "max_latents", "save_frequency"):
+        for name in (
+            "collect_every",
+            "top_per_latent",
+            "context_tokens",
+            "position_bins",
+            "max_latents",
+            "save_frequency",
+        ):
             _require(getattr(self, name) >= 1, n + name, "at least 1", getattr(self, name))
-        _require(self.stratified_per_latent >= 0, n + "stratified_per_latent", "at least 0", self.stratified_per_latent)
+        _require(
+            self.stratified_per_latent >= 0,
+            n + "stratified_per_latent",
+            "at least 0",
+            self.stratified_per_latent,
+        )
         _require(self.min_activation >= 0, n + "min_activation", "at least 0", self.min_activation)
         _require(self.min_per_bin >= 0, n + "min_per_bin", "at least 0", self.min_per_bin)
         _require(0 <= self.max_sink_fraction <= 1, n + "max_sink_fraction", "in [0, 1]", self.max_sink_fraction)
@@ -361,7 +420,12 @@ class CheckpointSection:
         n = "checkpoint."
         _require(self.every >= 1, n + "every", "at least 1", self.every)
         _require(self.keep_last >= 1, n + "keep_last", "at least 1", self.keep_last)
-        _require(self.keep_every is None or self.keep_every >= 1, n + "keep_every", "positive or null", self.keep_every)
+        _require(
+            self.keep_every is None or self.keep_every >= 1,
+            n + "keep_every",
+            "positive or null",
+            self.keep_every,
+        )
 
 
 @dataclass(frozen=True)
@@ -378,7 +442,12 @@ class LoggingSection:
 
     def __post_init__(self) -> None:
         _require(self.every >= 1, "logging.every", "at least 1", self.every)
-        _require(self.wandb in ("off", "offline", "online"), "logging.wandb", "'off', 'offline' or 'online'", self.wandb)
+        _require(
+            self.wandb in ("off", "offline", "online"),
+            "logging.wandb",
+            "'off', 'offline' or 'online'",
+            self.wandb,
+        )
         _require(self.report_latents >= 0, "logging.report_latents", "at least 0", self.report_latents)
 
 
@@ -441,7 +510,9 @@ def load_yaml(source: str | Path) -> dict[str, Any]:
     if isinstance(source, str) and source in preset_names():
         path = preset
     elif not path.is_file():
-        raise ConfigError(f"config {str(source)!r}: no such file, and no preset of that name; presets: {preset_names()}")
+        raise ConfigError(
+            f"config {str(source)!r}: no such file, and no preset of that name; presets: {preset_names()}"
+        )
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

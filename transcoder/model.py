@@ -56,9 +56,13 @@ class TranscoderConfig:
             raise ValueError(f"TranscoderConfig.loss: expected one of {', '.join(CONVENTIONS)}, got {self.loss!r}")
         widths = (self.d_sae,) if self.widths is None else tuple(int(w) for w in self.widths)
         if not widths or widths[0] < 1 or any(a >= b for a, b in zip(widths, widths[1:], strict=False)):
-            raise ValueError(f"TranscoderConfig.widths: expected cumulative, strictly increasing widths, got {list(widths)}")
+            raise ValueError(
+                f"TranscoderConfig.widths: expected cumulative, strictly increasing widths, got {list(widths)}"
+            )
         if widths[-1] != self.d_sae:
-            raise ValueError(f"TranscoderConfig.widths: expected the last to be d_sae = {self.d_sae}, got {list(widths)}")
+            raise ValueError(
+                f"TranscoderConfig.widths: expected the last to be d_sae = {self.d_sae}, got {list(widths)}"
+            )
         weights = (1.0,) * len(widths) if self.prefix_weights is None else tuple(float(w) for w in self.prefix_weights)
         if len(weights) != len(widths) or any(not math.isfinite(w) or w < 0 for w in weights) or sum(weights) <= 0:
             raise ValueError(
@@ -180,15 +184,21 @@ class Transcoder(nn.Module):
         loss, aux = rec.loss, torch.zeros((), device=x.device)
         if self._dead_ids is not None and config.aux_latents > 0 and config.aux_coefficient > 0:
             aux = auxk_loss(
-                x, rec.residual, self.W_enc, self.b_enc, self.W_dec, self._dead_ids, config.aux_latents,
-                rec.target_variance, config.loss, token_weights,
+                x,
+                rec.residual,
+                self.W_enc,
+                self.b_enc,
+                self.W_dec,
+                self._dead_ids,
+                config.aux_latents,
+                rec.target_variance,
+                config.loss,
+                token_weights,
             )
             loss = loss + config.aux_coefficient * aux
         if self.training:
             self._track(codes.detach())
-        return StepOutput(
-            loss, codes, rec.loss.detach(), aux.detach(), rec.mse_per_prefix, rec.fvu_per_prefix
-        )
+        return StepOutput(loss, codes, rec.loss.detach(), aux.detach(), rec.mse_per_prefix, rec.fvu_per_prefix)
 
     @torch.no_grad()
     def refresh_dead(self) -> int:
@@ -219,7 +229,9 @@ class Transcoder(nn.Module):
             mean = sample.mean(0) if mode == "standardize" else torch.zeros_like(sample[0])
             rms = (sample - mean).square().mean().sqrt()
             if not bool(torch.isfinite(rms)) or float(rms) == 0:
-                raise ValueError(f"set_normalization: {name}: expected finite activations that vary, got rms {float(rms)}")
+                raise ValueError(
+                    f"set_normalization: {name}: expected finite activations that vary, got rms {float(rms)}"
+                )
             getattr(self, f"{name}_mean").copy_(mean)
             getattr(self, f"{name}_scale").copy_(1 / rms)
 
@@ -313,7 +325,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if (folder / CONFIG_FILE).is_file():
         values = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         if values.pop("format", None) != "transcoder" or values.pop("version", None) != 1:
-            raise ValueError(f"Transcoder.from_pretrained: {folder / CONFIG_FILE}: not a transcoder config of version 1")
+            raise ValueError(
+                f"Transcoder.from_pretrained: {folder / CONFIG_FILE}: not a transcoder config of version 1"
+            )
         return dict(values)
     if (folder / CHECKPOINT_STATE_FILE).is_file():
         state = json.loads((folder / CHECKPOINT_STATE_FILE).read_text(encoding="utf-8"))

@@ -154,7 +154,9 @@ def nested_loss(
         )
         per_prefix = errors / max(1, y.numel())
         # Numbers multiply as numbers: a tensor of them would cost a transfer each step.
-        terms = per_prefix if weights is None else torch.stack([w * e for w, e in zip(weights, per_prefix, strict=True)])
+        terms = (
+            per_prefix if weights is None else torch.stack([w * e for w, e in zip(weights, per_prefix, strict=True)])
+        )
         return NestedLoss(terms.sum(), per_prefix, residual)
 
 

@@ -14,7 +14,12 @@ def sparse_decode_reference(z: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
 
 
 def nested_loss_reference(
-    z: Tensor, W_dec: Tensor, b_dec: Tensor, y: Tensor, widths: Sequence[int], token_weights: Tensor | None = None
+    z: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor,
+    y: Tensor,
+    widths: Sequence[int],
+    token_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(per-prefix mean squared errors [P], final residual [B, d_out]) from dense codes z [B, d_sae]."""
     weights = torch.ones(z.shape[0], 1).to(z) if token_weights is None else token_weights[:, None].to(z)

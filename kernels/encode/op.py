@@ -25,7 +25,13 @@ class _Encode(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, select: Select, dtype: torch.dtype, derived: dict[str, object]
+        ctx: Any,
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        select: Select,
+        dtype: torch.dtype,
+        derived: dict[str, object],
     ) -> tuple[Tensor, Tensor, Tensor]:
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         x_rounded, W_rounded = x.to(dtype), W_enc.to(dtype)
@@ -141,6 +147,7 @@ def _compute_dtype(x: Tensor, W_enc: Tensor) -> torch.dtype:
 def _encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, select: Select) -> SparseCodes:
     active_backend(x.device)  # refuses a backend that was asked for by name and is not here
     derived: dict[str, object] = {}
+    dtype = _compute_dtype(x, W_enc)
     with torch.autocast(x.device.type, enabled=False):
-        values, indices, row_ptr = _Encode.apply(x, W_enc, b_enc, select, _compute_dtype(x, W_enc), derived)
+        values, indices, row_ptr = _Encode.apply(x, W_enc, b_enc, select, dtype, derived)
     return SparseCodes(values, indices, row_ptr, (x.shape[0], W_enc.shape[0]), derived)

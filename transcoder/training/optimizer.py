@@ -11,9 +11,7 @@ from transcoder.model import Transcoder
 
 def make_optimizer(transcoder: Transcoder, section: TrainingSection, lr: float) -> torch.optim.Adam:
     """PyTorch's fused Adam (one pass over parameters, gradients and moments)."""
-    return torch.optim.Adam(
-        transcoder.parameters(), lr=lr, betas=section.betas, eps=section.eps, fused=True
-    )
+    return torch.optim.Adam(transcoder.parameters(), lr=lr, betas=section.betas, eps=section.eps, fused=True)
 
 
 def optimizer_step(

@@ -266,7 +266,13 @@ class _Run:
             self._save()
         summary = self._finish(finished, stop.signal)
         return RunResult(
-            self.run_dir, self.step, finished, None if finished else stop.signal, summary, self._report(), self.transcoder
+            self.run_dir,
+            self.step,
+            finished,
+            None if finished else stop.signal,
+            summary,
+            self._report(),
+            self.transcoder,
         )
 
     def _train_step(self) -> None:
@@ -276,9 +282,7 @@ class _Run:
         for _ in range(section.accumulation):
             batch = next(self.source)
             self.baseline.update(batch.source, batch.target)
-            with torch.autocast(
-                self.device.type, dtype=torch.bfloat16, enabled=section.compute_dtype == "bfloat16"
-            ):
+            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=section.compute_dtype == "bfloat16"):
                 out = self.transcoder.training_step(batch.source, batch.target, token_weights=batch.weights)
             loss = self._penalized(out, batch)
             (loss / section.accumulation).backward()
@@ -418,7 +422,11 @@ class _Run:
     def _save(self, metric: float | None = None) -> None:
         # The lines up to here must be on disk first: a resumed run drops those after its step and writes them again.
         self.writer.flush()
-        summary = {"transcoder": self.transcoder.config.to_dict(), "config": self.config.to_dict(), **self.evaluation}
+        summary = {
+            "transcoder": self.transcoder.config.to_dict(),
+            "config": self.config.to_dict(),
+            **self.evaluation,
+        }
         try:
             path = self.store.save(self.step, dict(self.transcoder.state_dict()), self._trainer_tree(), summary, metric)
         except CheckpointError as error:
@@ -465,7 +473,9 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"model.device: expected 'auto' or a device of this machine, got {name!r}: {error}") from error
+        raise ConfigError(
+            f"model.device: expected 'auto' or a device of this machine, got {name!r}: {error}"
+        ) from error
     return device
 
 
@@ -495,7 +505,9 @@ def _check_folder(run_dir: Path, config: RunConfig, resume: bool) -> None:
     if resume and (run_dir / "config.yaml").exists():
         before = RunConfig.load(run_dir / "config.yaml").to_dict()
         now = config.to_dict()
-        changed = [f"{s}.{k}" for s in ("activations", "transcoder", "antidup") for k in now[s] if now[s][k] != before[s][k]]
+        changed = [
+            f"{s}.{k}" for s in ("activations", "transcoder", "antidup") for k in now[s] if now[s][k] != before[s][k]
+        ]
         changed += [f"training.{k}" for k in now["training"] if now["training"][k] != before["training"][k]]
         if changed:
             raise ConfigError(
