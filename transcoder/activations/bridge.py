@@ -21,10 +21,11 @@ class ModelError(ValueError):
 
 
 def resolve_model_name(name: str) -> str:
-    """What to load for `model.name`: `demo` is the packaged folder, an existing folder is itself, else a hub name.
+    """What to load for `model.name`: `demo` is the packaged folder, an existing folder is itself, else a hub
+    name.
 
-    Asks the hub one quick question unless the model is in its local cache, so that a wrong name or a missing network is
-    an error at once and not after half a minute of retries.
+    Asks the hub one quick question unless the model is in its local cache, so that a wrong name or a missing
+    network is an error at once and not after half a minute of retries.
 
     Raises:
         ModelError: no such folder, a folder without config.json, or nothing of that name on the hub.
@@ -42,9 +43,7 @@ def resolve_model_name(name: str) -> str:
             )
         return str(path)
     if path.exists() or name.startswith((".", "~", os.sep)) or name.count("/") > 1:
-        raise ModelError(
-            f"model.name: no model folder at {name!r}; give 'demo', a Hugging Face folder or a hub name"
-        )
+        raise ModelError(f"model.name: no model folder at {name!r}; give 'demo', a Hugging Face folder or a hub name")
     _check_hub_model(name)
     return name
 
@@ -67,7 +66,8 @@ def _check_hub_model(name: str) -> None:
         # The hub's client raises its own types and those of two HTTP libraries.
         raise ModelError(
             f"model.name: there is no folder {name!r}, and the Hugging Face hub gives no model of that name: "
-            f"{type(error).__name__}: {error}. Check the name and the network (a gated model needs `hf auth login`); "
+            f"{type(error).__name__}: {error}. Check the name and the network (a gated model needs `hf auth "
+            "login`); "
             "without a network use 'demo' or a local folder."
         ) from error
 
@@ -83,8 +83,9 @@ class HookedModel:
 
     Args:
         name: as `resolve_model_name` takes it.
-        source_hook, target_hook: TransformerLens names, canonical or alias, such as `blocks.8.hook_resid_mid` and
-            `blocks.8.hook_mlp_out`, or `blocks.8.mlp.hook_in` and `blocks.8.mlp.hook_out`.
+        source_hook, target_hook: TransformerLens names, canonical or alias, such as
+            `blocks.8.hook_resid_mid` and `blocks.8.hook_mlp_out`, or `blocks.8.mlp.hook_in` and
+            `blocks.8.mlp.hook_out`.
         dtype: type of weights and activations.
         device: where it runs.
 
@@ -93,12 +94,11 @@ class HookedModel:
         vocabulary: the tokenizer beside the model's vocabulary size.
 
     Raises:
-        ModelError: an unknown hook (with the nearest names), one that never fires, or a source after its target's layer.
+        ModelError: an unknown hook (with the nearest names), one that never fires, or a source after its
+            target's layer.
     """
 
-    def __init__(
-        self, name: str, source_hook: str, target_hook: str, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, name: str, source_hook: str, target_hook: str, dtype: torch.dtype, device: torch.device) -> None:
         _check_layers(source_hook, target_hook)
         folder = resolve_model_name(name)
         from transformer_lens.model_bridge import TransformerBridge
@@ -106,7 +106,8 @@ class HookedModel:
         try:
             bridge = TransformerBridge.boot_transformers(folder, device=str(device), dtype=dtype)
         except Exception as error:
-            # Loading raises many types: a torn weight file, an architecture without an adapter, no network half-way.
+            # Loading raises many types: a torn weight file, an architecture without an adapter, no network
+            # half-way.
             raise ModelError(f"model.name: cannot load {name!r}: {type(error).__name__}: {error}") from error
         bridge.eval()
         bridge.requires_grad_(False)
@@ -136,9 +137,7 @@ class HookedModel:
             try:
                 self._bridge.add_hook(hook, self._capture(role), is_permanent=True)
             except (ValueError, NotImplementedError) as error:
-                raise ModelError(
-                    f"activations.{role}_hook: {hook!r} cannot be read on this model: {error}"
-                ) from error
+                raise ModelError(f"activations.{role}_hook: {hook!r} cannot be read on this model: {error}") from error
 
     def _capture(self, role: str) -> Any:
         from transformer_lens.model_bridge.exceptions import StopAtLayerException
@@ -146,8 +145,8 @@ class HookedModel:
         def capture(activation: Tensor, hook: object) -> None:
             self._captured[role] = activation.detach()
             if len(self._captured) == 2:
-                # The bridge's own signal for stop_at_layer, sent from inside the layer: nothing after the later hook
-                # runs, neither the rest of its block nor, for the last block, the unembedding.
+                # The bridge's own signal for stop_at_layer, sent from inside the layer: nothing after the
+                # later hook runs, neither the rest of its block nor, for the last block, the unembedding.
                 raise StopAtLayerException(activation)
 
         return capture
@@ -164,9 +163,7 @@ class HookedModel:
                 self._bridge.forward(tokens, return_type=None, use_cache=False)
                 for role, hook in self._hooks.items():
                     if role not in self._captured:
-                        raise ModelError(
-                            f"activations.{role}_hook: {hook!r} exists on this model but never fires"
-                        )
+                        raise ModelError(f"activations.{role}_hook: {hook!r} exists on this model but never fires")
                 return self._flat("source", tokens), self._flat("target", tokens)
             finally:
                 self._captured.clear()
@@ -185,6 +182,7 @@ def _check_layers(source_hook: str, target_hook: str) -> None:
     source, target = layer_of(source_hook), layer_of(target_hook)
     if source is not None and target is not None and source > target:
         raise ModelError(
-            f"activations.source_hook: {source_hook!r} lies in a later layer than target_hook {target_hook!r}; a transcoder "
+            f"activations.source_hook: {source_hook!r} lies in a later layer than target_hook "
+            f"{target_hook!r}; a transcoder "
             "predicts a layer's output from what comes before it"
         )

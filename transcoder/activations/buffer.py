@@ -12,8 +12,7 @@ from torch import Tensor
 
 from transcoder.activations.batch import ActivationBatch
 
-_OPTIONAL = ("sequences", "weights", "contexts")
-_COLUMNS = ("source", "target", "tokens", "positions", *_OPTIONAL)
+_COLUMNS = ("source", "target", "tokens", "positions", "sequences", "weights", "contexts")
 
 
 def columns_of(batch: ActivationBatch) -> dict[str, Tensor]:
@@ -24,9 +23,16 @@ def columns_of(batch: ActivationBatch) -> dict[str, Tensor]:
 
 def batch_of(columns: Mapping[str, Tensor], context_anchor: int) -> ActivationBatch:
     """The batch of these columns; those not there are None."""
-    named = {name: columns.get(name) for name in _OPTIONAL}
-    required = {name: columns[name] for name in _COLUMNS if name not in _OPTIONAL}
-    return ActivationBatch(**required, **named, context_anchor=context_anchor)
+    return ActivationBatch(
+        source=columns["source"],
+        target=columns["target"],
+        tokens=columns["tokens"],
+        positions=columns["positions"],
+        sequences=columns.get("sequences"),
+        weights=columns.get("weights"),
+        contexts=columns.get("contexts"),
+        context_anchor=context_anchor,
+    )
 
 
 def take_rows(batch: ActivationBatch, rows: Tensor | slice) -> ActivationBatch:
@@ -37,13 +43,11 @@ def take_rows(batch: ActivationBatch, rows: Tensor | slice) -> ActivationBatch:
 def concatenate(batches: Sequence[ActivationBatch]) -> ActivationBatch:
     """Batches with the same columns, one after another."""
     parts = [columns_of(b) for b in batches]
-    return batch_of(
-        {name: torch.cat([p[name] for p in parts]) for name in parts[0]}, batches[0].context_anchor
-    )
+    return batch_of({name: torch.cat([p[name] for p in parts]) for name in parts[0]}, batches[0].context_anchor)
 
 
 def permutation(length: int, *key: int | str) -> Tensor:
-    """[length] int64 on the CPU: a random permutation that depends on the key alone, on every device and machine."""
+    """[length] int64 on the CPU: a random permutation that depends on the key alone, on any machine."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
     return torch.randperm(length, generator=generator)
@@ -52,10 +56,10 @@ def permutation(length: int, *key: int | str) -> Tensor:
 class ShuffleBuffer:
     """`capacity` rows in a fixed allocation; batches are drawn without replacement in a random order.
 
-    When `refill_fraction` of the rows have been drawn, new ones take their slots and all rows, old and new, are shuffled
-    again: each batch mixes sequences that entered at different times. Every row is delivered exactly once. The order
-    depends on (seed, number of the refill) and on the rows' history, not on where they lie: a buffer saved and loaded
-    goes on bitwise.
+    When `refill_fraction` of the rows have been drawn, new ones take their slots and all rows, old and new,
+    are shuffled again: each batch mixes sequences that entered at different times. Every row is delivered
+    exactly once. The order depends on (seed, number of the refill) and on the rows' history, not on where
+    they lie: a buffer saved and loaded goes on bitwise.
     """
 
     def __init__(self, capacity: int, batch_size: int, refill_fraction: float, seed: int) -> None:
@@ -123,7 +127,8 @@ class ShuffleBuffer:
         held = rows["source"].shape[0]
         if held > self._capacity:
             raise ValueError(
-                f"activations.buffer_tokens: the saved buffer holds {held} tokens and this one has room for {self._capacity}; "
+                f"activations.buffer_tokens: the saved buffer holds {held} tokens and this one has room for "
+                f"{self._capacity}; "
                 "resume with the setting that the run was started with"
             )
         moved = {name: value.to(device) for name, value in rows.items()}

@@ -39,24 +39,22 @@ def write_shard(
         path: `<folder>/<name>.safetensors`; shards are read in the order of their names.
         source: [T, d_in]; target: [T, d_out]; float32, bfloat16 or float16, both alike.
         tokens, positions: [T] whole numbers, in the order of the text. Keep sinks: the reader masks them.
-        sequences: [T] ids of the packed sequences, unique over all shards; None: a sequence begins where positions do not go up.
+        sequences: [T] ids of the packed sequences, unique over all shards; None: a sequence begins where
+            positions do not go up.
 
     Raises:
-        ValueError, TypeError: shapes, types or lengths that do not agree, or a name that does not end in .safetensors.
+        ValueError, TypeError: shapes, types or lengths that do not agree, or a name that does not end in
+            .safetensors.
     """
     from safetensors.torch import save_file
 
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"write_shard: path: expected a name ending in .safetensors, got {path.name!r}")
-    if (
-        source.dim() != 2
-        or target.dim() != 2
-        or source.dtype != target.dtype
-        or source.dtype not in _DTYPE_NAMES
-    ):
+    if source.dim() != 2 or target.dim() != 2 or source.dtype != target.dtype or source.dtype not in _DTYPE_NAMES:
         raise TypeError(
-            "write_shard: expected source [T, d_in] and target [T, d_out], both float32, bfloat16 or float16, got "
+            "write_shard: expected source [T, d_in] and target [T, d_out], both float32, bfloat16 or "
+            "float16, got "
             f"{list(source.shape)} {source.dtype} and {list(target.shape)} {target.dtype}"
         )
     columns = {
@@ -88,10 +86,12 @@ def write_index(
     extra: Mapping[str, Any] | None = None,
     checksums: bool = True,
 ) -> Path:
-    """Describe the shards of a folder in its index.json: widths, type, tokens and bytes of each, sha256 if asked.
+    """Describe the shards of a folder in its index.json: widths, type, tokens and bytes of each, sha256 if
+    asked.
 
     Args:
-        sequence_length: set it where shards hold whole sequences of this length in order (needed to sample positions).
+        sequence_length: set it where shards hold whole sequences of this length in order (needed to sample
+            positions).
         vocab_size: number of token ids; None takes the largest id found plus 1.
         special_ids: ids that the reader masks as sinks; pad_id: left out of the median norm.
         model: `demo` or a folder or hub name in the local cache whose tokenizer shows the tokens.
@@ -157,9 +157,9 @@ class _Shard:
 class CachedSource:
     """Reads shards in order, a pass at a time; see `passes.ActivationSource`.
 
-    A pass is `sequences_per_forward * sequence_length` tokens (the index's sequence length where it gives one). Sinks are
-    masked as they are for a model: by the index's special ids, by norm and by position. What is held out is chosen by a
-    hash of the sequence's id, so that training and evaluation share no sequence.
+    A pass is `sequences_per_forward * sequence_length` tokens (the index's sequence length where it gives
+    one). Sinks are masked as they are for a model: by the index's special ids, by norm and by position. What
+    is held out is chosen by a hash of the sequence's id, so that training and evaluation share no sequence.
     """
 
     def __init__(
@@ -174,16 +174,15 @@ class CachedSource:
         whole = index.get("sequence_length")
         if sampler is not None and whole is None:
             raise DataError(
-                f"{self._folder / INDEX_NAME}: positions can only be sampled from whole sequences and this cache has no "
+                f"{self._folder / INDEX_NAME}: positions can only be sampled from whole sequences and this "
+                "cache has no "
                 "sequence_length; set antidup.positions.enabled to false, or cache whole sequences"
             )
         self.sequence_length = int(whole or section.sequence_length)
         self._whole = whole is not None
         self.vocabulary = Vocabulary(_tokenizer(index), int(index["vocab_size"]), index["special_ids"])
         if self.vocabulary.special_ids == [] and index["special_ids"]:
-            raise DataError(
-                f"{self._folder / INDEX_NAME}: special_ids lie outside vocab_size = {index['vocab_size']}"
-            )
+            raise DataError(f"{self._folder / INDEX_NAME}: special_ids lie outside vocab_size = {index['vocab_size']}")
         pad = index.get("pad_id")
         self._masker = SinkMasker(section, self.vocabulary.special_ids, self.vocabulary.size, pad, device)
         self._device, self._fraction = device, section.heldout_fraction
@@ -191,10 +190,15 @@ class CachedSource:
         self._context_tokens = context_tokens
         self._rows = RowMaker(self._masker, context_tokens, sampler)
         self.identity: dict[str, Any] = {
-            "kind": "cached", "d_in": self.d_in, "d_out": self.d_out, "vocabulary": self.vocabulary.size,
-            "tokens": int(index["tokens"]), "sequence_length": self.sequence_length,
+            "kind": "cached",
+            "d_in": self.d_in,
+            "d_out": self.d_out,
+            "vocabulary": self.vocabulary.size,
+            "tokens": int(index["tokens"]),
+            "sequence_length": self.sequence_length,
             "sequences_per_forward": section.sequences_per_forward,
-        }  # fmt: skip
+        }
+        self.holds_out = self._fraction > 0
         self._verified: set[str] = set()
         self._shard_number = self._row = self._epoch = 0
         self._shard: tuple[int, _Shard] | None = None
@@ -216,8 +220,6 @@ class CachedSource:
 
     def heldout_passes(self) -> Iterator[tuple[ActivationBatch, ActivationBatch]]:
         """(rows, sinks) of the held-out sequences, pass by pass."""
-        if self._fraction == 0:
-            return
         maker = RowMaker(self._masker, self._context_tokens, None)
         for number in range(len(self._index["shards"])):
             shard = self._load(number)
@@ -228,9 +230,7 @@ class CachedSource:
     def _training(self, found: Pass) -> Tensor:
         """[T] bool: the tokens of sequences that are not held out."""
         ids, place = found.sequences.unique(return_inverse=True)
-        trains = torch.tensor(
-            [not is_heldout(int(i), self._fraction) for i in ids.tolist()], device=ids.device
-        )
+        trains = torch.tensor([not is_heldout(int(i), self._fraction) for i in ids.tolist()], device=ids.device)
         return trains[place]
 
     def _read(self, shard: _Shard, begin: int, end: int) -> Pass:
@@ -246,11 +246,11 @@ class CachedSource:
         where = f"{shard.path} rows {begin} to {end}"
         shape = (len(tokens) // length, length) if self._whole else None
         if self._whole and (
-            len(tokens) % length
-            or bool((positions != torch.arange(len(tokens), device=self._device) % length).any())
+            len(tokens) % length or bool((positions != torch.arange(len(tokens), device=self._device) % length).any())
         ):
             raise DataError(
-                f"{where}: the index says whole sequences of {length} tokens, and positions do not run 0 to {length - 1} here"
+                f"{where}: the index says whole sequences of {length} tokens, and positions do not run 0 to "
+                f"{length - 1} here"
             )
         return Pass(
             source,
@@ -279,14 +279,8 @@ class CachedSource:
             self._verified.add(path.name)
         tokens, positions = _column(path, "tokens"), _column(path, "positions")
         if len(tokens) and (int(tokens.min()) < 0 or int(tokens.max()) >= self.vocabulary.size):
-            raise DataError(
-                f"{path}: token ids must lie in [0, {self.vocabulary.size}), the index's vocab_size"
-            )
-        sequences = (
-            _column(path, "sequences")
-            if _read_header(path).sequences
-            else _number_sequences(positions, number)
-        )
+            raise DataError(f"{path}: token ids must lie in [0, {self.vocabulary.size}), the index's vocab_size")
+        sequences = _column(path, "sequences") if _read_header(path).sequences else _number_sequences(positions, number)
         return _Shard(path, tokens, positions, sequences)
 
     def cursor(self) -> dict[str, Any]:
@@ -327,22 +321,19 @@ def read_index(folder: Path) -> dict[str, Any]:
         expected = (int(index["d_in"]), int(index["d_out"]), str(index["dtype"]))
         needed = {name: index[name] for name in ("tokens", "vocab_size", "special_ids")}
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{path}: not an index of activation shards: {type(error).__name__}: {error}"
-        ) from error
+        raise DataError(f"{path}: not an index of activation shards: {type(error).__name__}: {error}") from error
     if not shards or needed["tokens"] < 1:
         raise DataError(f"{path}: names no shard with tokens")
     for shard, tokens in shards:
         header = _read_header(shard)
         if (header.d_in, header.d_out, header.dtype) != expected:
             raise DataError(
-                f"{shard}: holds d_in {header.d_in}, d_out {header.d_out}, {header.dtype}; the index says d_in {expected[0]}, "
+                f"{shard}: holds d_in {header.d_in}, d_out {header.d_out}, {header.dtype}; the index says "
+                f"d_in {expected[0]}, "
                 f"d_out {expected[1]}, {expected[2]}: it belongs to another cache"
             )
         if header.tokens != tokens:
-            raise DataError(
-                f"{shard}: holds {header.tokens} tokens and the index says {tokens}; write the index again"
-            )
+            raise DataError(f"{shard}: holds {header.tokens} tokens and the index says {tokens}; write the index again")
     return dict(index)
 
 
@@ -358,9 +349,7 @@ def _read_header(path: Path) -> _Header:
             shapes = {name: list(value.get_shape()) for name, value in slices.items()}
             dtypes = {name: value.get_dtype() for name, value in slices.items()}
     except (SafetensorError, OSError) as error:
-        raise DataError(
-            f"{path}: not a whole safetensors file (truncated?): {error}; write the shard again"
-        ) from error
+        raise DataError(f"{path}: not a whole safetensors file (truncated?): {error}; write the shard again") from error
     missing = [name for name in ("source", "target", "tokens", "positions") if name not in shapes]
     if missing:
         raise DataError(f"{path}: lacks the tensor(s) {', '.join(missing)}; it has {sorted(shapes)}")
@@ -368,12 +357,8 @@ def _read_header(path: Path) -> _Header:
     vectors = [n for n in ("tokens", "positions", "sequences") if n in shapes and shapes[n] != [tokens]]
     matrices = [n for n in ("source", "target") if len(shapes[n]) != 2 or shapes[n][0] != tokens]
     if vectors or matrices:
-        raise DataError(
-            f"{path}: expected source [T, d_in], target [T, d_out] and [T] for the rest, got {shapes}"
-        )
-    whole = [
-        n for n in ("tokens", "positions", "sequences") if n in dtypes and dtypes[n] not in ("I64", "I32")
-    ]
+        raise DataError(f"{path}: expected source [T, d_in], target [T, d_out] and [T] for the rest, got {shapes}")
+    whole = [n for n in ("tokens", "positions", "sequences") if n in dtypes and dtypes[n] not in ("I64", "I32")]
     if whole or dtypes["source"] != dtypes["target"] or dtypes["source"] not in _DTYPES:
         raise DataError(
             f"{path}: expected source and target of one type (F32, BF16 or F16) and I64 for the rest, got {dtypes}"
@@ -386,7 +371,8 @@ def _check_alike(paths: Sequence[Path], headers: Sequence[_Header]) -> None:
     for path, header in zip(paths, headers, strict=True):
         if (header.d_in, header.d_out, header.dtype) != (first.d_in, first.d_out, first.dtype):
             raise DataError(
-                f"{path}: holds d_in {header.d_in}, d_out {header.d_out}, {header.dtype}, and {paths[0].name} holds "
+                f"{path}: holds d_in {header.d_in}, d_out {header.d_out}, {header.dtype}, and "
+                f"{paths[0].name} holds "
                 f"d_in {first.d_in}, d_out {first.d_out}, {first.dtype}; one cache has one width and type"
             )
 

@@ -35,15 +35,19 @@ class SinkMask:
 class SinkMasker:
     """Finds sinks by token id, by norm and, if asked, by position.
 
-    Sink tokens carry a nearly constant input of large norm, so every latent that fires on them is collinear with every
-    other: they make duplicates and spend the dictionary on one vector. They are dropped from the data, and so from every
-    loss and statistic behind it.
+    Sink tokens carry a nearly constant input of large norm, so every latent that fires on them is collinear
+    with every other: they make duplicates and spend the dictionary on one vector. They are dropped from the
+    data, and so from every loss and statistic behind it.
     """
 
     def __init__(
-        self, section: ActivationsSection, special_ids: Sequence[int], vocabulary_size: int, pad_id: int | None,
+        self,
+        section: ActivationsSection,
+        special_ids: Sequence[int],
+        vocabulary_size: int,
+        pad_id: int | None,
         device: torch.device,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._section = section
         self._pad_id = pad_id
         special = torch.zeros(vocabulary_size, dtype=torch.bool)
@@ -72,13 +76,11 @@ class SinkMasker:
 
 
 def context_anchor(width: int) -> int:
-    """The column of a context window that holds the token itself: three quarters of the rest stand before it."""
+    """The column of a context window that holds the token itself: three quarters of the rest go before."""
     return 3 * (width - 1) // 4
 
 
-def context_windows(
-    tokens: Tensor, positions: Tensor, sequences: Tensor, index: Tensor, width: int
-) -> Tensor:
+def context_windows(tokens: Tensor, positions: Tensor, sequences: Tensor, index: Tensor, width: int) -> Tensor:
     """[n, width] int32: the token ids around each of `index` in its own sequence, -1 where there is none.
 
     Args:
@@ -91,7 +93,5 @@ def context_windows(
     offsets = torch.arange(width, device=tokens.device) - context_anchor(width)
     at = index[:, None] + offsets
     inside = at.clamp(0, tokens.numel() - 1)
-    same = (sequences[inside] == sequences[index][:, None]) & (
-        positions[inside] - positions[index][:, None] == offsets
-    )
+    same = (sequences[inside] == sequences[index][:, None]) & (positions[inside] - positions[index][:, None] == offsets)
     return torch.where(same & (at == inside), tokens[inside], -1).to(torch.int32)

@@ -19,8 +19,8 @@ from transcoder.config import RunConfig
 class ModelSource:
     """Runs the language model over packed text; see `passes.ActivationSource`.
 
-    Training and evaluation read disjoint documents: the two splits of `stdlib`, or for other data a share of the documents
-    chosen by a hash of their place in the stream.
+    Training and evaluation read disjoint documents: the two splits of `stdlib`, or for other data a share of
+    the documents chosen by a hash of their place in the stream.
     """
 
     def __init__(
@@ -44,12 +44,19 @@ class ModelSource:
                 f"activations.sequence_length: the model reads at most {longest} tokens, got {section.sequence_length}"
             )
         self.identity: dict[str, Any] = {
-            "kind": "model", "source_hook": section.source_hook, "target_hook": section.target_hook, "d_in": self.d_in,
-            "d_out": self.d_out, "vocabulary": self.vocabulary.size, "sequence_length": section.sequence_length,
-            "sequences_per_forward": section.sequences_per_forward, "prepend_bos": section.prepend_bos,
+            "kind": "model",
+            "source_hook": section.source_hook,
+            "target_hook": section.target_hook,
+            "d_in": self.d_in,
+            "d_out": self.d_out,
+            "vocabulary": self.vocabulary.size,
+            "sequence_length": section.sequence_length,
+            "sequences_per_forward": section.sequences_per_forward,
+            "prepend_bos": section.prepend_bos,
             "text": section.tokens_column is None,
-        }  # fmt: skip
-        self._device, self._sampler, self._context_tokens = device, sampler, context_tokens
+        }
+        self.holds_out = self._fraction > 0 or self._heldout_source is not self._training_source
+        self._device, self._context_tokens = device, context_tokens
         self._masker = SinkMasker(
             section, self.vocabulary.special_ids, self.vocabulary.size, self.vocabulary.pad_id, device
         )
@@ -74,9 +81,7 @@ class ModelSource:
         return Chunk(rows, self.cursor())
 
     def heldout_passes(self) -> Iterator[tuple[ActivationBatch, ActivationBatch]]:
-        """(rows, sinks) of each forward pass over the held-out documents, once through; no position sampling."""
-        if self._section.heldout_fraction == 0 and self._training_source is self._heldout_source:
-            return
+        """(rows, sinks) of each forward pass over the held-out documents, once; no position sampling."""
         packer = self._pack(self._heldout_source, self._evaluates)
         maker = RowMaker(self._masker, self._context_tokens, None)
         number = 0

@@ -32,10 +32,10 @@ class Packed:
 class Packer:
     """Concatenates documents and cuts them into sequences of BOS + (length - 1) tokens.
 
-    A document ends in the tokenizer's EOS (its BOS where it has no EOS), so that neighbours in one sequence are told apart;
-    a sequence that goes on in the middle of a document begins with BOS as well. Attention crosses document borders inside
-    a sequence and positions count from the sequence's start: what language models are pre-trained on. Nothing is dropped:
-    what an epoch's end leaves over goes in front of the next epoch.
+    A document ends in the tokenizer's EOS (its BOS where it has no EOS), so that neighbours in one sequence
+    are told apart; a sequence that goes on in the middle of a document begins with BOS as well. Attention
+    crosses document borders inside a sequence and positions count from the sequence's start: what language
+    models are pre-trained on. Nothing is dropped: what an epoch's end leaves over goes in front of the next.
 
     Args:
         source: the documents.
@@ -54,9 +54,7 @@ class Packer:
         keep: Callable[[Document], bool],
     ) -> None:
         if prepend_bos and vocabulary.bos_id is None:
-            raise DataError(
-                "activations.prepend_bos: the tokenizer has no BOS token; set prepend_bos to false"
-            )
+            raise DataError("activations.prepend_bos: the tokenizer has no BOS token; set prepend_bos to false")
         self._source, self._vocabulary, self._length, self._keep = source, vocabulary, length, keep
         self._bos = vocabulary.bos_id if prepend_bos else None
         self._separator = vocabulary.eos_id if vocabulary.eos_id is not None else vocabulary.bos_id
@@ -68,8 +66,8 @@ class Packer:
     def pack(self, sequences: int, repeat: bool = True) -> Packed | None:
         """The next `sequences` sequences.
 
-        With `repeat` the documents begin again when they end; without it the last sequences are padded (with the pad id,
-        else 0) and, once nothing is left, the answer is None.
+        With `repeat` the documents begin again when they end; without it the last sequences are padded (with
+        the pad id, else 0) and, once nothing is left, the answer is None.
 
         Raises:
             DataError: a whole epoch without a usable document.
@@ -123,7 +121,8 @@ class Packer:
             if self._epoch_tokens == 0:
                 raise DataError(
                     "activations.dataset: a whole pass over the data gave no usable document "
-                    f"({self._reader.skipped} records were skipped as empty, binary or not UTF-8; held-out documents do not "
+                    f"({self._reader.skipped} records were skipped as empty, binary or not UTF-8; held-out "
+                    "documents do not "
                     "train): check dataset, text_column and heldout_fraction"
                 )
             self._skipped_before += self._reader.skipped

@@ -1,4 +1,4 @@
-"""From one pass's activations to rows: sinks dropped, sampled positions kept, contexts attached, everything counted."""
+"""From one pass's activations to rows: sinks dropped, positions sampled, contexts attached, all counted."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ class Pass:
     """T tokens' activations, in the order of the text.
 
     Fields:
-        source [T, d_in], target [T, d_out]; tokens, positions, sequences [T] int64; valid [T] bool, False on padding.
+        source [T, d_in], target [T, d_out]; tokens, positions, sequences [T] int64; valid [T] bool, False on
+        padding.
         shape: (S, L) where the tokens are S whole sequences of length L.
         where: what an error calls this pass.
     """
@@ -62,8 +63,9 @@ class Chunk:
 class ActivationSource(Protocol):
     """What a stream draws from: a language model over text, or cached shards.
 
-    `produce` gives the next pass's rows; `cursor` and `seek` save and restore the place; `heldout_passes` yields (rows,
-    sinks) over the held-out data from its start whatever the cursor, and nothing where nothing is held out.
+    `produce` gives the next pass's rows; `cursor` and `seek` save and restore the place; `heldout_passes`
+    yields (rows, sinks) over the held-out data from its start, whatever the cursor; `holds_out` says if there
+    are such data.
     """
 
     d_in: int
@@ -71,6 +73,7 @@ class ActivationSource(Protocol):
     vocabulary: Vocabulary
     sequence_length: int
     identity: dict[str, Any]
+    holds_out: bool
 
     def produce(self) -> Chunk: ...
     def cursor(self) -> dict[str, Any]: ...
@@ -107,7 +110,8 @@ class RowMaker:
     def make(
         self, found: Pass, allowed: Tensor | None = None, step: int = 0
     ) -> tuple[ActivationBatch, ActivationBatch]:
-        """(rows for training, sink rows) of a pass. `allowed` [T] bool leaves tokens out of both. Reads the device.
+        """(rows for training, sink rows) of a pass. `allowed` [T] bool leaves tokens out of both. Reads the
+        device.
 
         Raises:
             DataError: a NaN or an infinity among the activations.
@@ -127,13 +131,17 @@ class RowMaker:
         by_id, by_norm, by_position, tokens, left, total, largest, ok = torch.stack(
             [
                 *((m & usable).sum().double() for m in (sinks.by_id, sinks.by_norm, sinks.by_position)),
-                usable.sum().double(), (kept_before & ~keep).sum().double(), ratios.sum().double(), ratios.max().double(),
+                usable.sum().double(),
+                (kept_before & ~keep).sum().double(),
+                ratios.sum().double(),
+                ratios.max().double(),
                 finite.double(),
             ]
-        ).tolist()  # fmt: skip
+        ).tolist()
         if not ok:
             raise DataError(
-                f"{found.where}: NaN or infinity among the activations; float16 overflows on some models (Gemma-2 is one): set "
+                f"{found.where}: NaN or infinity among the activations; float16 overflows on some models "
+                "(Gemma-2 is one): set "
                 "model.dtype to bfloat16 or float32"
             )
         self._count(by_id, by_norm, by_position, tokens, left, total, largest)
@@ -143,7 +151,8 @@ class RowMaker:
         assert self._sampler is not None
         if found.shape is None:
             raise DataError(
-                f"{found.where}: positions can only be sampled from whole sequences; set antidup.positions.enabled to false, or "
+                f"{found.where}: positions can only be sampled from whole sequences; set "
+                "antidup.positions.enabled to false, or "
                 "cache whole sequences in order"
             )
         sample = self._sampler.sample_positions(found.tokens.view(found.shape), step=step)
@@ -152,9 +161,12 @@ class RowMaker:
     def _rows(self, found: Pass, keep: Tensor, weights: Tensor | None) -> ActivationBatch:
         index = keep.nonzero().squeeze(1)
         every = {
-            "source": found.source, "target": found.target, "tokens": found.tokens, "positions": found.positions,
+            "source": found.source,
+            "target": found.target,
+            "tokens": found.tokens,
+            "positions": found.positions,
             "sequences": found.sequences,
-        }  # fmt: skip
+        }
         columns = {name: value[index] for name, value in every.items()}
         if weights is not None:
             columns["weights"] = weights[index]
@@ -176,9 +188,14 @@ class RowMaker:
         largest: float,
     ) -> None:
         add = {
-            "passes": 1.0, "tokens": tokens, "masked_by_id": by_id, "masked_by_norm": by_norm,
-            "masked_by_position": by_position, "left_by_sampler": left, "sink_ratio_sum": total,
-        }  # fmt: skip
+            "passes": 1.0,
+            "tokens": tokens,
+            "masked_by_id": by_id,
+            "masked_by_norm": by_norm,
+            "masked_by_position": by_position,
+            "left_by_sampler": left,
+            "sink_ratio_sum": total,
+        }
         for name, value in add.items():
             self.totals[name] += value
         self.totals["sink_ratio_max"] = max(self.totals["sink_ratio_max"], largest)
@@ -201,7 +218,7 @@ def counters_of(totals: dict[str, float], counts: dict[str, int]) -> dict[str, f
 
 
 def grid(sequences: int, length: int, first: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(positions, sequence ids), each [sequences * length] int64, of whole sequences numbered from `first`."""
+    """(positions, sequence ids), each [sequences * length] int64, of whole sequences from number `first`."""
     positions = torch.arange(length, device=device).repeat(sequences)
     numbers = torch.arange(first, first + sequences, device=device).repeat_interleave(length)
     return positions, numbers

@@ -20,9 +20,10 @@ class _Failure:
 class Prefetcher(Generic[T]):
     """Calls `produce` ahead of `next()`, at most `depth` results waiting; depth 0 calls it inline.
 
-    The thread starts at the first `next()`. An exception of `produce` is raised by the `next()` that would have had its
-    result, and by every later one. `close()`, the garbage collector or the interpreter's end stop the thread after the
-    call that it is in; waiting never blocks for longer than a poll, so an interrupt (Ctrl-C) gets through.
+    The thread starts at the first `next()`. An exception of `produce` is raised by the `next()` that would
+    have had its result, and by every later one. `close()`, the garbage collector or the interpreter's end
+    stop the thread after the call that it is in; waiting never blocks for longer than a poll, so an
+    interrupt (Ctrl-C) gets through.
     """
 
     def __init__(self, produce: Callable[[], T], depth: int) -> None:

@@ -8,7 +8,14 @@ from typing import Any
 import torch
 
 from transcoder.activations.batch import ActivationBatch
-from transcoder.activations.buffer import ShuffleBuffer, columns_of, concatenate, permutation, take_rows
+from transcoder.activations.buffer import (
+    ShuffleBuffer,
+    batch_of,
+    columns_of,
+    concatenate,
+    permutation,
+    take_rows,
+)
 from transcoder.activations.passes import ActivationSource, PositionChoice
 from transcoder.activations.prefetch import Prefetcher
 from transcoder.activations.text import DataError
@@ -18,8 +25,9 @@ from transcoder.config import RunConfig
 class ActivationStream:
     """An endless iterator of `ActivationBatch`es of `training.batch_size` tokens.
 
-    Activations stay in the type that they were made in (`model.dtype`, or the shards' type) and on the stream's device.
-    Finite data repeat; `counters()["epochs"]` counts. Iterating does not touch the global random state.
+    Activations stay in the type that they were made in (`model.dtype`, or the shards' type) and on the
+    stream's device. Finite data repeat; `counters()["epochs"]` counts. Iterating does not touch the global
+    random state.
 
     Attributes:
         d_in, d_out: widths of source and target.
@@ -63,7 +71,8 @@ class ActivationStream:
         barren_since: float | None = None
         while have < wanted:
             chunk = self._producer.next()
-            # Rows and cursor move together: whatever interrupts this loop, the state saved describes what is held.
+            # Rows and cursor move together: whatever interrupts this loop, the state saved describes what is
+            # held.
             self._cursor = chunk.cursor
             if len(chunk.rows):
                 self._pending.append(chunk.rows)
@@ -74,7 +83,8 @@ class ActivationStream:
             barren_since = epochs if barren_since is None else barren_since
             if epochs >= barren_since + 2:
                 raise DataError(
-                    "activations: a whole pass over the data left no token to train on; every one was masked as a sink or "
+                    "activations: a whole pass over the data left no token to train on; every one was "
+                    "masked as a sink or "
                     f"left out by the position sampler: {self.counters()}"
                 )
         pieces: list[ActivationBatch] = []
@@ -90,10 +100,12 @@ class ActivationStream:
         self._pending = rest
 
     def heldout(self, tokens: int) -> list[ActivationBatch]:
-        """At least `tokens` held-out non-sink tokens in shuffled batches of `training.batch_size`, the same ones each time.
+        """At least `tokens` held-out non-sink tokens in shuffled batches of `training.batch_size`, the same
+        ones each time.
 
-        Fewer where the held-out data end sooner (then whole batches, or one smaller one if they do not fill a batch), and
-        an empty list where nothing is held out (heldout_fraction 0 on data without a split of their own).
+        Fewer where the held-out data end sooner (then whole batches, or one smaller one if they do not fill
+        a batch), and an empty list where nothing is held out (heldout_fraction 0 on data without a split of
+        their own).
 
         Raises:
             DataError: something should be held out, and no document or sequence was.
@@ -103,7 +115,7 @@ class ActivationStream:
         return self._heldout[tokens][0]
 
     def heldout_sinks(self) -> ActivationBatch | None:
-        """The tokens masked out of the sequences that `heldout` read last, for their own statistics; None if there are none."""
+        """The tokens masked out of the sequences that `heldout` read last, for their own figures; or None."""
         if not self._heldout:
             self.heldout(self._evaluation_tokens)
         ((_, sinks),) = self._heldout.values()
@@ -115,35 +127,36 @@ class ActivationStream:
         wanted = -(-tokens // self._batch_size) * self._batch_size
         rows: list[ActivationBatch] = []
         sinks: list[ActivationBatch] = []
-        have, passes = 0, 0
+        have = 0
+        if not self._source.holds_out:
+            return [], None
         for kept, masked in self._source.heldout_passes():
             rows.append(kept)
             sinks.append(masked)
             have += len(kept)
-            passes += 1
             if have >= wanted:
                 break
-        if passes and have == 0 and not sum(len(s) for s in sinks):
-            raise DataError("activations: the held-out data gave no token at all")
-        shown = concatenate(sinks) if sinks else None
-        shown = shown if shown is not None and len(shown) else None
         if have == 0:
-            return [], shown
-        every = concatenate(rows)
+            raise DataError(
+                "activations.heldout_fraction: a whole pass over the data found no held-out token beyond masked "
+                f"ones ({sum(len(s) for s in sinks)} masked); raise heldout_fraction or give more data"
+            )
+        every, masked = concatenate(rows), concatenate(sinks)
         size = min(self._batch_size, have)
         count = min(wanted, have) // size
         order = permutation(have, "heldout", self._seed).to(every.source.device)
-        return [take_rows(every, order[i * size : (i + 1) * size]) for i in range(count)], shown
+        return [take_rows(every, order[i * size : (i + 1) * size]) for i in range(count)], masked if len(
+            masked
+        ) else None
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the rest of the stream depends on: the cursor behind the last consumed pass, the rows that wait
-        and the buffer. What a prefetch thread produced beyond is not in it and is produced again after loading.
+        """Everything that the rest of the stream depends on: the cursor behind the last consumed pass, the
+        rows that wait and the buffer. What a prefetch thread produced beyond is not in it and is produced
+        again after loading.
 
         Tensors stay on the device and are copies.
         """
-        pending = [
-            {name: value.clone() for name, value in columns_of(rows).items()} for rows in self._pending
-        ]
+        pending = [{name: value.clone() for name, value in columns_of(rows).items()} for rows in self._pending]
         return {
             "identity": self._identity(),
             "cursor": self._cursor,
@@ -155,17 +168,17 @@ class ActivationStream:
         """Go on exactly where `state_dict` was taken.
 
         Raises:
-            ValueError: the state belongs to other hooks, widths, sequences or buffer sizes; the message names the first.
+            ValueError: the state belongs to other hooks, widths, sequences or buffer sizes; the message
+                names the first.
         """
         mine = self._identity()
         for name, value in mine.items():
             if state["identity"].get(name) != value:
                 raise ValueError(
-                    f"ActivationStream.load_state_dict: the saved data cursor has {name} = {state['identity'].get(name)!r} and "
+                    f"ActivationStream.load_state_dict: the saved data cursor has {name} = "
+                    f"{state['identity'].get(name)!r} and "
                     f"this run has {value!r}; resume with the settings that the run was started with"
                 )
-        from transcoder.activations.buffer import batch_of
-
         # The thread runs ahead with the old cursor: it must end before the source is moved.
         self._producer.close()
         self._source.seek(state["cursor"])
@@ -174,8 +187,7 @@ class ActivationStream:
         anchor = int(state["buffer"]["anchor"])
         waiting = [state["pending"][key] for key in sorted(state["pending"], key=int)]
         self._pending = [
-            batch_of({name: value.to(self._device) for name, value in columns.items()}, anchor)
-            for columns in waiting
+            batch_of({name: value.to(self._device) for name, value in columns.items()}, anchor) for columns in waiting
         ]
         self._buffer = self._new_buffer()
         self._buffer.load_state_dict(state["buffer"], self._device)
@@ -184,9 +196,9 @@ class ActivationStream:
         return {**self._source.identity, "buffer_tokens": self._capacity, "batch_size": self._batch_size}
 
     def counters(self) -> dict[str, float]:
-        """Numbers up to the last pass that the buffer took in: documents, skipped_documents, epochs, sequences, passes,
-        tokens_seen, masked_by_id, masked_by_norm, masked_by_position, left_by_sampler, sink_norm_ratio (mean source norm of
-        the masked tokens over the median norm) and sink_norm_ratio_max.
+        """Numbers up to the last pass that the buffer took in: documents, skipped_documents, epochs,
+        sequences, passes, tokens_seen, masked_by_id, masked_by_norm, masked_by_position, left_by_sampler,
+        sink_norm_ratio (mean source norm of the masked tokens over the median norm) and sink_norm_ratio_max.
         """
         return self._source.counters(self._cursor)
 
@@ -195,7 +207,7 @@ class ActivationStream:
         return self._source.vocabulary.decode_tokens(ids)
 
     def close(self) -> None:
-        """End the prefetch thread. The stream gives no further batch; held-out data and state stay readable."""
+        """End the prefetch thread. The stream gives no further batch; held-out data stay readable."""
         self._producer.close()
 
     def __enter__(self) -> ActivationStream:
@@ -217,12 +229,13 @@ def build_stream(
     Args:
         config: sections `model`, `activations` and `training` (batch_size, seed, evaluation_tokens) are read.
         device: where the language model runs and the buffer lies.
-        position_sampler: chooses the positions of a pass that train, called with that pass's number; None keeps all.
+        position_sampler: chooses the positions of a pass that train, called with that pass's number; None
+            keeps all.
         context_tokens: width of the token windows that travel with every activation; 0 for none.
 
     Raises:
-        ModelError, DataError: subclasses of ValueError, as early as it can be known: a missing folder, file, hub name,
-            column, hook or shard, or one that does not fit.
+        ModelError, DataError: subclasses of ValueError, as early as it can be known: a missing folder, file,
+            hub name, column, hook or shard, or one that does not fit.
     """
     if context_tokens < 0:
         raise ValueError(f"build_stream: context_tokens: expected at least 0, got {context_tokens}")

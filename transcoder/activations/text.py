@@ -1,7 +1,8 @@
-"""Where documents come from: the standard library, local files, Hugging Face `datasets`, already-tokenised columns.
+"""Where documents come from: the standard library, local files, Hugging Face `datasets`, already-tokenised
+columns.
 
-A source opens a reader at a saved state; a reader yields documents in a fixed order and tells, at any moment, the state
-from which another reader goes on. Nothing here knows a tokenizer or a model.
+A source opens a reader at a saved state; a reader yields documents in a fixed order and tells, at any
+moment, the state from which another reader goes on. Nothing here knows a tokenizer or a model.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from transcoder.config import ActivationsSection
 from transcoder.demo.stdlib_text import iter_documents
 
 FILE_BLOCK_CHARACTERS = 1 << 14
-"""A plain text file is read as documents of at most this length, so that one long file can be shuffled and held out."""
+"""A plain text file is read as documents of at most this length: a long file can be shuffled and held out."""
 RECORD_BLOCK_CHARACTERS = 1 << 18
 """A longer record is tokenised in blocks of this length: bounds memory and what a saved cursor must carry."""
 _RECORD_SUFFIXES = (".jsonl", ".parquet")
@@ -50,7 +51,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Record:
-    """What a source delivers before skipping and splitting: `content` None is a record that cannot be used."""
+    """What a source delivers before skipping and splitting; `content` None: it cannot be used."""
 
     name: str
     content: str | list[int] | None
@@ -73,8 +74,8 @@ class Source(Protocol):
 class Reader:
     """Documents of one epoch: unusable records skipped and counted, very long ones split.
 
-    Skipped: no text, blank text, text with a NUL character (binary), an empty id list, and what the source could not
-    decode. `state()` holds JSON values only and may be taken after any document.
+    Skipped: no text, blank text, text with a NUL character (binary), an empty id list, and what the source
+    could not decode. `state()` holds JSON values only and may be taken after any document.
     """
 
     def __init__(self, source: Source, state: dict[str, Any] | None = None) -> None:
@@ -120,16 +121,18 @@ class Reader:
 
 
 def is_heldout(index: int, fraction: float) -> bool:
-    """Whether the document at this place of the stream is for evaluation only. Depends on nothing but its place."""
+    """Whether the document at this place of the stream is for evaluation only; a hash of the place."""
     digest = hashlib.blake2b(b"heldout document %d" % index, digest_size=8).digest()
     return int.from_bytes(digest, "big") < fraction * 2**64
 
 
 def build_sources(section: ActivationsSection) -> tuple[Source, Source, float]:
-    """(training source, evaluation source, share to hold out by place); 0 where the sources are apart already.
+    """(training source, evaluation source, share to hold out by place); 0 where the sources are apart
+    already.
 
-    `section.dataset` is `stdlib`, an existing file or folder, or else a name for Hugging Face `datasets`; the prefix `hf:`
-    forces `datasets` for a local folder too (its splits and configurations are then those of `datasets`).
+    `section.dataset` is `stdlib`, an existing file or folder, or else a name for Hugging Face `datasets`;
+    the prefix `hf:` forces `datasets` for a local folder too (its splits and configurations are then those
+    of `datasets`).
 
     Raises:
         DataError: a missing file, an unknown column or split, an unknown dataset or no network.
@@ -147,7 +150,8 @@ def build_sources(section: ActivationsSection) -> tuple[Source, Source, float]:
         source = FilesSource(path, section.text_column, section.tokens_column)
     elif _looks_like_path(name):
         raise DataError(
-            f"activations.dataset: no file or folder at {name!r}; give an existing text, JSONL or Parquet file, a folder of "
+            f"activations.dataset: no file or folder at {name!r}; give an existing text, JSONL or Parquet "
+            "file, a folder of "
             "them, 'stdlib', or the name of a Hugging Face dataset"
         )
     else:
@@ -188,8 +192,9 @@ class _StdlibRecords:
 class FilesSource:
     """Text, JSONL and Parquet: one file, or every file below a folder in the order of their paths.
 
-    A `.jsonl` line and a `.parquet` row is a document (its `text_column`, or `tokens_column` if that is set); any other
-    file is plain UTF-8 text, read in blocks that end at a line where they can. Hidden files are left out.
+    A `.jsonl` line and a `.parquet` row is a document (its `text_column`, or `tokens_column` if that is
+    set); any other file is plain UTF-8 text, read in blocks that end at a line where they can. Hidden files
+    are left out.
     """
 
     def __init__(self, path: Path, text_column: str, tokens_column: str | None) -> None:
@@ -197,12 +202,11 @@ class FilesSource:
         self._tokens = tokens_column is not None
         self._files = [path] if path.is_file() else _files_below(path)
         if not self._files:
-            raise DataError(
-                f"activations.dataset: no file below {str(path)!r}; it needs text, JSONL or Parquet files"
-            )
+            raise DataError(f"activations.dataset: no file below {str(path)!r}; it needs text, JSONL or Parquet files")
         if self._tokens and not any(f.suffix in _RECORD_SUFFIXES for f in self._files):
             raise DataError(
-                f"activations.tokens_column: only JSONL and Parquet files have columns, and {str(path)!r} has none of them"
+                f"activations.tokens_column: only JSONL and Parquet files have columns, and {str(path)!r} "
+                "has none of them"
             )
         self._check_columns()
 
@@ -262,11 +266,9 @@ class _FileRecords:
 
 
 class HubSource:
-    """A dataset of Hugging Face `datasets`, streamed: nothing is downloaded whole, and resuming seeks by shard."""
+    """A dataset of Hugging Face `datasets`, streamed: not downloaded whole; resuming seeks by shard."""
 
-    def __init__(
-        self, name: str, config: str | None, split: str, text_column: str, tokens_column: str | None
-    ) -> None:
+    def __init__(self, name: str, config: str | None, split: str, text_column: str, tokens_column: str | None) -> None:
         self._name = name
         self._column = tokens_column or text_column
         self._tokens = tokens_column is not None
@@ -275,18 +277,14 @@ class HubSource:
         if names is None:
             first = next(iter(copy.deepcopy(self._dataset)), None)
             names = [] if first is None else list(first)
-        _check_column(
-            "tokens_column" if self._tokens else "text_column", self._column, names, f"dataset {name!r}"
-        )
+        _check_column("tokens_column" if self._tokens else "text_column", self._column, names, f"dataset {name!r}")
 
     def open(self, state: dict[str, Any] | None) -> Records:
         return _HubRecords(copy.deepcopy(self._dataset), self._name, self._column, self._tokens, state)
 
 
 class _HubRecords:
-    def __init__(
-        self, dataset: Any, name: str, column: str, tokens: bool, state: dict[str, Any] | None
-    ) -> None:
+    def __init__(self, dataset: Any, name: str, column: str, tokens: bool, state: dict[str, Any] | None) -> None:
         self._dataset, self._name, self._column, self._tokens = dataset, name, column, tokens
         self._record = int(state["record"]) if state else 0
         if state and state["dataset"] is not None:
@@ -325,8 +323,10 @@ def _load_streaming(name: str, config: str | None, split: str) -> Any:
     except Exception as error:
         # `datasets` raises dozens of types here (missing, gated, bad split or configuration, no network).
         raise DataError(
-            f"activations.dataset: cannot open {name!r} (dataset_config {config!r}, dataset_split {split!r}) with Hugging "
-            f"Face datasets: {type(error).__name__}: {error}. Check the name, configuration and split, and the network; "
+            f"activations.dataset: cannot open {name!r} (dataset_config {config!r}, dataset_split "
+            f"{split!r}) with Hugging "
+            f"Face datasets: {type(error).__name__}: {error}. Check the name, configuration and split, and "
+            "the network; "
             "without a network use 'stdlib' or a local file or folder."
         ) from error
     return dataset
@@ -340,8 +340,10 @@ def _check_hub_dataset(name: str) -> None:
         HfApi().dataset_info(name, timeout=15)
     except Exception as error:
         raise DataError(
-            f"activations.dataset: no file or folder {name!r}, and the Hugging Face hub gives no dataset of that name: "
-            f"{type(error).__name__}: {error}. Check the name and the network (a private or gated dataset needs "
+            f"activations.dataset: no file or folder {name!r}, and the Hugging Face hub gives no dataset of "
+            "that name: "
+            f"{type(error).__name__}: {error}. Check the name and the network (a private or gated dataset "
+            "needs "
             "`hf auth login`); without a network use 'stdlib' or a local file or folder."
         ) from error
 
@@ -391,7 +393,7 @@ def _parquet_column(path: Path, column: str, skip: int) -> Iterator[Any]:
 
 
 def _json_lines(path: Path) -> Iterator[dict[str, Any] | None]:
-    """The object of each line; None for a line that is not one, so that line numbers stay places in the stream."""
+    """The object of each line; None for a line that is not one, so that line numbers stay places."""
     with path.open("rb") as file:
         for line in file:
             try:
@@ -420,14 +422,10 @@ def _text_blocks(path: Path) -> Iterator[str | None]:
 
 
 def _cut(text: str, length: int) -> tuple[str, str]:
-    """`text` in two, the first part at most `length` long and ending at a line or a space if its second half has one."""
+    """`text` in two, the first at most `length` long and, if it can, ending at a line or a space."""
     if len(text) <= length:
         return text, ""
-    end = (
-        max(text.rfind("\n", length // 2, length), -1) + 1
-        or text.rfind(" ", length // 2, length) + 1
-        or length
-    )
+    end = max(text.rfind("\n", length // 2, length), -1) + 1 or text.rfind(" ", length // 2, length) + 1 or length
     return text[:end], text[end:]
 
 

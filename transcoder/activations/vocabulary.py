@@ -39,7 +39,8 @@ class Vocabulary:
         """[n] int32 token ids of a document, without BOS or EOS.
 
         Raises:
-            DataError: an id outside the vocabulary, an entry that is no whole number, or text without a tokenizer.
+            DataError: an id outside the vocabulary, an entry that is no whole number, or text without a
+                tokenizer.
         """
         if isinstance(document.content, str):
             if self._tokenizer is None:
@@ -59,19 +60,21 @@ class Vocabulary:
             ids = np.asarray([], dtype=object)
         if ids.ndim != 1 or ids.dtype.kind not in "iu":
             raise DataError(
-                f"{document.name}: expected a list of whole-number token ids in activations.tokens_column, got "
+                f"{document.name}: expected a list of whole-number token ids in activations.tokens_column, "
+                "got "
                 f"{str(document.content)[:80]}"
             )
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= self.size:
             raise DataError(
-                f"{document.name}: token ids must lie in [0, {self.size}), the model's vocabulary, and this document has "
+                f"{document.name}: token ids must lie in [0, {self.size}), the model's vocabulary, and this "
+                "document has "
                 f"{low if low < 0 else high}; was it made with another tokenizer?"
             )
         return ids.astype(np.int32)
 
     def decode_tokens(self, ids: Sequence[int]) -> list[str]:
-        """One display string for each id: its own text, spaces kept; `str(id)` without a tokenizer or for unknown ids."""
+        """One display string for each id: its text, spaces kept; `str(id)` without a tokenizer."""
         if self._tokenizer is None:
             return [str(int(i)) for i in ids]
         known = len(self._tokenizer)
@@ -83,7 +86,8 @@ class Vocabulary:
     def _display(self, token: int) -> str:
         assert self._tokenizer is not None
         text = self._tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        # A lone byte of a multi-byte character decodes to the replacement mark: the vocabulary's own spelling says more.
+        # A lone byte of a multi-byte character decodes to the replacement mark: the vocabulary's own
+        # spelling says more.
         if text == "" or "�" in text:
             return str(self._tokenizer.convert_ids_to_tokens(token))
         return str(text)
