@@ -188,9 +188,7 @@ def test_the_second_location_takes_over_and_is_resumed_from(disk: SmallDisk, tmp
             path = store.save(step, *state(step), {})
         assert tmp_path / "second" in path.parents
     assert_holds(CheckpointStore(disk.folder / "run", section).latest(), 3)
-    assert [p.name for p in path.parent.iterdir()] == ["step_00000003"], (
-        "the second location keeps the newest"
-    )
+    assert [p.name for p in path.parent.iterdir()] == ["step_00000003"], "the second location keeps the newest"
     filler.unlink()
     store.save(4, *state(4), {})
     assert_holds(CheckpointStore(disk.folder / "run", section).latest(), 4)

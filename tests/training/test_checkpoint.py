@@ -148,9 +148,7 @@ LEAVES = st.one_of(
     st.text(max_size=5),
     st.builds(random_bits, st.sampled_from([(), (0,), (2, 3)]), st.sampled_from(DTYPES), st.integers(0, 99)),
 )
-KEYS = st.one_of(
-    st.text(max_size=5), st.sampled_from(["$tensor", "$items", "a/b", "a", "b"]), st.integers(-3, 3)
-)
+KEYS = st.one_of(st.text(max_size=5), st.sampled_from(["$tensor", "$items", "a/b", "a", "b"]), st.integers(-3, 3))
 TREES = st.recursive(
     LEAVES,
     lambda inner: st.one_of(
@@ -305,9 +303,7 @@ def test_space_is_checked_with_settings_that_would_fit(tmp_path: Path) -> None:
     assert store.budget(1000, steps=10) == store.budget(1000, steps=5) < store.budget(1000, steps=100)
 
 
-def test_what_a_resumed_run_already_keeps_counts_as_room(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_resumed_run_already_keeps_counts_as_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transcoder.training import checkpoint
 
     store = CheckpointStore(tmp_path, CheckpointSection(every=1, keep_last=1, keep_best=False))

@@ -219,9 +219,7 @@ class CheckpointStore:
                 section = dataclasses.replace(section, **{name: value})
                 flags += f" --checkpoint.{name} {text}"
                 if needed(section) <= free:
-                    raise CheckpointError(
-                        f"{message}This would fit:{flags} (needs {human_bytes(needed(section))})"
-                    )
+                    raise CheckpointError(f"{message}This would fit:{flags} (needs {human_bytes(needed(section))})")
         share = math.floor(100 * max(free - 2 * _SLACK, 0) / needed(section))
         raise CheckpointError(
             f"{message}The least is {human_bytes(needed(section))}{flags and ' with' + flags}: choose --out "
@@ -239,9 +237,7 @@ class CheckpointStore:
         except OSError as error:
             raise CheckpointError(f"checkpoint.second_location: cannot be made: {error}") from error
         if not writable:
-            raise CheckpointError(
-                f"checkpoint.second_location: {self.section.second_location} is not writable"
-            )
+            raise CheckpointError(f"checkpoint.second_location: {self.section.second_location} is not writable")
         # The marker is made while there is room for it.
         self._second_folder(create=True)
 
@@ -324,9 +320,7 @@ def find_checkpoint(path: Path | str) -> Path:
     """
     path = Path(path)
     if not path.is_dir():
-        raise FileNotFoundError(
-            f"{path}: expected a run folder or a checkpoint folder, there is no such folder"
-        )
+        raise FileNotFoundError(f"{path}: expected a run folder or a checkpoint folder, there is no such folder")
     if (path / STATE_FILE).is_file():
         return path
     candidates = _candidates([path / "checkpoints", path])
@@ -337,9 +331,7 @@ def find_checkpoint(path: Path | str) -> Path:
 
     found = _newest(candidates, verified)
     if found is None:
-        raise FileNotFoundError(
-            f"{path}: expected a run folder or a checkpoint folder, found no checkpoint in it"
-        )
+        raise FileNotFoundError(f"{path}: expected a run folder or a checkpoint folder, found no checkpoint in it")
     return found
 
 
@@ -348,9 +340,7 @@ class _Writer:
 
     def __init__(self, files: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
         self.files, self.state = files, state
-        self.bytes = (
-            sum(tensor_bytes(tensors) for tensors in files.values()) + len(json.dumps(state)) + _SLACK
-        )
+        self.bytes = sum(tensor_bytes(tensors) for tensors in files.values()) + len(json.dumps(state)) + _SLACK
 
     def __call__(self, place: Path) -> Path:
         place.mkdir(parents=True, exist_ok=True)
@@ -420,9 +410,7 @@ def _newest(candidates: list[tuple[int, Path]], read: Callable[[Path], Any]) -> 
             return read(folder)
         except (ValueError, OSError) as error:
             problems.append(str(error))
-            warnings.warn(
-                f"checkpoint {folder} is not usable, trying the one before it: {error}", stacklevel=3
-            )
+            warnings.warn(f"checkpoint {folder} is not usable, trying the one before it: {error}", stacklevel=3)
     if problems:
         raise CheckpointError(
             f"none of {len(problems)} checkpoints can be used: {'; '.join(problems)}. "

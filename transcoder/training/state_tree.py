@@ -61,9 +61,7 @@ def unpack_state(tensors: dict[str, Tensor], skeleton: Any) -> Any:
 def _pack(node: Any, place: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(node, Tensor):
         if node.layout != torch.strided or node.is_quantized or node.device.type == "meta":
-            raise TypeError(
-                f"state {place or 'root'}: expected a dense tensor, got {node.layout} on {node.device}"
-            )
+            raise TypeError(f"state {place or 'root'}: expected a dense tensor, got {node.layout} on {node.device}")
         name = place or "tensor"
         while name in tensors:
             name += "'"
@@ -95,7 +93,6 @@ def _pack(node: Any, place: str, tensors: dict[str, Tensor]) -> Any:
 def _key(key: Any, place: str) -> str | int:
     if type(key) not in (str, int):
         raise TypeError(
-            f"state {place or 'root'}: expected keys of type str or int, got {key!r} of type "
-            f"{type(key).__name__}"
+            f"state {place or 'root'}: expected keys of type str or int, got {key!r} of type {type(key).__name__}"
         )
     return key

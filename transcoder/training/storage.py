@@ -111,9 +111,7 @@ class FolderLock(contextlib.AbstractContextManager["FolderLock"]):
         try:
             import fcntl
         except ImportError:
-            warnings.warn(
-                "this platform has no flock: two runs in one folder would not be noticed", stacklevel=3
-            )
+            warnings.warn("this platform has no flock: two runs in one folder would not be noticed", stacklevel=3)
             return
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -86,8 +86,7 @@ def read_tensors(path: Path, expected: WrittenFile | None = None) -> dict[str, T
         digest = hashlib.sha256(data).hexdigest()
         if digest != expected.sha256:
             raise ValueError(
-                f"{path.name}: checksum differs: expected sha256 {expected.sha256[:12]}..., got "
-                f"{digest[:12]}..."
+                f"{path.name}: checksum differs: expected sha256 {expected.sha256[:12]}..., got {digest[:12]}..."
             )
     try:
         return load(data)
@@ -116,9 +115,7 @@ def _header(tensors: Mapping[str, Tensor]) -> tuple[bytes, int]:
     for name in _order(tensors):
         tensor = tensors[name]
         if tensor.dtype not in _DTYPES or name == "__metadata__":
-            raise TypeError(
-                f"tensor {name!r}: dtype {tensor.dtype} or this name cannot be held by safetensors"
-            )
+            raise TypeError(f"tensor {name!r}: dtype {tensor.dtype} or this name cannot be held by safetensors")
         end = offset + tensor.numel() * tensor.element_size()
         entries[name] = {
             "dtype": _DTYPES[tensor.dtype],

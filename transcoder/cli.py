@@ -1,0 +1,285 @@
+"""The command line: `transcoder train | demo | validate | compare | report | doctor`.
+
+Exit codes: 0 done; 1 the run failed; 2 bad input (settings, data, files); 3 an anti-duplication part was not
+really used; 75 stopped by a signal with the state saved (add --resume to go on); 130 interrupted before there
+was anything to save.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+
+from transcoder import __version__
+from transcoder.config import ConfigError, RunConfig, parse_flag
+
+# torch and the rooms are imported by the commands that need them: `--help` and `--version` answer at once.
+if TYPE_CHECKING:
+    from transcoder.training import RunResult
+
+EXIT_OK, EXIT_FAILED, EXIT_INPUT, EXIT_LEDGER, EXIT_STOPPED, EXIT_INTERRUPTED = 0, 1, 2, 3, 75, 130
+
+_CODES: dict[str, int] = {
+    "LedgerError": EXIT_LEDGER,
+    "CheckpointError": EXIT_FAILED,
+    "TrainingDivergedError": EXIT_FAILED,
+    "RunLockedError": EXIT_INPUT,
+    "ValueError": EXIT_INPUT,
+    "TypeError": EXIT_INPUT,
+    "FileNotFoundError": EXIT_INPUT,
+    "FileExistsError": EXIT_INPUT,
+    "NotADirectoryError": EXIT_INPUT,
+    "OSError": EXIT_FAILED,
+}
+"""Exit code by the name of the first class that matches, from the most special to the most general. By name,
+so that finding the code of an error imports nothing."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: the words after `transcoder`; None takes them from the process.
+
+    Returns:
+        The exit code, see the module's first lines.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    warnings.showwarning = _show_warning
+    try:
+        return _run(words)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except Exception as error:
+        code = next((_CODES[c.__name__] for c in type(error).__mro__ if c.__name__ in _CODES), None)
+        if debug or code is None:
+            # An error that nobody foresaw is a fault of ours: the place matters more than one clean line.
+            traceback.print_exc()
+            return EXIT_FAILED if code is None else code
+        print(f"error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        return code
+
+
+def _run(words: list[str]) -> int:
+    parser = _parser()
+    commands: dict[str, _Parser] = parser.commands
+    name = next((word for word in words if not word.startswith("-")), None)
+    overrides: dict[str, Any] = {}
+    if name in commands and commands[name].takes_settings:
+        words, overrides = _take_settings(words, commands[name])
+    options = parser.parse_args(words)
+    if options.command is None:
+        parser.print_help()
+        return EXIT_INPUT
+    command: Callable[[argparse.Namespace, dict[str, Any]], int] = options.run
+    return command(options, overrides)
+
+
+# -- commands
+# ---------------------------------------------------------------------------------------------------
+
+
+def _train(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
+    config = RunConfig.load(options.config, overrides)
+    return _finish(_train_into(config, options))
+
+
+def _demo(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
+    config = RunConfig.load("demo", overrides)
+    return _finish(_train_into(config, options))
+
+
+def _train_into(config: RunConfig, options: argparse.Namespace) -> RunResult:
+    out = Path(options.out) if options.out is not None else Path("runs") / config.name
+    if not options.resume:
+        _refuse_used_folder(out)
+    from transcoder.training import train_transcoder
+
+    return train_transcoder(config, out, resume=options.resume)
+
+
+def _finish(result: RunResult) -> int:
+    print(f"run folder: {result.run_dir}")
+    if not result.finished:
+        print(f"stopped by {result.interrupted_by} after step {result.step}; the state is saved, add --resume to go on")
+        return EXIT_STOPPED
+    print("fraction of variance unexplained on held-out non-sink tokens (lower is better):")
+    for key, label in (
+        ("evaluation/fvu", "transcoder"),
+        ("evaluation/baseline_linear_fvu", "least-squares linear map"),
+        ("evaluation/baseline_mean_fvu", "mean"),
+    ):
+        if key in result.summary:
+            print(f"  {label:<26}{result.summary[key]:.4f}")
+    if result.report is not None:
+        print(f"report: {result.report}")
+    return EXIT_OK
+
+
+def _validate(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
+    config = RunConfig.load(options.config, {"training.steps": 100, **overrides})
+    out = Path(options.out) if options.out is not None else Path("runs") / f"validate-{config.name}"
+    _refuse_used_folder(out, resumable=False)
+    from transcoder.training.validate import validate
+
+    result = validate(config, out)
+    print(result.format())
+    return EXIT_OK if result.passed else EXIT_FAILED
+
+
+def _compare(options: argparse.Namespace, _: dict[str, Any]) -> int:
+    if len(options.runs) < 2:
+        raise ConfigError(f"compare: expected at least two run folders, got {len(options.runs)}")
+    from transcoder.reporting.compare import compare_runs, format_comparison
+
+    first, *others = map(_run_folder, options.runs)
+    print("\n\n".join(format_comparison(compare_runs(first, other)) for other in others))
+    return EXIT_OK
+
+
+def _report(options: argparse.Namespace, _: dict[str, Any]) -> int:
+    from transcoder.reporting import write_report
+
+    print(write_report(_run_folder(options.run_folder)))
+    return EXIT_OK
+
+
+def _doctor(options: argparse.Namespace, _: dict[str, Any]) -> int:
+    from transcoder.doctor import examine
+
+    facts = examine()
+    for fact in facts:
+        print(fact)
+    return EXIT_OK if all(fact.fine for fact in facts) else EXIT_FAILED
+
+
+def _run_folder(path: str) -> Path:
+    folder = Path(path)
+    if not (folder / "config.yaml").is_file():
+        raise FileNotFoundError(f"{path}: expected a run folder, found no config.yaml in it")
+    return folder
+
+
+def _refuse_used_folder(out: Path, resumable: bool = True) -> None:
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"--out {out}: expected a folder, this is a file")
+    if out.is_dir() and any(out.iterdir()):
+        way = "add --resume to go on with its run, or " if resumable else ""
+        raise FileExistsError(f"--out {out}: the folder is not empty; {way}choose another --out")
+
+
+# -- words to options
+# -----------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors are ours to print, and the settings are listed under the help of the commands that take them."""
+
+    takes_settings = False
+    commands: dict[str, Any]
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (see `{self.prog} --help`)")
+
+    def format_help(self) -> str:
+        if not self.takes_settings:
+            return super().format_help()
+        from transcoder.setting_help import settings_help
+
+        return f"{super().format_help()}\n{settings_help()}"
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog="transcoder", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--version", action="version", version=f"transcoder {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
+    parser.commands = {}
+
+    def command(name: str, run: Callable[..., int], text: str, settings: bool) -> _Parser:
+        sub = subparsers.add_parser(name, help=text, description=text, allow_abbrev=False)
+        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        sub.set_defaults(run=run)
+        sub.takes_settings = settings
+        if settings:
+            sub.usage = f"transcoder {name} %s[options] [--section.field value ...]"
+        parser.commands[name] = sub
+        return sub
+
+    resume = "go on from the newest good checkpoint"
+    train = command("train", _train, "Train a transcoder.", True)
+    train.usage = str(train.usage) % "CONFIG "
+    train.add_argument("config", metavar="CONFIG", help="a YAML file, or a preset's name: demo, gemma-2-2b-layer8")
+    train.add_argument("--out", metavar="DIR", help="run folder (default: runs/<name>)")
+    train.add_argument("--resume", action="store_true", help=resume)
+    demo = command("demo", _demo, "Train the demo: the shipped model, this Python's own source as text.", True)
+    demo.usage = str(demo.usage) % ""
+    demo.add_argument("--out", metavar="DIR", help="run folder (default: runs/demo)")
+    demo.add_argument("--resume", action="store_true", help=resume)
+    text = "Short runs with the anti-duplication parts on and off, every output checked, the two compared."
+    validate = command("validate", _validate, text, True)
+    validate.usage = str(validate.usage) % "[CONFIG] "
+    validate.add_argument("config", metavar="CONFIG", nargs="?", default="demo", help="as in train (default: demo)")
+    validate.add_argument("--out", metavar="DIR", help="folder of both runs (default: runs/validate-<name>)")
+    compare = command("compare", _compare, "Compare finished runs with the first of them.", False)
+    compare.add_argument("runs", metavar="RUN", nargs="+", help="a run folder")
+    report = command("report", _report, "Write report.html of a run again, from its files.", False)
+    report.add_argument("run_folder", metavar="RUN", help="a run folder")
+    command("doctor", _doctor, "Say what this machine has and what is missing.", False)
+    return parser
+
+
+def _take_settings(words: list[str], parser: _Parser) -> tuple[list[str], dict[str, Any]]:
+    """Split the words into argparse's and the settings: every `--x` that the command itself does not know is
+    a setting.
+
+    argparse cannot do this: it would take the value of an unknown flag for a positional word.
+    """
+    own = parser._option_string_actions
+    rest: list[str] = []
+    settings: dict[str, Any] = {}
+    queue = iter(words)
+    for word in queue:
+        flag, equals, value = word.partition("=")
+        if not word.startswith("--") or word == "--":
+            rest.append(word)
+        elif flag in own:
+            rest.append(word)
+            if not equals and own[flag].nargs is None:
+                rest.extend(part for part in [next(queue, None)] if part is not None)
+        else:
+            name = flag[2:]
+            if not equals:
+                following = next(queue, None)
+                # An unknown name is the better thing to complain about.
+                if following is None or following.startswith("--"):
+                    parse_flag(name, "null") if name not in _setting_names() else None
+                    raise ConfigError(f"--{name}: expected a value after it")
+                value = following
+            settings[name] = parse_flag(name, value)
+    return rest, settings
+
+
+def _setting_names() -> set[str]:
+    from transcoder.config import flags
+
+    return {name for name, _ in flags()}
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    print(f"warning: {message}", file=file or sys.stderr)
