@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Literal
 
@@ -57,7 +58,7 @@ def check_k(op: str, k: int, d_sae: int) -> None:
 
 
 def check_widths(op: str, widths: Sequence[int], d_sae: int) -> None:
-    increasing = len(widths) > 0 and widths[0] >= 1 and all(a < b for a, b in zip(widths, widths[1:], strict=False))
+    increasing = len(widths) > 0 and widths[0] >= 1 and all(a < b for a, b in itertools.pairwise(widths))
     if not increasing:
         raise ValueError(f"{op}: widths: expected cumulative, strictly increasing, positive widths, got {list(widths)}")
     if widths[-1] > d_sae:

@@ -16,7 +16,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
 
 
-@pytest.fixture()
+@pytest.fixture
 def close() -> Callable[..., None]:
     """close(actual, expected, length, scale=1): equal up to the rounding of sums of `length` terms of size `scale`.
 

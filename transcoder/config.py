@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import math
 import types
 import typing
@@ -144,7 +145,7 @@ class TranscoderSection:
         )
         if self.widths is not None:
             w = self.widths
-            increasing = len(w) > 0 and w[0] >= 1 and all(a < b for a, b in zip(w, w[1:], strict=False))
+            increasing = len(w) > 0 and w[0] >= 1 and all(a < b for a, b in itertools.pairwise(w))
             _require(increasing, n + "widths", "cumulative, strictly increasing, positive widths", list(w))
             _require(w[-1] == self.d_sae, n + "widths", f"a last width of d_sae = {self.d_sae}", list(w))
         if self.prefix_weights is not None:

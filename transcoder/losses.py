@@ -24,7 +24,7 @@ class Reconstruction(NamedTuple):
     residual: Tensor
     """[B, d_out]: reconstruction of the full width minus target. Detached."""
     target_variance: Tensor
-    """Scalar: variance of the target around its batch mean, mean over tokens and d_out."""
+    """Scalar: variance of what is explained around its batch mean, mean over tokens and d_out."""
 
 
 def reconstruction_loss(
@@ -36,6 +36,7 @@ def reconstruction_loss(
     prefix_weights: Sequence[float],
     convention: Convention = "mse",
     token_weights: Tensor | None = None,
+    explained: Tensor | None = None,
 ) -> Reconstruction:
     """Nested loss over cumulative widths, scaled as one of the field's libraries does.
 
@@ -46,11 +47,13 @@ def reconstruction_loss(
         `fvu`: sum_p w_p fvu_p / sum_p w_p, fvu_p = m_p / var(target). sparsify minimises FVU.
 
     Shapes: codes (B, d_sae), W_dec [d_sae, d_out], b_dec [d_out], target [B, d_out], token_weights [B] or None.
+    `explained` [B, d_out] is what FVU is a fraction of where the dictionary only has a part of it to reconstruct (a skip
+    connection takes the rest); None is `target`.
     """
     nested = nested_loss(codes, W_dec, b_dec, target, widths, prefix_weights, token_weights=token_weights)
     with torch.no_grad():
-        spread = target - target.mean(0)
-        variance = spread.square().mean().clamp_min(torch.finfo(target.dtype).tiny)
+        whole = target if explained is None else explained
+        variance = (whole - whole.mean(0)).square().mean().clamp_min(torch.finfo(target.dtype).tiny)
         mse = nested.per_prefix.detach()
     if convention == "saelens":
         loss = nested.value * target.shape[1]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from transcoder.kernels import SparseCodes, batch_topk_encode, sparse_decode, threshold_encode, topk_encode
+from transcoder.kernels.checks import check_widths
 from transcoder.losses import CONVENTIONS, Convention, auxk_loss, reconstruction_loss
 
 WEIGHTS_FILE = "transcoder.safetensors"
@@ -55,10 +56,7 @@ class TranscoderConfig:
         if self.loss not in CONVENTIONS:
             raise ValueError(f"TranscoderConfig.loss: expected one of {', '.join(CONVENTIONS)}, got {self.loss!r}")
         widths = (self.d_sae,) if self.widths is None else tuple(int(w) for w in self.widths)
-        if not widths or widths[0] < 1 or any(a >= b for a, b in zip(widths, widths[1:], strict=False)):
-            raise ValueError(
-                f"TranscoderConfig.widths: expected cumulative, strictly increasing widths, got {list(widths)}"
-            )
+        check_widths("TranscoderConfig", widths, self.d_sae)
         if widths[-1] != self.d_sae:
             raise ValueError(
                 f"TranscoderConfig.widths: expected the last to be d_sae = {self.d_sae}, got {list(widths)}"
@@ -179,7 +177,7 @@ class Transcoder(nn.Module):
         target = self._without_skip(x, y)
         weights = tuple(config.prefix_weights or ())
         rec = reconstruction_loss(
-            codes, self.W_dec, self.b_dec, target, self.widths, weights, config.loss, token_weights
+            codes, self.W_dec, self.b_dec, target, self.widths, weights, config.loss, token_weights, explained=y
         )
         loss, aux = rec.loss, torch.zeros((), device=x.device)
         if self._dead_ids is not None and config.aux_latents > 0 and config.aux_coefficient > 0:
@@ -315,7 +313,8 @@ class Transcoder(nn.Module):
         older = self.tokens_since_fired + codes.shape[0]
         self.tokens_since_fired.copy_(torch.where(fired > 0, torch.zeros_like(older), older))
         if codes.nnz:
-            smallest = torch.where(active, codes.values, torch.full_like(codes.values, torch.inf)).min().float()
+            smallest = torch.where(active, codes.values, torch.full_like(codes.values, torch.inf)).min()
+            smallest = smallest.to(self.threshold.dtype)
             moved = torch.lerp(self.threshold, smallest, self.config.threshold_rate)
             moved = torch.where(self.threshold < 0, smallest, moved)
             self.threshold.copy_(torch.where(torch.isfinite(smallest), moved, self.threshold))

@@ -79,10 +79,8 @@ def _activation_chunks(x: Tensor, W: Tensor, b: Tensor, relu: bool = True) -> It
         x, W, widen = x.to(b.dtype), W.to(b.dtype), False
     for start in range(0, rows, size):
         stop = min(start + size, rows)
-        if widen:
-            pre = torch.mm(x[start:stop], W.T, out_dtype=b.dtype).add_(b)
-        else:
-            pre = torch.addmm(b, x[start:stop], W.T)
+        part = x[start:stop]
+        pre = torch.mm(part, W.T, out_dtype=b.dtype).add_(b) if widen else torch.addmm(b, part, W.T)
         yield start, stop, pre.clamp_min_(0) if relu else pre
 
 
@@ -167,5 +165,6 @@ def _collect_static(
         if values.numel() > wanted:
             order = values.sort(descending=True, stable=True).indices[:wanted].sort().values
             values, flat = values[order], flat[order]
-    assert values is not None and flat is not None
+    assert values is not None
+    assert flat is not None
     return values, flat

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -38,7 +39,7 @@ def check_form(codes: SparseCodes) -> None:
     ptr = codes.row_ptr.tolist()
     assert ptr[0] == 0
     assert ptr[-1] == codes.nnz
-    for a, b in zip(ptr, ptr[1:], strict=False):
+    for a, b in itertools.pairwise(ptr):
         assert a <= b
         row = codes.indices[a:b]
         assert bool((row.diff() > 0).all())
