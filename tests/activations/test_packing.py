@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from transcoder.activations.bridge import HookedModel
+from transcoder.activations.packing import Packer
+from transcoder.activations.text import DataError, Document, FilesSource
+from transcoder.activations.vocabulary import Vocabulary
+
+PAD, EOS, BOS = 0, 1, 2
+
+
+@pytest.fixture
+def vocabulary(hooked: HookedModel) -> Vocabulary:
+    return hooked.vocabulary
+
+
+@pytest.fixture
+def make_packer(jsonl: Path, vocabulary: Vocabulary) -> Callable[..., Packer]:
+    def make(length: int = 16, prepend_bos: bool = True, keep: Callable[[Document], bool] | None = None) -> Packer:
+        return Packer(FilesSource(jsonl, "text", None), vocabulary, length, prepend_bos, keep or (lambda _: True))
+
+    return make
+
+
+def reference(documents: list[str], vocabulary: Vocabulary) -> list[int]:
+    """The epoch's ids: documents one after another, EOS behind each."""
+    flat: list[int] = []
+    for i, text in enumerate(documents):
+        flat += [*vocabulary.encode(Document(i, str(i), text)).tolist(), EOS]
+    return flat
+
+
+def test_sequences_are_bos_and_the_text_in_order(
+    make_packer: Callable[..., Packer], documents: list[str], vocabulary: Vocabulary
+) -> None:
+    expected = reference(documents, vocabulary)
+    packer = make_packer()
+    found: list[int] = []
+    first = 0
+    while packer.epoch == 0:
+        packed = packer.pack(4)
+        assert packed is not None
+        assert packed.tokens.shape == (4, 16)
+        assert packed.valid.all()
+        assert (packed.tokens[:, 0] == BOS).all()
+        assert packed.first_sequence == first
+        first += 4
+        found += packed.tokens[:, 1:].reshape(-1).tolist()
+    # The second epoch begins right behind the first: nothing is dropped and nothing is padded.
+    twice = expected + expected
+    assert found == twice[: len(found)]
+    assert packer.counts()["documents"] >= len(documents)
+
+
+def test_without_bos_the_whole_sequence_is_text(
+    make_packer: Callable[..., Packer], documents: list[str], vocabulary: Vocabulary
+) -> None:
+    packed = make_packer(prepend_bos=False).pack(3)
+    assert packed is not None
+    assert packed.tokens.reshape(-1).tolist() == reference(documents, vocabulary)[:48]
+
+
+def test_one_pass_ends_in_padding_and_then_none(
+    make_packer: Callable[..., Packer], documents: list[str], vocabulary: Vocabulary
+) -> None:
+    expected = reference(documents, vocabulary)
+    packer = make_packer()
+    found: list[int] = []
+    while (packed := packer.pack(4, repeat=False)) is not None:
+        assert (packed.tokens[~packed.valid] == PAD).all()
+        found += packed.tokens[:, 1:][packed.valid[:, 1:]].tolist()
+    assert found == expected
+    assert packer.pack(4, repeat=False) is None
+
+
+@pytest.mark.parametrize("stop", [0, 1, 7, 23])
+def test_packing_goes_on_from_a_saved_cursor(make_packer: Callable[..., Packer], stop: int) -> None:
+    packer = make_packer()
+    for _ in range(stop):
+        packer.pack(4)
+    state = packer.state_dict()
+    rest = state.pop("rest")
+    state = {**json.loads(json.dumps(state)), "rest": rest}
+    again = make_packer()
+    again.load_state_dict(state)
+    for _ in range(40):
+        expected, found = packer.pack(4), again.pack(4)
+        assert expected is not None
+        assert found is not None
+        assert np.array_equal(expected.tokens, found.tokens)
+        assert expected.first_sequence == found.first_sequence
+        assert packer.counts() == again.counts()
+
+
+def test_the_cursor_is_a_copy(make_packer: Callable[..., Packer]) -> None:
+    packer = make_packer()
+    packer.pack(2)
+    state = packer.state_dict()
+    before = state["rest"].clone()
+    packer.pack(50)
+    assert torch.equal(state["rest"], before)
+
+
+def test_only_kept_documents_are_packed(make_packer: Callable[..., Packer], vocabulary: Vocabulary) -> None:
+    packer = make_packer(keep=lambda document: document.index == 3)
+    packed = packer.pack(1)
+    assert packed is not None
+    shown = "".join(vocabulary.decode_tokens(packed.tokens[0].tolist()))
+    assert shown.startswith("<bos>3: ")
+
+
+def test_an_epoch_without_a_usable_document_is_an_error(tmp_path: Path, vocabulary: Vocabulary) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": ""}\n' * 3)
+    packer = Packer(FilesSource(path, "text", None), vocabulary, 16, True, lambda _: True)
+    with pytest.raises(DataError, match="3 records were skipped"):
+        packer.pack(1)
+
+
+def test_tokenised_documents_keep_their_ids(tmp_path: Path, vocabulary: Vocabulary) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"ids": [5, 6, 7]}\n{"ids": []}\n{"ids": [8, 1]}\n')
+    packer = Packer(FilesSource(path, "text", "ids"), vocabulary, 8, True, lambda _: True)
+    packed = packer.pack(1)
+    assert packed is not None
+    assert packed.tokens.tolist() == [[BOS, 5, 6, 7, EOS, 8, EOS, 5]]
+    assert packer.counts()["skipped_documents"] == 1
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ("[5, 9999]", r"line 1: token ids must lie in \[0, \d+\).*9999"),
+        ("[5, -3]", "has -3"),
+        ("[5, 1.5]", "whole-number"),
+        ('["a"]', "whole-number"),
+        ("[[1, 2], [3]]", "whole-number"),
+        ('"text"', "whole-number"),
+        ("[true]", "whole-number"),
+    ],
+)
+def test_bad_ids_are_an_error_that_names_the_document(
+    tmp_path: Path, vocabulary: Vocabulary, ids: str, message: str
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"ids": ' + ids + "}\n")
+    packer = Packer(FilesSource(path, "text", "ids"), vocabulary, 8, True, lambda _: True)
+    with pytest.raises(DataError, match=message):
+        packer.pack(1)
+
+
+def test_bos_is_asked_of_a_tokenizer_that_has_one(jsonl: Path) -> None:
+    with pytest.raises(DataError, match="no BOS"):
+        Packer(FilesSource(jsonl, "text", None), Vocabulary(None, 300), 16, True, lambda _: True)
+
+
+def test_display_strings(vocabulary: Vocabulary) -> None:
+    ids = vocabulary.encode(Document(0, "", "the fox é")).tolist()
+    shown = vocabulary.decode_tokens([BOS, *ids])
+    assert len(shown) == len(ids) + 1
+    assert shown[0] == "<bos>"
+    assert "".join(shown[1:]).startswith("the fox")
+    # Half a character has no text of its own; it is still shown.
+    assert all(shown)
+    assert Vocabulary(None, 300).decode_tokens([5, 7]) == ["5", "7"]
+    assert vocabulary.decode_tokens([100_000]) == ["100000"]
+
+
+def test_special_ids(vocabulary: Vocabulary) -> None:
+    assert vocabulary.special_ids == [0, 1, 2, 3]
+    assert (vocabulary.bos_id, vocabulary.eos_id, vocabulary.pad_id) == (BOS, EOS, PAD)
