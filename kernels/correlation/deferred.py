@@ -1,0 +1,24 @@
+"""A size computed on a GPU that the host reads some steps later, when it has long arrived."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class DeferredSize:
+    """Starts the copy of a 0-dim int64 GPU tensor into pinned memory; nobody waits until `read`."""
+
+    def __init__(self, size: Tensor) -> None:
+        self._host = torch.empty((), dtype=torch.int64, pin_memory=True)
+        self._host.copy_(size, non_blocking=True)
+        self._event = torch.cuda.Event()
+        self._event.record()
+
+    def arrived(self) -> bool:
+        return self._event.query()
+
+    def read(self) -> int:
+        """The number; waits only if the copy has not ended yet."""
+        self._event.synchronize()
+        return int(self._host)

@@ -1,0 +1,68 @@
+"""What FeatureCorrelation asks of its inputs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from transcoder.kernels.checks import check_codes
+from transcoder.kernels.codes import SparseCodes
+
+NAME = "FeatureCorrelation"
+
+
+def check_int(name: str, value: int, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{NAME}: {name}: expected an int, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{NAME}: {name}: expected at least {least}, got {value}")
+
+
+def check_update(codes: SparseCodes, mask: Tensor | None, d_sae: int, device: torch.device, full: bool) -> None:
+    op = f"{NAME}.update"
+    check_codes(op, codes)
+    if codes.shape[1] != d_sae:
+        raise ValueError(f"{op}: codes: expected d_sae = {d_sae} latents, got shape {codes.shape}")
+    if codes.device != device:
+        raise ValueError(
+            f"{op}: codes: expected device {device}, got {codes.device}; build {NAME} with device='{codes.device}'"
+        )
+    if mask is not None:
+        if not isinstance(mask, Tensor) or not (mask.dtype == torch.bool or mask.dtype.is_floating_point):
+            got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"{op}: mask: expected a bool or floating tensor, got {got}")
+        if mask.shape != (codes.shape[0],):
+            raise ValueError(f"{op}: mask: expected shape [{codes.shape[0]}], got {list(mask.shape)}")
+        if mask.device != device:
+            raise ValueError(f"{op}: mask: expected device {device}, got {mask.device}")
+    if full:
+        _check_contents(op, codes, mask)
+
+
+def latent_ids(name: str, value: int | Tensor, d_sae: int, device: torch.device) -> Tensor:
+    """`value` as int64 on `device`, or an error that says what is wrong with it."""
+    if isinstance(value, Tensor) and (value.dtype == torch.bool or value.dtype.is_floating_point):
+        raise TypeError(f"{NAME}: {name}: expected integer latent ids, got {value.dtype}")
+    latents = torch.as_tensor(value, device=device).long()
+    if latents.numel():
+        low, high = int(latents.min()), int(latents.max())
+        if low < 0 or high >= d_sae:
+            raise ValueError(f"{NAME}: {name}: expected latents in [0, {d_sae}), got {low} .. {high}")
+    return latents
+
+
+def _check_contents(op: str, codes: SparseCodes, mask: Tensor | None) -> None:
+    bad = ~(torch.isfinite(codes.values) & (codes.values >= 0))
+    if bool(bad.any()):
+        first = int(bad.nonzero()[0])
+        raise ValueError(
+            f"{op}: codes.values: expected finite values >= 0, got {float(codes.values[first])} for latent "
+            f"{int(codes.indices[first])} in row {int(codes.rows()[first])}"
+        )
+    if codes.nnz and not (int(codes.indices.min()) >= 0 and int(codes.indices.max()) < codes.shape[1]):
+        raise ValueError(f"{op}: codes.indices: expected latents in [0, {codes.shape[1]})")
+    one_row = codes.rows().diff() == 0
+    if bool((one_row & (codes.indices.diff() <= 0)).any()):
+        raise ValueError(f"{op}: codes.indices: expected ascending, unique latents within each row")
+    if mask is not None and not bool((torch.isfinite(mask.double()) & (mask.double() >= 0)).all()):
+        raise ValueError(f"{op}: mask: expected finite weights >= 0")

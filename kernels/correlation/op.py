@@ -1,0 +1,375 @@
+"""FeatureCorrelation: streaming Pearson correlation between latents, from compressed codes."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from transcoder.kernels.backend import active_backend
+from transcoder.kernels.checks import check_mode
+from transcoder.kernels.codes import SparseCodes
+from transcoder.kernels.correlation.deferred import DeferredSize
+from transcoder.kernels.correlation.exact import PackedTriangle, fired_tiles, pair_key, pair_of_key, summed_at
+from transcoder.kernels.correlation.inputs import NAME, check_int, check_update, latent_ids
+from transcoder.kernels.correlation.moments import Moments, PairStatistics, pair_statistics
+from transcoder.kernels.correlation.pairs import CorrelatedPairs, Survey, kept, sorted_pairs
+from transcoder.kernels.correlation.sketch import Sketch, candidates, confirm, estimated_correlation
+from transcoder.kernels.correlation.torch_backend import Entries, entries_of, pair_total
+
+EXACT_LIMIT = 32768
+"""Widest dictionary that is counted exactly: 4 GiB of products and 2 GiB of counts."""
+RENORMALISE_AT = 20.0
+"""Half-lives after which growing increments are brought back to 1 by an exact power of two."""
+PENDING_LIMIT = 4
+"""Updates that may wait for their size on a GPU; the host reads a size that is this many steps old."""
+
+
+class FeatureCorrelation:
+    """Streaming Pearson correlation between the latents of SparseCodes.
+
+    Equivalent to: `torch.corrcoef(z.T)` of all tokens' `codes.to_dense()` stacked into z [T, d_sae]
+    (population formula, weighted where a mask is given), without the stack. A constant latent has correlation
+    0.
+
+    Exact mode keeps sums of products and joint counts of all pairs in float64 and integers (packed triangle,
+    O(B k^2) adds an update); sketch mode keeps `sketch_dim` fp32 numbers a latent and a ring of recent codes.
+    Neither builds [B, d_sae]. Everything stays on `device`; `update` never makes the host wait for a GPU;
+    results are bitwise reproducible.
+
+    Args:
+        d_sae: latents.
+        sketch_dim: None counts exactly (d_sae <= 32768). A number m >= 8 sketches: `correlation` returns an
+            estimate with standard deviation (1 - r^2) / sqrt(m); `pairs` proposes by estimate and decides
+            exactly over the ring.
+        halflife: tokens after which a token's weight has halved; None never forgets. Every row counts as
+            time, masked or not. Counts decay too, and `support` is then the decayed count rounded down.
+        device: where the codes live.
+        seed, rank: key the sketch's signs; equal seeds and different ranks make sketches that can be merged.
+        ring_tokens: recent tokens kept for the decision of sketched pairs (8 bytes an entry).
+        sketch_margin: pairs whose estimate exceeds min_correlation - sketch_margin are decided exactly. 0.2
+            is six standard deviations at r = 0.8 and m = 128.
+        checks: 'full' also refuses NaN, Inf and out-of-order indices (reads the device); 'fast' does not
+            look.
+
+    Raises:
+        ValueError: an argument out of range, or codes that do not fit (each message says what was expected).
+    """
+
+    def __init__(
+        self,
+        d_sae: int,
+        sketch_dim: int | None = None,
+        halflife: float | None = None,
+        *,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+        rank: int = 0,
+        ring_tokens: int = 262_144,
+        sketch_margin: float = 0.2,
+        checks: str = "fast",
+    ) -> None:
+        check_mode(NAME, checks)
+        check_int("d_sae", d_sae, 1)
+        check_int("ring_tokens", ring_tokens, 1)
+        if sketch_dim is not None:
+            check_int("sketch_dim", sketch_dim, 8)
+        elif d_sae > EXACT_LIMIT:
+            raise ValueError(
+                f"{NAME}: d_sae: expected at most {EXACT_LIMIT} without a sketch, got {d_sae} (its pairs "
+                f"would take {d_sae * (d_sae - 1) // 2 * 12 / 2**30:.0f} GiB); pass sketch_dim=128"
+            )
+        if halflife is not None and not (halflife > 0 and math.isfinite(halflife)):
+            raise ValueError(f"{NAME}: halflife: expected a positive number of tokens or None, got {halflife!r}")
+        if not 0 <= sketch_margin < 1:
+            raise ValueError(f"{NAME}: sketch_margin: expected in [0, 1), got {sketch_margin!r}")
+        self.d_sae, self.sketch_dim, self.halflife = d_sae, sketch_dim, halflife
+        self.device = torch.empty(0, device=device).device
+        self.seed, self.rank, self.checks = seed, rank, checks
+        self.ring_tokens, self.sketch_margin = ring_tokens, sketch_margin
+        self.updates = 0
+        """Updates ever made; keys the sketch's signs, so `reset` does not turn it back."""
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget every token. The sketch's signs go on where they were: blocks of one stream may be
+        merged."""
+        self._moments = Moments.zeros(self.d_sae, self.device, self.halflife is not None)
+        self._exact: PackedTriangle | None = None
+        self._sketch: Sketch | None = None
+        if self.sketch_dim is None:
+            self._exact = PackedTriangle(self.d_sae, self.device, self.halflife is not None)
+        else:
+            self._sketch = Sketch(self.d_sae, self.sketch_dim, self.ring_tokens, self.device)
+        self._pending: deque[tuple[Entries, DeferredSize]] = deque()
+        self.tokens_offered = 0
+        """Rows seen, masked ones included (a number the host knows)."""
+        self._origin = 0.0
+        """The token time at which an increment is 1 (half-life only)."""
+
+    def update(self, codes: SparseCodes, mask: Tensor | None = None) -> None:
+        """Add the tokens of `codes`.
+
+        Args:
+            codes: shape (B, d_sae) on this object's device; entries of value 0 do not count as firing.
+            mask: [B] bool (False: the token does not count) or floating weights >= 0 (0: does not count).
+                None counts all.
+        """
+        check_update(codes, mask, self.d_sae, self.device, self.checks == "full")
+        active_backend(codes.device)  # an explicit choice that is not here must raise
+        batch = codes.shape[0]
+        if batch == 0:
+            return
+        plain = None if mask is None else mask.detach().double()
+        weight, tally = plain, None
+        if self.halflife is not None:
+            decay = self._growth(batch)
+            weight = decay if plain is None else decay * plain
+            tally = decay
+        if self._exact is not None:
+            self._exact.make_room(self.tokens_offered + batch)
+        count_dtype = torch.float64 if self.halflife is not None else torch.int64
+        on_cpu = self.device.type == "cpu"  # where reading a size is free
+        entries = entries_of(codes, weight, tally, count_dtype, compact=on_cpu)
+        self._moments.add(entries, batch, weight)
+        if self._exact is not None:
+            if on_cpu:
+                self._exact.add(entries, None)
+            else:
+                self._pending.append((entries, DeferredSize(pair_total(codes))))
+                self._drain(PENDING_LIMIT)
+        else:
+            assert self._sketch is not None
+            self._sketch.add(entries, codes, weight, plain, self.seed, self.rank, self.updates)
+        self.tokens_offered += batch
+        self.updates += 1
+
+    def _drain(self, keep: int) -> None:
+        """Count the pairs of waiting updates, in order: those whose size has arrived, and all but the newest
+        `keep`."""
+        while self._pending and (len(self._pending) > keep or self._pending[0][1].arrived()):
+            entries, size = self._pending.popleft()
+            if self._exact is not None:
+                self._exact.add(entries, size.read())
+
+    def _growth(self, batch: int) -> Tensor:
+        """[B] float64: 2^(age of the origin / half-life). New tokens weigh more, which is old ones weighing
+        less."""
+        assert self.halflife is not None
+        if batch > 500 * self.halflife:
+            raise ValueError(
+                f"{NAME}.update: a batch of {batch} tokens spans more than 500 half-lives of "
+                f"{self.halflife} tokens; use a longer half-life or smaller batches"
+            )
+        age = (self.tokens_offered - self._origin) / self.halflife
+        if age > RENORMALISE_AT:
+            self._drain(0)
+            whole = math.floor(age)
+            self._scale(2.0**-whole)
+            self._origin += whole * self.halflife
+            age = (self.tokens_offered - self._origin) / self.halflife
+        steps = torch.arange(batch, dtype=torch.float64, device=self.device) / self.halflife
+        return torch.exp2(steps + age)
+
+    def _scale(self, factor: float) -> None:
+        self._moments.scale(factor)
+        for part in (self._exact, self._sketch):
+            if part is not None:
+                part.scale(factor)
+
+    def correlation(self, i: int | Tensor, j: int | Tensor) -> Tensor:
+        """Pearson correlation of latents i and j, float64, of the broadcast shape of i and j. May wait for
+        the device.
+
+        Exact mode: exact. Sketch mode: the estimate over all tokens, standard deviation (1 - r^2) /
+        sqrt(sketch_dim).
+
+        Args:
+            i, j: ints or int64 tensors in [0, d_sae).
+        """
+        left, right = torch.broadcast_tensors(
+            latent_ids("i", i, self.d_sae, self.device), latent_ids("j", j, self.d_sae, self.device)
+        )
+        shape, left, right = left.shape, left.reshape(-1), right.reshape(-1)
+        if self._sketch is None:
+            return self.statistics(left, right).correlation.view(shape)
+        return estimated_correlation(self._sketch, self._moments, left, right).view(shape)
+
+    def statistics(self, i: Tensor, j: Tensor, *, beside: Sequence[FeatureCorrelation] = ()) -> PairStatistics:
+        """Correlation, cosine, Jaccard and support of given pairs, each [P]. May wait for the device.
+
+        Exact mode: over all tokens. Sketch mode: exact, over the tokens in the ring.
+
+        Args:
+            i, j: [P] int64; in sketch mode the pairs are distinct and i < j.
+            beside: statistics of other, disjoint parts of the stream, counted in without being merged.
+        """
+        parts = self._parts(beside)
+        i, j = latent_ids("i", i, self.d_sae, self.device), latent_ids("j", j, self.d_sae, self.device)
+        sketches = [p._sketch for p in parts if p._sketch is not None]
+        if sketches:
+            return confirm(sketches, i, j)
+        moments = _summed_moments(parts)
+        same = i == j
+        # A latent with itself has no place in the strict triangle: its sums are the diagonal's.
+        key = torch.where(same, 0, pair_key(i, j))
+        product, joint = summed_at(_triangles(parts), key)
+        product = torch.where(same, moments.square[i], product)
+        joint = torch.where(same, moments.count[i].to(joint.dtype), joint)
+        return pair_statistics(moments, i, j, product, joint, self._unit())
+
+    def pairs(
+        self, min_correlation: float, min_support: int = 1, *, beside: Sequence[FeatureCorrelation] = ()
+    ) -> CorrelatedPairs:
+        """All pairs with correlation >= min_correlation and support >= min_support. Waits for the device;
+        works in tiles.
+
+        Args:
+            min_correlation: in [-1, 1]; at 0 or below every pair is looked at, not only those that ever fire
+                together.
+            min_support: tokens on which at least one of the two fires.
+            beside: as in `statistics`.
+        """
+        return self.survey(min_correlation, min_support, beside=beside).pairs
+
+    def survey(
+        self,
+        min_correlation: float,
+        min_support: int = 1,
+        edges: Tensor | None = None,
+        *,
+        beside: Sequence[FeatureCorrelation] = (),
+    ) -> Survey:
+        """`pairs`, and in the same pass the histogram over `edges` [bins + 1] (float64, ascending; the last
+        bin includes its upper edge) of the pairs that fired together, and the sum of squared correlations
+        over all pairs."""
+        if not -1 <= min_correlation <= 1:
+            raise ValueError(f"{NAME}.pairs: min_correlation: expected in [-1, 1], got {min_correlation!r}")
+        if min_support < 0:
+            raise ValueError(f"{NAME}.pairs: min_support: expected at least 0, got {min_support!r}")
+        parts = self._parts(beside)
+        sketches = [p._sketch for p in parts if p._sketch is not None]
+        if sketches:
+            i, j = candidates(sketches, _summed_moments(parts), min_correlation - self.sketch_margin)
+            decided = [kept(confirm(sketches, i, j), min_correlation, min_support)]
+            return Survey(sorted_pairs(decided, self.d_sae, self.device), None, None)
+        moments = _summed_moments(parts)
+        mean, inverse = moments.centred()
+        # A pair that never fires together has r = -t_i t_j; only the others are visited, and corrected for.
+        t = (mean * inverse).square()
+        squared = ((t.sum().square() - t.square().sum()) / 2).clamp(min=0)
+        histogram = None if edges is None else torch.zeros(edges.numel() - 1, dtype=torch.int64, device=self.device)
+        found: list[PairStatistics] = []
+        for key, product, joint in fired_tiles(_triangles(parts), everything=min_correlation <= 0):
+            i, j = pair_of_key(key)
+            stats = pair_statistics(moments, i, j, product, joint, self._unit())
+            squared += (stats.correlation.square() - t[i] * t[j]).sum()
+            if histogram is not None and edges is not None:
+                place = torch.searchsorted(edges, stats.correlation[joint > 0], right=True) - 1
+                histogram += torch.bincount(place.clamp(0, histogram.numel() - 1), minlength=histogram.numel())
+            found.append(kept(stats, min_correlation, min_support))
+        return Survey(sorted_pairs(found, self.d_sae, self.device), histogram, float(squared))
+
+    def counts(self, *, beside: Sequence[FeatureCorrelation] = ()) -> Tensor:
+        """[d_sae] tokens on which each latent fired: int64, float64 (decayed) with a half-life."""
+        count = _summed_moments(self._parts(beside)).count
+        return count.clone() if self.halflife is None else count / self._unit()
+
+    def effective_tokens(self, *, beside: Sequence[FeatureCorrelation] = ()) -> float:
+        """(sum w)^2 / sum w^2: the noise of a correlation between independent latents has variance 1 over
+        this."""
+        return float(_summed_moments(self._parts(beside)).effective_tokens())
+
+    def merge(self, other: FeatureCorrelation) -> None:
+        """Add the statistics of a disjoint part of the stream (another rank, another block) to these, in
+        place.
+
+        With a half-life the two streams are parallel: both end now, at their own newest token.
+        """
+        if not isinstance(other, FeatureCorrelation):
+            raise TypeError(f"{NAME}.merge: expected a {NAME}, got {type(other).__name__}")
+        for name in ("d_sae", "sketch_dim", "halflife", "seed"):
+            if getattr(self, name) != getattr(other, name):
+                raise ValueError(
+                    f"{NAME}.merge: expected equal {name}, got {getattr(self, name)!r} and {getattr(other, name)!r}"
+                )
+        self._drain(0)
+        other._drain(0)
+        scale = self._unit() / other._unit()
+        if self._exact is not None and other._exact is not None:
+            self._exact.make_room(self.tokens_offered + other.tokens_offered)
+            self._exact.merge(other._exact, scale)
+        if self._sketch is not None and other._sketch is not None:
+            self._sketch.merge(other._sketch, scale)
+        self._moments.merge(other._moments, scale)
+        if self.halflife is None:
+            self.tokens_offered += other.tokens_offered
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything, as nested dicts of tensors and numbers; loading it and going on is bitwise as never
+        having stopped."""
+        self._drain(0)
+        state: dict[str, Any] = {
+            "d_sae": self.d_sae,
+            "sketch_dim": self.sketch_dim,
+            "halflife": self.halflife,
+            "updates": self.updates,
+            "tokens_offered": self.tokens_offered,
+            "origin": self._origin,
+            "moments": {name: part.clone() for name, part in self._moments.tensors().items()},
+        }
+        part = self._exact if self._exact is not None else self._sketch
+        assert part is not None
+        state["pairs"] = part.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name in ("d_sae", "sketch_dim", "halflife"):
+            if state[name] != getattr(self, name):
+                raise ValueError(
+                    f"{NAME}.load_state_dict: {name}: expected {getattr(self, name)!r} as built, got {state[name]!r}"
+                )
+        self.reset()
+        self.updates, self.tokens_offered = int(state["updates"]), int(state["tokens_offered"])
+        self._origin = float(state["origin"])
+        for name, part in self._moments.tensors().items():
+            part.copy_(state["moments"][name])
+        if self._exact is not None:
+            self._exact.load_state_dict(state["pairs"])
+        if self._sketch is not None:
+            self._sketch.load_state_dict(state["pairs"])
+
+    def _unit(self) -> float:
+        """What one token of this moment weighs in the sums."""
+        return 1.0 if self.halflife is None else 2.0 ** ((self.tokens_offered - self._origin) / self.halflife)
+
+    def _parts(self, beside: Sequence[FeatureCorrelation]) -> list[FeatureCorrelation]:
+        parts = [self, *beside]
+        for part in parts:
+            part._drain(0)
+        for other in parts[1:]:
+            if self.halflife is not None or other.halflife is not None:
+                raise ValueError(f"{NAME}: beside: expected statistics without a half-life; merge them instead")
+            if (other.d_sae, other.sketch_dim, other.device) != (self.d_sae, self.sketch_dim, self.device):
+                raise ValueError(
+                    f"{NAME}: beside: expected d_sae {self.d_sae}, sketch_dim {self.sketch_dim}, device "
+                    f"{self.device}, got {other.d_sae}, {other.sketch_dim}, {other.device}"
+                )
+        return parts
+
+
+def _triangles(parts: list[FeatureCorrelation]) -> list[PackedTriangle]:
+    return [p._exact for p in parts if p._exact is not None]
+
+
+def _summed_moments(parts: list[FeatureCorrelation]) -> Moments:
+    if len(parts) == 1:
+        return parts[0]._moments
+    total = Moments.zeros(parts[0].d_sae, parts[0].device, decayed=False)
+    for part in parts:
+        total.merge(part._moments, 1.0)
+    return total
