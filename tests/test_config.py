@@ -1,0 +1,221 @@
+"""Configuration: YAML <-> dataclass <-> flags lose nothing; wrong settings are refused by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from transcoder.config import ConfigError, RunConfig, flags, load_yaml, parse_flag, preset_names
+from transcoder.setting_help import settings as all_settings
+from transcoder.setting_help import settings_help
+
+LEAVES = dict(flags())
+
+
+def leaf(config: RunConfig, dotted: str) -> Any:
+    value: Any = config
+    for part in dotted.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def values_for(kind: Any, name: str) -> st.SearchStrategy[Any]:
+    """Values that are valid for a field on its own; ties between fields are made below."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        (inner,) = (a for a in args if a is not type(None))
+        return st.none() | values_for(inner, name)
+    if origin is Literal:
+        return st.sampled_from(args)
+    if name.endswith(("sequence_length", "normalization_tokens", "sketch_dim")):
+        return st.integers(8, 2**20)
+    if name.endswith("mask_norm_multiple"):
+        return st.floats(1.5, 100)
+    if origin is tuple:
+        return st.tuples(*[st.floats(0, 0.999)] * 2).map(list)
+    if kind is str:
+        # As a folder's name, and never what YAML reads as a number, a date or a word of its own.
+        return st.from_regex(r"x[A-Za-z0-9._-]{0,12}x", fullmatch=True)
+    simple = {bool: st.booleans(), int: st.integers(1, 2**20), float: st.floats(1e-6, 0.999)}
+    return simple[kind]
+
+
+@st.composite
+def overrides(draw: st.DrawFn) -> dict[str, Any]:
+    """Any choice of settings that fit together."""
+    names = draw(st.lists(st.sampled_from(sorted(LEAVES)), unique=True, max_size=12))
+    chosen = {name: draw(values_for(LEAVES[name], name)) for name in names}
+    widths = sorted(draw(st.sets(st.integers(1, 5000), min_size=1, max_size=4)))
+    chosen["transcoder.d_sae"] = widths[-1]
+    chosen["transcoder.widths"] = draw(st.sampled_from([None, widths]))
+    prefixes = 1 if chosen["transcoder.widths"] is None else len(widths)
+    weights = st.lists(st.floats(0.01, 10), min_size=prefixes, max_size=prefixes)
+    chosen["transcoder.prefix_weights"] = draw(st.none() | weights)
+    chosen["transcoder.k"] = draw(st.integers(1, widths[-1]))
+    chosen["activations.cached_path"] = "shards"
+    batch = chosen.get("training.batch_size", 1024)
+    chosen["activations.buffer_tokens"] = draw(st.integers(batch, 2 * batch))
+    monitor, regularizer = "antidup.monitor.", "antidup.regularizer."
+    low, high = sorted(draw(st.tuples(st.floats(0.01, 0.99), st.floats(0.01, 0.99))))
+    chosen[monitor + "release_threshold"], chosen[monitor + "correlation_threshold"] = low, high
+    few, many = sorted(draw(st.tuples(st.integers(1, 9), st.integers(1, 9))))
+    chosen[monitor + "blocks_to_flag"], chosen[monitor + "blocks_remembered"] = few, many
+    low, high = sorted(draw(st.tuples(st.floats(0, 1), st.floats(0, 1))))
+    chosen[regularizer + "correlation_weight"], chosen[regularizer + "correlation_weight_max"] = low, high
+    return chosen
+
+
+def as_text(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("...\n").strip()
+
+
+@settings(max_examples=60, deadline=None)
+@given(overrides())
+def test_dataclass_yaml_and_flags_say_the_same(chosen: dict[str, Any]) -> None:
+    config = RunConfig().replace(chosen)
+    for name, value in chosen.items():
+        found = leaf(config, name)
+        assert (list(found) if isinstance(found, tuple) else found) == value
+    assert RunConfig.from_dict(yaml.safe_load(config.to_yaml())) == config
+    assert RunConfig.from_dict(config.to_dict()) == config
+    assert RunConfig().replace({name: parse_flag(name, as_text(value)) for name, value in chosen.items()}) == config
+    assert RunConfig().replace({name: leaf(config, name) for name in LEAVES}) == config
+
+
+def test_every_field_is_a_flag_and_has_help() -> None:
+    def count(cls: Any) -> int:
+        hints = typing.get_type_hints(cls)
+        kinds = [hints[f.name] for f in dataclasses.fields(cls)]
+        return sum(count(kind) if dataclasses.is_dataclass(kind) else 1 for kind in kinds)
+
+    assert len(LEAVES) == count(RunConfig)
+    described = {s.name: s for s in all_settings()}
+    assert list(described) == list(LEAVES)
+    text = settings_help()
+    for name, setting in described.items():
+        assert f"--{name} {setting.kind}" in text
+        assert parse_flag(name, setting.default) in (leaf(RunConfig(), name), None)
+    assert described["activations.buffer_tokens"].text == "Tokens in the shuffle buffer, on the device."
+    assert described["logging.wandb"].kind == "{off,offline,online}"
+    assert described["training.lr"].kind == "FLOAT | null"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"training": {"step": 5}}, "'training.step'; did you mean 'training.steps'"),
+        ({"trainig": {"steps": 5}}, "'trainig'.*did you mean"),
+        ({"d_sae": 5}, "'d_sae'; did you mean 'transcoder.d_sae'"),
+        (
+            {"antidup": {"monitor": {"corelation_threshold": 0.5}}},
+            "did you mean 'antidup.monitor.correlation_threshold'",
+        ),
+        ({"training": {1: 2}}, "unknown key 'training.1'"),
+        ({"training": {"steps": "many"}}, "training.steps: expected a whole number, got 'many'"),
+        ({"training": {"steps": 2.5}}, "training.steps: expected a whole number"),
+        ({"training": {"steps": True}}, "training.steps: expected a whole number"),
+        ({"training": {"steps": None}}, "training.steps: expected a whole number"),
+        ({"training": {"steps": 0}}, "training.steps: expected at least 1, got 0"),
+        ({"training": {"lr": "fast"}}, "training.lr: expected a number"),
+        ({"training": {"lr": float("nan")}}, "training.lr: expected a finite number"),
+        ({"training": {"betas": [0.9]}}, "training.betas: expected 2 values"),
+        ({"training": {"betas": 0.9}}, "training.betas: expected a list"),
+        ({"training": [1]}, "training: expected a mapping"),
+        ({"logging": {"progress": "yes"}}, "logging.progress: expected true or false"),
+        ({"logging": {"wandb": "on"}}, "logging.wandb: expected one of 'off', 'offline', 'online'"),
+        ({"model": {"name": 3}}, "model.name: expected text"),
+        ({"name": "../escape"}, "name: expected letters"),
+        ({"transcoder": {"widths": [512, 256, 2048]}}, "transcoder.widths: expected cumulative"),
+        ({"transcoder": {"widths": [256, 1024]}}, "a last width of d_sae = 2048"),
+        ({"transcoder": {"k": 4096}}, "transcoder.k: expected between 1 and d_sae = 2048"),
+        ({"activations": {"buffer_tokens": 10}}, "activations.buffer_tokens: expected at least training.batch_size"),
+        ({"activations": {"kind": "cached"}}, "activations.cached_path"),
+    ],
+)
+def test_wrong_settings_are_refused_by_name(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        RunConfig.from_dict(values)
+
+
+@pytest.mark.parametrize(
+    ("flag", "text", "message"),
+    [
+        ("training.step", "5", "unknown setting --training.step; did you mean 'training.steps'"),
+        ("lr", "1", "did you mean 'training.lr'"),
+        ("training.steps", "", "training.steps: expected a whole number"),
+        ("training.steps", "[", "cannot read"),
+    ],
+)
+def test_wrong_flags_are_refused_by_name(flag: str, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_flag(flag, text)
+
+
+@pytest.mark.parametrize(
+    ("flag", "text", "value"),
+    [
+        ("training.lr", "3e-4", 3e-4),
+        ("training.lr", "null", None),
+        ("training.steps", "1_000", 1000),
+        ("training.betas", "[0.9, 0.95]", (0.9, 0.95)),
+        ("transcoder.widths", "[256, 2048]", (256, 2048)),
+        ("logging.wandb", "off", "off"),
+        ("logging.progress", "false", False),
+    ],
+)
+def test_flags_read_as_people_write_them(flag: str, text: str, value: object) -> None:
+    assert parse_flag(flag, text) == value
+
+
+def test_presets_load_and_keep_the_lost_runs_numbers() -> None:
+    assert preset_names() == ["demo", "gemma-2-2b-layer8"]
+    assert RunConfig.load("demo").model.name == "demo"
+    lost = RunConfig.load("gemma-2-2b-layer8")
+    assert (lost.transcoder.d_sae, lost.transcoder.k, lost.training.steps) == (18432, 48, 4882)
+    assert lost.transcoder.widths == (2304, 6912, 16128, 18432)
+    assert (lost.training.lr, lost.training.warmup_steps, lost.training.min_lr_ratio) == (3e-4, 200, 0.01)
+    for name in preset_names():
+        config = RunConfig.load(name)
+        assert config.name == name
+        parts = config.antidup
+        assert all(part.enabled for part in (parts.regularizer, parts.positions, parts.monitor, parts.samples))
+
+
+def test_overrides_on_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("name: mine\ntraining: {steps: 7}\n")
+    config = RunConfig.load(path, {"training.batch_size": 32, "training.steps": 9})
+    assert (config.name, config.training.steps, config.training.batch_size) == ("mine", 9, 32)
+
+
+def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("# nothing\n")
+    assert RunConfig.load(tmp_path / "run.yaml") == RunConfig()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"- 1\n", "expected a mapping of sections"),
+        (b"a: [", "not valid YAML"),
+        (b"\xff\xfe\x00", "not valid YAML"),
+        (b"a: !!python/object/apply:os.system ['true']", "not valid YAML"),
+    ],
+)
+def test_files_that_are_no_configs(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "run.yaml").write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        load_yaml(tmp_path / "run.yaml")
+
+
+def test_an_unknown_preset_names_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match="gemma-2-2b-layer8"):
+        RunConfig.load("gemma-2-2b")
