@@ -1,0 +1,189 @@
+"""`transcoder doctor`: what this machine has, what is missing, one line a fact."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+ESSENTIAL = ("torch", "numpy", "pyyaml", "safetensors", "tqdm", "transformer-lens", "transformers", "pyarrow")
+OPTIONAL = {
+    "datasets": "text from the hub",
+    "wandb": "logging.wandb",
+    "tensorboard": "logging.tensorboard",
+}
+SUPPORTED = ((3, 10), (3, 14))
+LITTLE_DISK = 2 * 2**30
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One line. `missing` makes the command fail; `note` only tells."""
+
+    status: Literal["ok", "note", "missing"]
+    text: str
+
+    @property
+    def fine(self) -> bool:
+        return self.status != "missing"
+
+    def __str__(self) -> str:
+        return f"{self.status:<8}{self.text}"
+
+
+def examine() -> list[Fact]:
+    """Every fact, in the order they matter. Never raises: what goes wrong is a fact."""
+    facts: list[Fact] = []
+    for look in (_python, _packages, _devices, _backends, _ops, _demo, _tools, _disk):
+        try:
+            facts.extend(look())
+        except Exception as error:
+            facts.append(Fact("missing", f"{look.__name__.strip('_')}: {type(error).__name__}: {error}"))
+    return facts
+
+
+def _python() -> Iterator[Fact]:
+    fits = SUPPORTED[0] <= sys.version_info[:2] < SUPPORTED[1]
+    span = f"{'.'.join(map(str, SUPPORTED[0]))} up to and without {'.'.join(map(str, SUPPORTED[1]))}"
+    text = f"python {platform.python_version()} on {platform.system()} {platform.machine()}, {os.cpu_count()} CPUs"
+    yield Fact("ok", text) if fits else Fact("missing", f"{text}: expected {span}")
+
+
+def _packages() -> Iterator[Fact]:
+    from transcoder import __version__
+
+    yield Fact("ok", f"transcoder {__version__}")
+    # Triton has no build for other systems, and the torch backend runs without it.
+    essential = (*ESSENTIAL, "triton") if platform.system() == "Linux" else ESSENTIAL
+    for name in essential:
+        version = _version(name)
+        yield Fact("ok", f"{name} {version}") if version else Fact("missing", f"{name}: pip install {name}")
+    for name, use in OPTIONAL.items():
+        version = _version(name)
+        yield Fact("ok", f"{name} {version}") if version else Fact("note", f"{name} is not installed (for {use})")
+
+
+def _version(name: str) -> str | None:
+    """The installed version, without importing the package: some take seconds."""
+    module = {"pyyaml": "yaml"}.get(name, name.replace("-", "_"))
+    try:
+        return importlib.metadata.version(name) if importlib.util.find_spec(module) else None
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _devices() -> Iterator[Fact]:
+    import torch
+
+    for i in range(torch.cuda.device_count()):
+        about = torch.cuda.get_device_properties(i)
+        capability = f"sm_{about.major}{about.minor}"
+        yield Fact("ok", f"device cuda:{i}: {about.name}, {about.total_memory / 2**30:.0f} GiB, {capability}")
+    if not torch.cuda.is_available():
+        built = torch.version.cuda or torch.version.hip
+        why = f"torch is built for {built}, no GPU answers" if built else "torch is built without CUDA"
+        yield Fact("note", f"device cpu only: {why}")
+
+
+def _backends() -> Iterator[Fact]:
+    import torch
+
+    from transcoder.kernels.backend import AVAILABLE, NAMES, active_backend, requested_backend
+
+    absent = [name for name in NAMES if name != "auto" and name not in AVAILABLE]
+    text = f"backends in this version: {', '.join(AVAILABLE)}"
+    yield Fact("ok", text + (f" (not: {', '.join(absent)})" if absent else ""))
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        yield Fact("ok", f"backend on {device}: {active_backend(device)} (asked for: {requested_backend()})")
+
+
+def _ops() -> Iterator[Fact]:
+    import torch
+
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        for name, check in _op_checks(device).items():
+            worst = check()
+            fits = worst < 1e-4
+            text = f"{name} on {device}: off its reference by at most {worst:.1e}"
+            yield Fact("ok" if fits else "missing", text if fits else f"{text}, expected below 1e-4")
+
+
+def _op_checks(device: str) -> dict[str, Callable[[], float]]:
+    """Largest absolute difference of each op from its reference, on inputs that take no time."""
+    import torch
+
+    from transcoder import kernels
+    from transcoder.kernels.correlation.reference import correlation_reference
+    from transcoder.kernels.decode import reference as decode
+    from transcoder.kernels.encode import reference as encode
+
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(device)
+
+    x, W_enc, b_enc, W_dec, b_dec, y = draw(16, 8), draw(32, 8), draw(32), draw(32, 8), draw(8), draw(16, 8)
+    codes = kernels.topk_encode(x, W_enc, b_enc, 4)
+    dense = codes.to_dense()
+
+    def off(a: torch.Tensor, b: torch.Tensor) -> float:
+        return float((a.double() - b.double()).abs().max())
+
+    def correlation() -> float:
+        streamed = kernels.FeatureCorrelation(32, device=device)
+        streamed.update(codes)
+        i, j = torch.triu_indices(32, 32, 1, device=device)
+        expected = correlation_reference(dense).correlation[i, j]
+        return off(streamed.correlation(i, j).nan_to_num(0), expected)
+
+    return {
+        "topk_encode": lambda: off(dense, encode.topk_encode_reference(x, W_enc, b_enc, 4)),
+        "batch_topk_encode": lambda: off(
+            kernels.batch_topk_encode(x, W_enc, b_enc, 4).to_dense(),
+            encode.batch_topk_encode_reference(x, W_enc, b_enc, 4),
+        ),
+        "threshold_encode": lambda: off(
+            kernels.threshold_encode(x, W_enc, b_enc, 1.0).to_dense(),
+            encode.threshold_encode_reference(x, W_enc, b_enc, 1.0),
+        ),
+        "sparse_decode": lambda: off(
+            kernels.sparse_decode(codes, W_dec, b_dec), decode.sparse_decode_reference(dense, W_dec, b_dec)
+        ),
+        "nested_loss": lambda: off(
+            kernels.nested_loss(codes, W_dec, b_dec, y, (8, 32)).per_prefix,
+            decode.nested_loss_reference(dense, W_dec, b_dec, y, (8, 32))[0],
+        ),
+        "FeatureCorrelation": correlation,
+    }
+
+
+def _demo() -> Iterator[Fact]:
+    from transcoder.demo import iter_documents, language_model_path
+
+    size = sum(file.stat().st_size for file in language_model_path().iterdir())
+    yield Fact("ok", f"demo language model is there ({size / 2**20:.1f} MiB)")
+    documents = sum(1 for _ in iter_documents("train"))
+    yield Fact("ok", f"demo text: {documents} files of this Python's standard library")
+
+
+def _tools() -> Iterator[Fact]:
+    compiler = next((c for c in (os.environ.get("CXX"), "c++", "g++", "clang++") if c and shutil.which(c)), None)
+    for name, found in (("C++ compiler", compiler), ("ninja", shutil.which("ninja")), ("nvcc", shutil.which("nvcc"))):
+        yield (
+            Fact("ok", f"{name}: {Path(found).name}") if found else Fact("note", f"{name}: none (not needed to train)")
+        )
+
+
+def _disk() -> Iterator[Fact]:
+    here = Path.cwd()
+    free = shutil.disk_usage(here).free
+    yield Fact("ok" if free >= LITTLE_DISK else "note", f"free disk in the current folder: {free / 2**30:.1f} GiB")
+    if not os.access(here, os.W_OK):
+        yield Fact("note", "the current folder is not writable: give --out")
