@@ -14,7 +14,22 @@ from transcoder.activations.bridge import HookedModel
 from transcoder.config import RunConfig
 
 CPU = torch.device("cpu")
-WORDS = "the quick brown fox jumps over a lazy dog while seven wizards brew strange liquids".split()
+WORDS = [
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "a",
+    "lazy",
+    "dog",
+    "while",
+    "seven",
+    "wizards",
+    "brew",
+    "ale",
+]
 
 
 @pytest.fixture(scope="session")

@@ -414,3 +414,55 @@ def _tokenizer(index: Mapping[str, Any]) -> Any | None:
         )
     except (OSError, ValueError, ImportError):
         return None
+
+
+def cache_activations(
+    config: RunConfig, folder: str | Path, tokens: int, device: torch.device, shard_tokens: int = 1 << 18
+) -> Path:
+    """Run the model that `config` names over its training documents and write shards and index of whole sequences.
+
+    Sinks are written too (a reader masks them by its own settings); held-out documents are not, so a cache has an
+    evaluation set of its own, by sequence.
+
+    Args:
+        config: sections `model` and `activations` of kind `model`.
+        folder: where the shards go; it must hold none yet.
+        tokens: at least this many are written, in whole forward passes.
+        device: where the model runs.
+        shard_tokens: tokens of a shard, rounded up to whole forward passes.
+
+    Returns:
+        The path of index.json.
+    """
+    from transcoder.activations.model_source import ModelSource
+
+    folder = Path(folder)
+    if tokens < 1 or shard_tokens < 1:
+        raise ValueError(
+            f"cache_activations: tokens and shard_tokens: expected at least 1, got {tokens}, {shard_tokens}"
+        )
+    if any(folder.glob("*.safetensors")):
+        raise DataError(f"cache_activations: {str(folder)!r} holds shards already; give an empty folder")
+    model = ModelSource(config, device, None, 0)
+    waiting: list[Pass] = []
+    written = number = 0
+    while written < tokens or waiting:
+        if written < tokens:
+            waiting.append(model.next_pass())
+            written += len(waiting[-1].tokens)
+        if written >= tokens or sum(len(p.tokens) for p in waiting) >= shard_tokens:
+            columns = {
+                name: torch.cat([getattr(p, name) for p in waiting])
+                for name in ("source", "target", "tokens", "positions", "sequences")
+            }
+            write_shard(folder / f"shard_{number:06}.safetensors", **columns)
+            waiting, number = [], number + 1
+    return write_index(
+        folder,
+        sequence_length=model.sequence_length,
+        vocab_size=model.vocabulary.size,
+        special_ids=model.vocabulary.special_ids,
+        pad_id=model.vocabulary.pad_id,
+        model=config.model.name,
+        extra={"source_hook": config.activations.source_hook, "target_hook": config.activations.target_hook},
+    )

@@ -74,11 +74,14 @@ class ModelSource:
 
     def produce(self) -> Chunk:
         """The next forward pass's rows."""
+        rows, _ = self._rows.make(self.next_pass(), step=int(self._rows.totals["passes"]))
+        return Chunk(rows, self.cursor())
+
+    def next_pass(self) -> Pass:
+        """The next forward pass, sinks and all."""
         packed = self._packer.pack(self._section.sequences_per_forward)
         assert packed is not None  # it repeats for ever
-        number = int(self._rows.totals["passes"])
-        rows, _ = self._rows.make(self._run(packed, f"forward pass {number}"), step=number)
-        return Chunk(rows, self.cursor())
+        return self._run(packed, f"forward pass at sequence {packed.first_sequence}")
 
     def heldout_passes(self) -> Iterator[tuple[ActivationBatch, ActivationBatch]]:
         """(rows, sinks) of each forward pass over the held-out documents, once; no position sampling."""

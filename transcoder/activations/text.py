@@ -269,18 +269,23 @@ class HubSource:
     """A dataset of Hugging Face `datasets`, streamed: not downloaded whole; resuming seeks by shard."""
 
     def __init__(self, name: str, config: str | None, split: str, text_column: str, tokens_column: str | None) -> None:
-        self._name = name
+        self._name, self._config, self._split = name, config, split
         self._column = tokens_column or text_column
         self._tokens = tokens_column is not None
-        self._dataset = _load_streaming(name, config, split)
+        self._dataset = self._load()
         names = self._dataset.column_names
         if names is None:
-            first = next(iter(copy.deepcopy(self._dataset)), None)
-            names = [] if first is None else list(first)
+            names = list(next(iter(self._dataset), {}))
+            self._dataset = None
         _check_column("tokens_column" if self._tokens else "text_column", self._column, names, f"dataset {name!r}")
 
     def open(self, state: dict[str, Any] | None) -> Records:
-        return _HubRecords(copy.deepcopy(self._dataset), self._name, self._column, self._tokens, state)
+        # A dataset keeps the place of its one iterator, and readers may run in two threads: each gets its own.
+        dataset, self._dataset = self._dataset, None
+        return _HubRecords(dataset or self._load(), self._name, self._column, self._tokens, state)
+
+    def _load(self) -> Any:
+        return _load_streaming(self._name, self._config, self._split)
 
 
 class _HubRecords:

@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from transcoder.activations.masking import SinkMasker, context_anchor, context_windows
+from transcoder.activations.passes import Pass, RowMaker
+from transcoder.activations.text import DataError
+from transcoder.config import ActivationsSection
+
+CPU = torch.device("cpu")
+BOS, PAD = 2, 0
+
+
+def masker(pad_id: int | None = PAD, **section: object) -> SinkMasker:
+    return SinkMasker(ActivationsSection(**section), [0, 1, BOS, 3], 50, pad_id, CPU)  # type: ignore[arg-type]
+
+
+def random_pass(seed: int = 0, sequences: int = 4, length: int = 8) -> Pass:
+    g = torch.Generator().manual_seed(seed)
+    count = sequences * length
+    tokens = torch.randint(4, 50, (count,), generator=g)
+    tokens[::length] = BOS
+    return Pass(
+        source=torch.randn(count, 6, generator=g),
+        target=torch.randn(count, 5, generator=g),
+        tokens=tokens,
+        positions=torch.arange(length).repeat(sequences),
+        sequences=torch.arange(sequences).repeat_interleave(length),
+        valid=torch.ones(count, dtype=torch.bool),
+        shape=(sequences, length),
+        where="test pass",
+    )
+
+
+def test_special_ids_are_masked_wherever_they_stand() -> None:
+    found = random_pass()
+    found.tokens[[3, 13]] = 1
+    mask = masker(mask_norm_multiple=None).find(found.source, found.tokens, found.positions, found.valid)
+    assert mask.by_id.nonzero().flatten().tolist() == [0, 3, 8, 13, 16, 24]
+    assert torch.equal(mask.any, mask.by_id)
+
+
+def test_norms_are_compared_with_the_median_over_non_pad_tokens() -> None:
+    found = random_pass()
+    found.source[:] = torch.nn.functional.normalize(found.source) * 2.0
+    found.source[5] *= 10.5
+    found.source[6] *= 9.5
+    # Most tokens are pads of small norm: counted, they would pull the median down and mask everything else.
+    found.tokens[9:] = PAD
+    found.source[9:] *= 0.01
+    mask = masker(mask_bos=False).find(found.source, found.tokens, found.positions, found.valid)
+    assert mask.by_norm.nonzero().flatten().tolist() == [5]
+    assert mask.norm_ratio[5].item() == pytest.approx(10.5, rel=1e-5)
+    padded = found.valid.clone()
+    padded[9:] = False
+    by_valid = masker(pad_id=None).find(found.source, found.tokens, found.positions, padded)
+    assert by_valid.by_norm.nonzero().flatten().tolist() == [5]
+
+
+def test_the_norm_is_that_of_fp32_in_every_dtype() -> None:
+    found = random_pass()
+    found.source[5] = 300.0  # its square overflows float16
+    for dtype in (torch.bfloat16, torch.float16):
+        mask = masker().find(found.source.to(dtype), found.tokens, found.positions, found.valid)
+        assert mask.by_norm.nonzero().flatten().tolist() == [5]
+
+
+def test_a_token_is_counted_under_one_heading() -> None:
+    found = random_pass()
+    found.source[0] = 1000.0
+    mask = masker(mask_position_zero=True).find(found.source, found.tokens, found.positions, found.valid)
+    assert mask.by_id[0]
+    assert not mask.by_norm[0]
+    assert not mask.by_position[0]
+    unmasked = masker(mask_bos=False, mask_position_zero=True)
+    mask = unmasked.find(found.source, found.tokens, found.positions, found.valid)
+    assert mask.by_position.nonzero().flatten().tolist() == [0, 8, 16, 24]
+
+
+def test_masks_switched_off_mask_nothing() -> None:
+    found = random_pass()
+    found.source[5] = 1000.0
+    mask = masker(mask_bos=False, mask_norm_multiple=None)
+    assert not mask.find(found.source, found.tokens, found.positions, found.valid).any.any()
+
+
+def test_sinks_are_dropped_and_counted() -> None:
+    found = random_pass()
+    found.source[5] = 1000.0
+    maker = RowMaker(masker(), 0, None)
+    rows, sinks = maker.make(found)
+    expected = [i for i in range(32) if i % 8 and i != 5]
+    assert torch.equal(rows.source, found.source[expected])
+    assert torch.equal(rows.target, found.target[expected])
+    assert torch.equal(rows.tokens, found.tokens[expected])
+    assert torch.equal(rows.positions, found.positions[expected])
+    assert rows.sequences is not None
+    assert torch.equal(rows.sequences, found.sequences[expected])
+    assert sinks.tokens.tolist() == found.tokens[[0, 5, 8, 16, 24]].tolist()
+    totals = maker.totals
+    assert (totals["masked_by_id"], totals["masked_by_norm"], totals["tokens"]) == (4, 1, 32)
+    assert totals["sink_ratio_max"] > 100
+
+
+def test_padding_is_neither_row_nor_sink() -> None:
+    found = random_pass()
+    found.valid[20:] = False
+    rows, sinks = RowMaker(masker(), 4, None).make(found)
+    assert len(rows) + len(sinks) == 20
+    assert rows.contexts is not None
+    last = rows.contexts[-1]  # token 19: what follows it is padding
+    assert last[context_anchor(4)] == found.tokens[19]
+    assert (last[context_anchor(4) + 1 :] == -1).all()
+
+
+@pytest.mark.parametrize("side", ["source", "target"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_none_are_an_error(side: str, value: float) -> None:
+    found = random_pass()
+    getattr(found, side)[7, 2] = value
+    with pytest.raises(DataError, match=r"test pass: NaN or infinity.*model\.dtype"):
+        RowMaker(masker(), 0, None).make(found)
+
+
+@pytest.mark.parametrize("width", [1, 2, 4, 7, 20])
+def test_contexts_are_the_tokens_around(width: int) -> None:
+    found = random_pass()
+    index = torch.tensor([0, 3, 7, 8, 15, 31])
+    windows = context_windows(found.tokens, found.positions, found.sequences, index, width)
+    anchor = context_anchor(width)
+    assert windows.shape == (6, width)
+    assert windows.dtype == torch.int32
+    grid = found.tokens.view(4, 8)
+    for row, i in enumerate(index.tolist()):
+        for column in range(width):
+            place = i % 8 + column - anchor
+            expected = grid[i // 8, place].item() if 0 <= place < 8 else -1
+            assert windows[row, column] == expected
+
+
+def test_three_quarters_of_a_window_stand_before_the_token() -> None:
+    assert [context_anchor(w) for w in (1, 2, 5, 9, 20, 21)] == [0, 0, 3, 6, 14, 15]
