@@ -130,8 +130,9 @@ class TranscoderSection:
     """Dead latents that AuxK revives a token; null is d_in / 2, 0 switches AuxK off."""
     aux_coefficient: float = 1 / 32
     dead_after_tokens: int = 10_000_000
-    threshold_rate: float = 0.01
-    """Rate of the fp32 running mean of the smallest selected value (BatchTopK's threshold at inference)."""
+    threshold_rate: float = 0.05
+    """Rate of the fp32 running mean of the smallest selected value (BatchTopK's threshold at inference). That minimum is
+    taken over batch_size * k values and hardly varies, so a short memory costs no noise and keeps up with training."""
 
     def __post_init__(self) -> None:
         n = "transcoder."

@@ -40,7 +40,7 @@ class TranscoderConfig:
     """Dead latents AuxK may use a token; None is d_in // 2 (at least 1), 0 switches it off."""
     aux_coefficient: float = 1 / 32
     dead_after_tokens: int = 10_000_000
-    threshold_rate: float = 0.01
+    threshold_rate: float = 0.05
 
     def __post_init__(self) -> None:
         for name in ("d_in", "d_out", "d_sae", "k"):

@@ -150,9 +150,19 @@ def test_the_path_without_host_reads_gives_the_same_entries(name: str) -> None:
         assert torch.equal(indices.flatten(), codes.indices)
     else:
         chunks = torch_backend._activation_chunks(x, W, b)
-        values, flat = torch_backend._collect_static(chunks, 160, 30, b)
+        values, flat = torch_backend._collect_static(chunks, 160, 30)
         assert torch.equal(flat, codes.rows() * 30 + codes.indices)
         assert torch.equal(values, codes.values)
+
+
+@pytest.mark.parametrize("order", ["rising", "falling", "spike"])
+def test_batch_topk_when_the_first_rows_mislead_the_guess(order: str) -> None:
+    x, W, b = inputs(200, 6, 50)
+    scale = torch.linspace(0.01, 5, 200, dtype=torch.float64)[:, None]
+    x = x * {"rising": scale, "falling": scale.flip(0), "spike": torch.where(scale > 4.9, 100.0, 0.01)}[order]
+    codes = batch_topk_encode(x, W, b * 0, 4)
+    assert codes.nnz == 800
+    torch.testing.assert_close(codes.to_dense(), batch_topk_encode_reference(x, W, b * 0, 4))
 
 
 @pytest.mark.parametrize("name", OPS)

@@ -1,0 +1,169 @@
+"""Meters, baselines, sources, stop requests, evaluation: the small parts of the trainer."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from transcoder.activations import ActivationBatch
+from transcoder.model import Transcoder, TranscoderConfig
+from transcoder.training.baselines import LinearBaseline
+from transcoder.training.evaluation import evaluate
+from transcoder.training.interrupts import StopRequest
+from transcoder.training.meters import Meters
+from transcoder.training.sources import IterableSource, look_ahead
+
+
+def batch(rows: int, seed: int, d_in: int = 6, d_out: int = 4) -> ActivationBatch:
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, d_in, generator=g) * 2 + 1
+    W = torch.randn(d_out, d_in, generator=torch.Generator().manual_seed(77))
+    y = x @ W.T + 0.5 * torch.relu(x[:, :d_out]) + 3
+    return ActivationBatch(x, y, torch.arange(rows), torch.arange(rows))
+
+
+def test_meters_average_an_interval_and_start_again() -> None:
+    meters = Meters()
+    for value in (1.0, 2.0, 6.0):
+        meters.add({"a": torch.tensor(value)})
+    meters.add({"b": torch.tensor(5)})
+    assert meters.read({"now": torch.tensor(True)}) == {"a": 3.0, "b": 5.0, "now": 1.0}
+    assert meters.read() == {}
+
+
+def test_meters_resume_within_an_interval() -> None:
+    whole, first, second = Meters(), Meters(), Meters()
+    whole.add({"a": torch.tensor(1.0)})
+    first.add({"a": torch.tensor(1.0)})
+    second.load_state_dict(first.state_dict(), torch.device("cpu"))
+    for meters in (whole, second):
+        meters.add({"a": torch.tensor(2.0)})
+    assert whole.read() == second.read() == {"a": 1.5}
+
+
+def test_linear_baseline_is_least_squares() -> None:
+    baseline = LinearBaseline(6, 4, limit=3000)
+    batches = [batch(500, seed) for seed in range(8)]
+    for b in batches:
+        baseline.update(b.source, b.target)
+    assert baseline.tokens == 3000
+    x = torch.cat([b.source for b in batches[:6]]).double()
+    y = torch.cat([b.target for b in batches[:6]]).double()
+    design = torch.cat([x, torch.ones(3000, 1)], 1)
+    solution = torch.linalg.lstsq(design, y).solution
+    torch.testing.assert_close(baseline.solve(), solution.float(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(baseline.mean(), y.mean(0).float())
+    torch.testing.assert_close(baseline.predict(baseline.solve(), x), (design @ solution).float(), rtol=1e-4, atol=1e-4)
+
+
+def test_baseline_state_goes_on_where_it_was() -> None:
+    one, two = LinearBaseline(6, 4, 10**6), LinearBaseline(6, 4, 10**6)
+    one.update(*(batch(50, 0).source, batch(50, 0).target))
+    two.load_state_dict(one.state_dict())
+    for baseline in (one, two):
+        baseline.update(batch(50, 1).source, batch(50, 1).target)
+    assert torch.equal(one.solve(), two.solve())
+
+
+def test_evaluation_is_the_formula_on_raw_targets() -> None:
+    model = Transcoder(TranscoderConfig(6, 4, 20, 3, widths=[5, 20], skip=True))
+    held = [batch(64, 1), batch(40, 2)]
+    model.set_normalization(held[0].source, held[0].target, "standardize")
+    torch.nn.init.normal_(model.W_skip, std=0.1)
+    baseline = LinearBaseline(6, 4, 10**6)
+    baseline.update(held[0].source, held[0].target)
+    figures = evaluate(model, held, batch(7, 3), baseline)
+    assert model.training
+    x, y = torch.cat([b.source for b in held]), torch.cat([b.target for b in held])
+    total = (y - y.mean(0)).square().sum()
+    model.eval()
+    with torch.no_grad():
+        assert figures["evaluation/fvu"] == pytest.approx(float((model(x) - y).square().sum() / total), rel=1e-4)
+        codes = model.encode(x)
+        narrow = codes.to_dense().clone()
+        narrow[:, 5:] = 0
+        y_hat = narrow @ model.W_dec + model.b_dec + model.normalize_source(x) @ model.W_skip.T
+        narrow_error = (y_hat / model.target_scale + model.target_mean - y).square().sum()
+        assert figures["evaluation/fvu_prefix_5"] == pytest.approx(float(narrow_error / total), rel=1e-4)
+        assert figures["evaluation/l0"] == pytest.approx(float((codes.values > 0).sum()) / 104)
+    mean_error = (y - held[0].target.mean(0)).square().sum()
+    assert figures["evaluation/baseline_mean_fvu"] == pytest.approx(float(mean_error / total), rel=1e-4)
+    assert 0 < figures["evaluation/baseline_linear_fvu"] < 1
+    assert figures["evaluation/sink_tokens"] == 7
+    with pytest.raises(ValueError, match="at least one held-out batch"):
+        evaluate(model, [])
+
+
+def test_an_iterable_is_looked_at_without_being_used_up() -> None:
+    source = IterableSource(batch(8, seed) for seed in range(5))
+    assert (source.d_in, source.d_out) == (6, 4)
+    seen = look_ahead(source, 20)
+    assert len(seen) == 3
+    again = [next(source) for _ in range(5)]
+    for a, b in zip(seen, again, strict=False):
+        assert torch.equal(a.source, b.source)
+    with pytest.raises(StopIteration):
+        next(source)
+    with pytest.raises(ValueError, match="cannot go on where the run stopped"):
+        source.load_state_dict({"origin": None})
+
+
+class Counting:
+    """A resumable iterator."""
+
+    def __init__(self) -> None:
+        self.seed = 0
+
+    def __iter__(self) -> Iterator[ActivationBatch]:
+        return self
+
+    def __next__(self) -> ActivationBatch:
+        self.seed += 1
+        return batch(8, self.seed)
+
+    def state_dict(self) -> dict:
+        return {"seed": self.seed}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.seed = state["seed"]
+
+
+def test_an_iterable_with_a_state_is_rewound_and_resumed() -> None:
+    source = IterableSource(Counting())
+    look_ahead(source, 30)
+    first = [next(source) for _ in range(3)]
+    assert torch.equal(first[0].source, batch(8, 1).source)
+    state = source.state_dict()
+    rest = next(source)
+    other = IterableSource(Counting())
+    other.load_state_dict(state)
+    assert torch.equal(next(other).source, rest.source)
+
+
+def test_an_empty_iterable_is_refused() -> None:
+    with pytest.raises(ValueError, match="got an empty iterable"):
+        IterableSource([])
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_a_signal_is_noted_once_and_the_handlers_come_back(name: str) -> None:
+    number = getattr(signal, name)
+    before = signal.getsignal(number)
+    caught = []
+    signal.signal(number, lambda *_: caught.append(name))
+    try:
+        with StopRequest() as stop:
+            assert stop.signal is None
+            os.kill(os.getpid(), number)
+            assert stop.signal == name
+            assert caught == []
+            os.kill(os.getpid(), number)
+            assert caught == [name]
+        os.kill(os.getpid(), number)
+        assert caught == [name, name]
+    finally:
+        signal.signal(number, before)
