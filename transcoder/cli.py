@@ -53,7 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     logging.basicConfig(format="%(levelname)s: %(message)s")
-    warnings.showwarning = _show_warning
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        return _guarded(words, debug)
+
+
+def _guarded(words: list[str], debug: bool) -> int:
     try:
         return _run(words)
     except KeyboardInterrupt:
@@ -139,17 +144,18 @@ def _validate(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
 def _compare(options: argparse.Namespace, _: dict[str, Any]) -> int:
     if len(options.runs) < 2:
         raise ConfigError(f"compare: expected at least two run folders, got {len(options.runs)}")
+    first, *others = map(_run_folder, options.runs)
     from transcoder.reporting.compare import compare_runs, format_comparison
 
-    first, *others = map(_run_folder, options.runs)
     print("\n\n".join(format_comparison(compare_runs(first, other)) for other in others))
     return EXIT_OK
 
 
 def _report(options: argparse.Namespace, _: dict[str, Any]) -> int:
+    folder = _run_folder(options.run_folder)
     from transcoder.reporting import write_report
 
-    print(write_report(_run_folder(options.run_folder)))
+    print(write_report(folder))
     return EXIT_OK
 
 

@@ -1,0 +1,229 @@
+"""The command line: flags, exit codes, one line an error; and real runs of a few steps through it."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from transcoder import __version__, cli
+from transcoder.cli import main
+from transcoder.config import ConfigError, RunConfig
+
+TINY: dict[str, Any] = {
+    "name": "tiny",
+    "model": {"name": "demo", "device": "cpu"},
+    "activations": {"sequence_length": 32, "sequences_per_forward": 4, "buffer_tokens": 256, "prefetch": 0},
+    "transcoder": {"d_sae": 64, "k": 4, "widths": [16, 64], "normalization_tokens": 256},
+    "training": {"steps": 3, "batch_size": 64, "warmup_steps": 1, "evaluation_tokens": 128},
+    "antidup": {
+        # Every part has something to act on within three steps.
+        "regularizer": {"orthogonality_every": 1, "orthogonality_threshold": 0.0},
+        "samples": {"collect_every": 1, "min_activation": 0.0},
+        "verify_at_step": 3,
+    },
+    "logging": {"every": 1, "progress": False},
+}
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(TINY))
+    return path
+
+
+def outcome(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
+    code = main([str(word) for word in words])
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
+
+
+def assert_refused(capsys: pytest.CaptureFixture[str], words: list[object], message: str, code: int = 2) -> None:
+    got, out, err = outcome(capsys, *words)
+    assert got == code, err
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1, "one line"
+    assert message in err
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"transcoder {__version__}\n"
+
+
+def test_no_command_shows_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = outcome(capsys)
+    assert code == 2
+    for command in ("train", "demo", "validate", "compare", "report", "doctor", "75"):
+        assert command in out
+
+
+@pytest.mark.parametrize("command", ["train", "demo", "validate"])
+def test_help_lists_every_setting(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    from transcoder.config import flags
+
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    out = capsys.readouterr().out
+    for name, _ in flags():
+        assert f"--{name} " in out
+    assert "(default: 1000)" in out
+    assert "null is 2e-4 / sqrt(d_sae / 2^14)." in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "demo", "--trainig.steps", "5"], "did you mean 'training.steps'?"),
+        (["train", "demo", "--steps=5"], "did you mean 'training.steps'?"),
+        (["train", "demo", "--steps"], "did you mean 'training.steps'?"),
+        (["train", "demo", "--training.steps"], "--training.steps: expected a value"),
+        (["train", "demo", "--training.steps", "--resume"], "--training.steps: expected a value"),
+        (["train", "demo", "--training.steps", "x"], "training.steps: expected a whole number, got 'x'"),
+        (["train", "demo", "--training.steps", "-5"], "training.steps: expected at least 1, got -5"),
+        (["train", "demo", "--transcoder.k", "99999"], "transcoder.k: expected between 1 and d_sae"),
+        (["train", "nope"], "presets: ['demo', 'gemma-2-2b-layer8']"),
+        (["train"], "CONFIG"),
+        (["train", "demo", "extra"], "extra"),
+        (["train", "demo", "--out"], "--out"),
+        (["fly"], "invalid choice: 'fly'"),
+        (["compare", "one"], "at least two run folders"),
+        (["compare", "one", "two"], "one: expected a run folder"),
+        (["report", "nowhere"], "nowhere: expected a run folder"),
+        (["report", "nowhere", "--training.steps", "5"], "--training.steps"),
+    ],
+)
+def test_bad_words_are_refused_in_one_line(
+    capsys: pytest.CaptureFixture[str], words: list[object], message: str
+) -> None:
+    assert_refused(capsys, words, message)
+
+
+def test_settings_are_taken_in_both_spellings_and_anywhere() -> None:
+    parser = cli._parser().commands["train"]
+    words = [
+        "train",
+        "--training.steps",
+        "7",
+        "demo",
+        "--logging.wandb=off",
+        "--out",
+        "there",
+        "--transcoder.widths",
+        "[8,2048]",
+        "--resume",
+    ]
+    rest, settings = cli._take_settings(words, parser)
+    assert rest == ["train", "demo", "--out", "there", "--resume"]
+    assert settings == {"training.steps": 7, "logging.wandb": "off", "transcoder.widths": (8, 2048)}
+
+
+def test_a_used_folder_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    assert_refused(capsys, ["train", "demo", "--out", tmp_path / "run"], "add --resume")
+    assert_refused(capsys, ["validate", "--out", tmp_path / "run"], "choose another --out")
+    assert_refused(capsys, ["demo", "--out", tmp_path / "run" / "notes.txt"], "expected a folder")
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str], debug: bool) -> None:
+    code, _, err = outcome(capsys, "train", "nope", *(["--debug"] if debug else []))
+    assert code == 2
+    assert ("Traceback" in err) is debug
+
+
+def test_an_error_that_nobody_foresaw_shows_its_place(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise KeyError("lost")
+
+    monkeypatch.setattr(RunConfig, "load", broken)
+    code, _, err = outcome(capsys, "train", "demo")
+    assert code == 1
+    assert "Traceback" in err
+    assert "lost" in err
+
+
+def test_long_messages_become_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise ConfigError("a\n  b\nc")
+
+    monkeypatch.setattr(RunConfig, "load", broken)
+    assert_refused(capsys, ["train", "demo"], "error: a b c")
+
+
+def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    code, out, _ = outcome(capsys, "doctor")
+    assert code == 0, out
+    lines = out.splitlines()
+    assert all(line.startswith(("ok ", "note ")) for line in lines)
+    for text in ("python 3.", "torch ", "topk_encode on cpu", "FeatureCorrelation on cpu", "demo language model"):
+        assert any(text in line for line in lines)
+    monkeypatch.setenv("TRANSCODER_BACKEND", "abacus")
+    code, out, _ = outcome(capsys, "doctor")
+    assert code == 1
+    assert any(line.startswith("missing") and "abacus" in line for line in out.splitlines())
+
+
+def test_train_then_report_then_compare(capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny: Path) -> None:
+    run = tmp_path / "run"
+    code, out, err = outcome(capsys, "train", tiny, "--out", run, "--training.seed", "1")
+    assert code == 0, err
+    assert f"run folder: {run}" in out
+    for label in ("transcoder", "least-squares linear map", "mean"):
+        assert label in out
+    assert f"report: {run / 'report.html'}" in out
+    assert yaml.safe_load((run / "config.yaml").read_text())["training"]["seed"] == 1
+    assert json.loads((run / "summary.json").read_text())["finished"] is True
+
+    assert_refused(capsys, ["train", tiny, "--out", run], "add --resume")
+    code, out, err = outcome(capsys, "train", tiny, "--out", run, "--training.seed", "1", "--resume")
+    assert code == 0, err
+
+    (run / "report.html").unlink()
+    code, out, err = outcome(capsys, "report", run)
+    assert (code, out.strip()) == (0, str(run / "report.html")), err
+    code, out, err = outcome(capsys, "compare", run, run)
+    assert code == 0, err
+    assert "fvu" in out.lower()
+
+
+def test_a_part_that_was_not_really_used_has_its_own_code(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny: Path
+) -> None:
+    words = ["train", tiny, "--out", tmp_path / "run", "--antidup.samples.min_activation", "1.0e+9"]
+    got, _, err = outcome(capsys, *words)
+    assert got == 3, err
+    assert "activation_samples" in err
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_saves_the_state_and_has_its_own_code(tmp_path: Path, tiny: Path, name: str) -> None:
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "transcoder", "train", str(tiny), "--out", str(run), "--training.steps", "1000000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        waited = time.monotonic()
+        metrics = run / "metrics.jsonl"
+        while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") > 3):
+            assert time.monotonic() - waited < 120, "the run did not start"
+            time.sleep(0.05)
+        process.send_signal(getattr(signal, name))
+        out, err = process.communicate(timeout=120)
+    assert process.returncode == 75, err
+    assert f"stopped by {name}" in out
+    assert "--resume" in out
+    assert list((run / "checkpoints").glob("step_*"))
