@@ -82,12 +82,15 @@ def synthetic_run(
     _usage(path, done)
     if not interrupted:
         summary = {
-            "status": "finished",
+            "name": config.name,
             "step": done,
-            "seconds": 93.7,
+            "finished": True,
+            "interrupted_by": None,
             "tokens": done * config.training.batch_size,
-            "device": "cpu",
-            "metrics": final,
+            "d_in": 128,
+            "d_out": 128,
+            **final,
+            "data": {"documents": 812.0, "masked_by_id": 4810.0},
         }
         (path / "summary.json").write_text(json.dumps(summary))
     return path
@@ -113,10 +116,10 @@ def _metrics(path: Path, config: RunConfig, done: int, draw: random.Random) -> d
                 "sparsity/dead_share": 0.18 * rest + 0.004,
                 "sparsity/dead_features": round((0.18 * rest + 0.004) * WIDTHS[-1]),
                 "details/n_training_samples": step * config.training.batch_size,
-                "details/learning_rate": 2e-4
-                * min(1, step / 100)
-                * (0.5 + 0.5 * math.cos(math.pi * step / 600)),
+                "details/learning_rate": 2e-4 * min(1, step / 100) * (0.5 + 0.5 * math.cos(math.pi * step / 600)),
                 "details/gradient_norm": 0.3 + rest + abs(draw.gauss(0, 0.05)),
+                "data/documents": float(step),
+                "data/sink_norm_ratio": 41.5,
                 "regularizer/correlation_value": 0.002 * rest,
                 **{f"metrics/fvu_prefix_{w}": v for w, v in prefixes.items()},
                 **{f"losses/inner_mse_loss_{w}": v for w, v in prefixes.items()},
@@ -133,6 +136,7 @@ def _metrics(path: Path, config: RunConfig, done: int, draw: random.Random) -> d
                 }
                 row.update(evaluation)
                 final.update(evaluation)
+                final.update(_duplicates(step))
             if step == 40:
                 row["details/gradient_norm"] = math.inf
             writer.write(step, row)

@@ -45,9 +45,7 @@ def test_a_line_is_on_its_way_before_write_returns(tmp_path: Path) -> None:
 def test_nan_and_inf_are_null_and_named(tmp_path: Path) -> None:
     with MetricsWriter(tmp_path, CONFIG) as writer:
         writer.write(1, {"a": math.nan, "b": math.inf, "c": -math.inf, "d": torch.tensor(2.5), "e": 1e-300})
-        writer.write_event(
-            "stopped", {"why": "a\nnewline", "loss": math.nan, "where": Path("x"), "n": [1, math.inf]}
-        )
+        writer.write_event("stopped", {"why": "a\nnewline", "loss": math.nan, "where": Path("x"), "n": [1, math.inf]})
     first, event = lines(tmp_path)
     assert (first["a"], first["b"], first["c"], first["d"], first["e"]) == (None, None, None, 2.5, 1e-300)
     assert first["nonfinite"] == {"a": "nan", "b": "inf", "c": "-inf"}
@@ -111,9 +109,7 @@ def test_damage_in_the_middle_is_read_past(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a file size limit")
-def test_a_full_disk_costs_no_line_and_leaves_no_torn_one(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_full_disk_costs_no_line_and_leaves_no_torn_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = JsonlFile(tmp_path / "m.jsonl")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:

@@ -47,12 +47,10 @@ def test_series_keep_what_is_not_finite(finished_run: Path) -> None:
 def test_the_summary_wins_over_the_last_line(make_run: Callable[..., Path]) -> None:
     path = make_run(steps=100)
     run = RunFolder(path)
-    (path / "summary.json").write_text(
-        '{"metrics": {"metrics/l0": 12.5, "evaluation/fvu": NaN}, "seconds": 3}'
-    )
+    (path / "summary.json").write_text('{"metrics/l0": 12.5, "evaluation/fvu": NaN, "seconds": 3}')
     assert run.figure("metrics/l0") == 12.5
     assert run.figure("evaluation/fvu") == run.metrics.get("evaluation/fvu").last()
-    assert run.figure("seconds") == 3
+    assert run.figure("seconds") is None
 
 
 def test_an_empty_folder_names_everything(tmp_path: Path) -> None:
@@ -65,7 +63,7 @@ def test_an_empty_folder_names_everything(tmp_path: Path) -> None:
         "correlation report",
         "activation samples",
     }
-    assert run.status == "interrupted or running"
+    assert run.status == "interrupted or still running"
     assert run.last_step is None
     assert run.samples is None
     assert run.correlation == {}
@@ -78,6 +76,8 @@ def test_an_interrupted_run(make_run: Callable[..., Path]) -> None:
     run = RunFolder(make_run(steps=600, interrupted=True))
     assert run.last_step == 270
     assert list(missing(run)) == ["summary.json"]
+    assert run.status == "interrupted or still running"
+    assert not run.finished
     assert run.figure("evaluation/fvu") is not None, "the last evaluation in metrics.jsonl counts"
 
 
@@ -120,3 +120,12 @@ def test_samples_by_row(finished_run: Path) -> None:
     contexts = samples.contexts(rows)
     assert contexts[0][samples.anchor[rows[0]]] == "<script>alert(1)</script>"
     assert contexts[5][:3] == ["", "", ""], "padding is empty"
+
+
+def test_status_is_the_newest_truth(make_run: Callable[..., Path]) -> None:
+    path = make_run(steps=100, latents=1)
+    assert RunFolder(path).finished
+    (path / "summary.json").write_text('{"step": 100, "finished": false, "interrupted_by": "SIGTERM"}')
+    assert RunFolder(path).status == "stopped by SIGTERM"
+    (path / "summary.json").write_text('{"step": 50, "finished": true}')
+    assert RunFolder(path).status == "interrupted or still running", "the summary is older than the metrics"

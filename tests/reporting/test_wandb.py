@@ -61,9 +61,7 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
 
 
-def test_offline_writes_its_files_inside_the_run_folder(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_offline_writes_its_files_inside_the_run_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = tmp_path / "run"
     longest, closing = use(CONFIG, run)
     assert warnings(caplog) == []
@@ -85,9 +83,7 @@ def test_raising_is_one_warning(tmp_path: Path, fake_wandb: Path, caplog: pytest
     assert closing < 11
 
 
-def test_absent_says_how_to_get_it(
-    tmp_path: Path, fake_wandb: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_absent_says_how_to_get_it(tmp_path: Path, fake_wandb: Path, caplog: pytest.LogCaptureFixture) -> None:
     fake_wandb.write_text("raise ModuleNotFoundError(\"No module named 'wandb'\", name='wandb')\n")
     use(CONFIG, tmp_path / "run")
     (warning,) = warnings(caplog)

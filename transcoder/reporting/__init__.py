@@ -2,6 +2,7 @@
 
 from transcoder.reporting.metrics import MetricsWriter
 from transcoder.reporting.progress import ProgressBar
+from transcoder.reporting.report import write_report
 from transcoder.reporting.runfolder import RunFolder
 
-__all__ = ["MetricsWriter", "ProgressBar", "RunFolder"]
+__all__ = ["MetricsWriter", "ProgressBar", "RunFolder", "write_report"]

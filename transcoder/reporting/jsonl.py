@@ -82,9 +82,7 @@ class JsonlFile:
     def _warn(self, error: OSError) -> None:
         if not self._warned:
             self._warned = True
-            logger.warning(
-                "%s: cannot write (%s); lines are kept in memory and tried again", self.path, error
-            )
+            logger.warning("%s: cannot write (%s); lines are kept in memory and tried again", self.path, error)
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any] | None]:

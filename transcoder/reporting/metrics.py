@@ -44,9 +44,7 @@ class MetricsWriter:
 
     def __init__(self, run_dir: Path, config: RunConfig, resume_step: int | None = None) -> None:
         if resume_step is not None and (not isinstance(resume_step, int) or resume_step < 0):
-            raise ValueError(
-                f"MetricsWriter: resume_step: expected null or a step of at least 0, got {resume_step!r}"
-            )
+            raise ValueError(f"MetricsWriter: resume_step: expected null or a step of at least 0, got {resume_step!r}")
         self.run_dir = Path(run_dir)
         self.run_dir.mkdir(parents=True, exist_ok=True)
         path = self.run_dir / FILE_NAME
@@ -138,9 +136,7 @@ class MetricsWriter:
 
 def _as_float(name: str, value: object) -> float:
     if name in RESERVED:
-        raise ValueError(
-            f"metrics: the name {name!r} is the line's own; choose another, such as 'details/{name}'"
-        )
+        raise ValueError(f"metrics: the name {name!r} is the line's own; choose another, such as 'details/{name}'")
     if isinstance(value, Tensor) and value.numel() == 1:
         return float(value.item())
     if isinstance(value, numbers.Real):

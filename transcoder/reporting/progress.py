@@ -63,9 +63,7 @@ class ProgressBar:
         if self._bar is not None:
             self._bar.set_postfix_str(figures(self._seen), refresh=False)
             self._bar.update(step - self._bar.n)
-        elif self._enabled and (
-            step >= self._total or time.monotonic() - self._shown_at >= self._plain_seconds
-        ):
+        elif self._enabled and (step >= self._total or time.monotonic() - self._shown_at >= self._plain_seconds):
             self._line()
 
     def close(self) -> None:
@@ -104,8 +102,7 @@ def figures(metrics: Mapping[str, float]) -> str:
     if "duplicates/pairs" in metrics:
         flagged = metrics.get("duplicates/flagged")
         parts.append(
-            f"duplicates {metrics['duplicates/pairs']:.0f}"
-            + ("" if flagged is None else f" ({flagged:.0f} flagged)")
+            f"duplicates {metrics['duplicates/pairs']:.0f}" + ("" if flagged is None else f" ({flagged:.0f} flagged)")
         )
     if "metrics/tokens_per_second" in metrics:
         parts.append(f"{thousands(metrics['metrics/tokens_per_second'])} tok/s")

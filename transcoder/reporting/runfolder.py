@@ -41,9 +41,9 @@ class RunFolder:
     activation_samples/{samples.parquet, summary.json}. A file that is absent or unreadable is empty here and
     named in `missing`, with the reason.
 
-    summary.json is {"status": "finished" | "stopped" | ..., "step": int, "seconds": float, ..., "metrics":
-    {name: number}}, where the names are those of metrics.jsonl and of the last evaluation; numbers at the
-    top level count too.
+    summary.json is what `train_transcoder` returns as `RunResult.summary`: {"finished", "interrupted_by",
+    "step", "tokens",
+    name of a figure: number, ...}; the names are those of metrics.jsonl and of the last evaluation.
 
     Raises:
         FileNotFoundError: `path` is no folder.
@@ -87,9 +87,7 @@ class RunFolder:
             return collect(())
         if table.unreadable:
             lines = "line is" if table.unreadable == 1 else "lines are"
-            self._missing[f"part of {FILE_NAME}"] = (
-                f"{table.unreadable} {lines} unreadable (a run that was killed?)"
-            )
+            self._missing[f"part of {FILE_NAME}"] = f"{table.unreadable} {lines} unreadable (a run that was killed?)"
         if not table.series:
             self._missing[FILE_NAME] = "holds no figures: the run ended before its first logging step"
         return table
@@ -101,9 +99,7 @@ class RunFolder:
     @cached_property
     def usage(self) -> dict[str, Any]:
         """The ledger's components by name."""
-        usage = self._json(
-            "usage.json", "not in the folder: nothing proves that the anti-duplication parts ran"
-        )
+        usage = self._json("usage.json", "not in the folder: nothing proves that the anti-duplication parts ran")
         components = usage.get("components")
         if usage and not isinstance(components, dict):
             self._missing["usage.json"] = "holds no components"
@@ -132,9 +128,7 @@ class RunFolder:
         elif not self.correlation_files:
             every = self.setting("antidup.monitor.correlation_save_frequency")
             when = "its first report" if every is None else f"step {every}, when the first is due"
-            self._missing[name] = (
-                f"anti_duplication_logs/ holds none: the run ended before {when}, or did not write it"
-            )
+            self._missing[name] = f"anti_duplication_logs/ holds none: the run ended before {when}, or did not write it"
         else:
             self._missing[name] = "none of those in anti_duplication_logs/ can be read"
         return {}
@@ -159,17 +153,13 @@ class RunFolder:
         try:
             table = read_samples(file)
         except ImportError:
-            self._missing[name] = (
-                "pyarrow is not installed (pip install pyarrow): samples.parquet cannot be read"
-            )
+            self._missing[name] = "pyarrow is not installed (pip install pyarrow): samples.parquet cannot be read"
         except (OSError, ValueError) as error:
             self._missing[name] = f"samples.parquet cannot be read: {_first_line(error)}"
         else:
             if len(table):
                 return table
-            self._missing[name] = (
-                "samples.parquet is empty: no latent passed the collector's minimum activation"
-            )
+            self._missing[name] = "samples.parquet is empty: no latent passed the collector's minimum activation"
         return None
 
     @property
@@ -186,16 +176,26 @@ class RunFolder:
 
     @property
     def last_step(self) -> int | None:
-        step = self.summary.get("step")
-        return step if isinstance(step, int) else self.metrics.last_step
+        """Optimizer steps done, as far as any file knows."""
+        stated = self.summary.get("step")
+        known = [s for s in (stated, self.metrics.last_step) if isinstance(s, int) and not isinstance(s, bool)]
+        return max(known, default=None)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run came to its last step; a summary older than the metrics is of an earlier session."""
+        newer = self.metrics.last_step is not None and self.metrics.last_step > self.summary.get("step", 0)
+        return bool(self.summary.get("finished")) and not newer
 
     @property
     def status(self) -> str:
-        """What summary.json says; without it 'interrupted or running'."""
-        status = self.summary.get("status")
-        if isinstance(status, str) and status:
-            return status
-        return "finished" if self.summary else "interrupted or running"
+        """ "finished", "stopped by SIGTERM", or what can be said of a run that left no summary."""
+        if self.finished:
+            return "finished"
+        by = self.summary.get("interrupted_by")
+        if isinstance(by, str) and self.summary.get("step") == self.last_step:
+            return f"stopped by {by}"
+        return "interrupted or still running"
 
     def setting(self, dotted: str, default: Any = None) -> Any:
         """A setting such as "transcoder.k"; `default` where the config does not say."""
@@ -243,11 +243,10 @@ class RunFolder:
     @cached_property
     def _summary_numbers(self) -> dict[str, float]:
         found: dict[str, float] = {}
-        nested = self.summary.get("metrics")
-        for group in (self.summary, nested if isinstance(nested, dict) else {}):
-            for name, value in group.items():
-                if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-                    found[name] = float(value)
+        for name, value in self.summary.items():
+            # Plain names ("step", "tokens") are the run's, not figures.
+            if "/" in name and isinstance(value, (int, float)) and math.isfinite(value):
+                found[name] = float(value)
         return found
 
     def _json(self, name: str, absent: str, quiet: bool = False) -> dict[str, Any]:

@@ -43,9 +43,7 @@ class SampleTable:
         """
         names = self._table.column_names
         ids = self._table.column("context").take(rows).to_pylist()
-        strings = (
-            self._table.column("tokens").take(rows).to_pylist() if "tokens" in names else [None] * len(rows)
-        )
+        strings = self._table.column("tokens").take(rows).to_pylist() if "tokens" in names else [None] * len(rows)
         return [_display(i or [], s) for i, s in zip(ids, strings, strict=True)]
 
 

@@ -132,9 +132,7 @@ class WandbSink:
                 env=environment,
                 start_new_session=True,
             )
-        threading.Thread(
-            target=self._listen, args=(self._process,), name="transcoder-W&B-answers", daemon=True
-        ).start()
+        threading.Thread(target=self._listen, args=(self._process,), name="transcoder-W&B-answers", daemon=True).start()
 
     def _listen(self, process: subprocess.Popen[bytes]) -> None:
         assert process.stdout is not None

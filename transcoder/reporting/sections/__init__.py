@@ -1,0 +1,1 @@
+"""The parts of report.html: each takes a RunFolder and returns HTML."""
