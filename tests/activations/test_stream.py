@@ -162,9 +162,18 @@ class EveryOther:
         return Sample(keep, weights)
 
 
-@pytest.mark.parametrize("form", ["jsonl", "stdlib", "hub"])
-@pytest.mark.parametrize("prefetch", [0, 2])
-@pytest.mark.parametrize("stop", [0, 13, 77])
+@pytest.mark.parametrize(
+    ("form", "prefetch", "stop"),
+    [
+        ("jsonl", 0, 0),
+        ("jsonl", 2, 0),
+        ("jsonl", 0, 13),
+        ("jsonl", 2, 77),
+        ("stdlib", 2, 77),
+        ("hub", 0, 13),
+        ("hub", 2, 77),
+    ],
+)
 def test_resuming_is_bitwise(
     build: Callable[..., ActivationStream], jsonl: Path, form: str, prefetch: int, stop: int
 ) -> None:

@@ -66,8 +66,7 @@ def _check_hub_model(name: str) -> None:
         # The hub's client raises its own types and those of two HTTP libraries.
         raise ModelError(
             f"model.name: there is no folder {name!r}, and the Hugging Face hub gives no model of that name: "
-            f"{type(error).__name__}: {error}. Check the name and the network (a gated model needs `hf auth "
-            "login`); "
+            f"{type(error).__name__}: {error}. Check the name and the network (a gated model needs `hf auth login`); "
             "without a network use 'demo' or a local folder."
         ) from error
 
@@ -183,6 +182,5 @@ def _check_layers(source_hook: str, target_hook: str) -> None:
     if source is not None and target is not None and source > target:
         raise ModelError(
             f"activations.source_hook: {source_hook!r} lies in a later layer than target_hook "
-            f"{target_hook!r}; a transcoder "
-            "predicts a layer's output from what comes before it"
+            f"{target_hook!r}; a transcoder predicts a layer's output from what comes before it"
         )

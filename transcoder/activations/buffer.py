@@ -128,8 +128,7 @@ class ShuffleBuffer:
         if held > self._capacity:
             raise ValueError(
                 f"activations.buffer_tokens: the saved buffer holds {held} tokens and this one has room for "
-                f"{self._capacity}; "
-                "resume with the setting that the run was started with"
+                f"{self._capacity}; resume with the setting that the run was started with"
             )
         moved = {name: value.to(device) for name, value in rows.items()}
         self._allocate(batch_of(moved, int(state["anchor"])))

@@ -53,8 +53,7 @@ def write_shard(
         raise ValueError(f"write_shard: path: expected a name ending in .safetensors, got {path.name!r}")
     if source.dim() != 2 or target.dim() != 2 or source.dtype != target.dtype or source.dtype not in _DTYPE_NAMES:
         raise TypeError(
-            "write_shard: expected source [T, d_in] and target [T, d_out], both float32, bfloat16 or "
-            "float16, got "
+            "write_shard: expected source [T, d_in] and target [T, d_out], both float32, bfloat16 or float16, got "
             f"{list(source.shape)} {source.dtype} and {list(target.shape)} {target.dtype}"
         )
     columns = {
@@ -175,8 +174,7 @@ class CachedSource:
         if sampler is not None and whole is None:
             raise DataError(
                 f"{self._folder / INDEX_NAME}: positions can only be sampled from whole sequences and this "
-                "cache has no "
-                "sequence_length; set antidup.positions.enabled to false, or cache whole sequences"
+                "cache has no sequence_length; set antidup.positions.enabled to false, or cache whole sequences"
             )
         self.sequence_length = int(whole or section.sequence_length)
         self._whole = whole is not None
@@ -329,8 +327,7 @@ def read_index(folder: Path) -> dict[str, Any]:
         if (header.d_in, header.d_out, header.dtype) != expected:
             raise DataError(
                 f"{shard}: holds d_in {header.d_in}, d_out {header.d_out}, {header.dtype}; the index says "
-                f"d_in {expected[0]}, "
-                f"d_out {expected[1]}, {expected[2]}: it belongs to another cache"
+                f"d_in {expected[0]}, d_out {expected[1]}, {expected[2]}: it belongs to another cache"
             )
         if header.tokens != tokens:
             raise DataError(f"{shard}: holds {header.tokens} tokens and the index says {tokens}; write the index again")
@@ -371,8 +368,7 @@ def _check_alike(paths: Sequence[Path], headers: Sequence[_Header]) -> None:
     for path, header in zip(paths, headers, strict=True):
         if (header.d_in, header.d_out, header.dtype) != (first.d_in, first.d_out, first.dtype):
             raise DataError(
-                f"{path}: holds d_in {header.d_in}, d_out {header.d_out}, {header.dtype}, and "
-                f"{paths[0].name} holds "
+                f"{path}: holds d_in {header.d_in}, d_out {header.d_out}, {header.dtype}, and {paths[0].name} holds "
                 f"d_in {first.d_in}, d_out {first.d_out}, {first.dtype}; one cache has one width and type"
             )
 

@@ -122,8 +122,7 @@ class Packer:
                 raise DataError(
                     "activations.dataset: a whole pass over the data gave no usable document "
                     f"({self._reader.skipped} records were skipped as empty, binary or not UTF-8; held-out "
-                    "documents do not "
-                    "train): check dataset, text_column and heldout_fraction"
+                    "documents do not train): check dataset, text_column and heldout_fraction"
                 )
             self._skipped_before += self._reader.skipped
             self._epoch += 1

@@ -141,8 +141,7 @@ class RowMaker:
         if not ok:
             raise DataError(
                 f"{found.where}: NaN or infinity among the activations; float16 overflows on some models "
-                "(Gemma-2 is one): set "
-                "model.dtype to bfloat16 or float32"
+                "(Gemma-2 is one): set model.dtype to bfloat16 or float32"
             )
         self._count(by_id, by_norm, by_position, tokens, left, total, largest)
         return self._rows(found, keep, weights), self._rows(found, sink, None)
@@ -151,9 +150,8 @@ class RowMaker:
         assert self._sampler is not None
         if found.shape is None:
             raise DataError(
-                f"{found.where}: positions can only be sampled from whole sequences; set "
-                "antidup.positions.enabled to false, or "
-                "cache whole sequences in order"
+                f"{found.where}: positions can only be sampled from whole sequences; set antidup.positions.enabled to "
+                "false, or cache whole sequences in order"
             )
         sample = self._sampler.sample_positions(found.tokens.view(found.shape), step=step)
         return sample.weights.reshape(-1).float(), sample.keep.reshape(-1)

@@ -84,8 +84,7 @@ class ActivationStream:
             if epochs >= barren_since + 2:
                 raise DataError(
                     "activations: a whole pass over the data left no token to train on; every one was "
-                    "masked as a sink or "
-                    f"left out by the position sampler: {self.counters()}"
+                    f"masked as a sink or left out by the position sampler: {self.counters()}"
                 )
         pieces: list[ActivationBatch] = []
         rest: list[ActivationBatch] = []
@@ -176,8 +175,8 @@ class ActivationStream:
             if state["identity"].get(name) != value:
                 raise ValueError(
                     f"ActivationStream.load_state_dict: the saved data cursor has {name} = "
-                    f"{state['identity'].get(name)!r} and "
-                    f"this run has {value!r}; resume with the settings that the run was started with"
+                    f"{state['identity'].get(name)!r} and this run has {value!r}; resume with the settings that the "
+                    "run was started with"
                 )
         # The thread runs ahead with the old cursor: it must end before the source is moved.
         self._producer.close()

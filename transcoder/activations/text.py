@@ -151,8 +151,7 @@ def build_sources(section: ActivationsSection) -> tuple[Source, Source, float]:
     elif _looks_like_path(name):
         raise DataError(
             f"activations.dataset: no file or folder at {name!r}; give an existing text, JSONL or Parquet "
-            "file, a folder of "
-            "them, 'stdlib', or the name of a Hugging Face dataset"
+            "file, a folder of them, 'stdlib', or the name of a Hugging Face dataset"
         )
     else:
         source = HubSource(
@@ -317,9 +316,10 @@ class _HubRecords:
 
 def _load_streaming(name: str, config: str | None, split: str) -> Any:
     import datasets
+    from huggingface_hub.constants import HF_HUB_OFFLINE
 
     local = Path(name).expanduser().exists()
-    if not local and not datasets.config.HF_HUB_OFFLINE:
+    if not local and not HF_HUB_OFFLINE:
         _check_hub_dataset(name)
     try:
         dataset = datasets.load_dataset(
@@ -329,10 +329,8 @@ def _load_streaming(name: str, config: str | None, split: str) -> Any:
         # `datasets` raises dozens of types here (missing, gated, bad split or configuration, no network).
         raise DataError(
             f"activations.dataset: cannot open {name!r} (dataset_config {config!r}, dataset_split "
-            f"{split!r}) with Hugging "
-            f"Face datasets: {type(error).__name__}: {error}. Check the name, configuration and split, and "
-            "the network; "
-            "without a network use 'stdlib' or a local file or folder."
+            f"{split!r}) with Hugging Face datasets: {type(error).__name__}: {error}. Check the name, configuration "
+            "and split, and the network; without a network use 'stdlib' or a local file or folder."
         ) from error
     return dataset
 
@@ -346,10 +344,8 @@ def _check_hub_dataset(name: str) -> None:
     except Exception as error:
         raise DataError(
             f"activations.dataset: no file or folder {name!r}, and the Hugging Face hub gives no dataset of "
-            "that name: "
-            f"{type(error).__name__}: {error}. Check the name and the network (a private or gated dataset "
-            "needs "
-            "`hf auth login`); without a network use 'stdlib' or a local file or folder."
+            f"that name: {type(error).__name__}: {error}. Check the name and the network (a private or gated dataset "
+            "needs `hf auth login`); without a network use 'stdlib' or a local file or folder."
         ) from error
 
 

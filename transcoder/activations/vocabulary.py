@@ -19,7 +19,7 @@ class Vocabulary:
     Args:
         tokenizer: a `PreTrainedTokenizerBase`, or None where only ids are known.
         size: the number of ids that the model embeds.
-        special_ids: the ids that count as special where there is no tokenizer.
+        special_ids: the ids that count as special; empty takes the tokenizer's.
 
     Attributes:
         special_ids: sorted ids of BOS, EOS, PAD and the tokenizer's other special tokens.
@@ -29,7 +29,7 @@ class Vocabulary:
     def __init__(self, tokenizer: Any | None, size: int, special_ids: Sequence[int] = ()) -> None:
         self.size = size
         self._tokenizer = tokenizer
-        found = special_ids if tokenizer is None else tokenizer.all_special_ids
+        found = special_ids or getattr(tokenizer, "all_special_ids", ())
         self.special_ids = sorted({int(i) for i in found if i is not None and 0 <= int(i) < size})
         self.bos_id: int | None = getattr(tokenizer, "bos_token_id", None)
         self.eos_id: int | None = getattr(tokenizer, "eos_token_id", None)
@@ -50,26 +50,26 @@ class Vocabulary:
             ids = self._tokenizer(
                 document.content, add_special_tokens=False, return_attention_mask=False, verbose=False
             )["input_ids"]
-            return np.asarray(ids, dtype=np.int32)
-        return self._check_ids(document)
-
-    def _check_ids(self, document: Document) -> Ids:
+            return self._check_range(document, np.asarray(ids, dtype=np.int64))
         try:
             ids = np.asarray(document.content)
         except ValueError:  # ragged lists
             ids = np.asarray([], dtype=object)
         if ids.ndim != 1 or ids.dtype.kind not in "iu":
             raise DataError(
-                f"{document.name}: expected a list of whole-number token ids in activations.tokens_column, "
-                "got "
+                f"{document.name}: expected a list of whole-number token ids in activations.tokens_column, got "
                 f"{str(document.content)[:80]}"
             )
+        return self._check_range(document, ids)
+
+    def _check_range(self, document: Document, ids: npt.NDArray[Any]) -> Ids:
+        if not len(ids):
+            return np.empty(0, np.int32)
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= self.size:
             raise DataError(
                 f"{document.name}: token ids must lie in [0, {self.size}), the model's vocabulary, and this "
-                "document has "
-                f"{low if low < 0 else high}; was it made with another tokenizer?"
+                f"document has {low if low < 0 else high}; was it made with another tokenizer?"
             )
         return ids.astype(np.int32)
 
