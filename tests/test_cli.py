@@ -112,18 +112,8 @@ def test_bad_words_are_refused_in_one_line(
 
 def test_settings_are_taken_in_both_spellings_and_anywhere() -> None:
     parser = cli._parser().commands["train"]
-    words = [
-        "train",
-        "--training.steps",
-        "7",
-        "demo",
-        "--logging.wandb=off",
-        "--out",
-        "there",
-        "--transcoder.widths",
-        "[8,2048]",
-        "--resume",
-    ]
+    words = ["train", "--training.steps", "7", "demo", "--logging.wandb=off", "--out", "there"]
+    words += ["--transcoder.widths", "[8,2048]", "--resume"]
     rest, settings = cli._take_settings(words, parser)
     assert rest == ["train", "demo", "--out", "there", "--resume"]
     assert settings == {"training.steps": 7, "logging.wandb": "off", "transcoder.widths": (8, 2048)}

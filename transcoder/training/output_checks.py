@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transcoder.antidup import validate_correlation_report
 from transcoder.config import RunConfig
 from transcoder.training.checkpoint import CheckpointError, verify_checkpoint
 
@@ -23,18 +24,6 @@ SAMPLE_COLUMNS = {
     *("latent", "kind", "activation", "token", "position", "sequence", "step", "context", "anchor", "tokens"),
 }
 _NUMBER = (int, float)
-_REPORT: dict[str, Any] = {
-    **dict.fromkeys(("step", "tokens", "block_tokens", "d_sae", "live_latents", "distinct_latents"), int),
-    **dict.fromkeys(("schema_version", "pairs_total", "pairs_flagged"), int),
-    "share_of_live_with_neighbour": _NUMBER,
-    **dict.fromkeys(("thresholds", "histogram"), dict),
-    **dict.fromkeys(("pairs", "components"), list),
-}
-_PAIR: dict[str, Any] = {
-    **dict.fromkeys(("i", "j", "support", "blocks_above"), int),
-    **dict.fromkeys(("correlation", "cosine", "jaccard", "lower", "upper"), _NUMBER),
-    "flagged": bool,
-}
 
 
 @dataclass(frozen=True)
@@ -163,51 +152,15 @@ def _correlation_reports(run_dir: Path, config: RunConfig) -> str:
         return "none, the monitor is off"
     _require(files, "no report in anti_duplication_logs")
     for file in files:
-        problem = report_problem(json.loads(file.read_bytes()), config.transcoder.d_sae)
-        _require(problem is None, f"{file.name}: {problem}")
+        try:
+            validate_correlation_report(json.loads(file.read_bytes()))
+        except ValueError as error:
+            raise _Unmet(f"{file.name}: {error}") from error
     report = json.loads(files[-1].read_bytes())
     live, pairs = report["live_latents"], report["pairs_total"]
     _require(live > 0, f"{files[-1].name}: no live latents")
+    _require(report["d_sae"] == config.transcoder.d_sae, f"{files[-1].name}: d_sae is {report['d_sae']}")
     return f"{len(files)} valid; the last one: {live} live latents, {pairs} pairs, {report['pairs_flagged']} flagged"
-
-
-def report_problem(report: Any, d_sae: int) -> str | None:
-    """What is wrong with a correlation report of schema version 1; None if it is valid."""
-    if not isinstance(report, dict):
-        return f"expected an object, got {type(report).__name__}"
-    if report.get("schema_version") != 1:
-        return f"schema_version: expected 1, got {report.get('schema_version')!r}"
-    problem = _type_problem(report, _REPORT)
-    if problem is not None:
-        return problem
-    if report["d_sae"] != d_sae:
-        return f"d_sae: expected {d_sae}, got {report['d_sae']}"
-    if len(report["histogram"].get("edges", ())) != len(report["histogram"].get("counts", ())) + 1:
-        return "histogram: expected one edge more than counts"
-    for n, pair in enumerate(report["pairs"]):
-        problem = _type_problem(pair, _PAIR)
-        if problem is not None:
-            return f"pairs[{n}].{problem}"
-        if not (0 <= pair["i"] < d_sae and 0 <= pair["j"] < d_sae and pair["i"] != pair["j"]):
-            return f"pairs[{n}]: expected two latents below {d_sae}, got {pair['i']} and {pair['j']}"
-        # Correlations are quotients of sums: they may pass 1 by rounding.
-        if not (abs(pair["correlation"]) < 1.0001 and pair["lower"] <= pair["correlation"] <= pair["upper"]):
-            return f"pairs[{n}]: expected lower <= correlation <= upper within [-1, 1], got {pair}"
-    ordered = [pair["correlation"] for pair in report["pairs"]]
-    return None if ordered == sorted(ordered, reverse=True) else "pairs: expected the strongest first"
-
-
-def _type_problem(record: Any, kinds: dict[str, Any]) -> str | None:
-    for name, kind in kinds.items():
-        if not isinstance(record, dict) or name not in record:
-            return f"{name}: missing"
-        value = record[name]
-        # bool is an int to Python, and never one to a reader.
-        if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
-            return f"{name}: got {value!r}"
-        if isinstance(value, float) and not math.isfinite(value):
-            return f"{name}: got {value}"
-    return None
 
 
 def _samples(run_dir: Path, config: RunConfig) -> str:
