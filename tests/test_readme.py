@@ -1,0 +1,77 @@
+"""README.md says nothing that does not run: the gate's blocks, the commands, the sample config, the sample code."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+from transcoder import cli
+from transcoder.config import RunConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.M | re.S)
+
+
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [("install", "pip install -e ."), ("demo", "transcoder demo"), ("tests", 'pip install -e ".[dev]" && pytest')],
+)
+def test_the_gate_finds_its_blocks(name: str, command: str) -> None:
+    found = re.findall(rf"^<!-- ci:{name} -->\n```bash\n(.*?)```\n<!-- ci:end -->$", README, flags=re.M | re.S)
+    assert found == [command + "\n"]
+    assert f"readme {name}" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
+def test_every_command_parses() -> None:
+    commands = [shlex.split(line, comments=True) for block in blocks("bash") for line in block.splitlines()]
+    ours = [words[1:] for words in commands if words[:1] == ["transcoder"]]
+    assert len(ours) >= 4
+    parser = cli._parser()
+    for words in ours:
+        rest, settings = cli._take_settings(words, parser.commands[words[0]])
+        options = parser.parse_args(rest)
+        if getattr(options, "config", "my.yaml") != "my.yaml":
+            RunConfig.load(options.config, settings)
+
+
+def test_the_table_names_every_command() -> None:
+    assert set(re.findall(r"^\| `transcoder (\w+)", README, flags=re.M)) == set(cli._parser().commands)
+
+
+def test_the_exit_codes_are_those_of_the_command_line() -> None:
+    text = " ".join(README.split())
+    for code in (cli.EXIT_OK, cli.EXIT_FAILED, cli.EXIT_INPUT, cli.EXIT_LEDGER, cli.EXIT_STOPPED, cli.EXIT_INTERRUPTED):
+        assert re.search(rf"\b{code} [a-z]", text[text.index("Exit codes:") :]), code
+
+
+def test_the_sample_config_loads() -> None:
+    (sample,) = blocks("yaml")
+    assert RunConfig.from_dict(yaml.safe_load(sample)).transcoder.widths == (2304, 6912, 16128, 18432)
+
+
+def test_the_sample_code_names_what_exists() -> None:
+    import transcoder
+
+    (sample,) = blocks("python")
+    names = [
+        alias.name
+        for node in ast.walk(ast.parse(sample))
+        if isinstance(node, ast.ImportFrom) and node.module == "transcoder"
+        for alias in node.names
+    ]
+    assert names
+    assert set(names) <= set(transcoder.__all__)
+
+
+def test_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / target).exists(), target
