@@ -413,12 +413,21 @@ def test_closing_and_the_global_generator(build: Callable[..., ActivationStream]
         ({"sequence_length": 129}, DataError, "at most 128 tokens"),
         ({"source_hook": "blocks.1.hook_resid_mdi"}, ModelError, "nearest"),
         ({"dataset": "/nowhere/at.txt"}, DataError, "no file or folder"),
+        ({"dataset": "{folder}/compressed.txt"}, DataError, "no usable document .1 records"),
+        ({"dataset": "{folder}/ids.jsonl", "tokens_column": "ids"}, DataError, "ids.jsonl line 1.*has 999"),
         ({"context_tokens": -1}, ValueError, "context_tokens"),
     ],
 )
 def test_errors_come_at_build_stream(
-    build: Callable[..., ActivationStream], change: dict[str, Any], error: type[Exception], message: str
+    build: Callable[..., ActivationStream],
+    tmp_path: Path,
+    change: dict[str, Any],
+    error: type[Exception],
+    message: str,
 ) -> None:
+    (tmp_path / "compressed.txt").write_bytes(b"\x1f\x8b\x08\x00\xff")
+    (tmp_path / "ids.jsonl").write_text('{"ids": [5, 999]}\n')
+    change = {name: v.replace("{folder}", str(tmp_path)) if isinstance(v, str) else v for name, v in change.items()}
     with pytest.raises(error, match=message):
         build(**change)
 

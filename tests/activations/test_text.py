@@ -164,6 +164,7 @@ def test_heldout_share_is_stable_and_near_the_fraction() -> None:
         ({"dataset": "{folder}/c.txt", "tokens_column": "ids"}, "only JSONL and Parquet"),
         ({"dataset": "{folder}/torn.parquet"}, "torn.parquet is not a readable Parquet file"),
         ({"dataset": "{folder}/empty"}, "no file below"),
+        ({"dataset": "{folder}/array.json"}, "array.json is not JSON lines"),
         ({"dataset": "hf:{folder}/hub", "dataset_split": "nosuch"}, "nosuch"),
         ({"dataset": "hf:{folder}/hub", "text_column": "txt"}, "did you mean 'text'"),
     ],
@@ -177,6 +178,7 @@ def test_errors_come_when_the_source_is_built(tmp_path: Path, section: dict[str,
     (tmp_path / "c.txt").write_text("text")
     (tmp_path / "torn.parquet").write_bytes((tmp_path / "b.parquet").read_bytes()[:-20])
     (tmp_path / "empty").mkdir()
+    (tmp_path / "array.json").write_text('[\n{"text":\n"a"}]\n')
     (tmp_path / "hub").mkdir()
     (tmp_path / "hub" / "a.jsonl").write_text('{"text": "a"}\n')
     filled = {name: value.replace("{folder}", str(tmp_path)) for name, value in section.items()}

@@ -12,7 +12,7 @@ from transcoder.activations.bridge import HookedModel
 from transcoder.activations.masking import SinkMasker
 from transcoder.activations.packing import Packed, Packer
 from transcoder.activations.passes import Chunk, Pass, PositionChoice, RowMaker, counters_of, grid
-from transcoder.activations.text import DataError, Document, Source, build_sources, is_heldout
+from transcoder.activations.text import DataError, Document, Reader, Source, build_sources, is_heldout
 from transcoder.config import RunConfig
 
 
@@ -27,8 +27,15 @@ class ModelSource:
         self, config: RunConfig, device: torch.device, sampler: PositionChoice | None, context_tokens: int
     ) -> None:
         self._section = section = config.activations
-        # Before the model is loaded: a wrong path should not cost minutes.
+        # Before the model is loaded: a wrong path or an unreadable file should not cost minutes.
         self._training_source, self._heldout_source, self._fraction = build_sources(section)
+        reader = Reader(self._training_source)
+        first = next(reader, None)
+        if first is None:
+            raise DataError(
+                f"activations.dataset: {section.dataset!r} holds no usable document ({reader.skipped} records were skipped as "
+                "empty, binary or not UTF-8); text must be plain UTF-8, JSONL or Parquet"
+            )
         self._model = HookedModel(
             config.model.name,
             section.source_hook,
@@ -37,6 +44,7 @@ class ModelSource:
             device,
         )
         self.d_in, self.d_out, self.vocabulary = self._model.d_in, self._model.d_out, self._model.vocabulary
+        self.vocabulary.encode(first)  # ids of another vocabulary show here rather than in the first pass
         self.sequence_length = section.sequence_length
         longest = self._model.max_length
         if longest is not None and section.sequence_length > longest:

@@ -25,7 +25,8 @@ FILE_BLOCK_CHARACTERS = 1 << 14
 """A plain text file is read as documents of at most this length: a long file can be shuffled and held out."""
 RECORD_BLOCK_CHARACTERS = 1 << 18
 """A longer record is tokenised in blocks of this length: bounds memory and what a saved cursor must carry."""
-_RECORD_SUFFIXES = (".jsonl", ".parquet")
+_JSON_SUFFIXES = (".jsonl", ".json")
+_RECORD_SUFFIXES = (*_JSON_SUFFIXES, ".parquet")
 
 
 class DataError(ValueError):
@@ -191,7 +192,7 @@ class _StdlibRecords:
 class FilesSource:
     """Text, JSONL and Parquet: one file, or every file below a folder in the order of their paths.
 
-    A `.jsonl` line and a `.parquet` row is a document (its `text_column`, or `tokens_column` if that is
+    A line of `.jsonl` or `.json` and a row of `.parquet` is a document (its `text_column`, or `tokens_column` if that is
     set); any other file is plain UTF-8 text, read in blocks that end at a line where they can. Hidden files
     are left out.
     """
@@ -215,9 +216,13 @@ class FilesSource:
             names: list[str] | None = None
             if path.suffix == ".parquet":
                 names = _parquet(path).schema_arrow.names
-            elif path.suffix == ".jsonl":
+            elif path.suffix in _JSON_SUFFIXES and path.stat().st_size:
                 first = next((r for r in itertools.islice(_json_lines(path), 100) if r is not None), None)
-                names = None if first is None else list(first)
+                if first is None:
+                    raise DataError(
+                        f"activations.dataset: {path} is not JSON lines: none of its first lines is an object"
+                    )
+                names = list(first)
             if names is not None:
                 _check_column(field, self._column, names, str(path))
 
@@ -236,7 +241,7 @@ class FilesSource:
         if path.suffix == ".parquet":
             for row, value in enumerate(_parquet_column(path, self._column, skip), start=skip):
                 yield Record(f"{path} row {row}", _content(value, self._tokens))
-        elif path.suffix == ".jsonl":
+        elif path.suffix in _JSON_SUFFIXES:
             for line, record in enumerate(itertools.islice(_json_lines(path), skip, None), start=skip + 1):
                 value = None if record is None else record.get(self._column)
                 yield Record(f"{path} line {line}", _content(value, self._tokens))
@@ -352,7 +357,7 @@ def _check_hub_dataset(name: str) -> None:
 def _looks_like_path(name: str) -> bool:
     suffix = Path(name).suffix.lower()
     many_parts = name.count("/") > 1 and not name.startswith("hf:")
-    return name.startswith((".", "~", os.sep)) or many_parts or suffix in (".txt", ".json", *_RECORD_SUFFIXES)
+    return name.startswith((".", "~", os.sep)) or many_parts or suffix in (".txt", *_RECORD_SUFFIXES)
 
 
 def _files_below(folder: Path) -> list[Path]:
