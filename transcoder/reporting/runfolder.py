@@ -23,6 +23,12 @@ logger = logging.getLogger(__name__)
 
 COMPONENTS = ("diversity_regularizer", "position_sampler", "correlation_monitor", "activation_samples")
 _SECTIONS = dict(zip(COMPONENTS, ("regularizer", "positions", "monitor", "samples"), strict=True))
+_REPORTED = {
+    "duplicates/pairs": "pairs_total",
+    "duplicates/flagged": "pairs_flagged",
+    "duplicates/share_of_live": "share_of_live_with_neighbour",
+    "duplicates/effective_dictionary_size": "effective_dictionary_size",
+}
 
 
 @dataclass(frozen=True)
@@ -207,7 +213,8 @@ class RunFolder:
         return value
 
     def figure(self, name: str, how: str = "last") -> float | None:
-        """A final figure by metric name: summary.json's, else from metrics.jsonl; None where neither has it.
+        """A final figure by metric name: summary.json's, else from metrics.jsonl, else (duplicates) from the newest correlation
+        report; None where none has it.
 
         Args:
             how: From metrics.jsonl take the "last" value, the "tail_mean" of the last ten, or the "median"
@@ -217,7 +224,11 @@ class RunFolder:
         if stated is not None:
             return stated
         series = self.metrics.get(name)
-        return {"last": series.last, "tail_mean": series.tail_mean, "median": series.median}[how]()
+        value = {"last": series.last, "tail_mean": series.tail_mean, "median": series.median}[how]()
+        if value is None and name in _REPORTED:
+            reported = self.correlation.get(_REPORTED[name])
+            value = float(reported) if isinstance(reported, (int, float)) else None
+        return value
 
     def figure_names(self) -> list[str]:
         return sorted({*self._summary_numbers, *self.metrics.series})
