@@ -144,10 +144,10 @@ def _validate(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
 def _compare(options: argparse.Namespace, _: dict[str, Any]) -> int:
     if len(options.runs) < 2:
         raise ConfigError(f"compare: expected at least two run folders, got {len(options.runs)}")
-    first, *others = map(_run_folder, options.runs)
+    folders = [_run_folder(run) for run in options.runs]
     from transcoder.reporting.compare import compare_runs, format_comparison
 
-    print("\n\n".join(format_comparison(compare_runs(first, other)) for other in others))
+    print(format_comparison(compare_runs(*folders)))
     return EXIT_OK
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from transcoder.antidup import validate_correlation_report
+from transcoder.antidup.ledger import REQUIRED_EFFECTS
 from transcoder.config import RunConfig
 from transcoder.training.checkpoint import CheckpointError, verify_checkpoint
 
@@ -19,7 +19,7 @@ COMPONENTS = {
     "correlation_monitor": "monitor",
     "activation_samples": "samples",
 }
-"""Names in usage.json, and their sections of the config."""
+"""Names in usage.json, and their sections of antidup in the config."""
 SAMPLE_COLUMNS = {
     *("latent", "kind", "activation", "token", "position", "sequence", "step", "context", "anchor", "tokens"),
 }
@@ -129,20 +129,15 @@ def _ledger(run_dir: Path, config: RunConfig) -> str:
             _require(not record["calls"] and not record["files"], f"{name} is off and was used: {record}")
             continue
         _require(record["calls"] > 0, f"{name} was never called")
-        _require(any(_numbers(record["effect"])), f"{name} had no effect: {record['effect']}")
+        for effect in REQUIRED_EFFECTS[name]:
+            total = record["effect"].get(effect)
+            real = isinstance(total, (int, float)) and math.isfinite(total) and total != 0
+            _require(real, f"{name} had no effect: {effect} is {total}")
         _require(record["files"], f"{name} wrote no file")
         lost = [f for f in record["files"] if not (run_dir / f).is_file() or not (run_dir / f).stat().st_size]
         _require(not lost, f"{name}: files that are missing or empty: {', '.join(lost)}")
         said.append(f"{name} {record['calls']} calls, {len(record['files'])} files")
     return "; ".join(said) or "all four off, none used"
-
-
-def _numbers(effect: Any) -> Iterator[float]:
-    if isinstance(effect, dict):
-        for value in effect.values():
-            yield from _numbers(value)
-    elif isinstance(effect, _NUMBER) and math.isfinite(effect):
-        yield float(effect)
 
 
 def _correlation_reports(run_dir: Path, config: RunConfig) -> str:
