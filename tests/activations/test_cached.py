@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from transcoder.activations import ActivationStream, DataError, build_stream
-from transcoder.activations.cached import cache_activations, write_index, write_shard
-from transcoder.activations.text import is_heldout
+from transcoder.activations.cached import cache_activations
+from transcoder.activations.documents import is_heldout
+from transcoder.activations.shards import write_index, write_shard
 from transcoder.config import RunConfig
 
 CPU = torch.device("cpu")

@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from transcoder.activations.documents import DataError
 from transcoder.activations.masking import SinkMasker, context_anchor, context_windows
 from transcoder.activations.passes import Pass, RowMaker
-from transcoder.activations.text import DataError
 from transcoder.config import ActivationsSection
 
 CPU = torch.device("cpu")

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from transcoder.activations.bridge import HookedModel
+from transcoder.activations.documents import DataError, Document
 from transcoder.activations.packing import Packer
-from transcoder.activations.text import DataError, Document, FilesSource
+from transcoder.activations.text_files import FilesSource
 from transcoder.activations.vocabulary import Vocabulary
 
 PAD, EOS, BOS = 0, 1, 2

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from transcoder.activations import ActivationBatch, ActivationStream, DataError, ModelError, build_stream
 from transcoder.activations.bridge import HookedModel
+from transcoder.activations.documents import is_heldout
 from transcoder.activations.packing import Packer
-from transcoder.activations.text import FilesSource, is_heldout
+from transcoder.activations.text_files import FilesSource
 from transcoder.config import RunConfig
 
 CPU = torch.device("cpu")

@@ -5,18 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from transcoder.activations.text import (
-    FILE_BLOCK_CHARACTERS,
-    RECORD_BLOCK_CHARACTERS,
-    DataError,
-    FilesSource,
-    HubSource,
-    Reader,
-    Source,
-    StdlibSource,
-    build_sources,
-    is_heldout,
-)
+from transcoder.activations.documents import RECORD_BLOCK_CHARACTERS, DataError, Reader, Source, is_heldout
+from transcoder.activations.text import StdlibSource, build_sources
+from transcoder.activations.text_files import FILE_BLOCK_CHARACTERS, FilesSource
+from transcoder.activations.text_hub import HubSource
 from transcoder.config import ActivationsSection
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from transcoder.activations.batch import ActivationBatch
 from transcoder.activations.bridge import ModelError, resolve_model_name
+from transcoder.activations.cached import cache_activations
+from transcoder.activations.documents import DataError
+from transcoder.activations.shards import write_index, write_shard
 from transcoder.activations.stream import ActivationStream, build_stream
-from transcoder.activations.text import DataError
 
 __all__ = [
     "ActivationBatch",
@@ -13,5 +15,8 @@ __all__ = [
     "DataError",
     "ModelError",
     "build_stream",
+    "cache_activations",
     "resolve_model_name",
+    "write_index",
+    "write_shard",
 ]

@@ -9,10 +9,11 @@ import torch
 
 from transcoder.activations.batch import ActivationBatch
 from transcoder.activations.bridge import HookedModel
+from transcoder.activations.documents import DataError, Document, Reader, Source, is_heldout
 from transcoder.activations.masking import SinkMasker
 from transcoder.activations.packing import Packed, Packer
 from transcoder.activations.passes import Chunk, Pass, PositionChoice, RowMaker, counters_of, grid
-from transcoder.activations.text import DataError, Document, Reader, Source, build_sources, is_heldout
+from transcoder.activations.text import build_sources
 from transcoder.config import RunConfig
 
 

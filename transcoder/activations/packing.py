@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from transcoder.activations.text import DataError, Document, Reader, Source
+from transcoder.activations.documents import DataError, Document, Reader, Source
 from transcoder.activations.vocabulary import Ids, Vocabulary
 
 

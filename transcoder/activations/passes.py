@@ -11,8 +11,8 @@ from torch import Tensor
 
 from transcoder.activations.batch import ActivationBatch
 from transcoder.activations.buffer import batch_of
+from transcoder.activations.documents import DataError
 from transcoder.activations.masking import SinkMasker, context_anchor, context_windows
-from transcoder.activations.text import DataError
 from transcoder.activations.vocabulary import Vocabulary
 
 

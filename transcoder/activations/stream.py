@@ -16,9 +16,9 @@ from transcoder.activations.buffer import (
     permutation,
     take_rows,
 )
+from transcoder.activations.documents import DataError
 from transcoder.activations.passes import ActivationSource, PositionChoice
 from transcoder.activations.prefetch import Prefetcher
-from transcoder.activations.text import DataError
 from transcoder.config import RunConfig
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from transcoder.activations.text import DataError, Document
+from transcoder.activations.documents import DataError, Document
 
 Ids = npt.NDArray[np.int32]
 
