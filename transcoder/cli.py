@@ -178,7 +178,8 @@ def _run_folder(path: str) -> Path:
 def _refuse_used_folder(out: Path, resumable: bool = True) -> None:
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"--out {out}: expected a folder, this is a file")
-    if out.is_dir() and any(out.iterdir()):
+    # A run that was refused before its first step leaves its lock file behind, and nothing to lose.
+    if out.is_dir() and any(not entry.name.startswith(".") for entry in out.iterdir()):
         way = "add --resume to go on with its run, or " if resumable else ""
         raise FileExistsError(f"--out {out}: the folder is not empty; {way}choose another --out")
 
