@@ -1,0 +1,331 @@
+"""Every penalty and its gradient against autograd in float64 on the dense definition."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from transcoder.activations.batch import ActivationBatch
+from transcoder.antidup import DiversityRegularizer, UsageLedger
+from transcoder.antidup import penalties as penalties_module
+from transcoder.antidup.ledger import REQUIRED_EFFECTS
+from transcoder.antidup.penalties import (
+    all_pairs_penalty,
+    decoder_penalty,
+    pair_penalty,
+    position_penalty,
+)
+from transcoder.config import RegularizerSection
+from transcoder.kernels import SparseCodes
+
+OFF = RegularizerSection(correlation_weight=0, orthogonality_weight=0)
+
+
+def dense(batch: int, d_sae: int, density: float, seed: int) -> Tensor:
+    g = torch.Generator().manual_seed(seed)
+    z = torch.rand(batch, d_sae, generator=g, dtype=torch.float64) + 0.1
+    return z * (torch.rand(batch, d_sae, generator=g) < density)
+
+
+def dense_gradient(value: Tensor, z: Tensor) -> Tensor:
+    """d value / dz at the entries that fire, in the order of SparseCodes.from_dense."""
+    (gradient,) = torch.autograd.grad(value, z)
+    return gradient[z > 0]
+
+
+def ledger(folder: Path) -> UsageLedger:
+    return UsageLedger(dict.fromkeys(REQUIRED_EFFECTS, True), folder / "usage.json")
+
+
+def regularizer(section: RegularizerSection, d_sae: int, folder: Path) -> DiversityRegularizer:
+    return DiversityRegularizer(section, d_sae, "cpu", 0, ledger(folder), folder)
+
+
+@pytest.mark.parametrize("tile", [1 << 22, 50])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_pair_penalty_is_the_dense_one(tile: int, weighted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(penalties_module, "TILE_NUMBERS", tile)
+    z = dense(40, 12, 0.4, 0)
+    z[:, 3] = 0  # a latent of some pair that does not fire
+    i, j = torch.tensor([0, 0, 2, 3, 5, 1]), torch.tensor([1, 7, 4, 6, 9, 0])
+    w = torch.rand(40, generator=torch.Generator().manual_seed(1), dtype=torch.float64) if weighted else None
+    z.requires_grad_()
+    scale = torch.ones(40, dtype=torch.float64) if w is None else w
+    u, v = z[:, i], z[:, j]
+    norms = ((scale[:, None] * u * u).sum(0) * (scale[:, None] * v * v).sum(0)).clamp(min=1e-300).sqrt()
+    expected = (((scale[:, None] * u * v).sum(0) / norms - 0.3).relu() ** 2).mean()
+    got = pair_penalty(SparseCodes.from_dense(z.detach()), i, j, 0.3, w)
+    assert float(expected.detach()) > 0
+    torch.testing.assert_close(got.value, expected.detach())
+    torch.testing.assert_close(got.gradient, dense_gradient(expected, z))
+
+
+def test_pair_penalty_leaves_entries_that_do_not_fire_alone() -> None:
+    codes = SparseCodes(torch.tensor([1.0, 2.0, 0.0, 3.0]), torch.tensor([0, 1, 0, 1]), torch.tensor([0, 2, 4]), (2, 3))
+    got = pair_penalty(codes, torch.tensor([0]), torch.tensor([1]), 0.0)
+    assert float(got.gradient[2]) == 0
+    assert bool(got.gradient[[0, 1, 3]].any())
+
+
+@pytest.mark.parametrize("tile", [1 << 22, 70])
+def test_decoder_penalty_is_the_dense_one(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(penalties_module, "TILE_NUMBERS", tile)
+    w = torch.randn(30, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64).requires_grad_()
+    rows = torch.tensor([4, 29, 0, 11, 17])
+    u = F.normalize(w, dim=1)
+    cosine = u[rows] @ u.T
+    cosine = cosine.index_put((torch.arange(5), rows), torch.tensor(-1.0, dtype=torch.float64))
+    expected = ((cosine.max(1).values - 0.3).relu() ** 2).mean()
+    got = decoder_penalty(w.detach(), rows, 0.3)
+    torch.testing.assert_close(got.value, expected.detach())
+    torch.testing.assert_close(got.gradient, torch.autograd.grad(expected, w)[0])
+
+
+@pytest.mark.parametrize("tile", [1 << 22, 90])
+def test_all_pairs_penalty_is_the_dense_one(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(penalties_module, "TILE_NUMBERS", tile)
+    z = dense(30, 14, 0.5, 3)
+    z[:, 5] = 0
+    z.requires_grad_()
+    live = z[:, [c for c in range(14) if c != 5]]
+    centred = live - live.mean(0)
+    r = F.normalize(centred, dim=0).T @ F.normalize(centred, dim=0)
+    expected = (r.square().sum() - 13) / (13 * 12)
+    got = all_pairs_penalty(SparseCodes.from_dense(z.detach()))
+    torch.testing.assert_close(got.value, expected.detach())
+    torch.testing.assert_close(got.gradient, dense_gradient(expected, z))
+
+
+def test_all_pairs_floor_is_one_over_tokens() -> None:
+    z = torch.rand(200, 60, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    assert float(all_pairs_penalty(SparseCodes.from_dense(z)).value) == pytest.approx(1 / 199, rel=0.1)
+
+
+def test_position_penalty_is_the_dense_one() -> None:
+    z = dense(60, 9, 0.3, 5)
+    positions = torch.randint(0, 20, (60,), generator=torch.Generator().manual_seed(6))
+    positions[0] = 19
+    z[:, 2] *= (positions < 2).double()  # a positional latent
+    z.requires_grad_()
+    bins = positions * 10 // 20
+    one_hot = F.one_hot(bins, 10).double()
+    mass = (z / one_hot.sum(0)[bins][:, None]).T @ one_hot
+    live = mass.sum(1) > 0
+    q = mass[live] / mass[live].sum(1, keepdim=True).detach()
+    entropy = -(q * q.clamp(min=1e-300).log()).sum(1) / math.log(10)
+    expected = (0.8 - entropy).relu().mean()
+    got = position_penalty(SparseCodes.from_dense(z.detach()), positions, 0.8)
+    assert float(expected.detach()) > 0
+    torch.testing.assert_close(got.value, expected.detach())
+    (gradient,) = torch.autograd.grad(expected, z)
+    torch.testing.assert_close(got.gradient, gradient[z > 0])
+
+
+def test_position_penalty_pushes_a_latent_off_its_only_bin() -> None:
+    # Undetached denominators would leave a latent on one bin at a stationary point.
+    positions = torch.arange(20)
+    z = torch.zeros(20, 2, dtype=torch.float64)
+    z[:2, 0] = 1.0
+    z[:, 1] = 1.0
+    got = position_penalty(SparseCodes.from_dense(z), positions, 0.5)
+    assert bool((got.gradient[:3:2] > 0).all())
+
+
+def test_mean_squared_cosine_cannot_see_a_copied_basis_and_ours_can() -> None:
+    # The Welch floor (N - d) / (d (N - 1)) is met exactly by an orthonormal basis copied 8 times.
+    basis = torch.linalg.qr(torch.randn(64, 64, generator=torch.Generator().manual_seed(7), dtype=torch.float64))[0]
+    copied = basis.repeat(8, 1)
+    n, d = copied.shape
+    gram = copied @ copied.T
+    mean_square = float((gram.square().sum() - n) / (n * (n - 1)))
+    assert mean_square == pytest.approx((n - d) / (d * (n - 1)), rel=1e-9)
+    random = F.normalize(torch.randn(n, d, generator=torch.Generator().manual_seed(8), dtype=torch.float64), dim=1)
+    random_square = float(((random @ random.T).square().sum() - n) / (n * (n - 1)))
+    assert mean_square < random_square  # the blind measure prefers the duplicates
+    rows = torch.arange(n)
+    assert float(decoder_penalty(copied, rows, 0.3).value) == pytest.approx(0.49, abs=1e-6)
+    assert float(decoder_penalty(random, rows, 0.3).value) < 0.1
+
+
+def test_antipodal_decoders_are_left_alone() -> None:
+    w = torch.tensor([[1.0, 0.0, 0.0], [-1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+    got = decoder_penalty(w, torch.arange(3), 0.3)
+    assert float(got.value) == 0
+    assert float(got.gradient.abs().max()) == 0
+
+
+def test_all_weights_zero_returns_the_same_object(tmp_path: Path) -> None:
+    part = regularizer(OFF, 5, tmp_path)
+    loss = torch.tensor(1.0, requires_grad=True)
+    model = SimpleNamespace(W_dec=torch.randn(5, 3))
+    pairs = (torch.tensor([0]), torch.tensor([1]))
+    codes = SparseCodes.from_dense(dense(8, 5, 0.5, 9))
+    assert part.apply_penalty(loss, model, codes=codes, pairs=pairs, step=0) is loss
+    assert part.metrics() == {}
+
+
+@pytest.mark.parametrize(
+    ("section", "needs_pairs"),
+    [
+        (replace(OFF, correlation_weight=0.05, adaptive=False), True),
+        (replace(OFF, orthogonality_weight=0.7, orthogonality_every=1, orthogonality_chunk=12), False),
+        (replace(OFF, all_pairs_weight=0.2), False),
+        (replace(OFF, position_entropy_weight=0.3, position_entropy_floor=0.9), False),
+    ],
+)
+def test_loss_gains_the_weighted_penalty_and_its_gradient(
+    section: RegularizerSection, needs_pairs: bool, tmp_path: Path
+) -> None:
+    part = regularizer(section, 12, tmp_path)
+    z = dense(30, 12, 0.5, 10)
+    codes = SparseCodes.from_dense(z)
+    values = codes.values.float().requires_grad_()
+    codes = codes.with_values(values)
+    w_dec = torch.randn(12, 4, generator=torch.Generator().manual_seed(11)).requires_grad_()
+    positions = torch.arange(30) % 7
+    batch = ActivationBatch(torch.zeros(30, 2), torch.zeros(30, 2), positions, positions)
+    base = values.sum() * 0.5 + w_dec.sum()
+    pairs = (torch.tensor([0, 3]), torch.tensor([1, 4])) if needs_pairs else None
+    total = part.apply_penalty(base, SimpleNamespace(W_dec=w_dec), codes=codes, batch=batch, pairs=pairs, step=3)
+    names = [k for k in part.metrics() if k.endswith("_penalty")]
+    assert len(names) == 1
+    name = names[0].removesuffix("_penalty").removeprefix("regularizer/")
+    weight = getattr(section, f"{name}_weight")
+    value, norm = part.metrics()[names[0]], part.metrics()[f"regularizer/{name}_gradient_norm"]
+    torch.testing.assert_close(total - base, weight * value, rtol=1e-4, atol=1e-6)
+    total.backward()
+    target, plain = (w_dec, 1.0) if name == "orthogonality" else (values, 0.5)
+    assert target.grad is not None
+    torch.testing.assert_close((target.grad - plain).norm(), weight * norm, rtol=1e-3, atol=1e-6)
+    effect = part._ledger.record()["components"]["diversity_regularizer"]
+    assert effect["calls"] == 1
+    assert effect["effect"]["penalty"] == pytest.approx(weight * float(value))
+    assert effect["effect"]["gradient_norm"] == pytest.approx(weight * float(norm))
+
+
+def test_correlation_term_waits_for_pairs(tmp_path: Path) -> None:
+    part = regularizer(replace(OFF, correlation_weight=0.1), 6, tmp_path)
+    loss = torch.tensor(2.0, requires_grad=True)
+    codes = SparseCodes.from_dense(dense(8, 6, 0.5, 12))
+    empty = torch.empty(0, dtype=torch.int64)
+    for pairs in (None, (empty, empty)):
+        assert part.apply_penalty(loss, SimpleNamespace(W_dec=torch.ones(6, 2)), codes=codes, pairs=pairs) is loss
+
+
+def test_descending_the_pair_penalty_parts_a_duplicate() -> None:
+    g = torch.Generator().manual_seed(13)
+    codes = SparseCodes.from_dense(dense(200, 4, 0.6, 14))
+    rows, latents = codes.rows(), codes.indices
+    shared = torch.rand(200, generator=g, dtype=torch.float64)
+    values = torch.where(latents < 2, shared[rows] + 0.2, codes.values)
+    i, j = torch.tensor([0]), torch.tensor([1])
+    first = pair_penalty(codes.with_values(values), i, j, 0.3).value
+    for _ in range(200):
+        got = pair_penalty(codes.with_values(values), i, j, 0.3)
+        values = torch.where(values > 0, (values - 3 * got.gradient).clamp(min=0), values)
+    assert float(got.value) < 0.5 * float(first)
+    assert torch.equal(values[latents >= 2], codes.values[latents >= 2])
+
+
+def test_dual_control_grows_falls_and_stays_in_bounds(tmp_path: Path) -> None:
+    section = replace(OFF, correlation_weight=0.01, correlation_weight_max=0.02, adaptive_step=5.0, target_rate=0.1)
+    codes = SparseCodes.from_dense(dense(50, 10, 0.9, 15))
+    model = SimpleNamespace(W_dec=torch.ones(10, 2))
+    many = (torch.arange(0, 10, 2), torch.arange(1, 10, 2))
+    none = (torch.empty(0, dtype=torch.int64),) * 2
+    loss = torch.zeros((), requires_grad=True)
+
+    def weight_after(pairs: tuple[Tensor, Tensor], calls: int) -> float:
+        part = regularizer(section, 10, tmp_path)
+        for step in range(calls):
+            part.apply_penalty(loss, model, codes=codes, pairs=pairs, step=step)
+        return float(part.state_dict()["weight"])
+
+    # Every live latent paired: rate 1, so one step multiplies by exp(5 * 0.9), beyond the bound.
+    assert weight_after(many, 1) == 0.02
+    assert weight_after(none, 1) == pytest.approx(0.01 * math.exp(-5 * 0.1))
+    one = (torch.tensor([0]), torch.tensor([1]))
+    assert weight_after(one, 1) == pytest.approx(0.01 * math.exp(5 * (0.2 - 0.1)))
+    fixed = regularizer(replace(section, adaptive=False), 10, tmp_path)
+    fixed.apply_penalty(loss, model, codes=codes, pairs=many)
+    assert float(fixed.state_dict()["weight"]) == 0.01
+
+
+def test_chunks_cover_every_row_before_any_twice(tmp_path: Path) -> None:
+    section = replace(OFF, orthogonality_weight=1.0, orthogonality_chunk=7, orthogonality_every=3)
+    part = regularizer(section, 20, tmp_path)
+    passes = [torch.cat([part._chunk(step) for step in range(start, start + 9, 3)]) for start in (0, 9)]
+    for rows in passes:
+        assert sorted(rows.tolist()) == list(range(20))
+    assert passes[0].tolist() != passes[1].tolist()
+    other = DiversityRegularizer(section, 20, "cpu", 1, ledger(tmp_path))
+    assert other._chunk(0).tolist() != part._chunk(0).tolist()
+
+
+def test_orthogonality_acts_every_few_steps_only(tmp_path: Path) -> None:
+    section = replace(OFF, orthogonality_weight=1.0, orthogonality_every=4)
+    part = regularizer(section, 6, tmp_path)
+    loss = torch.zeros((), requires_grad=True)
+    model = SimpleNamespace(W_dec=torch.ones(6, 3, requires_grad=True))
+    acted = [part.apply_penalty(loss, model, step=s) is not loss for s in range(1, 9)]
+    assert acted == [False, False, False, True, False, False, False, True]
+
+
+def test_half_precision_codes_take_the_gradient_in_their_type(tmp_path: Path) -> None:
+    part = regularizer(replace(OFF, correlation_weight=0.1, adaptive=False), 6, tmp_path)
+    codes = SparseCodes.from_dense(dense(40, 6, 0.8, 16))
+    values = codes.values.bfloat16().requires_grad_()
+    pairs = (torch.tensor([0]), torch.tensor([1]))
+    loss = part.apply_penalty(
+        values.float().sum() * 0, SimpleNamespace(W_dec=torch.ones(6, 2)), codes=codes.with_values(values), pairs=pairs
+    )
+    loss.backward()
+    assert values.grad is not None
+    assert values.grad.dtype == torch.bfloat16
+    assert bool(values.grad.any())
+
+
+def test_state_and_file_survive_a_resume(tmp_path: Path) -> None:
+    section = replace(OFF, correlation_weight=0.01, orthogonality_weight=0.1, orthogonality_every=1)
+    codes = SparseCodes.from_dense(dense(50, 10, 0.9, 17))
+    model = SimpleNamespace(W_dec=torch.randn(10, 4, generator=torch.Generator().manual_seed(18)))
+    pairs = (torch.tensor([0]), torch.tensor([1]))
+    loss = torch.zeros((), requires_grad=True)
+    first = regularizer(section, 10, tmp_path)
+    for step in (1, 2, 3):
+        first.apply_penalty(loss, model, codes=codes, pairs=pairs, step=step)
+        first.save(step)
+    second = regularizer(section, 10, tmp_path)
+    second.load_state_dict(first.state_dict())
+    results = [p.apply_penalty(loss, model, codes=codes, pairs=pairs, step=4) for p in (first, second)]
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(first.state_dict()["weight"], second.state_dict()["weight"])
+    # The resumed run repeats step 3.
+    path = second.save(3)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert "regularizer/correlation_weight" in lines[-1]
+    with pytest.raises(ValueError, match="expected d_sae = 4, got 10"):
+        regularizer(section, 4, tmp_path).load_state_dict(first.state_dict())
+
+
+def test_terms_without_what_they_act_on_say_so(tmp_path: Path) -> None:
+    loss, model = torch.zeros((), requires_grad=True), SimpleNamespace(W_dec=torch.ones(6, 2))
+    pairs = (torch.tensor([0]), torch.tensor([1]))
+    with pytest.raises(ValueError, match="correlation_weight is above 0, so expected codes"):
+        regularizer(replace(OFF, correlation_weight=0.1), 6, tmp_path).apply_penalty(loss, model, pairs=pairs)
+    codes = SparseCodes.from_dense(dense(8, 6, 0.5, 19))
+    with pytest.raises(ValueError, match="expected batch"):
+        regularizer(replace(OFF, position_entropy_weight=0.1), 6, tmp_path).apply_penalty(loss, model, codes=codes)
+    with pytest.raises(ValueError, match="expected d_sae = 7, got shape"):
+        regularizer(replace(OFF, all_pairs_weight=0.1), 7, tmp_path).apply_penalty(loss, model, codes=codes)
+    with pytest.raises(ValueError, match="expected an out_dir"):
+        DiversityRegularizer(OFF, 6, "cpu", 0, ledger(tmp_path)).save(1)

@@ -1,0 +1,39 @@
+"""How close decoder directions stand, for the report."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+TILE_ROWS = 1024
+
+
+@torch.no_grad()
+def decoder_cosine_tail(decoder: Tensor) -> dict[str, float] | None:
+    """Median, 99th and 99.9th percentile over latents of max_{j != i} cos(w_i, w_j), in tiles. None below two
+    latents.
+
+    Equivalent to: `u = F.normalize(W, dim=1); c = u @ u.T; c.fill_diagonal_(-1);
+    c.max(1).values.quantile(...)`.
+
+    Args:
+        decoder: [d_sae, d_out].
+    """
+    if decoder.shape[0] < 2:
+        return None
+    unit = torch.nn.functional.normalize(decoder.detach().float(), dim=1)
+    best = torch.full((unit.shape[0],), -1.0, device=unit.device)
+    for a in range(0, unit.shape[0], TILE_ROWS):
+        rows = unit[a : a + TILE_ROWS]
+        for b in range(0, unit.shape[0], TILE_ROWS):
+            cosine = rows @ unit[b : b + TILE_ROWS].T
+            if a == b:
+                cosine.fill_diagonal_(-1.0)
+            best[a : a + TILE_ROWS] = torch.maximum(best[a : a + TILE_ROWS], cosine.max(1).values)
+    ordered = best.sort().values
+
+    def quantile(q: float) -> float:
+        # torch.quantile refuses more than 16M values; the nearest rank needs no interpolation.
+        return float(ordered[min(ordered.numel() - 1, round(q * (ordered.numel() - 1)))])
+
+    return {"median": quantile(0.5), "p99": quantile(0.99), "p999": quantile(0.999)}

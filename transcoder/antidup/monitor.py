@@ -1,0 +1,339 @@
+"""CorrelationMonitor: which latents rise and fall together, all the time, at almost no cost."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from transcoder.antidup.components import connected_components
+from transcoder.antidup.confidence import correlation_bounds
+from transcoder.antidup.decoder_cosine import decoder_cosine_tail
+from transcoder.antidup.flags import FlagBook, Pair
+from transcoder.antidup.ledger import UsageLedger
+from transcoder.antidup.report_schema import SCHEMA_VERSION
+from transcoder.antidup.sequence_counts import SequenceCounts
+from transcoder.config import MonitorSection
+from transcoder.kernels import CorrelatedPairs, FeatureCorrelation, SparseCodes
+from transcoder.kernels.correlation.moments import PairStatistics
+from transcoder.kernels.correlation.op import EXACT_LIMIT
+from transcoder.kernels.correlation.pairs import Survey, sorted_pairs
+
+_NAME = "correlation_monitor"
+SKETCH_DIM = 128
+"""Used beyond the widest exactly counted dictionary: standard deviation 0.03 at r = 0.8."""
+HISTOGRAM_BINS = 40
+
+
+class CorrelationMonitor:
+    """Streams latent correlation over tumbling blocks and reports duplicates.
+
+    The stream is cut into disjoint blocks of `block_tokens`; a block closes at the first report after it is
+    full (mining reads the device, so it never happens inside a step). The live view that reports show is
+    everything since the start, or, with `halflife_tokens`, a second, forgetting statistic (twice the cost of
+    an update).
+
+    A candidate has correlation > threshold, support >= min_support and, where sequences are known, at least
+    min_sequences distinct ones (linear counting). A flag rests on the lower 95 % bound in disjoint blocks:
+    see `FlagBook`.
+
+    Args:
+        section: thresholds and block length. Beyond 32768 latents the statistics are sketched.
+        d_sae, device: of the codes.
+        out_dir: folder of `correlation_step_%08d.json`.
+        ledger: told of calls, pairs seen and files.
+    """
+
+    def __init__(
+        self, section: MonitorSection, d_sae: int, device: torch.device | str, out_dir: Path, ledger: UsageLedger
+    ) -> None:
+        self.section, self.d_sae = section, d_sae
+        self.device = torch.empty(0, device=device).device
+        self._out_dir, self._ledger = Path(out_dir), ledger
+        self._sketch_dim = section.sketch_dim
+        if self._sketch_dim is None and d_sae > EXACT_LIMIT:
+            self._sketch_dim = SKETCH_DIM
+        self._block = self._statistics()
+        self._block_sequences = SequenceCounts(d_sae, self.device)
+        self._past: FeatureCorrelation | None = None
+        """Closed blocks together; made when the first one closes, so a run of one block holds one matrix."""
+        self._past_sequences: SequenceCounts | None = None
+        self._fading = self._statistics(section.halflife_tokens) if section.halflife_tokens is not None else None
+        self._book = FlagBook(section.blocks_to_flag, section.blocks_remembered)
+        self._tokens = 0
+        self._targets = self._no_pairs()
+        self._metrics: dict[str, float] = {}
+
+    def update_correlations(self, codes: SparseCodes, step: int, sequences: Tensor | None = None) -> None:
+        """Count the tokens of `codes`; steps that `update_every` does not divide are passed over. Never waits
+        for a device.
+
+        Args:
+            codes: shape (B, d_sae); sinks are expected to be masked out already.
+            step: the training step.
+            sequences: [B] int64 ids of the sequences that the tokens come from.
+        """
+        if step % self.section.update_every:
+            return
+        self._block.update(codes)
+        if self._fading is not None:
+            self._fading.update(codes)
+        self._block_sequences.update(codes, sequences)
+        self._tokens += codes.shape[0]
+        self._ledger.record_call(_NAME)
+        self._ledger.record_effect(_NAME, pairs_seen=_pairs_in(codes))
+
+    def report(self, step: int, W_dec: Tensor | None = None) -> dict[str, Any]:
+        """Close a full block, mine the live view, write `correlation_step_%08d.json` and return its content
+        (schema version 1, see `validate_correlation_report`). Reads the device.
+
+        Args:
+            step: the training step, in the file's name.
+            W_dec: [d_sae, d_out], adds the tail of decoder cosines.
+        """
+        section = self.section
+        if self._block.tokens_offered >= section.block_tokens:
+            self._close_block()
+        edges = torch.linspace(-1, 1, HISTOGRAM_BINS + 1, dtype=torch.float64, device=self.device)
+        live_view, beside = self._view()
+        survey = live_view.survey(section.correlation_threshold, section.min_support, edges, beside=beside)
+        flagged = sorted(self._book.flagged)
+        pairs, sequences = self._listed(survey.pairs, flagged)
+        live = int((live_view.counts(beside=beside) > 0).sum())
+        paired = torch.cat([pairs.i, pairs.j]).unique().numel()
+        components = connected_components(flagged or zip(pairs.i.tolist(), pairs.j.tolist(), strict=True))
+        merged = sum(len(c) - 1 for c in components)
+        report: dict[str, Any] = {
+            "schema_version": SCHEMA_VERSION,
+            "step": step,
+            "tokens": self._tokens,
+            "block_tokens": section.block_tokens,
+            "d_sae": self.d_sae,
+            "live_latents": live,
+            "thresholds": {
+                "correlation": section.correlation_threshold,
+                "release": section.release_threshold,
+                "min_support": section.min_support,
+                "min_sequences": section.min_sequences,
+            },
+            "pairs": self._entries(pairs, sequences),
+            "pairs_total": len(pairs),
+            "pairs_flagged": len(flagged),
+            "components": components,
+            "distinct_latents": max(0, live - merged),
+            "share_of_live_with_neighbour": min(1.0, paired / live) if live else 0.0,
+            "effective_dictionary_size": _effective_size(live, survey, live_view.effective_tokens(beside=beside)),
+            "decoder_cosine": None if W_dec is None else decoder_cosine_tail(W_dec),
+            "histogram": _histogram(survey, edges),
+        }
+        self._targets = self._target_order(pairs)
+        self._metrics = _metrics(report)
+        self._write(step, report)
+        return report
+
+    def target_pairs(self, max_pairs: int) -> tuple[Tensor, Tensor]:
+        """(i, j), each [P] int64 on the device, P <= max_pairs: flagged pairs of the last report, then its
+        other candidates by falling correlation. Empty before the first report."""
+        i, j = self._targets
+        return i[:max_pairs], j[:max_pairs]
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers of the last report for the log (`duplicates/...`); empty before the first. Reads
+        nothing."""
+        return dict(self._metrics)
+
+    def state_dict(self) -> dict[str, Any]:
+        state: dict[str, Any] = {
+            "block": self._block.state_dict(),
+            "block_sequences": self._block_sequences.state_dict(),
+            "book": self._book.state_dict(),
+            "tokens": self._tokens,
+            "targets": {"i": self._targets[0].clone(), "j": self._targets[1].clone()},
+            "metrics": dict(self._metrics),
+        }
+        if self._past is not None and self._past_sequences is not None:
+            state["past"] = self._past.state_dict()
+            state["past_sequences"] = self._past_sequences.state_dict()
+        if self._fading is not None:
+            state["fading"] = self._fading.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._block.load_state_dict(state["block"])
+        self._block_sequences.load_state_dict(state["block_sequences"])
+        self._past, self._past_sequences = None, None
+        if "past" in state:
+            self._past = self._statistics()
+            self._past.load_state_dict(state["past"])
+            self._past_sequences = SequenceCounts(self.d_sae, self.device)
+            self._past_sequences.load_state_dict(state["past_sequences"])
+        if self._fading is not None:
+            self._fading.load_state_dict(state["fading"])
+        self._book.load_state_dict(state["book"])
+        self._tokens = int(state["tokens"])
+        self._targets = (state["targets"]["i"].to(self.device), state["targets"]["j"].to(self.device))
+        self._metrics = dict(state["metrics"])
+
+    def _statistics(self, halflife: int | None = None) -> FeatureCorrelation:
+        return FeatureCorrelation(self.d_sae, self._sketch_dim, halflife, device=self.device)
+
+    def _no_pairs(self) -> tuple[Tensor, Tensor]:
+        empty = torch.empty(0, dtype=torch.int64, device=self.device)
+        return empty, empty
+
+    def _view(self) -> tuple[FeatureCorrelation, list[FeatureCorrelation]]:
+        if self._fading is not None:
+            return self._fading, []
+        return self._block, [] if self._past is None else [self._past]
+
+    def _listed(self, found: CorrelatedPairs, flagged: list[Pair]) -> tuple[CorrelatedPairs, list[int | None]]:
+        """Candidates (above the threshold, on enough sequences) and flagged pairs, sorted, and each one's
+        sequences."""
+        seen = SequenceCounts(self.d_sae, self.device)
+        seen.merge(self._block_sequences)
+        if self._past_sequences is not None:
+            seen.merge(self._past_sequences)
+        keep = found.correlation > self.section.correlation_threshold
+        distinct = seen.distinct(found.i, found.j)
+        if distinct is not None:
+            keep &= distinct >= self.section.min_sequences
+        parts = [PairStatistics(*(getattr(found, f.name)[keep] for f in fields(PairStatistics)))]
+        known = set(zip(parts[0].i.tolist(), parts[0].j.tolist(), strict=True))
+        extra = [pair for pair in flagged if pair not in known]
+        if extra:
+            i, j = (torch.tensor(side, device=self.device) for side in zip(*extra, strict=True))
+            view, beside = self._view()
+            parts.append(view.statistics(i, j, beside=beside))
+        pairs = sorted_pairs(parts, self.d_sae, self.device)
+        distinct = seen.distinct(pairs.i, pairs.j)
+        return pairs, [None] * len(pairs) if distinct is None else distinct.tolist()
+
+    def _entries(self, pairs: CorrelatedPairs, sequences: list[int | None]) -> list[dict[str, Any]]:
+        most = self.section.max_reported_pairs
+        columns = (pairs.i, pairs.j, pairs.correlation, pairs.cosine, pairs.jaccard, pairs.support)
+        rows = zip(*(c[:most].tolist() for c in columns), sequences[:most], strict=True)
+        entries = []
+        for i, j, r, cosine, jaccard, support, seen in rows:
+            lower, upper = correlation_bounds(r, support)
+            entries.append(
+                {
+                    "i": i,
+                    "j": j,
+                    "correlation": r,
+                    "cosine": cosine,
+                    "jaccard": jaccard,
+                    "support": support,
+                    "sequences": seen,
+                    "lower": lower,
+                    "upper": upper,
+                    "blocks_above": self._book.blocks_above((i, j)),
+                    "flagged": (i, j) in self._book.flagged,
+                }
+            )
+        return entries
+
+    def _close_block(self) -> None:
+        """Take the block's evidence, add it to the past and begin the next."""
+        section = self.section
+        pairs = self._block.pairs(section.correlation_threshold, section.min_support)
+        distinct = self._block_sequences.distinct(pairs.i, pairs.j)
+        enough = [True] * len(pairs) if distinct is None else (distinct >= section.min_sequences).tolist()
+        columns = (pairs.i, pairs.j, pairs.correlation, pairs.support)
+        above = [
+            (i, j)
+            for i, j, r, support, often in zip(*(c.tolist() for c in columns), enough, strict=True)
+            if often and correlation_bounds(r, support)[0] > section.correlation_threshold
+        ]
+        self._book.close_block(above, self._released())
+        if self._past is None:
+            self._past, self._past_sequences = self._block, self._block_sequences
+            self._block = self._statistics()
+            # The sketch's signs go on: a sign never serves two tokens of one stream.
+            self._block.updates = self._past.updates
+            self._block_sequences = SequenceCounts(self.d_sae, self.device)
+        else:
+            assert self._past_sequences is not None
+            self._past.merge(self._block)
+            self._past_sequences.merge(self._block_sequences)
+            self._block.reset()
+            self._block_sequences.reset()
+
+    def _released(self) -> list[Pair]:
+        flagged = sorted(self._book.flagged)
+        if not flagged:
+            return []
+        i, j = (torch.tensor(side, device=self.device) for side in zip(*flagged, strict=True))
+        stats, counts = self._block.statistics(i, j), self._block.counts()
+        dead = ((counts[i] == 0) | (counts[j] == 0)).tolist()
+        released = []
+        for pair, r, support, gone in zip(
+            flagged, stats.correlation.tolist(), stats.support.tolist(), dead, strict=True
+        ):
+            if gone or correlation_bounds(r, support)[1] < self.section.release_threshold:
+                released.append(pair)
+        return released
+
+    def _target_order(self, pairs: CorrelatedPairs) -> tuple[Tensor, Tensor]:
+        """Flagged pairs first, each part in the report's order."""
+        flagged = self._book.flagged
+        late = [(i, j) not in flagged for i, j in zip(pairs.i.tolist(), pairs.j.tolist(), strict=True)]
+        order = torch.tensor(late, dtype=torch.bool, device=self.device).sort(stable=True).indices
+        return pairs.i[order], pairs.j[order]
+
+    def _write(self, step: int, report: dict[str, Any]) -> None:
+        self._out_dir.mkdir(parents=True, exist_ok=True)
+        path = self._out_dir / f"correlation_step_{step:08d}.json"
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+        self._ledger.record_file(_NAME, path)
+
+
+def _pairs_in(codes: SparseCodes) -> Tensor:
+    """0-dim: pairs of latents that fire on the same token, summed over tokens."""
+    fired = torch.zeros(codes.nnz + 1, dtype=torch.int64, device=codes.device)
+    torch.cumsum(codes.values.detach() > 0, 0, out=fired[1:])
+    active = fired[codes.row_ptr].diff()
+    return (active * (active - 1)).sum() // 2
+
+
+def _effective_size(live: int, survey: Survey, tokens: float) -> float | None:
+    """N^2 / sum_ij r_ij^2 over live latents, the noise N (N - 1) / n of independent ones taken off; None
+    under a sketch.
+
+    N copies of one latent give 1, N independent latents give N.
+    """
+    if survey.squared_sum is None or live == 0 or tokens <= 0:
+        return None
+    noise = live * (live - 1) / tokens
+    return live**2 / (live + max(0.0, 2 * survey.squared_sum - noise))
+
+
+def _histogram(survey: Survey, edges: Tensor) -> dict[str, list[float]]:
+    """Of all pairs that fired together; under a sketch, of the reported pairs only."""
+    counts = survey.histogram
+    if counts is None:
+        place = (torch.searchsorted(edges, survey.pairs.correlation, right=True) - 1).clamp(0, HISTOGRAM_BINS - 1)
+        counts = torch.bincount(place, minlength=HISTOGRAM_BINS)
+    return {"edges": [round(x, 9) for x in edges.tolist()], "counts": counts.tolist()}
+
+
+def _metrics(report: dict[str, Any]) -> dict[str, float]:
+    metrics = {
+        "duplicates/pairs": float(report["pairs_total"]),
+        "duplicates/flagged": float(report["pairs_flagged"]),
+        "duplicates/share_of_live": float(report["share_of_live_with_neighbour"]),
+        "duplicates/distinct_latents": float(report["distinct_latents"]),
+        "duplicates/live_latents": float(report["live_latents"]),
+        "duplicates/largest_component": float(max((len(c) for c in report["components"]), default=0)),
+    }
+    if report["effective_dictionary_size"] is not None:
+        metrics["duplicates/effective_dictionary_size"] = float(report["effective_dictionary_size"])
+    if report["decoder_cosine"] is not None:
+        metrics.update({f"duplicates/decoder_cosine_{k}": v for k, v in report["decoder_cosine"].items()})
+    return metrics

@@ -1,0 +1,175 @@
+"""PositionSampler: which positions of a sequence train, drawn by position bins, with weights that keep the
+objective."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from transcoder.antidup.ledger import UsageLedger
+from transcoder.config import PositionsSection
+from transcoder.kernels.correlation.counter import uniform
+
+_NAME = "position_sampler"
+
+
+@dataclass(frozen=True, eq=False)
+class PositionSample:
+    """A draw over batch_tokens [S, L].
+
+    Fields:
+        keep: [S, L] bool, the drawn positions.
+        weights: [S, L] fp32 importance weights, 0 where not drawn, of mean about 1 over the drawn.
+    """
+
+    keep: Tensor
+    weights: Tensor
+
+
+class PositionSampler:
+    """Draws about `keep_fraction` of each sequence's positions, stratified over position bins.
+
+    Each bin of ordinary tokens gives a whole number of draws: its share of keep_fraction, at least
+    `min_samples_per_bin` where it has them. Special tokens form a stratum of their own, drawn with
+    keep_fraction * bos_penalty and so rarely that they never exceed `max_bos_fraction` of a sequence's draws.
+    Within strata the draw is systematic over a random order (Madow 1949): the inclusion probability pi of
+    every position is known and exact, and each bin's count is fixed.
+
+    Weights are `c / pi` with c = (expected draws) / (positions with pi > 0), a number that does not depend on
+    the draw: so E[sum over drawn of w f] = c * (sum over positions with pi > 0 of f) for any f, and the
+    expected sum of weights equals the expected number of draws (mean 1). Dividing by the realised mean
+    instead would bias the objective. Positions with pi = 0 (special tokens under bos_penalty 0 or
+    max_bos_fraction 0) leave the objective, as masked tokens do.
+
+    The draw is a function of (seed, step) alone: no state, no global generator.
+
+    Args:
+        section: fractions and bins.
+        seed: keys the draw, with the step.
+        special_ids: token ids counted as special (BOS, EOS, PAD, ...).
+        ledger: told of calls, positions drawn and files.
+        out_dir: folder of `positions.json` (`save`).
+    """
+
+    def __init__(
+        self,
+        section: PositionsSection,
+        seed: int,
+        special_ids: Sequence[int],
+        ledger: UsageLedger,
+        out_dir: Path | None = None,
+    ) -> None:
+        self.section, self.seed = section, seed
+        self._special_ids = torch.tensor(sorted({int(x) for x in special_ids}), dtype=torch.int64)
+        self._ledger, self._out_dir = ledger, out_dir
+        self._counts = torch.zeros(2, section.bins + 1, dtype=torch.int64)
+        """Positions seen and drawn, per bin; special tokens last."""
+
+    def sample_positions(self, batch_tokens: Tensor, step: int = 0) -> PositionSample:
+        """Draw positions of batch_tokens [S, L] int64 (padding counts as special if its id is). Never waits
+        for a device.
+
+        Args:
+            batch_tokens: [S, L] token ids.
+            step: keys the draw; equal steps draw equally.
+        """
+        if not isinstance(batch_tokens, Tensor) or batch_tokens.dim() != 2 or batch_tokens.dtype.is_floating_point:
+            got = (
+                f"{batch_tokens.dtype} {list(batch_tokens.shape)}"
+                if isinstance(batch_tokens, Tensor)
+                else type(batch_tokens)
+            )
+            raise ValueError(f"PositionSampler.sample_positions: batch_tokens: expected integers [S, L], got {got}")
+        stratum = self._strata(batch_tokens)
+        chance = self._inclusion(stratum)
+        keep = self._draw(stratum, chance, step)
+        possible = chance > 0
+        scale = chance.sum() / possible.sum().clamp(min=1)
+        weights = torch.where(keep, scale / torch.where(possible, chance, 1), 0).float()
+        self._record(stratum, keep, chance)
+        return PositionSample(keep, weights)
+
+    def inclusion(self, batch_tokens: Tensor) -> Tensor:
+        """[S, L] float64: the probability with which `sample_positions` draws each position."""
+        return self._inclusion(self._strata(batch_tokens))
+
+    def _strata(self, batch_tokens: Tensor) -> Tensor:
+        """[S, L]: the position's bin; the number of bins for a special token."""
+        # Kept where the tokens are: a copy from the host each call would make it wait.
+        self._special_ids = self._special_ids.to(batch_tokens.device)
+        length = batch_tokens.shape[1]
+        bins = torch.arange(length, device=batch_tokens.device) * self.section.bins // max(1, length)
+        return torch.where(torch.isin(batch_tokens, self._special_ids), self.section.bins, bins)
+
+    def _inclusion(self, stratum: Tensor) -> Tensor:
+        section = self.section
+        sizes = torch.stack([(stratum == b).sum(1) for b in range(section.bins + 1)], 1)
+        ordinary = sizes[:, :-1]
+        # Rounding the running total hands every bin a whole number of draws and the sequence its share.
+        running = (ordinary.cumsum(1).double() * section.keep_fraction + 0.5).floor()
+        draws = running.diff(dim=1, prepend=running.new_zeros(running.shape[0], 1))
+        draws = torch.minimum(draws.clamp(min=section.min_samples_per_bin), ordinary.double())
+        fraction = section.max_bos_fraction
+        most = (draws.sum(1) * fraction / (1 - fraction) + 1e-9).floor() if fraction < 1 else sizes[:, -1].double()
+        wanted = sizes[:, -1].double() * section.keep_fraction * section.bos_penalty
+        draws = torch.cat([draws, torch.minimum(wanted, most)[:, None]], 1)
+        return (draws / sizes.clamp(min=1)).gather(1, stratum)
+
+    def _draw(self, stratum: Tensor, chance: Tensor, step: int) -> Tensor:
+        """Systematic draw: with the chances laid end to end, keep the positions in which u, u + 1, u + 2, ...
+        fall."""
+        count, length = stratum.shape
+        number = torch.arange(stratum.numel(), device=stratum.device).view(count, length)
+        order = (stratum + uniform(number, self.seed, step, 0)).argsort(1)
+        start = uniform(torch.arange(count, device=stratum.device), self.seed, step, 1)[:, None]
+        end = chance.gather(1, order).cumsum(1)
+        # Sums of a bin's chances are whole numbers up to rounding; snapping them keeps the bin's count exact.
+        end = torch.where((end - end.round()).abs() < 1e-9, end.round(), end)
+        hits = (end - start).floor()
+        before = torch.cat([(-start).floor(), hits[:, :-1]], 1)
+        return torch.zeros_like(stratum, dtype=torch.bool).scatter_(1, order, hits > before)
+
+    def _record(self, stratum: Tensor, keep: Tensor, chance: Tensor) -> None:
+        bins = self.section.bins + 1
+        counts = torch.zeros(2, bins, dtype=torch.int64, device=stratum.device)
+        counts[0].index_add_(0, stratum.flatten(), torch.ones_like(stratum).flatten())
+        counts[1].index_add_(0, stratum.flatten(), keep.flatten().long())
+        # One assignment: the sampler may run in a thread of its own while `save` reads.
+        self._counts = self._counts.to(stratum.device) + counts
+        self._ledger.record_call(_NAME)
+        self._ledger.record_effect(
+            _NAME,
+            positions_seen=stratum.numel(),
+            positions_drawn=keep.sum(),
+            # Only a position that might not have been drawn was resampled.
+            positions_resampled=(keep & (chance < 1)).sum(),
+        )
+
+    def save(self, step: int) -> Path:
+        """Write `positions.json`: positions seen and drawn per bin since this object was made. Reads the
+        device."""
+        if self._out_dir is None:
+            raise ValueError("PositionSampler.save: expected an out_dir at construction, got None")
+        self._out_dir.mkdir(parents=True, exist_ok=True)
+        path = self._out_dir / "positions.json"
+        seen, drawn = self._counts.tolist()
+        content = {
+            "schema_version": 1,
+            "step": step,
+            "bins": self.section.bins,
+            "seen": seen[:-1],
+            "drawn": drawn[:-1],
+            "special_seen": seen[-1],
+            "special_drawn": drawn[-1],
+        }
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+        self._ledger.record_file(_NAME, path)
+        return path

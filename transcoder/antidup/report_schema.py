@@ -1,0 +1,95 @@
+"""The correlation report, schema version 1: what its JSON holds, checked without a schema library."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+SCHEMA_VERSION = 1
+
+_NUMBER = (int, float)
+_TOP: dict[str, Any] = {
+    "schema_version": int,
+    "step": int,
+    "tokens": int,
+    "block_tokens": int,
+    "d_sae": int,
+    "live_latents": int,
+    "thresholds": dict,
+    "pairs": list,
+    "pairs_total": int,
+    "pairs_flagged": int,
+    "components": list,
+    "distinct_latents": int,
+    "share_of_live_with_neighbour": _NUMBER,
+    "effective_dictionary_size": (*_NUMBER, type(None)),
+    "decoder_cosine": (dict, type(None)),
+    "histogram": dict,
+}
+_THRESHOLDS = {"correlation": _NUMBER, "release": _NUMBER, "min_support": int, "min_sequences": int}
+_PAIR: dict[str, Any] = {
+    "i": int,
+    "j": int,
+    "correlation": _NUMBER,
+    "cosine": _NUMBER,
+    "jaccard": _NUMBER,
+    "support": int,
+    "sequences": (int, type(None)),
+    "lower": _NUMBER,
+    "upper": _NUMBER,
+    "blocks_above": int,
+    "flagged": bool,
+}
+_COSINE = {"median": _NUMBER, "p99": _NUMBER, "p999": _NUMBER}
+
+
+def validate_correlation_report(report: Any) -> None:
+    """Raise ValueError, naming the place, unless `report` is a correlation report of schema version 1."""
+    _fields(report, _TOP, "report")
+    if report["schema_version"] != SCHEMA_VERSION:
+        raise ValueError(f"report.schema_version: expected {SCHEMA_VERSION}, got {report['schema_version']}")
+    _fields(report["thresholds"], _THRESHOLDS, "report.thresholds")
+    if report["decoder_cosine"] is not None:
+        _fields(report["decoder_cosine"], _COSINE, "report.decoder_cosine")
+    d_sae = report["d_sae"]
+    before: tuple[float, int, int] | None = None
+    for n, pair in enumerate(report["pairs"]):
+        where = f"report.pairs[{n}]"
+        _fields(pair, _PAIR, where)
+        if not 0 <= pair["i"] < pair["j"] < d_sae:
+            raise ValueError(f"{where}: expected 0 <= i < j < d_sae = {d_sae}, got i = {pair['i']}, j = {pair['j']}")
+        if not -1 <= pair["lower"] <= pair["correlation"] <= pair["upper"] <= 1:
+            raise ValueError(
+                f"{where}: expected -1 <= lower <= correlation <= upper <= 1, got {pair['lower']}, {pair['correlation']}, "
+                f"{pair['upper']}"
+            )
+        place = (-pair["correlation"], pair["i"], pair["j"])
+        if before is not None and place <= before:
+            raise ValueError(f"{where}: expected pairs sorted by falling correlation, then (i, j), each once")
+        before = place
+    if report["pairs_total"] < len(report["pairs"]):
+        raise ValueError(f"report.pairs_total: expected at least {len(report['pairs'])}, got {report['pairs_total']}")
+    seen: set[int] = set()
+    for n, component in enumerate(report["components"]):
+        where = f"report.components[{n}]"
+        ids = isinstance(component, list) and all(type(x) is int and 0 <= x < d_sae for x in component)
+        if not ids or len(component) < 2 or len(set(component)) != len(component) or seen & set(component):
+            raise ValueError(f"{where}: expected two or more latents, none in two components, got {component!r}")
+        seen |= set(component)
+    edges, counts = report["histogram"].get("edges"), report["histogram"].get("counts")
+    if not isinstance(edges, list) or not isinstance(counts, list) or len(edges) != len(counts) + 1:
+        raise ValueError("report.histogram: expected lists edges [bins + 1] and counts [bins]")
+
+
+def _fields(value: Any, kinds: Mapping[str, Any], where: str) -> None:
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: expected a mapping, got {type(value).__name__}")
+    lacking, unknown = sorted(set(kinds) - set(value)), sorted(set(value) - set(kinds))
+    if lacking or unknown:
+        raise ValueError(f"{where}: lacking {', '.join(lacking) or 'none'}; unknown {', '.join(unknown) or 'none'}")
+    for name, kind in kinds.items():
+        got = value[name]
+        wrong = not isinstance(got, kind) or (isinstance(got, bool) and kind is not bool)
+        if wrong or (isinstance(got, float) and not math.isfinite(got)):
+            raise ValueError(f"{where}.{name}: expected {kind}, got {got!r}")

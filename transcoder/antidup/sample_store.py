@@ -1,0 +1,98 @@
+"""Fixed-size stores of samples: per group the k best by score, contexts that overlap a better one dropped.
+
+Everything is a tensor of static shape, so collecting needs neither a loop over latents nor a wait for the
+device.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+EMPTY = -1.0
+"""Score of an empty place; scores of samples are >= 0."""
+
+
+class Samples(NamedTuple):
+    """Samples laid out [groups, k]; empty places have score EMPTY."""
+
+    score: Tensor
+    """[G, K] fp32: what samples compete by."""
+    activation: Tensor
+    """[G, K] fp32."""
+    token: Tensor
+    """[G, K] int64."""
+    position: Tensor
+    """[G, K] int64."""
+    sequence: Tensor
+    """[G, K] int64; -1 where unknown."""
+    step: Tensor
+    """[G, K] int64."""
+    context: Tensor
+    """[G, K, C] int32; -1 where there is no token."""
+
+    @classmethod
+    def empty(cls, groups: int, k: int, context: int, device: torch.device) -> Samples:
+        def full(value: float, dtype: torch.dtype) -> Tensor:
+            return torch.full((groups, k), value, dtype=dtype, device=device)
+
+        return cls(
+            score=full(EMPTY, torch.float32),
+            activation=full(0, torch.float32),
+            token=full(-1, torch.int64),
+            position=full(-1, torch.int64),
+            sequence=full(-1, torch.int64),
+            step=full(-1, torch.int64),
+            context=torch.full((groups, k, context), -1, dtype=torch.int32, device=device),
+        )
+
+    def take(self, order: Tensor) -> Samples:
+        """Rearranged within each group by `order` [G, K']."""
+        wide = order[:, :, None].expand(-1, -1, self.context.shape[2])
+        return Samples(*(part.gather(1, order if part.dim() == 2 else wide) for part in self))
+
+
+def best_entries(group: Tensor, score: Tensor, groups: int, k: int) -> Tensor:
+    """[groups, k] int64: entry numbers of each group's k highest scores (ties: the earlier entry), -1 where
+    there are fewer.
+
+    Entries of group `groups` take no part. Two stable sorts; nothing is read by the host.
+    """
+    by_score = score.sort(descending=True, stable=True).indices
+    sorted_group, within = group[by_score].sort(stable=True)
+    entry = by_score[within]
+    first = torch.searchsorted(sorted_group, torch.arange(groups + 1, device=group.device))
+    rank = torch.arange(entry.numel(), device=group.device) - first[sorted_group]
+    wanted = (sorted_group < groups) & (rank < k)
+    # Unwanted entries share one place behind the table.
+    place = torch.where(wanted, sorted_group * k + rank, groups * k)
+    table = torch.full((groups * k + 1,), -1, dtype=torch.int64, device=group.device)
+    table.scatter_(0, place, torch.where(wanted, entry, -1))
+    return table[:-1].view(groups, k)
+
+
+def merged(old: Samples, new: Samples, k: int, window: int) -> Samples:
+    """The k best of both per group, by score (ties: old first); a sample whose context overlaps a better
+    one's is dropped.
+
+    Contexts overlap when both samples stand in one known sequence, fewer than `window` positions apart.
+    """
+    both = Samples(*(torch.cat([a, b], 1) for a, b in zip(old, new, strict=True)))
+    both = both.take(both.score.sort(dim=1, descending=True, stable=True).indices)
+    keep = without_overlap(both, window)
+    both = both._replace(score=torch.where(keep, both.score, EMPTY))
+    return both.take(both.score.sort(dim=1, descending=True, stable=True).indices[:, :k])
+
+
+def without_overlap(samples: Samples, window: int) -> Tensor:
+    """[G, K] bool: which of the samples, best first within a group, stay when each drops those that it
+    overlaps."""
+    keep = samples.score >= 0
+    known = samples.sequence >= 0
+    for n in range(1, keep.shape[1]):
+        near = (samples.position[:, :n] - samples.position[:, n : n + 1]).abs() < window
+        same = (samples.sequence[:, :n] == samples.sequence[:, n : n + 1]) & known[:, :n]
+        keep[:, n] &= ~(near & same & keep[:, :n]).any(1)
+    return keep

@@ -1,0 +1,228 @@
+"""ActivationSampleCollector: for each followed latent its strongest examples, and beside them a sample over
+positions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from transcoder.activations.batch import ActivationBatch
+from transcoder.antidup.ledger import UsageLedger
+from transcoder.antidup.sample_file import write_samples
+from transcoder.antidup.sample_store import Samples, best_entries, merged, without_overlap
+from transcoder.config import SamplesSection
+from transcoder.kernels import SparseCodes
+from transcoder.kernels.correlation.counter import uniform
+
+_NAME = "activation_samples"
+
+
+class ActivationSampleCollector:
+    """Keeps samples of latent activations with their token contexts, in fixed memory on the device.
+
+    Two stores for each followed latent (`max_latents` of them, evenly spread over the dictionary):
+        top: the `top_per_latent` strongest activations.
+        stratified: for each of `position_bins` equal bins of the sequence a uniform reservoir (the highest of
+        random keys), of
+            equal size whatever share of the tokens the bin has: normalised by exposure. Together at least
+            `stratified_per_latent` places, and at least `min_per_bin` a bin. Special tokens have a stratum of
+            their own, cut on saving to at most `max_sink_fraction` of a latent's stratified samples.
+
+    Samples whose contexts overlap a better one of the same store (same sequence, fewer than context_tokens
+    positions apart) are dropped. Activations below `min_activation` are not sampled. Random keys come from
+    (seed, step, entry): resuming changes nothing.
+
+    Args:
+        section: sizes.
+        d_sae, device: of the codes.
+        seed: keys the reservoirs.
+        out_dir: folder of `samples.parquet` and `summary.json`.
+        special_ids: token ids counted as special.
+        sequence_length: positions run from 0 to sequence_length - 1.
+        ledger: told of calls, samples kept and files.
+    """
+
+    def __init__(
+        self,
+        section: SamplesSection,
+        d_sae: int,
+        device: torch.device | str,
+        seed: int,
+        out_dir: Path,
+        special_ids: Sequence[int],
+        sequence_length: int,
+        ledger: UsageLedger,
+    ) -> None:
+        self.section, self.d_sae, self.seed, self.sequence_length = section, d_sae, seed, sequence_length
+        self.device = torch.empty(0, device=device).device
+        self._out_dir, self._ledger = Path(out_dir), ledger
+        self._special_ids = torch.tensor(sorted({int(x) for x in special_ids}), dtype=torch.int64, device=self.device)
+        number = min(section.max_latents, d_sae)
+        self.latents = torch.arange(number, device=self.device) * d_sae // number
+        """[followed] int64 latent ids."""
+        # Latents that are not followed go to slot `number`, which no store has.
+        self._slot = torch.full((d_sae,), number, dtype=torch.int64, device=self.device)
+        self._slot[self.latents] = torch.arange(number, device=self.device)
+        bins = section.position_bins
+        wanted = section.stratified_per_latent
+        self._per_bin = max(section.min_per_bin, -(-wanted // bins)) if wanted else 0
+        self._strata = bins + 1 if section.max_sink_fraction > 0 else bins
+        """Position bins, and one of special tokens where any may be kept."""
+        self._stores: tuple[Samples, Samples] | None = None
+        self._anchor = 0
+
+    @torch.no_grad()
+    def collect(self, codes: SparseCodes, batch: ActivationBatch, step: int) -> None:
+        """Offer a batch's activations to the stores; steps that `collect_every` does not divide are passed
+        over.
+
+        Never waits for a device.
+
+        Args:
+            codes: shape (B, d_sae).
+            batch: the same B tokens; without `contexts` a sample shows its own token alone, without
+                `sequences` overlapping contexts cannot be told.
+            step: the training step.
+        """
+        if step % self.section.collect_every:
+            return
+        if codes.shape != (len(batch), self.d_sae):
+            raise ValueError(
+                f"ActivationSampleCollector.collect: codes: expected shape {(len(batch), self.d_sae)}, got {codes.shape}"
+            )
+        contexts = batch.tokens.int()[:, None] if batch.contexts is None else batch.contexts.int()
+        anchor = 0 if batch.contexts is None else batch.context_anchor
+        top, spread = self._opened(contexts.shape[1], anchor)
+        section, window = self.section, max(1, contexts.shape[1])
+        value, rows = codes.values.detach().float(), codes.rows()
+        followed = self.latents.numel()
+        slot = torch.where((value > 0) & (value >= section.min_activation), self._slot[codes.indices], followed)
+
+        def candidates(group: Tensor, score: Tensor, groups: int, k: int) -> Samples:
+            entry = best_entries(group, score, groups, k)
+            there, at = entry >= 0, entry.clamp(min=0)
+            if codes.nnz == 0:
+                return Samples.empty(groups, k, contexts.shape[1], self.device)
+            row = rows[at]
+            sequence = torch.full_like(row, -1) if batch.sequences is None else batch.sequences[row]
+            return Samples(
+                torch.where(there, score[at], -1.0),
+                value[at],
+                batch.tokens[row],
+                batch.positions[row],
+                sequence,
+                torch.full_like(row, step),
+                contexts[row],
+            )
+
+        top = merged(top, candidates(slot, value, followed, section.top_per_latent), section.top_per_latent, window)
+        bin_of = (batch.positions * section.position_bins // self.sequence_length).clamp(0, section.position_bins - 1)
+        special = torch.isin(batch.tokens, self._special_ids)
+        stratum = torch.where(special, section.position_bins, bin_of)[rows]
+        groups = followed * self._strata
+        inside = (slot < followed) & (stratum < self._strata)
+        group = torch.where(inside, slot * self._strata + stratum, groups)
+        key = uniform(torch.arange(codes.nnz, device=self.device), self.seed, step).float()
+        spread = merged(spread, candidates(group, key, groups, self._per_bin), self._per_bin, window)
+        self._stores = (top, spread)
+        self._ledger.record_call(_NAME)
+        kept = sum(((s.step == step) & (s.score >= 0)).sum() for s in self._stores)
+        self._ledger.record_effect(_NAME, samples_kept=kept)
+
+    def save(self, step: int, decode_tokens: Callable[[Sequence[int]], list[str]]) -> list[Path]:
+        """Write samples.parquet and summary.json. Reads the device.
+
+        Args:
+            step: recorded in the summary.
+            decode_tokens: ids to display strings, one each.
+
+        Returns: the paths written.
+        """
+        top, spread = self._opened(1, 0)
+        spread = self._chosen(spread)
+        latents = self.latents.cpu().numpy()
+        parts = []
+        for samples, is_top in ((top, True), (spread, False)):
+            keep = (samples.score >= 0).cpu().numpy()
+            group, _ = np.nonzero(keep)
+            columns = {name: getattr(samples, name).cpu().numpy()[keep] for name in Samples._fields}
+            parts.append({**columns, "latent": latents[group], "kind": np.full(len(group), is_top)})
+        every = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        order = np.lexsort((-every["activation"], ~every["kind"], every["latent"]))
+        every = {name: column[order] for name, column in every.items()}
+        summary = self._summary(step, every)
+        paths = write_samples(self._out_dir, every, every["context"], self._anchor, decode_tokens, summary)
+        for path in paths:
+            self._ledger.record_file(_NAME, path)
+        return paths
+
+    def state_dict(self) -> dict[str, Any]:
+        if self._stores is None:
+            return {"opened": False}
+        top, spread = self._stores
+        return {"opened": True, "anchor": self._anchor, "top": _plain(top), "spread": _plain(spread)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._stores = None
+        if not state["opened"]:
+            return
+        expected = (self.latents.numel(), self.section.top_per_latent)
+        if tuple(state["top"]["score"].shape) != expected:
+            raise ValueError(
+                f"ActivationSampleCollector.load_state_dict: expected a store of {expected} samples, got "
+                f"{tuple(state['top']['score'].shape)}"
+            )
+        self._anchor = int(state["anchor"])
+        top, spread = (
+            Samples(**{name: state[part][name].to(self.device) for name in Samples._fields})
+            for part in ("top", "spread")
+        )
+        self._stores = (top, spread)
+
+    def _opened(self, context: int, anchor: int) -> tuple[Samples, Samples]:
+        """The stores, made at first use, when the contexts' width is known."""
+        if self._stores is None:
+            followed = self.latents.numel()
+            self._anchor = anchor
+            self._stores = (
+                Samples.empty(followed, self.section.top_per_latent, context, self.device),
+                Samples.empty(followed * self._strata, self._per_bin, context, self.device),
+            )
+        return self._stores
+
+    def _chosen(self, spread: Samples) -> Samples:
+        """[followed, strata * k]: overlaps between bins dropped, special tokens cut to their share."""
+        followed = self.latents.numel()
+        joined = Samples(*(part.reshape(followed, self._strata * self._per_bin, *part.shape[2:]) for part in spread))
+        window = max(1, joined.context.shape[2])
+        keep = without_overlap(joined, window)
+        ordinary = self.section.position_bins * self._per_bin
+        fraction = self.section.max_sink_fraction
+        if self._strata > self.section.position_bins and fraction < 1:
+            room = (keep[:, :ordinary].sum(1, keepdim=True) * fraction / (1 - fraction) + 1e-6).floor()
+            keep[:, ordinary:] &= keep[:, ordinary:].cumsum(1) <= room
+        return joined._replace(score=torch.where(keep, joined.score, -1.0))
+
+    def _summary(self, step: int, every: dict[str, np.ndarray[Any, Any]]) -> dict[str, Any]:
+        bins = self.section.position_bins
+        place = np.clip(every["position"] * bins // self.sequence_length, 0, bins - 1)
+        spread = ~every["kind"]
+        sinks = np.isin(every["token"], self._special_ids.cpu().numpy())
+        return {
+            "schema_version": 1,
+            "step": step,
+            "latents_followed": self.latents.numel(),
+            "latents_with_samples": len(np.unique(every["latent"])),
+            "samples_kept": len(place),
+            "position_bins": np.bincount(place[spread], minlength=bins).tolist(),
+            "sink_fraction": float(sinks[spread].mean()) if spread.any() else 0.0,
+        }
+
+
+def _plain(samples: Samples) -> dict[str, Tensor]:
+    return {name: part.clone() for name, part in samples._asdict().items()}
