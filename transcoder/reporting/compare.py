@@ -35,9 +35,9 @@ def compare_runs(run_a: str | Path, run_b: str | Path, *more: str | Path) -> dic
          "settings": {dotted name: [value per run]}}
 
     A figure that a run lacks is null, never 0; a figure that every run lacks is left out. "verdicts" only compare the two
-    numbers. "paired" are mean differences at the steps that both runs logged, in the second half of those; [low, high] is a 95
-    % interval from the means of ten consecutive blocks. It covers the noise between batches, not between seeds: a claim
-    about a method needs several seeds.
+    numbers. "paired" are mean differences at the steps that all runs logged, in the second half of those, with a 95 percent
+    interval from the means of ten consecutive blocks (null below 20 steps). It covers the noise between batches, not between
+    seeds: a claim about a method needs several seeds.
 
     Raises:
         FileNotFoundError: one of the paths is no folder.

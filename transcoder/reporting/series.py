@@ -86,7 +86,9 @@ def collect(records: Iterable[dict[str, Any] | None]) -> MetricsTable:
                 continue
             number = _number(value, spelled.get(name) if isinstance(spelled, dict) else None)
             if number is not None:
-                column = series.setdefault(name, Series())
+                column = series.get(name)
+                if column is None:
+                    column = series[name] = Series()
                 column.steps.append(step)
                 column.values.append(number)
     return MetricsTable(series, events, last_step, seconds, unreadable)

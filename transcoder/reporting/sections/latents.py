@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 from typing import Any
 
 import numpy as np
@@ -100,7 +101,7 @@ def build_payload(run: RunFolder) -> dict[str, Any]:
             "pairs": partners.get(latent, [])[:8],
             "rows": _rows(samples, rows, strings),
         }
-        fresh = list(strings)[known:]
+        fresh = list(itertools.islice(reversed(strings), len(strings) - known))[::-1]
         spent += len(embedded_json(entry).encode(errors="replace")) + len(embedded_json(fresh).encode(errors="replace"))
         if spent > MAX_BYTES:
             break
