@@ -40,18 +40,14 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="module")
 def model() -> Gemma2ForCausalLM:
-    found = Gemma2ForCausalLM.from_pretrained(
-        language_model_path(), dtype=torch.float32, attn_implementation="eager"
-    )
+    found = Gemma2ForCausalLM.from_pretrained(language_model_path(), dtype=torch.float32, attn_implementation="eager")
     return found.eval()
 
 
 @pytest.fixture(scope="module")
 def heldout_rows(tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
     """64 held-out sequences of shape [64, SEQ_LEN], spread over the split, without the look-up tables."""
-    texts = [
-        document.text for document in iter_documents("heldout") if not document.name.startswith("encodings/")
-    ]
+    texts = [document.text for document in iter_documents("heldout") if not document.name.startswith("encodings/")]
     rows = windows(token_stream(tokenizer, texts), SEQ_LEN)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
     return rows[order[:64]]
@@ -104,9 +100,7 @@ def test_tokenizer_round_trip(tokenizer: PreTrainedTokenizerFast, text: str) -> 
     assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
 
 
-def test_special_tokens_are_those_of_gemma(
-    tokenizer: PreTrainedTokenizerFast, model: Gemma2ForCausalLM
-) -> None:
+def test_special_tokens_are_those_of_gemma(tokenizer: PreTrainedTokenizerFast, model: Gemma2ForCausalLM) -> None:
     names = (tokenizer.pad_token, tokenizer.eos_token, tokenizer.bos_token, tokenizer.unk_token)
     assert names == ("<pad>", "<eos>", "<bos>", "<unk>")
     assert tokenizer.convert_tokens_to_ids(list(names)) == [0, 1, 2, 3]
@@ -140,12 +134,8 @@ def test_model_uses_its_context(model: Gemma2ForCausalLM, heldout_rows: torch.Te
 
 
 def test_bfloat16_and_float32_runs_agree(model: Gemma2ForCausalLM, heldout_rows: torch.Tensor) -> None:
-    lower = Gemma2ForCausalLM.from_pretrained(
-        language_model_path(), dtype=torch.bfloat16, attn_implementation="eager"
-    )
-    assert heldout_loss(lower, heldout_rows[:16]) == pytest.approx(
-        heldout_loss(model, heldout_rows[:16]), abs=0.05
-    )
+    lower = Gemma2ForCausalLM.from_pretrained(language_model_path(), dtype=torch.bfloat16, attn_implementation="eager")
+    assert heldout_loss(lower, heldout_rows[:16]) == pytest.approx(heldout_loss(model, heldout_rows[:16]), abs=0.05)
 
 
 def test_bytes_per_token_counts_the_bytes(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -164,10 +154,7 @@ def test_boots_in_transformer_bridge(model: Gemma2ForCausalLM, heldout_rows: tor
         torch.testing.assert_close(bridge(tokens), model(tokens).logits, atol=1e-4, rtol=1e-4)
         plain = model(tokens, output_hidden_states=True).hidden_states
     for layer in range(model.config.num_hidden_layers):
-        names = [
-            f"blocks.{layer}.{hook}"
-            for hook in ("hook_resid_mid", "hook_mlp_out", "mlp.hook_in", "mlp.hook_out")
-        ]
+        names = [f"blocks.{layer}.{hook}" for hook in ("hook_resid_mid", "hook_mlp_out", "mlp.hook_in", "mlp.hook_out")]
         with torch.no_grad():
             _, cache = bridge.run_with_cache(tokens, names_filter=names, stop_at_layer=layer + 1)
         for name in names:
@@ -247,9 +234,7 @@ def test_recipe_leaves_a_loadable_folder(tmp_path: Path, capsys: pytest.CaptureF
     assert not list(tmp_path.glob("*.checkpoint*"))
 
 
-def test_interrupted_run_ends_like_an_uninterrupted_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupted_run_ends_like_an_uninterrupted_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = train(TINY, tmp_path / "whole", progress_bar=False)
 
     calls = 0

@@ -133,7 +133,5 @@ def test_importing_the_package_loads_neither_torch_nor_transformers() -> None:
         "print(sorted(added & {'torch', 'transformers'}))"
     )
     root = Path(stdlib_text.__file__).parents[2]
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root
-    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
     assert result.stdout.strip() == "[]"

@@ -105,9 +105,7 @@ def _names(root: Path) -> list[str]:
         # Pruned in place, so that a large site-packages is never walked.
         subfolders[:] = [name for name in subfolders if not _is_excluded(name)]
         prefix = Path(folder).relative_to(root)
-        names += [
-            (prefix / name).as_posix() for name in files if name.endswith(".py") and not _is_excluded(name)
-        ]
+        names += [(prefix / name).as_posix() for name in files if name.endswith(".py") and not _is_excluded(name)]
     return sorted(names, key=lambda name: (_hash("order", name), name))
 
 

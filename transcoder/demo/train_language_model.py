@@ -132,9 +132,7 @@ def batches(stream: torch.Tensor, recipe: Recipe, start: int = 0) -> Iterator[to
     # One count for all epochs, whatever their offset, so that a batch number decides its epoch.
     per_epoch = (len(stream) - (recipe.seq_len - 2)) // (recipe.seq_len - 1) // recipe.batch_size
     if per_epoch < 1:
-        raise ValueError(
-            f"{len(stream)} tokens do not fill a batch of {recipe.batch_size} x {recipe.seq_len}"
-        )
+        raise ValueError(f"{len(stream)} tokens do not fill a batch of {recipe.batch_size} x {recipe.seq_len}")
     number = start
     while True:
         epoch, first = divmod(number, per_epoch)
@@ -296,9 +294,7 @@ def train(
     stream = token_stream(tokenizer, train_texts)
     heldout_texts = [document.text for document in heldout_documents]
     heldout = windows(token_stream(tokenizer, heldout_texts), recipe.seq_len)
-    code_texts = [
-        document.text for document in heldout_documents if not document.name.startswith(TABLE_PREFIX)
-    ]
+    code_texts = [document.text for document in heldout_documents if not document.name.startswith(TABLE_PREFIX)]
     heldout_code = windows(token_stream(tokenizer, code_texts), recipe.seq_len)
     # A strided sample of the held-out sequences for the checkpoints' running figure.
     sample = heldout[:: max(1, len(heldout) // 128)]
@@ -375,6 +371,7 @@ def train(
         "seconds": round(seconds, 1),
         "tokens_seen": step * recipe.batch_size * recipe.seq_len,
         "tokens_per_second": round(step * recipe.batch_size * recipe.seq_len / max(seconds, 1e-9), 1),
+        "max_minutes": max_minutes,
         "compiled": compiled,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -461,7 +458,12 @@ def model_card(figures: dict[str, Any]) -> str:
     curve = ", ".join(f"{step}: {loss:.3f}" for step, loss in figures["curve"])
     epochs = figures["tokens_seen"] / figures["train_tokens"]
     shortened = figures["steps"] < recipe["steps"]
-    planned = f" (of {recipe['steps']} planned: a time limit shortened the schedule)" if shortened else ""
+    planned = (
+        f" (of {recipe['steps']:,} planned: `--max-minutes {figures['max_minutes']:g}` shortened the schedule, "
+        "so another run will not give the same weights)"
+        if shortened
+        else ""
+    )
     threads = f"{figures['threads']} CPU thread{'s' if figures['threads'] != 1 else ''}"
     compiled = " with `--compile`" if figures["compiled"] else ""
     table_head = (
@@ -551,9 +553,7 @@ def model_card(figures: dict[str, Any]) -> str:
 
 def _fill(paragraph: str) -> str:
     # Neither hyphens nor long words may be broken: both occur in code spans.
-    return textwrap.fill(
-        " ".join(paragraph.split()), width=110, break_long_words=False, break_on_hyphens=False
-    )
+    return textwrap.fill(" ".join(paragraph.split()), width=110, break_long_words=False, break_on_hyphens=False)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -566,12 +566,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="model folder to write")
     parser.add_argument("--steps", type=int, default=defaults.steps, help="optimizer steps")
     parser.add_argument("--batch-size", type=int, default=defaults.batch_size, help="sequences per step")
-    parser.add_argument(
-        "--seq-len", type=int, default=defaults.seq_len, help="tokens per sequence, <bos> included"
-    )
-    parser.add_argument(
-        "--learning-rate", type=float, default=defaults.learning_rate, help="peak learning rate"
-    )
+    parser.add_argument("--seq-len", type=int, default=defaults.seq_len, help="tokens per sequence, <bos> included")
+    parser.add_argument("--learning-rate", type=float, default=defaults.learning_rate, help="peak learning rate")
     parser.add_argument("--warmup-steps", type=int, default=defaults.warmup_steps, help="linear warm-up")
     parser.add_argument("--weight-decay", type=float, default=defaults.weight_decay, help="on matrices only")
     parser.add_argument("--vocab-size", type=int, default=defaults.vocab_size, help="tokens of the tokenizer")
@@ -579,24 +575,16 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--mlp-size", type=int, default=defaults.mlp_size, help="MLP width")
     parser.add_argument("--layers", type=int, default=defaults.layers, help="number of blocks")
     parser.add_argument("--heads", type=int, default=defaults.heads, help="query heads")
-    parser.add_argument(
-        "--key-value-heads", type=int, default=defaults.key_value_heads, help="key-value heads"
-    )
+    parser.add_argument("--key-value-heads", type=int, default=defaults.key_value_heads, help="key-value heads")
     parser.add_argument("--head-dim", type=int, default=defaults.head_dim, help="width of a head")
-    parser.add_argument(
-        "--max-documents", type=int, default=None, help="use only so many files of each split"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=defaults.seed, help="initialisation and order of the data"
-    )
+    parser.add_argument("--max-documents", type=int, default=None, help="use only so many files of each split")
+    parser.add_argument("--seed", type=int, default=defaults.seed, help="initialisation and order of the data")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of the training")
     parser.add_argument(
         "--max-minutes", type=float, default=0.0, help="shorten the schedule to this wall time; 0: no limit"
     )
     parser.add_argument("--checkpoint-minutes", type=float, default=4.0, help="wall time between checkpoints")
-    parser.add_argument(
-        "--compile", action="store_true", help="torch.compile the loss (needs a C++ compiler)"
-    )
+    parser.add_argument("--compile", action="store_true", help="torch.compile the loss (needs a C++ compiler)")
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
     return parser.parse_args(arguments)
 
