@@ -31,7 +31,8 @@ _LIVE_CALLS = 100
 class HasDecoder(Protocol):
     """What the regularizer needs of a transcoder: `W_dec` [d_sae, d_out]."""
 
-    W_dec: Tensor
+    @property
+    def W_dec(self) -> Tensor: ...
 
 
 class _Attached(torch.autograd.Function):

@@ -48,7 +48,7 @@ def _evaluate(
 ) -> dict[str, float]:
     tokens = sum(len(batch) for batch in heldout)
     widths = transcoder.widths
-    mean = sum(batch.target.double().sum(0) for batch in heldout) / tokens
+    mean = torch.stack([batch.target.double().sum(0) for batch in heldout]).sum(0) / tokens
     solution = None if baseline is None or baseline.tokens == 0 else baseline.solve()
 
     device = mean.device

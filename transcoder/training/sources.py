@@ -88,7 +88,8 @@ def look_ahead(source: Source, tokens: int) -> list[ActivationBatch]:
     """The next batches, holding at least `tokens`, without using them up."""
     if isinstance(source, IterableSource):
         return source.look_ahead(tokens)
-    start, taken = source.state_dict(), []
+    start = source.state_dict()
+    taken: list[ActivationBatch] = []
     while sum(map(len, taken)) < tokens:
         taken.append(next(source))
     source.load_state_dict(start)

@@ -127,7 +127,9 @@ class _Run:
             },
             run_dir / "usage.json",
         )
-        self.positions: PositionSampler | None = None
+        self.positions = (
+            PositionSampler(anti.positions, seed, (), self.ledger, out_dir=logs) if anti.positions.enabled else None
+        )
         self.source: Source
         self.sinks: ActivationBatch | None = None
         special_ids: Sequence[int] = ()
@@ -136,20 +138,20 @@ class _Run:
             stream = build_stream(
                 config,
                 device,
-                position_sampler=self._position_sampler,
+                position_sampler=self.positions,
                 context_tokens=anti.samples.context_tokens if anti.samples.enabled else 0,
             )
             stack.callback(stream.close)
             self.source = stream
-            self.heldout = list(stream.heldout(config.training.evaluation_tokens))
+            self.heldout = stream.heldout(config.training.evaluation_tokens)
             self.sinks = stream.heldout_sinks()
             special_ids, sequence_length = stream.special_ids, stream.sequence_length
+            if self.positions is not None:
+                self.positions.special_ids = special_ids
         else:
             own = IterableSource(batches)
             self.heldout = list(heldout) if heldout is not None else own.take(config.training.evaluation_tokens)
             self.source = own
-        if anti.positions.enabled:
-            self.positions = PositionSampler(anti.positions, seed, special_ids, self.ledger, out_dir=logs)
 
         shape = config.transcoder
         self.transcoder = Transcoder(
@@ -209,9 +211,6 @@ class _Run:
         self.verified = False
         self.window = (time.monotonic(), 0)
 
-    def _position_sampler(self) -> None:
-        raise AssertionError
-
     # -- before the first step ------------------------------------------------------------------------------------
 
     def prepare(self, resume: bool) -> None:
@@ -228,8 +227,9 @@ class _Run:
         size = tensor_bytes(dict(self.transcoder.state_dict())) + tensor_bytes(tensors) + moments
         self.store.check_space(size, self.config.training.steps)
         replace_atomically(self.run_dir / "config.yaml", self.config.to_yaml().encode())
-        self.writer = MetricsWriter(self.run_dir, self.config, self.step if loaded is not None else None)
-        self.stack.callback(self.writer.close)
+        self.writer = self.stack.enter_context(
+            MetricsWriter(self.run_dir, self.config, self.step if loaded is not None else None)
+        )
         self.bar = ProgressBar(self.config.training.steps, self.step, self.config.logging.progress)
         self.stack.callback(self.bar.close)
 

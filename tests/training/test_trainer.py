@@ -1,0 +1,333 @@
+"""Whole runs on synthetic activations: what is called, what is written, what resuming and switching off must not change."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from transcoder.activations import ActivationBatch
+from transcoder.config import ConfigError, RunConfig
+from transcoder.model import Transcoder
+from transcoder.training import RunResult, TrainingDivergedError, train_transcoder
+from transcoder.training.checkpoint import load_checkpoint
+
+D_IN, D_OUT, SEQUENCE = 12, 10, 16
+
+
+class Planted:
+    """Endless resumable batches: sparse nonnegative factors -> source, a nonlinear target, tokens with contexts."""
+
+    def __init__(self, rows: int = 64, stop_at: int | None = None, poison_at: int | None = None) -> None:
+        self.rows, self.stop_at, self.poison_at, self.index = rows, stop_at, poison_at, 0
+
+    def __iter__(self) -> Iterator[ActivationBatch]:
+        return self
+
+    def __next__(self) -> ActivationBatch:
+        if self.index == self.stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        g = torch.Generator().manual_seed(1000 + self.index)
+        fixed = torch.Generator().manual_seed(1)
+        into, out = torch.randn(40, D_IN, generator=fixed), torch.randn(40, D_OUT, generator=fixed)
+        factors = torch.rand(self.rows, 40, generator=g) * (torch.rand(self.rows, 40, generator=g) < 0.08)
+        tokens = torch.randint(0, 50, (self.rows,), generator=g)
+        first = self.index * self.rows + torch.arange(self.rows)
+        x = factors @ into
+        if self.index == self.poison_at:
+            x[3, 2] = float("nan")
+        self.index += 1
+        return ActivationBatch(
+            source=x,
+            target=factors.square() @ out + 0.3,
+            tokens=tokens,
+            positions=first % SEQUENCE,
+            sequences=first // SEQUENCE,
+            contexts=torch.randint(0, 50, (self.rows, 6), generator=g, dtype=torch.int32),
+            context_anchor=4,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"index": self.index}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.index = state["index"]
+
+
+def config(**overrides: Any) -> RunConfig:
+    base: dict[str, Any] = {
+        "name": "planted",
+        "model.device": "cpu",
+        "transcoder.d_sae": 64,
+        "transcoder.k": 4,
+        "transcoder.widths": [16, 64],
+        "transcoder.normalization_tokens": 256,
+        "transcoder.dead_after_tokens": 640,
+        "training.steps": 30,
+        "training.batch_size": 64,
+        "training.lr": 3e-3,
+        "training.warmup_steps": 5,
+        "training.evaluation_tokens": 256,
+        "training.dead_refresh_steps": 4,
+        "antidup.positions.enabled": False,
+        "antidup.monitor.correlation_save_frequency": 8,
+        "antidup.monitor.min_support": 10,
+        "antidup.monitor.min_sequences": 2,
+        "antidup.samples.collect_every": 3,
+        "antidup.samples.save_frequency": 10,
+        "antidup.samples.context_tokens": 6,
+        "antidup.regularizer.orthogonality_every": 2,
+        "antidup.regularizer.orthogonality_chunk": 16,
+        "antidup.verify_at_step": 20,
+        "checkpoint.every": 10,
+        "logging.every": 5,
+        "logging.progress": False,
+        **{key.replace("__", "."): value for key, value in overrides.items()},
+    }
+    return RunConfig().replace(base)
+
+
+ALL_OFF = {f"antidup__{part}__enabled": False for part in ("regularizer", "positions", "monitor", "samples")}
+
+
+def weights(result: RunResult) -> dict[str, torch.Tensor]:
+    return dict(result.transcoder.state_dict())
+
+
+def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
+def records(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
+    """One undisturbed run that several tests look at."""
+    return train_transcoder(config(), tmp_path_factory.mktemp("whole") / "run", batches=Planted())
+
+
+def test_a_run_leaves_everything_it_promises(whole: RunResult) -> None:
+    run_dir = whole.run_dir
+    assert whole.finished
+    assert whole.step == 30
+    assert RunConfig.load(run_dir / "config.yaml") == config()
+    assert sorted(p.name for p in (run_dir / "checkpoints").iterdir()) >= ["step_00000020", "step_00000030"]
+    reports = sorted(p.name for p in (run_dir / "anti_duplication_logs").glob("correlation_step_*.json"))
+    assert {"correlation_step_00000008.json", "correlation_step_00000030.json"} <= set(reports)
+    assert (run_dir / "activation_samples" / "samples.parquet").stat().st_size > 0
+    assert whole.report is not None
+    assert "<html" in whole.report.read_text()[:200].lower()
+    assert json.loads((run_dir / "summary.json").read_text())["evaluation/fvu"] == whole.summary["evaluation/fvu"]
+
+
+def test_the_metrics_have_the_names_users_know(whole: RunResult) -> None:
+    seen = set().union(*(r.keys() for r in records(whole.run_dir)))
+    assert {
+        "losses/overall_loss",
+        "losses/mse_loss",
+        "losses/inner_mse_loss_16",
+        "losses/inner_mse_loss_64",
+        "losses/auxiliary_reconstruction_loss",
+        "losses/diversity_penalty",
+        "metrics/explained_variance",
+        "metrics/fvu",
+        "metrics/fvu_prefix_16",
+        "metrics/l0",
+        "metrics/topk_threshold",
+        "metrics/tokens_per_second",
+        "sparsity/dead_features",
+        "sparsity/dead_share",
+        "details/n_training_samples",
+        "details/learning_rate",
+        "details/gradient_norm",
+        "evaluation/fvu",
+        "evaluation/baseline_linear_fvu",
+        "evaluation/baseline_mean_fvu",
+    } <= seen
+    assert any(name.startswith("duplicates/") for name in seen)
+    logged = [r for r in records(whole.run_dir) if "losses/overall_loss" in r]
+    assert [r["step"] for r in logged] == [5, 10, 15, 20, 25, 30]
+    assert logged[-1]["losses/mse_loss"] < logged[0]["losses/mse_loss"]
+    assert logged[-1]["metrics/l0"] == pytest.approx(4, abs=0.5)
+
+
+def test_the_ledger_shows_real_use(whole: RunResult) -> None:
+    parts = json.loads((whole.run_dir / "usage.json").read_text())["components"]
+    assert parts["position_sampler"] == {"enabled": False, "calls": 0, "effect": {}, "files": []}
+    assert parts["diversity_regularizer"]["calls"] == 30
+    assert parts["diversity_regularizer"]["effect"]["penalty"] > 0
+    assert parts["diversity_regularizer"]["effect"]["gradient_norm"] > 0
+    assert parts["correlation_monitor"]["calls"] == 30
+    assert parts["correlation_monitor"]["effect"]["pairs_seen"] > 0
+    assert parts["activation_samples"]["calls"] == 10
+    assert parts["activation_samples"]["effect"]["samples_kept"] > 0
+    for name in ("diversity_regularizer", "correlation_monitor", "activation_samples"):
+        assert parts[name]["files"]
+        for file in parts[name]["files"]:
+            assert (whole.run_dir / file).stat().st_size > 0
+
+
+def test_a_second_run_is_the_same_to_the_bit(whole: RunResult, tmp_path: Path) -> None:
+    assert_same(weights(whole), weights(train_transcoder(config(), tmp_path / "again", batches=Planted())))
+
+
+@pytest.mark.parametrize("stop_at", [5, 17, 28])
+def test_a_stopped_run_resumes_to_the_same_bits(whole: RunResult, tmp_path: Path, stop_at: int) -> None:
+    # Evaluation takes the first 4 batches and the normalisation looks at the next 4: batch n + 4 trains step n.
+    first = train_transcoder(config(), tmp_path / "run", batches=Planted(stop_at=stop_at + 4))
+    assert not first.finished
+    assert first.interrupted_by == "SIGTERM"
+    assert 0 < first.step < 30
+    held = [next(b) for b in [Planted()] for _ in range(4)]
+    second = train_transcoder(config(), tmp_path / "run", resume=True, batches=Planted(), heldout=held)
+    assert second.finished
+    assert_same(weights(whole), weights(second))
+    ours = load_checkpoint(tmp_path / "run" / "checkpoints" / "step_00000030").trainer_tree
+    theirs = load_checkpoint(whole.run_dir / "checkpoints" / "step_00000030").trainer_tree
+    compare_trees(ours, theirs, "")
+    steps = [r["step"] for r in records(tmp_path / "run") if "losses/overall_loss" in r]
+    assert steps == [5, 10, 15, 20, 25, 30]
+
+
+def compare_trees(first: Any, second: Any, place: str) -> None:
+    if isinstance(first, dict):
+        assert first.keys() == second.keys(), place
+        for key in first:
+            compare_trees(first[key], second[key], f"{place}/{key}")
+    elif isinstance(first, (list, tuple)):
+        assert len(first) == len(second), place
+        for i, pair in enumerate(zip(first, second, strict=True)):
+            compare_trees(*pair, f"{place}/{i}")
+    elif isinstance(first, torch.Tensor):
+        assert torch.equal(first, second) or bool(torch.isnan(first).any()), place
+    else:
+        assert first == second, place
+
+
+def test_watching_changes_nothing_and_off_is_absent(tmp_path: Path) -> None:
+    """Monitor and samples only look: with the regulariser off, a run with them is the run without, to the bit."""
+    off = train_transcoder(config(**ALL_OFF), tmp_path / "off", batches=Planted())
+    watched = train_transcoder(config(antidup__regularizer__enabled=False), tmp_path / "watched", batches=Planted())
+    assert_same(weights(off), weights(watched))
+    assert not (tmp_path / "off" / "anti_duplication_logs").exists()
+    assert not (tmp_path / "off" / "activation_samples").exists()
+    with_penalty = train_transcoder(config(), tmp_path / "on", batches=Planted())
+    assert not torch.equal(weights(off)["W_dec"], weights(with_penalty)["W_dec"])
+
+
+def test_micro_batches_add_up_to_the_batch(tmp_path: Path) -> None:
+    """TopK selects by token, so two halves and the whole differ by the order of sums only."""
+    shared = {
+        **ALL_OFF,
+        "transcoder__activation": "topk",
+        "transcoder__aux_k": 0,
+        "transcoder__normalize": "none",
+        "training__steps": 3,
+        "training__gradient_clip": None,
+    }
+    held = [next(Planted())]
+    whole = train_transcoder(config(**shared), tmp_path / "whole", batches=Halves(64), heldout=held)
+    halves = train_transcoder(
+        config(**shared, training__accumulation=2, training__batch_size=32),
+        tmp_path / "halves",
+        batches=Halves(32),
+        heldout=held,
+    )
+    for name in ("W_enc", "W_dec", "b_enc", "b_dec"):
+        torch.testing.assert_close(weights(whole)[name], weights(halves)[name], rtol=1e-3, atol=1e-4)
+
+
+class Halves(Planted):
+    """The same stream of 64-token batches, cut into pieces of `size`."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size, self.rest = size, []
+
+    def __next__(self) -> ActivationBatch:
+        if not self.rest:
+            b = super().__next__()
+            cuts = range(0, self.rows, self.size)
+            self.rest = [
+                ActivationBatch(*(t[i : i + self.size] for t in (b.source, b.target, b.tokens, b.positions)))
+                for i in cuts
+            ]
+        return self.rest.pop(0)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.rest = []
+
+
+def test_bfloat16_compute_keeps_fp32_masters(whole: RunResult, tmp_path: Path) -> None:
+    result = train_transcoder(config(training__compute_dtype="bfloat16"), tmp_path / "run", batches=Planted())
+    assert {t.dtype for n, t in weights(result).items() if n not in ("tokens_since_fired", "dead")} == {torch.float32}
+    moments = load_checkpoint(result.run_dir / "checkpoints" / "step_00000030").trainer_tree["optimizer"]["state"][0]
+    assert moments["exp_avg"].dtype == torch.float32
+    # Rounded inputs choose other latents at near-ties only: the run goes the same way.
+    assert result.summary["evaluation/fvu"] == pytest.approx(whole.summary["evaluation/fvu"], rel=0.05)
+    assert not torch.equal(weights(result)["W_enc"], weights(whole)["W_enc"])
+
+
+def test_a_checkpoint_folder_is_a_model(whole: RunResult) -> None:
+    model = Transcoder.from_pretrained(whole.run_dir / "checkpoints" / "step_00000030")
+    x = next(Planted()).source
+    assert torch.equal(model(x), whole.transcoder.eval()(x))
+
+
+def test_nothing_is_overwritten_without_being_asked(whole: RunResult) -> None:
+    with pytest.raises(FileExistsError, match="add --resume to go on with it, or choose another --out"):
+        train_transcoder(config(), whole.run_dir, batches=Planted())
+
+
+def test_resuming_with_other_settings_is_refused_by_name(whole: RunResult) -> None:
+    with pytest.raises(ConfigError, match=r"training\.lr differ"):
+        train_transcoder(config(training__lr=1e-3), whole.run_dir, resume=True, batches=Planted())
+
+
+def test_resuming_a_finished_run_changes_nothing(whole: RunResult) -> None:
+    before = (whole.run_dir / "checkpoints" / "step_00000030" / "state.json").read_bytes()
+    again = train_transcoder(config(), whole.run_dir, resume=True, batches=Planted())
+    assert again.finished
+    assert_same(weights(whole), weights(again))
+    assert (whole.run_dir / "checkpoints" / "step_00000030" / "state.json").read_bytes() == before
+
+
+def test_a_diverging_run_stops_and_keeps_its_last_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(TrainingDivergedError, match="loss is nan between steps 10 and 15"):
+        train_transcoder(config(), tmp_path / "run", batches=Planted(poison_at=16))
+    kept = load_checkpoint(tmp_path / "run" / "checkpoints" / "step_00000010")
+    assert bool(torch.isfinite(kept.model["W_enc"]).all())
+
+
+def test_data_that_ends_says_how_far_it_went(tmp_path: Path) -> None:
+    batches = [next(b) for b in [Planted()] for _ in range(12)]
+    with pytest.raises(ValueError, match="training data ended after 8 of 30 steps"):
+        train_transcoder(config(), tmp_path / "run", batches=batches)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"antidup__positions__enabled": True}, "position sampler chooses among a sequence's tokens"),
+        (
+            {"antidup__regularizer__correlation_weight": 0.0, "antidup__regularizer__orthogonality_weight": 0.0},
+            "enabled with every weight 0",
+        ),
+        ({"model__device": "warp:9"}, "model.device"),
+    ],
+)
+def test_contradictions_are_refused_before_anything_is_written(tmp_path: Path, change: dict, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        train_transcoder(config(**change), tmp_path / "run", batches=Planted())
+    assert not (tmp_path / "run" / "config.yaml").exists()
