@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 
 NAMES = ("auto", "triton", "cpp", "torch")
-AVAILABLE = ("torch",)
-"""Implementations this version carries. `auto` picks the fastest of them that serves the device."""
+FASTEST_FIRST = {"cuda": ("triton", "torch"), "cpu": ("cpp", "torch")}
+"""What `auto` tries, in order; other devices run on `torch`."""
 
 _chosen: ContextVar[str | None] = ContextVar("transcoder_backend", default=None)
 
@@ -45,14 +48,33 @@ def requested_backend() -> str:
     return _check_name(os.environ.get("TRANSCODER_BACKEND", "auto"), "environment variable TRANSCODER_BACKEND")
 
 
-def active_backend(device: torch.device | str) -> str:
-    """The backend that an op on `device` would run on now: never `auto`. RuntimeError if the explicit one is not here."""
+def has_backend(name: str, family: str) -> bool:
+    """Whether this version carries `name` for an op family (`encode`, `decode`, `correlation`) and this machine can run it."""
+    module = f"transcoder.kernels.{family}.{name}_backend"
+    if importlib.util.find_spec(module) is None:
+        return False
+    usable = getattr(importlib.import_module(module), "usable", None)
+    return usable is None or bool(usable())
+
+
+def active_backend(device: torch.device | str, family: str = "encode") -> str:
+    """The backend that an op of `family` on `device` would run on now: never `auto`.
+
+    Raises: RuntimeError where a backend was asked for by name and is not here: an explicit choice never falls back.
+    """
     name = requested_backend()
     if name == "auto":
-        return "torch"
-    if name not in AVAILABLE:
+        order = FASTEST_FIRST.get(torch.device(device).type, ("torch",))
+        return next(choice for choice in order if has_backend(choice, family))
+    if not has_backend(name, family):
+        here = [choice for choice in NAMES[1:] if has_backend(choice, family)]
         raise RuntimeError(
-            f"backend {name!r} was asked for by name but is not in this version (available: {', '.join(AVAILABLE)}); "
-            "use 'auto' or 'torch'"
+            f"backend {name!r} was asked for by name but is not here for {family} (available: {', '.join(here)}); "
+            "use 'auto' or one of those"
         )
     return name
+
+
+def implementation(family: str, device: torch.device) -> Any:
+    """The module that runs an op family on `device`: `transcoder.kernels.<family>.<backend>_backend`."""
+    return importlib.import_module(f"transcoder.kernels.{family}.{active_backend(device, family)}_backend")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -90,27 +91,34 @@ class SparseCodes:
     def detach(self) -> SparseCodes:
         return self.with_values(self.values.detach())
 
+    def derived(self, name: str, make: Callable[[], object]) -> object:
+        """What `make` computes from the pattern (not the values), computed once and shared by `with_values` copies."""
+        if name not in self._derived:
+            self._derived[name] = make()
+        return self._derived[name]
+
     def rows(self) -> Tensor:
         """[nnz] int64: the row of each entry. Computed once."""
-        rows = self._derived.get("rows")
-        if rows is None:
-            counts = self.row_ptr.diff()
+
+        def make() -> Tensor:
             every = torch.arange(self.shape[0], device=self.device)
-            rows = torch.repeat_interleave(every, counts, output_size=self.nnz)
-            self._derived["rows"] = rows
+            return torch.repeat_interleave(every, self.row_ptr.diff(), output_size=self.nnz)
+
+        rows = self.derived("rows", make)
         assert isinstance(rows, Tensor)
         return rows
 
     def by_latent(self) -> LatentOrder:
         """The feature-major order: one stable sort, computed once and shared by every reduction over tokens."""
-        order = self._derived.get("by_latent")
-        if order is None:
+
+        def make() -> LatentOrder:
             # 32-bit keys halve the sort's passes; d_sae fits by far.
             sorted_ids, permutation = self.indices.to(torch.int32).sort(stable=True)
             boundaries = torch.arange(self.shape[1] + 1, device=self.device, dtype=torch.int32)
             latent_ptr = torch.searchsorted(sorted_ids, boundaries)
-            order = LatentOrder(permutation, self.rows()[permutation], latent_ptr)
-            self._derived["by_latent"] = order
+            return LatentOrder(permutation, self.rows()[permutation], latent_ptr)
+
+        order = self.derived("by_latent", make)
         assert isinstance(order, LatentOrder)
         return order
 
@@ -122,7 +130,7 @@ class SparseCodes:
 
     def to_sparse_csr(self) -> Tensor:
         """A torch CSR tensor of the same entries (values shared)."""
-        return torch.sparse_csr_tensor(self.row_ptr, self.indices, self.values, self.shape)
+        return torch.sparse_csr_tensor(self.row_ptr, self.indices, self.values, self.shape, check_invariants=False)
 
     @classmethod
     def from_dense(cls, z: Tensor) -> SparseCodes:

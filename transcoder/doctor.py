@@ -57,9 +57,7 @@ def _python() -> Iterator[Fact]:
 
 
 def _packages() -> Iterator[Fact]:
-    from transcoder import __version__
-
-    yield Fact("ok", f"transcoder {__version__}")
+    yield Fact("ok", f"transcoder {_version('transcoder')}")
     # Triton has no build for other systems, and the torch backend runs without it.
     essential = (*ESSENTIAL, "triton") if platform.system() == "Linux" else ESSENTIAL
     for name in essential:
@@ -95,13 +93,12 @@ def _devices() -> Iterator[Fact]:
 def _backends() -> Iterator[Fact]:
     import torch
 
-    from transcoder.kernels.backend import AVAILABLE, NAMES, active_backend, requested_backend
+    from transcoder.kernels.backend import active_backend, requested_backend
 
-    absent = [name for name in NAMES if name != "auto" and name not in AVAILABLE]
-    text = f"backends in this version: {', '.join(AVAILABLE)}"
-    yield Fact("ok", text + (f" (not: {', '.join(absent)})" if absent else ""))
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-        yield Fact("ok", f"backend on {device}: {active_backend(device)} (asked for: {requested_backend()})")
+        chosen = {family: active_backend(device, family) for family in ("encode", "decode", "correlation")}
+        text = ", ".join(f"{family} {backend}" for family, backend in chosen.items())
+        yield Fact("ok", f"backends on {device}: {text} (asked for: {requested_backend()})")
 
 
 def _ops() -> Iterator[Fact]:

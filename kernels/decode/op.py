@@ -10,10 +10,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from transcoder.kernels import checks as check
-from transcoder.kernels.backend import active_backend
+from transcoder.kernels.backend import implementation
 from transcoder.kernels.codes import SparseCodes
-from transcoder.kernels.decode import torch_backend
-from transcoder.kernels.segments import row_dots, weighted_row_sum
 
 
 class NestedLoss(NamedTuple):
@@ -32,23 +30,19 @@ class _Decode(torch.autograd.Function):
     def forward(ctx: Any, values: Tensor, W_dec: Tensor, b_dec: Tensor, codes: SparseCodes) -> Tensor:
         ctx.save_for_backward(values, W_dec)
         ctx.codes, ctx.dtypes = codes, (W_dec.dtype, b_dec.dtype)
-        return weighted_row_sum(W_dec, codes.indices, codes.row_ptr, values) + b_dec.to(values.dtype)
+        out: Tensor = implementation("decode", values.device).decode(values, codes, W_dec, b_dec)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         values, W_dec = ctx.saved_tensors
-        codes: SparseCodes = ctx.codes
-        grad_values = grad_W = grad_b = None
-        if ctx.needs_input_grad[0]:
-            grad_values = row_dots(grad, W_dec, codes.rows(), codes.indices, codes.row_ptr)
-        if ctx.needs_input_grad[1]:
-            order = codes.by_latent()
-            by_latent = values[order.permutation]
-            grad_W = weighted_row_sum(grad, order.rows, order.latent_ptr, by_latent).to(ctx.dtypes[0])
-        if ctx.needs_input_grad[2]:
-            grad_b = grad.sum(0).to(ctx.dtypes[1])
-        return grad_values, grad_W, grad_b, None
+        found = implementation("decode", grad.device).decode_gradients(
+            grad, values, ctx.codes, W_dec, ctx.needs_input_grad[:3]
+        )
+        dtypes = (values.dtype, *ctx.dtypes)
+        grads = (g if g is None else g.to(dtype) for g, dtype in zip(found, dtypes, strict=True))
+        return *grads, None
 
 
 class _PrefixErrors(torch.autograd.Function):
@@ -63,10 +57,11 @@ class _PrefixErrors(torch.autograd.Function):
         codes: SparseCodes,
         widths: tuple[int, ...],
     ) -> tuple[Tensor, Tensor]:
-        groups = torch_backend.groups_of(codes, widths)
-        errors, residual = torch_backend.prefix_errors(groups, values, W_dec, b_dec, y.to(values.dtype), token_weights)
+        errors, residual = implementation("decode", values.device).prefix_errors(
+            values, codes, widths, W_dec, b_dec, y.to(values.dtype), token_weights
+        )
         ctx.save_for_backward(values, W_dec, residual, token_weights)
-        ctx.codes, ctx.groups, ctx.dtypes = codes, groups, (W_dec.dtype, b_dec.dtype, y.dtype)
+        ctx.codes, ctx.widths, ctx.dtypes = codes, widths, (W_dec.dtype, b_dec.dtype, y.dtype)
         ctx.mark_non_differentiable(residual)
         return errors, residual
 
@@ -74,8 +69,8 @@ class _PrefixErrors(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_errors: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         values, W_dec, residual, token_weights = ctx.saved_tensors
-        grad_values, grad_W, grad_reconstruction = torch_backend.prefix_gradients(
-            ctx.groups, values, W_dec, residual, ctx.codes.by_latent(), grad_errors, token_weights
+        grad_values, grad_W, grad_reconstruction = implementation("decode", values.device).prefix_gradients(
+            values, ctx.codes, ctx.widths, W_dec, residual, grad_errors, token_weights
         )
         W_dtype, b_dtype, y_dtype = ctx.dtypes
         return (
@@ -165,4 +160,3 @@ def _check_inputs(op: str, codes: SparseCodes, W_dec: Tensor, b_dec: Tensor) -> 
     check.check_float_matrix(op, "W_dec", W_dec, rows=codes.shape[1])
     check.check_float_vector(op, "b_dec", b_dec, W_dec.shape[1])
     check.check_one_device(op, codes=codes.values, W_dec=W_dec, b_dec=b_dec)
-    active_backend(codes.device)  # refuses a backend that was asked for by name and is not here

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from transcoder.kernels.codes import LatentOrder, SparseCodes
+from transcoder.kernels.codes import SparseCodes
 from transcoder.kernels.segments import row_dots, weighted_row_sum
 
 
@@ -50,7 +50,13 @@ class Group:
 
 
 def groups_of(codes: SparseCodes, widths: Sequence[int]) -> list[Group]:
-    """One Group a Matryoshka step: latents [0, w_1), [w_1, w_2), ..."""
+    """One Group a Matryoshka step: latents [0, w_1), [w_1, w_2), ... Kept with the codes for the backward."""
+    known = codes.derived(f"groups {list(widths)}", lambda: _make_groups(codes, widths))
+    assert isinstance(known, list)
+    return known
+
+
+def _make_groups(codes: SparseCodes, widths: Sequence[int]) -> list[Group]:
     rows, ids, ptr = codes.rows(), codes.indices, codes.row_ptr
     bounds = list(zip([0, *widths], widths, strict=False))
     if len(bounds) == 1 and widths[0] == codes.shape[1]:
@@ -69,13 +75,39 @@ def groups_of(codes: SparseCodes, widths: Sequence[int]) -> list[Group]:
     return groups
 
 
+def decode(values: Tensor, codes: SparseCodes, W_dec: Tensor, b_dec: Tensor) -> Tensor:
+    """[B, d_out] = codes @ W_dec + b_dec, in the dtype of `values`."""
+    return weighted_row_sum(W_dec, codes.indices, codes.row_ptr, values) + b_dec.to(values.dtype)
+
+
+def decode_gradients(
+    grad: Tensor, values: Tensor, codes: SparseCodes, W_dec: Tensor, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of (values [nnz], W_dec, b_dec) from grad [B, d_out]; None where not needed."""
+    grad_values = grad_W = grad_b = None
+    if needs[0]:
+        grad_values = row_dots(grad, W_dec, codes.rows(), codes.indices, codes.row_ptr)
+    if needs[1]:
+        order = codes.by_latent()
+        grad_W = weighted_row_sum(grad, order.rows, order.latent_ptr, values[order.permutation])
+    if needs[2]:
+        grad_b = grad.sum(0)
+    return grad_values, grad_W, grad_b
+
+
 def prefix_errors(
-    groups: list[Group], values: Tensor, W_dec: Tensor, b_dec: Tensor, y: Tensor, token_weights: Tensor | None
+    values: Tensor,
+    codes: SparseCodes,
+    widths: tuple[int, ...],
+    W_dec: Tensor,
+    b_dec: Tensor,
+    y: Tensor,
+    token_weights: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """(squared errors summed over tokens and d_out, one a prefix [P]; final residual [B, d_out])."""
     residual = b_dec.to(values.dtype) - y
     errors = []
-    for group in groups:
+    for group in groups_of(codes, widths):
         residual += weighted_row_sum(W_dec, group.ids, group.ptr, group.take(values))
         per_token = torch.linalg.vector_norm(residual, dim=1).square()
         errors.append((per_token if token_weights is None else per_token * token_weights).sum())
@@ -83,15 +115,16 @@ def prefix_errors(
 
 
 def prefix_gradients(
-    groups: list[Group],
     values: Tensor,
+    codes: SparseCodes,
+    widths: tuple[int, ...],
     W_dec: Tensor,
     residual: Tensor,
-    order: LatentOrder,
     scales: Tensor,
     token_weights: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of sum_p scales[p] * errors[p] for (values [nnz], W_dec [d_sae, d_out], reconstruction [B, d_out])."""
+    groups, order = groups_of(codes, widths), codes.by_latent()
     doubled = 2 * scales
     rows_scale = None if token_weights is None else token_weights[:, None]
     grad_values = torch.zeros_like(values)

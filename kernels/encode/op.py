@@ -11,11 +11,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from transcoder.kernels import checks as check
-from transcoder.kernels.backend import active_backend
+from transcoder.kernels.backend import implementation
 from transcoder.kernels.codes import SparseCodes
-from transcoder.kernels.encode import torch_backend
 from transcoder.kernels.encode.torch_backend import Selection
-from transcoder.kernels.segments import segment_sum, weighted_row_sum
 
 Select = Callable[[Tensor, Tensor, Tensor], Selection]
 
@@ -48,17 +46,10 @@ class _Encode(torch.autograd.Function):
         x, W_enc, values, indices, row_ptr = ctx.saved_tensors
         # An inactive entry sits at the flat side of the ReLU. A NaN is not inactive: it must reach the gradients.
         grad = torch.where(values <= 0, torch.zeros_like(grad_values), grad_values)
-        grad_x = grad_W = grad_b = None
-        if ctx.needs_input_grad[0]:
-            grad_x = weighted_row_sum(W_enc, indices, row_ptr, grad).to(ctx.dtypes[0])
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            order = SparseCodes(values, indices, row_ptr, ctx.shape, ctx.derived).by_latent()
-            by_latent = grad[order.permutation]
-            if ctx.needs_input_grad[1]:
-                grad_W = weighted_row_sum(x, order.rows, order.latent_ptr, by_latent).to(ctx.dtypes[1])
-            if ctx.needs_input_grad[2]:
-                grad_b = segment_sum(by_latent, order.latent_ptr).to(ctx.dtypes[2])
-        return grad_x, grad_W, grad_b, None, None, None
+        codes = SparseCodes(values, indices, row_ptr, ctx.shape, ctx.derived)
+        found = implementation("encode", x.device).gradients(grad, x, W_enc, codes, ctx.needs_input_grad[:3])
+        grads = (g if g is None else g.to(dtype) for g, dtype in zip(found, ctx.dtypes, strict=True))
+        return *grads, None, None, None
 
 
 def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, *, checks: check.Checks = "fast") -> SparseCodes:
@@ -84,7 +75,8 @@ def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, *, checks: chec
     """
     _check_inputs("topk_encode", x, W_enc, b_enc, checks)
     check.check_k("topk_encode", k, W_enc.shape[0])
-    return _encode(x, W_enc, b_enc, functools.partial(torch_backend.select_topk, k=k))
+    select = implementation("encode", x.device).select_topk
+    return _encode(x, W_enc, b_enc, functools.partial(select, k=k))
 
 
 def batch_topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, *, checks: check.Checks = "fast") -> SparseCodes:
@@ -96,7 +88,8 @@ def batch_topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, *, checks
     """
     _check_inputs("batch_topk_encode", x, W_enc, b_enc, checks)
     check.check_k("batch_topk_encode", k, W_enc.shape[0])
-    return _encode(x, W_enc, b_enc, functools.partial(torch_backend.select_batch_topk, k=k))
+    select = implementation("encode", x.device).select_batch_topk
+    return _encode(x, W_enc, b_enc, functools.partial(select, k=k))
 
 
 def threshold_encode(
@@ -123,7 +116,8 @@ def threshold_encode(
         if not threshold >= 0:
             raise ValueError(f"threshold_encode: threshold: expected at least 0, got {threshold}")
         limit = torch.tensor(float(threshold), device=x.device, dtype=wide)
-    return _encode(x, W_enc, b_enc, functools.partial(torch_backend.select_threshold, threshold=limit.clamp_min(0)))
+    select = implementation("encode", x.device).select_threshold
+    return _encode(x, W_enc, b_enc, functools.partial(select, threshold=limit.clamp_min(0)))
 
 
 def _check_inputs(op: str, x: Tensor, W_enc: Tensor, b_enc: Tensor, checks: str) -> None:
@@ -145,7 +139,6 @@ def _compute_dtype(x: Tensor, W_enc: Tensor) -> torch.dtype:
 
 
 def _encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, select: Select) -> SparseCodes:
-    active_backend(x.device)  # refuses a backend that was asked for by name and is not here
     derived: dict[str, object] = {}
     dtype = _compute_dtype(x, W_enc)
     with torch.autocast(x.device.type, enabled=False):

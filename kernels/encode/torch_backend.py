@@ -14,6 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from transcoder.kernels.codes import SparseCodes
+from transcoder.kernels.segments import segment_sum, weighted_row_sum
+
 CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
 """Pre-activations alive at a time. CPU: 4 MiB stays in a core's outer cache between the product and the selection.
 CUDA: 256 MiB keeps the product at full rate and is still a fraction of [B, d_sae]."""
@@ -73,6 +76,26 @@ def select_threshold(x: Tensor, W: Tensor, b: Tensor, threshold: Tensor) -> Sele
     row_ptr = torch.zeros(x.shape[0] + 1, dtype=torch.int64, device=x.device)
     torch.cumsum(torch.cat(counts), 0, out=row_ptr[1:])
     return Selection(torch.cat(values), torch.cat(indices), row_ptr)
+
+
+def gradients(
+    grad: Tensor, x: Tensor, W: Tensor | None, codes: SparseCodes, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of (x, W_enc, b_enc) from per-entry gradients [nnz], inactive entries already 0; None where not needed.
+
+    `W` may be None where x needs none.
+    """
+    grad_x = grad_W = grad_b = None
+    if needs[0] and W is not None:
+        grad_x = weighted_row_sum(W, codes.indices, codes.row_ptr, grad)
+    if needs[1] or needs[2]:
+        order = codes.by_latent()
+        by_latent = grad[order.permutation]
+        if needs[1]:
+            grad_W = weighted_row_sum(x, order.rows, order.latent_ptr, by_latent)
+        if needs[2]:
+            grad_b = segment_sum(by_latent, order.latent_ptr)
+    return grad_x, grad_W, grad_b
 
 
 def _empty(x: Tensor, b: Tensor, d_sae: int) -> Selection:

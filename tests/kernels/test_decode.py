@@ -108,11 +108,11 @@ def test_any_widths(rows: int, d_sae: int, d_out: int, cuts: set[int], seed: int
     torch.testing.assert_close(nested_loss(codes, W, b, y, widths).per_prefix, losses)
 
 
-def test_the_path_without_host_reads_gives_the_same_gradients() -> None:
+def test_the_path_without_host_reads_gives_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     """What accelerators run (masked groups), run here against the compacted groups."""
     codes, W, b, y = inputs(30, 40, 8)
-    widths = [7, 20, 40]
-    compact = torch_backend.groups_of(codes, widths)
+    widths = (7, 20, 40)
+    scales = torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)
     masked = [
         torch_backend.Group(
             g.first,
@@ -123,13 +123,14 @@ def test_the_path_without_host_reads_gives_the_same_gradients() -> None:
             None,
             (codes.indices >= g.first) & (codes.indices < g.last),
         )
-        for g in compact
+        for g in torch_backend.groups_of(codes, widths)
     ]
-    scales = torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)
     results = []
-    for groups in (compact, masked):
-        errors, residual = torch_backend.prefix_errors(groups, codes.values, W, b, y, None)
-        grads = torch_backend.prefix_gradients(groups, codes.values, W, residual, codes.by_latent(), scales, None)
+    for groups in (None, masked):
+        if groups is not None:
+            monkeypatch.setattr(torch_backend, "groups_of", lambda *_: masked)
+        errors, residual = torch_backend.prefix_errors(codes.values, codes, widths, W, b, y, None)
+        grads = torch_backend.prefix_gradients(codes.values, codes, widths, W, residual, scales, None)
         results.append((errors, *grads))
     for first, second in zip(*results, strict=True):
         torch.testing.assert_close(first, second)

@@ -62,7 +62,7 @@ def assert_same(a: Any, b: Any) -> None:
         assert (a.dtype, a.shape) == (b.dtype, b.shape)
         assert bits(a) == bits(b)
     elif isinstance(a, dict):
-        assert list(a) == list(b)
+        assert a.keys() == b.keys()
         for key in a:
             assert_same(a[key], b[key])
     elif isinstance(a, (list, tuple)):

@@ -89,7 +89,8 @@ def read_tensors(path: Path, expected: WrittenFile | None = None) -> dict[str, T
                 f"{path.name}: checksum differs: expected sha256 {expected.sha256[:12]}..., got {digest[:12]}..."
             )
     try:
-        return load(data)
+        # The reader hands tensors over in an order that changes from process to process.
+        return dict(sorted(load(data).items()))
     except SafetensorError as error:
         raise ValueError(f"{path.name}: not a safetensors file: {error}") from error
 
