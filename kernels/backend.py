@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 NAMES = ("auto", "triton", "cpp", "torch")
-FASTEST_FIRST = {"cuda": ("triton", "torch"), "cpu": ("cpp", "torch")}
-"""What `auto` tries, in order; other devices run on `torch`."""
+FASTEST_FIRST = {"cuda": ("torch",), "cpu": ("cpp", "torch")}
+"""What `auto` tries, in order; other devices run on `torch`. `triton` joins `auto` for cuda once its native check has been
+green on a device: until then it runs where it is asked for by name."""
 
 _chosen: ContextVar[str | None] = ContextVar("transcoder_backend", default=None)
 
