@@ -15,23 +15,24 @@ from torch import Tensor
 
 from transcoder.kernels.correlation.torch_backend import Entries, add_at, pair_pages, pair_products
 
-TILE_PAIRS = 1 << 22
-"""Pairs looked at together when mining: 4M pairs keep a tile's temporaries below 0.5 GiB."""
+TILE_PAIRS = 1 << 20
+"""Pairs looked at together when mining; measured over 2M pairs that met: 2^20 takes 0.18 s, 2^22 0.27 s, 2^17
+no less."""
 
 
 def pair_key(i: Tensor, j: Tensor) -> Tensor:
     """Place of the pair in the packed triangle; the order of i and j does not matter, i != j."""
     low, high = torch.minimum(i, j), torch.maximum(i, j)
-    return high * (high - 1) // 2 + low
+    return (high * (high - 1) >> 1) + low
 
 
 def pair_of_key(key: Tensor) -> tuple[Tensor, Tensor]:
     """(i, j), i < j, of a key. The square root is exact enough below 2^52; the two corrections settle its
     rounding."""
     j = ((key.double() * 8 + 1).sqrt().add_(1) * 0.5).floor().long()
-    j -= (j * (j - 1) // 2 > key).long()
-    j += (j * (j + 1) // 2 <= key).long()
-    return key - j * (j - 1) // 2, j
+    j -= ((j * (j - 1) >> 1) > key).long()
+    j += ((j * (j + 1) >> 1) <= key).long()
+    return key - (j * (j - 1) >> 1), j
 
 
 class PackedTriangle:
@@ -50,7 +51,7 @@ class PackedTriangle:
             self.joint = self.joint.long()
 
     def add(self, entries: Entries, total: int | None) -> None:
-        base = entries.latent * (entries.latent - 1) // 2
+        base = entries.latent * (entries.latent - 1) >> 1
         for earlier, later in pair_pages(entries.local, total):
             # Latents ascend within a row, so the earlier entry is the smaller one.
             key = base.index_select(0, later)

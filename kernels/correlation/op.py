@@ -120,7 +120,7 @@ class FeatureCorrelation:
                 None counts all.
         """
         check_update(codes, mask, self.d_sae, self.device, self.checks == "full")
-        active_backend(codes.device)  # an explicit choice that is not here must raise
+        active_backend(codes.device, "correlation")  # an explicit choice that is not here must raise
         batch = codes.shape[0]
         if batch == 0:
             return
@@ -259,18 +259,26 @@ class FeatureCorrelation:
             return Survey(sorted_pairs(decided, self.d_sae, self.device), None, None)
         moments = _summed_moments(parts)
         mean, inverse = moments.centred()
-        # A pair that never fires together has r = -t_i t_j; only the others are visited, and corrected for.
-        t = (mean * inverse).square()
-        squared = ((t.sum().square() - t.square().sum()) / 2).clamp(min=0)
+        # r_ij = C_ij / W / (sd_i sd_j) - t_i t_j with t = mean / sd. A pair that never fires together has
+        # C_ij = 0, so only the others are visited, and the sum over all is corrected for them.
+        t = mean * inverse
+        inverse = inverse / moments.weight.clamp(min=1e-300).sqrt()
+        squared = ((t.square().sum().square() - t.pow(4).sum()) / 2).clamp(min=0)
         histogram = None if edges is None else torch.zeros(edges.numel() - 1, dtype=torch.int64, device=self.device)
         found: list[PairStatistics] = []
         for key, product, joint in fired_tiles(_triangles(parts), everything=min_correlation <= 0):
             i, j = pair_of_key(key)
-            stats = pair_statistics(moments, i, j, product, joint, self._unit())
-            squared += (stats.correlation.square() - t[i] * t[j]).sum()
+            apart = t[i] * t[j]
+            correlation = product * inverse[i] * inverse[j] - apart
+            squared += (correlation.square() - apart.square()).sum()
             if histogram is not None and edges is not None:
-                place = torch.searchsorted(edges, stats.correlation[joint > 0], right=True) - 1
+                together = correlation if min_correlation > 0 else correlation[joint > 0]
+                place = torch.searchsorted(edges, together, right=True) - 1
                 histogram += torch.bincount(place.clamp(0, histogram.numel() - 1), minlength=histogram.numel())
+            # The other statistics are for the few pairs that may pass; the slack covers this formula's own
+            # rounding.
+            near = (correlation >= min_correlation - 1e-6).nonzero().flatten()
+            stats = pair_statistics(moments, i[near], j[near], product[near], joint[near], self._unit())
             found.append(kept(stats, min_correlation, min_support))
         return Survey(sorted_pairs(found, self.d_sae, self.device), histogram, float(squared))
 

@@ -1,0 +1,361 @@
+"""The monitor finds planted duplicates, flags them on disjoint evidence, releases them, and leaves the rest
+alone."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from transcoder.antidup import CorrelationMonitor, UsageLedger, validate_correlation_report
+from transcoder.antidup.components import connected_components
+from transcoder.antidup.confidence import correlation_bounds
+from transcoder.antidup.decoder_cosine import decoder_cosine_tail
+from transcoder.antidup.flags import FlagBook
+from transcoder.antidup.ledger import REQUIRED_EFFECTS
+from transcoder.antidup.sequence_counts import SequenceCounts
+from transcoder.config import MonitorSection
+from transcoder.kernels import FeatureCorrelation, SparseCodes
+from transcoder.kernels.correlation.reference import correlation_reference
+
+SECTION = MonitorSection(block_tokens=4000, min_support=100, min_sequences=30, correlation_save_frequency=1)
+RHOS = (0.5, 0.6, 0.7, 0.95, 0.98, 1.0)
+BATCH = 500
+
+
+def planted(tokens: int, seed: int, rhos: tuple[float, ...] = RHOS, rate: float = 0.06, noise: int = 20) -> Tensor:
+    """[tokens, 2 len(rhos) + noise]: latents 2n and 2n + 1 share a firing with probability rhos[n], which is
+    then nearly their correlation (amplitude 1, small rate); the others are independent."""
+    g = torch.Generator().manual_seed(seed)
+    n = len(rhos)
+    events = torch.rand(tokens, 3, n, generator=g) < rate
+    shared = torch.rand(tokens, n, generator=g) < torch.tensor(rhos)
+    z = torch.zeros(tokens, 2 * n + noise)
+    z[:, 0 : 2 * n : 2] = ((events[:, 0] & shared) | (events[:, 1] & ~shared)).float()
+    z[:, 1 : 2 * n : 2] = ((events[:, 0] & shared) | (events[:, 2] & ~shared)).float()
+    z[:, 2 * n :] = (torch.rand(tokens, noise, generator=g) < rate).float()
+    return z
+
+
+def monitor(folder: Path, d_sae: int, section: MonitorSection = SECTION) -> CorrelationMonitor:
+    ledger = UsageLedger(dict.fromkeys(REQUIRED_EFFECTS, True), folder / "usage.json")
+    return CorrelationMonitor(section, d_sae, "cpu", folder / "anti_duplication_logs", ledger)
+
+
+def feed(part: CorrelationMonitor, z: Tensor, first: int = 1, sequences: int | None = 400) -> int:
+    """Update batch by batch, reporting after each; returns the next step."""
+    for a in range(0, z.shape[0], BATCH):
+        ids = None if sequences is None else (torch.arange(a, a + BATCH) * 7919) % sequences
+        part.update_correlations(SparseCodes.from_dense(z[a : a + BATCH]), first, sequences=ids)
+        part.report(first)
+        first += 1
+    return first
+
+
+def last_report(folder: Path) -> dict:
+    return json.loads(sorted((folder / "anti_duplication_logs").glob("*.json"))[-1].read_text())
+
+
+def test_planted_duplicates_are_flagged_and_pairs_up_to_070_are_not(tmp_path: Path) -> None:
+    z = planted(16000, 0)
+    part = monitor(tmp_path, z.shape[1])
+    feed(part, z)
+    report = last_report(tmp_path)
+    validate_correlation_report(report)
+    assert {(p["i"], p["j"]) for p in report["pairs"] if p["flagged"]} == {(6, 7), (8, 9), (10, 11)}
+    assert report["pairs_flagged"] == report["pairs_total"] == 3
+    assert all(p["blocks_above"] == 4 for p in report["pairs"])
+    truth = correlation_reference(z)
+    for pair in report["pairs"]:
+        i, j = pair["i"], pair["j"]
+        assert pair["correlation"] == pytest.approx(float(truth.correlation[i, j]), abs=1e-4)
+        assert pair["cosine"] == pytest.approx(float(truth.cosine[i, j]), abs=1e-4)
+        assert pair["support"] == int(truth.union[i, j])
+        assert pair["jaccard"] == pytest.approx(float(truth.jaccard[i, j]))
+        assert pair["lower"] > 0.8
+    assert report["components"] == [[6, 7], [8, 9], [10, 11]]
+    assert report["live_latents"] == z.shape[1]
+    assert report["distinct_latents"] == z.shape[1] - 3
+    assert report["share_of_live_with_neighbour"] == pytest.approx(6 / z.shape[1])
+    assert report["tokens"] == 16000
+    i, j = part.target_pairs(10)
+    assert sorted(zip(i.tolist(), j.tolist(), strict=True)) == [(6, 7), (8, 9), (10, 11)]
+    assert part.target_pairs(2)[0].numel() == 2
+    assert part.metrics()["duplicates/flagged"] == 3.0
+
+
+def test_no_flag_without_enough_blocks(tmp_path: Path) -> None:
+    z = planted(8000, 1)
+    part = monitor(tmp_path, z.shape[1])
+    feed(part, z)
+    report = last_report(tmp_path)
+    assert report["pairs_total"] == 3
+    assert report["pairs_flagged"] == 0
+    assert all(p["blocks_above"] == 2 for p in report["pairs"])
+    # Candidates are already offered to the regularizer.
+    assert part.target_pairs(10)[0].numel() == 3
+
+
+def test_flags_are_released_when_the_pair_parts_or_dies(tmp_path: Path) -> None:
+    section = replace(SECTION, blocks_to_flag=1, blocks_remembered=1, block_tokens=4000)
+    part = monitor(tmp_path, 32, section)
+    step = feed(part, planted(4000, 2))
+    assert last_report(tmp_path)["pairs_flagged"] == 3
+    later = planted(4000, 3, rhos=(0.5, 0.6, 0.7, 0.2, 0.98, 1.0))
+    later[:, 9] = 0
+    feed(part, later, step)
+    report = last_report(tmp_path)
+    assert [(p["i"], p["j"]) for p in report["pairs"] if p["flagged"]] == [(10, 11)]
+
+
+def test_a_flag_stays_between_release_and_threshold(tmp_path: Path) -> None:
+    section = replace(SECTION, blocks_to_flag=1, blocks_remembered=1, block_tokens=4000)
+    part = monitor(tmp_path, 32, section)
+    step = feed(part, planted(4000, 4))
+    feed(part, planted(8000, 5, rhos=(0.5, 0.6, 0.7, 0.76, 0.98, 1.0)), step)
+    report = last_report(tmp_path)
+    assert (6, 7) in {(p["i"], p["j"]) for p in report["pairs"] if p["flagged"]}
+    # A flagged pair is reported whatever its correlation is now.
+    assert next(p["correlation"] for p in report["pairs"] if p["i"] == 6) < 0.85
+
+
+def test_rare_pairs_and_pairs_of_few_sequences_are_not_candidates(tmp_path: Path) -> None:
+    z = planted(4000, 6, rhos=(1.0,), rate=0.02)
+    assert int((z[:, 0] > 0).sum()) < 100
+    part = monitor(tmp_path / "rare", z.shape[1])
+    feed(part, z)
+    assert last_report(tmp_path / "rare")["pairs_total"] == 0
+    z = planted(4000, 7, rhos=(1.0,))
+    for name, sequences, found in (("few", 10, 0), ("many", 200, 1), ("unknown", None, 1)):
+        part = monitor(tmp_path / name, z.shape[1])
+        feed(part, z, sequences=sequences)
+        report = last_report(tmp_path / name)
+        assert report["pairs_total"] == found
+        if found:
+            seen = report["pairs"][0]["sequences"]
+            assert seen is None if sequences is None else 100 < seen < 300
+
+
+def test_the_monitor_correlates_latents_not_tokens(tmp_path: Path) -> None:
+    # As many tokens as latents: a corrcoef of [B, N] would be of the right shape and of the wrong thing.
+    z = planted(32, 8, rhos=RHOS, rate=0.5)
+    part = monitor(tmp_path, 32, replace(SECTION, min_support=1, min_sequences=1))
+    part.update_correlations(SparseCodes.from_dense(z), 1)
+    found = {(p["i"], p["j"]): p["correlation"] for p in part.report(1)["pairs"]}
+    assert found[10, 11] == pytest.approx(1.0)
+    truth = torch.corrcoef(z.double().T)
+    assert all(r == pytest.approx(float(truth[i, j]), abs=1e-9) for (i, j), r in found.items())
+
+
+@pytest.mark.parametrize("halflife", [None, 3000])
+@pytest.mark.parametrize("cut", [3000, 4500])
+def test_resume_in_the_middle_changes_nothing(halflife: int | None, cut: int, tmp_path: Path) -> None:
+    z = planted(10000, 9)
+    section = replace(SECTION, halflife_tokens=halflife, blocks_to_flag=1)
+    whole = monitor(tmp_path / "whole", z.shape[1], section)
+    feed(whole, z)
+    half = monitor(tmp_path / "half", z.shape[1], section)
+    step = feed(half, z[:cut])
+    resumed = monitor(tmp_path / "half", z.shape[1], section)
+    resumed.load_state_dict(copy.deepcopy(half.state_dict()))
+    assert torch.equal(resumed.target_pairs(9)[0], half.target_pairs(9)[0])
+    assert resumed.metrics() == half.metrics()
+    feed_from = z[cut:]
+    for a in range(0, feed_from.shape[0], BATCH):
+        ids = (torch.arange(cut + a, cut + a + BATCH) * 7919) % 400
+        resumed.update_correlations(SparseCodes.from_dense(feed_from[a : a + BATCH]), step, sequences=ids)
+        resumed.report(step)
+        step += 1
+    assert last_report(tmp_path / "half") == last_report(tmp_path / "whole")
+
+
+def test_the_fading_view_forgets(tmp_path: Path) -> None:
+    part = monitor(tmp_path, 32, replace(SECTION, halflife_tokens=2000))
+    step = feed(part, planted(4000, 10))
+    assert last_report(tmp_path)["pairs_total"] >= 3
+    feed(part, planted(4000, 11, rhos=(0.5, 0.6, 0.7, 0.2, 0.2, 1.0)), step)
+    assert {(p["i"], p["j"]) for p in last_report(tmp_path)["pairs"]} == {(10, 11)}
+
+
+def test_update_every_passes_steps_over(tmp_path: Path) -> None:
+    part = monitor(tmp_path, 32, replace(SECTION, update_every=3))
+    codes = SparseCodes.from_dense(planted(100, 12))
+    for step in range(1, 10):
+        part.update_correlations(codes, step)
+    record = part._ledger.record()["components"]["correlation_monitor"]
+    assert record["calls"] == 3
+    active = (codes.to_dense() > 0).sum(1)
+    assert record["effect"]["pairs_seen"] == 3 * float((active * (active - 1) // 2).sum())
+
+
+def test_a_sketched_monitor_finds_the_same_pairs(tmp_path: Path) -> None:
+    z = planted(4000, 13, noise=100)
+    part = monitor(tmp_path, z.shape[1], replace(SECTION, sketch_dim=128))
+    feed(part, z)
+    report = last_report(tmp_path)
+    validate_correlation_report(report)
+    assert {(p["i"], p["j"]) for p in report["pairs"]} == {(6, 7), (8, 9), (10, 11)}
+    assert report["effective_dictionary_size"] is None
+    assert monitor(tmp_path, 40000)._sketch_dim == 128
+
+
+def test_effective_dictionary_size_counts_copies_once(tmp_path: Path) -> None:
+    independent = planted(6000, 14, rhos=(), noise=24)
+    part = monitor(tmp_path / "a", 24)
+    feed(part, independent)
+    assert last_report(tmp_path / "a")["effective_dictionary_size"] == pytest.approx(24, rel=0.03)
+    part = monitor(tmp_path / "b", 24)
+    feed(part, independent[:, :6].repeat(1, 4))
+    assert last_report(tmp_path / "b")["effective_dictionary_size"] == pytest.approx(6, rel=0.03)
+
+
+def test_an_empty_run_reports_nothing(tmp_path: Path) -> None:
+    part = monitor(tmp_path, 8)
+    report = part.report(0, torch.randn(8, 4))
+    validate_correlation_report(report)
+    assert report["pairs"] == []
+    assert report["decoder_cosine"] is not None
+    assert part.target_pairs(5)[0].numel() == 0
+
+
+def test_reports_list_at_most_the_configured_number(tmp_path: Path) -> None:
+    z = planted(1000, 15, rhos=(1.0,), rate=0.3, noise=0).repeat(1, 5)
+    part = monitor(tmp_path, 10, replace(SECTION, max_reported_pairs=7))
+    feed(part, z)
+    report = last_report(tmp_path)
+    validate_correlation_report(report)
+    assert len(report["pairs"]) == 7
+    assert report["pairs_total"] == 45
+    assert report["components"] == [list(range(10))]
+    assert report["distinct_latents"] == 1
+
+
+def test_bounds_use_union_tokens() -> None:
+    lower, upper = correlation_bounds(0.9, 300)
+    half = 1.959964 * 1.32 / math.sqrt(297)
+    assert (lower, upper) == (
+        pytest.approx(math.tanh(math.atanh(0.9) - half)),
+        pytest.approx(math.tanh(math.atanh(0.9) + half)),
+    )
+    assert correlation_bounds(0.9, 3) == (-1.0, 1.0)
+    low, high = correlation_bounds(1.0, 100)
+    assert 0.999 < low <= 1.0 == high
+    assert correlation_bounds(-1.0, 100)[0] == -1.0
+
+
+def test_bounds_hold_the_truth_about_as_often_as_they_say() -> None:
+    # 200 pairs of true correlation 0.8 on about 400 union tokens each.
+    g = torch.Generator().manual_seed(16)
+    hits, trials, tokens, rate = 0, 200, 8000, 0.04
+    for _ in range(4):
+        shared = torch.rand(tokens, 50, generator=g) < 0.8
+        a, b, c = (torch.rand(tokens, 50, generator=g) < rate for _ in range(3))
+        x, y = ((a & shared) | (b & ~shared)).double(), ((a & shared) | (c & ~shared)).double()
+        # Amplitudes vary as activations do; the true correlation is that of a long stream.
+        z = torch.stack([x, y], 2).view(tokens, 100).float()
+        found = FeatureCorrelation(100)
+        found.update(SparseCodes.from_dense(z))
+        i = torch.arange(0, 100, 2)
+        stats = found.statistics(i, i + 1)
+        for r, support in zip(stats.correlation.tolist(), stats.support.tolist(), strict=True):
+            lower, upper = correlation_bounds(r, support)
+            hits += lower <= 0.8 <= upper
+    assert hits / trials >= 0.93
+
+
+def test_flag_book_counts_the_last_blocks() -> None:
+    book = FlagBook(needed=2, remembered=3)
+    book.close_block([(0, 1)], [])
+    assert book.flagged == set()
+    book.close_block([], [])
+    book.close_block([(0, 1)], [])
+    assert book.flagged == {(0, 1)}
+    other = FlagBook(2, 3)
+    other.load_state_dict(json.loads(json.dumps(book.state_dict())))
+    assert other.flagged == {(0, 1)}
+    assert other.blocks_above((0, 1)) == 2
+    other.close_block([(0, 1)], [(0, 1)])
+    assert other.flagged == set()
+
+
+def test_components_are_joined_through_any_chain() -> None:
+    assert connected_components([(5, 9), (1, 2), (9, 7), (2, 3), (7, 5), (3, 4)]) == [[1, 2, 3, 4], [5, 7, 9]]
+    assert connected_components([]) == []
+
+
+def test_sequence_counts_estimate_the_union() -> None:
+    counts = SequenceCounts(3, torch.device("cpu"))
+    i, j = torch.tensor([0, 0]), torch.tensor([1, 2])
+    assert counts.distinct(i, j) is None
+    z = torch.zeros(2000, 3)
+    z[:, 0] = 1
+    z[:1000, 1] = 1
+    # Latent 0 fires in sequences 0..39; latent 2 never.
+    counts.update(SparseCodes.from_dense(z), torch.arange(2000) % 40)
+    got = counts.distinct(i, j)
+    assert got is not None
+    assert got.tolist() == pytest.approx([40, 40], abs=4)
+    other = SequenceCounts(3, torch.device("cpu"))
+    other.update(SparseCodes.from_dense(z), torch.arange(2000) % 40 + 1000)
+    counts.merge(other)
+    merged = counts.distinct(i, j)
+    assert merged is not None
+    assert merged.tolist() == pytest.approx([80, 80], abs=7)
+
+
+def test_decoder_cosine_tail_is_the_dense_one() -> None:
+    w = torch.randn(50, 6, generator=torch.Generator().manual_seed(17))
+    u = torch.nn.functional.normalize(w, dim=1)
+    best = (u @ u.T).fill_diagonal_(-1).max(1).values.sort().values
+    tail = decoder_cosine_tail(w)
+    assert tail is not None
+    assert tail["median"] == pytest.approx(float(best[24]), abs=1e-6)
+    assert tail["p999"] == pytest.approx(float(best[-1]), abs=1e-6)
+    assert decoder_cosine_tail(w[:1]) is None
+
+
+def good_report(tmp_path: Path) -> dict:
+    part = monitor(tmp_path, 32)
+    feed(part, planted(1000, 18, rate=0.3))
+    return last_report(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("schema_version",), 2, "schema_version: expected 1"),
+        (("step",), "7", r"report.step"),
+        (("pairs", 0, "i"), 31, "expected 0 <= i < j"),
+        (("pairs", 0, "upper"), 0.5, "lower <= correlation <= upper"),
+        (("pairs", 0, "flagged"), 1, "flagged"),
+        (("pairs", 0, "correlation"), float("nan"), "correlation"),
+        (("thresholds",), {}, "lacking correlation"),
+        (("pairs_total",), 0, "pairs_total: expected at least"),
+        (("components",), [[1]], "two or more latents"),
+        (("histogram",), {"edges": [0], "counts": [1]}, "histogram"),
+        (("decoder_cosine",), {"median": 1}, "lacking p99"),
+        (("extra",), 1, "unknown extra"),
+    ],
+)
+def test_malformed_reports_are_refused(path: tuple, value: object, message: str, tmp_path: Path) -> None:
+    report = good_report(tmp_path)
+    validate_correlation_report(report)
+    place = report
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    with pytest.raises(ValueError, match=message):
+        validate_correlation_report(report)
+
+
+def test_pairs_out_of_order_are_refused(tmp_path: Path) -> None:
+    report = good_report(tmp_path)
+    report["pairs"].reverse()
+    with pytest.raises(ValueError, match="sorted by falling correlation"):
+        validate_correlation_report(report)
