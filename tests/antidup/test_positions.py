@@ -1,8 +1,10 @@
-"""The position sampler: probabilities as promised, an unbiased objective, a draw that depends on (seed, step) alone."""
+"""The position sampler draws with the probabilities it states, in every bin, and its weights keep the
+objective."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,127 +17,197 @@ from transcoder.antidup import PositionSampler, UsageLedger
 from transcoder.antidup.ledger import REQUIRED_EFFECTS
 from transcoder.config import PositionsSection
 
-SPECIAL = 7
+SECTION = PositionsSection()
+BOS, PAD = 1, 0
 
 
-def make(folder: Path, seed: int = 0, **settings: object) -> PositionSampler:
+def sampler(section: PositionsSection, folder: Path, seed: int = 0) -> PositionSampler:
     ledger = UsageLedger(dict.fromkeys(REQUIRED_EFFECTS, True), folder / "usage.json")
-    return PositionSampler(PositionsSection(**settings), seed, [SPECIAL], ledger, out_dir=folder / "logs")
+    return PositionSampler(section, seed, [BOS, PAD], ledger, out_dir=folder / "anti_duplication_logs")
 
 
-def tokens(sequences: int, length: int, seed: int = 0, special_share: float = 0.05) -> Tensor:
+def tokens_with_specials(count: int = 6, length: int = 50, seed: int = 0) -> Tensor:
+    """A BOS at each start, some in the middle (packed text), padding at the end of the last sequence."""
     g = torch.Generator().manual_seed(seed)
-    ids = torch.randint(8, 100, (sequences, length), generator=g)
-    ids[torch.rand(sequences, length, generator=g) < special_share] = SPECIAL
-    ids[:, 0] = SPECIAL
-    return ids
+    tokens = torch.randint(2, 100, (count, length), generator=g)
+    tokens[:, 0] = BOS
+    tokens[torch.rand(count, length, generator=g) < 0.05] = BOS
+    tokens[-1, -8:] = PAD
+    return tokens
 
 
-def test_inclusion_probabilities_are_those_of_the_draws(tmp_path: Path) -> None:
-    sampler, batch = make(tmp_path, keep_fraction=0.4, bos_penalty=0.5), tokens(6, 40)
-    chance = sampler.inclusion(batch)
-    draws = torch.stack([sampler.sample_positions(batch, step=s).keep for s in range(3000)]).double().mean(0)
-    deviation = (chance * (1 - chance) / 3000).sqrt()
-    assert float(((draws - chance).abs() - 5 * deviation).max()) <= 1e-9
-    assert 0 < float(chance.min()) < float(chance.max()) <= 1
+def draws(part: PositionSampler, tokens: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """(mean of keep, mean of weights) [S, L] over many steps."""
+    samples = [part.sample_positions(tokens, step) for step in range(steps)]
+    return (
+        torch.stack([s.keep.double() for s in samples]).mean(0),
+        torch.stack([s.weights.double() for s in samples]).mean(0),
+    )
 
 
-def test_the_weighted_objective_keeps_its_expectation(tmp_path: Path) -> None:
-    """E[sum of w f over the drawn] / E[drawn] is the mean of f over all positions that can be drawn."""
-    sampler, batch = make(tmp_path, keep_fraction=0.3), tokens(8, 50)
-    value = torch.randn(8, 50, generator=torch.Generator().manual_seed(1)).double() + torch.arange(50) / 10
-    sums = []
-    for step in range(3000):
-        drawn = sampler.sample_positions(batch, step=step)
-        assert bool((drawn.weights[~drawn.keep] == 0).all())
-        sums.append((drawn.weights.double() * value).sum())
-    estimate = torch.stack(sums)
-    expected = value.mean() * sampler.inclusion(batch).sum()
-    assert abs(float(estimate.mean() - expected)) < 5 * float(estimate.std()) / 3000**0.5
-    unweighted = torch.stack([value[sampler.sample_positions(batch, step=s).keep].mean() for s in range(200)]).mean()
-    assert abs(float(unweighted - value.mean())) > 1e-4, "without weights the special tokens' lower chance must show"
+def test_positions_are_drawn_as_often_as_stated(tmp_path: Path) -> None:
+    part, tokens = sampler(SECTION, tmp_path), tokens_with_specials()
+    steps = 3000
+    kept, _ = draws(part, tokens, steps)
+    chance = part.inclusion(tokens)
+    error = (kept - chance) / (chance * (1 - chance) / steps).sqrt().clamp(min=1e-9)
+    sure = (chance == 0) | (chance == 1)
+    assert torch.equal(kept[sure], chance[sure])
+    assert float(error[~sure].abs().max()) < 4.5
+    special = (tokens == BOS) | (tokens == PAD)
+    assert float(chance[special].max()) <= 0.5 * 0.3 + 1e-12
 
 
+def test_weights_keep_the_expectation_of_any_objective(tmp_path: Path) -> None:
+    # E[sum of w f over the drawn] = c * sum of f over what can be drawn, for position-dependent f.
+    tokens = tokens_with_specials()
+    f = torch.linspace(-1, 3, tokens.shape[1], dtype=torch.float64).square() + (tokens == BOS).double() * 5
+    for section in (SECTION, replace(SECTION, keep_fraction=0.2, min_samples_per_bin=2)):
+        part = sampler(section, tmp_path)
+        chance = part.inclusion(tokens)
+        totals = torch.tensor(
+            [float((part.sample_positions(tokens, step).weights * f).sum()) for step in range(2000)],
+            dtype=torch.float64,
+        )
+        scale = float(chance.sum()) / int((chance > 0).sum())
+        expected = scale * float(f.sum())
+        assert abs(float(totals.mean()) - expected) < 4 * float(totals.std()) / len(totals) ** 0.5
+        # Unweighted, the draw favours ordinary tokens: the weights are what makes it right.
+        plain = float((chance * f).sum()) * scale / (float(chance.sum()) / chance.numel())
+        assert abs(plain - expected) > 20 * float(totals.std()) / len(totals) ** 0.5
+
+
+def test_each_weight_has_the_same_expectation_and_their_mean_is_one(tmp_path: Path) -> None:
+    part, tokens = sampler(SECTION, tmp_path), tokens_with_specials(seed=3)
+    chance = part.inclusion(tokens)
+    sample = part.sample_positions(tokens, 5)
+    scale = chance.sum() / (chance > 0).sum()
+    torch.testing.assert_close(sample.weights[sample.keep].double(), (scale / chance)[sample.keep], rtol=1e-6, atol=0)
+    assert float(sample.weights[~sample.keep].abs().sum()) == 0
+    means = [part.sample_positions(tokens, s) for s in range(400)]
+    ratio = sum(float(s.weights.sum()) for s in means) / sum(int(s.keep.sum()) for s in means)
+    assert ratio == pytest.approx(1.0, abs=0.01)
+
+
+@settings(max_examples=60, deadline=None)
 @given(
     length=st.integers(1, 70),
     bins=st.integers(1, 12),
-    keep=st.floats(0.05, 1.0),
     least=st.integers(0, 4),
-    most_special=st.floats(0, 1),
-    penalty=st.floats(0, 1),
+    fraction=st.sampled_from([0.05, 0.3, 0.5, 0.9, 1.0]),
+    penalty=st.sampled_from([0.0, 0.3, 1.0]),
+    most=st.sampled_from([0.0, 0.2, 0.5, 1.0]),
     seed=st.integers(0, 1000),
 )
-@settings(max_examples=80, deadline=None)
-def test_every_bin_gets_its_share_and_special_tokens_stay_few(
-    tmp_path_factory: pytest.TempPathFactory,
-    length: int,
-    bins: int,
-    keep: float,
-    least: int,
-    most_special: float,
-    penalty: float,
-    seed: int,
+def test_bins_and_special_tokens_keep_their_bounds(
+    length: int, bins: int, least: int, fraction: float, penalty: float, most: float, seed: int, tmp_path_factory
 ) -> None:
-    sampler = make(
-        tmp_path_factory.mktemp("positions"),
-        seed,
-        bins=bins,
-        keep_fraction=keep,
-        min_samples_per_bin=least,
-        max_bos_fraction=most_special,
-        bos_penalty=penalty,
+    section = PositionsSection(
+        bins=bins, min_samples_per_bin=least, keep_fraction=fraction, bos_penalty=penalty, max_bos_fraction=most
     )
-    batch = tokens(3, length, seed, special_share=0.3)
-    drawn = sampler.sample_positions(batch, step=seed)
-    place = torch.arange(length) * bins // length
-    for row in range(3):
-        special = batch[row] == SPECIAL
+    part = sampler(section, tmp_path_factory.getbasetemp(), seed)
+    g = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, 5, (4, length), generator=g)
+    keep = part.sample_positions(tokens, seed).keep
+    special = tokens <= BOS
+    bin_of = torch.arange(length) * bins // length
+    for s in range(4):
+        ordinary = (keep & ~special)[s]
         for b in range(bins):
-            there = int(((place == b) & ~special).sum())
-            got = int((drawn.keep[row] & (place == b) & ~special).sum())
-            assert got >= min(least, there)
-            assert got <= max(least, keep * there + 1)
-        ordinary = int((drawn.keep[row] & ~special).sum())
-        if most_special < 1:
-            assert int((drawn.keep[row] & special).sum()) <= ordinary * most_special / (1 - most_special) + 1
+            there = int(((bin_of == b) & ~special[s]).sum())
+            drawn = int((ordinary & (bin_of == b)).sum())
+            assert min(least, there) <= drawn <= there
+            assert abs(drawn - fraction * there) <= 1 or drawn == min(least, there)
+        drawn_special, drawn_all = int((keep & special)[s].sum()), int(keep[s].sum())
+        if most < 1:
+            assert drawn_special <= most * drawn_all + 1e-9
+        assert drawn_special <= fraction * penalty * int(special[s].sum()) + 1
         if penalty == 0:
-            assert not bool((drawn.keep[row] & special).any())
-    assert bool((drawn.weights[drawn.keep] > 0).all())
+            assert drawn_special == 0
 
 
-def test_a_draw_depends_on_seed_and_step_alone(tmp_path: Path) -> None:
-    batch = tokens(5, 30)
-    first, second, other = make(tmp_path / "a"), make(tmp_path / "b"), make(tmp_path / "c", seed=1)
-    first.sample_positions(batch, step=0)
-    assert torch.equal(first.sample_positions(batch, step=4).keep, second.sample_positions(batch, step=4).keep)
-    assert not torch.equal(first.sample_positions(batch, step=5).keep, second.sample_positions(batch, step=4).keep)
-    assert not torch.equal(other.sample_positions(batch, step=4).keep, second.sample_positions(batch, step=4).keep)
+def test_a_bins_count_is_the_same_in_every_draw(tmp_path: Path) -> None:
+    part, tokens = sampler(SECTION, tmp_path), tokens_with_specials(seed=4)
+    bin_of = torch.arange(50) * 10 // 50
+    ordinary = tokens > BOS
+    counts = []
+    for step in range(20):
+        keep = part.sample_positions(tokens, step).keep & ordinary
+        counts.append(torch.stack([keep[:, bin_of == b].sum(1) for b in range(10)]))
+    assert all(torch.equal(c, counts[0]) for c in counts)
 
 
-def test_its_use_is_recorded_and_written(tmp_path: Path) -> None:
-    sampler, batch = make(tmp_path, bins=4), tokens(5, 32)
-    kept = sum(int(sampler.sample_positions(batch, step=s).keep.sum()) for s in range(3))
-    path = sampler.save(9)
+def test_any_two_positions_can_be_drawn_together(tmp_path: Path) -> None:
+    # A systematic draw in the order of the text would never keep two neighbours.
+    part = sampler(SECTION, tmp_path)
+    tokens = torch.full((40, 20), 7)
+    together = torch.zeros(20, 20)
+    for step in range(200):
+        keep = part.sample_positions(tokens, step).keep.float()
+        together += keep.T @ keep
+    bin_of = torch.arange(20) * 10 // 20
+    other_bin = bin_of[:, None] != bin_of[None, :]
+    assert bool((together[other_bin] > 0).all())
+
+
+def test_the_draw_is_a_function_of_seed_and_step(tmp_path: Path) -> None:
+    tokens = tokens_with_specials(seed=5)
+    first, second = sampler(SECTION, tmp_path), sampler(SECTION, tmp_path)
+    first.sample_positions(tokens, 0)
+    torch.rand(7)  # a global generator plays no part
+    a, b = first.sample_positions(tokens, 9), second.sample_positions(tokens, 9)
+    assert torch.equal(a.keep, b.keep)
+    assert torch.equal(a.weights, b.weights)
+    assert not torch.equal(a.keep, first.sample_positions(tokens, 10).keep)
+    assert not torch.equal(a.keep, sampler(SECTION, tmp_path, seed=1).sample_positions(tokens, 9).keep)
+
+
+def test_keeping_everything_weighs_everything_one(tmp_path: Path) -> None:
+    part = sampler(replace(SECTION, keep_fraction=1.0, bos_penalty=1.0, max_bos_fraction=1.0), tmp_path)
+    sample = part.sample_positions(tokens_with_specials(), 0)
+    assert bool(sample.keep.all())
+    assert torch.equal(sample.weights, torch.ones(6, 50))
+    effect = part._ledger.record()["components"]["position_sampler"]["effect"]
+    assert effect["positions_resampled"] == 0
+    assert effect["positions_drawn"] == 300
+
+
+def test_shapes_and_types_of_a_sample(tmp_path: Path) -> None:
+    sample = sampler(SECTION, tmp_path).sample_positions(tokens_with_specials(3, 17))
+    assert sample.keep.shape == sample.weights.shape == (3, 17)
+    assert sample.keep.dtype == torch.bool
+    assert sample.weights.dtype == torch.float32
+    empty = sampler(SECTION, tmp_path).sample_positions(torch.empty(0, 9, dtype=torch.int64))
+    assert empty.keep.shape == (0, 9)
+
+
+def test_the_file_counts_bins_and_is_in_the_ledger(tmp_path: Path) -> None:
+    part, tokens = sampler(SECTION, tmp_path), tokens_with_specials()
+    drawn = torch.zeros(6, 50)
+    for step in range(5):
+        drawn += part.sample_positions(tokens, step).keep
+    path = part.save(5)
+    assert path == tmp_path / "anti_duplication_logs" / "positions.json"
     content = json.loads(path.read_text())
-    assert content["step"] == 9
-    assert sum(content["drawn"]) + content["special_drawn"] == kept
-    assert sum(content["seen"]) + content["special_seen"] == 3 * batch.numel()
-    part = json.loads(sampler._ledger.write().read_text())["components"]["position_sampler"]
-    assert part["calls"] == 3
-    assert part["effect"]["positions_drawn"] == kept
-    assert 0 < part["effect"]["positions_resampled"] <= kept
-    assert part["files"] == ["logs/positions.json"]
+    special = tokens <= BOS
+    bin_of = torch.arange(50) * 10 // 50
+    assert content["seen"] == [5 * int((~special[:, bin_of == b]).sum()) for b in range(10)]
+    assert content["drawn"] == [int((drawn * ~special)[:, bin_of == b].sum()) for b in range(10)]
+    assert content["special_seen"] == 5 * int(special.sum())
+    assert content["special_drawn"] == int((drawn * special).sum())
+    record = part._ledger.record()["components"]["position_sampler"]
+    assert record["files"] == ["anti_duplication_logs/positions.json"]
+    assert record["calls"] == 5
+    assert record["effect"]["positions_drawn"] == float(drawn.sum())
+    assert record["effect"]["positions_resampled"] > 0
 
 
-def test_special_ids_may_come_later(tmp_path: Path) -> None:
-    sampler, batch = make(tmp_path, bos_penalty=0.0), tokens(4, 20)
-    sampler.special_ids = []
-    assert bool((sampler.inclusion(batch)[batch == SPECIAL] > 0).any())
-    sampler.special_ids = [SPECIAL]
-    assert bool((sampler.inclusion(batch)[batch == SPECIAL] == 0).all())
-
-
-@pytest.mark.parametrize("bad", [torch.zeros(3), torch.zeros(3, 4), [[1, 2]]])
-def test_other_shapes_are_refused(tmp_path: Path, bad: object) -> None:
-    with pytest.raises(ValueError, match=r"batch_tokens: expected integers \[S, L\]"):
-        make(tmp_path).sample_positions(bad)
+def test_bad_tokens_are_refused(tmp_path: Path) -> None:
+    part = sampler(SECTION, tmp_path)
+    with pytest.raises(ValueError, match=r"expected integers \[S, L\], got torch.float32 \[2, 3\]"):
+        part.sample_positions(torch.zeros(2, 3))
+    with pytest.raises(ValueError, match=r"expected integers \[S, L\], got torch.int64 \[4\]"):
+        part.sample_positions(torch.zeros(4, dtype=torch.int64))
+    ledger = UsageLedger(dict.fromkeys(REQUIRED_EFFECTS, True), tmp_path / "usage.json")
+    with pytest.raises(ValueError, match="expected an out_dir"):
+        PositionSampler(SECTION, 0, [], ledger).save(1)
