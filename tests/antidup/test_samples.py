@@ -1,213 +1,317 @@
-"""The sample collector against a slow collector that keeps everything in Python."""
+"""The collector keeps the strongest examples and a fair sample over positions, in fixed memory."""
 
 from __future__ import annotations
 
+import copy
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-import pyarrow.parquet as pq
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
-from transcoder.activations import ActivationBatch
+from transcoder.activations.batch import ActivationBatch
 from transcoder.antidup import ActivationSampleCollector, UsageLedger
 from transcoder.antidup.ledger import REQUIRED_EFFECTS
+from transcoder.antidup.sample_store import Samples, best_entries, merged, without_overlap
 from transcoder.config import SamplesSection
 from transcoder.kernels import SparseCodes
 
-LENGTH, WIDTH, D_SAE, SPECIAL = 20, 4, 12, 3
+pq = pytest.importorskip("pyarrow.parquet")
+
+LENGTH, WIDTH, ANCHOR, D_SAE = 40, 6, 4, 12
+SECTION = SamplesSection(
+    collect_every=1, top_per_latent=4, stratified_per_latent=10, context_tokens=WIDTH, min_activation=0.05
+)
+BOS = 0
 
 
-def batch(seed: int, rows: int = 80, density: float = 0.3) -> tuple[SparseCodes, ActivationBatch]:
-    g = torch.Generator().manual_seed(seed)
-    z = torch.rand(rows, D_SAE, generator=g) * (torch.rand(rows, D_SAE, generator=g) < density)
-    number = torch.randperm(400, generator=g)[:rows]
-    tokens = torch.randint(0, 30, (rows,), generator=g)
-    contexts = torch.randint(0, 30, (rows, WIDTH), generator=g, dtype=torch.int32)
-    contexts[:, 2] = tokens.int()
-    made = ActivationBatch(
-        source=torch.zeros(rows, 2),
-        target=torch.zeros(rows, 2),
-        tokens=tokens,
-        positions=number % LENGTH,
-        sequences=number // LENGTH + 100 * seed,
-        contexts=contexts,
-        context_anchor=2,
-    )
-    return SparseCodes.from_dense(z), made
+class Text:
+    """Random sequences, random activations, batches of shuffled tokens with their contexts."""
+
+    def __init__(self, sequences: int, seed: int, density: float = 0.3) -> None:
+        g = torch.Generator().manual_seed(seed)
+        self.tokens = torch.randint(1, 50, (sequences, LENGTH), generator=g)
+        self.tokens[:, 0] = BOS
+        z = torch.rand(sequences * LENGTH, D_SAE, generator=g)
+        self.z = z * (torch.rand(sequences * LENGTH, D_SAE, generator=g) < density)
+        self.order = torch.randperm(sequences * LENGTH, generator=g)
+
+    def batch(self, index: Tensor) -> ActivationBatch:
+        sequence, position = index // LENGTH, index % LENGTH
+        place = position[:, None] + torch.arange(WIDTH) - ANCHOR
+        inside = (place >= 0) & (place < LENGTH)
+        contexts = torch.where(inside, self.tokens[sequence[:, None], place.clamp(0, LENGTH - 1)], -1)
+        nothing = torch.zeros(index.numel(), 1)
+        return ActivationBatch(
+            nothing, nothing, self.tokens[sequence, position], position, sequence, None, contexts.int(), ANCHOR
+        )
+
+    def batches(self, size: int) -> list[tuple[SparseCodes, ActivationBatch]]:
+        return [(SparseCodes.from_dense(self.z[i]), self.batch(i)) for i in self.order.split(size)]
 
 
-def collector(folder: Path, **settings: object) -> ActivationSampleCollector:
+def collector(folder: Path, section: SamplesSection = SECTION, d_sae: int = D_SAE) -> ActivationSampleCollector:
     ledger = UsageLedger(dict.fromkeys(REQUIRED_EFFECTS, True), folder / "usage.json")
-    section = SamplesSection(
-        **{"collect_every": 1, "context_tokens": WIDTH, "top_per_latent": 4, "min_activation": 0.1, **settings}
-    )
-    out = folder / "activation_samples"
-    return ActivationSampleCollector(section, D_SAE, "cpu", 0, out, [SPECIAL], LENGTH, ledger)
+    return ActivationSampleCollector(section, d_sae, "cpu", 0, folder / "activation_samples", [BOS], LENGTH, ledger)
 
 
-def words(ids: list[int]) -> list[str]:
-    return [f"w{i}" for i in ids]
+def collected(folder: Path, text: Text, section: SamplesSection = SECTION) -> ActivationSampleCollector:
+    part = collector(folder, section)
+    for step, (codes, batch) in enumerate(text.batches(100), 1):
+        part.collect(codes, batch, step)
+    return part
 
 
-def table(folder: Path) -> list[dict]:
+def words(ids: Sequence[int]) -> list[str]:
+    return [f"<{i}>" for i in ids]
+
+
+def rows_of(folder: Path) -> list[dict]:
     return pq.read_table(folder / "activation_samples" / "samples.parquet").to_pylist()
 
 
-def overlap(a: tuple, b: tuple) -> bool:
-    return a[1] == b[1] and abs(a[2] - b[2]) < WIDTH
+def greedy_top(text: Text, latent: int, k: int) -> list[float]:
+    """The k strongest activations, skipping contexts that overlap a stronger kept one: the definition, by a
+    loop."""
+    kept: list[tuple[int, int, float]] = []
+    for n in text.z[:, latent].sort(descending=True, stable=True).indices.tolist():
+        value, s, p = float(text.z[n, latent]), n // LENGTH, n % LENGTH
+        if value >= SECTION.min_activation and all(s != t or abs(p - q) >= WIDTH for t, q, _ in kept):
+            kept.append((s, p, value))
+    return [v for *_, v in kept[:k]]
 
 
-def test_top_samples_are_the_strongest_without_overlap(tmp_path: Path) -> None:
-    """One batch: exact. (Over several, a sample that fell out cannot come back when a stronger one is dropped for overlap.)"""
-    part = collector(tmp_path, top_per_latent=3)
-    codes, made = batch(0)
-    part.collect(codes, made, 0)
-    part.save(1, words)
-    found = table(tmp_path)
-    z = codes.to_dense()
+def test_the_strongest_of_the_whole_stream_are_kept(tmp_path: Path) -> None:
+    # One latent in a hundred tokens: within a batch no two of its strongest overlap, so the stream's greedy
+    # choice is known.
+    text = Text(50, 0, density=0.02)
+    collected(tmp_path, text).save(20, words)
     for latent in range(D_SAE):
-        strongest = sorted(
-            (
-                (float(z[r, latent]), int(made.sequences[r]), int(made.positions[r]), r)
-                for r in range(len(made))
-                if z[r, latent] >= 0.1
-            ),
-            reverse=True,
-        )[:3]
-        kept: list[tuple] = []
-        for candidate in strongest:
-            if not any(overlap(candidate, other) for other in kept):
-                kept.append(candidate)
-        mine = [s for s in found if s["latent"] == latent and s["kind"] == "top"]
-        assert [s["activation"] for s in mine] == pytest.approx([c[0] for c in kept])
-        for sample, (_, sequence, position, row) in zip(mine, kept, strict=True):
-            assert (sample["sequence"], sample["position"]) == (sequence, position)
-            assert sample["context"] == made.contexts[row].tolist()
-            assert sample["tokens"] == words(sample["context"])
-            assert sample["context"][sample["anchor"]] == sample["token"] == int(made.tokens[row])
+        got = [r["activation"] for r in rows_of(tmp_path) if r["latent"] == latent and r["kind"] == "top"]
+        assert got == pytest.approx(greedy_top(text, latent, 4))
 
 
-def test_over_many_batches_the_strongest_of_all_is_first(tmp_path: Path) -> None:
-    part = collector(tmp_path)
-    strongest = torch.zeros(D_SAE)
-    for step in range(12):
-        codes, made = batch(step)
-        part.collect(codes, made, step)
-        strongest = torch.maximum(strongest, codes.to_dense().amax(0))
-    part.save(12, words)
-    tops = [s for s in table(tmp_path) if s["kind"] == "top"]
+def test_a_row_tells_where_it_came_from(tmp_path: Path) -> None:
+    text = Text(20, 1)
+    part = collected(tmp_path, text)
+    paths = part.save(8, words)
+    assert paths == [tmp_path / "activation_samples" / n for n in ("samples.parquet", "summary.json")]
+    table = pq.read_table(paths[0])
+    assert {f.name: str(f.type) for f in table.schema} == {
+        "latent": "int32",
+        "kind": "string",
+        "activation": "float",
+        "token": "int32",
+        "position": "int32",
+        "sequence": "int64",
+        "step": "int32",
+        "context": "list<element: int32>",
+        "anchor": "int16",
+        "tokens": "list<element: string>",
+    }
+    order = {int(n): step for step, part_of in enumerate(text.order.split(100), 1) for n in part_of}
+    rows = table.to_pylist()
+    assert {r["kind"] for r in rows} == {"top", "stratified"}
+    for row in rows:
+        s, p = row["sequence"], row["position"]
+        assert row["activation"] == pytest.approx(float(text.z[s * LENGTH + p, row["latent"]]))
+        assert row["token"] == int(text.tokens[s, p]) == row["context"][row["anchor"]]
+        first = max(0, p - ANCHOR)
+        assert row["context"] == text.tokens[s, first : p - ANCHOR + WIDTH].tolist()
+        assert row["tokens"] == words(row["context"])
+        assert row["step"] == order[s * LENGTH + p]
+    assert list(paths[0].parent.glob("*.tmp")) == []
+
+
+def test_contexts_of_one_store_do_not_overlap(tmp_path: Path) -> None:
+    text = Text(4, 2, density=0.9)  # few sequences: nearly everything overlaps something
+    collected(tmp_path, text).save(2, words)
+    for kind in ("top", "stratified"):
+        for latent in range(D_SAE):
+            places = [
+                (r["sequence"], r["position"]) for r in rows_of(tmp_path) if (r["latent"], r["kind"]) == (latent, kind)
+            ]
+            for a, (s, p) in enumerate(places):
+                assert all(s != t or abs(p - q) >= WIDTH for t, q in places[:a])
+
+
+def test_every_bin_has_its_samples_and_sinks_their_share(tmp_path: Path) -> None:
+    text = Text(60, 3)
+    text.z[::LENGTH] = 5.0  # BOS excites every latent, as sinks do
+    part = collected(tmp_path, text)
+    part.save(24, words)
+    rows = [r for r in rows_of(tmp_path) if r["kind"] == "stratified"]
     for latent in range(D_SAE):
-        mine = [s["activation"] for s in tops if s["latent"] == latent]
-        assert mine == sorted(mine, reverse=True)
-        assert mine[0] == pytest.approx(float(strongest[latent]))
-        assert len(mine) <= 4
-
-
-def test_stratified_samples_cover_the_bins_whatever_their_share(tmp_path: Path) -> None:
-    """Nine tenths of the tokens stand in the first fifth of the sequence; the reservoir must not."""
-    part = collector(tmp_path, position_bins=5, min_per_bin=2, stratified_per_latent=10)
-    for step in range(60):
-        codes, made = batch(step)
-        g = torch.Generator().manual_seed(step)
-        early = torch.rand(len(made), generator=g) < 0.9
-        positions = torch.where(early, made.positions % 4, made.positions)
-        moved = ActivationBatch(
-            made.source,
-            made.target,
-            made.tokens.clamp(min=4),
-            positions,
-            torch.arange(80) + 1000 * step,
-            None,
-            made.contexts,
-            2,
-        )
-        part.collect(codes, moved, step)
-    part.save(60, words)
+        own = [r for r in rows if r["latent"] == latent]
+        sinks = [r for r in own if r["token"] == BOS]
+        assert 0 < len(sinks) <= 0.2 * len(own)
+        bins = np.bincount([r["position"] * 10 // LENGTH for r in own if r["token"] != BOS], minlength=10)
+        # Two a bin, less what overlaps a neighbouring bin's sample.
+        assert bins.min() >= 1
+        assert bins.max() == 2
+        assert bins.sum() >= 17
     summary = json.loads((tmp_path / "activation_samples" / "summary.json").read_text())
+    assert summary["schema_version"] == 1
+    assert summary["step"] == 24
     assert summary["latents_followed"] == summary["latents_with_samples"] == D_SAE
-    assert summary["position_bins"] == [2 * D_SAE] * 5
-    assert summary["sink_fraction"] == 0
+    assert summary["samples_kept"] == len(rows_of(tmp_path))
+    assert sum(summary["position_bins"]) == len(rows)
+    assert summary["sink_fraction"] == pytest.approx(len([r for r in rows if r["token"] == BOS]) / len(rows))
+    assert summary["file"] == "samples.parquet"
+
+
+def test_a_latent_of_sinks_alone_has_no_stratified_sample(tmp_path: Path) -> None:
+    text = Text(30, 4)
+    text.z[:, 5] = 0
+    text.z[::LENGTH, 5] = 3.0
+    collected(tmp_path, text).save(12, words)
+    kinds = [r["kind"] for r in rows_of(tmp_path) if r["latent"] == 5]
+    assert kinds == ["top"] * 4
+    none = replace(SECTION, max_sink_fraction=0.0)
+    collected(tmp_path, text, none).save(12, words)
+    assert all(r["token"] != BOS for r in rows_of(tmp_path) if r["kind"] == "stratified")
 
 
 def test_the_reservoir_is_uniform_within_a_bin(tmp_path: Path) -> None:
-    """Every token of a bin is kept with the same probability, early or late in the stream, strong or weak."""
-    steps, kept = 40, torch.zeros(40)
-    strong = 0.0
-    for seed in range(60):
-        ledger = UsageLedger(dict.fromkeys(REQUIRED_EFFECTS, True), tmp_path / "usage.json")
-        section = SamplesSection(
-            collect_every=1, position_bins=1, min_per_bin=4, stratified_per_latent=4, min_activation=0.0
-        )
-        part = ActivationSampleCollector(section, 1, "cpu", seed, tmp_path / "s", [], LENGTH, ledger)
-        for step in range(steps):
-            z = torch.tensor([[0.2], [0.9]])
-            ids = torch.tensor([5, 6])
-            made = ActivationBatch(torch.zeros(2, 1), torch.zeros(2, 1), ids, ids, torch.tensor([2, 3]) + 10 * step)
-            part.collect(SparseCodes.from_dense(z), made, step)
-        part.save(steps, words)
-        chosen = [s for s in pq.read_table(tmp_path / "s" / "samples.parquet").to_pylist() if s["kind"] == "stratified"]
-        assert len(chosen) == 4
-        for s in chosen:
-            kept[s["step"]] += 1
-            strong += s["activation"] > 0.5
-    assert float(kept[:20].sum()) == pytest.approx(120, abs=5 * 60**0.5)
-    assert strong == pytest.approx(120, abs=5 * 60**0.5)
+    # Every token of a bin has the same chance, early or late in the stream, strong or weak.
+    g = torch.Generator().manual_seed(5)
+    tokens, d_sae = 2000, 400
+    section = replace(SECTION, position_bins=1, stratified_per_latent=4, min_per_bin=0, context_tokens=1)
+    part = collector(tmp_path, section, d_sae)
+    z = torch.rand(tokens, d_sae, generator=g) + 0.1
+    for step in range(1, 11):
+        index = torch.arange((step - 1) * 200, step * 200)
+        nothing = torch.zeros(200, 1)
+        batch = ActivationBatch(nothing, nothing, index % 30 + 1, index % LENGTH, index)
+        part.collect(SparseCodes.from_dense(z[index]), batch, step)
+    part.save(10, words)
+    rows = [r for r in rows_of(tmp_path) if r["kind"] == "stratified"]
+    assert len(rows) == 4 * d_sae
+    when = np.bincount([r["step"] - 1 for r in rows], minlength=10)
+    expected = 4 * d_sae / 10
+    assert ((when - expected) ** 2 / expected).sum() < 30  # chi-squared, 9 degrees of freedom: p < 0.0005
+    strength = np.mean([r["activation"] for r in rows])
+    assert strength == pytest.approx(0.6, abs=0.03)
 
 
-def test_special_tokens_stay_below_their_share(tmp_path: Path) -> None:
-    part = collector(tmp_path, position_bins=4, max_sink_fraction=0.2)
-    for step in range(20):
-        codes, made = batch(step, density=0.8)
-        ids = torch.where(torch.arange(80) % 2 == 0, SPECIAL, made.tokens.clamp(min=4))
-        part.collect(
-            codes,
-            ActivationBatch(made.source, made.target, ids, made.positions, made.sequences, None, made.contexts, 2),
-            step,
-        )
-    part.save(20, words)
-    spread = [s for s in table(tmp_path) if s["kind"] == "stratified"]
-    for latent in range(D_SAE):
-        mine = [s for s in spread if s["latent"] == latent]
-        assert 0 < sum(s["token"] == SPECIAL for s in mine) <= 0.2 * len(mine) + 1e-9
+def test_weak_activations_and_latents_not_followed_are_left_out(tmp_path: Path) -> None:
+    section = replace(SECTION, max_latents=5, min_activation=0.5)
+    part = collected(tmp_path, Text(20, 6), section)
+    part.save(8, words)
+    rows = rows_of(tmp_path)
+    assert {r["latent"] for r in rows} == set(part.latents.tolist()) == {0, 2, 4, 7, 9}
+    assert min(r["activation"] for r in rows) >= 0.5
+    table = part._stores
+    assert table is not None
+    assert table[0].score.shape == (5, 4)
 
 
-def test_weak_and_unfollowed_latents_are_left_out(tmp_path: Path) -> None:
-    part = collector(tmp_path, max_latents=3, min_activation=0.5)
-    for step in range(5):
-        part.collect(*batch(step), step)
-    part.save(5, words)
-    assert part.latents.tolist() == [0, 4, 8]
-    found = table(tmp_path)
-    assert {s["latent"] for s in found} == {0, 4, 8}
-    assert min(s["activation"] for s in found) >= 0.5
+def test_resume_in_the_middle_changes_nothing(tmp_path: Path) -> None:
+    batches = Text(30, 7).batches(100)
+    whole, half, resumed = (collector(tmp_path / name) for name in ("whole", "half", "resumed"))
+    for step, (codes, batch) in enumerate(batches, 1):
+        whole.collect(codes, batch, step)
+        if step <= 5:
+            half.collect(codes, batch, step)
+    resumed.load_state_dict(copy.deepcopy(half.state_dict()))
+    for step, (codes, batch) in enumerate(batches, 1):
+        if step > 5:
+            resumed.collect(codes, batch, step)
+    for part in (whole, resumed):
+        part.save(12, words)
+    assert rows_of(tmp_path / "whole") == rows_of(tmp_path / "resumed")
+    fresh = collector(tmp_path / "fresh")
+    fresh.load_state_dict(collector(tmp_path / "never").state_dict())
+    with pytest.raises(ValueError, match="expected a store of"):
+        collector(tmp_path / "other", replace(SECTION, top_per_latent=3)).load_state_dict(half.state_dict())
 
 
-def test_steps_between_are_passed_over_and_use_is_recorded(tmp_path: Path) -> None:
-    part = collector(tmp_path, collect_every=3)
-    for step in range(7):
-        part.collect(*batch(step), step)
-    part.save(7, words)
-    assert {s["step"] for s in table(tmp_path)} == {0, 3, 6}
+def test_batches_without_contexts_or_sequences(tmp_path: Path) -> None:
+    part = collector(tmp_path)
+    z = torch.rand(30, D_SAE, generator=torch.Generator().manual_seed(8))
+    nothing = torch.zeros(30, 1)
+    part.collect(
+        SparseCodes.from_dense(z), ActivationBatch(nothing, nothing, torch.arange(30) + 1, torch.arange(30)), 1
+    )
+    part.save(1, words)
+    for row in rows_of(tmp_path):
+        assert row["context"] == [row["token"]]
+        assert row["anchor"] == 0
+        assert row["sequence"] == -1
+
+
+def test_nothing_collected_saves_an_empty_file(tmp_path: Path) -> None:
+    part = collector(tmp_path)
+    nothing = torch.zeros(0, 1)
+    part.collect(
+        SparseCodes.from_dense(torch.zeros(0, D_SAE)),
+        ActivationBatch(nothing, nothing, torch.empty(0).long(), torch.empty(0).long()),
+        1,
+    )
+    part.save(1, words)
+    assert rows_of(tmp_path) == []
+    top_only = collected(tmp_path, Text(5, 9), replace(SECTION, stratified_per_latent=0))
+    top_only.save(2, words)
+    assert {r["kind"] for r in rows_of(tmp_path)} == {"top"}
+
+
+def test_collect_every_and_the_ledger(tmp_path: Path) -> None:
+    part = collector(tmp_path, replace(SECTION, collect_every=3))
+    codes, batch = Text(5, 10).batches(100)[0]
+    for step in range(1, 8):
+        part.collect(codes, batch, step)
     record = part._ledger.record()["components"]["activation_samples"]
-    assert record["calls"] == 3
+    assert record["calls"] == 2
     assert record["effect"]["samples_kept"] > 0
+    part.save(7, words)
+    record = part._ledger.record()["components"]["activation_samples"]
     assert record["files"] == ["activation_samples/samples.parquet", "activation_samples/summary.json"]
 
 
-def test_resuming_changes_nothing(tmp_path: Path) -> None:
-    whole, first, second = (collector(tmp_path / name) for name in ("whole", "first", "second"))
-    for step in range(6):
-        whole.collect(*batch(step), step)
-        (first if step < 3 else second).collect(*batch(step), step)
-        if step == 2:
-            second.load_state_dict(first.state_dict())
-    whole.save(6, words)
-    second.save(6, words)
-    assert table(tmp_path / "whole") == table(tmp_path / "second")
+def test_mismatches_are_refused(tmp_path: Path) -> None:
+    part = collector(tmp_path)
+    codes, batch = Text(5, 11).batches(100)[0]
+    with pytest.raises(ValueError, match=r"codes: expected shape \(100, 13\), got \(100, 12\)"):
+        collector(tmp_path, SECTION, 13).collect(codes, batch, 1)
+    part.collect(codes, batch, 1)
+    with pytest.raises(ValueError, match=r"decode_tokens: expected \d+ strings, got 1"):
+        part.save(1, lambda ids: ["one"])
 
 
-def test_codes_of_another_shape_are_refused(tmp_path: Path) -> None:
-    _, made = batch(0)
-    with pytest.raises(ValueError, match="codes: expected shape"):
-        collector(tmp_path).collect(SparseCodes.from_dense(torch.ones(80, D_SAE + 1)), made, 0)
+def test_best_entries_are_a_loop_over_groups() -> None:
+    g = torch.Generator().manual_seed(12)
+    group = torch.randint(0, 9, (200,), generator=g)  # group 8 takes no part
+    score = torch.randint(0, 20, (200,), generator=g).float()
+    table = best_entries(group, score, 8, 5)
+    for n in range(8):
+        own = [e for e in range(200) if group[e] == n]
+        expected = sorted(own, key=lambda e: (-float(score[e]), e))[:5]
+        assert table[n].tolist() == expected + [-1] * (5 - len(expected))
+    assert best_entries(group[:0], score[:0], 8, 5).tolist() == [[-1] * 5] * 8
+    assert best_entries(group, score, 8, 0).shape == (8, 0)
+
+
+def some_samples(sequence: list[int], position: list[int], score: list[float]) -> Samples:
+    n = len(score)
+    whole = torch.arange(n)[None]
+    return Samples(
+        torch.tensor([score]),
+        torch.tensor([score]),
+        whole,
+        torch.tensor([position]),
+        torch.tensor([sequence]),
+        whole,
+        torch.zeros(1, n, 2, dtype=torch.int32),
+    )
+
+
+def test_a_dropped_sample_does_not_drop_others() -> None:
+    # 10 is best; 13 overlaps it and goes; 16 overlaps only 13, so it stays. Unknown sequences never overlap.
+    chain = some_samples([1, 1, 1, 2, -1, -1], [10, 13, 16, 10, 10, 10], [9, 8, 7, 6, 5, 4])
+    assert without_overlap(chain, 5).tolist() == [[True, False, True, True, True, True]]
+    both = merged(chain, some_samples([1], [11], [10.0]), 3, 5)
+    assert both.score.tolist() == [[10, 7, 6]]

@@ -34,8 +34,9 @@ class ActivationSampleCollector:
             their own, cut on saving to at most `max_sink_fraction` of a latent's stratified samples.
 
     Samples whose contexts overlap a better one of the same store (same sequence, fewer than context_tokens
-    positions apart) are dropped. Activations below `min_activation` are not sampled. Random keys come from
-    (seed, step, entry): resuming changes nothing.
+    positions apart) are dropped; a batch offers each store its best k, before overlaps within the batch are
+    dropped (rare in batches shuffled over sequences). Activations below `min_activation` are not sampled.
+    Random keys come from (seed, step, entry): resuming changes nothing.
 
     Args:
         section: sizes.
