@@ -1,0 +1,47 @@
+"""Tests marked `interpreted` launch Triton kernels: on a GPU where there is one, else in Triton's interpreter, which must be
+asked for before triton is first imported. So in an ordinary run without a GPU they are left out here and each such file
+runs itself again in a process of its own (`interpreted_again`)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "interpreted: launches Triton kernels (a GPU, or TRITON_INTERPRET=1)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if INTERPRETED or torch.cuda.is_available():
+        return
+    left_out = [item for item in items if item.get_closest_marker("interpreted")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if not item.get_closest_marker("interpreted")]
+
+
+@pytest.fixture
+def triton_device() -> torch.device:
+    """Where Triton kernels run here."""
+    return torch.device("cpu" if INTERPRETED else "cuda")
+
+
+@pytest.fixture
+def interpreted_again() -> Callable[[str], None]:
+    """interpreted_again(file): every `interpreted` test of the file, in Triton's interpreter."""
+
+    def run(file: str) -> None:
+        words = ["-m", "pytest", "-q", "-x", "-m", "interpreted", "-p", "no:cacheprovider", "-p", "no:xdist", file]
+        environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        environment.pop("PYTEST_ADDOPTS", None)
+        done = subprocess.run([sys.executable, *words], capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+    return run
