@@ -24,8 +24,9 @@ CHOICES = {
     # 8 gathered rows a turn are 8 independent 1 KiB reads in flight a program. A tile of 256 columns keeps one column slab of
     # an 18432-row fp32 dictionary at 18.9 MB: inside the 50 MB second-level cache of an H100, so that the whole dictionary is
     # read from memory once however often its rows are gathered (programs that share a slab run together: the slab is the
-    # slow grid axis). 2304 = 9 x 256: no lane idles. One warp: sums over columns stay inside the warp (no shared memory, no
-    # barrier), 2048 fp32 values are 64 registers a lane for the tile and 64 for the sums.
+    # slow grid axis). 2304 = 9 x 256: no lane idles. One warp: sums over columns stay inside the warp (no barrier), sums over
+    # rows inside a lane; 2048 fp32 values are 64 registers a lane, so a sum takes 80 registers on sm_90 and the walk down 128:
+    # 16 programs and more a multiprocessor, 128 KiB in flight.
     4: Gather(columns=256, rows=8, warps=1),
     # 16-bit rows: the same columns, so the slab halves (9.4 MB) and each lane still reads 16 bytes at a time.
     2: Gather(columns=256, rows=8, warps=1),

@@ -61,15 +61,15 @@ def gather_sum(
     ACC: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """[TILE]: sum over start <= j < end of weights[j] * table[ids[j], column]."""
-    total = tl.zeros((ROWS, TILE), ACC)
+    total = tl.zeros((TILE,), ACC)
     lane = tl.arange(0, ROWS)
     for j in range(start, end, ROWS):
         live = j + lane < end
         weight = tl.load(weights + j + lane, mask=live, other=0).to(ACC)
-        total += weight[:, None] * gathered_rows(
-            table, ids, j, lane, live, column, inside, table_row, table_column, ACC
-        )
-    return tl.sum(total, axis=0)
+        block = gathered_rows(table, ids, j, lane, live, column, inside, table_row, table_column, ACC)
+        # A lane holds whole columns of the block: this sum stays in its registers.
+        total += tl.sum(weight[:, None] * block, axis=0)
+    return total
 
 
 @triton.jit
