@@ -71,7 +71,9 @@ class ActivationsSection:
     refill_fraction: float = 0.5
     """The buffer is refilled when this share of it has been consumed; the rest stays and mixes with the new."""
     prefetch: int = 2
-    """Forward passes of the language model that may run ahead of training; 0 runs them inline."""
+    """Forward passes of the language model that may run ahead of training; 0 runs them inline. More than that run ahead
+    until the rows of the shuffle buffer's next refill are made, so that a refill finds them waiting: the device holds
+    at most that many rows (refill_fraction * buffer_tokens, in whole batches) and one pass beside the buffer."""
     mask_bos: bool = True
     """Drop special tokens (BOS, EOS, PAD and the tokenizer's others) wherever they stand."""
     mask_norm_multiple: float | None = 10.0

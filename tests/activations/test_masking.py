@@ -89,7 +89,7 @@ def test_sinks_are_dropped_and_counted() -> None:
     found = random_pass()
     found.source[5] = 1000.0
     maker = RowMaker(masker(), 0, None)
-    rows, sinks = maker.make(found)
+    rows, sinks, _ = maker.make(found)
     expected = [i for i in range(32) if i % 8 and i != 5]
     assert torch.equal(rows.source, found.source[expected])
     assert torch.equal(rows.target, found.target[expected])
@@ -106,7 +106,7 @@ def test_sinks_are_dropped_and_counted() -> None:
 def test_padding_is_neither_row_nor_sink() -> None:
     found = random_pass()
     found.valid[20:] = False
-    rows, sinks = RowMaker(masker(), 4, None).make(found)
+    rows, sinks, _ = RowMaker(masker(), 4, None).make(found)
     assert len(rows) + len(sinks) == 20
     assert rows.contexts is not None
     last = rows.contexts[-1]  # token 19: what follows it is padding

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from transcoder.activations.bridge import HookedModel
-from transcoder.activations.documents import DataError, Document
-from transcoder.activations.packing import Packer
+from transcoder.activations.documents import RECORD_BLOCK_LENGTH, DataError, Document
+from transcoder.activations.packing import Packer, sequence_ids
 from transcoder.activations.text_files import FilesSource
 from transcoder.activations.vocabulary import Vocabulary
 
@@ -54,10 +54,59 @@ def test_sequences_are_bos_and_the_text_in_order(
         assert packed.first_sequence == first
         first += 4
         found += packed.tokens[:, 1:].reshape(-1).tolist()
-    # The second epoch begins right behind the first: nothing is dropped and nothing is padded.
-    twice = expected + expected
+    # The epoch's last sequence is filled up from its beginning, where the second epoch starts once more.
+    twice = expected + expected[: -len(expected) % 15] + expected
+    assert len(expected) % 15
     assert found == twice[: len(found)]
     assert packer.counts()["documents"] >= len(documents)
+
+
+def test_every_epoch_has_the_same_sequences_and_ids(
+    make_packer: Callable[..., Packer], documents: list[str], vocabulary: Vocabulary
+) -> None:
+    a_epoch = -(-len(reference(documents, vocabulary)) // 15)
+    packed = make_packer().pack(3 * a_epoch)
+    assert packed is not None
+    tokens, ids = (np.split(value, 3) for value in (packed.tokens, packed.ids))
+    for epoch in (1, 2):
+        assert np.array_equal(tokens[epoch], tokens[0])
+        assert np.array_equal(ids[epoch], ids[0])
+    assert packed.ids.dtype == np.int64
+    assert (packed.ids >= 0).all()
+    assert len(set(ids[0].tolist())) == len(np.unique(tokens[0], axis=0))
+
+
+def test_data_shorter_than_a_sequence_go_round_in_it(tmp_path: Path, vocabulary: Vocabulary) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"ids": [5, 6, 1]}\n')
+    packer = Packer(FilesSource(path, "text", "ids"), vocabulary, 9, True, lambda _: True)
+    packed = packer.pack(2)
+    assert packed is not None
+    assert packed.tokens.tolist() == [[BOS, 5, 6, 1, 5, 6, 1, 5, 6]] * 2
+    assert packed.ids[0] == packed.ids[1]
+
+
+def test_ids_follow_from_the_tokens_alone() -> None:
+    tokens = np.array([[1, 2, 3], [1, 2, 4], [1, 2, 3]])
+    ids = sequence_ids(tokens)
+    assert ids.dtype == np.int64
+    assert ids[0] == ids[2] != ids[1]
+    # The same on every machine and in every version: caches and checkpoints keep them.
+    assert ids.tolist() == [6520558355739401531, 8265141577624745311, 6520558355739401531]
+
+
+def test_the_cursor_of_a_very_long_document_stays_within_its_bound(tmp_path: Path, vocabulary: Vocabulary) -> None:
+    path = tmp_path / "a.jsonl"
+    length = 5 * RECORD_BLOCK_LENGTH // 2
+    path.write_text(json.dumps({"ids": [5] * length}) + "\n")
+    packer = Packer(FilesSource(path, "text", "ids"), vocabulary, 16, False, lambda _: True)
+    for _ in range(length // (16 * 4096) + 3):
+        packed = packer.pack(4096)
+        assert packed is not None
+        state = packer.state_dict()
+        assert state["rest"].nbytes + state["head"].nbytes <= packer.state_bytes_at_most()
+    # One document, whatever the number of its blocks.
+    assert packer.counts()["documents"] == packer.epoch == 1
 
 
 def test_without_bos_the_whole_sequence_is_text(
@@ -87,8 +136,8 @@ def test_packing_goes_on_from_a_saved_cursor(make_packer: Callable[..., Packer],
     for _ in range(stop):
         packer.pack(4)
     state = packer.state_dict()
-    rest = state.pop("rest")
-    state = {**json.loads(json.dumps(state)), "rest": rest}
+    ids = {name: state.pop(name) for name in ("rest", "head")}
+    state = {**json.loads(json.dumps(state)), **ids}
     again = make_packer()
     again.load_state_dict(state)
     for _ in range(40):
@@ -96,6 +145,7 @@ def test_packing_goes_on_from_a_saved_cursor(make_packer: Callable[..., Packer],
         assert expected is not None
         assert found is not None
         assert np.array_equal(expected.tokens, found.tokens)
+        assert np.array_equal(expected.ids, found.ids)
         assert expected.first_sequence == found.first_sequence
         assert packer.counts() == again.counts()
 

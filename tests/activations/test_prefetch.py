@@ -45,10 +45,33 @@ def test_it_runs_ahead_by_its_depth_and_no_further() -> None:
     ahead = Prefetcher(produce, 3)
     assert made == []  # nothing before it is asked for
     ahead.next()
-    # 1 taken, 3 waiting, 1 in the producer's hand.
-    assert wait_until(lambda: len(made) == 5)
+    # 1 taken, 3 waiting.
+    assert wait_until(lambda: len(made) == 4)
     time.sleep(0.05)
-    assert len(made) == 5
+    assert len(made) == 4
+    ahead.close()
+
+
+def test_it_runs_ahead_until_enough_waits_and_by_no_more_than_one_result() -> None:
+    produce, made = counter()
+    ahead = Prefetcher(produce, 2, enough=50, weigh=lambda _: 8)
+    ahead.next()
+    # 1 taken; 7 of 8 waiting weigh 56.
+    assert wait_until(lambda: len(made) == 8)
+    time.sleep(0.05)
+    assert len(made) == 8
+    assert [ahead.next() for _ in range(3)] == [1, 2, 3]
+    assert wait_until(lambda: len(made) == 11)
+    ahead.close()
+
+
+def test_at_least_its_depth_runs_ahead_whatever_it_weighs() -> None:
+    produce, made = counter()
+    ahead = Prefetcher(produce, 3, enough=1, weigh=lambda _: 8)
+    ahead.next()
+    assert wait_until(lambda: len(made) == 4)
+    time.sleep(0.05)
+    assert len(made) == 4
     ahead.close()
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from transcoder.activations.documents import RECORD_BLOCK_CHARACTERS, DataError, Reader, Source, is_heldout
+from transcoder.activations.documents import RECORD_BLOCK_LENGTH, DataError, Reader, Source, is_heldout
 from transcoder.activations.text import StdlibSource, build_sources
 from transcoder.activations.text_files import FILE_BLOCK_CHARACTERS, FilesSource
 from transcoder.activations.text_hub import HubSource
@@ -98,7 +98,7 @@ def test_skipped_count_survives_a_resume(tmp_path: Path) -> None:
 
 def test_a_huge_record_comes_in_blocks_that_join_to_it(tmp_path: Path) -> None:
     text = "".join(f"line {i} of a very long document\n" for i in range(20000))
-    assert len(text) > 2 * RECORD_BLOCK_CHARACTERS
+    assert len(text) > 2 * RECORD_BLOCK_LENGTH
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"text": text}) + '\n{"text": "next"}\n')
     source = FilesSource(path, "text", None)

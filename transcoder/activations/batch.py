@@ -16,7 +16,10 @@ class ActivationBatch:
         target: [B, d_out] activations that it predicts.
         tokens: [B] int64 token ids.
         positions: [B] int64 positions in the packed sequence, 0 is its first token.
-        sequences: [B] int64 ids of the packed sequences (two tokens of one sequence share it); None if unknown.
+        sequences: [B] int64 ids of the packed sequences (two tokens of one sequence share it); None if unknown. An id
+            follows from the sequence's token ids alone (63 bits of a hash): the same text read again in a later
+            epoch has the same id, so distinct ids count distinct sequences. Cached shards may bring ids of their own,
+            which stay the same in every epoch too. Not consecutive: no index into anything.
         weights: [B] fp32 importance weights of mean about 1; None weighs every token 1.
         contexts: [B, C] int32 token ids around each token, -1 where there is none; None if unknown.
         context_anchor: the column of `contexts` that holds the token itself.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import os
 import re
 import threading
@@ -91,6 +92,7 @@ class HookedModel:
     Attributes:
         d_in, d_out: widths at the two hooks (a hook with heads is flattened).
         vocabulary: the tokenizer beside the model's vocabulary size.
+        token_bytes: bytes of a token's activations at both hooks.
 
     Raises:
         ModelError: an unknown hook (with the nearest names), one that never fires, or a source after its
@@ -122,6 +124,18 @@ class HookedModel:
         self._attach()
         source, target = self.forward(torch.zeros(2, 13, dtype=torch.int64, device=device))
         self.d_in, self.d_out = source.shape[-1], target.shape[-1]
+        self.token_bytes = sum(t.shape[-1] * t.element_size() for t in (source, target))
+
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that depend on the weights' shapes and on up to 64 values spread over each: the
+        same wherever the model lies and whatever it is called. Reads the device."""
+        digests = []
+        for weight in self._bridge.parameters():
+            flat = weight.detach().reshape(-1)
+            some = flat[:: max(1, flat.numel() // 64)][:64].float().cpu().numpy()
+            digests.append(hashlib.blake2b(repr(tuple(weight.shape)).encode() + some.tobytes()).digest())
+        # Sorted: the order and the names of the modules are the library's, and may change with its version.
+        return hashlib.blake2b(b"".join(sorted(digests)), digest_size=8).hexdigest()
 
     def _attach(self) -> None:
         names = self._bridge.hook_dict

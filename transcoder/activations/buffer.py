@@ -46,6 +46,16 @@ def concatenate(batches: Sequence[ActivationBatch]) -> ActivationBatch:
     return batch_of({name: torch.cat([p[name] for p in parts]) for name in parts[0]}, batches[0].context_anchor)
 
 
+def to_device(host: Tensor, device: torch.device) -> Tensor:
+    """A host tensor on `device`, without waiting for what the device is doing.
+
+    A copy from pageable memory makes the host wait until the device reaches it; from pinned memory it is queued.
+    """
+    if device.type == "cuda":
+        host = host.pin_memory()
+    return host.to(device, non_blocking=True)
+
+
 def permutation(length: int, *key: int | str) -> Tensor:
     """[length] int64 on the CPU: a random permutation that depends on the key alone, on any machine."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
@@ -72,6 +82,12 @@ class ShuffleBuffer:
         self._refills = 0
 
     @property
+    def refill_rows(self) -> int:
+        """The most rows that a refill takes, the first one aside, which takes `capacity`."""
+        whole = -(-self._refill_at // self._batch_size) * self._batch_size
+        return min(whole, self._capacity)
+
+    @property
     def room(self) -> int:
         """Rows drawn so far, so free slots; all of them at the start."""
         return self._drawn
@@ -93,7 +109,8 @@ class ShuffleBuffer:
             for name, value in columns_of(piece).items():
                 self._columns[name][slots] = value
             begin += len(piece)
-        shuffle = permutation(self._capacity, "refill", self._seed, self._refills).to(free.device)
+        shuffle = permutation(self._capacity, "refill", self._seed, self._refills)
+        shuffle = to_device(shuffle, free.device)
         self._order = torch.cat([kept, free])[shuffle]
         self._drawn = 0
         self._refills += 1

@@ -13,8 +13,9 @@ from torch import Tensor
 from transcoder.activations.batch import ActivationBatch
 from transcoder.activations.documents import DataError, is_heldout
 from transcoder.activations.masking import SinkMasker
-from transcoder.activations.passes import Chunk, Pass, PositionChoice, RowMaker, counters_of
+from transcoder.activations.passes import Chunk, Pass, PositionChoice, RowMaker, counters_of, row_bytes
 from transcoder.activations.shards import (
+    DTYPES,
     INDEX_NAME,
     read_column,
     read_header,
@@ -71,10 +72,14 @@ class CachedSource:
         self._chunk = section.sequences_per_forward * self.sequence_length
         self._context_tokens = context_tokens
         self._rows = RowMaker(self._masker, context_tokens, sampler)
+        size = DTYPES[index["dtype"]].itemsize
+        self.row_bytes = row_bytes((self.d_in + self.d_out) * size, sampler is not None, context_tokens)
+        self.pass_rows = self._chunk
         self.identity: dict[str, Any] = {
             "kind": "cached",
             "d_in": self.d_in,
             "d_out": self.d_out,
+            "dtype": index["dtype"],
             "vocabulary": self.vocabulary.size,
             "tokens": int(index["tokens"]),
             "sequence_length": self.sequence_length,
@@ -92,13 +97,16 @@ class CachedSource:
         number = int(self._rows.totals["passes"])
         begin, end = self._row, min(self._row + self._chunk, len(shard.tokens))
         found = self._read(shard, begin, end)
-        rows, _ = self._rows.make(found, self._training(found), step=number)
+        made = self._rows.make(found, self._training(found), step=number)
         self._row = end
         if end == len(shard.tokens):
             self._shard_number, self._row = self._shard_number + 1, 0
         if self._shard_number == len(shards):
             self._shard_number, self._epoch = 0, self._epoch + 1
-        return Chunk(rows, self.cursor())
+        return Chunk(made.rows, made.sample, self.cursor())
+
+    def record(self, chunk: Chunk) -> None:
+        self._rows.record(chunk.sample)
 
     def heldout_passes(self) -> Iterator[tuple[ActivationBatch, ActivationBatch]]:
         """(rows, sinks) of the held-out sequences, pass by pass."""
@@ -107,7 +115,8 @@ class CachedSource:
             shard = self._load(number)
             for begin in range(0, len(shard.tokens), self._chunk):
                 found = self._read(shard, begin, min(begin + self._chunk, len(shard.tokens)))
-                yield maker.make(found, ~self._training(found))
+                made = maker.make(found, ~self._training(found))
+                yield made.rows, made.sinks
 
     def _training(self, found: Pass) -> Tensor:
         """[T] bool: the tokens of sequences that are not held out."""
@@ -174,6 +183,9 @@ class CachedSource:
             "epoch": self._epoch,
             "totals": dict(self._rows.totals),
         }
+
+    def cursor_bytes_at_most(self) -> int:
+        return 0
 
     def seek(self, cursor: dict[str, Any]) -> None:
         self._shard_number, self._row, self._epoch = (

@@ -12,8 +12,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-RECORD_BLOCK_CHARACTERS = 1 << 18
-"""A longer record is tokenised in blocks of this length: bounds memory and what a saved cursor must carry."""
+RECORD_BLOCK_LENGTH = 1 << 18
+"""A record of more characters, or token ids, is given in blocks of this length: bounds memory and what a saved cursor
+must carry."""
 
 
 class DataError(ValueError):
@@ -146,9 +147,11 @@ def _usable(content: str | list[int] | None) -> bool:
 
 def _blocks(content: str | list[int]) -> Iterator[tuple[str | list[int], bool]]:
     if not isinstance(content, str):
-        yield content, True
+        for begin in range(0, len(content), RECORD_BLOCK_LENGTH):
+            end = begin + RECORD_BLOCK_LENGTH
+            yield content[begin:end], end >= len(content)
         return
     rest = content
     while rest:
-        block, rest = cut(rest, RECORD_BLOCK_CHARACTERS)
+        block, rest = cut(rest, RECORD_BLOCK_LENGTH)
         yield block, not rest

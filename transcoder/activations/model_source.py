@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from transcoder.activations.bridge import HookedModel
 from transcoder.activations.documents import DataError, Document, Reader, Source, is_heldout
 from transcoder.activations.masking import SinkMasker
 from transcoder.activations.packing import Packed, Packer
-from transcoder.activations.passes import Chunk, Pass, PositionChoice, RowMaker, counters_of, grid
+from transcoder.activations.passes import Chunk, Pass, PositionChoice, RowMaker, counters_of, grid, row_bytes
 from transcoder.activations.text import build_sources
 from transcoder.config import RunConfig
 
@@ -54,6 +55,8 @@ class ModelSource:
             )
         self.identity: dict[str, Any] = {
             "kind": "model",
+            "model": {"name": Path(config.model.name).name, "weights": self._model.fingerprint()},
+            "dtype": config.model.dtype,
             "source_hook": section.source_hook,
             "target_hook": section.target_hook,
             "d_in": self.d_in,
@@ -66,6 +69,8 @@ class ModelSource:
         }
         self.holds_out = self._fraction > 0 or self._heldout_source is not self._training_source
         self._device, self._context_tokens = device, context_tokens
+        self.row_bytes = row_bytes(self._model.token_bytes, sampler is not None, context_tokens)
+        self.pass_rows = section.sequences_per_forward * section.sequence_length
         self._masker = SinkMasker(
             section, self.vocabulary.special_ids, self.vocabulary.size, self.vocabulary.pad_id, device
         )
@@ -83,8 +88,11 @@ class ModelSource:
 
     def produce(self) -> Chunk:
         """The next forward pass's rows."""
-        rows, _ = self._rows.make(self.next_pass(), step=int(self._rows.totals["passes"]))
-        return Chunk(rows, self.cursor())
+        made = self._rows.make(self.next_pass(), step=int(self._rows.totals["passes"]))
+        return Chunk(made.rows, made.sample, self.cursor())
+
+    def record(self, chunk: Chunk) -> None:
+        self._rows.record(chunk.sample)
 
     def next_pass(self) -> Pass:
         """The next forward pass, sinks and all."""
@@ -98,21 +106,22 @@ class ModelSource:
         maker = RowMaker(self._masker, self._context_tokens, None)
         number = 0
         while (packed := packer.pack(self._section.sequences_per_forward, repeat=False)) is not None:
-            yield maker.make(self._run(packed, f"held-out pass {number}"))
+            made = maker.make(self._run(packed, f"held-out pass {number}"))
+            yield made.rows, made.sinks
             number += 1
 
     def _run(self, packed: Packed, where: str) -> Pass:
         tokens = torch.from_numpy(packed.tokens).to(self._device)
         source, target = self._model.forward(tokens)
         sequences, length = packed.tokens.shape
-        positions, numbers = grid(sequences, length, packed.first_sequence, self._device)
+        positions, ids = grid(torch.from_numpy(packed.ids).to(self._device), length)
         valid = torch.from_numpy(packed.valid).to(self._device).view(-1)
         return Pass(
             source.flatten(0, 1),
             target.flatten(0, 1),
             tokens.view(-1),
             positions,
-            numbers,
+            ids,
             valid,
             (sequences, length),
             where,
@@ -120,6 +129,9 @@ class ModelSource:
 
     def cursor(self) -> dict[str, Any]:
         return {"packer": self._packer.state_dict(), "totals": dict(self._rows.totals)}
+
+    def cursor_bytes_at_most(self) -> int:
+        return self._packer.state_bytes_at_most()
 
     def seek(self, cursor: dict[str, Any]) -> None:
         self._packer = self._pack(self._training_source, self._trains)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +11,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from transcoder.activations.documents import DataError, Document, Reader, Source
+from transcoder.activations.documents import RECORD_BLOCK_LENGTH, DataError, Document, Reader, Source
 from transcoder.activations.vocabulary import Ids, Vocabulary
+
+_IDS_A_CHARACTER = 4
+"""A tokenizer that falls back to bytes makes at most this many ids of one character of UTF-8."""
 
 
 @dataclass(frozen=True)
@@ -21,12 +25,24 @@ class Packed:
     Fields:
         tokens: [S, L] int64.
         valid: [S, L] bool, False on padding (only the end of a finite set is ever padded).
-        first_sequence: the id of row 0; row s is sequence first_sequence + s.
+        ids: [S] int64, see `sequence_ids`.
+        first_sequence: the number of row 0 among all sequences packed so far.
     """
 
     tokens: npt.NDArray[np.int64]
     valid: npt.NDArray[np.bool_]
+    ids: npt.NDArray[np.int64]
     first_sequence: int
+
+
+def sequence_ids(tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """[S] int64 ids, at least 0, of sequences [S, L]: 63 bits of a hash (BLAKE2b) of each one's token ids.
+
+    The same text gets the same id in every epoch, run and machine; two different texts share one with a chance
+    of 2^-63 a pair.
+    """
+    digests = b"".join(hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in tokens.astype("<i8"))
+    return (np.frombuffer(digests, dtype="<u8") >> np.uint64(1)).astype(np.int64)
 
 
 class Packer:
@@ -35,7 +51,8 @@ class Packer:
     A document ends in the tokenizer's EOS (its BOS where it has no EOS), so that neighbours in one sequence
     are told apart; a sequence that goes on in the middle of a document begins with BOS as well. Attention
     crosses document borders inside a sequence and positions count from the sequence's start: what language
-    models are pre-trained on. Nothing is dropped: what an epoch's end leaves over goes in front of the next.
+    models are pre-trained on. Nothing is dropped: an epoch's last sequence is filled up with the epoch's first
+    tokens, so that every epoch is cut into the same sequences, with the same ids.
 
     Args:
         source: the documents.
@@ -59,7 +76,10 @@ class Packer:
         self._bos = vocabulary.bos_id if prepend_bos else None
         self._separator = vocabulary.eos_id if vocabulary.eos_id is not None else vocabulary.bos_id
         self._reader: Reader | None = None
+        self._body = length - prepend_bos
         self._rest: Ids = np.empty(0, np.int32)
+        self._head: Ids = np.empty(0, np.int32)
+        """The epoch's first tokens, as many as a sequence takes."""
         self._epoch = self._sequences = self._documents = self._skipped_before = 0
         self._epoch_tokens = 0
 
@@ -72,7 +92,7 @@ class Packer:
         Raises:
             DataError: a whole epoch without a usable document.
         """
-        body = self._length - (self._bos is not None)
+        body = self._body
         wanted = sequences * body
         parts, have = [self._rest], len(self._rest)
         while have < wanted:
@@ -96,7 +116,7 @@ class Packer:
         if self._bos is not None:
             tokens = np.concatenate([np.full((rows, 1), self._bos, np.int64), tokens], 1)
             valid = np.concatenate([np.ones((rows, 1), np.bool_), valid], 1)
-        packed = Packed(tokens, valid, self._sequences)
+        packed = Packed(tokens, valid, sequence_ids(tokens), self._sequences)
         self._sequences += rows
         return packed
 
@@ -115,6 +135,8 @@ class Packer:
                         ids = np.append(ids, np.int32(self._separator))
                 if len(ids):
                     self._epoch_tokens += len(ids)
+                    if len(self._head) < self._body:
+                        self._head = np.concatenate([self._head, ids[: self._body - len(self._head)]])
                     return ids
             if not repeat:
                 return None
@@ -125,9 +147,14 @@ class Packer:
                     "documents do not train): check dataset, text_column and heldout_fraction"
                 )
             self._skipped_before += self._reader.skipped
+            # np.resize repeats: data shorter than one sequence go round in it.
+            filling = np.resize(self._head, -self._epoch_tokens % self._body)
             self._epoch += 1
             self._epoch_tokens = 0
+            self._head = np.empty(0, np.int32)
             self._reader = None
+            if len(filling):
+                return filling
 
     @property
     def epoch(self) -> int:
@@ -149,14 +176,21 @@ class Packer:
         return {
             "reader": None if self._reader is None else self._reader.state(),
             "rest": torch.from_numpy(self._rest.copy()),
+            "head": torch.from_numpy(self._head.copy()),
             "epoch_tokens": self._epoch_tokens,
             "skipped_before": self._skipped_before,
             **self.counts(),
         }
 
+    def state_bytes_at_most(self) -> int:
+        """Bytes that the tensors of `state_dict` can take: what one document, or one block of a long one, leaves
+        over, and an epoch's head. Text is taken to give at most 4 ids a character (bytes of UTF-8)."""
+        block = RECORD_BLOCK_LENGTH * _IDS_A_CHARACTER + 1
+        return (block + self._body) * np.dtype(np.int32).itemsize
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._reader = None if state["reader"] is None else Reader(self._source, state["reader"])
-        self._rest = state["rest"].cpu().numpy().astype(np.int32, copy=True)
+        self._rest, self._head = (state[n].cpu().numpy().astype(np.int32, copy=True) for n in ("rest", "head"))
         self._documents, self._sequences = int(state["documents"]), int(state["sequences"])
         self._epoch, self._epoch_tokens = int(state["epochs"]), int(state["epoch_tokens"])
         self._skipped_before = int(state["skipped_before"])

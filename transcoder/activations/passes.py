@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -26,7 +26,13 @@ class PositionSample(Protocol):
 
 
 class PositionChoice(Protocol):
-    """Chooses the positions of a pass that train; free of state, so that resuming is exact."""
+    """Chooses the positions of a pass that train; free of state, so that resuming is exact.
+
+    One that counts what it did has a second method, `record(sample: PositionSample) -> None`, and takes
+    `record=False` in `sample_positions`: the stream then draws without counting, and hands each sample to
+    `record` when its pass is taken for training. A pass that was made ahead and dropped at a stop is made
+    again after a resume, and is so counted once.
+    """
 
     def sample_positions(self, batch_tokens: Tensor, step: int = 0) -> PositionSample: ...
 
@@ -54,18 +60,35 @@ class Pass:
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """The rows that one pass gives to training, and the cursor from which the next pass follows."""
+    """The rows that one pass gives to training, the positions sampled for it, and the cursor from which the next
+    pass follows."""
 
     rows: ActivationBatch
+    sample: PositionSample | None
     cursor: dict[str, Any]
+
+
+class Made(NamedTuple):
+    """What a `RowMaker` makes of a pass: rows for training, sink rows, and the positions sampled."""
+
+    rows: ActivationBatch
+    sinks: ActivationBatch
+    sample: PositionSample | None
 
 
 class ActivationSource(Protocol):
     """What a stream draws from: a language model over text, or cached shards.
 
-    `produce` gives the next pass's rows; `cursor` and `seek` save and restore the place; `heldout_passes`
+    `produce` gives the next pass's rows; `record` is told of each one that is taken for training; `cursor` and
+    `seek` save and restore the place, in tensors of at most `cursor_bytes_at_most`; `heldout_passes`
     yields (rows, sinks) over the held-out data from its start, whatever the cursor; `holds_out` says if there
     are such data.
+
+    Attributes:
+        identity: JSON values that a saved cursor and this source must share. A value that is a dict with
+            "weights" is compared by those alone; the rest of it is for the message.
+        row_bytes: bytes of one row's tensors.
+        pass_rows: the most rows that a pass gives.
     """
 
     d_in: int
@@ -74,11 +97,15 @@ class ActivationSource(Protocol):
     sequence_length: int
     identity: dict[str, Any]
     holds_out: bool
+    row_bytes: int
+    pass_rows: int
 
     def produce(self) -> Chunk: ...
     def cursor(self) -> dict[str, Any]: ...
     def seek(self, cursor: dict[str, Any]) -> None: ...
     def counters(self, cursor: dict[str, Any]) -> dict[str, float]: ...
+    def record(self, chunk: Chunk) -> None: ...
+    def cursor_bytes_at_most(self) -> int: ...
     def heldout_passes(self) -> Iterator[tuple[ActivationBatch, ActivationBatch]]: ...
 
 
@@ -93,6 +120,9 @@ class RowMaker:
 
     def __init__(self, masker: SinkMasker, context_tokens: int, sampler: PositionChoice | None) -> None:
         self._masker, self._width, self._sampler = masker, context_tokens, sampler
+        self._record: Callable[[PositionSample], None] | None = getattr(sampler, "record", None)
+        # A sampler without `record` may not know the argument either.
+        self._draw_only: dict[str, Any] = {} if self._record is None else {"record": False}
         self.totals: dict[str, float] = dict.fromkeys(
             (
                 "passes",
@@ -107,11 +137,8 @@ class RowMaker:
         )
         self.totals["sink_ratio_max"] = 0.0
 
-    def make(
-        self, found: Pass, allowed: Tensor | None = None, step: int = 0
-    ) -> tuple[ActivationBatch, ActivationBatch]:
-        """(rows for training, sink rows) of a pass. `allowed` [T] bool leaves tokens out of both. Reads the
-        device.
+    def make(self, found: Pass, allowed: Tensor | None = None, step: int = 0) -> Made:
+        """The rows and the sinks of a pass. `allowed` [T] bool leaves tokens out of both. Reads the device.
 
         Raises:
             DataError: a NaN or an infinity among the activations.
@@ -121,10 +148,11 @@ class RowMaker:
         sink = sinks.any & usable
         keep = usable & ~sink
         kept_before = keep
-        weights = None
+        sample = weights = None
         if self._sampler is not None:
-            weights, chosen = self._sample(found, step)
-            keep = keep & chosen
+            sample = self._sample(self._sampler, found, step)
+            weights = sample.weights.reshape(-1).float()
+            keep = keep & sample.keep.reshape(-1)
         finite = torch.isfinite(found.source).all() & torch.isfinite(found.target).all()
         ratios = torch.where(sink & sinks.norm_ratio.isfinite(), sinks.norm_ratio, 0.0)
         # One read a pass; the producer's thread waits for it, the trainer does not.
@@ -144,17 +172,20 @@ class RowMaker:
                 "(Gemma-2 is one): set model.dtype to bfloat16 or float32"
             )
         self._count(by_id, by_norm, by_position, tokens, left, total, largest)
-        return self._rows(found, keep, weights), self._rows(found, sink, None)
+        return Made(self._rows(found, keep, weights), self._rows(found, sink, None), sample)
 
-    def _sample(self, found: Pass, step: int) -> tuple[Tensor, Tensor]:
-        assert self._sampler is not None
+    def record(self, sample: PositionSample | None) -> None:
+        """Let the sampler count a sample that `make` gave, if it counts."""
+        if sample is not None and self._record is not None:
+            self._record(sample)
+
+    def _sample(self, sampler: PositionChoice, found: Pass, step: int) -> PositionSample:
         if found.shape is None:
             raise DataError(
                 f"{found.where}: positions can only be sampled from whole sequences; set antidup.positions.enabled to "
                 "false, or cache whole sequences in order"
             )
-        sample = self._sampler.sample_positions(found.tokens.view(found.shape), step=step)
-        return sample.weights.reshape(-1).float(), sample.keep.reshape(-1)
+        return sampler.sample_positions(found.tokens.view(found.shape), step=step, **self._draw_only)
 
     def _rows(self, found: Pass, keep: Tensor, weights: Tensor | None) -> ActivationBatch:
         index = keep.nonzero().squeeze(1)
@@ -215,8 +246,13 @@ def counters_of(totals: dict[str, float], counts: dict[str, int]) -> dict[str, f
     }
 
 
-def grid(sequences: int, length: int, first: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(positions, sequence ids), each [sequences * length] int64, of whole sequences from number `first`."""
-    positions = torch.arange(length, device=device).repeat(sequences)
-    numbers = torch.arange(first, first + sequences, device=device).repeat_interleave(length)
-    return positions, numbers
+def grid(ids: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """(positions, sequence ids), each [S * length] int64, of whole sequences with these ids [S]."""
+    positions = torch.arange(length, device=ids.device).repeat(len(ids))
+    return positions, ids[:, None].expand(-1, length).reshape(-1)
+
+
+def row_bytes(activations: int, weighted: bool, context_tokens: int) -> int:
+    """Bytes of a row: those of its activations, its token id, position and sequence, an importance weight if it
+    has one, and its context window."""
+    return activations + 3 * torch.int64.itemsize + torch.float32.itemsize * weighted + 4 * context_tokens

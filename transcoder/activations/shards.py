@@ -16,8 +16,8 @@ from torch import Tensor
 from transcoder.activations.documents import DataError
 
 INDEX_NAME = "index.json"
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def write_shard(
@@ -193,7 +193,7 @@ def read_header(path: Path) -> Header:
     if vectors or matrices:
         raise DataError(f"{path}: expected source [T, d_in], target [T, d_out] and [T] for the rest, got {shapes}")
     whole = [n for n in ("tokens", "positions", "sequences") if n in dtypes and dtypes[n] not in ("I64", "I32")]
-    if whole or dtypes["source"] != dtypes["target"] or dtypes["source"] not in _DTYPES:
+    if whole or dtypes["source"] != dtypes["target"] or dtypes["source"] not in DTYPES:
         raise DataError(
             f"{path}: expected source and target of one type (F32, BF16 or F16) and I64 for the rest, got {dtypes}"
         )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections import deque
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from transcoder.activations.batch import ActivationBatch
 from transcoder.activations.buffer import (
@@ -15,11 +18,15 @@ from transcoder.activations.buffer import (
     concatenate,
     permutation,
     take_rows,
+    to_device,
 )
 from transcoder.activations.documents import DataError
-from transcoder.activations.passes import ActivationSource, PositionChoice
+from transcoder.activations.passes import ActivationSource, Chunk, PositionChoice
 from transcoder.activations.prefetch import Prefetcher
 from transcoder.config import RunConfig
+
+_JSON_BYTES = 1 << 16
+"""Room for a state's identity, counters and place in the data."""
 
 
 class ActivationStream:
@@ -50,17 +57,38 @@ class ActivationStream:
         self.vocab_size = source.vocabulary.size
         self._buffer = self._new_buffer()
         self._pending: list[ActivationBatch] = []
+        """Rows taken from passes that found no room in the buffer, fewer than one pass gives."""
+        self._peeked: deque[ActivationBatch] = deque()
+        """Batches that were looked at and are due next."""
         self._cursor = source.cursor()
-        self._producer = Prefetcher(source.produce, self._prefetch)
+        self._producer = self._new_producer()
         self._heldout: dict[int, tuple[list[ActivationBatch], ActivationBatch | None]] = {}
 
     def _new_buffer(self) -> ShuffleBuffer:
         return ShuffleBuffer(self._capacity, self._batch_size, self._refill_fraction, self._seed)
 
+    def _new_producer(self) -> Prefetcher[Chunk]:
+        # What one refill takes is made while the rows before it are trained on: a refill then finds it waiting.
+        return Prefetcher(self._source.produce, self._prefetch, self._buffer.refill_rows, lambda c: len(c.rows))
+
     def __iter__(self) -> ActivationStream:
         return self
 
     def __next__(self) -> ActivationBatch:
+        return self._peeked.popleft() if self._peeked else self._draw()
+
+    def look_ahead(self, tokens: int) -> list[ActivationBatch]:
+        """The next batches, at least `tokens` tokens, without using them up: iterating gives the same objects
+        again, in the same order. Do not write into them.
+
+        They are drawn now and held until they are due, beside the buffer, and are part of `state_dict`.
+        """
+        count = -(-tokens // self._batch_size)
+        while len(self._peeked) < count:
+            self._peeked.append(self._draw())
+        return list(itertools.islice(self._peeked, max(0, count)))
+
+    def _draw(self) -> ActivationBatch:
         if self._buffer.needs_refill:
             self._refill()
         return self._buffer.draw()
@@ -74,6 +102,7 @@ class ActivationStream:
             # Rows and cursor move together: whatever interrupts this loop, the state saved describes what is
             # held.
             self._cursor = chunk.cursor
+            self._source.record(chunk)
             if len(chunk.rows):
                 self._pending.append(chunk.rows)
                 have += len(chunk.rows)
@@ -143,61 +172,77 @@ class ActivationStream:
         every, masked = concatenate(rows), concatenate(sinks)
         size = min(self._batch_size, have)
         count = min(wanted, have) // size
-        order = permutation(have, "heldout", self._seed).to(every.source.device)
+        order = to_device(permutation(have, "heldout", self._seed), every.source.device)
         return [take_rows(every, order[i * size : (i + 1) * size]) for i in range(count)], masked if len(
             masked
         ) else None
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the rest of the stream depends on: the cursor behind the last consumed pass, the
-        rows that wait and the buffer. What a prefetch thread produced beyond is not in it and is produced
-        again after loading.
+        rows that wait, the buffer and the batches that were looked at. What a prefetch thread produced beyond
+        is not in it and is produced again after loading.
 
         Tensors stay on the device and are copies.
         """
-        pending = [{name: value.clone() for name, value in columns_of(rows).items()} for rows in self._pending]
         return {
             "identity": self._identity(),
             "cursor": self._cursor,
-            "pending": {str(i): columns for i, columns in enumerate(pending)},
+            "pending": _copies(self._pending),
+            "peeked": _copies(self._peeked),
             "buffer": self._buffer.state_dict(),
         }
+
+    def state_bytes_at_most(self) -> int:
+        """Upper bound of the bytes that `state_dict` will ever hold: a full buffer, a pass's rows that wait, the
+        documents' ids read ahead, and the batches that `look_ahead` holds back now (ask after looking ahead).
+
+        Text is taken to give at most 4 token ids a character.
+        """
+        rows = self._capacity + self._source.pass_rows + sum(map(len, self._peeked))
+        return rows * self._source.row_bytes + self._source.cursor_bytes_at_most() + _JSON_BYTES
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on exactly where `state_dict` was taken.
 
         Raises:
-            ValueError: the state belongs to other hooks, widths, sequences or buffer sizes; the message
+            ValueError: the state belongs to another language model (its weights count, not where it lies),
+                dtype, other hooks, widths, sequences or buffer sizes; the message
                 names the first.
         """
         mine = self._identity()
         for name, value in mine.items():
-            if state["identity"].get(name) != value:
+            saved = state["identity"].get(name)
+            if not _agrees(saved, value):
                 raise ValueError(
                     f"ActivationStream.load_state_dict: the saved data cursor has {name} = "
-                    f"{state['identity'].get(name)!r} and this run has {value!r}; resume with the settings that the "
+                    f"{saved!r} and this run has {value!r}; resume with the settings that the "
                     "run was started with"
                 )
         # The thread runs ahead with the old cursor: it must end before the source is moved.
         self._producer.close()
         self._source.seek(state["cursor"])
         self._cursor = state["cursor"]
-        self._producer = Prefetcher(self._source.produce, self._prefetch)
+        self._producer = self._new_producer()
         anchor = int(state["buffer"]["anchor"])
-        waiting = [state["pending"][key] for key in sorted(state["pending"], key=int)]
-        self._pending = [
-            batch_of({name: value.to(self._device) for name, value in columns.items()}, anchor) for columns in waiting
-        ]
+        self._pending = self._restored(state["pending"], anchor)
+        self._peeked = deque(self._restored(state["peeked"], anchor))
         self._buffer = self._new_buffer()
         self._buffer.load_state_dict(state["buffer"], self._device)
+
+    def _restored(self, saved: dict[str, dict[str, Tensor]], anchor: int) -> list[ActivationBatch]:
+        return [
+            batch_of({name: value.to(self._device) for name, value in saved[key].items()}, anchor)
+            for key in sorted(saved, key=int)
+        ]
 
     def _identity(self) -> dict[str, Any]:
         return {**self._source.identity, "buffer_tokens": self._capacity, "batch_size": self._batch_size}
 
     def counters(self) -> dict[str, float]:
-        """Numbers up to the last pass that the buffer took in: documents, skipped_documents, epochs,
-        sequences, passes, tokens_seen, masked_by_id, masked_by_norm, masked_by_position, left_by_sampler,
-        sink_norm_ratio (mean source norm of the masked tokens over the median norm) and sink_norm_ratio_max.
+        """Numbers up to the last pass that the buffer took in (for `look_ahead` too): documents,
+        skipped_documents, epochs, sequences, passes, tokens_seen, masked_by_id, masked_by_norm,
+        masked_by_position, left_by_sampler, sink_norm_ratio (mean source norm of the masked tokens over the
+        median norm) and sink_norm_ratio_max.
         """
         return self._source.counters(self._cursor)
 
@@ -214,6 +259,16 @@ class ActivationStream:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _copies(batches: Iterable[ActivationBatch]) -> dict[str, dict[str, Tensor]]:
+    return {str(i): {n: v.clone() for n, v in columns_of(batch).items()} for i, batch in enumerate(batches)}
+
+
+def _agrees(saved: Any, mine: Any) -> bool:
+    if isinstance(saved, dict) and isinstance(mine, dict):
+        return bool(saved["weights"] == mine["weights"])
+    return bool(saved == mine)
 
 
 def build_stream(
