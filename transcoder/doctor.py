@@ -93,8 +93,14 @@ def _devices() -> Iterator[Fact]:
 def _backends() -> Iterator[Fact]:
     import torch
 
+    from transcoder.kernels import extension
     from transcoder.kernels.backend import active_backend, requested_backend
 
+    reason = extension.available_reason()
+    if reason is None:
+        yield Fact("ok", f"C++ extension: loaded, for {torch.ops.transcoder_cpp.instruction_set()}")
+    else:
+        yield Fact("note", f"C++ extension: {reason}; the CPU runs on backend torch")
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         chosen = {family: active_backend(device, family) for family in ("encode", "decode", "correlation")}
         text = ", ".join(f"{family} {backend}" for family, backend in chosen.items())

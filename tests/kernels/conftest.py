@@ -7,10 +7,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+
+from transcoder.kernels import active_backend, backend, extension
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -45,3 +47,14 @@ def interpreted_again() -> Callable[[str], None]:
         assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
     return run
+
+
+@pytest.fixture(scope="module", params=["torch", "cpp"])
+def cpu_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The backend that `auto` chooses on the CPU. Without a compiler `cpp` is torch again: the fallback is then tested."""
+    order = ("torch",) if request.param == "torch" else ("cpp", "torch")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(backend.FASTEST_FIRST, "cpu", order)
+        expected = "cpp" if request.param == "cpp" and extension.usable() else "torch"
+        assert active_backend("cpu", "encode") == active_backend("cpu", "decode") == expected
+        yield expected

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from transcoder.kernels import active_backend, topk_encode, use_backend
+from transcoder.kernels import active_backend, extension, topk_encode, use_backend
 
 
 def run() -> None:
@@ -11,11 +11,14 @@ def run() -> None:
 
 
 def test_auto_serves_the_cpu() -> None:
-    assert active_backend("cpu") == "torch"
+    assert active_backend("cpu") == ("cpp" if extension.usable() else "torch")
     run()
 
 
-def test_explicit_choice_never_falls_back() -> None:
+def test_explicit_choice_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extension, "_reason", "no C++ compiler")
+    monkeypatch.setattr(extension, "_tried", True)
+    assert active_backend("cpu") == "torch"
     with use_backend("cpp"), pytest.raises(RuntimeError, match="'cpp' was asked for by name"):
         run()
     run()

@@ -12,6 +12,8 @@ from transcoder.kernels import SparseCodes, nested_loss, sparse_decode
 from transcoder.kernels.decode import torch_backend
 from transcoder.kernels.decode.reference import nested_loss_reference, sparse_decode_reference
 
+pytestmark = pytest.mark.usefixtures("cpu_backend")
+
 
 def inputs(
     rows: int, d_sae: int, d_out: int, seed: int = 0, dtype: torch.dtype = torch.float64, density: float = 0.3

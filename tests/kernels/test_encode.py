@@ -17,6 +17,8 @@ from transcoder.kernels.encode.reference import (
     topk_encode_reference,
 )
 
+pytestmark = pytest.mark.usefixtures("cpu_backend")
+
 OPS = {
     "topk": (topk_encode, topk_encode_reference),
     "batch_topk": (batch_topk_encode, batch_topk_encode_reference),

@@ -1,0 +1,26 @@
+// Fills the table of kernels.h for one instruction set: compiled several times, TRANSCODER_ISA names the copy.
+// No standard library templates in here: the linker would merge their copies across instruction sets.
+#include "kernels.h"
+
+#include "reduce.h"
+#include "select.h"
+
+#define TRANSCODER_JOIN_(a, b) a##b
+#define TRANSCODER_JOIN(a, b) TRANSCODER_JOIN_(a, b)
+
+namespace transcoder {
+namespace {
+
+template <typename T>
+constexpr Kernels<T> table = {
+    filter_top<T>, filter_above<T>, keep_top<T>, rows_sum<T>, rows_dot<T>, prefixes_up<T>, prefixes_down<T>,
+};
+
+}  // namespace
+
+void TRANSCODER_JOIN(fill_, TRANSCODER_ISA)(Kernels<float>* single, Kernels<double>* wide) {
+  *single = table<float>;
+  *wide = table<double>;
+}
+
+}  // namespace transcoder

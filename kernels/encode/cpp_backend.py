@@ -1,0 +1,48 @@
+"""Backend `cpp` of the encode ops: tiles of pre-activations through torch's BLAS, selection on the warm tile (csrc/)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from transcoder.kernels import segments_cpp as segments
+from transcoder.kernels.codes import SparseCodes
+from transcoder.kernels.encode.torch_backend import Selection
+from transcoder.kernels.extension import usable
+
+__all__ = ["gradients", "select_batch_topk", "select_threshold", "select_topk", "usable"]
+
+
+def select_topk(x: Tensor, W: Tensor, b: Tensor, k: int) -> Selection:
+    values, indices = torch.ops.transcoder_cpp.topk(*_wide(x, W, b), k)
+    return Selection(values.view(-1), indices.view(-1), torch.arange(0, x.shape[0] * k + 1, k))
+
+
+def select_batch_topk(x: Tensor, W: Tensor, b: Tensor, k: int) -> Selection:
+    return Selection(*torch.ops.transcoder_cpp.batch_topk(*_wide(x, W, b), k))
+
+
+def select_threshold(x: Tensor, W: Tensor, b: Tensor, threshold: Tensor) -> Selection:
+    limits = threshold.expand(W.shape[0]).contiguous()
+    return Selection(*torch.ops.transcoder_cpp.above(*_wide(x, W, b), limits))
+
+
+def gradients(
+    grad: Tensor, x: Tensor, W: Tensor | None, codes: SparseCodes, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of (x, W_enc, b_enc) from per-entry gradients [nnz], inactive entries already 0; None where not needed.
+
+    `W` may be None where x needs none.
+    """
+    grad_x = grad_W = grad_b = None
+    if needs[0] and W is not None:
+        grad_x = segments.weighted_row_sum(W, codes.indices, codes.row_ptr, grad)
+    if needs[1] or needs[2]:
+        grad_W, grad_b = segments.sums_by_latent(x, codes, grad, rows=needs[1], totals=needs[2])
+    return grad_x, grad_W, grad_b
+
+
+def _wide(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """16-bit inputs widened: their products are then exact, and sums are fp32."""
+    dtype = tensors[-1].dtype
+    return tuple(t.detach().to(dtype).contiguous() for t in tensors)

@@ -1,0 +1,204 @@
+"""The C++ extension behind backend `cpp`: compiled at first use, kept in the user's cache, loaded once a process.
+
+The cache entry's name holds everything that shapes the binary: sources, flags, compiler, torch, machine. Which instruction
+set runs is decided when it is loaded, so one entry serves every CPU of an architecture. Nothing is downloaded; the torch of
+this process is the one that is compiled against and linked.
+
+Environment: TRANSCODER_BUILD=0 leaves the extension alone; TRANSCODER_CACHE moves the cache; CXX names the compiler.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+LIBRARY = "transcoder_cpp.so"
+CHECKSUM = "sha256"
+FAILURE = "failed.txt"
+RETRY_AFTER = 24 * 3600.0
+"""Seconds for which a failed compilation is remembered: every process would wait for it again otherwise."""
+
+_COMMON = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
+_X86 = {
+    "base": [],
+    "avx2": ["-mavx2", "-mfma"],
+    "avx512": [*("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"), "-mprefer-vector-width=512"],
+}
+
+_lock = threading.Lock()
+_reason: str | None = "not tried yet"
+_tried = False
+
+
+def usable() -> bool:
+    """Whether the extension is loaded; the first call of a process compiles or loads it."""
+    return available_reason() is None
+
+
+def available_reason() -> str | None:
+    """None where the extension is loaded, else one line that says why it is not."""
+    global _reason, _tried
+    with _lock:
+        if not _tried:
+            _reason, _tried = _load(), True
+    return _reason
+
+
+def cache_folder() -> Path:
+    """Where compiled extensions are kept: $TRANSCODER_CACHE, else $XDG_CACHE_HOME/transcoder, else ~/.cache/transcoder."""
+    own = os.environ.get("TRANSCODER_CACHE")
+    if own:
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "transcoder"
+
+
+def source_folder() -> Path:
+    """csrc/ beside this package: inside it once installed, next to it in a checkout."""
+    here = Path(__file__).resolve().parent
+    return next((f for f in (here / "csrc", here.parent / "csrc") if (f / "ops.cpp").is_file()), here / "csrc")
+
+
+def compiler() -> list[str] | None:
+    """The C++ compiler as a command: $CXX (may carry arguments), else the first of c++, g++, clang++ on the path."""
+    named = shlex.split(os.environ.get("CXX", ""))
+    if named:
+        return named if shutil.which(named[0]) else None
+    return next(([found] for name in ("c++", "g++", "clang++") if (found := shutil.which(name))), None)
+
+
+def entry_name(command: list[str]) -> str:
+    """The cache entry for these sources, compiler, flags, torch and machine."""
+    version = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=60, check=True).stdout
+    digest = hashlib.sha256()
+    for part in (*command, version, torch.__version__, platform.machine(), repr(_units(Path("."), Path(".")))):
+        digest.update(part.encode() + b"\0")
+    for file in sorted(source_folder().iterdir()):
+        if file.suffix in (".cpp", ".h"):
+            digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
+    return digest.hexdigest()[:20]
+
+
+def _load() -> str | None:
+    if os.environ.get("TRANSCODER_BUILD") == "0":
+        return "switched off by TRANSCODER_BUILD=0"
+    if platform.system() != "Linux":
+        return f"built and tested on Linux only, this is {platform.system()}"
+    command = compiler()
+    if command is None:
+        return "no C++ compiler (install g++ or clang++, or set CXX)"
+    try:
+        folder = cache_folder() / "extension" / entry_name(command)
+        folder.mkdir(parents=True, exist_ok=True)
+        with _only_one(folder / "lock"):
+            return _build_and_load(command, folder)
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def _build_and_load(command: list[str], folder: Path) -> str | None:
+    library = folder / LIBRARY
+    if _is_whole(library):
+        try:
+            torch.ops.load_library(library)
+        except OSError:
+            # Whole by its checksum, yet this process cannot load it: made on another system that shares the folder.
+            library.unlink()
+        else:
+            return None
+    failure = folder / FAILURE
+    if failure.is_file() and time.time() - failure.stat().st_mtime < RETRY_AFTER:
+        return f"{failure.read_text().strip()} (delete {folder} to try again)"
+    print(f"transcoder: compiling the C++ backend into {folder} (once, about 20 s)", file=sys.stderr, flush=True)
+    wrong = _compile(command, library)
+    if wrong is None:
+        try:
+            torch.ops.load_library(library)
+        except OSError as error:
+            wrong = f"cannot be loaded: {str(error).splitlines()[0]}"
+    if wrong is None:
+        failure.unlink(missing_ok=True)
+    else:
+        failure.write_text(wrong)
+    return wrong
+
+
+def _is_whole(library: Path) -> bool:
+    """A torn file must not reach the loader: it would not raise but kill the process."""
+    try:
+        return hashlib.sha256(library.read_bytes()).hexdigest() == library.with_name(CHECKSUM).read_text()
+    except OSError:
+        return False
+
+
+def _units(sources: Path, objects: Path) -> list[tuple[list[str], Path]]:
+    """(arguments, object file) of every compilation."""
+    on_x86 = platform.machine() in ("x86_64", "AMD64")
+    # OpenMP by pragma alone, not linked: torch's own runtime answers, so there is one pool of threads and not two.
+    torch_flags = ["-O2", "-fopenmp", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
+    include = Path(torch.__file__).parent / "include"
+    torch_flags += ["-isystem", str(include), "-isystem", str(include / "torch/csrc/api/include")]
+    units = [
+        (
+            [*_COMMON, *torch_flags, *(["-DTRANSCODER_X86"] if on_x86 else []), str(sources / "ops.cpp")],
+            objects / "ops.o",
+        )
+    ]
+    for name, flags in (_X86 if on_x86 else {"base": []}).items():
+        arguments = [*_COMMON, "-O3", *flags, f"-DTRANSCODER_ISA={name}", str(sources / "kernels.cpp")]
+        units.append((arguments, objects / f"kernels_{name}.o"))
+    return units
+
+
+def _compile(command: list[str], library: Path) -> str | None:
+    """Compile and link into a temporary folder, then move into place. Returns what went wrong."""
+    with tempfile.TemporaryDirectory(prefix=".build-", dir=library.parent) as name:
+        build = Path(name)
+        units = _units(source_folder(), build)
+        running = [
+            subprocess.Popen([*command, *args, "-c", "-o", str(to)], stderr=subprocess.PIPE, text=True)
+            for args, to in units
+        ]
+        errors = [process.communicate()[1] for process in running]
+        (library.parent / "build.log").write_text("\n".join(errors))
+        for process, error in zip(running, errors, strict=True):
+            if process.returncode:
+                return f"{Path(command[0]).name} failed: {_first_error(error)}"
+        torch_lib = Path(torch.__file__).parent / "lib"
+        link = [*command, "-shared", *(str(to) for _, to in units), f"-L{torch_lib}", "-ltorch_cpu", "-lc10"]
+        linked = subprocess.run([*link, "-o", str(build / LIBRARY)], capture_output=True, text=True)
+        if linked.returncode:
+            return f"linking failed: {_first_error(linked.stderr)}"
+        checksum = hashlib.sha256((build / LIBRARY).read_bytes()).hexdigest()
+        # The checksum last: whoever reads it finds the library that it belongs to, or is told that it is not whole.
+        (build / LIBRARY).replace(library)
+        (build / CHECKSUM).write_text(checksum)
+        (build / CHECKSUM).replace(library.with_name(CHECKSUM))
+    return None
+
+
+def _first_error(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return next((line for line in lines if "error" in line), lines[0] if lines else "no message")[:300]
+
+
+@contextlib.contextmanager
+def _only_one(path: Path) -> Iterator[None]:
+    """One process at a time; the others wait and then find the entry made."""
+    import fcntl
+
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
