@@ -13,5 +13,4 @@ sources = "transcoder.kernels.csrc"
 setup(
     packages=[*find_packages(include=["transcoder", "transcoder.*"]), *kernel_packages, sources],
     package_dir={"transcoder": "transcoder", "transcoder.kernels": "kernels", sources: "csrc"},
-    package_data={sources: ["*.cpp", "*.h"]},
 )
