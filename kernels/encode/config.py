@@ -1,0 +1,117 @@
+"""Launch choices of the Triton encode kernels: frozen data, each with its reason.
+
+Registers, stack and shared memory are what ptxas reports for the compiled kernel (tests/kernels/test_compile_encode.py reads
+them again on every run); times are not given where none was measured.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ProductLaunch:
+    """Tile of the product x @ W_enc.T and how a program runs it."""
+
+    rows: int
+    latents: int
+    depth: int
+    warps: int
+    stages: int
+    reason: str
+    group: int = 8
+    """Row blocks that go through the tiles of W_enc together: 8 blocks of x stay in the outer cache."""
+
+
+FLOAT_REASON = "exact fp32 products run on the FMA units: 32 sums a thread; shared memory is no limit"
+PRODUCT: dict[str, dict[str, ProductLaunch]] = {
+    "sm_80": {
+        "half": ProductLaunch(128, 128, 64, 8, 3, "mma.sync; 162 registers, no stack, 64 KiB of sm_86's 99"),
+        "tf32": ProductLaunch(128, 128, 32, 8, 3, "mma.sync; 166 registers, no stack, 64 KiB"),
+        "float": ProductLaunch(64, 64, 32, 4, 3, FLOAT_REASON + "; 188 registers, 32 KiB"),
+    },
+    "sm_90": {
+        "half": ProductLaunch(
+            128, 128, 64, 8, 3,
+            "wgmma; 128 registers and 96 KiB, no stack: two programs a multiprocessor, so that one keeps its best while the "
+            "other multiplies. 128 x 256 takes 239 registers: one program, nothing hides behind its epilogue",
+        ),
+        "tf32": ProductLaunch(128, 128, 32, 8, 3, "wgmma; 128 registers and 96 KiB, no stack: two programs a multiprocessor"),
+        "float": ProductLaunch(64, 64, 32, 4, 3, FLOAT_REASON + "; 128 registers, 32 KiB: four programs a multiprocessor"),
+    },
+    "sm_100": {
+        "half": ProductLaunch(128, 128, 64, 8, 3, "tcgen05; 207 registers and 96 KiB, no stack; sums live in tensor memory"),
+        "tf32": ProductLaunch(128, 128, 32, 8, 3, "tcgen05; 207 registers and 96 KiB, no stack"),
+        "float": ProductLaunch(64, 64, 32, 4, 3, FLOAT_REASON + "; 152 registers, 32 KiB"),
+    },
+    "sm_120": {
+        "half": ProductLaunch(128, 128, 32, 8, 3, "mma.sync; 130 registers, no stack, 32 KiB of the 99 there are"),
+        "tf32": ProductLaunch(128, 128, 32, 8, 2, "mma.sync; 162 registers, no stack, 32 KiB"),
+        "float": ProductLaunch(64, 64, 32, 4, 3, FLOAT_REASON + "; 128 registers, 32 KiB"),
+    },
+    "gfx942": {
+        "half": ProductLaunch(128, 128, 64, 8, 2, "mfma; 134 vector registers, no spills, 32 of 64 KiB; 4 warps take 232"),
+        "tf32": ProductLaunch(64, 64, 32, 4, 2, "as float"),
+        "float": ProductLaunch(64, 64, 32, 4, 2, "mfma has exact fp32; 114 vector registers, no spills, 16 KiB"),
+    },
+    "interpreter": {
+        name: ProductLaunch(16, 16, 16, 1, 1, "the smallest tile: an interpreted program costs much the same at any size")
+        for name in ("half", "tf32", "float")
+    },
+}  # fmt: skip
+"""architecture -> input class (half: bfloat16 and float16; float: exact float32; tf32) -> launch."""
+KIN = {"sm_8": "sm_80", "sm_10": "sm_100", "sm_11": "sm_100", "sm_12": "sm_120", "gfx": "gfx942"}
+"""Architectures without figures of their own take those of the nearest kin; whatever else, those that ask for least."""
+
+
+def product_launch(architecture: str, inputs: str) -> ProductLaunch:
+    if architecture not in PRODUCT:
+        kin = [PRODUCT[name] for prefix, name in KIN.items() if architecture.startswith(prefix)]
+        return (kin[0] if kin else PRODUCT["sm_120"])[inputs]
+    return PRODUCT[architecture][inputs]
+
+
+SCRATCH_BYTES = 64 << 20
+"""What kept entries may take at a time in topk_encode: more rows go in rounds. Keeps extra memory under 100 MB."""
+KEPT_BYTES = 5
+"""A kept entry: an int32 key and a uint8 place."""
+MAX_SLOTS = 1 << 15
+"""Kept entries of a token that one program selects from in registers: 16 warps hold 64 each a thread."""
+MAX_POOL = 1 << 12
+"""Entries that a rescanned row may be merged from (k and one tile)."""
+RESCAN_SHARE = 1e-3
+"""Share of tokens that may be expected to fail the certificate. One more kept entry costs every tile a pass over its
+registers; a rescanned tile costs one program one more tile: at 4096 tokens these are 4 tiles of some 4600."""
+BATCH_SPREAD = 2
+"""BatchTopK lets a token have more than k entries: tiles keep what a token of twice k needs."""
+
+RADIX_BITS = 11
+RADIX_BINS = 1 << RADIX_BITS
+"""A digit of the radix selection: a 31-bit key in three digits; the counts of a digit are 8 KiB of shared memory."""
+RADIX_BLOCK = 2048
+RADIX_WARPS = 8
+"""Entries a program counts at a time, 8 a thread; the 2048 bins are then 8 a thread too."""
+
+
+def kept_entries(k: int, d_sae: int, latents: int, spread: int = 1) -> int:
+    """How many entries a tile keeps of a token: the fewest for which RESCAN_SHARE of the tokens at most are rescanned.
+
+    A winner falls into each of the T tiles alike, so a tile's winners are about Poisson(k / T) distributed.
+    """
+    tiles = -(-d_sae // latents)
+    most = min(latents, -(-d_sae // tiles), max(1, MAX_SLOTS // tiles))
+    mean = min(spread * k, d_sae) / tiles
+    reached = 1.0
+    term = math.exp(-mean)
+    for kept in range(1, most + 1):
+        reached -= term
+        term *= mean / kept
+        if reached * tiles <= RESCAN_SHARE:
+            return kept
+    return most
+
+
+def selection_warps(slots: int) -> int:
+    """Sixteen entries a thread: a key, a latent and a mask of each fit without spilling, and reductions stay short."""
+    return min(16, max(1, slots // 512))

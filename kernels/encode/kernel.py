@@ -1,0 +1,294 @@
+"""Triton kernels of the encode ops: the product and its three epilogues, and the exact selection by rows. Device code only.
+
+The pre-activations live in registers and are never stored. Tile t of the product owns the latents t, t + T, t + 2T, ... of
+T tiles: winners spread evenly over the tiles whatever the order of the dictionary, and each row of W_enc is still read
+contiguously. A tile keeps its best few entries of each token. Exactness is by certificate: where the last entry that a tile
+kept is not among the selected, nothing that the tile dropped can be; where it is, that tile is computed again for that token.
+
+Order of entries: larger value first, ties to the lowest latent, NaN above everything. Values are compared as integer keys:
+for non-negative floats the bits have the order of the numbers, and one key stands for every NaN.
+"""
+
+# Triton types a kernel's arguments at the launch.
+# mypy: disable-error-code="no-untyped-def"
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+NAN_KEY = tl.constexpr(0x7FC00000)
+"""Bits of the quiet NaN: above those of infinity."""
+LOW_32 = tl.constexpr(0xFFFFFFFF)
+
+
+@triton.jit
+def pre_activations(
+    x, W, b, rows, latents, d_in, x_row, x_col, W_row, W_col,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """[BM, BN] fp32: x[rows] @ W[latents].T + b[latents]; row and latent numbers must be in range.
+
+    The sums begin at the bias: added afterwards it costs 15 more registers a thread on sm_90, and with them a second program.
+    """
+    depth = tl.arange(0, BK)
+    x_at = x + rows[:, None].to(tl.int64) * x_row + depth[None, :] * x_col
+    W_at = W + latents[None, :].to(tl.int64) * W_row + depth[:, None] * W_col
+    pre = tl.zeros((BM, BN), dtype=tl.float32) + tl.load(b + latents)[None, :]
+    for start in range(0, d_in, BK):
+        if EVEN:
+            left = tl.load(x_at)
+            right = tl.load(W_at)
+        else:
+            inside = depth < d_in - start
+            left = tl.load(x_at, mask=inside[None, :], other=0.0)
+            right = tl.load(W_at, mask=inside[:, None], other=0.0)
+        pre = tl.dot(left, right, pre, input_precision=PRECISION)
+        x_at += BK * x_col
+        W_at += BK * W_col
+    return pre
+
+
+@triton.jit
+def order_keys(pre):
+    """int32 with the order of relu(pre): 0 for what the ReLU removes, the bits of positive numbers, one key for NaN."""
+    key = tl.where(pre > 0, pre.to(tl.int32, bitcast=True), 0)
+    return tl.where(pre != pre, NAN_KEY, key)
+
+
+@triton.jit
+def grouped_tile(row_blocks, tiles, GROUP: tl.constexpr):
+    """(row block, tile) of this program: GROUP row blocks go through the tiles together, so both operands stay in cache."""
+    program = tl.program_id(0)
+    in_group = GROUP * tiles
+    first = (program // in_group) * GROUP
+    height = tl.minimum(row_blocks - first, GROUP)
+    return first + (program % in_group) % height, (program % in_group) // height
+
+
+@triton.jit
+def keep_tile_best(
+    x, W, b, kept_key, kept_place, rows_total, d_in, d_sae, tiles, kept, x_row, x_col, W_row, W_col,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """kept_key [B, T, kept] int32 and kept_place [B, T, kept] uint8: each tile's best entries of each token, in order.
+
+    Place p of tile t is latent t + p * T. A tile with fewer latents than `kept` fills up with the key -1.
+    """
+    block, tile = grouped_tile(tl.cdiv(rows_total, BM), tiles, GROUP)
+    rows = block * BM + tl.arange(0, BM)
+    places = tl.arange(0, BN)
+    latents = tile + places * tiles
+    pre = pre_activations(
+        x, W, b, tl.minimum(rows, rows_total - 1), tl.minimum(latents, d_sae - 1), d_in, x_row, x_col, W_row, W_col,
+        BM, BN, BK, EVEN, PRECISION,
+    )  # fmt: skip
+    owned = tl.cdiv(d_sae - tile, tiles)
+    key = tl.where(places[None, :] < owned, order_keys(pre), -1)
+    at = (rows.to(tl.int64) * tiles + tile) * kept
+    for i in range(kept):
+        best = tl.max(key, axis=1)
+        place = tl.min(tl.where(key == best[:, None], places[None, :], BN - 1), axis=1)
+        tl.store(kept_key + at + i, best, mask=rows < rows_total)
+        tl.store(kept_place + at + i, place.to(tl.uint8), mask=rows < rows_total)
+        key = tl.where(places[None, :] == place[:, None], -1, key)
+
+
+@triton.jit
+def find_cut(key, latent, k, d_sae):
+    """(cut, last): the k first entries, or all positive ones if fewer, are those that `chosen` says with these two.
+
+    Bisection over the integer keys; stops at the first gap that separates exactly k. Only where the k-th key is tied, a second
+    one over the latents of that key.
+    """
+    cut = 1
+    above = tl.max(key, axis=0) + 1
+    found = tl.sum((key > 0).to(tl.int32), axis=0)
+    while (found > k) & (above - cut > 1):
+        middle = cut + (above - cut) // 2
+        reached = tl.sum((key >= middle).to(tl.int32), axis=0)
+        enough = reached >= k
+        cut = tl.where(enough, middle, cut)
+        above = tl.where(enough, above, middle)
+        found = tl.where(enough, reached, found)
+    room = k - tl.sum((key > cut).to(tl.int32), axis=0)
+    before = -1
+    last = d_sae - 1
+    while (found > k) & (last - before > 1):
+        middle = before + (last - before) // 2
+        reached = tl.sum(((key == cut) & (latent <= middle)).to(tl.int32), axis=0)
+        before = tl.where(reached >= room, before, middle)
+        last = tl.where(reached >= room, middle, last)
+    return cut, last
+
+
+@triton.jit
+def chosen(key, latent, cut, last):
+    return (key > cut) | ((key == cut) & (latent <= last))
+
+
+@triton.jit
+def select_rows(
+    kept_key, kept_place, picked, picked_count, cuts, failed, failed_count, tiles, kept, d_sae, k, stride,
+    SLOTS: tl.constexpr,
+):  # fmt: skip
+    """One token a program: the k best of what its tiles kept, as (key << 32 | latent) in picked [B, stride], unordered.
+
+    picked_count [B]: how many (all positive). cuts [B, 2]: the row's cut. A row whose certificate fails is appended to
+    `failed`: the order of that list is open, but every row in it is treated by itself.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    slot = tl.arange(0, SLOTS)
+    inside = slot < tiles * kept
+    key = tl.load(kept_key + row * tiles * kept + slot, mask=inside, other=-1)
+    place = tl.load(kept_place + row * tiles * kept + slot, mask=inside, other=0).to(tl.int32)
+    tile = slot // kept
+    latent = tile + place * tiles
+    cut, last = find_cut(key, latent, k, d_sae)
+    wanted = chosen(key, latent, cut, last)
+    number = wanted.to(tl.int32)
+    tl.store(
+        picked + row * stride + tl.cumsum(number, axis=0) - 1,
+        (key.to(tl.int64) << 32) | latent.to(tl.int64),
+        mask=wanted,
+    )
+    tl.store(picked_count + row, tl.sum(number, axis=0))
+    tl.store(cuts + 2 * row, cut)
+    tl.store(cuts + 2 * row + 1, last)
+    # The tile's last kept entry is selected and the tile has more latents than it kept: it may have dropped a winner.
+    open_tile = wanted & (slot % kept == kept - 1) & (tile + kept * tiles < d_sae)
+    if tl.max(open_tile.to(tl.int32), axis=0) > 0:
+        tl.store(failed + tl.atomic_add(failed_count, 1), row.to(tl.int32))
+
+
+@triton.jit
+def row_tile_keys(
+    x, W, b, row, tile, tiles, d_in, d_sae, x_row, x_col, W_row, W_col,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """[BN] keys of one token in one tile, -1 beyond d_sae: the same product as the first pass, so the same numbers."""
+    latents = tile + tl.arange(0, BN) * tiles
+    rows = tl.zeros((BM,), dtype=tl.int32) + row
+    pre = pre_activations(
+        x, W, b, rows, tl.minimum(latents, d_sae - 1), d_in, x_row, x_col, W_row, W_col, BM, BN, BK, EVEN, PRECISION
+    )
+    return tl.where(latents < d_sae, tl.max(order_keys(pre), axis=0), -1)
+
+
+@triton.jit
+def rescan_rows(
+    x, W, b, kept_key, kept_place, picked, picked_count, cuts, failed, failed_count, totals, rows_total,
+    d_in, d_sae, tiles, kept, k, stride, x_row, x_col, W_row, W_col,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    TILES: tl.constexpr, POOL: tl.constexpr,
+):  # fmt: skip
+    """Rows whose certificate failed: their open tiles are computed again and merged, one after the other.
+
+    A program strides over the list, whose length it reads on the device. At most k / kept tiles of a row are open, because
+    all that an open tile kept is selected. totals [2] counts certified and rescanned rows.
+    """
+    number = tl.load(failed_count)
+    if tl.program_id(0) == 0:
+        tl.atomic_add(totals, (rows_total - number).to(tl.int64))
+        tl.atomic_add(totals + 1, number.to(tl.int64))
+    every = tl.arange(0, TILES)
+    slot = tl.arange(0, POOL)
+    places = tl.arange(0, BN)
+    for item in range(tl.program_id(0), number, tl.num_programs(0)):
+        row = tl.load(failed + item).to(tl.int64)
+        mine = picked + row * stride
+        at = (row * tiles + every) * kept + kept - 1
+        final_key = tl.load(kept_key + at, mask=every < tiles, other=-1)
+        final_latent = every + tl.load(kept_place + at, mask=every < tiles, other=0).to(tl.int32) * tiles
+        wanted = chosen(final_key, final_latent, tl.load(cuts + 2 * row), tl.load(cuts + 2 * row + 1))
+        open_tile = wanted & (every + kept * tiles < d_sae)
+        tile = tl.min(tl.where(open_tile, every, tiles), axis=0)
+        while tile < tiles:
+            fresh = row_tile_keys(
+                x, W, b, row.to(tl.int32), tile, tiles, d_in, d_sae, x_row, x_col, W_row, W_col, BM, BN, BK, EVEN, PRECISION
+            )  # fmt: skip
+            count = tl.load(picked_count + row)
+            entry = (fresh.to(tl.int64) << 32) | (tile + places * tiles).to(tl.int64)
+            tl.store(mine + count + places, entry)
+            tl.debug_barrier()
+            pool = tl.load(mine + slot, mask=slot < count + BN, other=-1)
+            latent = (pool & LOW_32).to(tl.int32)
+            # What the tile had kept is among the fresh entries.
+            stale = (slot < count) & (latent % tiles == tile)
+            key = tl.where(stale, -1, (pool >> 32).to(tl.int32))
+            cut, last = find_cut(key, latent, k, d_sae)
+            stays = chosen(key, latent, cut, last)
+            count = tl.sum(stays.to(tl.int32), axis=0)
+            tl.debug_barrier()
+            tl.store(mine + tl.cumsum(stays.to(tl.int32), axis=0) - 1, pool, mask=stays)
+            tl.store(picked_count + row, count)
+            tl.debug_barrier()
+            tile = tl.min(tl.where(open_tile & (every > tile), every, tiles), axis=0)
+
+
+@triton.jit
+def order_rows(picked, picked_count, values, indices, k, stride, CHUNK: tl.constexpr):
+    """One token a program: values and latents in ascending order of latent, zeros at the lowest free latents.
+
+    A row with n < k positive entries becomes 0 .. c - 1 and its entries from c on, c the first number that makes them k.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    mine = picked + row * stride
+    count = tl.load(picked_count + row)
+    lane = tl.arange(0, CHUNK)
+    first = 0
+    beyond = tl.where(count < k, k, 0)
+    while first < beyond:
+        middle = first + (beyond - first) // 2
+        reached = middle
+        for start in range(0, count, CHUNK):
+            latent = (tl.load(mine + start + lane, mask=start + lane < count, other=-1) & LOW_32).to(tl.int32)
+            reached += tl.sum(((latent >= middle) & (start + lane < count)).to(tl.int32), axis=0)
+        beyond = tl.where(reached >= k, middle, beyond)
+        first = tl.where(reached >= k, first, middle + 1)
+    for start in range(0, first, CHUNK):
+        place = start + lane
+        tl.store(indices + row * k + place, place.to(tl.int64), mask=place < first)
+        tl.store(values + row * k + place, tl.zeros((CHUNK,), dtype=tl.float32), mask=place < first)
+    tl.debug_barrier()
+    for start in range(0, count, CHUNK):
+        entry = tl.load(mine + start + lane, mask=start + lane < count, other=0)
+        latent = (entry & LOW_32).to(tl.int32)
+        rank = tl.zeros((CHUNK,), dtype=tl.int32)
+        for other in range(0, count, CHUNK):
+            inside = other + lane < count
+            beside = (tl.load(mine + other + lane, mask=inside, other=0) & LOW_32).to(tl.int32)
+            rank += tl.sum(((beside[None, :] < latent[:, None]) & inside[None, :]).to(tl.int32), axis=1)
+        place = tl.where(latent < first, latent, k - count + rank)
+        value = (entry >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+        tl.store(indices + row * k + place, latent.to(tl.int64), mask=start + lane < count)
+        tl.store(values + row * k + place, value, mask=start + lane < count)
+
+
+@triton.jit
+def above_threshold(
+    x, W, b, threshold, bounds, values, indices, rows_total, d_in, d_sae, tiles, threshold_step,
+    x_row, x_col, W_row, W_col,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
+    PRECISION: tl.constexpr, WRITE: tl.constexpr,
+):  # fmt: skip
+    """Entries above the threshold, in two passes over the same product: WRITE = 0 counts them into bounds [B, T],
+    WRITE = 1 writes them from where bounds [B * T + 1], by then running totals, says. Tile t owns a run of BN latents."""
+    block, tile = grouped_tile(tl.cdiv(rows_total, BM), tiles, GROUP)
+    rows = block * BM + tl.arange(0, BM)
+    latents = tile * BN + tl.arange(0, BN)
+    owned = tl.minimum(latents, d_sae - 1)
+    pre = pre_activations(
+        x, W, b, tl.minimum(rows, rows_total - 1), owned, d_in, x_row, x_col, W_row, W_col, BM, BN, BK, EVEN, PRECISION
+    )
+    limit = tl.load(threshold + owned * threshold_step)
+    passes = (pre > limit[None, :]) & (latents < d_sae)[None, :] & (rows < rows_total)[:, None]
+    number = passes.to(tl.int32)
+    at = rows.to(tl.int64) * tiles + tile
+    if WRITE:
+        start = tl.load(bounds + at, mask=rows < rows_total, other=0)
+        place = start[:, None] + tl.cumsum(number, axis=1) - 1
+        tl.store(values + place, pre, mask=passes)
+        tl.store(indices + place, tl.zeros((BM, BN), dtype=tl.int64) + latents[None, :], mask=passes)
+    else:
+        tl.store(bounds + at, tl.sum(number, axis=1), mask=rows < rows_total)

@@ -1,0 +1,437 @@
+"""Backend `triton` of the encode ops against the references and, entry for entry, backend `torch`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from transcoder.kernels import (
+    SparseCodes,
+    active_backend,
+    batch_topk_encode,
+    threshold_encode,
+    topk_encode,
+    use_backend,
+)
+from transcoder.kernels.encode import config, torch_backend, triton_backend
+from transcoder.kernels.encode.reference import (
+    batch_topk_encode_reference,
+    threshold_encode_reference,
+    topk_encode_reference,
+)
+
+
+def test_in_the_interpreter(interpreted_again: Callable[[str], None]) -> None:
+    interpreted_again(__file__)
+
+
+SHAPES = [(1, 1, 1, 1), (2, 3, 5, 5), (7, 5, 33, 4), (19, 20, 129, 3), (3, 8, 400, 1), (17, 2, 7, 6), (4, 3, 90, 70)]
+
+
+def inputs(rows: int, d_in: int, d_sae: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+    g = torch.Generator().manual_seed(seed)
+    return (
+        torch.randn(rows, d_in, generator=g).to(dtype),
+        torch.randn(d_sae, d_in, generator=g).to(dtype),
+        torch.randn(d_sae, generator=g),
+    )
+
+
+def whole_numbers(rows: int, d_in: int, d_sae: int, seed: int, low: int = -2, high: int = 2) -> tuple[Tensor, ...]:
+    """Inputs whose products are exact in fp32, full of ties."""
+    g = torch.Generator().manual_seed(seed)
+    sizes = ((rows, d_in), (d_sae, d_in), (d_sae,))
+    x, W, b = (torch.randint(low, high + 1, size, generator=g).float() for size in sizes)
+    return x, W, b
+
+
+def same(found: torch_backend.Selection, expected: torch_backend.Selection) -> None:
+    for name, a, e in zip(found._fields, found, expected, strict=True):
+        assert a.dtype == e.dtype, name
+        assert torch.equal(a, e), name
+
+
+Select = Callable[..., torch_backend.Selection]
+SMALL_TILE = config.ProductLaunch(16, 16, 16, 1, 1, "many tiles of a small problem")
+
+
+@pytest.fixture
+def select(triton_device: torch.device) -> Select:
+    """select(op, x, W, b, argument) on backend `triton`, from and to the CPU."""
+
+    def run(op: str, x: Tensor, W: Tensor, b: Tensor, argument: object) -> torch_backend.Selection:
+        triton_backend.counters(triton_device, reset=True)
+        moved = [t.to(triton_device) for t in (x, W, b)]
+        if isinstance(argument, Tensor):
+            argument = argument.to(triton_device)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(config, "product_launch", lambda *_: SMALL_TILE)
+            found = getattr(triton_backend, f"select_{op}")(*moved, argument)
+        return torch_backend.Selection(*(t.cpu() for t in found))
+
+    return run
+
+
+@pytest.fixture(autouse=True)
+def fresh_memory_is_poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a kernel fails to write shows: floats are NaN, integers far out of range."""
+    plain = torch.empty
+
+    def poisoned(*args: object, **kwargs: object) -> Tensor:
+        t = plain(*args, **kwargs)  # type: ignore[call-overload]
+        return t.fill_(float("nan") if t.is_floating_point() else torch.iinfo(t.dtype).max // 3)
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+
+
+# choice: which backend serves, and what it refuses
+
+
+@pytest.mark.interpreted
+def test_choice_by_name(triton_device: torch.device) -> None:
+    assert active_backend(triton_device) != "triton"
+    with use_backend("triton"):
+        assert active_backend(triton_device, "encode") == "triton"
+
+
+@pytest.mark.interpreted
+def test_choice_float64_and_sizes_beyond_are_refused_by_name(select: Select) -> None:
+    x, W, b = inputs(2, 3, 9)
+    with pytest.raises(TypeError, match=r"topk_encode: backend triton: expected float32.*float64"):
+        select("topk", x.double(), W.double(), b.double(), 2)
+    wide = config.MAX_SLOTS * 16
+    with pytest.raises(ValueError, match="use backend torch"):
+        select("topk", x[:, :1], W[:1, :1].expand(wide, 1), b[:1].expand(wide), 5000)
+
+
+def test_choice_of_kept_entries_covers_every_winner_or_is_rare() -> None:
+    assert config.kept_entries(48, 18432, 128) == 6
+    assert config.kept_entries(48, 18432, 128, spread=2) == 7
+    assert config.kept_entries(9, 9, 16) == 9
+    for k, d_sae in ((1, 1), (1, 5), (64, 131072), (512, 18432), (18432, 18432), (3, 17)):
+        kept = config.kept_entries(k, d_sae, 128)
+        tiles = -(-d_sae // 128)
+        assert 1 <= kept <= 128
+        assert kept * tiles >= min(k, d_sae)
+
+
+# topk
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [*((shape, torch.float32) for shape in SHAPES), (SHAPES[3], torch.bfloat16), (SHAPES[3], torch.float16)],
+)
+def test_topk_is_exact_on_tied_whole_numbers(select: Select, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    rows, d_in, d_sae, k = shape
+    x, W, b = whole_numbers(rows, d_in, d_sae, seed=rows + d_sae)
+    found = select("topk", x.to(dtype), W.to(dtype), b, k)
+    same(found, torch_backend.select_topk(x, W, b, k))
+
+
+@pytest.mark.parametrize("shape", SHAPES[3:])
+@pytest.mark.interpreted
+def test_topk_of_real_numbers(shape: tuple[int, ...], close: Callable[..., None]) -> None:
+    rows, d_in, d_sae, k = shape
+    x, W, b = inputs(rows, d_in, d_sae)
+    with use_backend("triton"):
+        codes = topk_encode(x, W, b, k)
+    close(codes.to_dense(), topk_encode_reference(x.double(), W.double(), b.double(), k), d_in, scale=10)
+
+
+@pytest.mark.parametrize(
+    ("name", "low", "high", "bias"),
+    [("flat", 1, 1, 0.0), ("negative", 0, 0, -1.0), ("zero", 0, 0, 0.0), ("few", 0, 1, -4.0)],
+)
+@pytest.mark.interpreted
+def test_topk_of_flat_negative_and_sparse_rows(
+    select: Select, triton_device: torch.device, name: str, low: int, high: int, bias: float
+) -> None:
+    x, W, b = whole_numbers(19, 5, 70, seed=1, low=low, high=high)
+    same(select("topk", x, W, b * 0 + bias, 9), torch_backend.select_topk(x, W, b * 0 + bias, 9))
+    assert triton_backend.counters(triton_device).rescanned == 0, name
+
+
+@given(
+    rows=st.integers(0, 5),
+    d_sae=st.integers(1, 70),
+    k_share=st.floats(0, 1),
+    kept=st.integers(1, 5),
+    spread=st.integers(1, 4),
+    seed=st.integers(0, 10**6),
+)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.interpreted
+def test_topk_with_too_few_kept_is_rescanned_and_exact(
+    select: Select,
+    triton_device: torch.device,
+    rows: int,
+    d_sae: int,
+    k_share: float,
+    kept: int,
+    spread: int,
+    seed: int,
+) -> None:
+    """Whatever a tile keeps, the result is the same; and rows are certified exactly where no open tile reached the cut."""
+    k = max(1, round(k_share * d_sae))
+    x, W, b = whole_numbers(rows, 3, d_sae, seed, -spread, spread)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config, "kept_entries", lambda *_, **__: kept)
+        same(select("topk", x, W, b, k), torch_backend.select_topk(x, W, b, k))
+    seen = triton_backend.counters(triton_device)
+    assert seen.certified + seen.rescanned == rows
+    assert seen.rescanned == open_rows(torch.relu(x @ W.T + b), k, kept)
+
+
+def open_rows(activations: Tensor, k: int, kept: int) -> int:
+    """The certificate in plain words: per row, is some tile's last kept entry among the k best of all that was kept?"""
+    d_sae = activations.shape[1]
+    tiles = -(-d_sae // 16)
+    number = 0
+    for row in activations.tolist():
+        order = sorted(range(d_sae), key=lambda i: (-row[i], i))
+        by_tile = [[i for i in order if i % tiles == t] for t in range(tiles)]
+        held = {i for own in by_tile for i in own[:kept]}
+        best = set([i for i in order if i in held and row[i] > 0][:k])
+        number += any(len(own) > kept and own[kept - 1] in best for own in by_tile)
+    return number
+
+
+@pytest.mark.interpreted
+def test_topk_forced_failure_in_one_row_is_counted_and_repaired(select: Select, triton_device: torch.device) -> None:
+    """All of one row's winners in one tile: latents congruent modulo the number of tiles."""
+    rows, d_sae, k = 6, 160, 8
+    pre = torch.rand(rows, d_sae, generator=torch.Generator().manual_seed(0))
+    pre[4, torch.arange(k) * 10 + 3] += 5
+    x, W, b = torch.eye(rows), pre.T.contiguous(), torch.zeros(d_sae)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config, "kept_entries", lambda *_, **__: 7)
+        found = select("topk", x, W, b, k)
+    same(found, torch_backend.select_topk(x, W, b, k))
+    assert triton_backend.counters(triton_device) == (rows - 1, 1)
+
+
+@pytest.mark.interpreted
+def test_topk_in_rounds_of_rows(select: Select, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "SCRATCH_BYTES", 1)
+    x, W, b = whole_numbers(50, 4, 40, seed=2)
+    same(select("topk", x, W, b, 5), torch_backend.select_topk(x, W, b, 5))
+
+
+@pytest.mark.interpreted
+def test_topk_reads_strided_inputs(select: Select) -> None:
+    x, W, b = whole_numbers(24, 10, 36, seed=3)
+    expected = torch_backend.select_topk(x[::2, 1:8], W[:, 1:8].contiguous(), b, 3)
+    found = select("topk", x.T.contiguous().T[::2, 1:8], W.T.contiguous().T[:, 1:8], b, 3)
+    same(found, expected)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("kept", [1, 5])
+@pytest.mark.interpreted
+def test_topk_bad_numbers_are_seen_and_stay_in_range(
+    select: Select, bad: float, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(config, "kept_entries", lambda *_, **__: kept)
+    x, W, b = inputs(6, 4, 50)
+    x[3, 1] = bad
+    found = select("topk", x, W, b, 5)
+    codes = SparseCodes(*found, (6, 50))
+    dense = codes.to_dense()
+    assert int(codes.indices.min()) >= 0
+    assert int(codes.indices.max()) < 50
+    assert bool((codes.indices.view(6, 5).diff(dim=1) > 0).all())
+    assert not bool(torch.isfinite(dense[3]).all())
+    good = [0, 1, 2, 4, 5]
+    torch.testing.assert_close(dense[good], topk_encode_reference(x, W, b, 5)[good])
+
+
+@pytest.mark.interpreted
+def test_topk_one_nan_pre_activation_comes_first(select: Select) -> None:
+    x, W, b = torch.eye(2), torch.rand(40, 2), torch.zeros(40)
+    W[31, 0] = float("nan")
+    found = select("topk", x[:1], W, b, 1)
+    assert found.indices.tolist() == [31]
+    assert bool(found.values.isnan().all())
+
+
+@pytest.mark.interpreted
+def test_topk_repeats_bit_for_bit(select: Select) -> None:
+    x, W, b = inputs(20, 7, 90)
+    same(select("topk", x, W, b, 6), select("topk", x, W, b, 6))
+
+
+# batch_topk
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("shape", SHAPES)
+def test_batch_is_exact_on_tied_whole_numbers(select: Select, shape: tuple[int, ...]) -> None:
+    rows, d_in, d_sae, k = shape
+    x, W, b = whole_numbers(rows, d_in, d_sae, seed=rows + d_sae)
+    same(select("batch_topk", x, W, b, k), torch_backend.select_batch_topk(x, W, b, k))
+
+
+@pytest.mark.interpreted
+def test_batch_of_real_numbers_without_rows_and_of_float64(select: Select, close: Callable[..., None]) -> None:
+    x, W, b = inputs(21, 20, 150)
+    found = select("batch_topk", x, W, b, 4)
+    dense = SparseCodes(*found, (21, 150)).to_dense()
+    close(dense, batch_topk_encode_reference(x.double(), W.double(), b.double(), 4), 20, scale=10)
+    same(found, select("batch_topk", x, W, b, 4))
+    same(select("batch_topk", x[:0], W, b, 4), torch_backend.select_batch_topk(x[:0], W, b, 4))
+    with pytest.raises(TypeError, match=r"batch_topk_encode: backend triton: expected float32.*float64"):
+        select("batch_topk", x.double(), W.double(), b.double(), 2)
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize(
+    ("low", "high", "bias"),
+    [(1, 1, 0.0), (0, 0, -1.0), (0, 0, 0.0), (0, 1, -4.0)],
+    ids=["flat", "negative", "zero", "few"],
+)
+def test_batch_of_flat_negative_and_sparse_rows(select: Select, low: int, high: int, bias: float) -> None:
+    x, W, b = whole_numbers(9, 5, 70, seed=1, low=low, high=high)
+    b = b * 0 + bias
+    same(select("batch_topk", x, W, b, 9), torch_backend.select_batch_topk(x, W, b, 9))
+
+
+@pytest.mark.interpreted
+@given(
+    rows=st.integers(0, 5),
+    d_sae=st.integers(1, 70),
+    k_share=st.floats(0, 1),
+    kept=st.integers(1, 5),
+    spread=st.integers(1, 4),
+    seed=st.integers(0, 10**6),
+)
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_batch_with_too_few_kept_is_rescanned_and_exact(
+    select: Select, rows: int, d_sae: int, k_share: float, kept: int, spread: int, seed: int
+) -> None:
+    k = max(1, round(k_share * d_sae))
+    x, W, b = whole_numbers(rows, 3, d_sae, seed, -spread, spread)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config, "kept_entries", lambda *_, **__: kept)
+        same(select("batch_topk", x, W, b, k), torch_backend.select_batch_topk(x, W, b, k))
+
+
+@pytest.mark.interpreted
+def test_batch_forced_failure_in_one_cell_is_counted_and_repaired(select: Select, triton_device: torch.device) -> None:
+    """One token holds most of the batch's winners, more of them in one tile than a tile keeps."""
+    rows, d_sae, k = 6, 160, 3
+    pre = torch.rand(rows, d_sae, generator=torch.Generator().manual_seed(0))
+    pre[4, torch.arange(9) * 10 + 3] += 5
+    x, W, b = torch.eye(rows), pre.T.contiguous(), torch.zeros(d_sae)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config, "kept_entries", lambda *_, **__: 8)
+        same(select("batch_topk", x, W, b, k), torch_backend.select_batch_topk(x, W, b, k))
+    assert triton_backend.counters(triton_device) == (rows * 10 - 1, 1)
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("kept", [1, 5])
+def test_batch_bad_numbers_are_seen_and_stay_in_range(
+    select: Select, bad: float, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(config, "kept_entries", lambda *_, **__: kept)
+    x, W, b = inputs(6, 4, 50)
+    x[3, 1] = bad
+    codes = SparseCodes(*select("batch_topk", x, W, b, 5), (6, 50))
+    flat = codes.rows() * 50 + codes.indices
+    assert bool((flat.diff() > 0).all())
+    assert int(codes.indices.min()) >= 0
+    assert int(codes.indices.max()) < 50
+    assert codes.nnz == 30
+    assert not bool(torch.isfinite(codes.values).all())
+
+
+# threshold
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("per_latent", [False, True])
+def test_threshold_is_exact_on_whole_numbers(select: Select, shape: tuple[int, ...], per_latent: bool) -> None:
+    rows, d_in, d_sae, _ = shape
+    x, W, b = whole_numbers(rows, d_in, d_sae, seed=rows + d_sae)
+    threshold = torch.arange(d_sae).float() % 3 if per_latent else torch.tensor(1.0)
+    same(select("threshold", x, W, b, threshold), torch_backend.select_threshold(x, W, b, threshold))
+
+
+@pytest.mark.interpreted
+def test_threshold_none_all_no_rows_and_strides(select: Select) -> None:
+    x, W, b = whole_numbers(18, 6, 40, seed=5)
+    limits = torch.arange(80).float()[::2] / 20
+    for part, limit in ((x, 1e9), (x, -1.0), (x[:0], 0.0)):
+        threshold = torch.tensor(limit)
+        same(select("threshold", part, W, b, threshold), torch_backend.select_threshold(part, W, b, threshold))
+    strided = (x.T.contiguous().T[::2], W.T.contiguous().T, b, limits)
+    same(select("threshold", *strided), torch_backend.select_threshold(*strided))
+
+
+@pytest.mark.interpreted
+def test_threshold_drops_nan_as_the_comparison_does(select: Select) -> None:
+    x, W, b = inputs(5, 4, 30)
+    x[3, 1] = float("nan")
+    found = select("threshold", x, W, b, torch.tensor(0.1))
+    same(
+        found._replace(values=found.indices),
+        torch_backend.select_threshold(x, W, b, torch.tensor(0.1))._replace(values=found.indices),
+    )
+    assert int(found.row_ptr[4] - found.row_ptr[3]) == 0
+
+
+# gradients, through the public ops
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize(
+    ("op", "reference", "argument"),
+    [
+        (topk_encode, topk_encode_reference, 4),
+        (batch_topk_encode, batch_topk_encode_reference, 4),
+        (threshold_encode, threshold_encode_reference, 0.3),
+    ],
+    ids=["topk", "batch", "threshold"],
+)
+@pytest.mark.parametrize("shape", [(1, 1, 5), (9, 5, 33), (140, 3, 6)])
+def test_gradients_match_the_float64_reference(
+    op: Callable[..., SparseCodes],
+    reference: Callable[..., Tensor],
+    argument: float,
+    shape: tuple[int, int, int],
+    triton_device: torch.device,
+    close: Callable[..., None],
+) -> None:
+    rows, d_in, d_sae = shape
+    x, W, b = whole_numbers(rows, d_in, d_sae, seed=rows)
+    b = b + torch.rand(d_sae, generator=torch.Generator().manual_seed(7)) / 2
+    narrow = [t.to(triton_device).requires_grad_() for t in (x, W, b)]
+    wide = [t.double().requires_grad_() for t in (x, W, b)]
+    weight = torch.randn(rows, d_sae, generator=torch.Generator().manual_seed(1))
+    with use_backend("triton"):
+        codes = op(*narrow, argument)
+        got = torch.autograd.grad((codes.to_dense() * weight.to(triton_device)).sum(), narrow)
+    dense = reference(*wide, argument)
+    want = torch.autograd.grad((dense * weight.double()).sum(), wide)
+    close(codes.to_dense().cpu(), dense, d_in, scale=10)
+    for actual, expected in zip(got, want, strict=True):
+        close(actual.cpu(), expected, rows * d_sae, scale=10)
+
+
+@pytest.mark.interpreted
+def test_gradients_only_where_needed(triton_device: torch.device) -> None:
+    x, W, b = (t.to(triton_device) for t in inputs(5, 4, 12))
+    with use_backend("triton"):
+        for needed in range(3):
+            leaves = [t.clone().requires_grad_(i == needed) for i, t in enumerate((x, W, b))]
+            topk_encode(*leaves, 3).values.sum().backward()
+            assert [t.grad is not None for t in leaves] == [i == needed for i in range(3)]
