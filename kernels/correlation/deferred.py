@@ -12,8 +12,9 @@ class DeferredSize:
     def __init__(self, size: Tensor) -> None:
         self._host = torch.empty((), dtype=torch.int64, pin_memory=True)
         self._host.copy_(size, non_blocking=True)
+        # The copy runs on the current stream of the tensor's own device, which need not be the current device.
         self._event = torch.cuda.Event()
-        self._event.record()
+        self._event.record(torch.cuda.current_stream(size.device))
 
     def arrived(self) -> bool:
         return self._event.query()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from transcoder.antidup import CorrelationMonitor, UsageLedger, validate_correlation_report
+from transcoder.antidup import flags as flags_module
 from transcoder.antidup.components import connected_components
 from transcoder.antidup.confidence import correlation_bounds
 from transcoder.antidup.decoder_cosine import decoder_cosine_tail
@@ -81,7 +82,8 @@ def test_planted_duplicates_are_flagged_and_pairs_up_to_070_are_not(tmp_path: Pa
         assert pair["lower"] > 0.8
     assert report["components"] == [[6, 7], [8, 9], [10, 11]]
     assert report["live_latents"] == z.shape[1]
-    assert report["distinct_latents"] == z.shape[1] - 3
+    assert report["candidate_components"] == report["components"]
+    assert report["distinct_latents"] == report["distinct_latents_candidates"] == z.shape[1] - 3
     assert report["share_of_live_with_neighbour"] == pytest.approx(6 / z.shape[1])
     assert report["tokens"] == 16000
     i, j = part.target_pairs(10)
@@ -232,8 +234,13 @@ def test_reports_list_at_most_the_configured_number(tmp_path: Path) -> None:
     validate_correlation_report(report)
     assert len(report["pairs"]) == 7
     assert report["pairs_total"] == 45
-    assert report["components"] == [list(range(10))]
-    assert report["distinct_latents"] == 1
+    # No pair is flagged yet: what is known of candidates has its own fields.
+    assert report["components"] == []
+    assert report["candidate_components"] == [list(range(10))]
+    assert report["distinct_latents"] == 10
+    assert report["distinct_latents_candidates"] == 1
+    assert part.metrics()["duplicates/largest_component"] == 0.0
+    assert part.metrics()["duplicates/largest_candidate_component"] == 10.0
 
 
 def test_bounds_use_union_tokens() -> None:
@@ -277,7 +284,7 @@ def test_flag_book_counts_the_last_blocks() -> None:
     book.close_block([(0, 1)], [])
     assert book.flagged == {(0, 1)}
     other = FlagBook(2, 3)
-    other.load_state_dict(json.loads(json.dumps(book.state_dict())))
+    other.load_state_dict(copy.deepcopy(book.state_dict()))
     assert other.flagged == {(0, 1)}
     assert other.blocks_above((0, 1)) == 2
     other.close_block([(0, 1)], [(0, 1)])
@@ -329,7 +336,7 @@ def good_report(tmp_path: Path) -> dict:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (("schema_version",), 2, "schema_version: expected 1"),
+        (("schema_version",), 1, "schema_version: expected 2"),
         (("step",), "7", r"report.step"),
         (("pairs", 0, "i"), 31, "expected 0 <= i < j"),
         (("pairs", 0, "upper"), 0.5, "lower <= correlation <= upper"),
@@ -337,7 +344,9 @@ def good_report(tmp_path: Path) -> dict:
         (("pairs", 0, "correlation"), float("nan"), "correlation"),
         (("thresholds",), {}, "lacking correlation"),
         (("pairs_total",), 0, "pairs_total: expected at least"),
-        (("components",), [[1]], "two or more latents"),
+        (("components",), [[1]], "report.components.0.: expected two or more latents"),
+        (("candidate_components",), [[1, 2], [2, 3]], "report.candidate_components.1.: expected two or more"),
+        (("distinct_latents_candidates",), None, "distinct_latents_candidates"),
         (("histogram",), {"edges": [0], "counts": [1]}, "histogram"),
         (("decoder_cosine",), {"median": 1}, "lacking p99"),
         (("extra",), 1, "unknown extra"),
@@ -359,3 +368,132 @@ def test_pairs_out_of_order_are_refused(tmp_path: Path) -> None:
     report["pairs"].reverse()
     with pytest.raises(ValueError, match="sorted by falling correlation"):
         validate_correlation_report(report)
+
+
+def test_targets_can_be_surveyed_before_the_first_report(tmp_path: Path) -> None:
+    z = planted(6000, 19)
+    part = monitor(tmp_path, z.shape[1])
+    assert part.refresh_targets() == 0
+    assert part._ledger.surveys == 0  # nothing was streamed, so nothing was looked at
+    for step, a in enumerate(range(0, 6000, BATCH), 1):
+        part.update_correlations(SparseCodes.from_dense(z[a : a + BATCH]), step)
+    assert part.target_pairs(10)[0].numel() == 0
+    assert part.refresh_targets() == 3
+    assert part._ledger.surveys == 1
+    i, j = part.target_pairs(10)
+    assert sorted(zip(i.tolist(), j.tolist(), strict=True)) == [(6, 7), (8, 9), (10, 11)]
+    # A survey alone: no file, no metrics, no closed block, though the block is full.
+    assert list((tmp_path).rglob("*.json")) == []
+    assert part.metrics() == {}
+    assert part._past is None
+    report = part.report(12)
+    assert part._past is not None
+    assert part._ledger.surveys == 2
+    assert report["pairs_total"] == 3
+
+
+def test_weights_weigh_the_sums_and_zero_is_not_there(tmp_path: Path) -> None:
+    z = planted(4000, 20)
+    g = torch.Generator().manual_seed(21)
+    weights = torch.rand(4000, generator=g) * (torch.rand(4000, generator=g) < 0.7)
+    for name, section in (("plain", SECTION), ("fading", replace(SECTION, halflife_tokens=10**9))):
+        part = monitor(tmp_path / name, z.shape[1], section)
+        ids = torch.where(weights > 0, torch.arange(4000) % 50, torch.arange(4000) + 50)
+        part.update_correlations(SparseCodes.from_dense(z), 1, sequences=ids, weights=weights)
+        seen = weights > 0
+        expected = torch.cov(z[:, 8:10].double().T, correction=0, aweights=weights.double())
+        r = float(expected[0, 1] / (expected[0, 0] * expected[1, 1]).sqrt())
+        pair = next(p for p in part.report(1)["pairs"] if p["i"] == 8)
+        assert pair["correlation"] == pytest.approx(r, abs=1e-6)
+        union = int(((z[:, 8] + z[:, 9] > 0) & seen).sum())
+        assert pair["support"] == pytest.approx(union, abs=1)
+        assert pair["sequences"] == pytest.approx(50, abs=5)
+
+
+def tree_bytes(tree: object) -> int:
+    """Bytes of a state: tensors as they are, everything else as text."""
+    if isinstance(tree, Tensor):
+        return tree.numel() * tree.element_size()
+    if isinstance(tree, dict):
+        return sum(tree_bytes(value) for value in tree.values())
+    if isinstance(tree, (list, tuple)):
+        return sum(map(tree_bytes, tree))
+    return len(json.dumps(tree))
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        replace(SECTION, block_tokens=500, blocks_to_flag=1),
+        replace(SECTION, block_tokens=500, blocks_to_flag=1, halflife_tokens=10**6),
+        replace(SECTION, block_tokens=500, blocks_to_flag=1, sketch_dim=64),
+    ],
+)
+def test_the_state_stays_below_its_bound(section: MonitorSection, tmp_path: Path) -> None:
+    # Every latent fires on the same tokens: all pairs fired, are above the threshold, and get flagged.
+    d_sae = 60
+    g = torch.Generator().manual_seed(22)
+    z = (torch.rand(2500, 1, generator=g) < 0.5).float().expand(-1, d_sae) + 0.0
+    part = monitor(tmp_path, d_sae, replace(section, max_reported_pairs=5))
+    least = part.state_bytes_at_most(batch_tokens=BATCH, entries_per_token=d_sae)
+    assert tree_bytes(part.state_dict()) < least
+    for step, a in enumerate(range(0, 2500, BATCH), 1):
+        part.update_correlations(SparseCodes.from_dense(z[a : a + BATCH]), step, sequences=torch.arange(BATCH))
+        part.report(step)
+    assert len(part._book.flagged) == d_sae * (d_sae - 1) // 2
+    state = part.state_dict()
+    size = tree_bytes(state)
+    assert size <= least == part.state_bytes_at_most(batch_tokens=BATCH, entries_per_token=d_sae)
+    if section.sketch_dim is None:
+        # And it is a bound of the right size: what is above it are the wider counts of a very long run.
+        assert size > 0.6 * least
+        for name in ("block", "past"):
+            if name in state:
+                joint = part._block if name == "block" else part._past
+                assert joint is not None
+                assert joint._exact is not None
+                joint._exact.joint = joint._exact.joint.long()
+        assert tree_bytes(part.state_dict()) <= least
+
+
+def test_the_ring_of_a_sketch_stays_below_its_bound(tmp_path: Path) -> None:
+    part = monitor(tmp_path, 60, replace(SECTION, sketch_dim=8, block_tokens=10**9))
+    part._block.ring_tokens = part._block._sketch.ring_tokens = 300  # type: ignore[union-attr]
+    bound = part.state_bytes_at_most(batch_tokens=100, entries_per_token=60)
+    z = torch.rand(100, 60, dtype=torch.float64) + 0.1
+    for step in range(1, 8):
+        part.update_correlations(SparseCodes.from_dense(z), step, weights=torch.ones(100))
+        assert tree_bytes(part.state_dict()) <= bound
+
+
+def test_the_book_holds_a_bounded_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flags_module, "MAX_PAIRS", 3)
+    book = FlagBook(needed=1, remembered=2)
+    book.close_block([(4, 5), (0, 1), (2, 3), (6, 7)], [])
+    assert book.flagged == {(4, 5), (0, 1), (2, 3)}
+    book.close_block([(6, 7)], [])
+    assert book.flagged == {(4, 5), (0, 1), (2, 3)}
+    book.close_block([], [(0, 1)])
+    assert book.flagged == {(4, 5), (2, 3), (6, 7)}
+
+
+def test_a_report_that_cannot_be_written_changes_nothing_else(tmp_path: Path) -> None:
+    z = planted(4000, 23)
+    parts = [monitor(tmp_path / name, z.shape[1]) for name in ("whole", "blocked")]
+    blocked = tmp_path / "blocked" / "anti_duplication_logs" / "correlation_step_00000004.json"
+    blocked.mkdir(parents=True)  # a folder in the file's place: it cannot be moved there
+    for step, a in enumerate(range(0, 4000, BATCH), 1):
+        for part in parts:
+            part.update_correlations(SparseCodes.from_dense(z[a : a + BATCH]), step)
+        parts[0].report(step)
+        if step == 4:
+            with pytest.raises(IsADirectoryError):
+                parts[1].report(step)
+            assert list((tmp_path / "blocked").rglob("*.tmp")) == []
+            assert parts[1].metrics() == parts[0].metrics()
+        else:
+            parts[1].report(step)
+    assert last_report(tmp_path / "whole") == last_report(tmp_path / "blocked")
+    files = parts[1]._ledger.record()["components"]["correlation_monitor"]["files"]
+    assert len(files) == 7
+    assert not any("00000004" in f for f in files)

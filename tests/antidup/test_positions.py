@@ -211,3 +211,45 @@ def test_bad_tokens_are_refused(tmp_path: Path) -> None:
     ledger = UsageLedger(dict.fromkeys(REQUIRED_EFFECTS, True), tmp_path / "usage.json")
     with pytest.raises(ValueError, match="expected an out_dir"):
         PositionSampler(SECTION, 0, [], ledger).save(1)
+
+
+def test_a_draw_is_counted_when_it_is_recorded(tmp_path: Path) -> None:
+    tokens = tokens_with_specials()
+    at_once, later = sampler(SECTION, tmp_path / "a"), sampler(SECTION, tmp_path / "b")
+    samples = [later.sample_positions(tokens, step, record=False) for step in range(3)]
+    assert later._ledger.record()["components"]["position_sampler"]["calls"] == 0
+    assert later.state_dict()["counts"].sum() == 0
+    for step, sample in enumerate(samples[:2]):
+        assert torch.equal(at_once.sample_positions(tokens, step).keep, sample.keep)
+        later.record(sample)
+    assert later._ledger.record() == at_once._ledger.record()
+    assert later.save(2).read_text() == at_once.save(2).read_text()
+
+
+def test_counts_go_on_after_a_resume(tmp_path: Path) -> None:
+    tokens = tokens_with_specials()
+    whole, half, resumed = (sampler(SECTION, tmp_path / name) for name in ("whole", "half", "resumed"))
+    for step in range(4):
+        whole.sample_positions(tokens, step)
+        half.sample_positions(tokens, step) if step < 2 else None
+    state = half.state_dict()
+    half.sample_positions(tokens, 9)  # the state is a copy
+    resumed.load_state_dict(state)
+    for step in (2, 3):
+        resumed.sample_positions(tokens, step)
+    assert resumed.save(4).read_text() == whole.save(4).read_text()
+    with pytest.raises(ValueError, match=r"expected counts \[2, 4\] of 3 bins, got \[2, 11\]"):
+        sampler(replace(SECTION, bins=3), tmp_path).load_state_dict(state)
+
+
+def test_a_file_that_cannot_be_written_costs_no_count(tmp_path: Path) -> None:
+    part = sampler(SECTION, tmp_path)
+    part.sample_positions(tokens_with_specials(), 0)
+    path = tmp_path / "anti_duplication_logs" / "positions.json"
+    path.mkdir(parents=True)  # a folder in the file's place: it cannot be replaced
+    with pytest.raises(IsADirectoryError):
+        part.save(1)
+    assert list(tmp_path.rglob("*.tmp")) == []
+    assert part._ledger.record()["components"]["position_sampler"]["files"] == []
+    path.rmdir()
+    assert sum(json.loads(part.save(1).read_text())["seen"]) > 0

@@ -14,15 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from transcoder.activations.batch import ActivationBatch
-from transcoder.antidup import DiversityRegularizer, UsageLedger
+from transcoder.antidup import DiversityRegularizer, LedgerError, UsageLedger
 from transcoder.antidup import penalties as penalties_module
-from transcoder.antidup.ledger import REQUIRED_EFFECTS
+from transcoder.antidup.ledger import REQUIRED_EFFECTS, TERM_UNITS
 from transcoder.antidup.penalties import (
     all_pairs_penalty,
     decoder_penalty,
     pair_penalty,
     position_penalty,
 )
+from transcoder.antidup.position_mass import PositionMass
 from transcoder.config import RegularizerSection
 from transcoder.kernels import SparseCodes
 
@@ -110,19 +111,30 @@ def test_all_pairs_floor_is_one_over_tokens() -> None:
 
 
 def test_position_penalty_is_the_dense_one() -> None:
-    z = dense(60, 9, 0.3, 5)
-    positions = torch.randint(0, 20, (60,), generator=torch.Generator().manual_seed(6))
-    positions[0] = 19
-    z[:, 2] *= (positions < 2).double()  # a positional latent
-    z.requires_grad_()
-    bins = positions * 10 // 20
-    one_hot = F.one_hot(bins, 10).double()
-    mass = (z / one_hot.sum(0)[bins][:, None]).T @ one_hot
-    live = mass.sum(1) > 0
-    q = mass[live] / mass[live].sum(1, keepdim=True).detach()
+    # Three batches: the entropy is that of the decayed sums, the gradient that of the last batch's part.
+    running = PositionMass(9, "cpu", torch.float64)
+    mass, offered, firings = torch.zeros(9, 10).double(), torch.zeros(10).double(), torch.zeros(9).double()
+    for seed in (5, 25, 26):
+        z = dense(60, 9, 0.5, seed)
+        positions = torch.randint(0, 20, (60,), generator=torch.Generator().manual_seed(seed + 1))
+        positions[0] = 19
+        z[:, 2] *= (positions < 2).double() * 3  # a positional latent, too rare to be judged
+        z[:, 3] *= 0.05 + (positions < 5).double()  # one that is judged
+        z.requires_grad_()
+        bins = positions * 10 // 20
+        one_hot = F.one_hot(bins, 10).double()
+        mass = 0.99 * mass.detach() + z.T @ one_hot
+        offered = 0.99 * offered + one_hot.sum(0)
+        firings = 0.99 * firings + (z > 0).sum(0)
+        codes = SparseCodes.from_dense(z.detach())
+        bin_of = running.add(codes, positions)
+        got = position_penalty(codes, bin_of, running, 0.95)
+    judged = firings >= 30
+    assert judged.sum() == 8
+    rate = mass[judged] / offered
+    q = rate / rate.sum(1, keepdim=True).detach()
     entropy = -(q * q.clamp(min=1e-300).log()).sum(1) / math.log(10)
-    expected = (0.8 - entropy).relu().mean()
-    got = position_penalty(SparseCodes.from_dense(z.detach()), positions, 0.8)
+    expected = (0.95 - entropy).relu().mean()
     assert float(expected.detach()) > 0
     torch.testing.assert_close(got.value, expected.detach())
     (gradient,) = torch.autograd.grad(expected, z)
@@ -131,12 +143,43 @@ def test_position_penalty_is_the_dense_one() -> None:
 
 def test_position_penalty_pushes_a_latent_off_its_only_bin() -> None:
     # Undetached denominators would leave a latent on one bin at a stationary point.
-    positions = torch.arange(20)
-    z = torch.zeros(20, 2, dtype=torch.float64)
-    z[:2, 0] = 1.0
+    positions = torch.arange(20).repeat(20)
+    z = torch.zeros(400, 2, dtype=torch.float64)
+    z[positions < 2, 0] = 1.0
     z[:, 1] = 1.0
-    got = position_penalty(SparseCodes.from_dense(z), positions, 0.5)
-    assert bool((got.gradient[:3:2] > 0).all())
+    codes, running = SparseCodes.from_dense(z), PositionMass(2, "cpu", torch.float64)
+    got = position_penalty(codes, running.add(codes, positions), running, 0.5)
+    assert float(got.value) == pytest.approx(0.25)
+    assert bool((got.gradient[codes.indices == 0] > 0).all())
+    assert not bool(got.gradient[codes.indices == 1].any())
+
+
+def test_rare_latents_are_not_taken_for_positional_ones(tmp_path: Path) -> None:
+    # Latents 0 to 99 fire at random places, once in a hundred tokens and rarer; latent 100 in the first tenth of
+    # the sequence only, as often.
+    section = replace(OFF, position_entropy_weight=1.0, position_entropy_floor=0.3)
+    g = torch.Generator().manual_seed(27)
+    rates = torch.logspace(-3.3, -2, 101)
+    totals = {}
+    for planted in (False, True):
+        part = regularizer(section, 101, tmp_path)
+        loss, model = torch.zeros((), requires_grad=True), SimpleNamespace(W_dec=torch.ones(101, 2))
+        values, slopes = [], []
+        for step in range(60):
+            z = torch.rand(256, 101, generator=g) * (torch.rand(256, 101, generator=g) < rates)
+            positions = torch.randint(0, 100, (256,), generator=g)
+            z[:, 100] = planted * (positions < 10) * (torch.rand(256, generator=g) < 0.1)
+            batch = ActivationBatch(torch.zeros(256, 1), torch.zeros(256, 1), positions, positions)
+            codes = SparseCodes.from_dense(z)
+            part.apply_penalty(loss, model, codes=codes, batch=batch, step=step)
+            values.append(float(part.metrics()["regularizer/position_entropy_penalty"]))
+            slopes.append(float(part.metrics()["regularizer/position_entropy_gradient_norm"]))
+        totals[planted] = (values, slopes)
+        assert int((part._positions.firings >= 30).sum()) > 30  # type: ignore[union-attr]
+    assert max(totals[False][0]) == max(totals[False][1]) == 0.0
+    # The planted one alone is 0.3 below the floor: the mean over judged latents has its share.
+    assert totals[True][0][-1] > 0.3 / 101
+    assert totals[True][1][-1] > 0
 
 
 def test_mean_squared_cosine_cannot_see_a_copied_basis_and_ours_can() -> None:
@@ -178,29 +221,30 @@ def test_all_weights_zero_returns_the_same_object(tmp_path: Path) -> None:
         (replace(OFF, correlation_weight=0.05, adaptive=False), True),
         (replace(OFF, orthogonality_weight=0.7, orthogonality_every=1, orthogonality_chunk=12), False),
         (replace(OFF, all_pairs_weight=0.2), False),
-        (replace(OFF, position_entropy_weight=0.3, position_entropy_floor=0.9), False),
+        (replace(OFF, position_entropy_weight=0.3, position_entropy_floor=0.98), False),
     ],
 )
+@pytest.mark.parametrize("scale", [1.0, 2.5])
 def test_loss_gains_the_weighted_penalty_and_its_gradient(
-    section: RegularizerSection, needs_pairs: bool, tmp_path: Path
+    section: RegularizerSection, needs_pairs: bool, scale: float, tmp_path: Path
 ) -> None:
-    part = regularizer(section, 12, tmp_path)
-    z = dense(30, 12, 0.5, 10)
+    part = DiversityRegularizer(section, 12, "cpu", 0, ledger(tmp_path), tmp_path, scale=scale)
+    z = dense(60, 12, 0.7, 10)
     codes = SparseCodes.from_dense(z)
     values = codes.values.float().requires_grad_()
     codes = codes.with_values(values)
     w_dec = torch.randn(12, 4, generator=torch.Generator().manual_seed(11)).requires_grad_()
-    positions = torch.arange(30) % 7
-    batch = ActivationBatch(torch.zeros(30, 2), torch.zeros(30, 2), positions, positions)
-    base = values.sum() * 0.5 + w_dec.sum()
+    positions = torch.arange(60) % 7
+    batch = ActivationBatch(torch.zeros(60, 2), torch.zeros(60, 2), positions, positions)
+    base = (values.sum() * 0.5 + w_dec.sum()).double()
     pairs = (torch.tensor([0, 3]), torch.tensor([1, 4])) if needs_pairs else None
     total = part.apply_penalty(base, SimpleNamespace(W_dec=w_dec), codes=codes, batch=batch, pairs=pairs, step=3)
     names = [k for k in part.metrics() if k.endswith("_penalty")]
     assert len(names) == 1
     name = names[0].removesuffix("_penalty").removeprefix("regularizer/")
-    weight = getattr(section, f"{name}_weight")
+    weight = getattr(section, f"{name}_weight") * scale
     value, norm = part.metrics()[names[0]], part.metrics()[f"regularizer/{name}_gradient_norm"]
-    torch.testing.assert_close(total - base, weight * value, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close((total - base).float(), weight * value, rtol=1e-4, atol=0)
     total.backward()
     target, plain = (w_dec, 1.0) if name == "orthogonality" else (values, 0.5)
     assert target.grad is not None
@@ -209,6 +253,12 @@ def test_loss_gains_the_weighted_penalty_and_its_gradient(
     assert effect["calls"] == 1
     assert effect["effect"]["penalty"] == pytest.approx(weight * float(value))
     assert effect["effect"]["gradient_norm"] == pytest.approx(weight * float(norm))
+    assert effect["effect"]["gradient_norm"] > 0
+    on = {"correlation_pairs": 2, "orthogonality_rows": 12, "all_pairs_entries": codes.nnz}
+    assert effect["effect"][f"{name}_evaluations"] == 1
+    unit = TERM_UNITS[name]
+    assert effect["effect"][f"{name}_{unit}"] == on.get(f"{name}_{unit}", codes.nnz)
+    assert sum(key.endswith("_evaluations") for key in effect["effect"]) == 1
 
 
 def test_correlation_term_waits_for_pairs(tmp_path: Path) -> None:
@@ -251,7 +301,12 @@ def test_dual_control_grows_falls_and_stays_in_bounds(tmp_path: Path) -> None:
 
     # Every live latent paired: rate 1, so one step multiplies by exp(5 * 0.9), beyond the bound.
     assert weight_after(many, 1) == 0.02
-    assert weight_after(none, 1) == pytest.approx(0.01 * math.exp(-5 * 0.1))
+    # Nobody has looked for pairs yet: that there are none says nothing.
+    assert weight_after(none, 5) == 0.01
+    surveyed = regularizer(section, 10, tmp_path)
+    surveyed._ledger.record_survey()
+    surveyed.apply_penalty(loss, model, codes=codes, pairs=none, step=0)
+    assert float(surveyed.state_dict()["weight"]) == pytest.approx(0.01 * math.exp(-5 * 0.1))
     one = (torch.tensor([0]), torch.tensor([1]))
     assert weight_after(one, 1) == pytest.approx(0.01 * math.exp(5 * (0.2 - 0.1)))
     fixed = regularizer(replace(section, adaptive=False), 10, tmp_path)
@@ -329,3 +384,115 @@ def test_terms_without_what_they_act_on_say_so(tmp_path: Path) -> None:
         regularizer(replace(OFF, all_pairs_weight=0.1), 7, tmp_path).apply_penalty(loss, model, codes=codes)
     with pytest.raises(ValueError, match="expected an out_dir"):
         DiversityRegularizer(OFF, 6, "cpu", 0, ledger(tmp_path)).save(1)
+    for wrong in (0.0, -1.0, math.inf):
+        with pytest.raises(ValueError, match="scale: expected a positive number"):
+            DiversityRegularizer(OFF, 6, "cpu", 0, ledger(tmp_path), scale=wrong)
+    with pytest.raises(ValueError, match="accumulation: expected at least 1"):
+        DiversityRegularizer(OFF, 6, "cpu", 0, ledger(tmp_path), accumulation=0)
+
+
+def test_a_healthy_run_with_nothing_to_penalise_is_not_stopped(tmp_path: Path) -> None:
+    # 512 dimensions: no two random decoder rows reach a cosine of 0.3; and the monitor found no pair.
+    part = regularizer(RegularizerSection(orthogonality_every=1), 64, tmp_path)
+    book = part._ledger
+    book._enabled = {**dict.fromkeys(REQUIRED_EFFECTS, False), "diversity_regularizer": True}
+    model = SimpleNamespace(W_dec=torch.randn(64, 512, generator=torch.Generator().manual_seed(28)))
+    codes = SparseCodes.from_dense(dense(30, 64, 0.2, 29))
+    empty = torch.empty(0, dtype=torch.int64)
+    loss = torch.zeros((), requires_grad=True)
+    for step in range(3):
+        part.apply_penalty(loss, model, codes=codes, pairs=(empty, empty), step=step)
+    part.save(3)
+    with pytest.raises(LedgerError, match="correlation term was evaluated on 0 pairs and the monitor never surveyed"):
+        book.verify(3)
+    book.record_survey()
+    book.verify(3)
+    effect = json.loads(book.write().read_text())["components"]["diversity_regularizer"]["effect"]
+    assert effect.pop("finding").startswith("nothing to penalise: correlation was evaluated 3 times over 0 pairs")
+    assert effect == {
+        "correlation_evaluations": 3,
+        "correlation_pairs": 0,
+        "orthogonality_evaluations": 3,
+        "orthogonality_rows": 192,
+        "penalty": 0,
+        "gradient_norm": 0,
+        "surveys": 1,
+    }
+
+
+def test_a_term_that_is_never_evaluated_is_named(tmp_path: Path) -> None:
+    part = regularizer(RegularizerSection(orthogonality_every=5), 6, tmp_path)
+    part._ledger._enabled = {**dict.fromkeys(REQUIRED_EFFECTS, False), "diversity_regularizer": True}
+    loss = torch.zeros((), requires_grad=True)
+    part.apply_penalty(loss, SimpleNamespace(W_dec=torch.ones(6, 2)), pairs=None, step=1)
+    part.save(1)
+    with pytest.raises(LedgerError) as caught:
+        part._ledger.verify(1)
+    assert "the correlation term was never evaluated: it was given no pairs" in str(caught.value)
+    assert "the orthogonality term was never evaluated" in str(caught.value)
+
+
+def test_micro_batches_of_a_step_move_the_dual_weight_once(tmp_path: Path) -> None:
+    section = replace(OFF, correlation_weight=0.01, correlation_weight_max=1.0, adaptive_step=0.5, target_rate=0.1)
+    half, whole = dense(50, 10, 0.9, 30), dense(50, 10, 0.9, 31)
+    half[:, 5:] = 0
+    pairs = (torch.tensor([0]), torch.tensor([1]))
+    model, loss = SimpleNamespace(W_dec=torch.ones(10, 2)), torch.zeros((), requires_grad=True)
+    part = regularizer(section, 10, tmp_path)
+    weights = []
+    for step in range(3):
+        for micro, z in enumerate((half, whole)):
+            part.apply_penalty(loss, model, codes=SparseCodes.from_dense(z), pairs=pairs, step=step, micro=micro)
+            weights.append(float(part.metrics()["regularizer/correlation_weight"]))
+    # Rates: 2 of 5 live at first, then 2 of 10; a step moves by their mean and holds one weight for all of it.
+    first = 0.01 * math.exp(0.5 * (0.3 - 0.1))
+    second = first * math.exp(0.5 * (0.2 - 0.1))
+    assert weights == pytest.approx([0.01, 0.01, first, first, second, second])
+    assert part.state_dict()["steps"] == 3
+    resumed = regularizer(section, 10, tmp_path)
+    resumed.load_state_dict(part.state_dict())
+    for each in (part, resumed):
+        each.apply_penalty(loss, model, codes=SparseCodes.from_dense(whole), pairs=pairs, step=3)
+    assert resumed.state_dict()["weight"] == part.state_dict()["weight"]
+
+
+def test_orthogonality_is_computed_once_a_step_at_full_weight(tmp_path: Path) -> None:
+    section = replace(OFF, orthogonality_weight=1.0, orthogonality_every=1)
+    model = SimpleNamespace(W_dec=torch.eye(3).repeat(4, 1))
+    loss = torch.tensor(0.0, requires_grad=True)
+
+    def step_total(accumulation: int) -> float:
+        part = DiversityRegularizer(section, 12, "cpu", 0, ledger(tmp_path), accumulation=accumulation)
+        losses = [part.apply_penalty(loss, model, step=1, micro=m) for m in range(accumulation)]
+        assert [x is loss for x in losses] == [False] + [True] * (accumulation - 1)
+        record = part._ledger.record()["components"]["diversity_regularizer"]["effect"]
+        assert record["orthogonality_evaluations"] == 1
+        return float(sum(x.detach() for x in losses) / accumulation)
+
+    assert step_total(4) == pytest.approx(step_total(1)) == pytest.approx(0.49)
+
+
+def test_position_state_and_failed_writes(tmp_path: Path) -> None:
+    section = replace(OFF, position_entropy_weight=1.0, position_entropy_floor=0.99)
+    parts = [regularizer(section, 5, tmp_path / name) for name in ("one", "two")]
+    model, loss = SimpleNamespace(W_dec=torch.ones(5, 2)), torch.zeros((), requires_grad=True)
+    positions = torch.arange(80) % 20
+    batch = ActivationBatch(torch.zeros(80, 1), torch.zeros(80, 1), positions, positions)
+    for step in range(4):
+        codes = SparseCodes.from_dense(dense(80, 5, 0.5, 40 + step))
+        if step == 2:
+            parts[1] = regularizer(section, 5, tmp_path / "two")
+            parts[1].load_state_dict(parts[0].state_dict())
+        for part in parts:
+            if part is parts[0] or step >= 2:
+                part.apply_penalty(loss, model, codes=codes, batch=batch, step=step)
+    name = "regularizer/position_entropy_penalty"
+    assert float(parts[0].metrics()[name]) > 0
+    assert torch.equal(parts[0].metrics()[name], parts[1].metrics()[name])
+    path = tmp_path / "one" / "regularizer.jsonl"
+    path.mkdir(parents=True)  # a folder in the file's place: it can be neither read nor replaced
+    with pytest.raises(IsADirectoryError):
+        parts[0].save(4)
+    assert list((tmp_path / "one").rglob("*.tmp")) == []
+    path.rmdir()
+    assert parts[0].save(4) == path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import resource
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -313,5 +314,68 @@ def test_a_dropped_sample_does_not_drop_others() -> None:
     # 10 is best; 13 overlaps it and goes; 16 overlaps only 13, so it stays. Unknown sequences never overlap.
     chain = some_samples([1, 1, 1, 2, -1, -1], [10, 13, 16, 10, 10, 10], [9, 8, 7, 6, 5, 4])
     assert without_overlap(chain, 5).tolist() == [[True, False, True, True, True, True]]
-    both = merged(chain, some_samples([1], [11], [10.0]), 3, 5)
+    both, new = merged(chain, some_samples([1], [11], [10.0]), 3, 5)
     assert both.score.tolist() == [[10, 7, 6]]
+    assert new.tolist() == [[True, False, False]]
+
+
+def test_micro_batches_draw_apart_and_are_counted_once(tmp_path: Path) -> None:
+    # Two micro-batches of one step that look alike, told apart by their token ids.
+    section = replace(
+        SECTION, position_bins=1, stratified_per_latent=1, min_per_bin=0, top_per_latent=1, context_tokens=1
+    )
+    d_sae, size = 300, 8
+    part = collector(tmp_path, section, d_sae)
+    z = torch.ones(size, d_sae)
+    nothing = torch.zeros(size, 1)
+    places = torch.arange(size)
+    kept = []
+    for micro in (0, 1):
+        batch = ActivationBatch(nothing, nothing, places + 1 + 100 * micro, places)
+        part.collect(SparseCodes.from_dense(z * (1 - 0.5 * micro)), batch, 1, micro)
+        kept.append(part._ledger.record()["components"]["activation_samples"]["effect"]["samples_kept"])
+    assert part._stores is not None
+    top, spread = part._stores
+    late = int((spread.token[: 2 * d_sae : 2] > 100).sum())
+    # With the same keys every draw of the second micro-batch would tie with the first's, and lose.
+    assert 100 < late < 200
+    assert not bool((top.token > 100).any())
+    assert kept == [2 * d_sae, 2 * d_sae + late]
+
+
+def tree_bytes(tree: object) -> int:
+    """Bytes of a state: tensors as they are, everything else as text."""
+    if isinstance(tree, Tensor):
+        return tree.numel() * tree.element_size()
+    if isinstance(tree, dict):
+        return sum(tree_bytes(value) for value in tree.values())
+    return len(json.dumps(tree))
+
+
+@pytest.mark.parametrize("section", [SECTION, replace(SECTION, max_sink_fraction=0.0, stratified_per_latent=3)])
+def test_the_state_stays_below_its_bound(section: SamplesSection, tmp_path: Path) -> None:
+    bound = collector(tmp_path, section).state_bytes_at_most()
+    full = collected(tmp_path, Text(20, 20), section)
+    assert tree_bytes(full.state_dict()) <= bound == full.state_bytes_at_most()
+    assert tree_bytes(full.state_dict()) > 0.95 * bound
+    assert tree_bytes(collector(tmp_path, section).state_dict()) <= bound
+
+
+def test_a_file_that_cannot_be_written_leaves_both_former_ones(tmp_path: Path) -> None:
+    text = Text(20, 21)
+    part = collected(tmp_path, text)
+    files = part.save(8, words)
+    before = [file.read_bytes() for file in files]
+    codes, batch = text.batches(100)[0]
+    part.collect(codes, batch, 9)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300, hard))  # what a full disk does to a write, without filling one
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            part.save(9, words)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [file.read_bytes() for file in files] == before
+    assert sorted(files[0].parent.iterdir()) == files
+    part.save(9, words)
+    assert json.loads(files[1].read_text())["step"] == 9

@@ -180,7 +180,7 @@ def _correlation(path: Path, done: int, draw: random.Random) -> list[tuple[int, 
                 }
             )
         report = {
-            "schema_version": 1,
+            "schema_version": 2,
             "step": step,
             "tokens": step * 1024,
             "block_tokens": 102400,
@@ -191,7 +191,9 @@ def _correlation(path: Path, done: int, draw: random.Random) -> list[tuple[int, 
             "pairs_total": len(rows),
             "pairs_flagged": sum(p["flagged"] for p in rows),
             "components": [[i, j] for (i, j) in pairs[: found // 4]],
+            "candidate_components": [[i, j] for (i, j) in pairs],
             "distinct_latents": 505 - found // 4,
+            "distinct_latents_candidates": 505 - found,
             "share_of_live_with_neighbour": 2 * found / 505,
             "effective_dictionary_size": 430 + step / 10,
             "decoder_cosine": {"median": 0.11, "p99": 0.31, "p999": 0.52},
@@ -265,7 +267,15 @@ def _usage(path: Path, done: int) -> None:
         "diversity_regularizer": {
             "enabled": True,
             "calls": done,
-            "effect": {"penalty": 0.00041, "gradient_norm": 0.0123},
+            "effect": {
+                "penalty": 0.00041,
+                "gradient_norm": 0.0123,
+                "correlation_evaluations": done,
+                "correlation_pairs": 12 * done,
+                "orthogonality_evaluations": done // 10,
+                "orthogonality_rows": 1024 * (done // 10),
+                "surveys": 9,
+            },
             "files": ["anti_duplication_logs/regularizer.jsonl"],
         },
         "position_sampler": {

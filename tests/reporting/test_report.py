@@ -309,3 +309,27 @@ def test_escaping() -> None:
     assert not re.search("[<>&\u2028\u2029\x00]", text)
     with pytest.raises(ValueError, match="JSON compliant"):
         embedded_json([float("nan")])
+
+
+def changed_regularizer(run: Path, **effect: object) -> str:
+    """The page's words when the regularizer's effect is another one."""
+    usage = json.loads((run / "usage.json").read_text())
+    usage["components"]["diversity_regularizer"]["effect"] = effect
+    (run / "usage.json").write_text(json.dumps(usage))
+    return read(write_report(run)).words
+
+
+def test_a_penalty_of_nothing_is_a_finding_and_a_term_not_evaluated_a_fault(make_run: Callable[..., Path]) -> None:
+    run = make_run()
+    nothing = {"penalty": 0.0, "gradient_norm": 0.0, "orthogonality_evaluations": 60.0, "orthogonality_rows": 9.0}
+    words = changed_regularizer(run, **nothing, finding="nothing to penalise: it looked")
+    assert "nothing to penalise: it looked" in words
+    assert "never evaluated" not in words
+    words = changed_regularizer(run, **{**nothing, "penalty": 1.0, "correlation_evaluations": 0.0})
+    assert "never evaluated: correlation" in words
+
+
+def test_groups_of_flagged_and_of_candidate_pairs_are_told_apart(page: Page) -> None:
+    assert "latents joined by flagged pairs" in page.words
+    assert "latents joined by candidate or flagged pairs" in page.words
+    assert "Distinct latents, flagged pairs merged" in page.words

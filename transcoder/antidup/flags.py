@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
+from torch import Tensor
+
 Pair = tuple[int, int]
+MAX_PAIRS = 1 << 18
+"""Pairs that a book holds of each kind. A dictionary with more duplicates than this has failed as a whole, and
+which of its pairs are the worst no longer matters; the state stays within 4 MiB a kind."""
 
 
 class FlagBook:
@@ -21,11 +28,14 @@ class FlagBook:
 
     def close_block(self, above: Iterable[Pair], released: Iterable[Pair]) -> None:
         """Evidence of one block: pairs whose lower bound exceeds the threshold, and flagged pairs that no
-        longer hold."""
-        self._blocks.append(set(above))
-        self.flagged -= set(released)
-        candidates = set().union(*self._blocks)
-        self.flagged |= {p for p in candidates - set(released) if self.blocks_above(p) >= self._needed}
+        longer hold. Of more than `MAX_PAIRS` in `above` the first are taken, and new flags only while there is
+        room."""
+        self._blocks.append(set(itertools.islice(above, MAX_PAIRS)))
+        gone = set(released)
+        self.flagged -= gone
+        known = set().union(*self._blocks) - self.flagged - gone
+        enough = sorted(p for p in known if self.blocks_above(p) >= self._needed)
+        self.flagged.update(enough[: MAX_PAIRS - len(self.flagged)])
 
     def blocks_above(self, pair: Pair) -> int:
         """Closed blocks, of those remembered, in which the pair's lower bound was above the threshold."""
@@ -33,11 +43,20 @@ class FlagBook:
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "blocks": [sorted(map(list, block)) for block in self._blocks],
-            "flagged": sorted(map(list, self.flagged)),
+            "blocks": [_table(block) for block in self._blocks],
+            "flagged": _table(self.flagged),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._blocks.clear()
-        self._blocks.extend({(int(i), int(j)) for i, j in block} for block in state["blocks"])
-        self.flagged = {(int(i), int(j)) for i, j in state["flagged"]}
+        self._blocks.extend(_pairs(table) for table in state["blocks"])
+        self.flagged = _pairs(state["flagged"])
+
+
+def _table(pairs: set[Pair]) -> Tensor:
+    """[P, 2] int64, ascending."""
+    return torch.tensor(sorted(pairs), dtype=torch.int64).view(-1, 2)
+
+
+def _pairs(table: Tensor) -> set[Pair]:
+    return {(i, j) for i, j in table.tolist()}

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,13 +15,72 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from transcoder.antidup.files import replace_text
+
 REQUIRED_EFFECTS: Mapping[str, tuple[str, ...]] = {
     "diversity_regularizer": ("penalty", "gradient_norm"),
     "position_sampler": ("positions_resampled",),
     "correlation_monitor": ("pairs_seen",),
     "activation_samples": ("samples_kept",),
 }
-"""The parts, and the effects whose totals must be finite and not 0 by the verified step."""
+"""The parts, and the effects that must have been recorded, with finite totals, by the verified step."""
+MAY_BE_NOTHING = frozenset({"penalty", "gradient_norm"})
+"""Effects whose total may be 0: penalties that were evaluated and found nothing to penalise. With 384 or more
+dimensions random decoder rows stay below a cosine of 0.3, and a healthy dictionary has no duplicate pairs."""
+TERM_UNITS: Mapping[str, str] = {
+    "correlation": "pairs",
+    "orthogonality": "rows",
+    "all_pairs": "entries",
+    "position_entropy": "entries",
+}
+"""The regularizer's terms and what each is evaluated on. The effects of a term of weight above 0 are
+`{term}_evaluations` (times evaluated) and `{term}_{unit}` (how many in all), from 0 on."""
+_REGULARIZER, _MONITOR = "diversity_regularizer", "correlation_monitor"
+
+
+def missing_effects(name: str, effect: Mapping[str, Any]) -> list[str]:
+    """What a part's effects, as `usage.json` has them, lack; empty if nothing."""
+    missing = []
+    for key in REQUIRED_EFFECTS[name]:
+        value = effect.get(key)
+        if value is None:
+            missing.append(f"no effect ({key} was never recorded)")
+        elif not isinstance(value, (int, float)) or not math.isfinite(value):
+            missing.append(f"no effect ({key} is {value})")
+        elif value == 0 and key not in MAY_BE_NOTHING:
+            missing.append(f"no effect ({key} is 0)")
+    return missing + (_missing_terms(effect) if name == _REGULARIZER else [])
+
+
+def _missing_terms(effect: Mapping[str, Any]) -> list[str]:
+    terms = [term for term in TERM_UNITS if f"{term}_evaluations" in effect]
+    missing = [] if terms else ["no effect (no penalty term of weight above 0 was recorded)"]
+    for term in terms:
+        unit = TERM_UNITS[term]
+        if not effect[f"{term}_evaluations"] > 0:
+            why = ": it was given no pairs, which come from the correlation monitor" if term == "correlation" else ""
+            missing.append(f"the {term} term was never evaluated{why}")
+        elif not effect.get(f"{term}_{unit}", 0) > 0:
+            if term != "correlation":
+                missing.append(f"the {term} term was evaluated on 0 {unit}")
+            elif not effect.get("surveys", 0) > 0:
+                # After a survey, no pairs are a finding: there was nothing to penalise.
+                missing.append("the correlation term was evaluated on 0 pairs and the monitor never surveyed for any")
+    return missing
+
+
+def _finding(effect: Mapping[str, float]) -> str | None:
+    """The plain sentence about a penalty of 0, where its terms were evaluated all the same."""
+    if effect.get("penalty") != 0 or missing_effects(_REGULARIZER, effect):
+        return None
+    said = [
+        f"{term} was evaluated {effect[f'{term}_evaluations']:.0f} times over {effect[f'{term}_{unit}']:.0f} {unit}"
+        for term, unit in TERM_UNITS.items()
+        if f"{term}_evaluations" in effect
+    ]
+    if "correlation_evaluations" in effect:
+        said.append(f"{effect.get('surveys', 0):.0f} surveys looked for pairs")
+    return f"nothing to penalise: {'; '.join(said)}"
 
 
 class LedgerError(RuntimeError):
@@ -70,6 +128,16 @@ class UsageLedger:
                     value = value.detach().to(torch.float64, copy=True)
                 totals[key] = totals[key] + value if key in totals else value
 
+    def record_survey(self) -> None:
+        """Count one search of the monitor for pairs to penalise."""
+        self.record_effect(_MONITOR, surveys=1)
+
+    @property
+    def surveys(self) -> int:
+        """Searches for pairs so far. Never waits for a device."""
+        with self._lock:
+            return int(self._effects[_MONITOR].get("surveys", 0))
+
     def record_file(self, name: str, path: Path) -> None:
         """List a file that the part wrote, once, relative to the run's folder."""
         path = Path(path)
@@ -81,35 +149,45 @@ class UsageLedger:
                 self._files[name].append(text)
 
     def record(self) -> dict[str, Any]:
-        """The content of usage.json; reads the totals from the device."""
-        with self._lock:
-            return {
-                "components": {
-                    name: {
-                        "enabled": self._enabled[name],
-                        "calls": self._calls[name],
-                        "effect": {key: float(value) for key, value in self._effects[name].items()},
-                        "files": list(self._files[name]),
-                    }
-                    for name in REQUIRED_EFFECTS
-                }
-            }
+        """The content of usage.json; reads the totals from the device.
+
+        The regularizer's effect says beside its numbers how often the monitor searched for pairs (`surveys`,
+        where it has a correlation term) and, if its penalties came to 0 though they were evaluated, a sentence
+        (`finding`).
+        """
+        components: dict[str, dict[str, Any]] = {
+            name: {"enabled": self._enabled[name], **part} for name, part in self.state_dict().items()
+        }
+        effect = components[_REGULARIZER]["effect"]
+        if "correlation_evaluations" in effect:
+            effect["surveys"] = components[_MONITOR]["effect"].get("surveys", 0.0)
+        finding = _finding(effect)
+        if finding is not None:
+            effect["finding"] = finding
+        return {"components": components}
 
     def write(self) -> Path:
-        """Write usage.json (to a temporary file that then takes its place)."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        """Write usage.json (to a temporary file that then takes its place).
+
+        Raises:
+            OSError: it could not be written; the former file stands, and nothing else is left behind.
+        """
         record = self.record()
         for part in record["components"].values():
             # JSON has no NaN; a total that is not a number is worth a word.
-            part["effect"] = {k: v if math.isfinite(v) else str(v) for k, v in part["effect"].items()}
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        temporary.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(temporary, self.path)
+            part["effect"] = {
+                k: v if isinstance(v, str) or math.isfinite(v) else str(v) for k, v in part["effect"].items()
+            }
+        replace_text(self.path, json.dumps(record, indent=1, allow_nan=False) + "\n")
         return self.path
 
     def verify(self, step: int) -> None:
         """Raise LedgerError unless every enabled part has calls, each required effect and files that exist
-        and hold bytes."""
+        and hold bytes.
+
+        The regularizer's penalty and gradient may be 0, but every term of weight above 0 must have been
+        evaluated on something; the correlation term on 0 pairs only if the monitor searched for pairs.
+        """
         lacking = []
         for name, part in self.record()["components"].items():
             if part["enabled"]:
@@ -124,12 +202,7 @@ class UsageLedger:
 
     def _missing(self, name: str, part: dict[str, Any]) -> list[str]:
         missing = [] if part["calls"] > 0 else ["no calls"]
-        for key in REQUIRED_EFFECTS[name]:
-            value = part["effect"].get(key)
-            if value is None:
-                missing.append(f"no effect ({key} was never recorded)")
-            elif not math.isfinite(value) or value == 0:
-                missing.append(f"no effect ({key} is {value:g})")
+        missing += missing_effects(name, part["effect"])
         if not part["files"]:
             missing.append("no files")
         for file in part["files"]:
@@ -139,10 +212,15 @@ class UsageLedger:
         return missing
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            name: {"calls": part["calls"], "effect": part["effect"], "files": part["files"]}
-            for name, part in self.record()["components"].items()
-        }
+        with self._lock:
+            return {
+                name: {
+                    "calls": self._calls[name],
+                    "effect": {key: float(value) for key, value in self._effects[name].items()},
+                    "files": list(self._files[name]),
+                }
+                for name in REQUIRED_EFFECTS
+            }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         with self._lock:

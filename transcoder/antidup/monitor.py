@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,12 @@ from torch import Tensor
 from transcoder.antidup.components import connected_components
 from transcoder.antidup.confidence import correlation_bounds
 from transcoder.antidup.decoder_cosine import decoder_cosine_tail
-from transcoder.antidup.flags import FlagBook, Pair
+from transcoder.antidup.files import replace_text
+from transcoder.antidup.flags import MAX_PAIRS, FlagBook, Pair
 from transcoder.antidup.ledger import UsageLedger
 from transcoder.antidup.report_schema import SCHEMA_VERSION
 from transcoder.antidup.sequence_counts import SequenceCounts
+from transcoder.antidup.state_size import correlation_state_bytes
 from transcoder.config import MonitorSection
 from transcoder.kernels import CorrelatedPairs, FeatureCorrelation, SparseCodes
 from transcoder.kernels.correlation.moments import PairStatistics
@@ -28,6 +29,8 @@ _NAME = "correlation_monitor"
 SKETCH_DIM = 128
 """Used beyond the widest exactly counted dictionary: standard deviation 0.03 at r = 0.8."""
 HISTOGRAM_BINS = 40
+_NUMBERS_BYTES = 4096
+"""Room for the numbers of a state that are no tensors, as text."""
 
 
 class CorrelationMonitor:
@@ -69,7 +72,9 @@ class CorrelationMonitor:
         self._targets = self._no_pairs()
         self._metrics: dict[str, float] = {}
 
-    def update_correlations(self, codes: SparseCodes, step: int, sequences: Tensor | None = None) -> None:
+    def update_correlations(
+        self, codes: SparseCodes, step: int, sequences: Tensor | None = None, weights: Tensor | None = None
+    ) -> None:
         """Count the tokens of `codes`; steps that `update_every` does not divide are passed over. Never waits
         for a device.
 
@@ -77,24 +82,45 @@ class CorrelationMonitor:
             codes: shape (B, d_sae); sinks are expected to be masked out already.
             step: the training step.
             sequences: [B] int64 ids of the sequences that the tokens come from.
+            weights: [B] floating importance weights >= 0, as a position sampler gives them; None weighs every
+                token 1. Sums are weighted; firings, supports and sequences are counted, tokens of weight 0
+                not.
         """
         if step % self.section.update_every:
             return
-        self._block.update(codes)
+        self._block.update(codes, weights)
         if self._fading is not None:
-            self._fading.update(codes)
-        self._block_sequences.update(codes, sequences)
+            self._fading.update(codes, weights)
+        self._block_sequences.update(codes, sequences, weights)
         self._tokens += codes.shape[0]
         self._ledger.record_call(_NAME)
         self._ledger.record_effect(_NAME, pairs_seen=_pairs_in(codes))
 
+    def refresh_targets(self) -> int:
+        """Search the live view for pairs to penalise, and nothing else: no file, no block closed, the metrics
+        of the last report stay. Reads the device; one pass over the pairs that fired together.
+
+        For the steps before the first report, so that the pair penalty acts early.
+
+        Returns: the number of pairs that `target_pairs` has now.
+        """
+        view, beside = self._view()
+        found = view.pairs(self.section.correlation_threshold, self.section.min_support, beside=beside)
+        pairs, _ = self._listed(found, sorted(self._book.flagged))
+        self._set_targets(pairs)
+        return self._targets[0].numel()
+
     def report(self, step: int, W_dec: Tensor | None = None) -> dict[str, Any]:
         """Close a full block, mine the live view, write `correlation_step_%08d.json` and return its content
-        (schema version 1, see `validate_correlation_report`). Reads the device.
+        (schema version 2, see `validate_correlation_report`). Reads the device.
 
         Args:
             step: the training step, in the file's name.
             W_dec: [d_sae, d_out], adds the tail of decoder cosines.
+
+        Raises:
+            OSError: the file could not be written. The report counts as made all the same (targets, flags and
+                metrics are new), and the next one is not affected.
         """
         section = self.section
         if self._block.tokens_offered >= section.block_tokens:
@@ -106,8 +132,9 @@ class CorrelationMonitor:
         pairs, sequences = self._listed(survey.pairs, flagged)
         live = int((live_view.counts(beside=beside) > 0).sum())
         paired = torch.cat([pairs.i, pairs.j]).unique().numel()
-        components = connected_components(flagged or zip(pairs.i.tolist(), pairs.j.tolist(), strict=True))
-        merged = sum(len(c) - 1 for c in components)
+        components = connected_components(flagged)
+        # `pairs` has the flagged ones too.
+        wider = connected_components(zip(pairs.i.tolist(), pairs.j.tolist(), strict=True))
         report: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
             "step": step,
@@ -125,20 +152,22 @@ class CorrelationMonitor:
             "pairs_total": len(pairs),
             "pairs_flagged": len(flagged),
             "components": components,
-            "distinct_latents": max(0, live - merged),
+            "candidate_components": wider,
+            "distinct_latents": _distinct(live, components),
+            "distinct_latents_candidates": _distinct(live, wider),
             "share_of_live_with_neighbour": min(1.0, paired / live) if live else 0.0,
             "effective_dictionary_size": _effective_size(live, survey, live_view.effective_tokens(beside=beside)),
             "decoder_cosine": None if W_dec is None else decoder_cosine_tail(W_dec),
             "histogram": _histogram(survey, edges),
         }
-        self._targets = self._target_order(pairs)
+        self._set_targets(pairs)
         self._metrics = _metrics(report)
         self._write(step, report)
         return report
 
     def target_pairs(self, max_pairs: int) -> tuple[Tensor, Tensor]:
-        """(i, j), each [P] int64 on the device, P <= max_pairs: flagged pairs of the last report, then its
-        other candidates by falling correlation. Empty before the first report."""
+        """(i, j), each [P] int64 on the device, P <= max_pairs: flagged pairs, then the other candidates of the last
+        search (`report` or `refresh_targets`) by falling correlation. Empty before the first."""
         i, j = self._targets
         return i[:max_pairs], j[:max_pairs]
 
@@ -146,6 +175,23 @@ class CorrelationMonitor:
         """Numbers of the last report for the log (`duplicates/...`); empty before the first. Reads
         nothing."""
         return dict(self._metrics)
+
+    def state_bytes_at_most(self, *, batch_tokens: int = 16384, entries_per_token: int = 128) -> int:
+        """Bytes that the tensors and numbers of `state_dict` can ever hold, however long the run.
+
+        Exact statistics hold 16 bytes a pair and statistic at the most (12 until a count of 2^31 tokens could
+        overflow). Early in a run, and for sparse dictionaries, the state is far smaller.
+
+        Args:
+            batch_tokens, entries_per_token: of the largest update; only the sketch (d_sae above 32768) keeps
+                codes, about 262,144 recent tokens, and depends on them.
+        """
+        one = correlation_state_bytes(self._block, batch_tokens, entries_per_token)
+        # The block and the past, each with its bitmap of sequences; the fading view has none.
+        statistics = 2 * (one + self._block_sequences.state_bytes()) + (one if self._fading is not None else 0)
+        held = min(MAX_PAIRS, self.d_sae * (self.d_sae - 1) // 2)
+        # int64 (i, j): the targets, the flagged pairs, and the evidence of each block remembered.
+        return statistics + 16 * held * (2 + self.section.blocks_remembered) + _NUMBERS_BYTES
 
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = {
@@ -278,20 +324,25 @@ class CorrelationMonitor:
                 released.append(pair)
         return released
 
-    def _target_order(self, pairs: CorrelatedPairs) -> tuple[Tensor, Tensor]:
-        """Flagged pairs first, each part in the report's order."""
+    def _set_targets(self, pairs: CorrelatedPairs) -> None:
+        """Flagged pairs first, each part in the report's order. A search counts once there were tokens."""
         flagged = self._book.flagged
         late = [(i, j) not in flagged for i, j in zip(pairs.i.tolist(), pairs.j.tolist(), strict=True)]
         order = torch.tensor(late, dtype=torch.bool, device=self.device).sort(stable=True).indices
-        return pairs.i[order], pairs.j[order]
+        order = order[:MAX_PAIRS]
+        self._targets = (pairs.i[order], pairs.j[order])
+        if self._tokens:
+            self._ledger.record_survey()
 
     def _write(self, step: int, report: dict[str, Any]) -> None:
-        self._out_dir.mkdir(parents=True, exist_ok=True)
         path = self._out_dir / f"correlation_step_{step:08d}.json"
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        replace_text(path, json.dumps(report, indent=1, allow_nan=False) + "\n")
         self._ledger.record_file(_NAME, path)
+
+
+def _distinct(live: int, components: list[list[int]]) -> int:
+    """Live latents with each component counted once."""
+    return max(0, live - sum(len(c) - 1 for c in components))
 
 
 def _pairs_in(codes: SparseCodes) -> Tensor:
@@ -329,8 +380,10 @@ def _metrics(report: dict[str, Any]) -> dict[str, float]:
         "duplicates/flagged": float(report["pairs_flagged"]),
         "duplicates/share_of_live": float(report["share_of_live_with_neighbour"]),
         "duplicates/distinct_latents": float(report["distinct_latents"]),
+        "duplicates/distinct_latents_candidates": float(report["distinct_latents_candidates"]),
         "duplicates/live_latents": float(report["live_latents"]),
-        "duplicates/largest_component": float(max((len(c) for c in report["components"]), default=0)),
+        "duplicates/largest_component": float(max(map(len, report["components"]), default=0)),
+        "duplicates/largest_candidate_component": float(max(map(len, report["candidate_components"]), default=0)),
     }
     if report["effective_dictionary_size"] is not None:
         metrics["duplicates/effective_dictionary_size"] = float(report["effective_dictionary_size"])

@@ -12,12 +12,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from transcoder.antidup.position_mass import POSITION_BINS, PositionMass
 from transcoder.kernels import SparseCodes
 from transcoder.kernels.correlation.torch_backend import add_at
 
 TILE_NUMBERS = 1 << 22
 """Numbers in the largest temporary (16 MiB of fp32)."""
-POSITION_BINS = 10
+MIN_FIRINGS = 30.0
+"""Remembered firings from which a latent's entropy over positions is judged: of 30 even ones the estimate is
+about 9 / (2 * 30) nats, 0.07 of log(10), too low."""
 
 
 class Penalty(NamedTuple):
@@ -175,41 +178,37 @@ def _tile(codes: SparseCodes, values: Tensor, first: int, width: int) -> Tensor:
     return tile[:, :width]
 
 
-def position_penalty(codes: SparseCodes, positions: Tensor, floor: float) -> Penalty:
-    """mean over firing latents of relu(floor - H_i), H_i the entropy of latent i's mass over position bins,
-    in [0, 1].
+def position_penalty(codes: SparseCodes, bin_of: Tensor, running: PositionMass, floor: float) -> Penalty:
+    """mean over judged latents of relu(floor - H_i), H_i the entropy of latent i's recent mass over position
+    bins, in [0, 1].
 
-    q_ip is proportional to sum_b z_bi 1[bin(b) = p] / tokens_p: divided by the tokens that each bin offered,
-    so a latent that fires everywhere is flat whatever positions the batch holds. H_i = -sum_p q log q /
-    log(bins offered). The denominators are
-    constants to the gradient: a latent on a single bin would otherwise sit at a stationary point.
+    With M_ip the decayed mass of latent i in bin p and O_p the tokens that the bin offered (`running`, this
+    batch included): q_ip = (M_ip / O_p) / sum_p (M_ip / O_p), H_i = -sum_p q log q / log(bins offered). Divided
+    by what each bin offered, a latent that fires everywhere is flat whatever positions the batches held. One
+    batch cannot tell a rare latent from a positional one (a single firing has H = 0), so a latent is judged
+    from `MIN_FIRINGS` remembered firings on.
+
+    The gradient goes through this batch's part of M: dH_i/dz_bi = -(log q_ip + 1) / (O_p sum_p' (M_ip' /
+    O_p')), the denominators held constant: a latent on a single bin would otherwise sit at a stationary point.
+    A batch is about a hundredth of what is remembered and moves H by as much.
 
     Args:
-        positions: [B] int64 places in the sequence; cut into 10 equal bins up to the largest of the batch.
+        bin_of: [B] int64, the tokens' bins as `running.add(codes, positions)` gave them.
+        running: with the batch added.
         floor: in [0, 1).
     """
     values = _wide(codes.values)
-    bins, d_sae = POSITION_BINS, codes.shape[1]
-    if codes.shape[0] == 0:
-        return Penalty(values.new_zeros(()), torch.zeros_like(values))
-    bin_of = (positions * bins // (positions.max() + 1)).clamp(0, bins - 1)
-    offered = values.new_zeros(bins)
-    add_at(offered, bin_of, torch.ones_like(bin_of, dtype=values.dtype))
-    entry_bin = bin_of[codes.rows()]
-    rate = 1 / offered[entry_bin].clamp(min=1)
-    mass = values.new_zeros(d_sae * bins)
-    place = codes.indices * bins + entry_bin
-    add_at(mass, place, values * rate)
-    mass = mass.view(d_sae, bins)
+    rate = 1 / running.offered.clamp(min=1)
+    mass = running.mass * rate
     whole = mass.sum(1, keepdim=True)
-    live = whole.squeeze(1) > 0
-    q = mass / torch.where(live[:, None], whole, 1)
+    judged = (running.firings >= MIN_FIRINGS) & (whole.squeeze(1) > 0)
+    whole = torch.where(judged[:, None], whole, 1)
+    q = mass / whole
     log_q = torch.where(q > 0, q, 1).log()
-    scale = 1 / (offered > 0).sum().clamp(min=2).to(values.dtype).log()
+    scale = 1 / (running.offered > 0).sum().clamp(min=2).to(mass.dtype).log()
     entropy = -(q * log_q).sum(1) * scale
-    excess = (floor - entropy).relu() * live
-    number = live.sum().clamp(min=1)
-    # d relu(floor - H) / d mass = (log q + 1) / whole where the floor is missed, with `whole` held.
-    slope = (log_q + 1) * scale / torch.where(live[:, None], whole, 1) * (excess > 0)[:, None] / number
-    gradient = slope.view(-1)[place] * rate
+    excess = (floor - entropy).relu() * judged
+    number = judged.sum().clamp(min=1)
+    slope = (log_q + 1) * scale * rate / whole * (excess > 0)[:, None] / number
+    gradient = slope.view(-1)[codes.indices * POSITION_BINS + bin_of[codes.rows()]].to(values.dtype)
     return Penalty(excess.sum() / number, torch.where(values > 0, gradient, 0))

@@ -4,15 +4,17 @@ objective."""
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from transcoder.antidup.files import replace_text
 from transcoder.antidup.ledger import UsageLedger
+from transcoder.antidup.special_tokens import SpecialTokens
 from transcoder.config import PositionsSection
 from transcoder.kernels.correlation.counter import uniform
 
@@ -26,10 +28,14 @@ class PositionSample:
     Fields:
         keep: [S, L] bool, the drawn positions.
         weights: [S, L] fp32 importance weights, 0 where not drawn, of mean about 1 over the drawn.
+        counts: [2, bins + 1] int64, positions seen and drawn per bin, special tokens last.
+        resampled: 0-dim int64, drawn positions that might not have been drawn.
     """
 
     keep: Tensor
     weights: Tensor
+    counts: Tensor
+    resampled: Tensor
 
 
 class PositionSampler:
@@ -47,7 +53,8 @@ class PositionSampler:
     instead would bias the objective. Positions with pi = 0 (special tokens under bos_penalty 0 or
     max_bos_fraction 0) leave the objective, as masked tokens do.
 
-    The draw is a function of (seed, step) alone: no state, no global generator.
+    The draw is a function of (seed, step) alone: no global generator, and no state but the counts of what was
+    drawn.
 
     Args:
         section: fractions and bins.
@@ -74,19 +81,21 @@ class PositionSampler:
 
     @property
     def special_ids(self) -> Sequence[int]:
-        return [int(x) for x in self._special_ids]
+        return self._special.ids
 
     @special_ids.setter
     def special_ids(self, ids: Sequence[int]) -> None:
-        self._special_ids = torch.tensor(sorted({int(x) for x in ids}), dtype=torch.int64)
+        self._special = SpecialTokens(ids)
 
-    def sample_positions(self, batch_tokens: Tensor, step: int = 0) -> PositionSample:
+    def sample_positions(self, batch_tokens: Tensor, step: int = 0, record: bool = True) -> PositionSample:
         """Draw positions of batch_tokens [S, L] int64 (padding counts as special if its id is). Never waits
         for a device.
 
         Args:
             batch_tokens: [S, L] token ids.
             step: keys the draw; equal steps draw equally.
+            record: count the draw as used. A stream that draws ahead passes False and calls `record` when the
+                batch reaches training, so that a resumed run counts each draw once.
         """
         if not isinstance(batch_tokens, Tensor) or batch_tokens.dim() != 2 or batch_tokens.dtype.is_floating_point:
             got = (
@@ -101,8 +110,27 @@ class PositionSampler:
         possible = chance > 0
         scale = chance.sum() / possible.sum().clamp(min=1)
         weights = torch.where(keep, scale / torch.where(possible, chance, 1), 0).float()
-        self._record(stratum, keep, chance)
-        return PositionSample(keep, weights)
+        counts = torch.zeros(2, self.section.bins + 1, dtype=torch.int64, device=stratum.device)
+        counts[0].index_add_(0, stratum.flatten(), torch.ones_like(stratum).flatten())
+        counts[1].index_add_(0, stratum.flatten(), keep.flatten().long())
+        # Only a position that might not have been drawn was resampled.
+        sample = PositionSample(keep, weights, counts, (keep & (chance < 1)).sum())
+        if record:
+            self.record(sample)
+        return sample
+
+    def record(self, sample: PositionSample) -> None:
+        """Count a draw of `sample_positions(..., record=False)` as used: in `positions.json` and the ledger.
+        Never waits for a device."""
+        # One assignment: the sampler may run in a thread of its own while `save` reads.
+        self._counts = self._counts.to(sample.counts.device) + sample.counts
+        self._ledger.record_call(_NAME)
+        self._ledger.record_effect(
+            _NAME,
+            positions_seen=sample.keep.numel(),
+            positions_drawn=sample.counts[1].sum(),
+            positions_resampled=sample.resampled,
+        )
 
     def inclusion(self, batch_tokens: Tensor) -> Tensor:
         """[S, L] float64: the probability with which `sample_positions` draws each position."""
@@ -110,11 +138,9 @@ class PositionSampler:
 
     def _strata(self, batch_tokens: Tensor) -> Tensor:
         """[S, L]: the position's bin; the number of bins for a special token."""
-        # Kept where the tokens are: a copy from the host each call would make it wait.
-        self._special_ids = self._special_ids.to(batch_tokens.device)
         length = batch_tokens.shape[1]
         bins = torch.arange(length, device=batch_tokens.device) * self.section.bins // max(1, length)
-        return torch.where(torch.isin(batch_tokens, self._special_ids), self.section.bins, bins)
+        return torch.where(self._special.marked(batch_tokens), self.section.bins, bins)
 
     def _inclusion(self, stratum: Tensor) -> Tensor:
         section = self.section
@@ -144,28 +170,27 @@ class PositionSampler:
         before = torch.cat([(-start).floor(), hits[:, :-1]], 1)
         return torch.zeros_like(stratum, dtype=torch.bool).scatter_(1, order, hits > before)
 
-    def _record(self, stratum: Tensor, keep: Tensor, chance: Tensor) -> None:
-        bins = self.section.bins + 1
-        counts = torch.zeros(2, bins, dtype=torch.int64, device=stratum.device)
-        counts[0].index_add_(0, stratum.flatten(), torch.ones_like(stratum).flatten())
-        counts[1].index_add_(0, stratum.flatten(), keep.flatten().long())
-        # One assignment: the sampler may run in a thread of its own while `save` reads.
-        self._counts = self._counts.to(stratum.device) + counts
-        self._ledger.record_call(_NAME)
-        self._ledger.record_effect(
-            _NAME,
-            positions_seen=stratum.numel(),
-            positions_drawn=keep.sum(),
-            # Only a position that might not have been drawn was resampled.
-            positions_resampled=(keep & (chance < 1)).sum(),
-        )
+    def state_dict(self) -> dict[str, Any]:
+        """The counts of `positions.json`. The draw itself has no state."""
+        return {"counts": self._counts.clone()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        counts = state["counts"]
+        if counts.shape != self._counts.shape:
+            raise ValueError(
+                f"PositionSampler.load_state_dict: expected counts {list(self._counts.shape)} of {self.section.bins} bins, "
+                f"got {list(counts.shape)}"
+            )
+        self._counts = counts.to(torch.int64, copy=True)
 
     def save(self, step: int) -> Path:
-        """Write `positions.json`: positions seen and drawn per bin since this object was made. Reads the
-        device."""
+        """Write `positions.json`: positions seen and drawn per bin, over the whole run. Reads the device.
+
+        Raises:
+            OSError: the file could not be written; the former one stands.
+        """
         if self._out_dir is None:
             raise ValueError("PositionSampler.save: expected an out_dir at construction, got None")
-        self._out_dir.mkdir(parents=True, exist_ok=True)
         path = self._out_dir / "positions.json"
         seen, drawn = self._counts.tolist()
         content = {
@@ -177,8 +202,6 @@ class PositionSampler:
             "special_seen": seen[-1],
             "special_drawn": drawn[-1],
         }
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        replace_text(path, json.dumps(content, indent=1) + "\n")
         self._ledger.record_file(_NAME, path)
         return path

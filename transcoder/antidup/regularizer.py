@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import math
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from transcoder.activations.batch import ActivationBatch
-from transcoder.antidup.ledger import UsageLedger
+from transcoder.antidup.files import replace_text
+from transcoder.antidup.ledger import TERM_UNITS, UsageLedger
 from transcoder.antidup.penalties import (
     Penalty,
     all_pairs_penalty,
@@ -19,13 +20,14 @@ from transcoder.antidup.penalties import (
     pair_penalty,
     position_penalty,
 )
+from transcoder.antidup.position_mass import PositionMass
 from transcoder.config import RegularizerSection
 from transcoder.kernels import SparseCodes
 from transcoder.kernels.correlation.counter import hash_bits
 
 _NAME = "diversity_regularizer"
-_LIVE_CALLS = 100
-"""A latent counts as live for the dual control if it fired within this many calls."""
+_LIVE_STEPS = 100
+"""A latent counts as live for the dual control if it fired within this many steps."""
 
 
 class HasDecoder(Protocol):
@@ -55,20 +57,27 @@ class DiversityRegularizer:
 
     Terms (formulas and their "Equivalent to" in transcoder.antidup.penalties):
         correlation: mean relu(c_ij - margin)^2 over the monitor's pairs, on the batch's own codes. With
-            `adaptive` its weight follows lambda <- clip(lambda exp(step (rate - target)), 0, max) after each
-            call, where rate is the share of
-            recently firing latents that are in some pair: bounded dual control.
+            `adaptive` its weight follows lambda <- clip(lambda exp(adaptive_step (rate - target)), 0, max) once a
+            step, from the step after on, where rate is the share of recently firing latents that are in some
+            pair (mean over the step's micro-batches): bounded dual control. It rests until the monitor has
+            searched for pairs: no pairs before that say nothing.
         orthogonality: mean relu(max cos - threshold)^2 over a random chunk of decoder rows, each row once
-            before any twice, every `orthogonality_every` steps.
+            before any twice, every `orthogonality_every` steps, in the step's first micro-batch.
         all_pairs: mean r_ij^2 over all pairs of the batch.
-        position_entropy: mean relu(floor - H_i).
+        position_entropy: mean relu(floor - H_i) over latents with enough firings in the last 100 or so batches.
 
     Args:
         section: weights and thresholds.
         d_sae, device: of the codes.
         seed: keys the chunks (with the step): no state, no global generator.
-        ledger: told of calls, penalty values, gradient norms and files.
+        ledger: told of calls, penalty values, gradient norms, how often and on how much each term was
+            evaluated, and files.
         out_dir: folder of `regularizer.jsonl` (`save`).
+        scale: multiplies every penalty. The section's weights are relative to a reconstruction loss of
+            convention `mse`; a loss that is larger by some factor (a sum over d_out instead of a mean) passes
+            that factor, and the balance stays.
+        accumulation: micro-batches a step, when each one's loss is divided by their number: the orthogonality
+            term, which only the first has, is multiplied by it.
     """
 
     def __init__(
@@ -79,14 +88,31 @@ class DiversityRegularizer:
         seed: int,
         ledger: UsageLedger,
         out_dir: Path | None = None,
+        scale: float = 1.0,
+        accumulation: int = 1,
     ) -> None:
+        if not (scale > 0 and math.isfinite(scale)):
+            raise ValueError(f"DiversityRegularizer: scale: expected a positive number, got {scale!r}")
+        if accumulation < 1:
+            raise ValueError(f"DiversityRegularizer: accumulation: expected at least 1, got {accumulation!r}")
+        self._scale, self._accumulation = float(scale), accumulation
         self.section, self.d_sae, self.seed = section, d_sae, seed
         self.device = torch.empty(0, device=device).device
         self._ledger, self._out_dir = ledger, out_dir
         self._weight = torch.tensor(section.correlation_weight, dtype=torch.float64, device=self.device)
-        self._last_fired = torch.full((d_sae,), -_LIVE_CALLS, dtype=torch.int64, device=self.device)
-        self._calls = 0
+        """Of the correlation term, in this step."""
+        self._next_weight = self._weight
+        """From the next step on."""
+        self._rates: list[Tensor] = []
+        """One a micro-batch of this step."""
+        self._step: int | None = None
+        self._steps = 0
+        self._last_fired = torch.full((d_sae,), -_LIVE_STEPS, dtype=torch.int64, device=self.device)
+        self._positions = PositionMass(d_sae, self.device) if section.position_entropy_weight > 0 else None
         self._metrics: dict[str, Tensor] = {}
+        for term in TERM_UNITS:
+            if getattr(section, f"{term}_weight") > 0:
+                self._evaluated(term, 0, 0)
 
     def apply_penalty(
         self,
@@ -96,6 +122,7 @@ class DiversityRegularizer:
         batch: ActivationBatch | None = None,
         pairs: tuple[Tensor, Tensor] | None = None,
         step: int = 0,
+        micro: int = 0,
     ) -> Tensor:
         """`loss` plus the weighted penalties; exactly `loss`, the same object, when no term acts. Never waits
         for a device.
@@ -106,9 +133,10 @@ class DiversityRegularizer:
             codes: carry the graph in `values`; needed by every term but orthogonality.
             batch: its `positions` are needed by position_entropy; its `weights`, where given, weigh the
                 correlation term.
-            pairs: (i, j), each [P] int64, from `CorrelationMonitor.target_pairs`; None or empty leaves the
-                correlation term out.
-            step: keys the decoder chunk.
+            pairs: (i, j), each [P] int64, from `CorrelationMonitor.target_pairs`. Empty leaves the correlation
+                term without a penalty, None without an evaluation.
+            step: the optimizer step; keys the decoder chunk. Calls of one step move the dual weight once.
+            micro: which of the step's micro-batches.
 
         Raises:
             ValueError: a term is switched on but what it acts on is not given.
@@ -116,9 +144,11 @@ class DiversityRegularizer:
         section = self.section
         total = loss
         effects: list[tuple[Tensor, Tensor]] = []
+        self._begin(step)
 
         def add(name: str, penalty: Penalty, target: Tensor, weight: float | Tensor) -> None:
             nonlocal total
+            weight = weight * self._scale
             attached = _Attached.apply(target, penalty.value, penalty.gradient.to(target.dtype))
             total = total + (weight * attached).to(loss.dtype)
             norm = penalty.gradient.norm()
@@ -133,19 +163,23 @@ class DiversityRegularizer:
                 with torch.no_grad():
                     found = pair_penalty(given, pairs[0], pairs[1], section.correlation_margin, weights)
                 add("correlation", found, given.values, self._weight)
+            self._evaluated("correlation", 1, pairs[0].numel())
             if section.adaptive:
                 self._control(given, pairs)
             self._metrics["regularizer/correlation_weight"] = self._weight
-        if section.orthogonality_weight > 0 and step % section.orthogonality_every == 0:
+        if section.orthogonality_weight > 0 and step % section.orthogonality_every == 0 and micro == 0:
+            rows = self._chunk(step)
             with torch.no_grad():
-                found = decoder_penalty(transcoder.W_dec, self._chunk(step), section.orthogonality_threshold)
-            add("orthogonality", found, transcoder.W_dec, section.orthogonality_weight)
+                found = decoder_penalty(transcoder.W_dec, rows, section.orthogonality_threshold)
+            add("orthogonality", found, transcoder.W_dec, section.orthogonality_weight * self._accumulation)
+            self._evaluated("orthogonality", 1, rows.numel())
         if section.all_pairs_weight > 0:
             given = self._codes(codes, "all_pairs_weight")
             with torch.no_grad():
                 found = all_pairs_penalty(given)
             add("all_pairs", found, given.values, section.all_pairs_weight)
-        if section.position_entropy_weight > 0:
+            self._evaluated("all_pairs", 1, (given.values.detach() > 0).sum())
+        if self._positions is not None:
             given = self._codes(codes, "position_entropy_weight")
             if batch is None:
                 raise ValueError(
@@ -153,13 +187,16 @@ class DiversityRegularizer:
                     "positions), got None"
                 )
             with torch.no_grad():
-                found = position_penalty(given, batch.positions, section.position_entropy_floor)
+                bin_of = self._positions.add(given, batch.positions)
+                found = position_penalty(given, bin_of, self._positions, section.position_entropy_floor)
             add("position_entropy", found, given.values, section.position_entropy_weight)
+            self._evaluated("position_entropy", 1, (given.values.detach() > 0).sum())
 
         self._ledger.record_call(_NAME)
+        # Also where no term acted: that the penalty is 0 is known then, not missing.
+        self._ledger.record_effect(_NAME, penalty=0.0, gradient_norm=0.0)
         for value, norm in effects:
             self._ledger.record_effect(_NAME, penalty=value, gradient_norm=norm)
-        self._calls += 1
         return total
 
     def metrics(self) -> dict[str, Tensor]:
@@ -169,10 +206,13 @@ class DiversityRegularizer:
 
     def save(self, step: int) -> Path:
         """Append the metrics to `regularizer.jsonl`, dropping lines of this step and later (a resumed run
-        writes those again). Reads the device."""
+        writes those again). Reads the device.
+
+        Raises:
+            OSError: the file could not be written; the former one stands.
+        """
         if self._out_dir is None:
             raise ValueError("DiversityRegularizer.save: expected an out_dir at construction, got None")
-        self._out_dir.mkdir(parents=True, exist_ok=True)
         path = self._out_dir / "regularizer.jsonl"
         kept = []
         if path.exists():
@@ -180,23 +220,45 @@ class DiversityRegularizer:
                 if line.strip() and json.loads(line)["step"] < step:
                     kept.append(line)
         kept.append(json.dumps({"step": step, **{name: float(value) for name, value in self._metrics.items()}}))
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text("\n".join(kept) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        replace_text(path, "\n".join(kept) + "\n")
         self._ledger.record_file(_NAME, path)
         return path
 
     def state_dict(self) -> dict[str, Any]:
-        return {"weight": self._weight.clone(), "last_fired": self._last_fired.clone(), "calls": self._calls}
+        """To be taken between steps: the micro-batches of an unfinished one are not in it."""
+        state: dict[str, Any] = {
+            "weight": self._next_weight.clone(),
+            "last_fired": self._last_fired.clone(),
+            "steps": self._steps,
+            "step": self._step,
+        }
+        if self._positions is not None:
+            state["positions"] = self._positions.state_dict()
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state["last_fired"].shape != (self.d_sae,):
             raise ValueError(
                 f"DiversityRegularizer.load_state_dict: expected d_sae = {self.d_sae}, got {state['last_fired'].numel()}"
             )
-        self._weight.copy_(state["weight"])
+        self._weight = self._next_weight = state["weight"].to(self.device, torch.float64, copy=True)
+        self._rates = []
         self._last_fired.copy_(state["last_fired"])
-        self._calls = int(state["calls"])
+        self._steps = int(state["steps"])
+        self._step = None if state["step"] is None else int(state["step"])
+        if self._positions is not None:
+            self._positions.load_state_dict(state["positions"])
+
+    def _begin(self, step: int) -> None:
+        """At a step's first call: the weight that the last step's pairs asked for takes effect."""
+        if step != self._step:
+            self._weight, self._step = self._next_weight, step
+            self._rates = []
+            self._steps += 1
+
+    def _evaluated(self, term: str, times: int, number: int | Tensor) -> None:
+        effect: dict[str, float | Tensor] = {f"{term}_evaluations": times, f"{term}_{TERM_UNITS[term]}": number}
+        self._ledger.record_effect(_NAME, **effect)
 
     def _codes(self, codes: SparseCodes | None, term: str) -> SparseCodes:
         if codes is None:
@@ -221,14 +283,18 @@ class DiversityRegularizer:
 
     @torch.no_grad()
     def _control(self, codes: SparseCodes, pairs: tuple[Tensor, Tensor]) -> None:
+        """Set the next step's weight from this step's weight and the mean rate of its micro-batches so far."""
         section = self.section
-        now = torch.where(codes.values > 0, self._calls, -_LIVE_CALLS)
+        now = torch.where(codes.values > 0, self._steps, -_LIVE_STEPS)
         self._last_fired.scatter_reduce_(0, codes.indices, now, "amax")
-        live = (self._last_fired > self._calls - _LIVE_CALLS).sum().clamp(min=1)
+        if pairs[0].numel() == 0 and self._ledger.surveys == 0:
+            return
+        live = (self._last_fired > self._steps - _LIVE_STEPS).sum().clamp(min=1)
         paired = torch.zeros(self.d_sae, dtype=torch.bool, device=self.device)
         for side in pairs:
             paired.index_fill_(0, side, True)
-        rate = paired.sum() / live
+        self._rates.append(paired.sum() / live)
+        rate = torch.stack(self._rates).mean().double()
         # Not in place: the metric of this step and the graph of its loss hold the old tensor.
-        grown = self._weight * torch.exp(section.adaptive_step * (rate.double() - section.target_rate))
-        self._weight = grown.clamp(0, section.correlation_weight_max)
+        grown = self._weight * torch.exp(section.adaptive_step * (rate - section.target_rate))
+        self._next_weight = grown.clamp(0, section.correlation_weight_max)

@@ -1,4 +1,4 @@
-"""The correlation report, schema version 1: what its JSON holds, checked without a schema library."""
+"""The correlation report, schema version 2: what its JSON holds, checked without a schema library."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""Version 1 had candidates in `components` until the first flag, and no fields of candidates."""
 
 _NUMBER = (int, float)
 _TOP: dict[str, Any] = {
@@ -21,7 +22,9 @@ _TOP: dict[str, Any] = {
     "pairs_total": int,
     "pairs_flagged": int,
     "components": list,
+    "candidate_components": list,
     "distinct_latents": int,
+    "distinct_latents_candidates": int,
     "share_of_live_with_neighbour": _NUMBER,
     "effective_dictionary_size": (*_NUMBER, type(None)),
     "decoder_cosine": (dict, type(None)),
@@ -45,7 +48,11 @@ _COSINE = {"median": _NUMBER, "p99": _NUMBER, "p999": _NUMBER}
 
 
 def validate_correlation_report(report: Any) -> None:
-    """Raise ValueError, naming the place, unless `report` is a correlation report of schema version 1."""
+    """Raise ValueError, naming the place, unless `report` is a correlation report of schema version 2.
+
+    `components` joins latents by flagged pairs, `candidate_components` by candidate or flagged ones; the distinct
+    latents of each count a component once.
+    """
     _fields(report, _TOP, "report")
     if report["schema_version"] != SCHEMA_VERSION:
         raise ValueError(f"report.schema_version: expected {SCHEMA_VERSION}, got {report['schema_version']}")
@@ -70,16 +77,20 @@ def validate_correlation_report(report: Any) -> None:
         before = place
     if report["pairs_total"] < len(report["pairs"]):
         raise ValueError(f"report.pairs_total: expected at least {len(report['pairs'])}, got {report['pairs_total']}")
-    seen: set[int] = set()
-    for n, component in enumerate(report["components"]):
-        where = f"report.components[{n}]"
-        ids = isinstance(component, list) and all(type(x) is int and 0 <= x < d_sae for x in component)
-        if not ids or len(component) < 2 or len(set(component)) != len(component) or seen & set(component):
-            raise ValueError(f"{where}: expected two or more latents, none in two components, got {component!r}")
-        seen |= set(component)
+    for name in ("components", "candidate_components"):
+        _components(report[name], d_sae, f"report.{name}")
     edges, counts = report["histogram"].get("edges"), report["histogram"].get("counts")
     if not isinstance(edges, list) or not isinstance(counts, list) or len(edges) != len(counts) + 1:
         raise ValueError("report.histogram: expected lists edges [bins + 1] and counts [bins]")
+
+
+def _components(components: list[Any], d_sae: int, where: str) -> None:
+    seen: set[int] = set()
+    for n, component in enumerate(components):
+        ids = isinstance(component, list) and all(type(x) is int and 0 <= x < d_sae for x in component)
+        if not ids or len(component) < 2 or len(set(component)) != len(component) or seen & set(component):
+            raise ValueError(f"{where}[{n}]: expected two or more latents, none in two components, got {component!r}")
+        seen |= set(component)
 
 
 def _fields(value: Any, kinds: Mapping[str, Any], where: str) -> None:

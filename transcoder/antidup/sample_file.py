@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from transcoder.antidup.files import replace_files
 
 COLUMNS = ("latent", "kind", "activation", "token", "position", "sequence", "step")
 
@@ -22,8 +23,7 @@ def write_samples(
     decode_tokens: Callable[[Sequence[int]], list[str]],
     summary: dict[str, Any],
 ) -> list[Path]:
-    """Write `samples.parquet` and `summary.json` into `folder`, each to a temporary file that then takes its
-    place.
+    """Write `samples.parquet` and `summary.json` into `folder`; both are written before either takes its place.
 
     Args:
         columns: the columns of `COLUMNS`, each [n]; `kind` is bool, True for "top".
@@ -59,13 +59,14 @@ def write_samples(
             "tokens": pa.ListArray.from_arrays(offsets, strings),
         }
     )
-    folder.mkdir(parents=True, exist_ok=True)
     data, about = folder / "samples.parquet", folder / "summary.json"
-    temporary = folder / "samples.parquet.tmp"
-    pq.write_table(table, temporary)
-    os.replace(temporary, data)
-    temporary = folder / "summary.json.tmp"
-    content = json.dumps({**summary, "file": data.name}, indent=1, allow_nan=False)
-    temporary.write_text(content + "\n", encoding="utf-8")
-    os.replace(temporary, about)
+    content = json.dumps({**summary, "file": data.name}, indent=1, allow_nan=False) + "\n"
+
+    def write_table(path: Path) -> None:
+        pq.write_table(table, path)
+
+    def write_summary(path: Path) -> None:
+        path.write_text(content, encoding="utf-8")
+
+    replace_files({data: write_table, about: write_summary})
     return [data, about]

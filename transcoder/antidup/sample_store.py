@@ -73,17 +73,22 @@ def best_entries(group: Tensor, score: Tensor, groups: int, k: int) -> Tensor:
     return table[:-1].view(groups, k)
 
 
-def merged(old: Samples, new: Samples, k: int, window: int) -> Samples:
+def merged(old: Samples, new: Samples, k: int, window: int) -> tuple[Samples, Tensor]:
     """The k best of both per group, by score (ties: old first); a sample whose context overlaps a better
     one's is dropped.
 
     Contexts overlap when both samples stand in one known sequence, fewer than `window` positions apart.
+
+    Returns: the samples [G, k], and [G, k] bool: which of the places hold one of `new`.
     """
     both = Samples(*(torch.cat([a, b], 1) for a, b in zip(old, new, strict=True)))
-    both = both.take(both.score.sort(dim=1, descending=True, stable=True).indices)
+    order = both.score.sort(dim=1, descending=True, stable=True).indices
+    both = both.take(order)
     keep = without_overlap(both, window)
     both = both._replace(score=torch.where(keep, both.score, EMPTY))
-    return both.take(both.score.sort(dim=1, descending=True, stable=True).indices[:, :k])
+    best = both.score.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    both = both.take(best)
+    return both, (order.gather(1, best) >= old.score.shape[1]) & (both.score >= 0)
 
 
 def without_overlap(samples: Samples, window: int) -> Tensor:

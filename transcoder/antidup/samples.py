@@ -15,11 +15,16 @@ from transcoder.activations.batch import ActivationBatch
 from transcoder.antidup.ledger import UsageLedger
 from transcoder.antidup.sample_file import write_samples
 from transcoder.antidup.sample_store import Samples, best_entries, merged, without_overlap
+from transcoder.antidup.special_tokens import SpecialTokens
 from transcoder.config import SamplesSection
 from transcoder.kernels import SparseCodes
 from transcoder.kernels.correlation.counter import uniform
 
 _NAME = "activation_samples"
+_BYTES_A_SAMPLE, _BYTES_A_TOKEN = 4 + 4 + 4 * 8, 4
+"""Of the fields of `Samples`: score and activation, four int64 numbers; and a token of the context."""
+_NUMBERS_BYTES = 64
+"""Room for the numbers of a state that are no tensors, as text."""
 
 
 class ActivationSampleCollector:
@@ -36,7 +41,7 @@ class ActivationSampleCollector:
     Samples whose contexts overlap a better one of the same store (same sequence, fewer than context_tokens
     positions apart) are dropped; a batch offers each store its best k, before overlaps within the batch are
     dropped (rare in batches shuffled over sequences). Activations below `min_activation` are not sampled.
-    Random keys come from (seed, step, entry): resuming changes nothing.
+    Random keys come from (seed, step, micro-batch, entry): resuming changes nothing.
 
     Args:
         section: sizes.
@@ -62,7 +67,7 @@ class ActivationSampleCollector:
         self.section, self.d_sae, self.seed, self.sequence_length = section, d_sae, seed, sequence_length
         self.device = torch.empty(0, device=device).device
         self._out_dir, self._ledger = Path(out_dir), ledger
-        self._special_ids = torch.tensor(sorted({int(x) for x in special_ids}), dtype=torch.int64, device=self.device)
+        self._special = SpecialTokens(special_ids, self.device)
         number = min(section.max_latents, d_sae)
         self.latents = torch.arange(number, device=self.device) * d_sae // number
         """[followed] int64 latent ids."""
@@ -78,7 +83,7 @@ class ActivationSampleCollector:
         self._anchor = 0
 
     @torch.no_grad()
-    def collect(self, codes: SparseCodes, batch: ActivationBatch, step: int) -> None:
+    def collect(self, codes: SparseCodes, batch: ActivationBatch, step: int, micro: int = 0) -> None:
         """Offer a batch's activations to the stores; steps that `collect_every` does not divide are passed
         over.
 
@@ -89,6 +94,7 @@ class ActivationSampleCollector:
             batch: the same B tokens; without `contexts` a sample shows its own token alone, without
                 `sequences` overlapping contexts cannot be told.
             step: the training step.
+            micro: which of the step's micro-batches; their reservoir draws are independent.
         """
         if step % self.section.collect_every:
             return
@@ -121,19 +127,18 @@ class ActivationSampleCollector:
                 contexts[row],
             )
 
-        top = merged(top, candidates(slot, value, followed, section.top_per_latent), section.top_per_latent, window)
+        k = section.top_per_latent
+        top, new_top = merged(top, candidates(slot, value, followed, k), k, window)
         bin_of = (batch.positions * section.position_bins // self.sequence_length).clamp(0, section.position_bins - 1)
-        special = torch.isin(batch.tokens, self._special_ids)
-        stratum = torch.where(special, section.position_bins, bin_of)[rows]
+        stratum = torch.where(self._special.marked(batch.tokens), section.position_bins, bin_of)[rows]
         groups = followed * self._strata
         inside = (slot < followed) & (stratum < self._strata)
         group = torch.where(inside, slot * self._strata + stratum, groups)
-        key = uniform(torch.arange(codes.nnz, device=self.device), self.seed, step).float()
-        spread = merged(spread, candidates(group, key, groups, self._per_bin), self._per_bin, window)
+        key = uniform(torch.arange(codes.nnz, device=self.device), self.seed, step, micro).float()
+        spread, new_spread = merged(spread, candidates(group, key, groups, self._per_bin), self._per_bin, window)
         self._stores = (top, spread)
         self._ledger.record_call(_NAME)
-        kept = sum(((s.step == step) & (s.score >= 0)).sum() for s in self._stores)
-        self._ledger.record_effect(_NAME, samples_kept=kept)
+        self._ledger.record_effect(_NAME, samples_kept=new_top.sum() + new_spread.sum())
 
     def save(self, step: int, decode_tokens: Callable[[Sequence[int]], list[str]]) -> list[Path]:
         """Write samples.parquet and summary.json. Reads the device.
@@ -143,6 +148,9 @@ class ActivationSampleCollector:
             decode_tokens: ids to display strings, one each.
 
         Returns: the paths written.
+
+        Raises:
+            OSError: a file could not be written; the former ones stand, what was collected stays.
         """
         top, spread = self._opened(1, 0)
         spread = self._chosen(spread)
@@ -167,6 +175,16 @@ class ActivationSampleCollector:
             return {"opened": False}
         top, spread = self._stores
         return {"opened": True, "anchor": self._anchor, "top": _plain(top), "spread": _plain(spread)}
+
+    def state_bytes_at_most(self) -> int:
+        """Bytes that the tensors and numbers of `state_dict` can ever hold, with contexts of at most
+        `context_tokens`."""
+        context = self.section.context_tokens
+        if self._stores is not None:
+            context = max(context, self._stores[0].context.shape[2])
+        followed = self.latents.numel()
+        places = followed * (self.section.top_per_latent + self._strata * self._per_bin)
+        return places * (_BYTES_A_SAMPLE + _BYTES_A_TOKEN * max(1, context)) + _NUMBERS_BYTES
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._stores = None
@@ -213,7 +231,7 @@ class ActivationSampleCollector:
         bins = self.section.position_bins
         place = np.clip(every["position"] * bins // self.sequence_length, 0, bins - 1)
         spread = ~every["kind"]
-        sinks = np.isin(every["token"], self._special_ids.cpu().numpy())
+        sinks = np.isin(every["token"], self._special.ids)
         return {
             "schema_version": 1,
             "step": step,

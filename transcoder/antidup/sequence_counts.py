@@ -27,15 +27,18 @@ class SequenceCounts:
         self.known = False
         """Whether any update said which sequences its tokens come from."""
 
-    def update(self, codes: SparseCodes, sequences: Tensor | None) -> None:
-        """`sequences` [B] int64 ids. Tokens of unknown sequences leave the counts as they are."""
+    def update(self, codes: SparseCodes, sequences: Tensor | None, weights: Tensor | None = None) -> None:
+        """`sequences` [B] int64 ids. Tokens of unknown sequences, or of weight 0 in `weights` [B], leave the
+        counts as they are."""
         if sequences is None:
             return
         self.known = True
         place = (hash_bits(sequences) & (self.bits - 1))[codes.rows()]
         # A maximum: repeated places and entries that do not fire change nothing, whatever the order.
-        fires = (codes.values.detach() > 0).to(torch.uint8)
-        self._map.scatter_reduce_(0, codes.indices * self.bits + place, fires, "amax")
+        fires = codes.values.detach() > 0
+        if weights is not None:
+            fires = fires & (weights > 0)[codes.rows()]
+        self._map.scatter_reduce_(0, codes.indices * self.bits + place, fires.to(torch.uint8), "amax")
 
     def distinct(self, i: Tensor, j: Tensor) -> Tensor | None:
         """[P] int64: estimated distinct sequences on which at least one of the pair fired; None if never
@@ -53,6 +56,10 @@ class SequenceCounts:
     def reset(self) -> None:
         self._map.zero_()
         self.known = False
+
+    def state_bytes(self) -> int:
+        """Bytes of the state's tensor."""
+        return self._map.numel()
 
     def state_dict(self) -> dict[str, Any]:
         return {"map": self._map.clone(), "known": self.known}

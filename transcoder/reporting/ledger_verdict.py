@@ -45,17 +45,33 @@ def _verdict(run: RunFolder, component: str) -> Verdict:
     listed = record.get("files")
     files = [f for f in listed if isinstance(f, str)] if isinstance(listed, list) else []
     spoken = ", ".join(f"{name.replace('_', ' ')} {number(value)}" for name, value in effect.items())
+    finding = _finding(record.get("effect"))
+    spoken = f"{spoken}; {finding}" if finding else spoken
     if not enabled:
         return Verdict(title, "off", calls, spoken, len(files), "")
     lacking = [] if calls else ["it was never called"]
+    never = [name.removesuffix("_evaluations") for name, value in effect.items() if _is_unused_term(name, value)]
     if not any(effect.values()):
         lacking.append("it had no measured effect")
+    elif never:
+        lacking.append(f"never evaluated: {', '.join(never)}")
     if not files:
         lacking.append("it wrote no file")
     gone = [f for f in files if not (run.path / f).exists()]
     if gone:
         lacking.append(f"{gone[0]} is not there" if len(gone) == 1 else f"{len(gone)} of its files are not there")
     return Verdict(title, "not proven" if lacking else "used", calls, spoken, len(files), "; ".join(lacking))
+
+
+def _is_unused_term(name: str, value: float) -> bool:
+    """Whether an effect says that a penalty term of weight above 0 was never evaluated."""
+    return name.endswith("_evaluations") and value == 0
+
+
+def _finding(effect: Any) -> str:
+    """The sentence in which a part says that it looked and found nothing to act on."""
+    finding = effect.get("finding") if isinstance(effect, Mapping) else None
+    return finding if isinstance(finding, str) else ""
 
 
 def _numbers(effect: Any, prefix: str = "") -> Iterator[tuple[str, float]]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from transcoder.antidup import validate_correlation_report
-from transcoder.antidup.ledger import REQUIRED_EFFECTS
+from transcoder.antidup.ledger import missing_effects
 from transcoder.config import RunConfig
 from transcoder.training.checkpoint import CheckpointError, verify_checkpoint
 
@@ -129,10 +129,8 @@ def _ledger(run_dir: Path, config: RunConfig) -> str:
             _require(not record["calls"] and not record["files"], f"{name} is off and was used: {record}")
             continue
         _require(record["calls"] > 0, f"{name} was never called")
-        for effect in REQUIRED_EFFECTS[name]:
-            total = record["effect"].get(effect)
-            real = isinstance(total, (int, float)) and math.isfinite(total) and total != 0
-            _require(real, f"{name} had no effect: {effect} is {total}")
+        lacking = missing_effects(name, record["effect"])
+        _require(not lacking, f"{name}: {', '.join(lacking)}")
         _require(record["files"], f"{name} wrote no file")
         lost = [f for f in record["files"] if not (run_dir / f).is_file() or not (run_dir / f).stat().st_size]
         _require(not lost, f"{name}: files that are missing or empty: {', '.join(lost)}")

@@ -50,7 +50,8 @@ def _facts(report: Mapping[str, Any]) -> str:
         ("Pairs above the threshold", number(_real(report.get("pairs_total")))),
         ("Flagged", number(_real(report.get("pairs_flagged")))),
         ("Live latents", number(_real(report.get("live_latents")))),
-        ("Distinct latents", number(_real(report.get("distinct_latents")))),
+        ("Distinct latents, flagged pairs merged", number(_real(report.get("distinct_latents")))),
+        ("Distinct latents, candidates merged too", number(_real(report.get("distinct_latents_candidates")))),
         ("With a neighbour", percent(share)),
         ("Effective dictionary size", number(_real(report.get("effective_dictionary_size")))),
     ]
@@ -91,7 +92,13 @@ def _charts(report: Mapping[str, Any]) -> str:
 
 
 def _groups(report: Mapping[str, Any]) -> str:
-    listed = report.get("components")
+    flagged = _group_list(report, "components", "Groups", "joined by flagged pairs")
+    wider = _group_list(report, "candidate_components", "Candidate groups", "joined by candidate or flagged pairs")
+    return flagged + wider
+
+
+def _group_list(report: Mapping[str, Any], field: str, title: str, joined: str) -> str:
+    listed = report.get(field)
     groups = [g for g in listed if isinstance(g, list) and len(g) > 1] if isinstance(listed, list) else []
     if not groups:
         return ""
@@ -105,7 +112,7 @@ def _groups(report: Mapping[str, Any]) -> str:
     )
     more = f" The {GROUPS} largest are shown." if len(groups) > GROUPS else ""
     count = f"{len(groups)} group{'s' if len(groups) > 1 else ''}"
-    return f'<h3>Groups</h3><p class="note">{count} of latents joined by pairs.{more}</p><p class="groups">{chips}</p>'
+    return f'<h3>{title}</h3><p class="note">{count} of latents {joined}.{more}</p><p class="groups">{chips}</p>'
 
 
 def _pairs(report: Mapping[str, Any]) -> str:

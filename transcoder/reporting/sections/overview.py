@@ -139,5 +139,6 @@ def _ledger(run: RunFolder) -> str:
     return (
         "<h3>Was each anti-duplication part really used?</h3>"
         + table(["Part", "Verdict", "Calls", "Measured effect", "Files"], rows, numeric=[2, 4])
-        + '<p class="note">Used means: called, with an effect other than zero, and its files are in the run folder.</p>'
+        + '<p class="note">Used means: called, with an effect other than zero, and its files are in the run folder. '
+        "A penalty of zero is an effect where its terms were evaluated: there was nothing to penalise.</p>"
     )
