@@ -1,10 +1,21 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 
 from transcoder.activations.batch import ActivationBatch
-from transcoder.activations.buffer import ShuffleBuffer, concatenate, permutation, take_rows
+from transcoder.activations.buffer import (
+    ShuffleBuffer,
+    batch_of,
+    columns_of,
+    concatenate,
+    permutation,
+    take_rows,
+    to_device,
+)
 
 CPU = torch.device("cpu")
 
@@ -81,6 +92,68 @@ def test_seed_decides_the_order() -> None:
     first, second, other = (drain(ShuffleBuffer(64, 8, 0.5, seed=s), 10)[0] for s in (0, 0, 1))
     assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(first, second, strict=True))
     assert not all(torch.equal(a.tokens, b.tokens) for a, b in zip(first, other, strict=True))
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.25, 0.3, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("capacity", [64, 61, 8])
+def test_no_refill_takes_more_rows_than_it_says(capacity: int, fraction: float) -> None:
+    buffer = ShuffleBuffer(capacity, 8, fraction, seed=0)
+    buffer.refill([rows(0, capacity)])
+    taken = []
+    for _ in range(40):
+        if buffer.needs_refill:
+            taken.append(buffer.room)
+            buffer.refill([rows(0, buffer.room)])
+        buffer.draw()
+    assert set(taken) == {buffer.refill_rows}
+
+
+def test_a_refill_and_a_draw_do_not_wait_for_the_device(device: torch.device) -> None:
+    buffer = ShuffleBuffer(64, 8, 0.5, seed=0)
+    pieces = [batch_of({n: v.to(device) for n, v in columns_of(rows(i, 32)).items()}, 2) for i in (0, 32)]
+    buffer.refill(pieces)
+    for _ in range(4):
+        buffer.draw()
+    with no_sync(device):
+        buffer.refill(pieces[:1])
+        batch = buffer.draw()
+    assert batch.tokens.device.type == device.type
+
+
+def test_a_copy_from_the_host_is_pinned_and_queued() -> None:
+    copied: list[tuple[torch.device, bool]] = []
+
+    class Host(torch.Tensor):
+        """Notes how it is copied; there may be no CUDA here to copy it to."""
+
+        pinned = False
+
+        def pin_memory(self, *_: object, **__: object) -> Host:
+            self.pinned = True
+            return self
+
+        def to(self, device: torch.device, *, non_blocking: bool = False) -> Host:  # type: ignore[override]
+            copied.append((device, self.pinned and non_blocking))
+            return self
+
+    host = torch.arange(3).as_subclass(Host)
+    to_device(host, torch.device("cuda", 0))
+    assert copied == [(torch.device("cuda", 0), True)]
+    plain = torch.arange(3)
+    assert to_device(plain, CPU) is plain
+
+
+@contextmanager
+def no_sync(device: torch.device) -> Iterator[None]:
+    """An error where the host waits for CUDA; nothing on the CPU."""
+    if device.type != "cuda":
+        yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("stop", [0, 1, 3, 4, 7, 11])

@@ -85,7 +85,7 @@ class ShuffleBuffer:
     def refill_rows(self) -> int:
         """The most rows that a refill takes, the first one aside, which takes `capacity`."""
         whole = -(-self._refill_at // self._batch_size) * self._batch_size
-        return min(whole, self._capacity)
+        return min(whole, self._capacity // self._batch_size * self._batch_size)
 
     @property
     def room(self) -> int:

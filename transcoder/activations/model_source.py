@@ -55,8 +55,8 @@ class ModelSource:
             )
         self.identity: dict[str, Any] = {
             "kind": "model",
-            "model": {"name": Path(config.model.name).name, "weights": self._model.fingerprint()},
             "dtype": config.model.dtype,
+            "model": {"name": Path(config.model.name).name, "weights": self._model.fingerprint()},
             "source_hook": section.source_hook,
             "target_hook": section.target_hook,
             "d_in": self.d_in,

@@ -54,6 +54,10 @@ class Prefetcher(Generic[T]):
             self._thread.start()
         return self._line.take()
 
+    def waiting(self) -> int:
+        """The weight of the results that wait now."""
+        return self._line.weight()
+
     def close(self) -> None:
         """End the thread; what it had produced is dropped. May be called twice."""
         self._closed = True
@@ -103,6 +107,10 @@ class _Line(Generic[T]):
             self._weight -= weight
             self._changed.notify_all()
             return result
+
+    def weight(self) -> int:
+        with self._changed:
+            return self._weight
 
     def stop(self) -> None:
         with self._changed:
