@@ -83,7 +83,6 @@ inline int64_t append_chunk_512(const float* t, const float* bias, int64_t id, f
   const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   const __m512 nan = _mm512_castsi512_ps(_mm512_set1_epi32(Bits<float>::NOT_A_NUMBER));
   for (int i = 0; i < 4; ++i) {
-    if (!pass[i]) continue;
     const __m512 clean = _mm512_mask_mov_ps(v[i], _mm512_cmp_ps_mask(v[i], v[i], _CMP_UNORD_Q), nan);
     const __m512i id_of = _mm512_add_epi32(lane, _mm512_set1_epi32(static_cast<int32_t>(id + 16 * i)));
     _mm512_storeu_ps(values + n, _mm512_maskz_compress_ps(pass[i], clean));

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from transcoder.kernels.backend import active_backend
+
 
 class LatentOrder(NamedTuple):
     """The feature-major view of a set of codes: entries sorted by latent, ties by row (a stable sort)."""
@@ -112,6 +114,11 @@ class SparseCodes:
         """The feature-major order: one stable sort, computed once and shared by every reduction over tokens."""
 
         def make() -> LatentOrder:
+            if active_backend(self.device, "encode") == "cpp":
+                found = torch.ops.transcoder_cpp.by_latent(
+                    self.indices.contiguous(), self.row_ptr.contiguous(), self.shape[1]
+                )
+                return LatentOrder(*found)
             # 32-bit keys halve the sort's passes; d_sae fits by far.
             sorted_ids, permutation = self.indices.to(torch.int32).sort(stable=True)
             boundaries = torch.arange(self.shape[1] + 1, device=self.device, dtype=torch.int32)
