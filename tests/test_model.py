@@ -217,11 +217,26 @@ def test_loading_says_what_is_wrong(tmp_path: Path) -> None:
         ({"loss": "l2"}, "loss: expected one of"),
         ({"d_in": 0}, "d_in: expected at least 1"),
         ({"aux_k": -1}, "aux_k"),
+        ({"aux_coefficient": -1.0}, "aux_coefficient: expected finite, at least 0"),
+        ({"dead_after_tokens": 0}, "dead_after_tokens: expected at least 1"),
+        ({"threshold_rate": 0.0}, "threshold_rate: expected in"),
     ],
 )
 def test_bad_shapes_are_refused_by_name(change: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         TranscoderConfig(**{"d_in": 10, "d_out": 7, "d_sae": 30, "k": 4, **change})
+
+
+@pytest.mark.parametrize("shape", [(5, 1), (5, 9), (10,)])
+def test_inputs_of_another_width_are_refused_not_broadcast(shape: tuple[int, ...]) -> None:
+    model = Transcoder(TranscoderConfig(10, 7, 30, 4))
+    x, y = data(5)
+    for call in (model, model.encode, lambda wrong: model.training_step(wrong, y)):
+        with pytest.raises(ValueError, match=r"x: expected shape \[\*, 10\]"):
+            call(torch.ones(shape))
+    for wrong in (torch.ones(5, 1), torch.ones(4, 7)):
+        with pytest.raises(ValueError, match=r"y: expected shape \[5, 7\]"):
+            model.training_step(x, wrong)
 
 
 def test_a_step_reads_nothing_back_to_the_host(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,7 +70,9 @@ def _guarded(words: list[str], debug: bool) -> int:
             # An error that nobody foresaw is a fault of ours: the place matters more than one clean line.
             traceback.print_exc()
             return EXIT_FAILED if code is None else code
-        print(f"error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        # An error class of ours says enough; a plain one may come from anywhere.
+        hint = " (--debug shows where)" if type(error) in (ValueError, TypeError, OSError) else ""
+        print(f"error: {' '.join(str(error).split()) or type(error).__name__}{hint}", file=sys.stderr)
         return code
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from transcoder.kernels import SparseCodes, batch_topk_encode, sparse_decode, threshold_encode, topk_encode
-from transcoder.kernels.checks import check_widths
+from transcoder.kernels.checks import check_float_matrix, check_widths
 from transcoder.losses import CONVENTIONS, Convention, auxk_loss, reconstruction_loss
 
 WEIGHTS_FILE = "transcoder.safetensors"
@@ -69,8 +69,14 @@ class TranscoderConfig:
             )
         object.__setattr__(self, "widths", widths)
         object.__setattr__(self, "prefix_weights", weights)
-        if self.aux_k is not None and self.aux_k < 0:
-            raise ValueError(f"TranscoderConfig.aux_k: expected None or at least 0, got {self.aux_k}")
+        for name, fits, expected in (
+            ("aux_k", self.aux_k is None or self.aux_k >= 0, "None or at least 0"),
+            ("aux_coefficient", 0 <= self.aux_coefficient < math.inf, "finite, at least 0"),
+            ("dead_after_tokens", self.dead_after_tokens >= 1, "at least 1"),
+            ("threshold_rate", 0 < self.threshold_rate <= 1, "in (0, 1]"),
+        ):
+            if not fits:
+                raise ValueError(f"TranscoderConfig.{name}: expected {expected}, got {getattr(self, name)!r}")
 
     @property
     def aux_latents(self) -> int:
@@ -151,6 +157,7 @@ class Transcoder(nn.Module):
 
     def encode(self, x: Tensor) -> SparseCodes:
         """Codes of raw activations x [B, d_in]."""
+        self._check_source("encode", x)
         return self._encode_normalized(self.normalize_source(x))
 
     def decode(self, codes: SparseCodes) -> Tensor:
@@ -159,6 +166,7 @@ class Transcoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Raw-unit reconstruction [B, d_out] of the target from raw x [B, d_in]."""
+        self._check_source("forward", x)
         x = self.normalize_source(x)
         y_hat = sparse_decode(self._encode_normalized(x), self.W_dec, self.b_dec)
         return self._to_raw_target(y_hat if self.W_skip is None else y_hat + self._skip(x))
@@ -172,6 +180,8 @@ class Transcoder(nn.Module):
             token_weights: [B] importance weights of mean about 1, or None.
         """
         config = self.config
+        self._check_source("training_step", x)
+        check_float_matrix("Transcoder.training_step", "y", y, columns=config.d_out, rows=x.shape[0])
         x, y = self.normalize_source(x), self.normalize_target(y)
         codes = self._encode_normalized(x)
         target = self._without_skip(x, y)
@@ -283,6 +293,16 @@ class Transcoder(nn.Module):
         result = super().load_state_dict(state_dict, strict=strict, assign=assign)
         self._list_dead()
         return result
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        # The list of dead latents is derived from the buffer `dead` and has to move with it.
+        moved = super()._apply(fn, recurse)
+        self._list_dead()
+        return moved
+
+    def _check_source(self, method: str, x: Tensor) -> None:
+        # Before the normalisation, which would broadcast a wrong width.
+        check_float_matrix(f"Transcoder.{method}", "x", x, columns=self.config.d_in)
 
     def _encode_normalized(self, x: Tensor) -> SparseCodes:
         config = self.config

@@ -15,7 +15,9 @@ from transcoder.training.baselines import LinearBaseline
 from transcoder.training.evaluation import evaluate
 from transcoder.training.interrupts import StopRequest
 from transcoder.training.meters import Meters
-from transcoder.training.sources import IterableSource, look_ahead
+from transcoder.training.sources import IterableSource
+
+CPU = torch.device("cpu")
 
 
 def batch(rows: int, seed: int, d_in: int = 6, d_out: int = 4) -> ActivationBatch:
@@ -99,9 +101,9 @@ def test_evaluation_is_the_formula_on_raw_targets() -> None:
 
 
 def test_an_iterable_is_looked_at_without_being_used_up() -> None:
-    source = IterableSource(batch(8, seed) for seed in range(5))
+    source = IterableSource((batch(8, seed) for seed in range(5)), CPU)
     assert (source.d_in, source.d_out) == (6, 4)
-    seen = look_ahead(source, 20)
+    seen = source.look_ahead(20)
     assert len(seen) == 3
     again = [next(source) for _ in range(5)]
     for a, b in zip(seen, again, strict=False):
@@ -133,20 +135,20 @@ class Counting:
 
 
 def test_an_iterable_with_a_state_is_rewound_and_resumed() -> None:
-    source = IterableSource(Counting())
-    look_ahead(source, 30)
+    source = IterableSource(Counting(), CPU)
+    source.look_ahead(30)
     first = [next(source) for _ in range(3)]
     assert torch.equal(first[0].source, batch(8, 1).source)
     state = source.state_dict()
     rest = next(source)
-    other = IterableSource(Counting())
+    other = IterableSource(Counting(), CPU)
     other.load_state_dict(state)
     assert torch.equal(next(other).source, rest.source)
 
 
 def test_an_empty_iterable_is_refused() -> None:
     with pytest.raises(ValueError, match="got an empty iterable"):
-        IterableSource([])
+        IterableSource([], CPU)
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])

@@ -14,9 +14,13 @@ import torch
 
 from transcoder.activations import ActivationBatch
 from transcoder.config import ConfigError, RunConfig
+from transcoder.kernels import SparseCodes
+from transcoder.losses import reconstruction_loss
 from transcoder.model import Transcoder
 from transcoder.training import RunResult, TrainingDivergedError, train_transcoder
 from transcoder.training.checkpoint import load_checkpoint
+from transcoder.training.sources import TrainingDataError
+from transcoder.training.trainer import penalty_scale
 
 D_IN, D_OUT, SEQUENCE = 12, 10, 16
 
@@ -303,17 +307,101 @@ def test_resuming_a_finished_run_changes_nothing(whole: RunResult) -> None:
     assert (whole.run_dir / "checkpoints" / "step_00000030" / "state.json").read_bytes() == before
 
 
-def test_a_diverging_run_stops_and_keeps_its_last_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(TrainingDivergedError, match="loss is nan between steps 10 and 15"):
+def test_a_diverging_run_stops_and_keeps_its_last_good_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(TrainingDivergedError, match="became NaN or Inf between steps 10 and 15"):
         train_transcoder(config(), tmp_path / "run", batches=Planted(poison_at=16))
     kept = load_checkpoint(tmp_path / "run" / "checkpoints" / "step_00000010")
     assert bool(torch.isfinite(kept.model["W_enc"]).all())
 
 
-def test_data_that_ends_says_how_far_it_went(tmp_path: Path) -> None:
-    batches = [next(b) for b in [Planted()] for _ in range(12)]
-    with pytest.raises(ValueError, match="training data ended after 8 of 30 steps"):
-        train_transcoder(config(), tmp_path / "run", batches=batches)
+def test_checkpoints_of_broken_weights_never_push_out_good_ones(tmp_path: Path) -> None:
+    frequent = config(checkpoint__every=1, checkpoint__keep_last=2, logging__every=10)
+    with pytest.raises(TrainingDivergedError, match="between steps 12 and 13"):
+        train_transcoder(frequent, tmp_path / "run", batches=Planted(poison_at=16))
+    kept = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    assert [path.name for path in kept] == ["step_00000011", "step_00000012"]
+    assert all(bool(torch.isfinite(load_checkpoint(path).model["W_enc"]).all()) for path in kept)
+
+
+def test_data_that_ends_leaves_a_state_to_go_on_from(whole: RunResult, tmp_path: Path) -> None:
+    class Short(Planted):
+        def __next__(self) -> ActivationBatch:
+            if self.index == 17:
+                raise StopIteration
+            return super().__next__()
+
+    with pytest.raises(TrainingDataError, match=r"training data ended after 13 of 30 steps.*--resume goes on"):
+        train_transcoder(config(), tmp_path / "run", batches=Short())
+    held = [next(b) for b in [Planted()] for _ in range(4)]
+    second = train_transcoder(config(), tmp_path / "run", resume=True, batches=Planted(), heldout=held)
+    assert_same(weights(whole), weights(second))
+
+
+def test_an_error_of_the_data_loses_no_step(tmp_path: Path) -> None:
+    class Broken(Planted):
+        def __next__(self) -> ActivationBatch:
+            if self.index == 21:
+                raise ConnectionError("the stream broke")
+            return super().__next__()
+
+    with pytest.raises(ConnectionError, match="the stream broke"):
+        train_transcoder(config(), tmp_path / "run", batches=Broken())
+    assert load_checkpoint(tmp_path / "run" / "checkpoints" / "step_00000017").step == 17
+
+
+def test_files_that_cannot_be_written_for_a_while_stop_nothing(whole: RunResult, tmp_path: Path) -> None:
+    """A file stands where the folder of reports must be, until step 15: every write fails, then they come back."""
+    run_dir = tmp_path / "run"
+    blockade = run_dir / "anti_duplication_logs"
+
+    class Blocked(Planted):
+        def __next__(self) -> ActivationBatch:
+            if self.index == 5:
+                blockade.write_text("in the way")
+            if self.index == 19:
+                blockade.unlink()
+            return super().__next__()
+
+    result = train_transcoder(config(), run_dir, batches=Blocked())
+    assert result.finished
+    assert_same(weights(whole), weights(result))
+    failed = [r["payload"]["what"] for r in records(run_dir) if r.get("event") == "write_failed"]
+    assert "correlation report" in failed
+    assert sorted(p.name for p in blockade.glob("correlation_step_*")) == [
+        "correlation_step_00000016.json",
+        "correlation_step_00000020.json",
+        "correlation_step_00000024.json",
+        "correlation_step_00000030.json",
+    ]
+
+
+def test_the_disk_budget_bounds_what_checkpoints_take(whole: RunResult) -> None:
+    budgets = [
+        r["payload"]["bytes_each_at_most"] for r in records(whole.run_dir) if r.get("event") == "checkpoint_budget"
+    ]
+    budget = min(budgets)
+    real = sum(f.stat().st_size for f in (whole.run_dir / "checkpoints" / "step_00000030").iterdir())
+    assert real <= budget <= 20 * real
+
+
+def test_the_regularizer_without_the_monitor_leaves_the_pair_term_out(tmp_path: Path) -> None:
+    result = train_transcoder(config(antidup__monitor__enabled=False), tmp_path / "run", batches=Planted())
+    assert result.finished
+    only_pairs = config(antidup__monitor__enabled=False, antidup__regularizer__orthogonality_weight=0.0)
+    with pytest.raises(ConfigError, match="enabled with every weight 0"):
+        train_transcoder(only_pairs, tmp_path / "pairs", batches=Planted())
+
+
+@pytest.mark.parametrize("convention", ["mse", "saelens", "dictionary_learning"])
+def test_penalties_follow_the_loss_convention(convention: str) -> None:
+    codes = SparseCodes.from_dense(torch.rand(6, 5, generator=torch.Generator().manual_seed(0)))
+    W, b, y = torch.randn(5, 3, generator=torch.Generator().manual_seed(1)), torch.zeros(3), torch.ones(6, 3)
+    widths, prefix_weights = [2, 5], [0.5, 2.0]
+    losses = {
+        name: float(reconstruction_loss(codes, W, b, y, widths, prefix_weights, name).loss)
+        for name in (convention, "mse")
+    }
+    assert penalty_scale(convention, 3, prefix_weights) == pytest.approx(losses[convention] / losses["mse"])
 
 
 @pytest.mark.parametrize(

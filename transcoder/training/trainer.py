@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
-import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +23,7 @@ from transcoder.antidup import (
     PositionSampler,
     UsageLedger,
 )
-from transcoder.config import ConfigError, RunConfig
+from transcoder.config import ConfigError, RegularizerSection, RunConfig
 from transcoder.model import StepOutput, Transcoder, TranscoderConfig
 from transcoder.reporting import MetricsWriter, ProgressBar, write_report
 from transcoder.training.baselines import LinearBaseline
@@ -33,7 +33,7 @@ from transcoder.training.interrupts import StopRequest
 from transcoder.training.meters import Meters
 from transcoder.training.optimizer import make_optimizer, optimizer_step
 from transcoder.training.schedule import learning_rate, peak_learning_rate
-from transcoder.training.sources import IterableSource, Source, look_ahead
+from transcoder.training.sources import IterableSource, Source, TrainingDataError
 from transcoder.training.storage import replace_atomically
 from transcoder.training.tensor_file import tensor_bytes
 
@@ -43,6 +43,13 @@ BASELINE_TOKENS_PER_INPUT = 64
 """Tokens a source coordinate gets in the linear baseline's fit: its held-out excess over the best map is then about 1/64."""
 BASELINE_TOKENS = 65536
 """And never fewer than this."""
+FIRST_TARGETS = 10
+"""Step of the first survey for pairs to penalise: by then batches of 1024 tokens have given 10k tokens of evidence."""
+STATE_SLACK = 1 << 20
+"""Bytes for what the bound of a checkpoint does not count one by one."""
+STATEFUL_PARTS = ("regularizer", "positions", "monitor", "samples")
+MAY_CHANGE = ("model.device", "activations.prefetch")
+"""Settings that a resumed run may be given anew: they do not touch its results."""
 
 
 class TrainingDivergedError(RuntimeError):
@@ -149,8 +156,11 @@ class _Run:
             if self.positions is not None:
                 self.positions.special_ids = special_ids
         else:
-            own = IterableSource(batches)
-            self.heldout = list(heldout) if heldout is not None else own.take(config.training.evaluation_tokens)
+            own = IterableSource(batches, device)
+            if heldout is None:
+                self.heldout = own.take(config.training.evaluation_tokens)
+            else:
+                self.heldout = IterableSource(heldout, device).take(sum(len(batch) for batch in heldout))
             self.source = own
 
         shape = config.transcoder
@@ -182,7 +192,15 @@ class _Run:
             device,
         )
         self.regularizer = (
-            DiversityRegularizer(anti.regularizer, shape.d_sae, device, seed, self.ledger, out_dir=logs)
+            DiversityRegularizer(
+                _regularizer_section(config),
+                shape.d_sae,
+                device,
+                seed,
+                self.ledger,
+                out_dir=logs,
+                scale=penalty_scale(shape.loss, self.source.d_out, self.transcoder.config.prefix_weights or ()),
+            )
             if anti.regularizer.enabled
             else None
         )
@@ -203,13 +221,19 @@ class _Run:
             if anti.samples.enabled
             else None
         )
+        if self.regularizer is not None and self.monitor is None and anti.regularizer.correlation_weight > 0:
+            logger.warning(
+                "antidup.monitor is off: nobody finds pairs, so antidup.regularizer.correlation_weight acts as 0"
+            )
         self.store = CheckpointStore(run_dir, config.checkpoint)
         self.meters = Meters()
         self.step = 0
+        self.saved_step = -1
         self.evaluation: dict[str, float] = {}
         self.verify_step = min(anti.verify_at_step, config.training.steps)
-        self.verified = False
         self.window = (time.monotonic(), 0)
+        self.diverged = torch.zeros((), dtype=torch.bool, device=device)
+        self.finite_step = 0
 
     # -- before the first step ------------------------------------------------------------------------------------
 
@@ -218,27 +242,33 @@ class _Run:
         loaded = self.store.latest() if resume else None
         if loaded is not None:
             self._restore(loaded.model, loaded.trainer_tree)
-            self.step = loaded.step
+            self.step = self.saved_step = self.finite_step = loaded.step
         else:
             self._fit_normalization()
-        # Adam's two moments do not exist before its first step.
-        moments = 2 * sum(p.numel() * p.element_size() for p in self.transcoder.parameters()) if loaded is None else 0
-        tensors, _ = pack_state(self._trainer_tree())
-        size = tensor_bytes(dict(self.transcoder.state_dict())) + tensor_bytes(tensors) + moments
-        self.store.check_space(size, self.config.training.steps)
+        budget = self._checkpoint_bytes_at_most()
+        self.store.check_space(budget, self.config.training.steps)
         replace_atomically(self.run_dir / "config.yaml", self.config.to_yaml().encode())
         self.writer = self.stack.enter_context(
             MetricsWriter(self.run_dir, self.config, self.step if loaded is not None else None)
         )
+        self.writer.write_event("checkpoint_budget", {"bytes_each_at_most": budget})
         self.bar = ProgressBar(self.config.training.steps, self.step, self.config.logging.progress)
         self.stack.callback(self.bar.close)
+
+    def _checkpoint_bytes_at_most(self) -> int:
+        """What a checkpoint can grow to: buffers, stores and statistics are near empty when a run starts."""
+        parameters = sum(p.numel() * p.element_size() for p in self.transcoder.parameters())
+        fixed, _ = pack_state({"baseline": self.baseline.state_dict(), "model": dict(self.transcoder.state_dict())})
+        growing = [part.state_bytes_at_most() for part in (self.source, self.monitor, self.samples) if part is not None]
+        # Adam keeps two moments a parameter; the regulariser's and the meters' few numbers fit the slack.
+        return tensor_bytes(fixed) + 2 * parameters + sum(growing) + STATE_SLACK
 
     def _fit_normalization(self) -> None:
         mode = self.config.transcoder.normalize
         if mode == "none":
             return
         # The sample is handed back to training: it is looked at, not used up.
-        taken = look_ahead(self.source, self.config.transcoder.normalization_tokens)
+        taken = self.source.look_ahead(self.config.transcoder.normalization_tokens)
         self.transcoder.set_normalization(
             torch.cat([b.source for b in taken]), torch.cat([b.target for b in taken]), mode
         )
@@ -249,20 +279,27 @@ class _Run:
         section = self.config.training
         self.window = (time.monotonic(), self.step)
         self.transcoder.train()
-        while self.step < section.steps and stop.signal is None:
-            if self.step % section.dead_refresh_steps == 0:
-                self.transcoder.refresh_dead()
-            try:
+        try:
+            while self.step < section.steps and stop.signal is None:
+                if self.step % section.dead_refresh_steps == 0:
+                    self.transcoder.refresh_dead()
                 self._train_step()
-            except StopIteration:
-                raise ValueError(
-                    f"training data ended after {self.step} of {section.steps} steps: expected an endless iterator, or set "
-                    f"--training.steps {max(1, self.step)}"
-                ) from None
-            self.step += 1
-            self._between_steps()
+                self.step += 1
+                self._between_steps()
+        except StopIteration:
+            self._rescue()
+            raise TrainingDataError(
+                f"training data ended after {self.step} of {section.steps} steps: expected an endless iterator; the state is "
+                "saved, so with more data --resume goes on"
+            ) from None
+        except TrainingDivergedError:
+            raise
+        except Exception:
+            self._rescue()
+            raise
         finished = self.step >= section.steps
         if not finished:
+            self._check_finite()
             self._save()
         summary = self._finish(finished, stop.signal)
         return RunResult(
@@ -279,33 +316,35 @@ class _Run:
         """Forward, penalty, backward, update. Nothing here waits for the device."""
         section = self.config.training
         lr = learning_rate(self.step, section, self.peak)
-        for _ in range(section.accumulation):
+        for micro in range(section.accumulation):
             batch = next(self.source)
             self.baseline.update(batch.source, batch.target)
             with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=section.compute_dtype == "bfloat16"):
                 out = self.transcoder.training_step(batch.source, batch.target, token_weights=batch.weights)
-            loss = self._penalized(out, batch)
+            loss = self._penalized(out, batch, micro)
             (loss / section.accumulation).backward()
-            self._observe(out, batch, loss)
+            self._observe(out, batch, loss, micro)
+            self.diverged |= ~torch.isfinite(loss.detach())
         norm = optimizer_step(self.transcoder, self.optimizer, lr, section.gradient_clip)
+        self.diverged |= ~torch.isfinite(norm)
         self.meters.add({"details/gradient_norm": norm})
 
-    def _penalized(self, out: StepOutput, batch: ActivationBatch) -> Tensor:
+    def _penalized(self, out: StepOutput, batch: ActivationBatch, micro: int) -> Tensor:
         if self.regularizer is None:
             return out.loss
         pairs = None if self.monitor is None else self.monitor.target_pairs(self.config.antidup.regularizer.max_pairs)
         return self.regularizer.apply_penalty(
-            out.loss, self.transcoder, codes=out.codes, batch=batch, pairs=pairs, step=self.step
+            out.loss, self.transcoder, codes=out.codes, batch=batch, pairs=pairs, step=self.step, micro=micro
         )
 
     @torch.no_grad()
-    def _observe(self, out: StepOutput, batch: ActivationBatch, loss: Tensor) -> None:
+    def _observe(self, out: StepOutput, batch: ActivationBatch, loss: Tensor, micro: int) -> None:
         """Monitor, samples and meters: read the codes, touch nothing that training depends on."""
-        codes, anti = out.codes.detach(), self.config.antidup
-        if self.monitor is not None and self.step % anti.monitor.update_every == 0:
-            self.monitor.update_correlations(codes, self.step, sequences=batch.sequences)
-        if self.samples is not None and self.step % anti.samples.collect_every == 0:
-            self.samples.collect(codes, batch, self.step)
+        codes = out.codes.detach()
+        if self.monitor is not None:
+            self.monitor.update_correlations(codes, self.step, sequences=batch.sequences, weights=batch.weights)
+        if self.samples is not None:
+            self.samples.collect(codes, batch, self.step, micro)
         values = {
             "losses/overall_loss": loss,
             "losses/mse_loss": out.mse_per_prefix[-1],
@@ -328,36 +367,67 @@ class _Run:
         config, step = self.config, self.step
         last = step >= config.training.steps
         every = config.training.evaluation_every
-        if self.monitor is not None and (step % config.antidup.monitor.correlation_save_frequency == 0 or last):
+        reporting = step % config.antidup.monitor.correlation_save_frequency == 0 or last
+        sampling = step % config.antidup.samples.save_frequency == 0 or last
+        verifying = step == self.verify_step
+        logging_now = step % config.logging.every == 0 or last
+        evaluating = ((every > 0 and step % every == 0) or last) and bool(self.heldout)
+        saving = step % config.checkpoint.every == 0 or last
+        if reporting or sampling or verifying or logging_now or evaluating or saving:
+            self._check_finite()
+        if reporting or verifying:
             self._report_antidup()
-        if self.samples is not None and (step % config.antidup.samples.save_frequency == 0 or last):
-            self.samples.save(step, self.source.decode_tokens)
-        if step == self.verify_step:
-            self._verify_ledger()
-        if step % config.logging.every == 0 or last:
+        elif self.monitor is not None and self._targets_are_due():
+            self.monitor.refresh_targets()
+        if self.samples is not None and (sampling or verifying):
+            samples = self.samples
+            self._write("activation samples", lambda: samples.save(step, self.source.decode_tokens))
+        if reporting or sampling or verifying:
+            self._write("usage.json", self.ledger.write)
+        if verifying:
+            self.ledger.verify(step)
+        if logging_now:
             self._log()
-        evaluated = (every > 0 and step % every == 0) or last
-        if evaluated and self.heldout:
+        if evaluating:
             self.evaluation = evaluate(self.transcoder, self.heldout, self.sinks, self.baseline)
             self.writer.write(step, self.evaluation)
-        if step % config.checkpoint.every == 0 or last:
-            self._save(self.evaluation.get("evaluation/fvu") if evaluated else None)
+        if saving:
+            self._save(self.evaluation.get("evaluation/fvu") if evaluating else None)
+
+    def _check_finite(self) -> None:
+        """Before anything is written: NaN weights must not push a good checkpoint out, nor fail in a report's JSON."""
+        if bool(self.diverged):
+            raise TrainingDivergedError(
+                f"loss or gradients became NaN or Inf between steps {self.finite_step} and {self.step}; the last checkpoint "
+                "is from before and is kept. Lower training.lr, or look for NaN in the activations"
+            )
+        self.finite_step = self.step
+
+    def _targets_are_due(self) -> bool:
+        """The pair penalty needs its targets well before the first report: at steps 10, 20, 40, 80, ... until then."""
+        doublings, rest = divmod(self.step, FIRST_TARGETS)
+        early = self.step < self.config.antidup.monitor.correlation_save_frequency
+        return early and self.regularizer is not None and rest == 0 and doublings & (doublings - 1) == 0
 
     def _report_antidup(self) -> None:
+        step = self.step
         if self.monitor is not None:
-            self.monitor.report(self.step, self.transcoder.W_dec.detach())
+            monitor = self.monitor
+            self._write("correlation report", lambda: monitor.report(step, self.transcoder.W_dec.detach()))
         if self.regularizer is not None:
-            self.regularizer.save(self.step)
+            regularizer = self.regularizer
+            self._write("regularizer.jsonl", lambda: regularizer.save(step))
         if self.positions is not None:
-            self.positions.save(self.step)
-        self.ledger.write()
+            positions = self.positions
+            self._write("positions.json", lambda: positions.save(step))
 
-    def _verify_ledger(self) -> None:
-        self._report_antidup()
-        if self.samples is not None:
-            self.samples.save(self.step, self.source.decode_tokens)
-        self.ledger.write()
-        self.ledger.verify(self.step)
+    def _write(self, what: str, write: Callable[[], object]) -> None:
+        """A file that cannot be written now (a full disk) costs a warning: the next interval tries again."""
+        try:
+            write()
+        except OSError as error:
+            logger.warning("%s of step %d could not be written: %s; training goes on", what, self.step, error)
+            self.writer.write_event("write_failed", {"what": what, "error": str(error)})
 
     def _log(self) -> None:
         tracked = self.transcoder.tokens_since_fired >= self.transcoder.config.dead_after_tokens
@@ -382,12 +452,6 @@ class _Run:
         figures.update({f"data/{name}": value for name, value in self.source.counters().items()})
         self.writer.write(self.step, figures)
         self.bar.update(self.step, figures)
-        if not math.isfinite(figures["losses/overall_loss"]):
-            raise TrainingDivergedError(
-                f"loss is {figures['losses/overall_loss']} between steps {self.step - steps} and {self.step} (gradient norm "
-                f"{figures.get('details/gradient_norm')}); the last checkpoint is kept. Lower training.lr, or look for NaN in "
-                "the activations"
-            )
 
     # -- state ----------------------------------------------------------------------------------------------------------
 
@@ -400,7 +464,7 @@ class _Run:
             "ledger": self.ledger.state_dict(),
             "evaluation": self.evaluation,
         }
-        for name in ("regularizer", "monitor", "samples"):
+        for name in STATEFUL_PARTS:
             part = getattr(self, name)
             if part is not None:
                 parts[name] = part.state_dict()
@@ -414,12 +478,22 @@ class _Run:
         self.meters.load_state_dict(tree["meters"], self.device)
         self.ledger.load_state_dict(tree["ledger"])
         self.evaluation = dict(tree["evaluation"])
-        for name in ("regularizer", "monitor", "samples"):
+        for name in STATEFUL_PARTS:
             part = getattr(self, name)
             if part is not None:
                 part.load_state_dict(tree[name])
 
+    def _rescue(self) -> None:
+        """The run is about to fail for a reason of its data or files: what was trained since the last checkpoint is kept."""
+        try:
+            self._check_finite()
+            self._save()
+        except Exception as error:
+            logger.warning("the state of step %d could not be saved: %s", self.step, error)
+
     def _save(self, metric: float | None = None) -> None:
+        if self.step == self.saved_step:
+            return
         # The lines up to here must be on disk first: a resumed run drops those after its step and writes them again.
         self.writer.flush()
         summary = {
@@ -435,12 +509,22 @@ class _Run:
             logger.warning("%s; training goes on, the next try is at the next interval", error)
             self.writer.write_event("checkpoint_failed", {"error": str(error)})
             return
+        self.saved_step = self.step
         self.writer.write_event("checkpoint", {"step": self.step, "folder": path.name})
         if self.config.logging.wandb_upload_checkpoints:
             self.writer.upload_checkpoint(path, self.step)
 
     def _finish(self, finished: bool, interrupted_by: str | None) -> dict[str, Any]:
-        self.ledger.write()
+        self._write("usage.json", self.ledger.write)
+        fvu, mean = (self.evaluation.get(f"evaluation/{name}") for name in ("fvu", "baseline_mean_fvu"))
+        if fvu is not None and mean is not None and not fvu < mean:
+            logger.warning(
+                "held-out FVU %.4g is no better than predicting the mean (%.4g): too few steps, or a learning rate (%.3g) that "
+                "does not fit",
+                fvu,
+                mean,
+                self.peak,
+            )
         summary = {
             "name": self.config.name,
             "step": self.step,
@@ -486,13 +570,30 @@ def _check_switches(config: RunConfig, batches: Iterable[ActivationBatch] | None
             "antidup.positions.enabled: the position sampler chooses among a sequence's tokens before they become batches, "
             "which it cannot do for your own `batches`; set it to false"
         )
-    regularizer = config.antidup.regularizer
+    regularizer = _regularizer_section(config)
     weights = ("correlation_weight", "orthogonality_weight", "all_pairs_weight", "position_entropy_weight")
     if regularizer.enabled and all(getattr(regularizer, name) == 0 for name in weights):
         raise ConfigError(
             f"antidup.regularizer: enabled with every weight 0 ({', '.join(weights)}): it would have no effect; set one, or "
             "set antidup.regularizer.enabled to false"
         )
+
+
+def penalty_scale(convention: str, d_out: int, prefix_weights: Sequence[float]) -> float:
+    """What turns a weight relative to the `mse` convention into one for another: the factor between their losses."""
+    if convention == "saelens":
+        return d_out * sum(prefix_weights)
+    if convention == "dictionary_learning":
+        return d_out * sum(prefix_weights) / len(prefix_weights)
+    return 1.0
+
+
+def _regularizer_section(config: RunConfig) -> RegularizerSection:
+    """Without the monitor nobody names pairs: the pair term is off then."""
+    section = config.antidup.regularizer
+    if config.antidup.monitor.enabled or section.correlation_weight == 0:
+        return section
+    return dataclasses.replace(section, correlation_weight=0.0, correlation_weight_max=0.0)
 
 
 def _check_folder(run_dir: Path, config: RunConfig, resume: bool) -> None:
@@ -505,10 +606,11 @@ def _check_folder(run_dir: Path, config: RunConfig, resume: bool) -> None:
     if resume and (run_dir / "config.yaml").exists():
         before = RunConfig.load(run_dir / "config.yaml").to_dict()
         now = config.to_dict()
+        fixed = ("model", "activations", "transcoder", "training", "antidup")
         changed = [
-            f"{s}.{k}" for s in ("activations", "transcoder", "antidup") for k in now[s] if now[s][k] != before[s][k]
+            f"{section}.{key}" for section in fixed for key in now[section] if now[section][key] != before[section][key]
         ]
-        changed += [f"training.{k}" for k in now["training"] if now["training"][k] != before["training"][k]]
+        changed = [name for name in changed if name not in MAY_CHANGE]
         if changed:
             raise ConfigError(
                 f"resume: {', '.join(changed)} differ from {run_dir / 'config.yaml'}: a resumed run goes on exactly as it was "
