@@ -307,7 +307,7 @@ class MonitorSection:
     blocks_to_flag: int = 3
     blocks_remembered: int = 4
     halflife_tokens: int | None = None
-    """Forgetting of the live view; null keeps the whole run."""
+    """Exponential forgetting of the live view, in tokens; null shows the last full block and the one in progress."""
     sketch_dim: int | None = None
     """null is exact up to d_sae = 32768 and 128 beyond."""
     update_every: int = 1

@@ -155,9 +155,11 @@ def produce():
     return 1
 ahead = Prefetcher(produce, 2)
 ahead.next()
-print("ready", flush=True)
-if sys.argv[1] == "interrupt":
+if sys.argv[1] == "exit":
+    print("ready", flush=True)
+else:
     try:
+        print("ready", flush=True)
         while True:
             ahead.next()
     except KeyboardInterrupt:

@@ -55,7 +55,9 @@ def use(config: RunConfig, run_dir: Path, writes: int = 20) -> tuple[float, floa
     closing = time.perf_counter() - began
     assert len((run_dir / "metrics.jsonl").read_text().splitlines()) == writes
     times.sort()
-    assert times[-1] < 1, "nothing here waits for W&B"
+    # W&B never answers in these tests, or takes half a minute to give up: a write that waited would take that long. The
+    # machine's scheduler alone has been seen to take 1.1 s.
+    assert times[-1] < 5, "nothing here waits for W&B"
     return times[-2] if writes > 10 else 0.0, closing
 
 

@@ -22,8 +22,8 @@ class ModelError(ValueError):
 
 
 def resolve_model_name(name: str) -> str:
-    """What to load for `model.name`: `demo` is the packaged folder, an existing folder is itself, else a hub
-    name.
+    """What to load for `model.name`: `demo` is the packaged folder (one of that name here is `./demo`), an existing folder is
+    itself, else a hub name.
 
     Asks the hub one quick question unless the model is in its local cache, so that a wrong name or a missing
     network is an error at once and not after half a minute of retries.
@@ -31,7 +31,7 @@ def resolve_model_name(name: str) -> str:
     Raises:
         ModelError: no such folder, a folder without config.json, or nothing of that name on the hub.
     """
-    if name == "demo" and not Path(name).exists():
+    if name == "demo":
         try:
             return str(language_model_path())
         except FileNotFoundError as error:

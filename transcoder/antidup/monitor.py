@@ -64,7 +64,7 @@ class CorrelationMonitor:
         self._block = self._statistics()
         self._block_sequences = SequenceCounts(d_sae, self.device)
         self._past: FeatureCorrelation | None = None
-        """Closed blocks together; made when the first one closes, so a run of one block holds one matrix."""
+        """The last full block; with the one in progress it is the live view. Made when the first one closes."""
         self._past_sequences: SequenceCounts | None = None
         self._fading = self._statistics(section.halflife_tokens) if section.halflife_tokens is not None else None
         self._book = FlagBook(section.blocks_to_flag, section.blocks_remembered)
@@ -284,7 +284,7 @@ class CorrelationMonitor:
         return entries
 
     def _close_block(self) -> None:
-        """Take the block's evidence, add it to the past and begin the next."""
+        """Take the block's evidence, keep it as the last full block and begin the next."""
         section = self.section
         pairs = self._block.pairs(section.correlation_threshold, section.min_support)
         distinct = self._block_sequences.distinct(pairs.i, pairs.j)
@@ -304,9 +304,11 @@ class CorrelationMonitor:
             self._block_sequences = SequenceCounts(self.d_sae, self.device)
         else:
             assert self._past_sequences is not None
-            self._past.merge(self._block)
-            self._past_sequences.merge(self._block_sequences)
+            # The block before last goes: a pair that no longer holds must leave the live view, and a new one enter it.
+            self._past, self._block = self._block, self._past
+            self._past_sequences, self._block_sequences = self._block_sequences, self._past_sequences
             self._block.reset()
+            self._block.updates = self._past.updates
             self._block_sequences.reset()
 
     def _released(self) -> list[Pair]:

@@ -104,5 +104,6 @@ class IterableSource:
 def _moved(batch: ActivationBatch, device: torch.device) -> ActivationBatch:
     if batch.source.device == device:
         return batch
-    tensors = {f.name: getattr(batch, f.name) for f in fields(batch)}
-    return replace(batch, **{n: t.to(device, non_blocking=True) for n, t in tensors.items() if isinstance(t, Tensor)})
+    parts: dict[str, Any] = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    moved: dict[str, Any] = {n: t.to(device, non_blocking=True) for n, t in parts.items() if isinstance(t, Tensor)}
+    return replace(batch, **moved)

@@ -199,6 +199,7 @@ class _Run:
                 seed,
                 self.ledger,
                 out_dir=logs,
+                accumulation=config.training.accumulation,
                 scale=penalty_scale(shape.loss, self.source.d_out, self.transcoder.config.prefix_weights or ()),
             )
             if anti.regularizer.enabled
