@@ -7,7 +7,7 @@ them again on every run); times are not given where none was measured.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -72,14 +72,24 @@ def product_launch(architecture: str, inputs: str) -> ProductLaunch:
     return PRODUCT[architecture][inputs]
 
 
+def threshold_launch(product: ProductLaunch) -> ProductLaunch:
+    """threshold_encode numbers its hits by a running sum over the tile: at full width that spills 416 bytes on sm_90, at
+    half width it takes 184 registers and no stack."""
+    return replace(product, latents=max(16, product.latents // 2))
+
+
 SCRATCH_BYTES = 64 << 20
 """What kept entries may take at a time in topk_encode: more rows go in rounds. Keeps extra memory under 100 MB."""
 KEPT_BYTES = 5
 """A kept entry: an int32 key and a uint8 place."""
-MAX_SLOTS = 1 << 15
-"""Kept entries of a token that one program selects from in registers: 16 warps hold 64 each a thread."""
-MAX_POOL = 1 << 12
-"""Entries that a rescanned row may be merged from (k and one tile)."""
+SELECT_CHUNK = 1024
+"""Kept entries of a token that its program reads at a time: all of them (6 of 144 tiles) at the reference shape."""
+RESCAN_CHUNK = 256
+"""The same for a row that is merged with a tile computed again: k and 128 entries, few enough for one turn."""
+ORDER_CHUNK = 64
+ORDER_WARPS = 4
+"""Selected entries whose rank is counted at a time: one turn up to k = 64, 32 comparisons and 96 registers a thread (160
+with 2 warps)."""
 RESCAN_SHARE = 1e-3
 """Share of tokens that may be expected to fail the certificate. One more kept entry costs every tile a pass over its
 registers; a rescanned tile costs one program one more tile: at 4096 tokens these are 4 tiles of some 4600."""
@@ -90,6 +100,8 @@ RADIX_BITS = 11
 RADIX_BINS = 1 << RADIX_BITS
 """A digit of the radix selection: a 31-bit key in three digits; the counts of a digit are 8 KiB of shared memory."""
 RADIX_BLOCK = 2048
+COLLECT_BLOCK = 1024
+"""The same where entries are gathered: 2048 spill 8 bytes on sm_120, 1024 take 100 registers."""
 RADIX_WARPS = 8
 """Entries a program counts at a time, 8 a thread; the 2048 bins are then 8 a thread too."""
 
@@ -100,7 +112,7 @@ def kept_entries(k: int, d_sae: int, latents: int, spread: int = 1) -> int:
     A winner falls into each of the T tiles alike, so a tile's winners are about Poisson(k / T) distributed.
     """
     tiles = -(-d_sae // latents)
-    most = min(latents, -(-d_sae // tiles), max(1, MAX_SLOTS // tiles))
+    most = min(latents, -(-d_sae // tiles))
     mean = min(spread * k, d_sae) / tiles
     reached = 1.0
     term = math.exp(-mean)
@@ -112,6 +124,6 @@ def kept_entries(k: int, d_sae: int, latents: int, spread: int = 1) -> int:
     return most
 
 
-def selection_warps(slots: int) -> int:
-    """Sixteen entries a thread: a key, a latent and a mask of each fit without spilling, and reductions stay short."""
-    return min(16, max(1, slots // 512))
+def selection_warps(chunk: int) -> int:
+    """Eight entries a thread: enough independent loads in flight, and few warps to wait for in a reduction."""
+    return max(1, chunk // 256)

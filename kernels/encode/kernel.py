@@ -95,30 +95,61 @@ def keep_tile_best(
 
 
 @triton.jit
-def find_cut(key, latent, k, d_sae):
-    """(cut, last): the k first entries, or all positive ones if fewer, are those that `chosen` says with these two.
+def load_entries(keys, places, at, number, tiles, kept, PACKED: tl.constexpr):
+    """(key, latent) of one row's entries `at`; key -1 beyond their number.
 
-    Bisection over the integer keys; stops at the first gap that separates exactly k. Only where the k-th key is tied, a second
-    one over the latents of that key.
+    PACKED: keys holds (key << 32 | latent). Else keys and places are what the row's tiles kept, in the order of the tiles.
     """
+    inside = at < number
+    if PACKED:
+        entry = tl.load(keys + at, mask=inside, other=-1)
+        key = (entry >> 32).to(tl.int32)
+        latent = (entry & LOW_32).to(tl.int32)
+    else:
+        key = tl.load(keys + at, mask=inside, other=-1)
+        latent = at // kept + tl.load(places + at, mask=inside, other=0).to(tl.int32) * tiles
+    return key, latent
+
+
+@triton.jit
+def find_cut(
+    keys, places, number, k, d_sae, tiles, kept, PACKED: tl.constexpr, CHUNK: tl.constexpr
+):  # fmt: skip
+    """(cut, last): the k first of a row's entries, or all positive ones if fewer, are those that `chosen` names with these two.
+
+    Bisection over the integer keys; it ends at the first gap that separates exactly k. Only where the k-th key is tied, a
+    second one over the latents of that key. Entries are read again each turn, from the first-level cache: any number will do.
+    """
+    lane = tl.arange(0, CHUNK)
+    found = 0
+    above = 1
+    for start in range(0, number, CHUNK):
+        key, _ = load_entries(keys, places, start + lane, number, tiles, kept, PACKED)
+        found += tl.sum((key > 0).to(tl.int32), axis=0)
+        above = tl.maximum(above, tl.max(key, axis=0) + 1)
     cut = 1
-    above = tl.max(key, axis=0) + 1
-    found = tl.sum((key > 0).to(tl.int32), axis=0)
+    beyond = 0
     while (found > k) & (above - cut > 1):
         middle = cut + (above - cut) // 2
-        reached = tl.sum((key >= middle).to(tl.int32), axis=0)
+        reached = 0
+        for start in range(0, number, CHUNK):
+            key, _ = load_entries(keys, places, start + lane, number, tiles, kept, PACKED)
+            reached += tl.sum((key >= middle).to(tl.int32), axis=0)
         enough = reached >= k
         cut = tl.where(enough, middle, cut)
-        above = tl.where(enough, above, middle)
         found = tl.where(enough, reached, found)
-    room = k - tl.sum((key > cut).to(tl.int32), axis=0)
+        above = tl.where(enough, above, middle)
+        beyond = tl.where(enough, beyond, reached)
     before = -1
     last = d_sae - 1
     while (found > k) & (last - before > 1):
         middle = before + (last - before) // 2
-        reached = tl.sum(((key == cut) & (latent <= middle)).to(tl.int32), axis=0)
-        before = tl.where(reached >= room, before, middle)
-        last = tl.where(reached >= room, middle, last)
+        reached = beyond
+        for start in range(0, number, CHUNK):
+            key, latent = load_entries(keys, places, start + lane, number, tiles, kept, PACKED)
+            reached += tl.sum(((key == cut) & (latent <= middle)).to(tl.int32), axis=0)
+        before = tl.where(reached >= k, before, middle)
+        last = tl.where(reached >= k, middle, last)
     return cut, last
 
 
@@ -130,7 +161,7 @@ def chosen(key, latent, cut, last):
 @triton.jit
 def select_rows(
     kept_key, kept_place, picked, picked_count, cuts, failed, failed_count, tiles, kept, d_sae, k, stride,
-    SLOTS: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):  # fmt: skip
     """One token a program: the k best of what its tiles kept, as (key << 32 | latent) in picked [B, stride], unordered.
 
@@ -138,26 +169,27 @@ def select_rows(
     `failed`: the order of that list is open, but every row in it is treated by itself.
     """
     row = tl.program_id(0).to(tl.int64)
-    slot = tl.arange(0, SLOTS)
-    inside = slot < tiles * kept
-    key = tl.load(kept_key + row * tiles * kept + slot, mask=inside, other=-1)
-    place = tl.load(kept_place + row * tiles * kept + slot, mask=inside, other=0).to(tl.int32)
-    tile = slot // kept
-    latent = tile + place * tiles
-    cut, last = find_cut(key, latent, k, d_sae)
-    wanted = chosen(key, latent, cut, last)
-    number = wanted.to(tl.int32)
-    tl.store(
-        picked + row * stride + tl.cumsum(number, axis=0) - 1,
-        (key.to(tl.int64) << 32) | latent.to(tl.int64),
-        mask=wanted,
-    )
-    tl.store(picked_count + row, tl.sum(number, axis=0))
+    number = tiles * kept
+    keys = kept_key + row * number
+    places = kept_place + row * number
+    cut, last = find_cut(keys, places, number, k, d_sae, tiles, kept, False, CHUNK)
+    mine = picked + row * stride
+    count = 0
+    failing = 0
+    for start in range(0, number, CHUNK):
+        slot = start + tl.arange(0, CHUNK)
+        key, latent = load_entries(keys, places, slot, number, tiles, kept, False)
+        wanted = chosen(key, latent, cut, last)
+        entry = (key.to(tl.int64) << 32) | latent.to(tl.int64)
+        tl.store(mine + count + tl.cumsum(wanted.to(tl.int32), axis=0) - 1, entry, mask=wanted)
+        count += tl.sum(wanted.to(tl.int32), axis=0)
+        # The tile's last kept entry is selected and the tile has more latents than it kept: it may have dropped a winner.
+        is_open = wanted & (slot % kept == kept - 1) & (slot // kept + kept * tiles < d_sae)
+        failing += tl.sum(is_open.to(tl.int32), axis=0)
+    tl.store(picked_count + row, count)
     tl.store(cuts + 2 * row, cut)
     tl.store(cuts + 2 * row + 1, last)
-    # The tile's last kept entry is selected and the tile has more latents than it kept: it may have dropped a winner.
-    open_tile = wanted & (slot % kept == kept - 1) & (tile + kept * tiles < d_sae)
-    if tl.max(open_tile.to(tl.int32), axis=0) > 0:
+    if failing > 0:
         tl.store(failed + tl.atomic_add(failed_count, 1), row.to(tl.int32))
 
 
@@ -176,54 +208,73 @@ def row_tile_keys(
 
 
 @triton.jit
+def next_open_tile(keys, places, after, cut, last, d_sae, tiles, kept, TILES: tl.constexpr):
+    """The first tile beyond `after` that the certificate leaves open, `tiles` where there is none."""
+    found = tiles
+    start = after + 1
+    while start < found:
+        tile = start + tl.arange(0, TILES)
+        inside = tile < tiles
+        key = tl.load(keys + tile.to(tl.int64) * kept + kept - 1, mask=inside, other=-1)
+        place = tl.load(places + tile.to(tl.int64) * kept + kept - 1, mask=inside, other=0).to(tl.int32)
+        is_open = chosen(key, tile + place * tiles, cut, last) & (tile + kept * tiles < d_sae)
+        found = tl.minimum(found, tl.min(tl.where(is_open, tile, tiles), axis=0))
+        start += TILES
+    return found
+
+
+@triton.jit
 def rescan_rows(
     x, W, b, kept_key, kept_place, picked, picked_count, cuts, failed, failed_count, totals, rows_total,
     d_in, d_sae, tiles, kept, k, stride, x_row, x_col, W_row, W_col,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
-    TILES: tl.constexpr, POOL: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Rows whose certificate failed: their open tiles are computed again and merged, one after the other.
 
     A program strides over the list, whose length it reads on the device. At most k / kept tiles of a row are open, because
     all that an open tile kept is selected. totals [2] counts certified and rescanned rows.
     """
-    number = tl.load(failed_count)
+    listed = tl.load(failed_count)
     if tl.program_id(0) == 0:
-        tl.atomic_add(totals, (rows_total - number).to(tl.int64))
-        tl.atomic_add(totals + 1, number.to(tl.int64))
-    every = tl.arange(0, TILES)
-    slot = tl.arange(0, POOL)
+        tl.atomic_add(totals, (rows_total - listed).to(tl.int64))
+        tl.atomic_add(totals + 1, listed.to(tl.int64))
+    lane = tl.arange(0, CHUNK)
     places = tl.arange(0, BN)
-    for item in range(tl.program_id(0), number, tl.num_programs(0)):
+    for item in range(tl.program_id(0), listed, tl.num_programs(0)):
         row = tl.load(failed + item).to(tl.int64)
         mine = picked + row * stride
-        at = (row * tiles + every) * kept + kept - 1
-        final_key = tl.load(kept_key + at, mask=every < tiles, other=-1)
-        final_latent = every + tl.load(kept_place + at, mask=every < tiles, other=0).to(tl.int32) * tiles
-        wanted = chosen(final_key, final_latent, tl.load(cuts + 2 * row), tl.load(cuts + 2 * row + 1))
-        open_tile = wanted & (every + kept * tiles < d_sae)
-        tile = tl.min(tl.where(open_tile, every, tiles), axis=0)
+        row_keys = kept_key + row * tiles * kept
+        row_places = kept_place + row * tiles * kept
+        cut = tl.load(cuts + 2 * row)
+        last = tl.load(cuts + 2 * row + 1)
+        tile = next_open_tile(row_keys, row_places, -1, cut, last, d_sae, tiles, kept, CHUNK)
         while tile < tiles:
             fresh = row_tile_keys(
                 x, W, b, row.to(tl.int32), tile, tiles, d_in, d_sae, x_row, x_col, W_row, W_col, BM, BN, BK, EVEN, PRECISION
             )  # fmt: skip
             count = tl.load(picked_count + row)
-            entry = (fresh.to(tl.int64) << 32) | (tile + places * tiles).to(tl.int64)
-            tl.store(mine + count + places, entry)
+            # What the tile had kept is among the fresh entries: it is struck out, they are appended.
+            for start in range(0, count, CHUNK):
+                inside = start + lane < count
+                entry = tl.load(mine + start + lane, mask=inside, other=-1)
+                ours = (entry & LOW_32).to(tl.int32) % tiles == tile
+                tl.store(mine + start + lane, tl.full((CHUNK,), -1, dtype=tl.int64), mask=inside & ours)
+            tl.store(mine + count + places, (fresh.to(tl.int64) << 32) | (tile + places * tiles).to(tl.int64))
             tl.debug_barrier()
-            pool = tl.load(mine + slot, mask=slot < count + BN, other=-1)
-            latent = (pool & LOW_32).to(tl.int32)
-            # What the tile had kept is among the fresh entries.
-            stale = (slot < count) & (latent % tiles == tile)
-            key = tl.where(stale, -1, (pool >> 32).to(tl.int32))
-            cut, last = find_cut(key, latent, k, d_sae)
-            stays = chosen(key, latent, cut, last)
-            count = tl.sum(stays.to(tl.int32), axis=0)
+            count += BN
+            new_cut, new_last = find_cut(mine, row_places, count, k, d_sae, tiles, kept, True, CHUNK)
+            stays_count = 0
+            for start in range(0, count, CHUNK):
+                entry = tl.load(mine + start + lane, mask=start + lane < count, other=-1)
+                stays = chosen((entry >> 32).to(tl.int32), (entry & LOW_32).to(tl.int32), new_cut, new_last)
+                # In place: an entry never moves up, and all of a chunk is read before any of it is written.
+                tl.debug_barrier()
+                tl.store(mine + stays_count + tl.cumsum(stays.to(tl.int32), axis=0) - 1, entry, mask=stays)
+                stays_count += tl.sum(stays.to(tl.int32), axis=0)
+            tl.store(picked_count + row, stays_count)
             tl.debug_barrier()
-            tl.store(mine + tl.cumsum(stays.to(tl.int32), axis=0) - 1, pool, mask=stays)
-            tl.store(picked_count + row, count)
-            tl.debug_barrier()
-            tile = tl.min(tl.where(open_tile & (every > tile), every, tiles), axis=0)
+            tile = next_open_tile(row_keys, row_places, tile, cut, last, d_sae, tiles, kept, CHUNK)
 
 
 @triton.jit

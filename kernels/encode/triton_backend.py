@@ -6,6 +6,7 @@ Nothing here waits for the device but threshold_encode, whose size depends on th
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -22,6 +23,9 @@ if usable():
     from transcoder.kernels.segments_triton import segment_sum, weighted_row_sum
 
 __all__ = ["counters", "gradients", "select_batch_topk", "select_threshold", "select_topk", "usable"]
+
+
+Adapt = Callable[[config.ProductLaunch], config.ProductLaunch]
 
 
 class Counters(NamedTuple):
@@ -53,17 +57,10 @@ def select_topk(x: Tensor, W: Tensor, b: Tensor, k: int) -> Selection:
     indices = torch.empty(rows * k, dtype=torch.int64, device=x.device)
     row_ptr = torch.arange(0, rows * k + 1, k, device=x.device)
     kept = config.kept_entries(k, d_sae, product.launch.latents)
-    slots, pool = _power_of_two(product.tiles * kept), _power_of_two(k + product.launch.latents)
-    complete = kept * product.tiles >= d_sae
-    if slots > config.MAX_SLOTS or (pool > config.MAX_POOL and not complete):
-        raise ValueError(
-            f"topk_encode: backend triton serves k up to {config.MAX_POOL - product.launch.latents} and d_sae up to "
-            f"{config.MAX_SLOTS * product.launch.latents // 2}, or d_sae up to {config.MAX_SLOTS} with any k; "
-            f"got k = {k}, d_sae = {d_sae}: use backend torch"
-        )
     step = max(1, config.SCRATCH_BYTES // (product.tiles * kept * config.KEPT_BYTES))
     step = max(product.launch.rows, step // product.launch.rows * product.launch.rows)
     stride = k + product.launch.latents
+    chunk = min(config.SELECT_CHUNK, max(32, _power_of_two(product.tiles * kept)))
     with product.on_device():
         for start in range(0, rows, step):
             part = product.narrow(start, min(step, rows - start))
@@ -74,16 +71,16 @@ def select_topk(x: Tensor, W: Tensor, b: Tensor, k: int) -> Selection:
             failed_count, picked_count, failed, cuts = state.split([1, number, number, 2 * number])
             kernel.select_rows[(number,)](
                 kept_key, kept_place, picked, picked_count, cuts, failed, failed_count, part.tiles, kept, d_sae, k, stride,
-                SLOTS=slots, num_warps=config.selection_warps(slots),
+                CHUNK=chunk, num_warps=config.selection_warps(chunk),
             )  # fmt: skip
             kernel.rescan_rows[(min(number, part.programs),)](
                 part.x, part.W, b, kept_key, kept_place, picked, picked_count, cuts, failed, failed_count, _totals_on(x.device),
                 number, part.d_in, d_sae, part.tiles, kept, k, stride, *part.strides, **part.tile_options,
-                TILES=_power_of_two(part.tiles), POOL=pool,
+                CHUNK=config.RESCAN_CHUNK,
             )  # fmt: skip
             kernel.order_rows[(number,)](
                 picked, picked_count, values[start * k :], indices[start * k :], k, stride,
-                CHUNK=min(64, _power_of_two(k)), num_warps=1 if k <= 32 else 2,
+                CHUNK=config.ORDER_CHUNK, num_warps=config.ORDER_WARPS,
             )  # fmt: skip
     return Selection(values, indices, row_ptr)
 
@@ -99,9 +96,10 @@ def select_batch_topk(x: Tensor, W: Tensor, b: Tensor, k: int) -> Selection:
     entries, cells = rows * tiles * kept, rows * tiles
     # An open cell has `kept` of the chosen entries, so there are no more of them than this.
     most_open = min(cells, wanted // kept)
-    levels = _radix_levels(rows * d_sae)
+    levels = radix_levels(rows * d_sae)
     blocks = min(4 * product.programs, cdiv(entries, config.RADIX_BLOCK))
     last = {"LAST": len(levels) - 1, "SHIFT": levels[-1]["SHIFT"], "BY_POSITION": levels[-1]["BY_POSITION"]}
+    last |= {"BLOCK": config.COLLECT_BLOCK, "num_warps": config.RADIX_WARPS}
     with product.on_device():
         kept_key, kept_place = product.keep_tile_best(kept)
         fresh = torch.empty(most_open, latents, dtype=torch.int32, device=device)
@@ -121,9 +119,9 @@ def select_batch_topk(x: Tensor, W: Tensor, b: Tensor, k: int) -> Selection:
                     *found, histogram, state, *sizes, **level, **options, AGAIN=again, BN=latents
                 )
             if not again:
-                batch_kernel.list_open_cells[(cdiv(cells, config.RADIX_BLOCK),)](
+                batch_kernel.list_open_cells[(cdiv(cells, config.COLLECT_BLOCK),)](
                     kept_key, kept_place, histogram, state, open_cell, open_count, _totals_on(device), cells,
-                    tiles, kept, d_sae, **last, **options,
+                    tiles, kept, d_sae, **last,
                 )  # fmt: skip
                 batch_kernel.rescan_cells[(max(1, min(most_open, product.programs)),)](
                     product.x, product.W, b, kept_key, fresh, open_cell, open_count, product.d_in, d_sae, tiles, kept,
@@ -133,7 +131,7 @@ def select_batch_topk(x: Tensor, W: Tensor, b: Tensor, k: int) -> Selection:
         key = torch.zeros(wanted, dtype=torch.int32, device=device)
         batch_kernel.collect[(blocks,)](
             *found, histograms[1], states[0], states[1], position, key, found_count, *sizes, wanted,
-            **last, **options, BN=latents,
+            **last, BN=latents,
         )  # fmt: skip
     values, flat = _in_order(position, key, found_count)
     row_of = torch.div(flat, d_sae, rounding_mode="floor")
@@ -142,7 +140,7 @@ def select_batch_topk(x: Tensor, W: Tensor, b: Tensor, k: int) -> Selection:
 
 
 def select_threshold(x: Tensor, W: Tensor, b: Tensor, threshold: Tensor) -> Selection:
-    product = Product(x, W, b, "threshold_encode")
+    product = Product(x, W, b, "threshold_encode", config.threshold_launch)
     cells = product.rows * product.tiles
     bounds = torch.zeros(cells + 1, dtype=torch.int64, device=x.device)
     if cells:
@@ -192,7 +190,7 @@ def gradients(
     return grad_x, grad_W, grad_b
 
 
-def _radix_levels(positions: int) -> list[dict[str, Any]]:
+def radix_levels(positions: int) -> list[dict[str, Any]]:
     """The digits of the selection: three of the 31 bits of a key, then those of a position below `positions`."""
     levels: list[dict[str, Any]] = []
     parents = {False: 31, True: cdiv(max(1, (positions - 1).bit_length()), config.RADIX_BITS) * config.RADIX_BITS}
@@ -243,7 +241,7 @@ def _in_order(position: Tensor, key: Tensor, number: Tensor) -> tuple[Tensor, Te
 class Product:
     """x @ W.T + b of one call: its launch, its tiles and the arguments that every kernel of it shares."""
 
-    def __init__(self, x: Tensor, W: Tensor, b: Tensor, op: str, launch: config.ProductLaunch | None = None) -> None:
+    def __init__(self, x: Tensor, W: Tensor, b: Tensor, op: str, adapt: Adapt | None = None) -> None:
         check_device(op, x.device)
         if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise TypeError(
@@ -257,7 +255,8 @@ class Product:
         self.precision = "ieee"
         if x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
             self.precision = "tf32"
-        self.launch = launch or _launch(x.device, x.dtype, self.precision)
+        launch = _launch(x.device, x.dtype, self.precision)
+        self.launch = adapt(launch) if adapt else launch
         self.tiles = cdiv(self.d_sae, self.launch.latents)
 
     @property

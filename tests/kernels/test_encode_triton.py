@@ -30,7 +30,7 @@ def test_in_the_interpreter(interpreted_again: Callable[[str], None]) -> None:
     interpreted_again(__file__)
 
 
-SHAPES = [(1, 1, 1, 1), (2, 3, 5, 5), (7, 5, 33, 4), (19, 20, 129, 3), (3, 8, 400, 1), (17, 2, 7, 6), (4, 3, 90, 70)]
+SHAPES = [(1, 1, 1, 1), (2, 3, 5, 5), (7, 5, 33, 4), (17, 20, 81, 3), (3, 8, 300, 1), (9, 2, 7, 6), (2, 3, 70, 50)]
 
 
 def inputs(rows: int, d_in: int, d_sae: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
@@ -100,13 +100,10 @@ def test_choice_by_name(triton_device: torch.device) -> None:
 
 
 @pytest.mark.interpreted
-def test_choice_float64_and_sizes_beyond_are_refused_by_name(select: Select) -> None:
+def test_choice_float64_is_refused_by_name(select: Select) -> None:
     x, W, b = inputs(2, 3, 9)
     with pytest.raises(TypeError, match=r"topk_encode: backend triton: expected float32.*float64"):
         select("topk", x.double(), W.double(), b.double(), 2)
-    wide = config.MAX_SLOTS * 16
-    with pytest.raises(ValueError, match="use backend torch"):
-        select("topk", x[:, :1], W[:1, :1].expand(wide, 1), b[:1].expand(wide), 5000)
 
 
 def test_choice_of_kept_entries_covers_every_winner_or_is_rare() -> None:
@@ -135,7 +132,7 @@ def test_topk_is_exact_on_tied_whole_numbers(select: Select, shape: tuple[int, .
     same(found, torch_backend.select_topk(x, W, b, k))
 
 
-@pytest.mark.parametrize("shape", SHAPES[3:])
+@pytest.mark.parametrize("shape", SHAPES[3:5])
 @pytest.mark.interpreted
 def test_topk_of_real_numbers(shape: tuple[int, ...], close: Callable[..., None]) -> None:
     rows, d_in, d_sae, k = shape
@@ -153,7 +150,7 @@ def test_topk_of_real_numbers(shape: tuple[int, ...], close: Callable[..., None]
 def test_topk_of_flat_negative_and_sparse_rows(
     select: Select, triton_device: torch.device, name: str, low: int, high: int, bias: float
 ) -> None:
-    x, W, b = whole_numbers(19, 5, 70, seed=1, low=low, high=high)
+    x, W, b = whole_numbers(5, 5, 70, seed=1, low=low, high=high)
     same(select("topk", x, W, b * 0 + bias, 9), torch_backend.select_topk(x, W, b * 0 + bias, 9))
     assert triton_backend.counters(triton_device).rescanned == 0, name
 
@@ -166,7 +163,7 @@ def test_topk_of_flat_negative_and_sparse_rows(
     spread=st.integers(1, 4),
     seed=st.integers(0, 10**6),
 )
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @pytest.mark.interpreted
 def test_topk_with_too_few_kept_is_rescanned_and_exact(
     select: Select,
@@ -218,9 +215,19 @@ def test_topk_forced_failure_in_one_row_is_counted_and_repaired(select: Select, 
 
 
 @pytest.mark.interpreted
+@pytest.mark.parametrize("kept", [1, 3, 16])
+def test_topk_in_chunks_of_entries(select: Select, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "SELECT_CHUNK", 32)
+    monkeypatch.setattr(config, "RESCAN_CHUNK", 16)
+    monkeypatch.setattr(config, "kept_entries", lambda *_, **__: kept)
+    x, W, b = whole_numbers(3, 3, 90, seed=2)
+    same(select("topk", x, W, b, 33), torch_backend.select_topk(x, W, b, 33))
+
+
+@pytest.mark.interpreted
 def test_topk_in_rounds_of_rows(select: Select, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(config, "SCRATCH_BYTES", 1)
-    x, W, b = whole_numbers(50, 4, 40, seed=2)
+    x, W, b = whole_numbers(20, 4, 20, seed=2)
     same(select("topk", x, W, b, 5), torch_backend.select_topk(x, W, b, 5))
 
 
@@ -263,7 +270,7 @@ def test_topk_one_nan_pre_activation_comes_first(select: Select) -> None:
 
 @pytest.mark.interpreted
 def test_topk_repeats_bit_for_bit(select: Select) -> None:
-    x, W, b = inputs(20, 7, 90)
+    x, W, b = inputs(5, 7, 50)
     same(select("topk", x, W, b, 6), select("topk", x, W, b, 6))
 
 
@@ -280,9 +287,9 @@ def test_batch_is_exact_on_tied_whole_numbers(select: Select, shape: tuple[int, 
 
 @pytest.mark.interpreted
 def test_batch_of_real_numbers_without_rows_and_of_float64(select: Select, close: Callable[..., None]) -> None:
-    x, W, b = inputs(21, 20, 150)
+    x, W, b = inputs(17, 20, 70)
     found = select("batch_topk", x, W, b, 4)
-    dense = SparseCodes(*found, (21, 150)).to_dense()
+    dense = SparseCodes(*found, (17, 70)).to_dense()
     close(dense, batch_topk_encode_reference(x.double(), W.double(), b.double(), 4), 20, scale=10)
     same(found, select("batch_topk", x, W, b, 4))
     same(select("batch_topk", x[:0], W, b, 4), torch_backend.select_batch_topk(x[:0], W, b, 4))
@@ -297,7 +304,7 @@ def test_batch_of_real_numbers_without_rows_and_of_float64(select: Select, close
     ids=["flat", "negative", "zero", "few"],
 )
 def test_batch_of_flat_negative_and_sparse_rows(select: Select, low: int, high: int, bias: float) -> None:
-    x, W, b = whole_numbers(9, 5, 70, seed=1, low=low, high=high)
+    x, W, b = whole_numbers(5, 5, 70, seed=1, low=low, high=high)
     b = b * 0 + bias
     same(select("batch_topk", x, W, b, 9), torch_backend.select_batch_topk(x, W, b, 9))
 
@@ -402,7 +409,7 @@ def test_threshold_drops_nan_as_the_comparison_does(select: Select) -> None:
     ],
     ids=["topk", "batch", "threshold"],
 )
-@pytest.mark.parametrize("shape", [(1, 1, 5), (9, 5, 33), (140, 3, 6)])
+@pytest.mark.parametrize("shape", [(1, 1, 5), (9, 5, 33), (130, 3, 4)])
 def test_gradients_match_the_float64_reference(
     op: Callable[..., SparseCodes],
     reference: Callable[..., Tensor],
