@@ -147,7 +147,13 @@ def _units(sources: Path, objects: Path) -> list[tuple[list[str], Path]]:
     """(arguments, object file) of every compilation."""
     on_x86 = platform.machine() in ("x86_64", "AMD64")
     # OpenMP by pragma alone, not linked: torch's own runtime answers, so there is one pool of threads and not two.
-    torch_flags = ["-O2", "-fopenmp", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
+    # No contraction: sums of products here are promised to equal torch's, which rounds each product.
+    torch_flags = [
+        "-O2",
+        "-fopenmp",
+        "-ffp-contract=off",
+        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+    ]
     include = Path(torch.__file__).parent / "include"
     torch_flags += ["-isystem", str(include), "-isystem", str(include / "torch/csrc/api/include")]
     units = [

@@ -20,10 +20,22 @@ def _signed(x: int) -> int:
     return x - (1 << 64) if x >> 63 else x
 
 
+GOLDEN, FIRST, SECOND = _signed(_GOLDEN), _signed(_FIRST), _signed(_SECOND)
+"""The constants as signed 64-bit numbers, for code that repeats `hash_bits` elsewhere."""
+
+
 def _mix_host(x: int) -> int:
     x = ((x ^ (x >> 30)) * _FIRST) & _MASK
     x = ((x ^ (x >> 27)) * _SECOND) & _MASK
     return x ^ (x >> 31)
+
+
+def key_state(*keys: int) -> int:
+    """The keys' share of `hash_bits`, a signed 64-bit number: x = index * GOLDEN + key_state(*keys) begins the mixing."""
+    state = 0
+    for key in keys:
+        state = _mix_host((state + _GOLDEN + (key & _MASK)) & _MASK)
+    return _signed(state)
 
 
 def _shift(x: Tensor, by: int) -> Tensor:
@@ -38,12 +50,9 @@ def hash_bits(index: Tensor, *keys: int) -> Tensor:
         index: int64 tensor of any shape, the counter.
         keys: whole numbers such as (seed, rank, step); their order matters.
     """
-    state = 0
-    for key in keys:
-        state = _mix_host((state + _GOLDEN + (key & _MASK)) & _MASK)
-    x = index * _signed(_GOLDEN) + _signed(state)
-    x = (x ^ _shift(x, 30)) * _signed(_FIRST)
-    x = (x ^ _shift(x, 27)) * _signed(_SECOND)
+    x = index * GOLDEN + key_state(*keys)
+    x = (x ^ _shift(x, 30)) * FIRST
+    x = (x ^ _shift(x, 27)) * SECOND
     return x ^ _shift(x, 31)
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from transcoder.kernels.backend import active_backend
 from transcoder.kernels.correlation.torch_backend import Entries, add_at, pair_pages, pair_products
 
 TILE_PAIRS = 1 << 20
@@ -39,11 +40,14 @@ class PackedTriangle:
     """sum w z_i z_j (float64) and joint firing counts of all pairs."""
 
     def __init__(self, d_sae: int, device: torch.device, decayed: bool) -> None:
+        self.d_sae = d_sae
         self.pairs = d_sae * (d_sae - 1) // 2
         # A single latent has no pair; one unused place spares the look-ups of the diagonal a special case.
         room = max(1, self.pairs)
         self.product = torch.zeros(room, dtype=torch.float64, device=device)
         self.joint = torch.zeros(room, dtype=torch.float64 if decayed else torch.int32, device=device)
+        self.unit: Tensor | None = None
+        """[d_sae] float64, powers of two (0: not settled): backend `triton` rounds products to multiples of them."""
 
     def make_room(self, tokens: int) -> None:
         """Widen int32 counts before `tokens` tokens in all could overflow one."""
@@ -51,6 +55,18 @@ class PackedTriangle:
             self.joint = self.joint.long()
 
     def add(self, entries: Entries, total: int | None) -> None:
+        if entries.fires is None and active_backend(self.product.device, "correlation") == "cpp":
+            torch.ops.transcoder_cpp.add_pairs(
+                entries.latent.contiguous(),
+                entries.local.contiguous(),
+                entries.value.contiguous(),
+                entries.weighted.contiguous(),
+                entries.tally.to(self.joint.dtype).contiguous(),
+                self.d_sae,
+                self.product,
+                self.joint,
+            )
+            return
         base = entries.latent * (entries.latent - 1) >> 1
         for earlier, later in pair_pages(entries.local, total):
             # Latents ascend within a row, so the earlier entry is the smaller one.
@@ -80,14 +96,16 @@ class PackedTriangle:
         whole = key.numel() * (8 + self.product.element_size() + self.joint.element_size()) >= self.joint.numel() * (
             self.product.element_size() + self.joint.element_size()
         )
+        unit = {} if self.unit is None else {"unit": self.unit.clone()}
         if whole:
-            return {"product": self.product.clone(), "joint": self.joint.clone()}
-        return {"key": key, "product": self.product[key], "joint": self.joint[key]}
+            return {"product": self.product.clone(), "joint": self.joint.clone(), **unit}
+        return {"key": key, "product": self.product[key], "joint": self.joint[key], **unit}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         device = self.product.device
         self.joint = torch.zeros_like(self.joint, dtype=state["joint"].dtype)
         self.product.zero_()
+        self.unit = state["unit"].to(device) if "unit" in state else None
         if "key" in state:
             key = state["key"].to(device)
             self.product[key] = state["product"].to(device)

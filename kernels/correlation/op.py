@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transcoder.kernels.backend import active_backend
+from transcoder.kernels.backend import active_backend, implementation
 from transcoder.kernels.checks import check_mode
 from transcoder.kernels.codes import SparseCodes
 from transcoder.kernels.correlation.deferred import DeferredSize
@@ -120,7 +120,7 @@ class FeatureCorrelation:
                 None counts all.
         """
         check_update(codes, mask, self.d_sae, self.device, self.checks == "full")
-        active_backend(codes.device, "correlation")  # an explicit choice that is not here must raise
+        backend = active_backend(codes.device, "correlation")
         batch = codes.shape[0]
         if batch == 0:
             return
@@ -132,6 +132,9 @@ class FeatureCorrelation:
             tally = decay
         if self._exact is not None:
             self._exact.make_room(self.tokens_offered + batch)
+        if backend == "triton" and self.halflife is None:
+            self._update_triton(codes, plain)
+            return
         count_dtype = torch.float64 if self.halflife is not None else torch.int64
         on_cpu = self.device.type == "cpu"  # where reading a size is free
         entries = entries_of(codes, weight, tally, count_dtype, compact=on_cpu)
@@ -146,6 +149,18 @@ class FeatureCorrelation:
             assert self._sketch is not None
             self._sketch.add(entries, codes, weight, plain, self.seed, self.rank, self.updates)
         self.tokens_offered += batch
+        self.updates += 1
+
+    def _update_triton(self, codes: SparseCodes, plain: Tensor | None) -> None:
+        triton = implementation("correlation", codes.device)
+        triton.add_moments(codes, plain, self._moments, self._exact)
+        if self._exact is not None:
+            triton.add_pairs(codes, plain, self._exact)
+        else:
+            assert self._sketch is not None
+            triton.add_to_sketch(codes, plain, self._sketch, self.seed, self.rank, self.updates)
+            self._sketch.remember(codes, plain)
+        self.tokens_offered += codes.shape[0]
         self.updates += 1
 
     def _drain(self, keep: int) -> None:
@@ -254,7 +269,9 @@ class FeatureCorrelation:
         parts = self._parts(beside)
         sketches = [p._sketch for p in parts if p._sketch is not None]
         if sketches:
-            i, j = candidates(sketches, _summed_moments(parts), min_correlation - self.sketch_margin)
+            backend = active_backend(self.device, "correlation")
+            propose = implementation("correlation", self.device).similar if backend == "triton" else candidates
+            i, j = propose(sketches, _summed_moments(parts), min_correlation - self.sketch_margin)
             decided = [kept(confirm(sketches, i, j), min_correlation, min_support)]
             return Survey(sorted_pairs(decided, self.d_sae, self.device), None, None)
         moments = _summed_moments(parts)

@@ -71,6 +71,10 @@ class Sketch:
         r = signs(codes.shape[0], self.dim, codes.device, *keys)
         add_at(self.rows, entries.latent, entries.weighted.float()[:, None] * r[entries.row])
         self.ones += r.sum(0) if scaled is None else scaled.float() @ r
+        self.remember(codes, plain)
+
+    def remember(self, codes: SparseCodes, plain: Tensor | None) -> None:
+        """Add the codes to the ring; the oldest leave it."""
         recent = _Recent(codes.indices.int(), codes.values.detach().clone(), codes.row_ptr.clone(), plain)
         self.ring.append(recent)
         self._trim()
@@ -113,7 +117,7 @@ class Sketch:
             )
 
 
-def _directions(sketches: list[Sketch], moments: Moments, latents: Tensor) -> Tensor:
+def directions(sketches: list[Sketch], moments: Moments, latents: Tensor) -> Tensor:
     """[len(latents), m] fp32: centred sketches of unit norm (0 for a constant latent)."""
     mean, inverse = moments.centred()
     rows = torch.stack([s.rows[latents] for s in sketches]).sum(0)
@@ -125,14 +129,14 @@ def _directions(sketches: list[Sketch], moments: Moments, latents: Tensor) -> Te
 
 def estimated_correlation(sketch: Sketch, moments: Moments, i: Tensor, j: Tensor) -> Tensor:
     """[P] float64: the sketch's own estimate, standard deviation (1 - c^2) / sqrt(m)."""
-    return (_directions([sketch], moments, i) * _directions([sketch], moments, j)).sum(1).double().clamp(-1, 1)
+    return (directions([sketch], moments, i) * directions([sketch], moments, j)).sum(1).double().clamp(-1, 1)
 
 
 def candidates(sketches: list[Sketch], moments: Moments, above: float) -> tuple[Tensor, Tensor]:
     """(i, j), i < j, of the pairs of live latents whose estimated correlation exceeds `above`, by tiles of S
     @ S.T."""
     live = (moments.count > 0).nonzero().flatten()
-    unit = _directions(sketches, moments, live)
+    unit = directions(sketches, moments, live)
     best = (live[:0], live[:0], unit.new_empty(0))
     for a in range(0, live.numel(), TILE_ROWS):
         for b in range(a, live.numel(), TILE_COLUMNS):
@@ -146,6 +150,11 @@ def candidates(sketches: list[Sketch], moments: Moments, above: float) -> tuple[
 
 def _best(old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
     i, j, estimate = (torch.cat(parts) for parts in zip(old, new, strict=True))
+    return best_candidates(i, j, estimate)
+
+
+def best_candidates(i: Tensor, j: Tensor, estimate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The MAX_CANDIDATES highest estimates; all of them, in their order, where there are no more."""
     if estimate.numel() > MAX_CANDIDATES:
         kept = estimate.sort(descending=True, stable=True).indices[:MAX_CANDIDATES]
         i, j, estimate = i[kept], j[kept], estimate[kept]
