@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from transcoder.kernels.encode.reference import batch_topk_encode_reference, topk_encode_reference
@@ -188,20 +191,13 @@ def test_save_and_load_keep_every_bit(tmp_path: Path) -> None:
     assert torch.equal(loaded.decode(loaded.encode(x)), model.decode(model.encode(x)))
 
 
-def test_loading_says_what_is_wrong(tmp_path: Path) -> None:
+def test_loading_names_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"expected config\.json or a checkpoint's state\.json"):
+        Transcoder.from_pretrained(tmp_path)
+    folder = saved(tmp_path)
+    (folder / "transcoder.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"expected transcoder\.safetensors"):
-        Transcoder.from_pretrained(tmp_path)
-    Transcoder(TranscoderConfig(3, 3, 4, 1)).save_pretrained(tmp_path)
-    values = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**values, "colour": 1}))
-    with pytest.raises(ValueError, match="unknown fields \\['colour'\\]"):
-        Transcoder.from_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"format": "other"}))
-    with pytest.raises(ValueError, match="not a transcoder config"):
-        Transcoder.from_pretrained(tmp_path)
-    (tmp_path / "config.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"config\.json"):
-        Transcoder.from_pretrained(tmp_path)
+        Transcoder.from_pretrained(folder)
 
 
 @pytest.mark.parametrize(
@@ -277,3 +273,222 @@ def _masked_groups(codes, widths):  # type: ignore[no-untyped-def]
         )
         for first, last in zip([0, *widths], widths, strict=False)
     ]
+
+
+# -- numbers that are fp32 whatever the process's default, and normalisation ---------------------------------------
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_of_the_process_changes_nothing(default: torch.dtype) -> None:
+    config = TranscoderConfig(10, 7, 30, 4, activation="batch_topk", widths=[8, 30], skip=True, dead_after_tokens=20)
+    x, y = data(64)
+
+    def trained() -> Transcoder:
+        model = Transcoder(config)
+        model.set_normalization(x, y, "standardize")
+        for _ in range(2):
+            model.refresh_dead()
+            model.training_step(x, y).loss.backward()
+        return model
+
+    before = trained()
+    torch.set_default_dtype(default)
+    try:
+        after = trained()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for name, tensor in before.state_dict().items():
+        assert after.state_dict()[name].dtype == tensor.dtype, name
+        assert torch.equal(after.state_dict()[name], tensor), name
+    for name, parameter in before.named_parameters():
+        assert torch.equal(after.get_parameter(name).grad, parameter.grad), name
+
+
+@pytest.mark.parametrize(
+    ("mode", "source", "words"),
+    [
+        ("rms", torch.full((5, 10), 1e-42), "between 1e-30 and 1e"),
+        ("rms", torch.zeros(5, 10), "between 1e-30 and 1e"),
+        ("standardize", torch.eye(5, 10) * 1e-42, "between 1e-30 and 1e"),
+        ("standardize", torch.eye(5, 10).double() * 1e200, "between 1e-30 and 1e"),
+        # In float64 this mean is not 0.1 to the last bit: the rest is rounding, not variation.
+        ("standardize", torch.full((5, 10), 0.1), "vary"),
+        ("rms", torch.empty(0, 10), "at least one row"),
+        ("rms", torch.ones(5, 9), r"expected shape \[\*, 10\]"),
+        ("standardize", torch.ones(10), r"expected shape \[\*, 10\]"),
+        ("rms", torch.ones(5, 10).fill_diagonal_(torch.nan), "NaN or Inf in 5 rows"),
+        ("standardize", torch.ones(5, 10).fill_diagonal_(torch.inf), "NaN or Inf in 5 rows"),
+    ],
+)
+def test_normalization_refuses_what_it_cannot_scale(mode: str, source: Tensor, words: str) -> None:
+    model = Transcoder(TranscoderConfig(10, 7, 30, 4))
+    with pytest.raises(ValueError, match=f"source: .*{words}"):
+        model.set_normalization(source, data(len(source))[1], mode)
+
+
+def test_a_normalization_that_is_refused_sets_nothing() -> None:
+    model = Transcoder(TranscoderConfig(10, 7, 30, 4))
+    x, y = data(5)
+    with pytest.raises(ValueError, match="target: NaN or Inf in 5 rows"):
+        model.set_normalization(x, y * torch.nan, "rms")
+    with pytest.raises(ValueError, match="as many rows of source and target, got 5 and 4"):
+        model.set_normalization(x, y[:4], "rms")
+    assert float(model.source_scale) == 1
+
+
+# -- saved models --------------------------------------------------------------------------------------------------
+
+
+def saved(tmp_path: Path) -> Path:
+    Transcoder(TranscoderConfig(3, 3, 4, 1)).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def rewrite(folder: Path, **changes: object) -> None:
+    """Set keys of config.json; `...` takes one away."""
+    values = {**json.loads((folder / "config.json").read_text()), **changes}
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in values.items() if v is not ...}))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "not a safetensors file"),
+        (b"not safetensors at all", "not a safetensors file"),
+        (None, "not a safetensors file"),
+        ({"W_enc": torch.zeros(4, 3)}, "missing: W_dec"),
+        ({"extra": torch.zeros(1)}, "not expected: extra"),
+        ({"W_enc": torch.zeros(5, 3)}, r"W_enc: expected shape \[4, 3\], got \[5, 3\]"),
+        ({"dead": torch.zeros(4)}, "dead: expected bool, got float32"),
+        ({"W_enc": torch.zeros(4, 3, dtype=torch.int64)}, "W_enc: expected a floating dtype, got int64"),
+    ],
+)
+def test_weights_that_are_torn_or_anothers_are_refused_by_file(
+    tmp_path: Path, content: bytes | dict[str, Tensor] | None, words: str
+) -> None:
+    folder = saved(tmp_path)
+    path = folder / "transcoder.safetensors"
+    if content is None:
+        path.write_bytes(path.read_bytes()[:-7])
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        whole = {} if words.startswith("missing") else load_file(path)
+        save_file({**whole, **content}, path)
+    with pytest.raises(ValueError, match=rf"transcoder\.safetensors: .*{words}"):
+        Transcoder.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"d_in": ...}, "expected d_in, missing from"),
+        ({"colour": 1}, r"unknown fields \['colour'\]"),
+        ({"d_in": "3"}, "d_in: expected an int"),
+        ({"k": 1.0}, "k: expected an int"),
+        ({"widths": 4}, "widths: expected a list"),
+        ({"d_sae": 10**15, "widths": None}, "W_enc: expected shape"),
+        ({"format": "other"}, "not a transcoder config"),
+        ({"version": 2}, "not a transcoder config"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_refused_by_file(tmp_path: Path, changes: dict, words: str) -> None:
+    folder = saved(tmp_path)
+    rewrite(folder, **changes)
+    with pytest.raises(
+        ValueError, match=rf"({'transcoder.safetensors' if 'W_enc' in words else 'config.json'}): .*{words}"
+    ):
+        Transcoder.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "null", "[" * 100_000, "\xff"])
+@pytest.mark.parametrize("name", ["config.json", "state.json"])
+def test_a_config_that_is_no_json_object_is_refused_by_file(tmp_path: Path, text: str, name: str) -> None:
+    folder = saved(tmp_path)
+    (folder / "config.json").unlink()
+    (folder / name).write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=name.replace(".", r"\.")):
+        Transcoder.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("state", [{}, {"summary": 3}, {"summary": {}}, {"summary": {"transcoder": [1]}}])
+def test_a_checkpoints_state_without_a_transcoder_is_refused(tmp_path: Path, state: dict) -> None:
+    folder = saved(tmp_path)
+    (folder / "config.json").unlink()
+    (folder / "state.json").write_text(json.dumps(state))
+    with pytest.raises(ValueError, match=r"state\.json: .*transcoder"):
+        Transcoder.from_pretrained(folder)
+
+
+def test_a_save_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
+    folder = saved(tmp_path)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    child = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(folder)], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert "File too large" in child.stdout, child.stdout + child.stderr
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+FULL_DISK = """
+import resource, signal, sys
+from transcoder import Transcoder, TranscoderConfig
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try:
+    Transcoder(TranscoderConfig(64, 64, 128, 1)).save_pretrained(sys.argv[1])
+except OSError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "words"),
+    [
+        ({"k": 4.0}, TypeError, "k: expected an int"),
+        ({"k": True}, TypeError, "k: expected an int"),
+        ({"k": "4"}, TypeError, "k: expected an int"),
+        ({"d_in": -3}, ValueError, "d_in: expected at least 1"),
+        ({"d_in": None}, TypeError, "d_in: expected an int"),
+        ({"widths": "128"}, TypeError, "widths: expected a list"),
+        ({"widths": (w for w in (8, 30))}, TypeError, "widths: expected a list"),
+        ({"widths": 30}, TypeError, "widths: expected a list"),
+        ({"widths": [8.5, 30]}, TypeError, r"widths\[0\]: expected an int, got 8.5"),
+        ({"widths": [True, 30]}, TypeError, r"widths\[0\]: expected an int"),
+        ({"prefix_weights": "1"}, TypeError, "prefix_weights: expected a list"),
+        ({"prefix_weights": ["1"]}, TypeError, r"prefix_weights\[0\]: expected a number"),
+        ({"skip": 1}, TypeError, "skip: expected True or False"),
+        ({"aux_k": 2.5}, TypeError, "aux_k: expected an int"),
+        ({"aux_coefficient": "0.1"}, TypeError, "aux_coefficient: expected a number"),
+        ({"aux_coefficient": float("nan")}, ValueError, "aux_coefficient: expected finite"),
+        ({"dead_after_tokens": 1e6}, TypeError, "dead_after_tokens: expected an int"),
+        ({"threshold_rate": None}, TypeError, "threshold_rate: expected a number"),
+        ({"activation": ["topk"]}, ValueError, "activation: expected"),
+        ({"loss": None}, ValueError, "loss: expected one of"),
+    ],
+)
+def test_wrong_types_are_refused_by_name(change: dict, kind: type[Exception], words: str) -> None:
+    with pytest.raises(kind, match=words):
+        TranscoderConfig(**{"d_in": 10, "d_out": 7, "d_sae": 30, "k": 4, **change})
+
+
+def test_config_takes_lists_and_tuples_alike() -> None:
+    lists, tuples = (
+        TranscoderConfig(3, 3, 9, 2, widths=kind([4, 9]), prefix_weights=kind([1, 2])) for kind in (list, tuple)
+    )
+    assert lists == tuples
+    assert lists.widths == (4, 9)
+    assert lists.prefix_weights == (1.0, 2.0)
+
+
+@pytest.mark.parametrize("activation", ["topk", "batch_topk"])
+def test_full_checks_name_the_row_that_holds_a_nan(activation: str) -> None:
+    """Without them a NaN row is silent at a threshold: no comparison with NaN holds, so the row has no code."""
+    model = Transcoder(TranscoderConfig(10, 7, 30, 4, activation=activation)).eval()
+    x, _ = data(5)
+    x[3, 1] = torch.nan
+    model.encode(x)
+    with pytest.raises(ValueError, match="NaN or Inf in 1 rows, the first is row 3"):
+        model.encode(x, checks="full")
+    with pytest.raises(ValueError, match="checks: expected 'fast' or 'full'"):
+        model.encode(x, checks="some")

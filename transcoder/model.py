@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -13,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from transcoder.kernels import SparseCodes, batch_topk_encode, sparse_decode, threshold_encode, topk_encode
-from transcoder.kernels.checks import check_float_matrix, check_widths
+from transcoder.kernels.checks import Checks, check_finite_rows, check_float_matrix, check_mode, check_widths
 from transcoder.losses import CONVENTIONS, Convention, auxk_loss, reconstruction_loss
+from transcoder.pretrained import read_config, read_weights, write_pair
 
-WEIGHTS_FILE = "transcoder.safetensors"
-CONFIG_FILE = "config.json"
-CHECKPOINT_STATE_FILE = "state.json"
+LEAST_RMS, MOST_RMS = 1e-30, 1e30
+"""What a normalisation can divide by: the inverse, and activations 1e8 times as large, still fit fp32."""
 
 
 @dataclass(frozen=True)
@@ -43,25 +42,32 @@ class TranscoderConfig:
     threshold_rate: float = 0.05
 
     def __post_init__(self) -> None:
-        for name in ("d_in", "d_out", "d_sae", "k"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"TranscoderConfig.{name}: expected an int, got {value!r}")
-            if value < 1:
-                raise ValueError(f"TranscoderConfig.{name}: expected at least 1, got {value}")
+        for name in ("d_in", "d_out", "d_sae", "k", "dead_after_tokens"):
+            _check_type(name, getattr(self, name), int)
+            if getattr(self, name) < 1:
+                raise ValueError(f"TranscoderConfig.{name}: expected at least 1, got {getattr(self, name)}")
+        if self.aux_k is not None:
+            _check_type("aux_k", self.aux_k, int)
+        for name in ("aux_coefficient", "threshold_rate"):
+            _check_type(name, getattr(self, name), float)
+        _check_type("skip", self.skip, bool)
         if self.k > self.d_sae:
             raise ValueError(f"TranscoderConfig.k: expected at most d_sae = {self.d_sae}, got {self.k}")
         if self.activation not in ("topk", "batch_topk"):
             raise ValueError(f"TranscoderConfig.activation: expected 'topk' or 'batch_topk', got {self.activation!r}")
         if self.loss not in CONVENTIONS:
             raise ValueError(f"TranscoderConfig.loss: expected one of {', '.join(CONVENTIONS)}, got {self.loss!r}")
-        widths = (self.d_sae,) if self.widths is None else tuple(int(w) for w in self.widths)
+        widths = (self.d_sae,) if self.widths is None else _checked_list("widths", self.widths, int)
         check_widths("TranscoderConfig", widths, self.d_sae)
         if widths[-1] != self.d_sae:
             raise ValueError(
                 f"TranscoderConfig.widths: expected the last to be d_sae = {self.d_sae}, got {list(widths)}"
             )
-        weights = (1.0,) * len(widths) if self.prefix_weights is None else tuple(float(w) for w in self.prefix_weights)
+        weights = (
+            (1.0,) * len(widths)
+            if self.prefix_weights is None
+            else _checked_list("prefix_weights", self.prefix_weights, float)
+        )
         if len(weights) != len(widths) or any(not math.isfinite(w) or w < 0 for w in weights) or sum(weights) <= 0:
             raise ValueError(
                 f"TranscoderConfig.prefix_weights: expected {len(widths)} finite weights, none negative, not all 0, "
@@ -72,7 +78,6 @@ class TranscoderConfig:
         for name, fits, expected in (
             ("aux_k", self.aux_k is None or self.aux_k >= 0, "None or at least 0"),
             ("aux_coefficient", 0 <= self.aux_coefficient < math.inf, "finite, at least 0"),
-            ("dead_after_tokens", self.dead_after_tokens >= 1, "at least 1"),
             ("threshold_rate", 0 < self.threshold_rate <= 1, "in (0, 1]"),
         ):
             if not fits:
@@ -91,7 +96,25 @@ class TranscoderConfig:
         unknown = sorted(set(values) - known)
         if unknown:
             raise ValueError(f"TranscoderConfig: unknown fields {unknown}; known: {sorted(known)}")
+        missing = [name for name in ("d_in", "d_out", "d_sae", "k") if name not in values]
+        if missing:
+            raise ValueError(f"TranscoderConfig: expected {', '.join(missing)}, missing from {sorted(values)}")
         return cls(**values)
+
+
+def _check_type(name: str, value: object, kind: type) -> None:
+    fits = isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
+    if not fits:
+        what = {int: "an int", float: "a number", bool: "True or False"}[kind]
+        raise TypeError(f"TranscoderConfig.{name}: expected {what}, got {value!r}")
+
+
+def _checked_list(name: str, values: object, kind: type) -> tuple[Any, ...]:
+    if not isinstance(values, (list, tuple)):
+        raise TypeError(f"TranscoderConfig.{name}: expected a list or tuple, got {values!r}")
+    for i, value in enumerate(values):
+        _check_type(f"{name}[{i}]", value, kind)
+    return tuple(kind(value) for value in values)
 
 
 class StepOutput(NamedTuple):
@@ -135,19 +158,22 @@ class Transcoder(nn.Module):
         self.config = config
         generator = torch.Generator().manual_seed(seed)
         # Drawn on the CPU so that a seed means the same dictionary on every device.
-        self.W_enc = nn.Parameter(_unit_rows(torch.randn(config.d_sae, config.d_in, generator=generator)))
-        self.b_enc = nn.Parameter(torch.zeros(config.d_sae))
-        self.W_dec = nn.Parameter(_unit_rows(torch.randn(config.d_sae, config.d_out, generator=generator)))
-        self.b_dec = nn.Parameter(torch.zeros(config.d_out))
-        self.W_skip = nn.Parameter(torch.zeros(config.d_out, config.d_in)) if config.skip else None
+        # The type is always named: a process may have set another default.
+        real: dict[str, Any] = {"dtype": torch.float32}
+        d_in, d_out, d_sae = config.d_in, config.d_out, config.d_sae
+        self.W_enc = nn.Parameter(_unit_rows(torch.randn(d_sae, d_in, generator=generator, **real)))
+        self.b_enc = nn.Parameter(torch.zeros(d_sae, **real))
+        self.W_dec = nn.Parameter(_unit_rows(torch.randn(d_sae, d_out, generator=generator, **real)))
+        self.b_dec = nn.Parameter(torch.zeros(d_out, **real))
+        self.W_skip = nn.Parameter(torch.zeros(d_out, d_in, **real)) if config.skip else None
         # Below 0: no batch seen yet.
-        self.register_buffer("threshold", torch.tensor(-1.0))
-        self.register_buffer("source_mean", torch.zeros(config.d_in))
-        self.register_buffer("source_scale", torch.ones(()))
-        self.register_buffer("target_mean", torch.zeros(config.d_out))
-        self.register_buffer("target_scale", torch.ones(()))
-        self.register_buffer("tokens_since_fired", torch.zeros(config.d_sae, dtype=torch.int64))
-        self.register_buffer("dead", torch.zeros(config.d_sae, dtype=torch.bool))
+        self.register_buffer("threshold", torch.tensor(-1.0, **real))
+        self.register_buffer("source_mean", torch.zeros(d_in, **real))
+        self.register_buffer("source_scale", torch.ones((), **real))
+        self.register_buffer("target_mean", torch.zeros(d_out, **real))
+        self.register_buffer("target_scale", torch.ones((), **real))
+        self.register_buffer("tokens_since_fired", torch.zeros(d_sae, dtype=torch.int64))
+        self.register_buffer("dead", torch.zeros(d_sae, dtype=torch.bool))
         self._dead_ids: Tensor | None = None
         self.to(device)
 
@@ -155,9 +181,18 @@ class Transcoder(nn.Module):
     def widths(self) -> tuple[int, ...]:
         return tuple(self.config.widths or ())
 
-    def encode(self, x: Tensor) -> SparseCodes:
-        """Codes of raw activations x [B, d_in]."""
+    def encode(self, x: Tensor, *, checks: Checks = "fast") -> SparseCodes:
+        """Codes of raw activations x [B, d_in].
+
+        `checks="full"` reads the device and refuses NaN and Inf with a ValueError that names the first such row. `fast`
+        waits for nothing: NaN goes on into TopK's values, but against BatchTopK's threshold (eval mode) no comparison with
+        NaN holds, and such a row has no code at all.
+        """
         self._check_source("encode", x)
+        check_mode("Transcoder.encode", checks)
+        if checks == "full":
+            # Before the normalisation, so that what is named is what came.
+            check_finite_rows("Transcoder.encode", "x", x)
         return self._encode_normalized(self.normalize_source(x))
 
     def decode(self, codes: SparseCodes) -> Tensor:
@@ -189,7 +224,7 @@ class Transcoder(nn.Module):
         rec = reconstruction_loss(
             codes, self.W_dec, self.b_dec, target, self.widths, weights, config.loss, token_weights, explained=y
         )
-        loss, aux = rec.loss, torch.zeros((), device=x.device)
+        loss, aux = rec.loss, torch.zeros((), dtype=rec.loss.dtype, device=x.device)
         if self._dead_ids is not None and config.aux_latents > 0 and config.aux_coefficient > 0:
             aux = auxk_loss(
                 x,
@@ -227,21 +262,40 @@ class Transcoder(nn.Module):
         """Fit the normalisation to samples source [T, d_in] and target [T, d_out], each by its own statistics.
 
         `rms` divides by the root mean square over tokens and coordinates, `standardize` subtracts the mean vector first.
+
+        Raises:
+            ValueError: NaN or Inf, no rows, another width, a root mean square that fp32 cannot divide by, or (`standardize`)
+            activations that do not vary beyond fp32's rounding. Nothing is set then.
         """
         if mode not in ("none", "rms", "standardize"):
             raise ValueError(f"set_normalization: mode: expected 'none', 'rms' or 'standardize', got {mode!r}")
         if mode == "none":
             return
-        for name, sample in (("source", source), ("target", target)):
+        fitted = {}
+        for name, sample, width in (("source", source, self.config.d_in), ("target", target, self.config.d_out)):
+            check_float_matrix("set_normalization", name, sample, columns=width)
+            if len(sample) == 0 or len(sample) != len(source):
+                raise ValueError(
+                    f"set_normalization: {name}: expected at least one row, and as many rows of source and target, got "
+                    f"{len(source)} and {len(target)}"
+                )
+            check_finite_rows("set_normalization", name, sample)
             sample = sample.double()
             mean = sample.mean(0) if mode == "standardize" else torch.zeros_like(sample[0])
-            rms = (sample - mean).square().mean().sqrt()
-            if not bool(torch.isfinite(rms)) or float(rms) == 0:
+            rms, size = (float(part.square().mean().sqrt()) for part in (sample - mean, sample))
+            if mode == "standardize" and rms <= torch.finfo(torch.float32).eps * size < math.inf:
                 raise ValueError(
-                    f"set_normalization: {name}: expected finite activations that vary, got rms {float(rms)}"
+                    f"set_normalization: {name}: expected finite activations that vary, got rms {rms:.3g} around their mean"
                 )
+            if not LEAST_RMS <= rms <= MOST_RMS:
+                raise ValueError(
+                    f"set_normalization: {name}: expected a root mean square between {LEAST_RMS:g} and {MOST_RMS:g}, "
+                    f"got {rms:.3g}"
+                )
+            fitted[name] = mean, 1 / rms
+        for name, (mean, scale) in fitted.items():
             getattr(self, f"{name}_mean").copy_(mean)
-            getattr(self, f"{name}_scale").copy_(1 / rms)
+            getattr(self, f"{name}_scale").fill_(scale)
 
     def normalize_source(self, x: Tensor) -> Tensor:
         return (x.to(self.source_mean.dtype) - self.source_mean) * self.source_scale
@@ -262,31 +316,34 @@ class Transcoder(nn.Module):
         self.W_dec.copy_(_unit_rows(self.W_dec))
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write transcoder.safetensors and config.json. An existing pair is replaced file by file, each atomically."""
-        from safetensors.torch import save
+        """Write transcoder.safetensors and config.json. Both are written beside an existing pair before either is replaced.
 
-        folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()}
-        text = json.dumps({"format": "transcoder", "version": 1, **self.config.to_dict()}, indent=2)
-        for name, content in ((WEIGHTS_FILE, save(tensors)), (CONFIG_FILE, text.encode())):
-            partial = folder / f".{name}.partial"
-            partial.write_bytes(content)
-            partial.replace(folder / name)
+        OSError: the folder cannot be written; what was there is as it was, and nothing half-written is left.
+        """
+        write_pair(Path(directory), self.config.to_dict(), self.state_dict())
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, *, device: torch.device | str = "cpu") -> Transcoder:
         """Load what `save_pretrained` wrote, or a run's checkpoint folder (`checkpoints/step_...`).
 
-        FileNotFoundError or ValueError say what is missing or does not fit.
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: a file is torn or does not fit; the message names it and says what was expected.
         """
-        from safetensors.torch import load_file
-
         folder = Path(directory)
-        if not (folder / WEIGHTS_FILE).is_file():
-            raise FileNotFoundError(f"Transcoder.from_pretrained: expected {WEIGHTS_FILE} in {folder}, found none")
-        model = cls(TranscoderConfig.from_dict(_read_config(folder)))
-        model.load_state_dict(load_file(folder / WEIGHTS_FILE))
+        try:
+            path, values = read_config(folder)
+            try:
+                config = TranscoderConfig.from_dict(values)
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{path}: {error}") from error
+            # Compared before a model is made: a config of absurd sizes must not ask for their memory.
+            tensors = read_weights(folder, _tensors_of(config))
+        except (FileNotFoundError, ValueError) as error:
+            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+            raise kind(f"Transcoder.from_pretrained: {error}") from error
+        model = cls(config)
+        model.load_state_dict(tensors)
         return model.to(device).eval()
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
@@ -340,20 +397,25 @@ class Transcoder(nn.Module):
             self.threshold.copy_(torch.where(torch.isfinite(smallest), moved, self.threshold))
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    if (folder / CONFIG_FILE).is_file():
-        values = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        if values.pop("format", None) != "transcoder" or values.pop("version", None) != 1:
-            raise ValueError(
-                f"Transcoder.from_pretrained: {folder / CONFIG_FILE}: not a transcoder config of version 1"
-            )
-        return dict(values)
-    if (folder / CHECKPOINT_STATE_FILE).is_file():
-        state = json.loads((folder / CHECKPOINT_STATE_FILE).read_text(encoding="utf-8"))
-        return dict(state["summary"]["transcoder"])
-    raise FileNotFoundError(
-        f"Transcoder.from_pretrained: expected {CONFIG_FILE} or a checkpoint's {CHECKPOINT_STATE_FILE} in {folder}"
-    )
+def _tensors_of(config: TranscoderConfig) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """{name: (shape, dtype)} of the state of a Transcoder of this config."""
+    d_in, d_out, d_sae = config.d_in, config.d_out, config.d_sae
+    shapes: dict[str, tuple[int, ...]] = {
+        "W_enc": (d_sae, d_in),
+        "b_enc": (d_sae,),
+        "W_dec": (d_sae, d_out),
+        "b_dec": (d_out,),
+        **({"W_skip": (d_out, d_in)} if config.skip else {}),
+        "threshold": (),
+        "source_mean": (d_in,),
+        "source_scale": (),
+        "target_mean": (d_out,),
+        "target_scale": (),
+        "tokens_since_fired": (d_sae,),
+        "dead": (d_sae,),
+    }
+    others = {"tokens_since_fired": torch.int64, "dead": torch.bool}
+    return {name: (shape, others.get(name, torch.float32)) for name, shape in shapes.items()}
 
 
 def _unit_rows(W: Tensor) -> Tensor:

@@ -1,0 +1,108 @@
+"""The folder of a saved transcoder: weights and config as files, every defect of them one error that names the file."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+WEIGHTS_FILE = "transcoder.safetensors"
+CONFIG_FILE = "config.json"
+CHECKPOINT_STATE_FILE = "state.json"
+FORMAT, VERSION = "transcoder", 1
+
+
+def write_pair(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write both files beside the old ones, then rename: a failed write leaves the old pair and nothing else.
+
+    Raises:
+        OSError: the folder cannot be made or written.
+    """
+    from safetensors.torch import save
+
+    own = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    text = json.dumps({"format": FORMAT, "version": VERSION, **config}, indent=2)
+    folder.mkdir(parents=True, exist_ok=True)
+    partials = {name: folder / f".{name}.partial" for name in (WEIGHTS_FILE, CONFIG_FILE)}
+    try:
+        partials[WEIGHTS_FILE].write_bytes(save(own))
+        partials[CONFIG_FILE].write_text(text, encoding="utf-8")
+        for name, partial in partials.items():
+            partial.replace(folder / name)
+    except BaseException:
+        for partial in partials.values():
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+        raise
+
+
+def read_config(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """(file, its transcoder config) from config.json, or from the state of a run's checkpoint.
+
+    Raises:
+        FileNotFoundError: neither is there.  ValueError: it is not a JSON object of the expected form.
+    """
+    path = folder / CONFIG_FILE
+    if path.is_file():
+        values = _json_object(path)
+        if values.pop("format", None) != FORMAT or values.pop("version", None) != VERSION:
+            raise ValueError(f"{path}: not a transcoder config of version {VERSION}")
+        return path, values
+    path = folder / CHECKPOINT_STATE_FILE
+    if path.is_file():
+        summary = _json_object(path).get("summary")
+        found = summary.get("transcoder") if isinstance(summary, dict) else None
+        if not isinstance(found, dict):
+            raise ValueError(f"{path}: expected a checkpoint's state with summary.transcoder, an object; found none")
+        return path, found
+    raise FileNotFoundError(f"expected {CONFIG_FILE} or a checkpoint's {CHECKPOINT_STATE_FILE} in {folder}")
+
+
+def read_weights(folder: Path, expected: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> dict[str, Tensor]:
+    """The tensors of the weight file, on the CPU; `expected` is {name: (shape, dtype)}.
+
+    A floating tensor may have any floating dtype, others exactly theirs.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is torn, no safetensors file, or holds other names, shapes or kinds.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"expected {WEIGHTS_FILE} in {folder}, found none")
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a safetensors file, or a torn one: {error}") from error
+    missing, others = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
+    if missing or others:
+        parts = [f"missing: {', '.join(missing)}"] * bool(missing) + [f"not expected: {', '.join(others)}"] * bool(
+            others
+        )
+        raise ValueError(f"{path}: expected the tensors of a transcoder of this config; {'; '.join(parts)}")
+    for name, (shape, dtype) in expected.items():
+        tensor = tensors[name]
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{path}: {name}: expected shape {list(shape)}, got {list(tensor.shape)}")
+        if not (tensor.dtype == dtype or (tensor.is_floating_point() and dtype.is_floating_point)):
+            wanted = "a floating dtype" if dtype.is_floating_point else str(dtype).removeprefix("torch.")
+            raise ValueError(f"{path}: {name}: expected {wanted}, got {str(tensor.dtype).removeprefix('torch.')}")
+    return tensors
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: expected a JSON object: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(values).__name__}")
+    return values
