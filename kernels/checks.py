@@ -38,8 +38,11 @@ def check_float_vector(op: str, name: str, value: Tensor, length: int) -> None:
 
 
 def check_codes(op: str, codes: SparseCodes) -> None:
+    """Codes whose pattern is right. On a GPU the pattern is taken on trust: looking at it would make the host wait."""
     if not isinstance(codes, SparseCodes):
         raise TypeError(f"{op}: codes: expected SparseCodes, got {type(codes).__name__}")
+    if codes.device.type == "cpu":
+        codes.validate(f"{op}: codes")
 
 
 def check_one_device(op: str, **tensors: Tensor) -> None:

@@ -12,6 +12,10 @@ from torch import Tensor
 from transcoder.kernels.backend import active_backend
 
 
+_VALID = "valid"
+"""Key of `SparseCodes._derived` under which a pattern that needs no (further) check is marked."""
+
+
 class LatentOrder(NamedTuple):
     """The feature-major view of a set of codes: entries sorted by latent, ties by row (a stable sort)."""
 
@@ -29,6 +33,10 @@ class SparseCodes:
 
     Within a row, indices ascend and are unique. `values` are never negative; an entry whose value is 0 is inactive (TopK
     keeps exactly k entries a row, so a row with fewer than k positive pre-activations carries zeros).
+
+    Built by hand, only what needs no look at the contents is checked here (types, lengths, devices). `validate` checks the
+    pattern itself; the ops ask for it on the CPU, once a pattern. What the encode ops and `from_dense` return is known to
+    be right and is never checked.
 
     Fields:
         values: [nnz] floating point, carries the autograd graph.
@@ -62,7 +70,7 @@ class SparseCodes:
             raise ValueError(
                 f"SparseCodes: values and indices must have one length, got {self.values.numel()} and {self.indices.numel()}"
             )
-        if len(self.shape) != 2 or self.row_ptr.numel() != self.shape[0] + 1:
+        if len(self.shape) != 2 or self.row_ptr.numel() != self.shape[0] + 1 or min(self.shape) < 0:
             raise ValueError(
                 f"SparseCodes: row_ptr must hold B + 1 entries for shape (B, d_sae) = {tuple(self.shape)}, "
                 f"got {self.row_ptr.numel()}"
@@ -72,6 +80,25 @@ class SparseCodes:
                 "SparseCodes: values, indices and row_ptr must share a device, got "
                 f"{self.values.device}, {self.indices.device}, {self.row_ptr.device}"
             )
+
+    @classmethod
+    def trusted(
+        cls,
+        values: Tensor,
+        indices: Tensor,
+        row_ptr: Tensor,
+        shape: tuple[int, int],
+        derived: dict[str, object] | None = None,
+    ) -> SparseCodes:
+        """Codes whose pattern is right by construction: `validate` will not look at it. For makers of codes.
+
+        Args:
+            values, indices, row_ptr, shape: the fields.
+            derived: what earlier codes of the same pattern have computed, shared from now on; None begins afresh.
+        """
+        derived = {} if derived is None else derived
+        derived[_VALID] = True
+        return cls(values, indices, row_ptr, shape, derived)
 
     @property
     def nnz(self) -> int:
@@ -99,10 +126,32 @@ class SparseCodes:
             self._derived[name] = make()
         return self._derived[name]
 
+    def validate(self, where: str = "SparseCodes") -> None:
+        """Checks that the pattern is one of compressed rows: O(nnz), once a pattern. Reads the device. Values are not
+        looked at.
+
+        Args:
+            where: what the errors begin with.
+
+        Raises: ValueError naming the first row that is wrong and what was expected of it: row_ptr from 0 to nnz without
+            descending, ids in [0, d_sae), ascending and unique within a row.
+        """
+        if _VALID not in self._derived:
+            problem = _pointer_problem(self) or _id_problem(self)
+            if problem is not None:
+                raise ValueError(f"{where}: {problem}")
+            self._derived[_VALID] = True
+
+    def _validate_where_free(self) -> None:
+        """`validate` where it does not make the host wait: a wrong pattern would be read out of bounds in what follows."""
+        if self.device.type == "cpu":
+            self.validate()
+
     def rows(self) -> Tensor:
-        """[nnz] int64: the row of each entry. Computed once."""
+        """[nnz] int64: the row of each entry. Computed once. On the CPU a wrong pattern is refused (`validate`)."""
 
         def make() -> Tensor:
+            self._validate_where_free()
             every = torch.arange(self.shape[0], device=self.device)
             return torch.repeat_interleave(every, self.row_ptr.diff(), output_size=self.nnz)
 
@@ -111,9 +160,11 @@ class SparseCodes:
         return rows
 
     def by_latent(self) -> LatentOrder:
-        """The feature-major order: one stable sort, computed once and shared by every reduction over tokens."""
+        """The feature-major order: one stable sort, computed once and shared by every reduction over tokens. On the CPU a
+        wrong pattern is refused (`validate`)."""
 
         def make() -> LatentOrder:
+            self._validate_where_free()
             if active_backend(self.device, "encode") == "cpp":
                 found = torch.ops.transcoder_cpp.by_latent(
                     self.indices.contiguous(), self.row_ptr.contiguous(), self.shape[1]
@@ -136,7 +187,9 @@ class SparseCodes:
         return dense.index_put((flat,), self.values).view(self.shape)
 
     def to_sparse_csr(self) -> Tensor:
-        """A torch CSR tensor of the same entries (values shared)."""
+        """A torch CSR tensor of the same entries (values shared). A wrong pattern is refused (`validate`): PyTorch's own
+        products of such a tensor would read out of bounds."""
+        self.validate()
         return torch.sparse_csr_tensor(self.row_ptr, self.indices, self.values, self.shape, check_invariants=False)
 
     @classmethod
@@ -149,4 +202,40 @@ class SparseCodes:
         rows, indices = positive.nonzero(as_tuple=True)
         row_ptr = torch.zeros(z.shape[0] + 1, dtype=torch.int64, device=z.device)
         torch.cumsum(positive.sum(1), 0, out=row_ptr[1:])
-        return cls(z[rows, indices], indices, row_ptr, (z.shape[0], z.shape[1]))
+        return cls.trusted(z[rows, indices], indices, row_ptr, (z.shape[0], z.shape[1]))
+
+
+def _pointer_problem(codes: SparseCodes) -> str | None:
+    ptr = codes.row_ptr
+    first, last = int(ptr[0]), int(ptr[-1])
+    falls = (ptr.diff() < 0).nonzero()
+    if first != 0:
+        return f"row_ptr: row 0: expected to begin at entry 0, got {first}"
+    if falls.numel():
+        row = int(falls[0])
+        return f"row_ptr: row {row}: expected pointers that do not descend, got {int(ptr[row])} .. {int(ptr[row + 1])}"
+    if last != codes.nnz:
+        return f"row_ptr: row {max(0, codes.shape[0] - 1)}: expected to end at nnz = {codes.nnz}, got {last}"
+    return None
+
+
+def _id_problem(codes: SparseCodes) -> str | None:
+    """After `_pointer_problem`."""
+    ids, ptr, d_sae = codes.indices, codes.row_ptr, codes.shape[1]
+    fine = (ids >= 0) & (ids < d_sae)
+    rises = ids.diff() > 0
+    # The first entry of a row need not be above the last one of the row before.
+    first = ptr[(ptr > 0) & (ptr < codes.nnz)]
+    rises[first - 1] = True
+    fine[1:] &= rises
+    if bool(fine.all()):
+        return None
+    entry = int(fine.logical_not().nonzero()[0])
+    row = int(torch.searchsorted(ptr, entry, right=True)) - 1
+    got = int(ids[entry])
+    if not 0 <= got < d_sae:
+        return f"indices: row {row}: expected latents in [0, {d_sae}), got {got}"
+    return (
+        f"indices: row {row}: expected ascending, unique latents, got {got} after {int(ids[entry - 1])}; sort each row "
+        "and add up repeated latents"
+    )
