@@ -111,3 +111,44 @@ def test_codes_from_the_encoder_pass_the_loss_back_to_it() -> None:
     z = topk_encode_reference(x, W_enc, b_enc, 3)
     want = by_hand("mse", z, W_dec, b, y, [8, 20], [1.0, 1.0])
     torch.testing.assert_close(torch.autograd.grad(got, W_enc), torch.autograd.grad(want, W_enc))
+
+
+DEGENERATE = {
+    "one row": torch.tensor([[3.0, -1.0, 2.0, 0.5, 1.0, -2.0]]),
+    "constant": torch.full((12, 6), 0.1),
+    "constant rows": torch.tensor([[0.1, 7.3, -2.7, 1e3, 1e-3, 0.7]]).expand(12, 6),
+    "zero": torch.zeros(12, 6),
+}
+
+
+@pytest.mark.parametrize("name", DEGENERATE)
+@pytest.mark.parametrize("convention", CONVENTIONS)
+def test_targets_that_do_not_vary_have_a_finite_loss_and_gradient(convention: str, name: str) -> None:
+    """FVU is then a share of the targets' mean square, and of 1 where they are 0."""
+    y = DEGENERATE[name]
+    codes, W, b, _ = problem(rows=len(y))
+    codes = SparseCodes.from_dense(codes.to_dense().float())
+    W, b = W.float().requires_grad_(), b.float()
+    got = reconstruction_loss(codes, W, b, y, [20], [1.0], convention)
+    errors = (codes.to_dense() @ W.detach() + b - y).square().mean()
+    size = y.square().mean() if y.any() else torch.ones(())
+    torch.testing.assert_close(got.fvu_per_prefix[0], errors / size)
+    if convention == "fvu":
+        torch.testing.assert_close(got.loss.detach(), errors / size)
+    (gradient,) = torch.autograd.grad(got.loss, W)
+    assert bool(torch.isfinite(gradient).all())
+
+
+@pytest.mark.parametrize("convention", CONVENTIONS)
+def test_auxk_of_one_row_is_finite(convention: str) -> None:
+    _, W_dec, _, y = problem(rows=1)
+    g = torch.Generator().manual_seed(1)
+    x, W_enc = (torch.randn(n, 7, generator=g, dtype=torch.float64) for n in (1, 20))
+    W_enc.requires_grad_()
+    variance = reconstruction_loss(
+        SparseCodes.from_dense(torch.ones(1, 20, dtype=torch.float64)), W_dec, y[0] * 0, y, [20], [1.0]
+    ).target_variance
+    residual = torch.randn(1, 6, generator=g, dtype=torch.float64)
+    loss = auxk_loss(x, residual, W_enc, W_enc.detach().sum(1), W_dec, torch.tensor([1, 2, 3]), 2, variance, convention)
+    assert 0 < float(loss.detach()) < 1e6
+    assert bool(torch.isfinite(torch.autograd.grad(loss, W_enc)[0]).all())

@@ -20,11 +20,23 @@ class Reconstruction(NamedTuple):
     mse_per_prefix: Tensor
     """[P]: squared error, mean over tokens and d_out, whatever the convention. Detached."""
     fvu_per_prefix: Tensor
-    """[P]: fraction of variance unexplained on this batch. Detached."""
+    """[P]: fraction of variance unexplained on this batch (see `spread` for one that does not vary). Detached."""
     residual: Tensor
     """[B, d_out]: reconstruction of the full width minus target. Detached."""
     target_variance: Tensor
-    """Scalar: variance of what is explained around its batch mean, mean over tokens and d_out."""
+    """Scalar: variance of what is explained around its batch mean, mean over tokens and d_out; never 0, see `spread`."""
+
+
+def spread(y: Tensor) -> Tensor:
+    """What FVU is a fraction of: the mean square of y [B, d] around its mean row. Reads nothing back.
+
+    A batch that does not vary beyond rounding (one row, constant targets) has no variance to explain: its mean square
+    itself stands in, and 1 where that is 0 too. The result, and FVU with it, is so finite and positive for every batch.
+    """
+    variance, size = (y - y.mean(0)).square().mean(), y.square().mean()
+    rounding = (8 * torch.finfo(y.dtype).eps) ** 2 * size
+    instead = torch.where(size >= torch.finfo(y.dtype).tiny, size, torch.ones_like(size))
+    return torch.where((variance > rounding) & (variance >= torch.finfo(y.dtype).tiny), variance, instead)
 
 
 def reconstruction_loss(
@@ -44,7 +56,8 @@ def reconstruction_loss(
         `mse`: sum_p w_p m_p / sum_p w_p. Independent of d_out and of the number of prefixes.
         `saelens`: d_out * sum_p w_p m_p. SAELens sums over d_out and over prefixes, means over tokens.
         `dictionary_learning`: d_out * sum_p w_p m_p / P. It weighs prefixes, then takes their mean.
-        `fvu`: sum_p w_p fvu_p / sum_p w_p, fvu_p = m_p / var(target). sparsify minimises FVU.
+        `fvu`: sum_p w_p fvu_p / sum_p w_p, fvu_p = m_p / var(target). sparsify minimises FVU. A batch whose targets do not
+            vary has their mean square in the place of the variance, see `spread`.
 
     Shapes: codes (B, d_sae), W_dec [d_sae, d_out], b_dec [d_out], target [B, d_out], token_weights [B] or None.
     `explained` [B, d_out] is what FVU is a fraction of where the dictionary only has a part of it to reconstruct (a skip
@@ -53,7 +66,7 @@ def reconstruction_loss(
     nested = nested_loss(codes, W_dec, b_dec, target, widths, prefix_weights, token_weights=token_weights)
     with torch.no_grad():
         whole = target if explained is None else explained
-        variance = (whole - whole.mean(0)).square().mean().clamp_min(torch.finfo(target.dtype).tiny)
+        variance = spread(whole)
         mse = nested.per_prefix.detach()
     if convention == "saelens":
         loss = nested.value * target.shape[1]
@@ -100,8 +113,7 @@ def auxk_loss(
     no_bias = residual.new_zeros(residual.shape[1])
     mse = nested_loss(codes, W_dec[dead], no_bias, -residual, [dead.numel()], token_weights=token_weights).value
     if convention == "dictionary_learning":
-        spread = residual - residual.mean(0)
-        return mse / spread.square().mean().clamp_min(torch.finfo(residual.dtype).tiny)
+        return mse / spread(residual)
     scale = min(dead.numel() / aux_k, 1.0)
     if convention == "saelens":
         return mse * (scale * residual.shape[1])

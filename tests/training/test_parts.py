@@ -71,6 +71,22 @@ def test_baseline_state_goes_on_where_it_was() -> None:
     assert torch.equal(one.solve(), two.solve())
 
 
+@pytest.mark.parametrize("target", [torch.full((9, 4), 0.1), torch.zeros(9, 4), torch.tensor([[1.0, 2, 3, 4]])])
+def test_evaluation_of_targets_that_do_not_vary_is_finite(target: torch.Tensor) -> None:
+    """FVU is then a share of the targets' mean square, or of 1 a number: as in training."""
+    model = Transcoder(TranscoderConfig(6, 4, 20, 3))
+    one = ActivationBatch(batch(len(target), 1).source, target, torch.arange(len(target)), torch.arange(len(target)))
+    baseline = LinearBaseline(6, 4, 10**6)
+    baseline.update(one.source, one.target)
+    figures = evaluate(model, [one], one, baseline)
+    with torch.no_grad():
+        errors = (model.eval()(one.source) - target).double().square().sum()
+    size = float(target.double().square().sum()) or target.numel()
+    assert figures["evaluation/fvu"] == pytest.approx(float(errors) / size, rel=1e-4)
+    assert figures["evaluation/sink_fvu"] == pytest.approx(float(errors) / size, rel=1e-4)
+    assert figures["evaluation/baseline_mean_fvu"] == pytest.approx(0, abs=1e-9)
+
+
 def test_evaluation_is_the_formula_on_raw_targets() -> None:
     model = Transcoder(TranscoderConfig(6, 4, 20, 3, widths=[5, 20], skip=True))
     held = [batch(64, 1), batch(40, 2)]

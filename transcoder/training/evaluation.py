@@ -23,7 +23,8 @@ def evaluate(
     """FVU (fraction of variance unexplained) on held-out non-sink tokens, per prefix, with L0 and the baselines.
 
     FVU = sum |y - y_hat|^2 / sum |y - mean(y)|^2 over all tokens, the mean being the held-out one; BatchTopK runs with its
-    threshold, as at inference. `evaluation/sink_fvu` is the same ratio over the masked-out sink tokens, around the mean of
+    threshold, as at inference. Targets that do not vary have their mean square in the place of their variance, as in
+    `losses.spread`. `evaluation/sink_fvu` is the same ratio over the masked-out sink tokens, around the mean of
     the others. Reads the device: call it between steps.
 
     Returns: {"evaluation/fvu", "evaluation/fvu_prefix_<w>", "evaluation/explained_variance", "evaluation/l0",
@@ -52,7 +53,7 @@ def _evaluate(
     solution = None if baseline is None or baseline.tokens == 0 else baseline.solve()
 
     device = mean.device
-    total = torch.zeros((), dtype=torch.float64, device=device)
+    total, size = torch.zeros(2, dtype=torch.float64, device=device).unbind()
     errors = torch.zeros(len(widths), dtype=torch.float64, device=device)
     rivals = torch.zeros(2, dtype=torch.float64, device=device)
     active = torch.zeros((), dtype=torch.int64, device=device)
@@ -61,12 +62,14 @@ def _evaluate(
         sums, codes = _prefix_sums(transcoder, batch)
         errors += sums
         total += (batch.target.double() - mean).square().sum()
+        size += batch.target.double().square().sum()
         live = codes.values > 0
         active += live.sum()
         fired.index_fill_(0, codes.indices[live], True)
         if baseline is not None and solution is not None:
             rivals[0] += (batch.target - baseline.mean()).double().square().sum()
             rivals[1] += (batch.target - baseline.predict(solution, batch.source)).double().square().sum()
+    total = _denominator(total, size, tokens * mean.numel())
     fvu = (errors / total).tolist()
     figures = {
         "evaluation/fvu": fvu[-1],
@@ -80,9 +83,16 @@ def _evaluate(
         figures["evaluation/baseline_mean_fvu"], figures["evaluation/baseline_linear_fvu"] = (rivals / total).tolist()
     if sinks is not None and len(sinks) > 0:
         sums, _ = _prefix_sums(transcoder, sinks)
-        figures["evaluation/sink_fvu"] = float(sums[-1] / (sinks.target.double() - mean).square().sum())
+        around, size = (part.square().sum() for part in (sinks.target.double() - mean, sinks.target.double()))
+        figures["evaluation/sink_fvu"] = float(sums[-1] / _denominator(around, size, sinks.target.numel()))
         figures["evaluation/sink_tokens"] = float(len(sinks))
     return figures
+
+
+def _denominator(around: Tensor, size: Tensor, numbers: int) -> Tensor:
+    """Sum of squares around the mean; where that is rounding, the sum of squares, and where that is 0, 1 a number."""
+    rounding = (8 * torch.finfo(torch.float32).eps) ** 2 * size
+    return torch.where(around > rounding, around, torch.where(size > 0, size, torch.full_like(size, float(numbers))))
 
 
 def _prefix_sums(transcoder: Transcoder, batch: ActivationBatch) -> tuple[Tensor, SparseCodes]:
