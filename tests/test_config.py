@@ -131,7 +131,9 @@ def test_every_field_is_a_flag_and_has_help() -> None:
         ({"training": [1]}, "training: expected a mapping"),
         ({"logging": {"progress": "yes"}}, "logging.progress: expected true or false"),
         ({"logging": {"wandb": "on"}}, "logging.wandb: expected one of 'off', 'offline', 'online'"),
-        ({"model": {"name": 3}}, "model.name: expected text"),
+        ({"model": {"name": 3}}, "model.name: expected text, got 3; put it in quotes"),
+        ({"training": {"lr": 10**400}}, "training.lr: expected a finite number"),
+        ({"training": {"steps": "1e"}}, "training.steps: expected a whole number, got '1e'"),
         ({"name": "../escape"}, "name: expected letters"),
         ({"transcoder": {"widths": [512, 256, 2048]}}, "transcoder.widths: expected cumulative"),
         ({"transcoder": {"widths": [256, 1024]}}, "a last width of d_sae = 2048"),
@@ -151,7 +153,14 @@ def test_wrong_settings_are_refused_by_name(values: dict[str, Any], message: str
         ("training.step", "5", "unknown setting --training.step; did you mean 'training.steps'"),
         ("lr", "1", "did you mean 'training.lr'"),
         ("training.steps", "", "training.steps: expected a whole number"),
-        ("training.steps", "[", "cannot read"),
+        ("training.steps", "[", "training.steps: cannot read"),
+        ("training.steps", "2026-01-31", "training.steps: expected a whole number, got '2026-01-31'"),
+        ("training.lr", "2026-01-31 10:00:00", "training.lr: expected a number, got '2026-01-31 10:00:00'"),
+        ("training.steps", "[" * 100_000, "training.steps: cannot read"),
+        ("training.steps", "1" * 10_000, "training.steps: cannot read"),
+        ("training.steps", "!!int x", "training.steps: cannot read"),
+        ("training.steps", "!!bool x", "training.steps: cannot read"),
+        ("training.steps", "!!timestamp x", "training.steps: cannot read"),
     ],
 )
 def test_wrong_flags_are_refused_by_name(flag: str, text: str, message: str) -> None:
@@ -169,6 +178,20 @@ def test_wrong_flags_are_refused_by_name(flag: str, text: str, message: str) -> 
         ("transcoder.widths", "[256, 2048]", (256, 2048)),
         ("logging.wandb", "off", "off"),
         ("logging.progress", "false", False),
+        ("training.lr", "1e-3", 1e-3),
+        ("training.steps", "1e4", 10_000),
+        ("name", "123", "123"),
+        ("name", "1e-3", "1e-3"),
+        ("name", "null", "null"),
+        ("name", "true", "true"),
+        ("name", "2026-01-31", "2026-01-31"),
+        ("name", "'123'", "123"),
+        ("model.name", "a: b", "a: b"),
+        ("model.name", "[1]", "[1]"),
+        ("model.name", "it's #1", "it's #1"),
+        ("model.name", '"', '"'),
+        ("checkpoint.second_location", "null", None),
+        ("checkpoint.second_location", "12", "12"),
     ],
 )
 def test_flags_read_as_people_write_them(flag: str, text: str, value: object) -> None:
@@ -208,12 +231,24 @@ def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
         (b"a: [", "not valid YAML"),
         (b"\xff\xfe\x00", "not valid YAML"),
         (b"a: !!python/object/apply:os.system ['true']", "not valid YAML"),
+        (b"[" * 100_000, "not valid YAML"),
+        (b"a: " + b"1" * 10_000, "not valid YAML"),
+        (b"a: !!bool x", "not valid YAML"),
     ],
 )
 def test_files_that_are_no_configs(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "run.yaml").write_bytes(content)
     with pytest.raises(ConfigError, match=message):
         load_yaml(tmp_path / "run.yaml")
+
+
+def test_dates_in_a_file_are_text(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("name: 2026-01-31\nmodel: {name: 2026-01-31}\n")
+    config = RunConfig.load(tmp_path / "run.yaml")
+    assert (config.name, config.model.name) == ("2026-01-31", "2026-01-31")
+    (tmp_path / "run.yaml").write_text("training: {steps: 2026-01-31}\n")
+    with pytest.raises(ConfigError, match=r"training\.steps: expected a whole number, got '2026-01-31'"):
+        RunConfig.load(tmp_path / "run.yaml")
 
 
 def test_an_unknown_preset_names_the_known_ones() -> None:

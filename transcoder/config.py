@@ -6,10 +6,12 @@ nearest known name; values are checked when the dataclass is made, so a config t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import itertools
 import math
+import sys
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -518,8 +520,8 @@ def load_yaml(source: str | Path) -> dict[str, Any]:
             f"config {str(source)!r}: no such file, and no preset of that name; presets: {preset_names()}"
         )
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        values = _read_yaml(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ConfigError(f"config {path}: not valid YAML: {error}") from error
     if values is None:
         values = {}
@@ -542,14 +544,45 @@ def flags(section: type = RunConfig, prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def parse_flag(dotted: str, text: str) -> Any:
-    """The value that `--dotted text` stands for, by YAML's rules ('null', 'true', '1e-3', '[1, 2]')."""
+    """The value that `--dotted text` stands for: text where the field is text ('null' where it may be null, quotes taken
+    off), else by YAML's rules ('null', 'true', '1e-3', '[1, 2]')."""
     known = dict(flags())
     if dotted not in known:
         raise ConfigError(f"unknown setting --{dotted}{_nearest(dotted, known)}")
+    kind = known[dotted]
+    if str in (kind, *typing.get_args(kind)) and not (kind is not str and text == "null"):
+        quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+        return text[1:-1] if quoted else text
     try:
-        return _coerce(known[dotted], yaml.safe_load(text) if text.strip() else text, dotted)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{dotted}: cannot read {text!r}: {error}") from error
+        value = _read_yaml(text) if text.strip() else text
+    except ValueError as error:
+        raise ConfigError(f"{dotted}: cannot read {_short(text)}: {error}") from error
+    return _coerce(kind, value, dotted)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 without dates: no setting is one, and a name such as 2026-01-31 is text."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in found if not tag.endswith(":timestamp")]
+    for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def _read_yaml(text: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError) as error:
+        # Its constructors raise all of these, at `!!bool x` or `!!timestamp x` for two.
+        raise ValueError(str(error) or type(error).__name__) from error
+
+
+def _short(value: object) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 200 else f"{shown[:200]}..."
 
 
 def _nearest(name: str, known: typing.Iterable[str]) -> str:
@@ -619,25 +652,34 @@ def _coerce(kind: Any, value: Any, name: str) -> Any:
             raise ConfigError(f"{name}: expected true or false, got {value!r}")
         return value
     if kind is int:
+        if isinstance(value, str):
+            # '1e4' is text to YAML 1.1.
+            value = _number(value)
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         if not isinstance(value, int) or isinstance(value, bool):
             raise ConfigError(f"{name}: expected a whole number, got {value!r}")
         return value
     if kind is float:
-        if isinstance(value, str):
-            try:
-                value = float(value)
-            except ValueError:
-                raise ConfigError(f"{name}: expected a number, got {value!r}") from None
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
-            raise ConfigError(f"{name}: expected a finite number, got {value!r}")
+        value = _number(value)
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            raise ConfigError(f"{name}: expected a number, got {value!r}")
+        if not abs(value) <= sys.float_info.max:
+            raise ConfigError(f"{name}: expected a finite number, got {_short(value)}")
         return float(value)
     if kind is str:
         if not isinstance(value, str):
-            raise ConfigError(f"{name}: expected text, got {value!r}")
+            raise ConfigError(f"{name}: expected text, got {value!r}; put it in quotes")
         return value
     raise TypeError(f"config field {name} has a type that no reader handles: {kind}")
+
+
+def _number(value: Any) -> Any:
+    """A float where `value` is text that stands for one, else `value`."""
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            return float(value)
+    return value
 
 
 def _plain(value: Any) -> Any:
