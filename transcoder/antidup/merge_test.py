@@ -1,0 +1,166 @@
+"""The merge test: what it costs, on held-out tokens, to fold one latent of a pair into the other.
+
+A high correlation says that two latents fire together; only this test says that one of them is superfluous. Two latents
+with correlated causes but directions of their own fail it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from transcoder.kernels import SparseCodes
+
+TILE_NUMBERS = 1 << 22
+"""Numbers in the largest temporary (32 MiB of fp64)."""
+MERGEABLE_SHARE = 0.1
+"""A fold is free when it costs at most this share of what leaving the latent out costs. With a decoder row of its own, a
+latent whose uncentred cosine with its partner is c costs the share 1 - c^2: 0.1 lets pass c > 0.949, and a correlated pair
+that is no duplicate (correlation 0.6 to 0.9) costs two to six times as much."""
+
+
+@dataclass(frozen=True, eq=False)
+class MergeResult:
+    """One entry a pair, each [P].
+
+    Fields:
+        kept, dropped: int64 latent ids; the cheaper of the two directions.
+        scale: float64 a >= 0; the kept latent's decoder row becomes W[kept] + a W[dropped].
+        fvu_change: float64, the change of the FVU on all held-out tokens by the fold (0 where free).
+        fvu_without: float64, the change of the FVU by leaving `dropped` out and changing nothing else.
+        l0_change: float64, latents a token fewer (never positive).
+    """
+
+    kept: Tensor
+    dropped: Tensor
+    scale: Tensor
+    fvu_change: Tensor
+    fvu_without: Tensor
+    l0_change: Tensor
+
+    def mergeable(self, share: float = MERGEABLE_SHARE) -> Tensor:
+        """[P] bool: the fold costs at most `share` of leaving the latent out. A latent that helps nothing is mergeable;
+        one that was never seen to fire is not, for nothing is known of it."""
+        return (self.l0_change < 0) & (self.fvu_change <= share * self.fvu_without.clamp(min=0))
+
+
+class MergeTest:
+    """Streams held-out tokens; every pair is tested against the unchanged transcoder, one at a time.
+
+    With residual r = y_hat - y and the fold of j into i by a, the residual of token t becomes r_t + (a z_ti - z_tj) w_j, so
+    the squared error changes by 2 (a S(z_i r.w_j) - S(z_j r.w_j)) + |w_j|^2 (a^2 S(z_i^2) - 2 a S(z_i z_j) + S(z_j^2)):
+    sums over tokens, all of them streamed, whatever the scale. `scale` is the minimum over a >= 0.
+
+    The sum is exact where nothing is selected again: the codes of the other latents stay what they are.
+
+    Args:
+        i, j: [P] int64, the pairs.
+        W_dec: [d_sae, d_out], in the units of `residual`.
+
+    Equivalent to: for each pair, decode the codes without j by W_dec with row i replaced by W_dec[i] + a W_dec[j].
+    """
+
+    def __init__(self, i: Tensor, j: Tensor, W_dec: Tensor) -> None:
+        if i.dim() != 1 or i.shape != j.shape or i.dtype != torch.int64 or j.dtype != torch.int64:
+            raise ValueError(
+                f"MergeTest: expected i and j, each [P] int64, got {list(i.shape)} {i.dtype} and {list(j.shape)} {j.dtype}"
+            )
+        if i.numel() and not (0 <= int(torch.minimum(i, j).min()) and int(torch.maximum(i, j).max()) < W_dec.shape[0]):
+            raise ValueError(f"MergeTest: expected latent ids in [0, {W_dec.shape[0]})")
+        if bool((i == j).any()):
+            raise ValueError("MergeTest: expected two different latents in every pair")
+        self.d_sae = W_dec.shape[0]
+        self._latents, slots = torch.unique(torch.cat([i, j]), return_inverse=True)
+        self._i, self._j = slots[: i.numel()], slots[i.numel() :]
+        self._rows = W_dec.detach()[self._latents].double()
+        count, device = self._latents.numel(), W_dec.device
+        self._slot = torch.full((self.d_sae,), count, dtype=torch.int64, device=device)
+        self._slot[self._latents] = torch.arange(count, device=device)
+        self._square = torch.zeros(count, dtype=torch.float64, device=device)
+        self._along = torch.zeros_like(self._square)
+        """Per latent l: sum of z_l (r . w_l)."""
+        self._fired = torch.zeros_like(self._square)
+        self._product = torch.zeros(i.numel(), dtype=torch.float64, device=device)
+        self._cross_j = torch.zeros_like(self._product)
+        """Per pair: sum of z_i (r . w_j)."""
+        self._cross_i = torch.zeros_like(self._product)
+        self._tokens = 0
+        self._target_sum = torch.zeros(W_dec.shape[1], dtype=torch.float64, device=device)
+        self._target_square = torch.zeros((), dtype=torch.float64, device=device)
+
+    @torch.no_grad()
+    def update(self, codes: SparseCodes, residual: Tensor, target: Tensor) -> None:
+        """Add B held-out tokens.
+
+        Args:
+            codes: (B, d_sae), the transcoder's own.
+            residual: [B, d_out] reconstruction minus target.
+            target: [B, d_out], for the FVU's denominator.
+        """
+        if codes.shape[1] != self.d_sae or residual.shape != target.shape or residual.shape[0] != codes.shape[0]:
+            raise ValueError(
+                f"MergeTest.update: expected codes (B, {self.d_sae}), residual and target [B, {self._rows.shape[1]}], got "
+                f"{codes.shape}, {list(residual.shape)}, {list(target.shape)}"
+            )
+        wide = target.double()
+        self._target_sum += wide.sum(0)
+        self._target_square += wide.square().sum()
+        self._tokens += codes.shape[0]
+        count = self._latents.numel()
+        row, entry = codes.rows(), self._slot[codes.indices]
+        step = max(1, TILE_NUMBERS // max(1, count + 1))
+        for a in range(0, codes.shape[0], step):
+            b = min(a + step, codes.shape[0])
+            first, last = codes.row_ptr[a], codes.row_ptr[b]
+            z = torch.zeros(b - a, count + 1, dtype=torch.float64, device=target.device)
+            z[row[first:last] - a, entry[first:last]] = codes.values.detach()[first:last].double()
+            z = z[:, :count]
+            along = residual[a:b].double() @ self._rows.T
+            self._square += z.square().sum(0)
+            self._along += (z * along).sum(0)
+            self._fired += (z > 0).sum(0)
+            self._add_pairs(z, along)
+
+    def _add_pairs(self, z: Tensor, along: Tensor) -> None:
+        step = max(1, TILE_NUMBERS // max(1, z.shape[0]))
+        for a in range(0, self._i.numel(), step):
+            i, j = self._i[a : a + step], self._j[a : a + step]
+            z_i, z_j = z[:, i], z[:, j]
+            self._product[a : a + step] += (z_i * z_j).sum(0)
+            self._cross_j[a : a + step] += (z_i * along[:, j]).sum(0)
+            self._cross_i[a : a + step] += (z_j * along[:, i]).sum(0)
+
+    def result(self) -> MergeResult:
+        """Of all tokens so far, both directions tried. Raises: ValueError before the first token."""
+        if self._tokens == 0:
+            raise ValueError("MergeTest.result: expected at least one token; call update first")
+        into_i = self._fold(self._i, self._j, self._cross_j)
+        into_j = self._fold(self._j, self._i, self._cross_i)
+        # What counts is what the fold loses of the latent's own worth; ties keep the lower id, which more prefixes hold.
+        better_j = into_j.fvu_change < into_i.fvu_change
+        better_j |= (into_j.fvu_change == into_i.fvu_change) & (self._latents[self._j] < self._latents[self._i])
+        fields = MergeResult.__dataclass_fields__
+        return MergeResult(*(torch.where(better_j, getattr(into_j, f), getattr(into_i, f)) for f in fields))
+
+    def _fold(self, kept: Tensor, dropped: Tensor, cross: Tensor) -> MergeResult:
+        """`cross`: sum of z_kept (r . w_dropped)."""
+        length = self._rows.square().sum(1)[dropped]
+        square, own, along = self._square[kept], self._square[dropped], self._along[dropped]
+        curvature = square * length
+        scale = torch.where(curvature > 0, (self._product * length - cross) / curvature.clamp(min=1e-300), 0).clamp(
+            min=0
+        )
+        change = 2 * (scale * cross - along) + length * (scale.square() * square - 2 * scale * self._product + own)
+        without = -2 * along + length * own
+        total = self._target_square - self._target_sum.square().sum() / self._tokens
+        total = total.clamp(min=torch.finfo(torch.float64).tiny)
+        return MergeResult(
+            self._latents[kept],
+            self._latents[dropped],
+            scale,
+            change / total,
+            without / total,
+            -self._fired[dropped] / self._tokens,
+        )
