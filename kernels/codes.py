@@ -11,7 +11,6 @@ from torch import Tensor
 
 from transcoder.kernels.backend import active_backend
 
-
 _VALID = "valid"
 """Key of `SparseCodes._derived` under which a pattern that needs no (further) check is marked."""
 

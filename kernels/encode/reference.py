@@ -6,10 +6,16 @@ import torch
 from torch import Tensor
 
 
+def largest_first(activations: Tensor) -> Tensor:
+    """int64 places along the last dimension in the order of selection: NaN (so that it is seen, not lost), then +inf, then
+    by falling value, ties to the lowest place. Every backend chooses the first k of this order."""
+    return activations.argsort(dim=-1, descending=True, stable=True)
+
+
 def topk_encode_reference(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> Tensor:
     """[B, d_sae]: relu(x @ W_enc.T + b_enc) with all but the k largest of each row set to 0; ties go to the lowest id."""
     activations = torch.relu(x @ W_enc.T + b_enc)
-    chosen = activations.argsort(dim=1, descending=True, stable=True)[:, :k]
+    chosen = largest_first(activations)[:, :k]
     return torch.zeros_like(activations).scatter(1, chosen, activations.gather(1, chosen))
 
 
@@ -17,7 +23,7 @@ def batch_topk_encode_reference(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int)
     """[B, d_sae]: all but the k * B largest entries of the whole batch set to 0; ties go to the lowest (row, id)."""
     activations = torch.relu(x @ W_enc.T + b_enc)
     flat = activations.flatten()
-    chosen = flat.argsort(descending=True, stable=True)[: k * x.shape[0]]
+    chosen = largest_first(flat)[: k * x.shape[0]]
     return torch.zeros_like(flat).scatter(0, chosen, flat[chosen]).view_as(activations)
 
 

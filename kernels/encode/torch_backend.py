@@ -2,6 +2,9 @@
 
 No [B, d_sae] tensor exists at any time. On the CPU the slow exact paths (ties, flat rows) run only for the rows that need
 them, which reads a count; on an accelerator every size is static, so nothing waits for the host.
+
+The order is `reference.largest_first`: NaN before +inf before every other value, ties to the lowest id. `topk` and `sort` rank
+NaN so by themselves; comparisons do not, so wherever one is used NaN is asked for by name.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import torch
 from torch import Tensor
 
 from transcoder.kernels.codes import SparseCodes
+from transcoder.kernels.encode.reference import largest_first
 from transcoder.kernels.segments import segment_sum, weighted_row_sum
 
 CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
@@ -125,23 +129,27 @@ def _topk_ids(activations: Tensor, k: int) -> Tensor:
         return _topk_ids_static(activations, k)
     top = activations.topk(k, dim=1)
     smallest = top.values[:, -1:]
-    # Exactly k entries reach the k-th value unless it is tied (or NaN, which compares false): then topk's choice is open.
-    tied = (activations >= smallest).sum(1) != k
+    # All but k entries are below the k-th value unless it is tied (or NaN: nothing is below): then topk's choice is open.
+    tied = (activations < smallest).sum(1) != activations.shape[1] - k
     ids = top.indices
     if bool(tied.any()):
         again = activations[tied]
-        ids = ids.index_put((tied,), again.argsort(dim=1, descending=True, stable=True)[:, :k])
+        ids = ids.index_put((tied,), largest_first(again)[:, :k])
     return ids.sort(dim=1).values
 
 
 def _topk_ids_static(activations: Tensor, k: int) -> Tensor:
-    """The same without a host read: entries above the k-th value, then the first of those that equal it."""
-    key = activations.nan_to_num(nan=torch.inf, posinf=torch.inf)
-    smallest = key.topk(k, dim=1).values[:, -1:]
-    above, equal = key > smallest, key == smallest
-    room = k - above.sum(1, keepdim=True)
-    keep = above | (equal & (equal.cumsum(1) <= room))
+    """The same without a host read."""
+    keep = _first_reaching(activations, activations.topk(k, dim=1).values[:, -1:], k)
     return torch.nonzero_static(keep, size=keep.shape[0] * k)[:, 1].view(-1, k)
+
+
+def _first_reaching(values: Tensor, smallest: Tensor, k: int) -> Tensor:
+    """Which k of the last dimension are chosen, `smallest` being the k-th: those above it, then the first that equal it."""
+    nan, last_is_nan = values.isnan(), smallest.isnan()
+    above = (values > smallest) | (nan & ~last_is_nan)
+    equal = (values == smallest) | (nan & last_is_nan)
+    return above | (equal & (equal.cumsum(-1) <= k - above.sum(-1, keepdim=True)))
 
 
 def _collect_dynamic(
@@ -198,11 +206,11 @@ def _pad(values: Tensor, flat: Tensor, wanted: int) -> tuple[Tensor, Tensor]:
 
 
 def _largest(values: Tensor, flat: Tensor, wanted: int) -> tuple[Tensor, Tensor]:
-    """The `wanted` largest of a pool in ascending flat order; ties to the lowest place; NaN counts as largest."""
-    key = values.nan_to_num(nan=torch.inf, posinf=torch.inf)
-    smallest = key.topk(wanted, sorted=False).values.min()
-    above, equal = key > smallest, key == smallest
-    keep = above | (equal & (equal.cumsum(0) <= wanted - above.sum()))
+    """The `wanted` largest of a pool in ascending flat order; ties to the lowest place."""
+    top = values.topk(wanted, sorted=False).values
+    # `min` would return a NaN that was chosen for being largest: it is the smallest only where all are NaN.
+    smallest = torch.where(top.isnan().all(), torch.nan, top.nan_to_num(nan=torch.inf, posinf=torch.inf).min())
+    keep = _first_reaching(values, smallest, wanted)
     return values[keep], flat[keep]
 
 
