@@ -81,6 +81,9 @@ class ActivationsSection:
     mask_norm_multiple: float | None = 10.0
     """Drop tokens whose source norm exceeds this multiple of the median over non-pad tokens; null switches it off."""
     mask_position_zero: bool = False
+    allow_changed_data: bool = False
+    """Let a run resume although its text or its cache changed since it was started (refused otherwise): it goes on at the
+    saved place of what is there now."""
 
     def __post_init__(self) -> None:
         n = "activations."

@@ -144,6 +144,20 @@ def test_resuming_is_bitwise(folder: Path, prefetch: int, stop: int) -> None:
         assert stream.counters() == again.counters()
 
 
+def test_a_state_over_a_cache_that_was_written_again_is_refused(folder: Path) -> None:
+    with stream_of(folder) as stream:
+        next(stream)
+        state = stream.state_dict()
+    write_shard(folder / "shard_001.safetensors", **columns(21, 30))
+    write_index(folder, sequence_length=LENGTH, vocab_size=100, special_ids=[0, 1, BOS, 3], pad_id=0)
+    with stream_of(folder) as stream, pytest.raises(DataError, match=r"data of activations\.cached_path changed"):
+        stream.load_state_dict(state)
+    with stream_of(folder, allow_changed_data=True) as stream:
+        with pytest.warns(UserWarning, match=r"activations\.cached_path changed"):
+            stream.load_state_dict(state)
+        next(stream)
+
+
 @dataclass
 class Columns:
     """Keeps odd positions."""

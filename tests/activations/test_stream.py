@@ -16,6 +16,7 @@ from torch import Tensor
 from transcoder.activations import ActivationBatch, ActivationStream, DataError, ModelError, build_stream
 from transcoder.activations.bridge import HookedModel
 from transcoder.activations.documents import is_heldout
+from transcoder.activations.fingerprint import files_digest
 from transcoder.activations.packing import Packer, sequence_ids
 from transcoder.activations.text_files import FilesSource
 from transcoder.config import RunConfig
@@ -410,6 +411,74 @@ def test_a_state_of_other_settings_is_refused(
     state = build().state_dict()
     with pytest.raises(ValueError, match=f"saved data cursor has {named} = "):
         build(**change).load_state_dict(state)
+
+
+def edited(path: Path) -> None:
+    path.write_text(path.read_text().replace("fox", "cat", 1))
+
+
+def longer(path: Path) -> None:
+    path.write_text(path.read_text() + json.dumps({"text": "one more"}) + "\n")
+
+
+def joined(path: Path) -> None:
+    (path.parent / "new.jsonl").write_text(json.dumps({"text": "one more"}) + "\n")
+
+
+def removed(path: Path) -> None:
+    (path.parent / "second.jsonl").unlink()
+
+
+@pytest.mark.parametrize("change", [edited, longer, joined, removed])
+def test_a_state_over_text_that_changed_since_is_refused(
+    build: Callable[..., ActivationStream], jsonl: Path, tmp_path: Path, change: Callable[[Path], None]
+) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    for name in ("first.jsonl", "second.jsonl"):
+        shutil.copy(jsonl, data / name)
+    stream = build(dataset=str(data))
+    drain(stream, 3)
+    state = stream.state_dict()
+    expected = next(stream)
+    shutil.copytree(data, tmp_path / "copy")
+    again = build(dataset=str(tmp_path / "copy"))
+    again.load_state_dict(state)
+    assert same(next(again), expected), "a copy of the data is the same data"
+
+    change(data / "first.jsonl")
+    with pytest.raises(DataError, match=r"activations\.dataset changed .*--activations\.allow_changed_data true"):
+        build(dataset=str(data)).load_state_dict(state)
+    willing = build(dataset=str(data), allow_changed_data=True)
+    with pytest.warns(UserWarning, match=r"activations\.dataset changed"):
+        willing.load_state_dict(state)
+    assert same(next(willing), expected), "what was read before the change is still due"
+    drain(willing, 100)
+
+
+def test_long_files_are_looked_at_in_places(tmp_path: Path) -> None:
+    path = tmp_path / "long.txt"
+    content = bytearray(b"a" * 10_000_000)
+    path.write_bytes(content)
+    before = files_digest([("long", path)])
+    for place in (0, len(content) - 1):
+        changed = bytearray(content)
+        changed[place] = ord("b")
+        path.write_bytes(changed)
+        assert files_digest([("long", path)]) != before
+    path.write_bytes(content)
+    assert files_digest([("long", path)]) == before
+    assert files_digest([("other", path)]) != before
+    path.write_bytes(content[:-1])
+    assert files_digest([("long", path)]) != before
+    for length in (0, 1, 4096, 4097, 65_535, 65_536):
+        for place in range(0, length, max(1, length // 50)):
+            whole = bytearray(b"a" * length)
+            path.write_bytes(whole)
+            before = files_digest([("short", path)])
+            whole[place] = ord("b")
+            path.write_bytes(whole)
+            assert files_digest([("short", path)]) != before, (length, place)
 
 
 def test_positions_are_those_sampled(build: Callable[..., ActivationStream], packed: Callable[[int], Tensor]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from transcoder.activations.batch import ActivationBatch
 from transcoder.activations.documents import DataError, is_heldout
+from transcoder.activations.fingerprint import files_digest
 from transcoder.activations.masking import SinkMasker
 from transcoder.activations.passes import Chunk, Pass, PositionChoice, RowMaker, counters_of, row_bytes
 from transcoder.activations.shards import (
@@ -84,6 +85,7 @@ class CachedSource:
             "tokens": int(index["tokens"]),
             "sequence_length": self.sequence_length,
             "sequences_per_forward": section.sequences_per_forward,
+            "data": files_digest((entry["file"], self._folder / entry["file"]) for entry in index["shards"]),
         }
         self.holds_out = self._fraction > 0
         self._verified: set[str] = set()

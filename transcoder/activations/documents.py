@@ -55,9 +55,13 @@ class Records(Protocol):
 
 
 class Source(Protocol):
-    """Opens the same records, in the same order, from the start (None) or from a saved state."""
+    """Opens the same records, in the same order, from the start (None) or from a saved state.
+
+    `digest` is a short text that changes when the records do, or None where that cannot be known.
+    """
 
     def open(self, state: dict[str, Any] | None) -> Records: ...
+    def digest(self) -> str | None: ...
 
 
 class Reader:

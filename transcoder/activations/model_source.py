@@ -66,6 +66,7 @@ class ModelSource:
             "sequences_per_forward": section.sequences_per_forward,
             "prepend_bos": section.prepend_bos,
             "text": section.tokens_column is None,
+            "data": self._digest(),
         }
         self.holds_out = self._fraction > 0 or self._heldout_source is not self._training_source
         self._device, self._context_tokens = device, context_tokens
@@ -76,6 +77,12 @@ class ModelSource:
         )
         self._rows = RowMaker(self._masker, context_tokens, sampler)
         self._packer = self._pack(self._training_source, self._trains)
+
+    def _digest(self) -> str | None:
+        """Of the training text, and of the held-out text where that lies apart."""
+        sources = dict.fromkeys((self._training_source, self._heldout_source))
+        digests = [source.digest() for source in sources]
+        return None if None in digests else " ".join(map(str, digests))
 
     def _pack(self, source: Source, keep: Any) -> Packer:
         return Packer(source, self.vocabulary, self._section.sequence_length, self._section.prepend_bos, keep)

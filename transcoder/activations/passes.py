@@ -86,7 +86,8 @@ class ActivationSource(Protocol):
 
     Attributes:
         identity: JSON values that a saved cursor and this source must share. A value that is a dict with
-            "weights" is compared by those alone; the rest of it is for the message.
+            "weights" is compared by those alone; the rest of it is for the message. Under "data" stands the digest of the
+            text or cache (None: unknown, not compared), which `activations.allow_changed_data` lets differ.
         row_bytes: bytes of one row's tensors.
         pass_rows: the most rows that a pass gives.
     """

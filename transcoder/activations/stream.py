@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -49,6 +50,7 @@ class ActivationStream:
         self._seed = config.training.seed
         self._evaluation_tokens = config.training.evaluation_tokens
         self._prefetch = config.activations.prefetch
+        self._allow_changed_data = config.activations.allow_changed_data
         capacity = max(config.activations.buffer_tokens, self._batch_size)
         self._capacity, self._refill_fraction = capacity, config.activations.refill_fraction
         self.d_in, self.d_out = source.d_in, source.d_out
@@ -207,15 +209,17 @@ class ActivationStream:
         Raises:
             ValueError: the state belongs to another language model (its weights count, not where it lies),
                 dtype, other hooks, widths, sequences or buffer sizes; the message
-                names the first.
+                names the first. DataError (one of them): the text or the cache changed since, and
+                `activations.allow_changed_data` is off; a warning where it is on.
         """
         mine = self._identity()
+        saved = dict(state["identity"])
+        self._check_data(saved.pop("data", None), mine.pop("data", None))
         for name, value in mine.items():
-            saved = state["identity"].get(name)
-            if not _agrees(saved, value):
+            if not _agrees(saved.get(name), value):
                 raise ValueError(
                     f"ActivationStream.load_state_dict: the saved data cursor has {name} = "
-                    f"{saved!r} and this run has {value!r}; resume with the settings that the "
+                    f"{saved.get(name)!r} and this run has {value!r}; resume with the settings that the "
                     "run was started with"
                 )
         # The thread runs ahead with the old cursor: it must end before the source is moved.
@@ -228,6 +232,18 @@ class ActivationStream:
         self._peeked = deque(self._restored(state["peeked"], anchor))
         self._buffer = self._new_buffer()
         self._buffer.load_state_dict(state["buffer"], self._device)
+
+    def _check_data(self, saved: str | None, mine: str | None) -> None:
+        if saved is None or mine is None or saved == mine:
+            return
+        field = "cached_path" if self._source.identity["kind"] == "cached" else "dataset"
+        changed = f"the data of activations.{field} changed since the run was started (digest {saved}, now {mine})"
+        if not self._allow_changed_data:
+            raise DataError(
+                f"{changed}: the saved place in them would mean another one. Put the data back, start a new run with "
+                "another --out, or add --activations.allow_changed_data true to go on over what is there now"
+            )
+        warnings.warn(f"{changed}; the run goes on over what is there now", stacklevel=3)
 
     def _restored(self, saved: dict[str, dict[str, Tensor]], anchor: int) -> list[ActivationBatch]:
         return [

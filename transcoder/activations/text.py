@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from transcoder.activations.documents import DataError, Record, Records, Source
+from transcoder.activations.fingerprint import files_digest
 from transcoder.activations.text_files import RECORD_SUFFIXES, FilesSource
 from transcoder.activations.text_hub import HubSource
 from transcoder.config import ActivationsSection
-from transcoder.demo.stdlib_text import iter_documents
+from transcoder.demo.stdlib_text import iter_documents, source_files
 
 
 def build_sources(section: ActivationsSection) -> tuple[Source, Source, float]:
@@ -56,6 +57,10 @@ class StdlibSource:
 
     def open(self, state: dict[str, Any] | None) -> Records:
         return _StdlibRecords(self._split, int(state["document"]) if state else 0)
+
+    def digest(self) -> str:
+        """Another Python version has another standard library."""
+        return files_digest(source_files("train" if self._split == "train" else "heldout"))
 
 
 class _StdlibRecords:

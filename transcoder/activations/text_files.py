@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from transcoder.activations.documents import DataError, Record, Records, check_column, content_of, cut
+from transcoder.activations.fingerprint import files_digest
 
 FILE_BLOCK_CHARACTERS = 1 << 14
 """A plain text file is read as documents of at most this length: a long file can be shuffled and held out."""
@@ -27,7 +28,8 @@ class FilesSource:
     def __init__(self, path: Path, text_column: str, tokens_column: str | None) -> None:
         self._column = tokens_column or text_column
         self._tokens = tokens_column is not None
-        self._files = [path] if path.is_file() else _files_below(path)
+        self._files = [path] if path.is_file() else files_below(path)
+        self._folder = path.parent if path.is_file() else path
         if not self._files:
             raise DataError(f"activations.dataset: no file below {str(path)!r}; it needs text, JSONL or Parquet files")
         if self._tokens and not any(f.suffix in RECORD_SUFFIXES for f in self._files):
@@ -55,6 +57,12 @@ class FilesSource:
 
     def open(self, state: dict[str, Any] | None) -> Records:
         return _FileRecords(self, (int(state["file"]), int(state["record"])) if state else (0, 0))
+
+    def digest(self) -> str:
+        single = len(self._files) == 1 and self._files[0].parent == self._folder
+        return files_digest(
+            (path.suffix if single else path.relative_to(self._folder).as_posix(), path) for path in self._files
+        )
 
     def records(self, file: int, start: int) -> Iterator[tuple[int, int, Record]]:
         """(file, number of the record after it, record) from record `start` of file number `file` on."""
@@ -96,7 +104,7 @@ class _FileRecords:
         return {"file": self._at[0], "record": self._at[1]}
 
 
-def _files_below(folder: Path) -> list[Path]:
+def files_below(folder: Path) -> list[Path]:
     found = (p for p in folder.rglob("*") if p.is_file())
     visible = (p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts))
     return sorted(visible, key=lambda p: p.relative_to(folder).as_posix())

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import functools
 from pathlib import Path
 from typing import Any
 
 from transcoder.activations.documents import DataError, Record, Records, check_column, content_of
+from transcoder.activations.fingerprint import files_digest
+from transcoder.activations.text_files import files_below
 
 
 class HubSource:
@@ -27,6 +30,18 @@ class HubSource:
         # A dataset keeps the place of its one iterator, and readers may run in two threads: each gets its own.
         dataset, self._dataset = self._dataset, None
         return _HubRecords(dataset or self._load(), self._name, self._column, self._tokens, state)
+
+    def digest(self) -> str | None:
+        """The repository's commit, or the files of a local folder; None where the hub was not asked."""
+        folder = Path(self._name).expanduser()
+        if folder.exists():
+            files = [folder] if folder.is_file() else files_below(folder)
+            return files_digest(
+                (path.name if folder.is_file() else str(path.relative_to(folder)), path) for path in files
+            )
+        from huggingface_hub.constants import HF_HUB_OFFLINE
+
+        return None if HF_HUB_OFFLINE else _check_hub_dataset(self._name)
 
     def _load(self) -> Any:
         return _load_streaming(self._name, self._config, self._split)
@@ -80,12 +95,14 @@ def _load_streaming(name: str, config: str | None, split: str) -> Any:
     return dataset
 
 
-def _check_hub_dataset(name: str) -> None:
+@functools.cache
+def _check_hub_dataset(name: str) -> str | None:
+    """The commit that the hub has of it. Asked once a process."""
     # One quick question first: load_dataset retries for half a minute where there is no network.
     from huggingface_hub import HfApi
 
     try:
-        HfApi().dataset_info(name, timeout=15)
+        return HfApi().dataset_info(name, timeout=15).sha
     except Exception as error:
         raise DataError(
             f"activations.dataset: no file or folder {name!r}, and the Hugging Face hub gives no dataset of "

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-__all__ = ["HELDOUT_FRACTION", "Document", "Split", "count_skipped", "document_split", "iter_documents"]
+__all__ = ["HELDOUT_FRACTION", "Document", "Split", "count_skipped", "document_split", "iter_documents", "source_files"]
 
 Split = Literal["train", "heldout"]
 
@@ -76,11 +76,15 @@ def document_split(name: str) -> Split:
     return "heldout" if _hash("split", name) < HELDOUT_FRACTION * 2**64 else "train"
 
 
+def source_files(split: Split | None) -> list[tuple[str, Path]]:
+    """(relative name, path) of a split's files in the order of `iter_documents`, those included that it skips."""
+    root = _stdlib_root()
+    return [(name, root / name) for name in _names(root) if split in (None, document_split(name))]
+
+
 def count_skipped(split: Split | None = None) -> int:
     """Return how many files of a split are left out because they are not UTF-8."""
-    root = _stdlib_root()
-    names = [name for name in _names(root) if split in (None, document_split(name))]
-    return sum(_read(root / name) is None for name in names)
+    return sum(_read(path) is None for _, path in source_files(split))
 
 
 def _iter_documents(root: Path, names: list[str], start: int) -> Iterator[Document]:

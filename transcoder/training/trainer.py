@@ -48,8 +48,8 @@ FIRST_TARGETS = 10
 STATE_SLACK = 1 << 20
 """Bytes for what the bound of a checkpoint does not count one by one."""
 STATEFUL_PARTS = ("regularizer", "positions", "monitor", "samples")
-MAY_CHANGE = ("model.device", "activations.prefetch")
-"""Settings that a resumed run may be given anew: they do not touch its results."""
+MAY_CHANGE = ("model.device", "activations.prefetch", "activations.allow_changed_data")
+"""Settings that a resumed run may be given anew: they do not touch its results, or say in so many words that they may."""
 
 
 class TrainingDivergedError(RuntimeError):
