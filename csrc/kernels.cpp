@@ -4,6 +4,7 @@
 
 #include "reduce.h"
 #include "select.h"
+#include "step.h"
 
 #define TRANSCODER_JOIN_(a, b) a##b
 #define TRANSCODER_JOIN(a, b) TRANSCODER_JOIN_(a, b)
@@ -13,7 +14,8 @@ namespace {
 
 template <typename T>
 constexpr Kernels<T> table = {
-    filter_top<T>, filter_above<T>, keep_top<T>, rows_sum<T>, rows_dot<T>, prefixes_up<T>, prefixes_down<T>,
+    filter_top<T>,  filter_above<T>,  keep_top<T>, rows_sum<T>,        rows_dot<T>, prefixes_up<T>,
+    prefixes_down<T>, squares<T>, tangent_squares<T>, adam<T>, adam_rows<T>,
 };
 
 }  // namespace

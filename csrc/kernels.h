@@ -9,6 +9,13 @@ namespace transcoder {
 // Lists must have room for SLACK entries beyond their limit: survivors are stored a vector at a time.
 constexpr int64_t SLACK = 96;
 
+// What one Adam update needs: g is clipped by `clip`; m += first (g - m); v = keep v + second g g;
+// p -= step m / (scale sqrt(v) + eps). `tiny` is the smallest length that a row is divided by.
+template <typename T>
+struct Adam {
+  T clip, first, keep, second, step, scale, eps, tiny;
+};
+
 template <typename T>
 struct Kernels {
   // Appends the entries of a tile of pre-activations (tile + bias) that may belong to the k largest of their row.
@@ -47,6 +54,19 @@ struct Kernels {
   void (*prefixes_down)(int64_t first, int64_t last, const int64_t* ptr, const int64_t* ids, const T* values,
                         int64_t low, const T* W, int64_t d, T scale, const T* token_weights, bool fresh,
                         const T* source, T* residual, T* running, int64_t* cursor, T* grad_values);
+
+  // Sum of squares of n numbers.
+  double (*squares)(const T* g, int64_t n);
+
+  // along[m] = <g[m], w[m]>; returns the sum of squares of g[m] - along[m] * w[m] over rows [first, last) of length d.
+  double (*tangent_squares)(int64_t first, int64_t last, int64_t d, const T* g, const T* w, T* along);
+
+  // One Adam update of n numbers.
+  void (*adam)(int64_t n, const Adam<T>& by, const T* g, T* p, T* m, T* v);
+
+  // The same of rows [first, last), from g[m] - along[m] * p[m], each row then scaled to unit length.
+  void (*adam_rows)(int64_t first, int64_t last, int64_t d, const Adam<T>& by, const T* along, const T* g, T* p, T* m,
+                    T* v);
 };
 
 }  // namespace transcoder

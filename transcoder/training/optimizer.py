@@ -6,11 +6,15 @@ import torch
 from torch import Tensor
 
 from transcoder.config import TrainingSection
+from transcoder.kernels import step_cpp
 from transcoder.model import Transcoder
+
+_BEYOND_FUSED = ("amsgrad", "maximize", "differentiable", "capturable", "weight_decay")
+"""Settings of Adam that the fused step does not know."""
 
 
 def make_optimizer(transcoder: Transcoder, section: TrainingSection, lr: float) -> torch.optim.Adam:
-    """PyTorch's fused Adam (one pass over parameters, gradients and moments)."""
+    """PyTorch's fused Adam. `optimizer_step` may do its work by other means, over the same state."""
     return torch.optim.Adam(transcoder.parameters(), lr=lr, betas=section.betas, eps=section.eps, fused=True)
 
 
@@ -19,14 +23,49 @@ def optimizer_step(
 ) -> Tensor:
     """One update: parallel decoder gradient removed, gradients clipped by global norm, Adam, decoder rows renormalised.
 
+    Where backend `cpp` is active for the parameters this is one op that reads each gradient twice and everything else once;
+    otherwise PyTorch's. The two agree to a few units in the last place, not to the bit; each alone is reproducible. The state
+    is torch.optim.Adam's in both.
+
     Returns: the gradient norm before clipping, 0-dim on the device. Nothing is read back.
     """
-    transcoder.remove_parallel_gradient()
     limit = float("inf") if gradient_clip is None else gradient_clip
-    norm = torch.nn.utils.clip_grad_norm_(transcoder.parameters(), limit)
     for group in optimizer.param_groups:
         group["lr"] = lr
-    optimizer.step()
+    if _is_plain(optimizer) and step_cpp.runs(optimizer.param_groups[0]["params"]):
+        norm = _fused(transcoder, optimizer, limit)
+    else:
+        transcoder.remove_parallel_gradient()
+        norm = torch.nn.utils.clip_grad_norm_(transcoder.parameters(), limit)
+        optimizer.step()
+        transcoder.normalize_decoder()
     optimizer.zero_grad(set_to_none=True)
-    transcoder.normalize_decoder()
     return norm.detach()
+
+
+def _is_plain(optimizer: torch.optim.Adam) -> bool:
+    groups = optimizer.param_groups
+    return len(groups) == 1 and not any(groups[0][name] for name in _BEYOND_FUSED)
+
+
+def _fused(transcoder: Transcoder, optimizer: torch.optim.Adam, limit: float) -> Tensor:
+    group = optimizer.param_groups[0]
+    parameters: list[Tensor] = group["params"]
+    states = [optimizer.state[p] for p in parameters]
+    for p, state in zip(parameters, states, strict=True):
+        if not state:  # as torch.optim.Adam makes it at its first step
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+    unit = next((i for i, p in enumerate(parameters) if p is transcoder.W_dec), None)
+    exp_avgs, exp_avg_sqs, steps = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
+    return step_cpp.adam_step(
+        parameters,
+        exp_avgs,
+        exp_avg_sqs,
+        steps,
+        unit_rows=unit,
+        lr=group["lr"],
+        betas=group["betas"],
+        eps=group["eps"],
+        max_norm=limit,
+    )

@@ -1,0 +1,155 @@
+// What the ops share: the instruction set, threads, memory and the checks of compressed rows.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "kernels.h"
+
+namespace transcoder {
+
+void fill_base(Kernels<float>*, Kernels<double>*);
+#if defined(TRANSCODER_X86)
+void fill_avx2(Kernels<float>*, Kernels<double>*);
+void fill_avx512(Kernels<float>*, Kernels<double>*);
+#endif
+
+namespace {
+
+using at::Tensor;
+using std::optional;
+using std::tuple;
+
+
+// The widest instruction set of this CPU; TRANSCODER_CPU = base | avx2 caps it (for tests).
+struct Tables {
+  Kernels<float> single;
+  Kernels<double> wide;
+  std::string name = "base";
+  Tables() {
+#if defined(TRANSCODER_X86)
+    const char* cap = std::getenv("TRANSCODER_CPU");
+    const std::string at_most = cap ? cap : "avx512";
+    __builtin_cpu_init();
+    if (at_most != "base" && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) name = "avx2";
+    if (at_most == "avx512" && name == "avx2" && __builtin_cpu_supports("avx512f") &&
+        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl")) {
+      name = "avx512";
+    }
+    if (name == "avx512") fill_avx512(&single, &wide);
+    if (name == "avx2") fill_avx2(&single, &wide);
+#endif
+    if (name == "base") fill_base(&single, &wide);
+  }
+};
+
+const Tables& tables() {
+  static const Tables found;
+  return found;
+}
+template <typename T>
+const Kernels<T>& kernels();
+template <>
+const Kernels<float>& kernels<float>() {
+  return tables().single;
+}
+template <>
+const Kernels<double>& kernels<double>() {
+  return tables().wide;
+}
+
+// Calls f with a value of the C++ type of the tensor.
+template <typename F>
+auto with_type(const Tensor& t, F f) {
+  TORCH_CHECK_TYPE(t.scalar_type() == at::kFloat || t.scalar_type() == at::kDouble,
+                   "backend cpp: expected float32 or float64, got ", t.scalar_type());
+  return t.scalar_type() == at::kFloat ? f(float{}) : f(double{});
+}
+
+template <typename T>
+const T* in(const Tensor& t) {
+  return t.const_data_ptr<T>();
+}
+template <typename T>
+T* out(const Tensor& t) {
+  return t.mutable_data_ptr<T>();
+}
+
+Tensor empty(at::IntArrayRef shape, at::ScalarType type) { return at::empty(shape, at::TensorOptions().dtype(type)); }
+
+// Runs f(task, own) for every task; threads take the next task when they are done with one. `own` is a thread's memory.
+// A single task gets two threads: inside a parallel region the BLAS splits no product by the number of threads.
+template <typename Own, typename F>
+void for_each_task(int64_t tasks, const F& f) {
+  std::atomic<int64_t> next{0};
+  const int64_t threads = at::get_num_threads();
+  const int64_t workers = threads == 1 ? 1 : std::clamp<int64_t>(tasks, 2, threads);
+  at::parallel_for(0, workers, 1, [&](int64_t first, int64_t last) {
+    Own own;
+    for (int64_t worker = first; worker < last; ++worker) {
+      for (int64_t task; (task = next.fetch_add(1)) < tasks;) f(task, own);
+    }
+  });
+}
+struct Nothing {};
+
+// Splits rows [0, n) into parts of about equal work, a row costing its entries and `fixed` more, and runs f(first, last).
+template <typename F>
+void for_rows(int64_t n, const int64_t* ptr, int64_t fixed, const F& f) {
+  const int64_t parts = std::min<int64_t>(n, at::get_num_threads() == 1 ? 1 : 8 * at::get_num_threads());
+  const auto bound = [&](int64_t part) {
+    const int64_t goal = (ptr[n] - ptr[0] + fixed * n) * part / parts;
+    int64_t low = 0, high = n;
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      if (ptr[middle] - ptr[0] + fixed * middle < goal) low = middle + 1;
+      else high = middle;
+    }
+    return low;
+  };
+  for_each_task<Nothing>(parts, [&](int64_t part, Nothing&) {
+    const int64_t first = bound(part), last = part + 1 == parts ? n : bound(part + 1);
+    if (first < last) f(first, last);
+  });
+}
+
+void check_rows(const Tensor& ptr, int64_t entries) {
+  const int64_t rows = ptr.numel() - 1;
+  const int64_t* p = in<int64_t>(ptr);
+  bool fine = rows >= 0 && p[0] == 0 && p[rows] == entries;
+  for (int64_t i = 0; fine && i < rows; ++i) fine = p[i] <= p[i + 1];
+  TORCH_CHECK_VALUE(fine, "SparseCodes: row_ptr: expected to ascend from 0 to ", entries);
+}
+
+void check_ids(const Tensor& ids, int64_t limit) {
+  const int64_t* p = in<int64_t>(ids);
+  uint64_t worst = 0;
+  for (int64_t i = 0; i < ids.numel(); ++i) worst = std::max(worst, static_cast<uint64_t>(p[i]));
+  TORCH_CHECK_INDEX(ids.numel() == 0 || worst < static_cast<uint64_t>(limit),
+                    "SparseCodes: indices: expected in [0, ", limit, "), got ", static_cast<int64_t>(worst));
+}
+
+template <typename T>
+struct Memory {  // uninitialised
+  Tensor tensor;
+  T* data = nullptr;
+  void need(int64_t n) {
+    if (!tensor.defined() || tensor.numel() < n) {
+      tensor = empty({n}, c10::CppTypeToScalarType<T>::value);
+      data = out<T>(tensor);
+    }
+  }
+};
+
+}  // namespace
+}  // namespace transcoder
