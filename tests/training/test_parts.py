@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from transcoder.training.baselines import LinearBaseline
 from transcoder.training.evaluation import evaluate
 from transcoder.training.interrupts import StopRequest
 from transcoder.training.meters import Meters
-from transcoder.training.sources import IterableSource
+from transcoder.training.sources import IterableSource, own_data
 
 CPU = torch.device("cpu")
 
@@ -165,6 +167,93 @@ def test_an_iterable_with_a_state_is_rewound_and_resumed() -> None:
 def test_an_empty_iterable_is_refused() -> None:
     with pytest.raises(ValueError, match="got an empty iterable"):
         IterableSource([], CPU)
+
+
+def with_field(**changes: Any) -> ActivationBatch:
+    base = dataclasses.replace(
+        batch(8, 0),
+        sequences=torch.arange(8),
+        weights=torch.ones(8),
+        contexts=torch.zeros(8, 5, dtype=torch.int32),
+        context_anchor=3,
+    )
+    return dataclasses.replace(base, **changes)
+
+
+NAN = torch.ones(8, 6).index_fill(0, torch.tensor([5]), torch.nan)
+WRONG_FIELDS = [
+    ({"source": [[1.0]]}, TypeError, "source: expected a tensor \\[B, d_in\\], got list"),
+    ({"source": torch.ones(8, 6, dtype=torch.int64)}, TypeError, "source: expected float32, .*, got int64"),
+    ({"source": torch.ones(8)}, ValueError, "source: expected \\[B, d_in\\], no size 0, got \\[8\\]"),
+    ({"source": torch.ones(0, 6)}, ValueError, "source: expected .*no size 0, got \\[0, 6\\]"),
+    ({"target": torch.ones(7, 4)}, ValueError, "target: expected \\[B, d_out\\] with B = 8 as in source"),
+    ({"target": None}, TypeError, "target: expected a tensor"),
+    ({"tokens": torch.ones(8)}, TypeError, "tokens: expected int64, got float32"),
+    ({"tokens": torch.ones(8, 1, dtype=torch.int64)}, ValueError, "tokens: expected \\[B\\]"),
+    ({"positions": torch.arange(9)}, ValueError, "positions: expected \\[B\\] with B = 8"),
+    ({"positions": torch.arange(8).int()}, TypeError, "positions: expected int64, got int32"),
+    ({"sequences": torch.arange(4)}, ValueError, "sequences: expected \\[B\\] with B = 8"),
+    ({"weights": torch.ones(8, dtype=torch.int64)}, TypeError, "weights: expected float32"),
+    ({"contexts": torch.ones(8, 5)}, TypeError, "contexts: expected int32, int64, got float32"),
+    ({"context_anchor": 5}, ValueError, "context_anchor: expected .* below 5, got 5"),
+    ({"contexts": None}, ValueError, "context_anchor: expected .* below 1, got 3"),
+]
+WRONG_VALUES = [
+    ({"source": NAN}, ValueError, "source: expected finite numbers; 1 of 8 rows are not, the first is row 5"),
+    ({"target": NAN[:, :4]}, ValueError, "target: expected finite numbers"),
+    ({"weights": -torch.ones(8)}, ValueError, "weights: expected finite numbers, none below 0"),
+    ({"tokens": torch.full((8,), -1)}, ValueError, "tokens: expected none below 0"),
+]
+
+
+@pytest.mark.parametrize(("change", "kind", "words"), WRONG_FIELDS + WRONG_VALUES)
+def test_a_wrong_first_batch_is_refused_by_field(change: dict, kind: type[Exception], words: str) -> None:
+    with pytest.raises(kind, match=f"batches: the first batch: {words}"):
+        IterableSource([with_field(**change)], CPU)
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "words"),
+    [
+        *WRONG_FIELDS,
+        ({"source": torch.ones(8, 7)}, ValueError, "source: expected the same layout .*, width 6 so far, got width 7"),
+        ({"contexts": torch.ones(8, 4).int()}, ValueError, "contexts: .*width 5 so far, got width 4"),
+        ({"sequences": None}, ValueError, "sequences: .*so far, got absent"),
+        ({"context_anchor": 1}, ValueError, "context_anchor: .*3 so far, got 1"),
+    ],
+)
+def test_a_later_batch_is_checked_by_shape(change: dict, kind: type[Exception], words: str) -> None:
+    source = IterableSource([with_field(), with_field(source=NAN), with_field(**change)], CPU)
+    next(source)
+    next(source)  # values are not read in a step
+    with pytest.raises(kind, match=f"batches: batch 2: {words}"):
+        next(source)
+
+
+def test_things_that_are_no_batches() -> None:
+    with pytest.raises(TypeError, match="batches: expected an iterable of ActivationBatch, got int"):
+        IterableSource(3, CPU)
+    with pytest.raises(TypeError, match="batches: the first batch: expected an ActivationBatch, got tuple"):
+        IterableSource([(torch.ones(3, 2), torch.ones(3, 2))], CPU)
+
+
+def test_held_out_batches_are_checked_in_full() -> None:
+    with pytest.raises(ValueError, match="heldout: batch 1: source: expected finite numbers"):
+        own_data([with_field()], [with_field(), with_field(source=NAN)], 8, CPU)
+    with pytest.raises(
+        ValueError, match="heldout: expected source and target of the widths of `batches`, 6 and 4, got 5"
+    ):
+        own_data([with_field()], [with_field(source=torch.ones(8, 5))], 8, CPU)
+    with pytest.raises(ValueError, match="heldout: expected at least one ActivationBatch"):
+        own_data([with_field()], [], 8, CPU)
+    source, held = own_data([with_field() for _ in range(4)], None, 9, CPU)
+    assert (len(held), len(source.take(100))) == (2, 2)
+
+
+def test_batches_are_cut_off_from_the_graph_that_made_them() -> None:
+    weight = torch.ones(6, 4, requires_grad=True)
+    made = with_field(target=torch.ones(8, 6) @ weight)
+    assert not next(IterableSource([made], CPU)).target.requires_grad
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])

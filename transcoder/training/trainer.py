@@ -33,7 +33,7 @@ from transcoder.training.interrupts import StopRequest
 from transcoder.training.meters import Meters
 from transcoder.training.optimizer import make_optimizer, optimizer_step
 from transcoder.training.schedule import learning_rate, peak_learning_rate
-from transcoder.training.sources import IterableSource, Source, TrainingDataError
+from transcoder.training.sources import Source, TrainingDataError, own_data
 from transcoder.training.storage import replace_atomically
 from transcoder.training.tensor_file import tensor_bytes
 
@@ -89,18 +89,19 @@ def train_transcoder(
             that holds a run is refused.
         batches: train on these instead of config.activations: any iterable of ActivationBatch. It resumes exactly only if
             it has `state_dict` and `load_state_dict`.
-        heldout: with `batches`, what evaluation reads; None takes the first `training.evaluation_tokens` of `batches`
+        heldout: only with `batches`: what evaluation reads; None takes the first `training.evaluation_tokens` of `batches`
             away from training.
 
     Raises:
-        ConfigError, ValueError: settings or data that cannot be trained on, before any work is done.
+        ConfigError, ValueError, TypeError: settings or data that cannot be trained on, before any work is done; a field of
+            `batches` by name.
         FileExistsError: the folder holds a run and `resume` is off.  RunLockedError: another process is using it.
         LedgerError: an enabled anti-duplication part was not called, had no effect or wrote nothing.
         TrainingDivergedError: the loss became NaN or Inf.  CheckpointError: the disk cannot take a checkpoint.
     """
     run_dir = Path("runs") / config.name if out is None else Path(out)
     device = _device(config.model.device)
-    _check_switches(config, batches)
+    _check_switches(config, batches, heldout)
     with ExitStack() as stack:
         stack.enter_context(FolderLock(run_dir))
         _check_folder(run_dir, config, resume)
@@ -156,12 +157,7 @@ class _Run:
             if self.positions is not None:
                 self.positions.special_ids = special_ids
         else:
-            own = IterableSource(batches, device)
-            if heldout is None:
-                self.heldout = own.take(config.training.evaluation_tokens)
-            else:
-                self.heldout = IterableSource(heldout, device).take(sum(len(batch) for batch in heldout))
-            self.source = own
+            self.source, self.heldout = own_data(batches, heldout, config.training.evaluation_tokens, device)
 
         shape = config.transcoder
         self.transcoder = Transcoder(
@@ -228,7 +224,7 @@ class _Run:
             )
         self.store = CheckpointStore(run_dir, config.checkpoint)
         self.meters = Meters()
-        self.step = 0
+        self.step = self.tokens = 0
         self.saved_step = -1
         self.evaluation: dict[str, float] = {}
         self.verify_step = min(anti.verify_at_step, config.training.steps)
@@ -278,7 +274,7 @@ class _Run:
 
     def train(self, stop: StopRequest) -> RunResult:
         section = self.config.training
-        self.window = (time.monotonic(), self.step)
+        self.window = (time.monotonic(), self.tokens)
         self.transcoder.train()
         try:
             while self.step < section.steps and stop.signal is None:
@@ -319,6 +315,7 @@ class _Run:
         lr = learning_rate(self.step, section, self.peak)
         for micro in range(section.accumulation):
             batch = next(self.source)
+            self.tokens += len(batch)
             self.baseline.update(batch.source, batch.target)
             with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=section.compute_dtype == "bfloat16"):
                 out = self.transcoder.training_step(batch.source, batch.target, token_weights=batch.weights)
@@ -352,7 +349,7 @@ class _Run:
             "losses/auxiliary_reconstruction_loss": out.aux_loss,
             "metrics/fvu": out.fvu_per_prefix[-1],
             "metrics/explained_variance": 1 - out.fvu_per_prefix[-1],
-            "metrics/l0": (codes.values > 0).sum() / max(1, len(batch)),
+            "metrics/l0": (codes.values > 0).sum().double() / max(1, len(batch)),
         }
         for i, width in enumerate(self.transcoder.widths):
             values[f"losses/inner_mse_loss_{width}"] = out.mse_per_prefix[i]
@@ -440,14 +437,13 @@ class _Run:
             }
         )
         section = self.config.training
-        per_step = section.batch_size * section.accumulation
         now = time.monotonic()
-        seconds, steps = now - self.window[0], self.step - self.window[1]
-        self.window = (now, self.step)
-        figures["details/n_training_samples"] = float(self.step * per_step)
+        seconds, tokens = now - self.window[0], self.tokens - self.window[1]
+        self.window = (now, self.tokens)
+        figures["details/n_training_samples"] = float(self.tokens)
         figures["details/learning_rate"] = learning_rate(self.step - 1, section, self.peak)
         if seconds > 0:
-            figures["metrics/tokens_per_second"] = steps * per_step / seconds
+            figures["metrics/tokens_per_second"] = tokens / seconds
         if self.monitor is not None:
             figures.update(self.monitor.metrics())
         figures.update({f"data/{name}": value for name, value in self.source.counters().items()})
@@ -464,6 +460,7 @@ class _Run:
             "meters": self.meters.state_dict(),
             "ledger": self.ledger.state_dict(),
             "evaluation": self.evaluation,
+            "tokens": self.tokens,
         }
         for name in STATEFUL_PARTS:
             part = getattr(self, name)
@@ -479,6 +476,7 @@ class _Run:
         self.meters.load_state_dict(tree["meters"], self.device)
         self.ledger.load_state_dict(tree["ledger"])
         self.evaluation = dict(tree["evaluation"])
+        self.tokens = int(tree["tokens"])
         for name in STATEFUL_PARTS:
             part = getattr(self, name)
             if part is not None:
@@ -531,7 +529,7 @@ class _Run:
             "step": self.step,
             "finished": finished,
             "interrupted_by": None if finished else interrupted_by,
-            "tokens": self.step * self.config.training.batch_size * self.config.training.accumulation,
+            "tokens": self.tokens,
             "d_in": self.source.d_in,
             "d_out": self.source.d_out,
             **self.evaluation,
@@ -564,8 +562,14 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _check_switches(config: RunConfig, batches: Iterable[ActivationBatch] | None) -> None:
+def _check_switches(
+    config: RunConfig, batches: Iterable[ActivationBatch] | None, heldout: Sequence[ActivationBatch] | None
+) -> None:
     """Settings that contradict each other are refused here: the ledger would only notice after the first steps."""
+    if heldout is not None and batches is None:
+        raise ValueError(
+            "train_transcoder: heldout: expected it only with `batches`: config.activations has held-out data"
+        )
     if batches is not None and config.antidup.positions.enabled:
         raise ConfigError(
             "antidup.positions.enabled: the position sampler chooses among a sequence's tokens before they become batches, "
