@@ -8,12 +8,13 @@ correlation of a nearly always-on latent to ten digits over 1e10 tokens. Counts 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from transcoder.kernels.backend import active_backend
+from transcoder.kernels.correlation.saved import check_fields, check_tensor, refuse
 from transcoder.kernels.correlation.torch_backend import Entries, add_at, pair_pages, pair_products
 
 TILE_PAIRS = 1 << 20
@@ -101,11 +102,31 @@ class PackedTriangle:
             return {"product": self.product.clone(), "joint": self.joint.clone(), **unit}
         return {"key": key, "product": self.product[key], "joint": self.joint[key], **unit}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def check_state(self, state: object) -> None:
+        """`state` fits this triangle, or a ValueError that names the field."""
+        check_fields("pairs", state, ("product", "joint"), ("key", "unit"))
+        assert isinstance(state, Mapping)
+        room = self.product.numel()
+        counts = (torch.float64,) if self.joint.dtype.is_floating_point else (torch.int32, torch.int64)
+        if "key" in state:
+            key = state["key"]
+            check_tensor("pairs.key", key, (None,), torch.int64)
+            if key.numel() and (int(key[0]) < 0 or int(key[-1]) >= room or bool((key.diff() <= 0).any())):
+                raise refuse(
+                    "pairs.key", f"ascending, unique keys in [0, {room})", f"{int(key.min())} .. {int(key.max())}"
+                )
+            room = key.numel()
+        check_tensor("pairs.product", state["product"], (room,), torch.float64)
+        check_tensor("pairs.joint", state["joint"], (room,), *counts)
+        if "unit" in state:
+            check_tensor("pairs.unit", state["unit"], (self.d_sae,), torch.float64)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """After `check_state`."""
         device = self.product.device
         self.joint = torch.zeros_like(self.joint, dtype=state["joint"].dtype)
         self.product.zero_()
-        self.unit = state["unit"].to(device) if "unit" in state else None
+        self.unit = state["unit"].to(device, copy=True) if "unit" in state else None
         if "key" in state:
             key = state["key"].to(device)
             self.product[key] = state["product"].to(device)

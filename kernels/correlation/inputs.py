@@ -41,9 +41,13 @@ def check_update(codes: SparseCodes, mask: Tensor | None, d_sae: int, device: to
 
 def latent_ids(name: str, value: int | Tensor, d_sae: int, device: torch.device) -> Tensor:
     """`value` as int64 on `device`, or an error that says what is wrong with it."""
-    if isinstance(value, Tensor) and (value.dtype == torch.bool or value.dtype.is_floating_point):
-        raise TypeError(f"{NAME}: {name}: expected integer latent ids, got {value.dtype}")
-    latents = torch.as_tensor(value, device=device).long()
+    try:
+        latents = torch.as_tensor(value, device=device)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise TypeError(f"{NAME}: {name}: expected an int or a tensor of latent ids, got {value!r}") from None
+    if latents.dtype == torch.bool or latents.is_floating_point() or latents.is_complex():
+        raise TypeError(f"{NAME}: {name}: expected integer latent ids, got {latents.dtype}")
+    latents = latents.long()
     if latents.numel():
         low, high = int(latents.min()), int(latents.max())
         if low < 0 or high >= d_sae:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from transcoder.kernels.correlation.saved import check_fields, check_tensor
 from transcoder.kernels.correlation.torch_backend import Entries, add_at
 
 CONSTANT = 1e-12
@@ -49,6 +51,17 @@ class Moments:
         add_at(self.total, entries.latent, entries.weighted)
         add_at(self.square, entries.latent, entries.weighted * entries.value)
         add_at(self.count, entries.latent, entries.tally.to(self.count.dtype))
+
+    def check_state(self, state: object) -> None:
+        """`state` fits these moments, or a ValueError that names the field."""
+        check_fields("moments", state, self.tensors())
+        assert isinstance(state, Mapping)
+        for name, part in self.tensors().items():
+            check_tensor(f"moments.{name}", state[name], tuple(part.shape), part.dtype)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        for name, part in self.tensors().items():
+            part.copy_(state[name])
 
     def tensors(self) -> dict[str, Tensor]:
         return {
@@ -103,12 +116,17 @@ def pair_statistics(
 ) -> PairStatistics:
     """Formulas of a pair from `product` = sum w z_i z_j and `joint` = tokens on which both fire.
 
+    Bitwise the same with i and j exchanged. Of a latent with itself, `product` and `joint` are not looked at: its own sums
+    are the diagonal.
     `unit` is what one token counts in `count` and `joint` (above 1 where old tokens fade by newer ones
     growing).
     """
     mean, inverse = moments.centred()
+    same = i == j
+    product = torch.where(same, moments.square[i], product)
+    joint = torch.where(same, moments.count[i].to(joint.dtype), joint)
     covariance = product / moments.weight.clamp(min=1e-300) - mean[i] * mean[j]
-    correlation = (covariance * inverse[i] * inverse[j]).clamp(-1, 1)
+    correlation = (covariance * (inverse[i] * inverse[j])).clamp(-1, 1)
     norms = (moments.square[i] * moments.square[j]).sqrt()
     cosine = torch.where(norms > 0, product / norms.clamp(min=1e-300), 0.0).clamp(max=1)
     union = moments.count[i] + moments.count[j] - joint

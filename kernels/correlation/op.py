@@ -18,6 +18,8 @@ from transcoder.kernels.correlation.exact import PackedTriangle, fired_tiles, pa
 from transcoder.kernels.correlation.inputs import NAME, check_int, check_update, latent_ids
 from transcoder.kernels.correlation.moments import Moments, PairStatistics, pair_statistics
 from transcoder.kernels.correlation.pairs import CorrelatedPairs, Survey, kept, sorted_pairs
+from transcoder.kernels.correlation.saved import check_count, check_fields, refuse
+from transcoder.kernels.correlation.sign_ranges import SignRange, shared, union
 from transcoder.kernels.correlation.sketch import Sketch, candidates, confirm, estimated_correlation
 from transcoder.kernels.correlation.torch_backend import Entries, entries_of, pair_total
 
@@ -25,6 +27,7 @@ EXACT_LIMIT = 32768
 """Widest dictionary that is counted exactly: 4 GiB of products and 2 GiB of counts."""
 RENORMALISE_AT = 20.0
 """Half-lives after which growing increments are brought back to 1 by an exact power of two."""
+_SIGN_KEYS = ("seed", "rank")
 PENDING_LIMIT = 4
 """Updates that may wait for their size on a GPU; the host reads a size that is this many steps old."""
 
@@ -49,7 +52,8 @@ class FeatureCorrelation:
         halflife: tokens after which a token's weight has halved; None never forgets. Every row counts as
             time, masked or not. Counts decay too, and `support` is then the decayed count rounded down.
         device: where the codes live.
-        seed, rank: key the sketch's signs; equal seeds and different ranks make sketches that can be merged.
+        seed, rank: key the sketch's signs. Sketches of one seed can be merged if no sign is in both: give each replica its
+            own rank. Exact counts have no signs and do not look at either.
         ring_tokens: recent tokens kept for the decision of sketched pairs (8 bytes an entry).
         sketch_margin: pairs whose estimate exceeds min_correlation - sketch_margin are decided exactly. 0.2
             is six standard deviations at r = 0.8 and m = 128.
@@ -76,6 +80,8 @@ class FeatureCorrelation:
         check_mode(NAME, checks)
         check_int("d_sae", d_sae, 1)
         check_int("ring_tokens", ring_tokens, 1)
+        check_int("seed", seed, -(1 << 63))
+        check_int("rank", rank, 0)
         if sketch_dim is not None:
             check_int("sketch_dim", sketch_dim, 8)
         elif d_sae > EXACT_LIMIT:
@@ -143,13 +149,14 @@ class FeatureCorrelation:
             if on_cpu:
                 self._exact.add(entries, None)
             else:
+                # A copy: the caller may fill the buffer of its codes again before these pairs are counted.
+                entries = entries._replace(latent=entries.latent.clone())
                 self._pending.append((entries, DeferredSize(pair_total(codes))))
                 self._drain(PENDING_LIMIT)
         else:
             assert self._sketch is not None
             self._sketch.add(entries, codes, weight, plain, self.seed, self.rank, self.updates)
-        self.tokens_offered += batch
-        self.updates += 1
+        self._count_update(batch)
 
     def _update_triton(self, codes: SparseCodes, plain: Tensor | None) -> None:
         triton = implementation("correlation", codes.device)
@@ -160,7 +167,13 @@ class FeatureCorrelation:
             assert self._sketch is not None
             triton.add_to_sketch(codes, plain, self._sketch, self.seed, self.rank, self.updates)
             self._sketch.remember(codes, plain)
-        self.tokens_offered += codes.shape[0]
+        self._count_update(codes.shape[0])
+
+    def _count_update(self, batch: int) -> None:
+        if self._sketch is not None:
+            drawn = SignRange(self.rank, self.updates, self.updates + 1)
+            self._sketch.signs = union(self._sketch.signs, [drawn])
+        self.tokens_offered += batch
         self.updates += 1
 
     def _drain(self, keep: int) -> None:
@@ -204,11 +217,17 @@ class FeatureCorrelation:
         sqrt(sketch_dim).
 
         Args:
-            i, j: ints or int64 tensors in [0, d_sae).
+            i, j: ints or integer tensors in [0, d_sae) whose shapes broadcast.
+
+        Raises: TypeError or ValueError naming i or j.
         """
-        left, right = torch.broadcast_tensors(
-            latent_ids("i", i, self.d_sae, self.device), latent_ids("j", j, self.d_sae, self.device)
-        )
+        left, right = latent_ids("i", i, self.d_sae, self.device), latent_ids("j", j, self.d_sae, self.device)
+        try:
+            left, right = torch.broadcast_tensors(left, right)
+        except RuntimeError:
+            raise ValueError(
+                f"{NAME}.correlation: i, j: expected shapes that broadcast, got {list(left.shape)} and {list(right.shape)}"
+            ) from None
         shape, left, right = left.shape, left.reshape(-1), right.reshape(-1)
         if self._sketch is None:
             return self.statistics(left, right).correlation.view(shape)
@@ -220,22 +239,24 @@ class FeatureCorrelation:
         Exact mode: over all tokens. Sketch mode: exact, over the tokens in the ring.
 
         Args:
-            i, j: [P] int64; in sketch mode the pairs are distinct and i < j.
+            i, j: [P] integers in [0, d_sae), any pairs: the answer has their order, is the same with i and j exchanged,
+                and of a latent with itself it is the diagonal (correlation 1 unless the latent is constant).
             beside: statistics of other, disjoint parts of the stream, counted in without being merged.
+
+        Raises: TypeError or ValueError naming i, j or what does not fit beside.
         """
         parts = self._parts(beside)
         i, j = latent_ids("i", i, self.d_sae, self.device), latent_ids("j", j, self.d_sae, self.device)
+        if i.dim() != 1 or i.shape != j.shape:
+            raise ValueError(
+                f"{NAME}.statistics: i, j: expected two of one length [P], got {list(i.shape)} and {list(j.shape)}"
+            )
         sketches = [p._sketch for p in parts if p._sketch is not None]
         if sketches:
             return confirm(sketches, i, j)
-        moments = _summed_moments(parts)
-        same = i == j
-        # A latent with itself has no place in the strict triangle: its sums are the diagonal's.
-        key = torch.where(same, 0, pair_key(i, j))
-        product, joint = summed_at(_triangles(parts), key)
-        product = torch.where(same, moments.square[i], product)
-        joint = torch.where(same, moments.count[i].to(joint.dtype), joint)
-        return pair_statistics(moments, i, j, product, joint, self._unit())
+        # A latent with itself has no place in the strict triangle; what stands at 0 is not looked at.
+        key = torch.where(i == j, 0, pair_key(i, j))
+        return pair_statistics(_summed_moments(parts), i, j, *summed_at(_triangles(parts), key), self._unit())
 
     def pairs(
         self, min_correlation: float, min_support: int = 1, *, beside: Sequence[FeatureCorrelation] = ()
@@ -314,14 +335,22 @@ class FeatureCorrelation:
         place.
 
         With a half-life the two streams are parallel: both end now, at their own newest token.
+
+        Raises:
+            TypeError: `other` is no FeatureCorrelation.
+            ValueError: another d_sae, sketch_dim or half-life; of sketches another seed, or a sign that is in both (two
+                replicas of one rank).
         """
         if not isinstance(other, FeatureCorrelation):
             raise TypeError(f"{NAME}.merge: expected a {NAME}, got {type(other).__name__}")
-        for name in ("d_sae", "sketch_dim", "halflife", "seed"):
+        if other is self:
+            raise ValueError(f"{NAME}.merge: expected a disjoint part of the stream, got these statistics themselves")
+        for name in ("d_sae", "sketch_dim", "halflife"):
             if getattr(self, name) != getattr(other, name):
                 raise ValueError(
                     f"{NAME}.merge: expected equal {name}, got {getattr(self, name)!r} and {getattr(other, name)!r}"
                 )
+        self._check_signs("merge", [self, other])
         self._drain(0)
         other._drain(0)
         scale = self._unit() / other._unit()
@@ -330,6 +359,8 @@ class FeatureCorrelation:
             self._exact.merge(other._exact, scale)
         if self._sketch is not None and other._sketch is not None:
             self._sketch.merge(other._sketch, scale)
+            # Signs go on behind all that are in the sums now: the other part may be a later block of this stream.
+            self.updates = max([self.updates, *(r.stop for r in self._sketch.signs if r.rank == self.rank)])
         self._moments.merge(other._moments, scale)
         if self.halflife is None:
             self.tokens_offered += other.tokens_offered
@@ -347,26 +378,38 @@ class FeatureCorrelation:
             "origin": self._origin,
             "moments": {name: part.clone() for name, part in self._moments.tensors().items()},
         }
-        part = self._exact if self._exact is not None else self._sketch
-        assert part is not None
-        state["pairs"] = part.state_dict()
+        state["pairs"] = self._pair_sums().state_dict()
+        if self._sketch is not None:
+            state.update({name: getattr(self, name) for name in _SIGN_KEYS})
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name in ("d_sae", "sketch_dim", "halflife"):
-            if state[name] != getattr(self, name):
-                raise ValueError(
-                    f"{NAME}.load_state_dict: {name}: expected {getattr(self, name)!r} as built, got {state[name]!r}"
-                )
+        """Everything that `state_dict` gave, in place of what is here.
+
+        Raises: ValueError naming the field that is missing, unknown, of another shape or dtype, or made by statistics that
+            were built otherwise (d_sae, sketch_dim, halflife; seed and rank of a sketch). Nothing has changed then.
+        """
+        built = ("d_sae", "sketch_dim", "halflife", *(_SIGN_KEYS if self._sketch is not None else ()))
+        for name in built:
+            if isinstance(state, dict) and name in state and state[name] != getattr(self, name):
+                raise refuse(name, f"{getattr(self, name)!r} as built", repr(state[name]))
+        check_fields("state", state, (*built, "updates", "tokens_offered", "origin", "moments", "pairs"))
+        check_count("updates", state["updates"])
+        check_count("tokens_offered", state["tokens_offered"])
+        if not isinstance(state["origin"], (int, float)) or not math.isfinite(state["origin"]):
+            raise refuse("origin", "a finite number", repr(state["origin"]))
+        self._moments.check_state(state["moments"])
+        self._pair_sums().check_state(state["pairs"])
         self.reset()
-        self.updates, self.tokens_offered = int(state["updates"]), int(state["tokens_offered"])
+        self.updates, self.tokens_offered = state["updates"], state["tokens_offered"]
         self._origin = float(state["origin"])
-        for name, part in self._moments.tensors().items():
-            part.copy_(state["moments"][name])
-        if self._exact is not None:
-            self._exact.load_state_dict(state["pairs"])
-        if self._sketch is not None:
-            self._sketch.load_state_dict(state["pairs"])
+        self._moments.load_state_dict(state["moments"])
+        self._pair_sums().load_state_dict(state["pairs"])
+
+    def _pair_sums(self) -> PackedTriangle | Sketch:
+        part = self._exact if self._exact is not None else self._sketch
+        assert part is not None
+        return part
 
     def _unit(self) -> float:
         """What one token of this moment weighs in the sums."""
@@ -384,7 +427,25 @@ class FeatureCorrelation:
                     f"{NAME}: beside: expected d_sae {self.d_sae}, sketch_dim {self.sketch_dim}, device "
                     f"{self.device}, got {other.d_sae}, {other.sketch_dim}, {other.device}"
                 )
+        self._check_signs("beside", parts)
         return parts
+
+    def _check_signs(self, where: str, parts: list[FeatureCorrelation]) -> None:
+        """Sketches of one seed that share no sign: only then do inner products of their sums mean anything."""
+        held: list[SignRange] = []
+        for part in parts:
+            if part._sketch is None:
+                return
+            if part.seed != self.seed:
+                raise ValueError(f"{NAME}.{where}: expected equal seed, got {self.seed} and {part.seed}")
+            twice = shared(held, part._sketch.signs)
+            if twice is not None:
+                raise ValueError(
+                    f"{NAME}.{where}: the random signs of seed {self.seed}, rank {twice.rank}, updates {twice.first} .. "
+                    f"{twice.stop - 1} are in both sketches and would make different tokens look alike: give each replica "
+                    "its own rank (blocks of one stream share a rank and go on counting `updates`)"
+                )
+            held = union(held, part._sketch.signs)
 
 
 def _triangles(parts: list[FeatureCorrelation]) -> list[PackedTriangle]:

@@ -10,16 +10,22 @@ standard deviation (1 - c^2) / sqrt(m).
 
 from __future__ import annotations
 
+import dataclasses
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from transcoder.kernels.checks import FLOATS
 from transcoder.kernels.codes import SparseCodes
 from transcoder.kernels.correlation.counter import signs
+from transcoder.kernels.correlation.inputs import NAME
 from transcoder.kernels.correlation.moments import Moments, PairStatistics, pair_statistics
+from transcoder.kernels.correlation.saved import check_fields, check_tensor, refuse
+from transcoder.kernels.correlation.sign_ranges import SignRange, from_tensor, to_tensor, union
 from transcoder.kernels.correlation.torch_backend import (
     Entries,
     add_at,
@@ -58,9 +64,11 @@ class Sketch:
 
     def __init__(self, d_sae: int, dim: int, ring_tokens: int, device: torch.device) -> None:
         self.d_sae, self.dim, self.ring_tokens = d_sae, dim, ring_tokens
-        self.rows = torch.zeros(d_sae, dim, device=device)
-        self.ones = torch.zeros(dim, device=device)
+        self.rows = torch.zeros(d_sae, dim, dtype=torch.float32, device=device)
+        self.ones = torch.zeros(dim, dtype=torch.float32, device=device)
         """The sketch of the constant 1."""
+        self.signs: list[SignRange] = []
+        """Whose signs are in the sums."""
         self.ring: deque[_Recent] = deque()
 
     def add(
@@ -75,7 +83,9 @@ class Sketch:
 
     def remember(self, codes: SparseCodes, plain: Tensor | None) -> None:
         """Add the codes to the ring; the oldest leave it."""
-        recent = _Recent(codes.indices.int(), codes.values.detach().clone(), codes.row_ptr.clone(), plain)
+        # Copies: a caller may fill its buffers again.
+        weight = None if plain is None else plain.clone()
+        recent = _Recent(codes.indices.int(), codes.values.detach().clone(), codes.row_ptr.clone(), weight)
         self.ring.append(recent)
         self._trim()
 
@@ -90,6 +100,7 @@ class Sketch:
 
     def merge(self, other: Sketch, scale: float) -> None:
         device = self.rows.device
+        self.signs = union(self.signs, other.signs)
         self.rows += other.rows.to(device) * scale
         self.ones += other.ones.to(device) * scale
         for part in list(other.ring):
@@ -103,10 +114,23 @@ class Sketch:
             ring[f"{n:06d}"] = {"latent": part.latent, "value": part.value, "row_ptr": part.row_ptr}
             if part.weight is not None:
                 ring[f"{n:06d}"]["weight"] = part.weight
-        return {"rows": self.rows.clone(), "ones": self.ones.clone(), "ring": ring}
+        return {"rows": self.rows.clone(), "ones": self.ones.clone(), "ring": ring, "signs": to_tensor(self.signs)}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def check_state(self, state: object) -> None:
+        """`state` fits this sketch, or a ValueError that names the field."""
+        check_fields("pairs", state, ("rows", "ones", "ring", "signs"))
+        assert isinstance(state, Mapping)
+        check_tensor("pairs.rows", state["rows"], tuple(self.rows.shape), torch.float32)
+        check_tensor("pairs.ones", state["ones"], tuple(self.ones.shape), torch.float32)
+        check_tensor("pairs.signs", state["signs"], (None, 3), torch.int64)
+        check_fields("pairs.ring", state["ring"], (), state["ring"])
+        for name, part in state["ring"].items():
+            _check_recent(f"pairs.ring.{name}", part, self.d_sae)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """After `check_state`."""
         device = self.rows.device
+        self.signs = from_tensor(state["signs"])
         self.rows.copy_(state["rows"])
         self.ones.copy_(state["ones"])
         self.ring.clear()
@@ -115,6 +139,21 @@ class Sketch:
             self.ring.append(
                 _Recent(part["latent"].to(device), part["value"].to(device), part["row_ptr"].to(device), weight)
             )
+
+
+def _check_recent(name: str, part: object, d_sae: int) -> None:
+    check_fields(name, part, ("latent", "value", "row_ptr"), ("weight",))
+    assert isinstance(part, Mapping)
+    check_tensor(f"{name}.latent", part["latent"], (None,), torch.int32)
+    check_tensor(f"{name}.value", part["value"], tuple(part["latent"].shape), *FLOATS)
+    check_tensor(f"{name}.row_ptr", part["row_ptr"], (None,), torch.int64)
+    tokens = part["row_ptr"].numel() - 1
+    if tokens < 0:
+        raise refuse(f"{name}.row_ptr", "at least one number", "none")
+    if "weight" in part:
+        check_tensor(f"{name}.weight", part["weight"], (tokens,), torch.float64)
+    codes = SparseCodes(part["value"], part["latent"].long(), part["row_ptr"], (tokens, d_sae))
+    codes.validate(f"{NAME}.load_state_dict: {name}")
 
 
 def directions(sketches: list[Sketch], moments: Moments, latents: Tensor) -> Tensor:
@@ -162,32 +201,32 @@ def best_candidates(i: Tensor, j: Tensor, estimate: Tensor) -> tuple[Tensor, Ten
 
 
 def confirm(sketches: list[Sketch], i: Tensor, j: Tensor) -> PairStatistics:
-    """Exact statistics of the pairs (i, j), i < j, over the tokens in the rings."""
+    """Exact statistics over the tokens in the rings, of any pairs (i, j) and in their order."""
     d_sae, device = sketches[0].d_sae, i.device
     latents, compact = torch.unique(torch.cat([i, j]), return_inverse=True)
-    slot = torch.full((d_sae,), -1, device=device).index_copy_(0, latents, torch.arange(latents.numel(), device=device))
+    number = latents.numel()
+    slot = torch.full((d_sae,), -1, device=device).index_copy_(0, latents, torch.arange(number, device=device))
     ci, cj = compact[: i.numel()], compact[i.numel() :]
-    keys, order = (cj * latents.numel() + ci).sort()
+    # A pair is looked for once, the smaller latent first, however it is asked for and how often.
+    keys, asked = torch.unique(torch.maximum(ci, cj) * number + torch.minimum(ci, cj), return_inverse=True)
     product = torch.zeros(keys.numel(), dtype=torch.float64, device=device)
     joint = torch.zeros(keys.numel(), dtype=torch.int64, device=device)
-    moments = Moments.zeros(latents.numel(), device, decayed=False)
+    moments = Moments.zeros(number, device, decayed=False)
     for part in (p for s in sketches for p in s.ring):
         kept = slot[part.latent] >= 0
         before = torch.zeros(kept.numel() + 1, dtype=torch.int64, device=device)
         torch.cumsum(kept, 0, out=before[1:])
-        codes = SparseCodes(
-            part.value[kept], slot[part.latent[kept]], before[part.row_ptr], (part.tokens, latents.numel())
+        codes = SparseCodes.trusted(
+            part.value[kept], slot[part.latent[kept]], before[part.row_ptr], (part.tokens, number)
         )
         entries = entries_of(codes, part.weight, None, torch.int64, compact=True)
         moments.add(entries, part.tokens, part.weight)
         for earlier, later in pair_pages(entries.local):
-            key = entries.latent[later] * latents.numel() + entries.latent[earlier]
+            key = entries.latent[later] * number + entries.latent[earlier]
             place = torch.searchsorted(keys, key).clamp_(max=keys.numel() - 1)
             hit = keys[place] == key
             w_product, tally = pair_products(entries, earlier[hit], later[hit])
             add_at(product, place[hit], w_product)
             add_at(joint, place[hit], tally)
-    stats = pair_statistics(moments, ci[order], cj[order], product, joint)
-    return PairStatistics(
-        latents[stats.i], latents[stats.j], stats.correlation, stats.cosine, stats.jaccard, stats.support
-    )
+    stats = pair_statistics(moments, ci, cj, product[asked], joint[asked])
+    return dataclasses.replace(stats, i=i, j=j)
