@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transcoder.kernels import SparseCodes, batch_topk_encode, sparse_decode, threshold_encode, topk_encode
 from transcoder.kernels.checks import Checks, check_finite_rows, check_float_matrix, check_mode, check_widths
 from transcoder.losses import CONVENTIONS, Convention, auxk_loss, reconstruction_loss
-from transcoder.pretrained import read_config, read_weights, write_pair
+from transcoder.pretrained import check_tensors, read_config, read_weights, write_pair
 
 LEAST_RMS, MOST_RMS = 1e-30, 1e30
 """What a normalisation can divide by: the inverse, and activations 1e8 times as large, still fit fp32."""
@@ -347,6 +347,9 @@ class Transcoder(nn.Module):
         return model.to(device).eval()
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """As `nn.Module`; with `strict`, a state that does not fit is a ValueError before anything is loaded."""
+        if strict:
+            check_tensors("Transcoder.load_state_dict", state_dict, _tensors_of(self.config))
         result = super().load_state_dict(state_dict, strict=strict, assign=assign)
         self._list_dead()
         return result

@@ -82,20 +82,27 @@ def read_weights(folder: Path, expected: Mapping[str, tuple[tuple[int, ...], tor
         tensors = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path}: not a safetensors file, or a torn one: {error}") from error
+    check_tensors(str(path), tensors, expected)
+    return tensors
+
+
+def check_tensors(
+    where: str, tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+) -> None:
+    """ValueError unless `tensors` has exactly these names, shapes and kinds of dtype."""
     missing, others = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
     if missing or others:
         parts = [f"missing: {', '.join(missing)}"] * bool(missing) + [f"not expected: {', '.join(others)}"] * bool(
             others
         )
-        raise ValueError(f"{path}: expected the tensors of a transcoder of this config; {'; '.join(parts)}")
+        raise ValueError(f"{where}: expected the tensors of a transcoder of this config; {'; '.join(parts)}")
     for name, (shape, dtype) in expected.items():
         tensor = tensors[name]
         if tuple(tensor.shape) != shape:
-            raise ValueError(f"{path}: {name}: expected shape {list(shape)}, got {list(tensor.shape)}")
+            raise ValueError(f"{where}: {name}: expected shape {list(shape)}, got {list(tensor.shape)}")
         if not (tensor.dtype == dtype or (tensor.is_floating_point() and dtype.is_floating_point)):
             wanted = "a floating dtype" if dtype.is_floating_point else str(dtype).removeprefix("torch.")
-            raise ValueError(f"{path}: {name}: expected {wanted}, got {str(tensor.dtype).removeprefix('torch.')}")
-    return tensors
+            raise ValueError(f"{where}: {name}: expected {wanted}, got {str(tensor.dtype).removeprefix('torch.')}")
 
 
 def _json_object(path: Path) -> dict[str, Any]:

@@ -48,9 +48,10 @@ class FlagBook:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        blocks, flagged = [_pairs(table) for table in state["blocks"]], _pairs(state["flagged"])
         self._blocks.clear()
-        self._blocks.extend(_pairs(table) for table in state["blocks"])
-        self.flagged = _pairs(state["flagged"])
+        self._blocks.extend(blocks)
+        self.flagged = flagged
 
 
 def _table(pairs: set[Pair]) -> Tensor:

@@ -223,12 +223,18 @@ class UsageLedger:
             }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """All of it or, with a ValueError, nothing."""
+        missing = [name for name in REQUIRED_EFFECTS if not {"calls", "effect", "files"} <= set(state.get(name, ()))]
+        if missing:
+            raise ValueError(f"UsageLedger.load_state_dict: expected calls, effect and files of {', '.join(missing)}")
+        parts = {name: state[name] for name in REQUIRED_EFFECTS}
+        calls = {name: int(part["calls"]) for name, part in parts.items()}
+        effects: dict[str, dict[str, float | Tensor]] = {
+            name: {key: float(value) for key, value in part["effect"].items()} for name, part in parts.items()
+        }
         with self._lock:
-            for name in REQUIRED_EFFECTS:
-                part = state[name]
-                self._calls[name] = int(part["calls"])
-                self._effects[name] = {key: float(value) for key, value in part["effect"].items()}
-                self._files[name] = list(part["files"])
+            self._calls, self._effects = calls, effects
+            self._files = {name: list(part["files"]) for name, part in parts.items()}
 
     def _known(self, name: str) -> str:
         if name not in REQUIRED_EFFECTS:

@@ -53,6 +53,12 @@ class PositionMass:
         return {name: part.clone() for name, part in self._tensors().items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """All of it or, with a ValueError, nothing."""
+        for name, part in self._tensors().items():
+            if state[name].shape != part.shape:
+                raise ValueError(
+                    f"PositionMass.load_state_dict: {name}: expected shape {list(part.shape)}, got {list(state[name].shape)}"
+                )
         for name, part in self._tensors().items():
             part.copy_(state[name])
 

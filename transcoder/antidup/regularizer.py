@@ -237,17 +237,24 @@ class DiversityRegularizer:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """All of it or, with a ValueError, nothing."""
         if state["last_fired"].shape != (self.d_sae,):
             raise ValueError(
                 f"DiversityRegularizer.load_state_dict: expected d_sae = {self.d_sae}, got {state['last_fired'].numel()}"
             )
-        self._weight = self._next_weight = state["weight"].to(self.device, torch.float64, copy=True)
-        self._rates = []
-        self._last_fired.copy_(state["last_fired"])
-        self._steps = int(state["steps"])
-        self._step = None if state["step"] is None else int(state["step"])
+        weight = state["weight"].to(self.device, torch.float64, copy=True)
+        steps, step = int(state["steps"]), None if state["step"] is None else int(state["step"])
+        if weight.dim() or (self._positions is not None and "positions" not in state):
+            raise ValueError(
+                "DiversityRegularizer.load_state_dict: expected a 0-dim weight, and positions where "
+                f"position_entropy_weight is above 0, got {sorted(state)} and a weight of shape {list(weight.shape)}"
+            )
         if self._positions is not None:
             self._positions.load_state_dict(state["positions"])
+        self._weight = self._next_weight = weight
+        self._rates = []
+        self._last_fired.copy_(state["last_fired"])
+        self._steps, self._step = steps, step
 
     def _begin(self, step: int) -> None:
         """At a step's first call: the weight that the last step's pairs asked for takes effect."""
@@ -293,8 +300,8 @@ class DiversityRegularizer:
         paired = torch.zeros(self.d_sae, dtype=torch.bool, device=self.device)
         for side in pairs:
             paired.index_fill_(0, side, True)
-        self._rates.append(paired.sum() / live)
-        rate = torch.stack(self._rates).mean().double()
+        self._rates.append(paired.sum().double() / live)
+        rate = torch.stack(self._rates).mean()
         # Not in place: the metric of this step and the graph of its loss hold the old tensor.
         grown = self._weight * torch.exp(section.adaptive_step * (rate - section.target_rate))
         self._next_weight = grown.clamp(0, section.correlation_weight_max)

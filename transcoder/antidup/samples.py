@@ -187,21 +187,22 @@ class ActivationSampleCollector:
         return places * (_BYTES_A_SAMPLE + _BYTES_A_TOKEN * max(1, context)) + _NUMBERS_BYTES
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._stores = None
+        """All of it or, with a ValueError, nothing."""
         if not state["opened"]:
+            self._stores = None
             return
-        expected = (self.latents.numel(), self.section.top_per_latent)
-        if tuple(state["top"]["score"].shape) != expected:
-            raise ValueError(
-                f"ActivationSampleCollector.load_state_dict: expected a store of {expected} samples, got "
-                f"{tuple(state['top']['score'].shape)}"
-            )
-        self._anchor = int(state["anchor"])
-        top, spread = (
-            Samples(**{name: state[part][name].to(self.device) for name in Samples._fields})
-            for part in ("top", "spread")
-        )
-        self._stores = (top, spread)
+        followed, anchor = self.latents.numel(), int(state["anchor"])
+        sizes = {"top": (followed, self.section.top_per_latent), "spread": (followed * self._strata, self._per_bin)}
+        stores = []
+        for part, size in sizes.items():
+            missing = set(Samples._fields) - set(state[part])
+            found = {name: tuple(state[part][name].shape[:2]) for name in Samples._fields if name not in missing}
+            if missing or any(shape != size for shape in found.values()):
+                raise ValueError(
+                    f"ActivationSampleCollector.load_state_dict: {part}: expected a store of {size} samples, got {found}"
+                )
+            stores.append(Samples(**{name: state[part][name].to(self.device) for name in Samples._fields}))
+        self._stores, self._anchor = (stores[0], stores[1]), anchor
 
     def _opened(self, context: int, anchor: int) -> tuple[Samples, Samples]:
         """The stores, made at first use, when the contexts' width is known."""

@@ -65,5 +65,12 @@ class SequenceCounts:
         return {"map": self._map.clone(), "known": self.known}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """All of it or, with a ValueError, nothing."""
+        known = bool(state["known"])
+        if state["map"].shape != self._map.shape:
+            raise ValueError(
+                f"SequenceCounts.load_state_dict: map: expected {self._map.numel()} bits (d_sae * {self.bits}), got "
+                f"{state['map'].numel()}"
+            )
         self._map.copy_(state["map"])
-        self.known = bool(state["known"])
+        self.known = known

@@ -52,7 +52,15 @@ class LinearBaseline:
         return {"tokens": self.tokens, "gram": self.gram, "cross": self.cross}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.tokens = int(state["tokens"])
+        """All of it or, with a ValueError, nothing."""
+        tokens = int(state["tokens"])
+        for name, mine in (("gram", self.gram), ("cross", self.cross)):
+            # copy_ would broadcast a smaller one.
+            if state[name].shape != mine.shape:
+                raise ValueError(
+                    f"LinearBaseline.load_state_dict: {name}: expected shape {list(mine.shape)}, got {list(state[name].shape)}"
+                )
+        self.tokens = tokens
         self.gram.copy_(state["gram"])
         self.cross.copy_(state["cross"])
 

@@ -39,5 +39,10 @@ class Meters:
         return {"sums": dict(self._sums), "counts": dict(self._counts)}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
-        self._sums = {name: value.to(device) for name, value in state["sums"].items()}
-        self._counts = dict(state["counts"])
+        """All of it or, with a ValueError, nothing."""
+        sums, counts = dict(state["sums"]), dict(state["counts"])
+        if sums.keys() != counts.keys():
+            raise ValueError(
+                f"Meters.load_state_dict: expected a count for each sum, got {sorted(sums)} and {sorted(counts)}"
+            )
+        self._sums, self._counts = {name: value.to(device) for name, value in sums.items()}, counts

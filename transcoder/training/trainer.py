@@ -238,7 +238,13 @@ class _Run:
         """Restore the newest checkpoint, or fit the normalisation; check that the run's files will fit; open the logs."""
         loaded = self.store.latest() if resume else None
         if loaded is not None:
-            self._restore(loaded.model, loaded.trainer_tree)
+            try:
+                self._restore(loaded.model, loaded.trainer_tree)
+            except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+                raise ValueError(
+                    f"resume: {loaded.path} is whole but does not hold the state of this run "
+                    f"({type(error).__name__}: {error}): it was written by another version or with other settings; start a new run with another --out"
+                ) from error
             self.step = self.saved_step = self.finite_step = loaded.step
         else:
             self._fit_normalization()
