@@ -127,7 +127,7 @@ class SparseCodes:
 
     def validate(self, where: str = "SparseCodes") -> None:
         """Checks that the pattern is one of compressed rows: O(nnz), once a pattern. Reads the device. Values are not
-        looked at.
+        looked at. While something traces (torch.compile, fake tensors, a dispatch mode) nothing is: there are no contents.
 
         Args:
             where: what the errors begin with.
@@ -135,7 +135,7 @@ class SparseCodes:
         Raises: ValueError naming the first row that is wrong and what was expected of it: row_ptr from 0 to nnz without
             descending, ids in [0, d_sae), ascending and unique within a row.
         """
-        if _VALID not in self._derived:
+        if _VALID not in self._derived and not _traced(self.row_ptr):
             problem = _pointer_problem(self) or _id_problem(self)
             if problem is not None:
                 raise ValueError(f"{where}: {problem}")
@@ -202,6 +202,15 @@ class SparseCodes:
         row_ptr = torch.zeros(z.shape[0] + 1, dtype=torch.int64, device=z.device)
         torch.cumsum(positive.sum(1), 0, out=row_ptr[1:])
         return cls.trusted(z[rows, indices], indices, row_ptr, (z.shape[0], z.shape[1]))
+
+
+def _traced(tensor: Tensor) -> bool:
+    """Whether reading a number on the host would break a graph that is being made, or fail."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    )
 
 
 def _pointer_problem(codes: SparseCodes) -> str | None:

@@ -6,9 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from transcoder.kernels import FeatureCorrelation, SparseCodes, nested_loss, sparse_decode, use_backend
 from transcoder.kernels import codes as codes_module
+from transcoder.kernels.checks import check_codes
 
 
 def random_dense(rows: int, columns: int, seed: int) -> torch.Tensor:
@@ -185,3 +187,21 @@ def test_shapes_below_nothing_are_refused() -> None:
     for shape, ptr in (((1, -2), [0, 0]), ((-1, 2), [])):
         with pytest.raises(ValueError, match="row_ptr must hold"):
             SparseCodes(torch.ones(0), torch.ones(0).long(), torch.tensor(ptr).long(), shape)
+
+
+def test_a_tracer_sees_no_check_of_contents() -> None:
+    """Fake tensors have no contents; under torch.compile reading them would break the graph."""
+
+    def use(values: torch.Tensor, ids: torch.Tensor, ptr: torch.Tensor) -> torch.Tensor:
+        codes = SparseCodes(values, ids, ptr, (2, 5))
+        check_codes("op", codes)
+        return codes.to_dense()
+
+    right = by_hand([0, 1, 2, 4], [0, 2, 4])
+    parts = (right.values, right.indices, right.row_ptr)
+    with FakeTensorMode(allow_non_fake_inputs=False) as fake:
+        assert use(*(fake.from_tensor(t) for t in parts)).shape == (2, 5)
+    compiled = torch.compile(use, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(*parts), right.to_dense())
+    with pytest.raises(ValueError, match="row 0"):
+        use(right.values, right.indices.flip(0), right.row_ptr)
