@@ -78,11 +78,18 @@ auto with_type(const Tensor& t, F f) {
 
 template <typename T>
 const T* in(const Tensor& t) {
+  TORCH_CHECK_VALUE(t.is_contiguous(), "backend cpp: expected contiguous tensors");
   return t.const_data_ptr<T>();
 }
 template <typename T>
 T* out(const Tensor& t) {
+  TORCH_CHECK_VALUE(t.is_contiguous(), "backend cpp: expected contiguous tensors");
   return t.mutable_data_ptr<T>();
+}
+
+// What follows walks raw memory: every length is checked before, so no input can lead outside it.
+void check_shape(const char* name, const Tensor& t, at::IntArrayRef shape) {
+  TORCH_CHECK_VALUE(t.sizes() == shape, "backend cpp: ", name, ": expected shape ", shape, ", got ", t.sizes());
 }
 
 Tensor empty(at::IntArrayRef shape, at::ScalarType type) { return at::empty(shape, at::TensorOptions().dtype(type)); }
@@ -124,6 +131,7 @@ void for_rows(int64_t n, const int64_t* ptr, int64_t fixed, const F& f) {
 }
 
 void check_rows(const Tensor& ptr, int64_t entries) {
+  TORCH_CHECK_VALUE(ptr.dim() == 1 && ptr.numel() > 0, "SparseCodes: row_ptr: expected B + 1 numbers, got none");
   const int64_t rows = ptr.numel() - 1;
   const int64_t* p = in<int64_t>(ptr);
   bool fine = rows >= 0 && p[0] == 0 && p[rows] == entries;
@@ -135,8 +143,25 @@ void check_ids(const Tensor& ids, int64_t limit) {
   const int64_t* p = in<int64_t>(ids);
   uint64_t worst = 0;
   for (int64_t i = 0; i < ids.numel(); ++i) worst = std::max(worst, static_cast<uint64_t>(p[i]));
-  TORCH_CHECK_INDEX(ids.numel() == 0 || worst < static_cast<uint64_t>(limit),
+  TORCH_CHECK_VALUE(ids.numel() == 0 || worst < static_cast<uint64_t>(limit),
                     "SparseCodes: indices: expected in [0, ", limit, "), got ", static_cast<int64_t>(worst));
+}
+
+// Prefixes are found by order: an entry out of place would be missed. Call after check_rows and check_ids.
+void check_ascending(const Tensor& ids, const Tensor& ptr) {
+  const int64_t *id = in<int64_t>(ids), *p = in<int64_t>(ptr);
+  for (int64_t row = 0; row + 1 < ptr.numel(); ++row) {
+    bool fine = true;
+    for (int64_t i = p[row] + 1; i < p[row + 1]; ++i) fine = fine && id[i - 1] < id[i];
+    TORCH_CHECK_VALUE(fine, "SparseCodes: indices: expected ascending and unique within a row, row ", row, " is not");
+  }
+}
+
+void check_codes(const Tensor& values, const Tensor& ids, const Tensor& row_ptr, int64_t latents) {
+  check_shape("values", values, ids.sizes());
+  check_rows(row_ptr, ids.numel());
+  check_ids(ids, latents);
+  check_ascending(ids, row_ptr);
 }
 
 template <typename T>

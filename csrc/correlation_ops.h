@@ -55,6 +55,7 @@ void add_pairs_of(const Tensor& latent, const Tensor& local, const Tensor& value
 void add_pairs(const Tensor& latent, const Tensor& local, const Tensor& value, const Tensor& weighted,
                const Tensor& tally, int64_t latents, Tensor product, Tensor joint) {
   check_ids(latent, latents);
+  for (const Tensor& part : {local, value, weighted, tally}) check_shape("entries", part, latent.sizes());
   TORCH_CHECK_VALUE(product.numel() >= latents * (latents - 1) / 2 && joint.numel() >= latents * (latents - 1) / 2,
                     "add_pairs: expected a triangle of ", latents, " latents");
   const int64_t* p = in<int64_t>(local);

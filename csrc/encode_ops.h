@@ -109,7 +109,15 @@ void write_row(T* values, int32_t* ids, int64_t count, int64_t k, T* to_values, 
   }
 }
 
+void check_encoder(const Tensor& x, const Tensor& W, const Tensor& b, int64_t k) {
+  TORCH_CHECK_VALUE(x.dim() == 2 && W.dim() == 2 && W.size(0) > 0, "encode: expected x [B, d], W [d_sae, d]");
+  check_shape("W", W, {W.size(0), x.size(1)});
+  check_shape("b", b, {W.size(0)});
+  TORCH_CHECK_VALUE(k >= 1 && k <= W.size(0), "encode: k: expected between 1 and ", W.size(0), ", got ", k);
+}
+
 tuple<Tensor, Tensor> topk(const Tensor& x, const Tensor& W, const Tensor& b, int64_t k) {
+  check_encoder(x, W, b, k);
   const int64_t rows = x.size(0), d = x.size(1), latents = W.size(0);
   Tensor values = empty({rows, k}, x.scalar_type()), ids = empty({rows, k}, at::kLong);
   if (rows == 0) return {values, ids};
@@ -311,6 +319,7 @@ Pool<T> padded(const Pool<T>& all, int64_t wanted, int64_t latents) {
 }
 
 tuple<Tensor, Tensor, Tensor> batch_topk(const Tensor& x, const Tensor& W, const Tensor& b, int64_t k) {
+  check_encoder(x, W, b, k);
   const int64_t rows = x.size(0), latents = W.size(0), wanted = rows * k;
   return with_type(x, [&](auto type) {
     using T = decltype(type);
@@ -327,6 +336,8 @@ tuple<Tensor, Tensor, Tensor> batch_topk(const Tensor& x, const Tensor& W, const
 }
 
 tuple<Tensor, Tensor, Tensor> above(const Tensor& x, const Tensor& W, const Tensor& b, const Tensor& limits) {
+  check_encoder(x, W, b, 1);
+  check_shape("limits", limits, {W.size(0)});
   const int64_t rows = x.size(0), everything = rows * W.size(0);
   return with_type(x, [&](auto type) {
     using T = decltype(type);

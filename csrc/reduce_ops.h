@@ -32,12 +32,14 @@ tuple<Tensor, Tensor, Tensor> by_latent(const Tensor& ids, const Tensor& row_ptr
 // See segments.weighted_row_sum; `order` reads the weights through a permutation, `totals` also sums the weights alone.
 tuple<Tensor, Tensor> row_sums(const Tensor& table, const Tensor& ids, const Tensor& ptr, const Tensor& weights,
                                const optional<Tensor>& order, const optional<Tensor>& start, bool sums, bool totals) {
+  check_rows(ptr, ids.numel());
   const int64_t rows = ptr.numel() - 1, d = table.size(1);
   Tensor sum = empty({sums ? rows : 0, d}, weights.scalar_type());
   Tensor total = empty({totals ? rows : 0}, weights.scalar_type());
-  check_rows(ptr, ids.numel());
   check_ids(ids, table.size(0));
   if (order) check_ids(*order, weights.numel());
+  check_shape("weights or their order", order ? *order : weights, ids.sizes());
+  if (start) check_shape("start", *start, {d});
   with_type(weights, [&](auto type) {
     using T = decltype(type);
     for_rows(rows, in<int64_t>(ptr), 1, [&](int64_t first, int64_t last) {
@@ -53,6 +55,7 @@ Tensor row_dots(const Tensor& left, const Tensor& table, const Tensor& ids, cons
   Tensor dots = empty({ids.numel()}, left.scalar_type());
   check_rows(ptr, ids.numel());
   check_ids(ids, table.size(0));
+  check_shape("left", left, {ptr.numel() - 1, table.size(1)});
   with_type(left, [&](auto type) {
     using T = decltype(type);
     for_rows(left.size(0), in<int64_t>(ptr), 1, [&](int64_t first, int64_t last) {
@@ -63,12 +66,22 @@ Tensor row_dots(const Tensor& left, const Tensor& table, const Tensor& ids, cons
   return dots;
 }
 
+void check_widths(at::IntArrayRef widths, int64_t latents) {
+  bool fine = !widths.empty() && widths.front() > 0 && widths.back() <= latents;
+  for (size_t i = 1; i < widths.size(); ++i) fine = fine && widths[i - 1] < widths[i];
+  TORCH_CHECK_VALUE(fine, "nested_loss: widths: expected to ascend from 1 or more to at most ", latents, ", got ", widths);
+}
+
 tuple<Tensor, Tensor> prefix_errors(const Tensor& values, const Tensor& ids, const Tensor& row_ptr,
                                     at::IntArrayRef widths, const Tensor& W, const Tensor& b, const Tensor& y,
                                     const optional<Tensor>& token_weights) {
   const int64_t rows = y.size(0), d = y.size(1), prefixes = static_cast<int64_t>(widths.size());
-  check_rows(row_ptr, ids.numel());
-  check_ids(ids, W.size(0));
+  check_codes(values, ids, row_ptr, W.size(0));
+  check_widths(widths, W.size(0));
+  check_shape("W", W, {W.size(0), d});
+  check_shape("b", b, {d});
+  check_shape("row_ptr", row_ptr, {rows + 1});
+  if (token_weights) check_shape("token_weights", *token_weights, {rows});
   Tensor residual = empty({rows, d}, values.scalar_type()), errors = empty({prefixes}, values.scalar_type());
   with_type(values, [&](auto type) {
     using T = decltype(type);
@@ -93,8 +106,18 @@ tuple<Tensor, Tensor, Tensor> prefix_gradients(const Tensor& values, const Tenso
                                                const Tensor& scales, const optional<Tensor>& token_weights) {
   const int64_t rows = residual.size(0), d = residual.size(1), latents = W.size(0);
   const int64_t prefixes = static_cast<int64_t>(widths.size());
-  check_rows(row_ptr, ids.numel());
-  check_ids(ids, latents);
+  check_codes(values, ids, row_ptr, latents);
+  check_widths(widths, latents);
+  check_shape("W", W, {latents, d});
+  check_shape("row_ptr", row_ptr, {rows + 1});
+  check_shape("scales", scales, {prefixes});
+  if (token_weights) check_shape("token_weights", *token_weights, {rows});
+  check_shape("order", order, ids.sizes());
+  check_shape("row_of", row_of, ids.sizes());
+  check_shape("latent_ptr", latent_ptr, {latents + 1});
+  check_ids(order, ids.numel());
+  check_ids(row_of, rows);
+  check_rows(latent_ptr, ids.numel());
   Tensor grad_values = empty({values.numel()}, values.scalar_type());
   Tensor grad_W = empty({latents, d}, values.scalar_type()), running = empty({rows, d}, values.scalar_type());
   Tensor work = empty({prefixes > 1 ? rows : 0, d}, values.scalar_type());

@@ -41,7 +41,7 @@ def prefix_errors(
     y: Tensor,
     token_weights: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """(squared errors summed over tokens and d_out, one a prefix [P]; final residual [B, d_out])."""
+    """(squared errors summed over tokens and d_out, one a prefix [P], fp32 or wider; final residual [B, d_out])."""
     dtype = values.dtype
     errors, residual = torch.ops.transcoder_cpp.prefix_errors(
         prepared(values, dtype),
@@ -53,7 +53,7 @@ def prefix_errors(
         prepared(y, dtype),
         None if token_weights is None else prepared(token_weights, dtype),
     )
-    return errors.to(dtype), residual.to(dtype)
+    return errors, residual.to(dtype)
 
 
 def prefix_gradients(

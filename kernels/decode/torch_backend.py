@@ -104,14 +104,15 @@ def prefix_errors(
     y: Tensor,
     token_weights: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """(squared errors summed over tokens and d_out, one a prefix [P]; final residual [B, d_out])."""
-    residual = b_dec.to(values.dtype) - y
+    """(squared errors summed over tokens and d_out, one a prefix [P], fp32 or wider; final residual [B, d_out])."""
+    dtype = values.dtype
+    values, W_dec, residual = _wide(values, dtype), _wide(W_dec, dtype), _wide(b_dec, dtype) - _wide(y, dtype)
     errors = []
     for group in groups_of(codes, widths):
         residual += weighted_row_sum(W_dec, group.ids, group.ptr, group.take(values))
         per_token = torch.linalg.vector_norm(residual, dim=1).square()
         errors.append((per_token if token_weights is None else per_token * token_weights).sum())
-    return torch.stack(errors), residual
+    return torch.stack(errors), residual.to(dtype)
 
 
 def prefix_gradients(
@@ -124,11 +125,11 @@ def prefix_gradients(
     token_weights: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of sum_p scales[p] * errors[p] for (values [nnz], W_dec [d_sae, d_out], reconstruction [B, d_out])."""
-    groups, order = groups_of(codes, widths), codes.by_latent()
-    doubled = 2 * scales
-    rows_scale = None if token_weights is None else token_weights[:, None]
+    groups, order, dtype = groups_of(codes, widths), codes.by_latent(), values.dtype
+    values, W_dec, residual, doubled = (_wide(t, dtype) for t in (values, W_dec, residual, 2 * scales))
+    rows_scale = None if token_weights is None else _wide(token_weights, dtype)[:, None]
     grad_values = torch.zeros_like(values)
-    grad_W = W_dec.new_zeros(W_dec.shape, dtype=values.dtype)
+    grad_W = W_dec.new_zeros(W_dec.shape)
     by_latent = values[order.permutation]
     bounds = order.latent_ptr[[g.first for g in groups] + [groups[-1].last]].tolist() if values.is_cpu else None
     running = torch.zeros_like(residual)
@@ -146,4 +147,9 @@ def prefix_gradients(
             grad_W[group.first : group.last] = whole[group.first : group.last]
         if p > 0:
             residual = residual - weighted_row_sum(W_dec, group.ids, group.ptr, group.take(values))
-    return grad_values, grad_W, running
+    return grad_values.to(dtype), grad_W.to(dtype), running.to(dtype)
+
+
+def _wide(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """In fp64 beside values of fp64, else in fp32: squares of fp16 numbers overflow fp16 within one token."""
+    return tensor.to(torch.float64 if dtype == torch.float64 else torch.float32)

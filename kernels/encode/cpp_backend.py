@@ -15,7 +15,7 @@ __all__ = ["gradients", "select_batch_topk", "select_threshold", "select_topk", 
 
 def select_topk(x: Tensor, W: Tensor, b: Tensor, k: int) -> Selection:
     values, indices = torch.ops.transcoder_cpp.topk(*_wide(x, W, b), k)
-    return Selection(values.view(-1), indices.view(-1), torch.arange(0, x.shape[0] * k + 1, k))
+    return Selection(values.view(-1), indices.view(-1), torch.arange(0, x.shape[0] * k + 1, k, device=x.device))
 
 
 def select_batch_topk(x: Tensor, W: Tensor, b: Tensor, k: int) -> Selection:

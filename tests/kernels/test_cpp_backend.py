@@ -33,10 +33,9 @@ ENCODE = {"topk": topk_encode, "batch_topk": batch_topk_encode, "threshold": thr
 
 def inputs(rows: int, d: int, d_sae: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, ...]:
     """Small whole numbers: every product and sum is exact, so ties are everywhere and results must agree to the bit."""
-    g = torch.Generator().manual_seed(seed)
-    return tuple(
-        torch.randint(-2, 3, shape, generator=g).to(dtype) for shape in ((rows, d), (d_sae, d), (d_sae,), (rows, d))
-    )
+    g = torch.Generator("cpu").manual_seed(seed)
+    shapes = ((rows, d), (d_sae, d), (d_sae,), (rows, d))
+    return tuple(torch.randint(-2, 3, shape, generator=g, device="cpu").to(dtype) for shape in shapes)
 
 
 def both(run) -> tuple[list[Tensor], list[Tensor]]:  # type: ignore[no-untyped-def]
@@ -171,10 +170,104 @@ def test_sixteen_bit_values_and_weights(dtype: torch.dtype) -> None:
     torch.testing.assert_close(got.double(), exact, rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
 
 
-def test_indices_out_of_range_are_refused() -> None:
-    codes = SparseCodes(torch.ones(2), torch.tensor([0, 9]), torch.tensor([0, 2]), (1, 4))
-    with use_backend(CPP), pytest.raises((IndexError, RuntimeError)):
-        sparse_decode(codes, torch.ones(4, 3), torch.zeros(3))
+def codes_parts(**wrong: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(values, indices, row_ptr) of two rows over four latents."""
+    parts = {"values": torch.ones(4), "indices": torch.tensor([0, 3, 1, 2]), "row_ptr": torch.tensor([0, 2, 4])}
+    parts.update(wrong)
+    return parts["values"], parts["indices"], parts["row_ptr"]
+
+
+WRONG = {
+    "id too large": {"indices": torch.tensor([0, 4, 1, 2])},
+    "id negative": {"indices": torch.tensor([-1, 3, 1, 2])},
+    "ids descend": {"indices": torch.tensor([3, 0, 1, 2])},
+    "id twice": {"indices": torch.tensor([0, 3, 2, 2])},
+    "pointer beyond the entries": {"row_ptr": torch.tensor([0, 2, 9])},
+    "pointer short of the entries": {"row_ptr": torch.tensor([0, 2, 3])},
+    "pointer descends": {"row_ptr": torch.tensor([0, 9, 4])},
+    "pointer negative": {"row_ptr": torch.tensor([-2, 2, 4])},
+    "another number of rows": {"row_ptr": torch.tensor([0, 1, 2, 4])},
+    "no rows": {"row_ptr": torch.tensor([], dtype=torch.int64)},
+    "too few values": {"values": torch.ones(3)},
+}
+
+
+@pytest.mark.skipif(CPP == "torch", reason="no compiler")
+@pytest.mark.parametrize("case", WRONG)
+def test_the_ops_never_leave_their_memory(case: str) -> None:
+    """Below the checks of the public ops: whatever the codes hold, the walk is refused before it begins."""
+    ops = torch.ops.transcoder_cpp
+    good, (values, ids, row_ptr) = codes_parts(), codes_parts(**WRONG[case])
+    W, b, y, one = torch.ones(4, 3), torch.ones(3), torch.ones(2, 3), torch.ones(2)
+    order = ops.by_latent(good[1], good[2], 4)
+    calls = {
+        "prefix_errors": lambda v, i, p: ops.prefix_errors(v, i, p, [2, 4], W, b, y, None),
+        "prefix_gradients": lambda v, i, p: ops.prefix_gradients(v, i, p, *order, [2, 4], W, y, one, None),
+        "row_sums": lambda v, i, p: ops.row_sums(W, i, p, v, None, b, True, True),
+        "row_dots": lambda v, i, p: ops.row_dots(y, W, i, p),
+        "by_latent": lambda v, i, p: ops.by_latent(i, p, 4),
+    }
+    # A sum over rows needs no order of ids; only some see the values or know the number of rows.
+    blind = {
+        "ids descend": {"row_sums", "row_dots", "by_latent"},
+        "id twice": {"row_sums", "row_dots", "by_latent"},
+        "another number of rows": {"row_sums", "by_latent"},
+        "too few values": {"row_dots", "by_latent"},
+    }
+    for name, call in calls.items():
+        call(*good)
+        if name not in blind.get(case, ()):
+            with pytest.raises(ValueError, match="expected"):
+                call(values, ids, row_ptr)
+
+
+@pytest.mark.skipif(CPP == "torch", reason="no compiler")
+def test_the_gradient_walk_refuses_an_order_that_is_not_the_codes() -> None:
+    ops, (values, ids, row_ptr) = torch.ops.transcoder_cpp, codes_parts()
+    W, y, scales = torch.ones(4, 3), torch.ones(2, 3), torch.ones(1)
+    order, rows, ptr = ops.by_latent(ids, row_ptr, 4)
+    for wrong in (
+        (order + 1, rows, ptr),
+        (order, rows + 1, ptr),
+        (order, rows, ptr + 1),
+        (order[:3], rows, ptr),
+        (order, rows[:3], ptr),
+        (order, rows, ptr[:4]),
+    ):
+        with pytest.raises(ValueError, match="expected"):
+            ops.prefix_gradients(values, ids, row_ptr, *wrong, [4], W, y, scales, None)
+    for widths in ([], [0, 4], [3, 3], [5]):
+        with pytest.raises(ValueError, match="nested_loss: widths"):
+            ops.prefix_errors(values, ids, row_ptr, widths, W, torch.ones(3), y, None)
+
+
+@pytest.mark.skipif(CPP == "torch", reason="no compiler")
+def test_encode_refuses_shapes_that_do_not_fit() -> None:
+    ops, x, W, b = torch.ops.transcoder_cpp, torch.ones(2, 3), torch.ones(4, 3), torch.ones(4)
+    for wrong in ((x, W[:, :2].contiguous(), b, 1), (x, W, b[:3], 1), (x, W, b, 0), (x, W, b, 5), (x, W.T, b, 1)):
+        for op in (ops.topk, ops.batch_topk):
+            with pytest.raises(ValueError, match="expected"):
+                op(*wrong)
+    with pytest.raises(ValueError, match="limits: expected"):
+        ops.above(x, W, b, torch.ones(3))
+
+
+def test_what_is_made_inside_is_made_on_the_inputs_device() -> None:
+    """A default device set by the caller is not where the codes are."""
+    with torch.device("meta"), use_backend(CPP):
+        found = ops_on_the_cpu()
+    assert_same(found, ops_on_the_cpu())
+
+
+def ops_on_the_cpu() -> list[Tensor]:
+    x, W, b, y = inputs(30, 5, 70)
+    W_dec, cpu = W.clone().requires_grad_(), torch.device("cpu")
+    codes = topk_encode(x, W, b, 3)
+    found = [codes.values, codes.row_ptr]
+    for more in (codes, batch_topk_encode(x, W, b, 3), threshold_encode(x, W, b, 1.0)):
+        loss = nested_loss(more, W_dec, torch.zeros(5, device=cpu), y, (20, 70)).value
+        found += [loss.detach(), *torch.autograd.grad(loss, W_dec)]
+    return found
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="one instruction set on this architecture")

@@ -219,3 +219,23 @@ def test_bad_arguments_are_refused_by_name(change: dict, error: type[Exception],
     }
     with pytest.raises(error, match=words):
         nested_loss(**{**good, **change})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_squared_errors_of_sixteen_bit_values_are_summed_in_fp32(dtype: torch.dtype) -> None:
+    """256 errors of about 100 a token: their squares sum to 40 times what fp16 can hold, gradients of means to far less."""
+    g = torch.Generator().manual_seed(0)
+    codes = SparseCodes.from_dense((torch.rand(40, 30, generator=g) + 0.5).to(dtype))
+    W, b, y = (100 * torch.randn(n, 256, generator=g).to(dtype) for n in (30, 1, 40))
+    values, W = codes.values.clone().requires_grad_(), W.requires_grad_()
+    found = nested_loss(codes.with_values(values), W, b[0], y, [10, 30], [0.5, 0.5])
+    z = codes.to_dense().double().requires_grad_()
+    want, _ = nested_loss_reference(z, W.detach().double(), b[0].double(), y.double(), [10, 30])
+    torch.testing.assert_close(found.per_prefix.double(), want, rtol=1e-5, atol=0)
+    assert found.residual.dtype == dtype
+    found.value.backward()
+    (exact,) = torch.autograd.grad(want.sum() / 2, z)
+    assert values.grad is not None
+    assert values.grad.dtype == dtype
+    got = values.grad.double()
+    assert float((got - exact[codes.rows(), codes.indices]).norm() / exact.norm()) < 2 * torch.finfo(dtype).eps

@@ -54,7 +54,7 @@ def _fused(transcoder: Transcoder, optimizer: torch.optim.Adam, limit: float) ->
     states = [optimizer.state[p] for p in parameters]
     for p, state in zip(parameters, states, strict=True):
         if not state:  # as torch.optim.Adam makes it at its first step
-            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
     unit = next((i for i, p in enumerate(parameters) if p is transcoder.W_dec), None)
     exp_avgs, exp_avg_sqs, steps = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
