@@ -42,7 +42,8 @@ class FeatureCorrelation:
     Exact mode keeps sums of products and joint counts of all pairs in float64 and integers (packed triangle,
     O(B k^2) adds an update); sketch mode keeps `sketch_dim` fp32 numbers a latent and a ring of recent codes.
     Neither builds [B, d_sae]. Everything stays on `device`; `update` never makes the host wait for a GPU;
-    results are bitwise reproducible.
+    results are bitwise reproducible. (Fed or merged by backend `triton` after another backend: to rounding; its
+    sums are exact on a grid of their own.)
 
     Args:
         d_sae: latents.
