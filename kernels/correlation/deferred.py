@@ -10,7 +10,7 @@ class DeferredSize:
     """Starts the copy of a 0-dim int64 GPU tensor into pinned memory; nobody waits until `read`."""
 
     def __init__(self, size: Tensor) -> None:
-        self._host = torch.empty((), dtype=torch.int64, pin_memory=True)
+        self._host = torch.empty((), dtype=torch.int64, device="cpu", pin_memory=True)
         self._host.copy_(size, non_blocking=True)
         # The copy runs on the current stream of the tensor's own device, which need not be the current device.
         self._event = torch.cuda.Event()

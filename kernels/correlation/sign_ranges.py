@@ -42,7 +42,7 @@ def shared(left: Iterable[SignRange], right: Iterable[SignRange]) -> SignRange |
 
 def to_tensor(ranges: Iterable[SignRange]) -> Tensor:
     """[n, 3] int64."""
-    return torch.tensor(list(ranges), dtype=torch.int64).view(-1, 3)
+    return torch.tensor(list(ranges), dtype=torch.int64, device="cpu").view(-1, 3)
 
 
 def from_tensor(rows: Tensor) -> list[SignRange]:

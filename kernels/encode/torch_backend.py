@@ -178,7 +178,7 @@ def _collect_above(
 
     The gate rises to the smallest value of a full pool: a lower bound of the final one, so nothing that belongs is lost.
     """
-    pool_values, pool_flat = like.new_empty(0), torch.empty(0, dtype=torch.int64)
+    pool_values, pool_flat = like.new_empty(0), torch.empty(0, dtype=torch.int64, device=like.device)
     for start, _, activations in chunks:
         flat_chunk = activations.view(-1)
         passing = (flat_chunk >= gate) if gate > 0 else (flat_chunk > 0)
@@ -199,7 +199,7 @@ def _pad(values: Tensor, flat: Tensor, wanted: int) -> tuple[Tensor, Tensor]:
     missing = wanted - values.numel()
     if missing == 0:
         return values, flat
-    free = torch.ones(wanted, dtype=torch.bool)
+    free = torch.ones(wanted, dtype=torch.bool, device=flat.device)
     free[flat[flat < wanted]] = False
     flat, order = torch.cat([flat, free.nonzero().squeeze(1)[:missing]]).sort()
     return torch.cat([values, values.new_zeros(missing)])[order], flat

@@ -22,8 +22,10 @@ def test_the_event_is_recorded_on_the_stream_of_the_sizes_device(monkeypatch: py
         def synchronize(self) -> None:
             recorded.append("waited")
 
-    def empty(*size: object, dtype: torch.dtype, pin_memory: bool) -> torch.Tensor:
+    def empty(*size: object, dtype: torch.dtype, device: str, pin_memory: bool) -> torch.Tensor:
+        # Only memory of the host can be pinned, whatever the default device.
         assert pin_memory
+        assert device == "cpu"
         return torch.empty(*size, dtype=dtype)  # type: ignore[call-overload]
 
     cuda = SimpleNamespace(Event=Event, current_stream=lambda device: ("stream of", device))

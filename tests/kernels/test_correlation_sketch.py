@@ -221,3 +221,25 @@ def test_the_ring_keeps_no_buffer_of_the_caller() -> None:
     after = found.statistics(torch.tensor([0]), torch.tensor([1]))
     assert torch.equal(before.correlation, after.correlation)
     assert torch.equal(before.support, after.support)
+
+
+@pytest.mark.parametrize("options", [{}, {"sketch_dim": 40}, {"halflife": 30.0}])
+def test_a_default_device_is_not_the_codes_device(options: dict) -> None:
+    z = sparse_tokens(64, 12, 0.4, 10)
+    codes, weights = SparseCodes.from_dense(z), torch.rand(64)
+    i = torch.arange(12)
+
+    def run() -> list[Tensor]:
+        found = FeatureCorrelation(12, device="cpu", **options)
+        found.update(SparseCodes(codes.values, codes.indices, codes.row_ptr, codes.shape), weights)
+        loaded = FeatureCorrelation(12, device="cpu", **options)
+        loaded.load_state_dict(found.state_dict())
+        merged = FeatureCorrelation(12, device="cpu", **options)
+        merged.merge(loaded)
+        return [merged.correlation(i, 3), *vars(merged.pairs(0.0, 1)).values(), *vars(merged.statistics(i, i)).values()]
+
+    want = run()
+    with torch.device("meta"):
+        got = run()
+    for left, right in zip(got, want, strict=True):
+        assert torch.equal(left, right)

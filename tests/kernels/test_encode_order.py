@@ -118,3 +118,18 @@ def test_every_backend_chooses_the_references_entries(
         want = (x @ W.T + b > 0).flatten().nonzero().squeeze(1)
         assert torch.equal(entries(codes), want)
         assert same(codes.values, z.flatten()[want])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_default_device_is_not_the_inputs_device(backend: str) -> None:
+    g = torch.Generator().manual_seed(0)
+    x, W, b = (torch.randn(*shape, generator=g) for shape in ((40, 6), (50, 6), (50,)))
+    # Few positives, and rows that mislead the guess: every path of BatchTopK.
+    for change in (0.0, -9.0):
+        for op in (topk_encode, batch_topk_encode, threshold_encode):
+            with use_backend(backend):
+                want = op(x, W, b + change, 3)
+                with torch.device("meta"):
+                    codes = op(x, W, b + change, 3)
+            assert torch.equal(codes.indices, want.indices)
+            assert torch.equal(codes.values, want.values)
