@@ -1,0 +1,46 @@
+"""python -m bench.science [--quick] [--only s0,s2] [--seed N] [--json FILE]: a table, pass or SHORT a line; exit 1 when short.
+
+Full: five seeds a stage, about half an hour on two cores. Quick: one seed, fewer comparisons, under two minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+from bench.science import s0_monitor
+from bench.science.stages import STAGES
+from bench.science.table import Line, render
+
+ALL = {"s0": s0_monitor.run, **STAGES}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.science", description=__doc__)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--only", default=",".join(ALL), help="stages, with commas between")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args(arguments)
+    names = options.only.split(",")
+    unknown = sorted(set(names) - set(ALL))
+    if unknown:
+        parser.error(f"--only: expected some of {', '.join(ALL)}, got {', '.join(unknown)}")
+    lines: list[Line] = []
+    for name in names:
+        start = time.perf_counter()
+        found = ALL[name](options.quick, options.seed)
+        print(render(found), f"({time.perf_counter() - start:.0f} s)\n", sep="\n", flush=True)
+        lines += found
+    if options.json:
+        options.json.write_text(json.dumps([line.as_dict() for line in lines], indent=1) + "\n", encoding="utf-8")
+    short = [line for line in lines if line.met is False]
+    print(f"{sum(line.met is True for line in lines)} targets met, {len(short)} short")
+    return 1 if short else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,72 @@
+"""bench.science: its generators plant what they say, its table tells pass from short, its quick mode meets every target."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.science import __main__ as science
+from bench.science.planted import RHOS, Stream, batches
+from bench.science.s0_monitor import two_pass
+from bench.science.table import Line, at_least, at_most, render
+from bench.science.toy import Sinks, Toy, independent
+
+
+def test_planted_pairs_have_their_correlation_and_support() -> None:
+    stream = Stream(replicas=2, tokens=1 << 16, blocks=1, seed=3)
+    codes = stream.block(0)
+    rho, support, overlap = stream.truth()
+    i = torch.arange(0, 2 * stream.pairs, 2)
+    r = two_pass([codes], i, i + 1)
+    fires = codes.to_dense() > 0
+    assert torch.equal((fires[:, i] | fires[:, i + 1]).sum(0), support)
+    for mode in (True, False):
+        for value in RHOS:
+            cell = (rho == torch.tensor(value)) & (support == 1000) & (overlap == mode)
+            # Two pairs of 1000 tokens with exponential amplitudes: a standard error of about 0.05.
+            assert float(r[cell].mean()) == pytest.approx(value, abs=0.12)
+    again = stream.block(0)
+    assert torch.equal(codes.values, again.values)
+    assert not torch.equal(codes.values[:99], stream.block(1).values[:99])
+
+
+def test_batches_are_the_block() -> None:
+    codes = Stream(replicas=1, tokens=5000, blocks=1, seed=0).block(0)
+    parts = [part.to_dense() for _, part in batches(codes, 1024)]
+    assert [len(p) for p in parts] == [1024] * 4 + [904]
+    assert torch.equal(torch.cat(parts), codes.to_dense())
+
+
+def test_a_masked_toy_drops_its_sinks_and_no_other_token() -> None:
+    toy = Toy(independent(40, 3), 40, seed=1, sinks=Sinks(bos_every=0.05, norm_share=0.02))
+    _, _, sink = toy.tokens(4096, 0)
+    assert 0.04 < float(sink.float().mean()) < 0.1
+    stream = toy.batches()
+    rows = torch.cat([next(stream).source for _ in range(4)])
+    whole = torch.cat([toy.tokens(1024, key)[0].source[~toy.tokens(1024, key)[2]] for key in range(3)])
+    assert torch.equal(rows, whole[: len(rows)])
+
+
+def test_the_table_says_pass_short_or_nothing() -> None:
+    lines = [at_most("S", "a", 1.0, 2.0), at_least("S", "b", 1.0, 2.0, " %"), Line("S", "c", "3", "", None)]
+    assert [line.met for line in lines] == [True, False, None]
+    assert [row.split()[-1] for row in render(lines).splitlines()[1:]] == ["pass", "SHORT", "3"]
+
+
+def test_a_short_line_is_an_exit_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(science.ALL, "s1", lambda quick, seed: [at_most("S1", "x", 3.0, 2.0)])
+    monkeypatch.setitem(science.ALL, "s2", lambda quick, seed: [at_most("S2", "x", 1.0, 2.0)])
+    assert science.main(["--only", "s2"]) == 0
+    assert science.main(["--only", "s1,s2", "--json", str(tmp_path / "lines.json")]) == 1
+    assert [line["met"] for line in json.loads((tmp_path / "lines.json").read_text())] == [False, True]
+    with pytest.raises(SystemExit):
+        science.main(["--only", "s9"])
+
+
+@pytest.mark.slow
+def test_the_quick_mode_meets_every_target(capsys: pytest.CaptureFixture[str]) -> None:
+    code = science.main(["--quick"])
+    assert code == 0, capsys.readouterr().out
