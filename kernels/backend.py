@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
+from threading import local
 from typing import Any
 
 import torch
@@ -17,7 +18,15 @@ FASTEST_FIRST = {"cuda": ("torch",), "cpu": ("cpp", "torch")}
 """What `auto` tries, in order; other devices run on `torch`. `triton` joins `auto` for cuda once its native check has been
 green on a device: until then it runs where it is asked for by name."""
 
-_chosen: ContextVar[str | None] = ContextVar("transcoder_backend", default=None)
+
+class _Chosen(local):
+    """A thread's own choice. An attribute, because torch.compile guards on what it reads: code compiled under one choice is
+    compiled again under another."""
+
+    name: str | None = None
+
+
+_chosen = _Chosen()
 
 
 def _check_name(name: str, where: str) -> str:
@@ -30,32 +39,48 @@ def _check_name(name: str, where: str) -> str:
 def use_backend(name: str) -> Iterator[None]:
     """Run the ops inside the `with` block on one backend; overrides the TRANSCODER_BACKEND variable.
 
+    The choice is the thread's own. Another thread, one started inside the block too, sees TRANSCODER_BACKEND or `auto` until
+    it chooses for itself; coroutines that take turns on one thread share its choice.
+
+    A gradient runs on the backend of its forward, wherever autograd runs it: for CPU tensors in the thread that calls
+    `backward`, for CUDA tensors in autograd's own threads, which never saw a `with` block. What activation checkpointing runs
+    again there is a forward of such a thread: choose by TRANSCODER_BACKEND where that matters.
+
     Args:
         name: `auto` (by the tensors' device), `triton`, `cpp` or `torch`. An explicit choice never falls back: an op that
             the backend cannot run raises.
     """
-    token = _chosen.set(_check_name(name, "use_backend"))
+    before, _chosen.name = _chosen.name, _check_name(name, "use_backend")
     try:
         yield
     finally:
-        _chosen.reset(token)
+        _chosen.name = before
 
 
 def requested_backend() -> str:
     """The name in force: the innermost `use_backend`, else TRANSCODER_BACKEND, else `auto`."""
-    chosen = _chosen.get()
-    if chosen is not None:
-        return chosen
+    if _chosen.name is not None:
+        return _chosen.name
     return _check_name(os.environ.get("TRANSCODER_BACKEND", "auto"), "environment variable TRANSCODER_BACKEND")
+
+
+@functools.cache
+def backend_module(family: str, name: str) -> Any:
+    """`transcoder.kernels.<family>.<name>_backend`, or None where this version has none."""
+    module = f"transcoder.kernels.{family}.{name}_backend"
+    return importlib.import_module(module) if importlib.util.find_spec(module) else None
 
 
 def has_backend(name: str, family: str) -> bool:
     """Whether this version carries `name` for an op family (`encode`, `decode`, `correlation`) and this machine can run it."""
-    module = f"transcoder.kernels.{family}.{name}_backend"
-    if importlib.util.find_spec(module) is None:
-        return False
-    usable = getattr(importlib.import_module(module), "usable", None)
-    return usable is None or bool(usable())
+    module = backend_module(family, name)
+    usable = getattr(module, "usable", None)
+    return module is not None and (usable is None or bool(usable()))
+
+
+# torch.compile takes the answer as a constant of this machine instead of following the import system.
+# (torch.compiler.assume_constant_result sets this mark too, after importing the compiler, which takes a second.)
+has_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def active_backend(device: torch.device | str, family: str = "encode") -> str:
@@ -78,4 +103,4 @@ def active_backend(device: torch.device | str, family: str = "encode") -> str:
 
 def implementation(family: str, device: torch.device) -> Any:
     """The module that runs an op family on `device`: `transcoder.kernels.<family>.<backend>_backend`."""
-    return importlib.import_module(f"transcoder.kernels.{family}.{active_backend(device, family)}_backend")
+    return backend_module(family, active_backend(device, family))

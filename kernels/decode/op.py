@@ -10,8 +10,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from transcoder.kernels import checks as check
-from transcoder.kernels.backend import implementation
+from transcoder.kernels import registration
+from transcoder.kernels.backend import active_backend, backend_module, use_backend
 from transcoder.kernels.codes import SparseCodes
+from transcoder.kernels.registration import codes_of
+
+Derived = dict[str, object] | None
+"""What is kept with codes (SparseCodes.derived); None on the far side of an op, where only tensors arrive."""
 
 
 class NestedLoss(NamedTuple):
@@ -25,63 +30,241 @@ class NestedLoss(NamedTuple):
     """[B, d_out]: reconstruction by the widest prefix minus y. Detached."""
 
 
+def _decode(
+    values: Tensor,
+    indices: Tensor,
+    row_ptr: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor,
+    backend: str,
+    derived: Derived = None,
+) -> Tensor:
+    codes = codes_of(values, indices, row_ptr, W_dec.shape[0], (), derived)
+    out: Tensor = backend_module("decode", backend).decode(values, codes, W_dec, b_dec)
+    return out
+
+
+def _decode_sizes(
+    values: Tensor, indices: Tensor, row_ptr: Tensor, W_dec: Tensor, b_dec: Tensor, backend: str
+) -> Tensor:
+    return values.new_empty(row_ptr.shape[0] - 1, W_dec.shape[1])
+
+
+def _decode_gradients(
+    grad: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    row_ptr: Tensor,
+    order: Sequence[Tensor],
+    W_dec: Tensor,
+    needs: list[bool],
+    backend: str,
+    derived: Derived = None,
+) -> list[Tensor]:
+    codes = codes_of(values, indices, row_ptr, W_dec.shape[0], order, derived)
+    module = backend_module("decode", backend)
+    return [g for g in module.decode_gradients(grad, values, codes, W_dec, tuple(needs)) if g is not None]
+
+
+def _decode_gradient_sizes(
+    grad: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    row_ptr: Tensor,
+    order: Sequence[Tensor],
+    W_dec: Tensor,
+    needs: list[bool],
+    backend: str,
+) -> list[Tensor]:
+    shapes = (values.shape, W_dec.shape, W_dec.shape[1:])
+    return [values.new_empty(shape) for shape, needed in zip(shapes, needs, strict=True) if needed]
+
+
+def _nested(
+    values: Tensor,
+    indices: Tensor,
+    row_ptr: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor,
+    y: Tensor,
+    token_weights: Tensor | None,
+    widths: list[int],
+    backend: str,
+    derived: Derived = None,
+) -> tuple[Tensor, Tensor]:
+    codes = codes_of(values, indices, row_ptr, W_dec.shape[0], (), derived)
+    errors, residual = backend_module("decode", backend).prefix_errors(
+        values, codes, tuple(widths), W_dec, b_dec, y.to(values.dtype), token_weights
+    )
+    return errors, residual.contiguous()
+
+
+def _nested_sizes(
+    values: Tensor,
+    indices: Tensor,
+    row_ptr: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor,
+    y: Tensor,
+    token_weights: Tensor | None,
+    widths: list[int],
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    return values.new_empty(len(widths)), values.new_empty(y.shape)
+
+
+def _nested_gradients(
+    grad_errors: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    row_ptr: Tensor,
+    order: Sequence[Tensor],
+    W_dec: Tensor,
+    residual: Tensor,
+    token_weights: Tensor | None,
+    widths: list[int],
+    backend: str,
+    derived: Derived = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    codes = codes_of(values, indices, row_ptr, W_dec.shape[0], order, derived)
+    found = backend_module("decode", backend).prefix_gradients(
+        values, codes, tuple(widths), W_dec, residual, grad_errors, token_weights
+    )
+    return tuple(found)
+
+
+def _nested_gradient_sizes(
+    grad_errors: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    row_ptr: Tensor,
+    order: Sequence[Tensor],
+    W_dec: Tensor,
+    residual: Tensor,
+    token_weights: Tensor | None,
+    widths: list[int],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return values.new_empty(values.shape), values.new_empty(W_dec.shape), values.new_empty(residual.shape)
+
+
+_CODES = "Tensor values, Tensor indices, Tensor row_ptr"
+DECODE = registration.define(
+    f"sparse_decode({_CODES}, Tensor W_dec, Tensor b_dec, str backend) -> Tensor", _decode, _decode_sizes
+)
+DECODE_GRADIENTS = registration.define(
+    f"sparse_decode_gradients(Tensor grad, {_CODES}, Tensor[] order, Tensor W_dec, bool[] needs, str backend) -> Tensor[]",
+    _decode_gradients,
+    _decode_gradient_sizes,
+)
+"""Gradients of those of (values, W_dec, b_dec) that `needs` names, in the dtype of `values`. `order` is the feature-major
+order, empty where W_dec needs none."""
+NESTED = registration.define(
+    f"nested_loss({_CODES}, Tensor W_dec, Tensor b_dec, Tensor y, Tensor? token_weights, int[] widths, str backend) "
+    "-> (Tensor errors, Tensor residual)",
+    _nested,
+    _nested_sizes,
+)
+"""Squared errors summed over tokens and d_out, one a prefix [P], and the widest prefix's residual [B, d_out]."""
+NESTED_GRADIENTS = registration.define(
+    f"nested_loss_gradients(Tensor grad_errors, {_CODES}, Tensor[] order, Tensor W_dec, Tensor residual, "
+    "Tensor? token_weights, int[] widths, str backend) -> (Tensor, Tensor, Tensor)",
+    _nested_gradients,
+    _nested_gradient_sizes,
+)
+"""Gradients of (values, W_dec, the reconstruction [B, d_out]), in the dtype of `values`."""
+
+
+def _remember_decode(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    values, indices, row_ptr, W_dec, b_dec, backend = inputs
+    ctx.save_for_backward(values, indices, row_ptr, W_dec)
+    ctx.dtypes, ctx.backend, ctx.derived = (values.dtype, W_dec.dtype, b_dec.dtype), backend, None
+
+
+def _decode_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    values, indices, row_ptr, W_dec = ctx.saved_tensors
+    needs = [ctx.needs_input_grad[n] for n in (0, 3, 4)]
+    if ctx.derived is None:
+        order = registration.by_latent(indices, row_ptr, W_dec.shape[0], ctx.backend) if needs[1] else ()
+        grads = DECODE_GRADIENTS(grad, values, indices, row_ptr, order, W_dec, needs, ctx.backend)
+    else:
+        grads = _decode_gradients(grad, values, indices, row_ptr, (), W_dec, needs, ctx.backend, ctx.derived)
+    found = iter(grads)
+    of_values, of_W, of_b = (
+        next(found).to(dtype) if needed else None for needed, dtype in zip(needs, ctx.dtypes, strict=True)
+    )
+    return of_values, None, None, of_W, of_b, None
+
+
+def _remember_nested(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    values, indices, row_ptr, W_dec, b_dec, y, token_weights, widths, backend = inputs
+    ctx.save_for_backward(values, indices, row_ptr, W_dec, output[1], token_weights)
+    ctx.mark_non_differentiable(output[1])
+    ctx.dtypes, ctx.widths = (W_dec.dtype, b_dec.dtype, y.dtype), widths
+    ctx.backend, ctx.derived = backend, None
+
+
+def _nested_backward(ctx: Any, grad_errors: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    values, indices, row_ptr, W_dec, residual, token_weights = ctx.saved_tensors
+    rest = (W_dec, residual, token_weights, ctx.widths, ctx.backend)
+    if ctx.derived is None:
+        order = registration.by_latent(indices, row_ptr, W_dec.shape[0], ctx.backend)
+        grads = NESTED_GRADIENTS(grad_errors, values, indices, row_ptr, order, *rest)
+    else:
+        grads = _nested_gradients(grad_errors, values, indices, row_ptr, (), *rest, ctx.derived)
+    grad_values, grad_W, grad_reconstruction = grads
+    W_dtype, b_dtype, y_dtype = ctx.dtypes
+    return (
+        grad_values,
+        None,
+        None,
+        grad_W.to(W_dtype),
+        grad_reconstruction.sum(0).to(b_dtype),
+        -grad_reconstruction.to(y_dtype) if ctx.needs_input_grad[5] else None,
+        None,
+        None,
+        None,
+    )
+
+
+registration.differentiate(DECODE, _remember_decode, _decode_backward)
+registration.differentiate(NESTED, _remember_nested, _nested_backward)
+registration.differentiable_once(DECODE_GRADIENTS)
+registration.differentiable_once(NESTED_GRADIENTS)
+
+
 class _Decode(torch.autograd.Function):
+    """An op that nothing traces: its run and its gradient, with what is derived from the codes shared by all who hold them."""
+
     @staticmethod
-    def forward(ctx: Any, values: Tensor, W_dec: Tensor, b_dec: Tensor, codes: SparseCodes) -> Tensor:
-        ctx.save_for_backward(values, W_dec)
-        ctx.codes, ctx.dtypes = codes, (W_dec.dtype, b_dec.dtype)
-        out: Tensor = implementation("decode", values.device).decode(values, codes, W_dec, b_dec)
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        out = _decode(*inputs)
+        _remember_decode(ctx, inputs[:-1], out)
+        ctx.derived = inputs[-1]
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        values, W_dec = ctx.saved_tensors
-        found = implementation("decode", grad.device).decode_gradients(
-            grad, values, ctx.codes, W_dec, ctx.needs_input_grad[:3]
-        )
-        dtypes = (values.dtype, *ctx.dtypes)
-        grads = (g if g is None else g.to(dtype) for g, dtype in zip(found, dtypes, strict=True))
-        return *grads, None
+        with use_backend(ctx.backend):
+            return *_decode_backward(ctx, grad), None
 
 
-class _PrefixErrors(torch.autograd.Function):
+class _Nested(torch.autograd.Function):
+    """As _Decode."""
+
     @staticmethod
-    def forward(
-        ctx: Any,
-        values: Tensor,
-        W_dec: Tensor,
-        b_dec: Tensor,
-        y: Tensor,
-        token_weights: Tensor | None,
-        codes: SparseCodes,
-        widths: tuple[int, ...],
-    ) -> tuple[Tensor, Tensor]:
-        errors, residual = implementation("decode", values.device).prefix_errors(
-            values, codes, widths, W_dec, b_dec, y.to(values.dtype), token_weights
-        )
-        ctx.save_for_backward(values, W_dec, residual, token_weights)
-        ctx.codes, ctx.widths, ctx.dtypes = codes, widths, (W_dec.dtype, b_dec.dtype, y.dtype)
-        ctx.mark_non_differentiable(residual)
-        return errors, residual
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        out = _nested(*inputs)
+        _remember_nested(ctx, inputs[:-1], out)
+        ctx.derived = inputs[-1]
+        return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_errors: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        values, W_dec, residual, token_weights = ctx.saved_tensors
-        grad_values, grad_W, grad_reconstruction = implementation("decode", values.device).prefix_gradients(
-            values, ctx.codes, ctx.widths, W_dec, residual, grad_errors, token_weights
-        )
-        W_dtype, b_dtype, y_dtype = ctx.dtypes
-        return (
-            grad_values,
-            grad_W.to(W_dtype),
-            grad_reconstruction.sum(0).to(b_dtype),
-            -grad_reconstruction.to(y_dtype) if ctx.needs_input_grad[3] else None,
-            None,
-            None,
-            None,
-        )
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        with use_backend(ctx.backend):
+            return *_nested_backward(ctx, *grads), None
 
 
 def sparse_decode(codes: SparseCodes, W_dec: Tensor, b_dec: Tensor) -> Tensor:
@@ -99,8 +282,14 @@ def sparse_decode(codes: SparseCodes, W_dec: Tensor, b_dec: Tensor) -> Tensor:
     Equivalent to: `codes.to_dense() @ W_dec + b_dec`.
     """
     _check_inputs("sparse_decode", codes, W_dec, b_dec)
+    backend = active_backend(codes.device, "decode")
+    arguments = (codes.values, codes.indices, codes.row_ptr, W_dec, b_dec, backend)
     with torch.autocast(codes.device.type, enabled=False):
-        out: Tensor = _Decode.apply(codes.values, W_dec, b_dec, codes.detach())
+        out: Tensor = (
+            DECODE(*arguments)
+            if registration.traced(codes.values, W_dec, b_dec)
+            else _Decode.apply(*arguments, codes._derived)
+        )
     return out
 
 
@@ -143,10 +332,13 @@ def nested_loss(
         check.check_float_vector(op, "token_weights", token_weights, codes.shape[0])
         check.check_one_device(op, codes=codes.values, token_weights=token_weights)
         token_weights = token_weights.detach().to(codes.dtype)
+    backend = active_backend(codes.device, "decode")
+    arguments = (codes.values, codes.indices, codes.row_ptr, W_dec, b_dec, y, token_weights, tuple(widths), backend)
     with torch.autocast(codes.device.type, enabled=False):
-        errors, residual = _PrefixErrors.apply(
-            codes.values, W_dec, b_dec, y, token_weights, codes.detach(), tuple(widths)
-        )
+        if registration.traced(codes.values, W_dec, b_dec, y):
+            errors, residual = NESTED(*arguments)
+        else:
+            errors, residual = _Nested.apply(*arguments, codes._derived)
         per_prefix = errors / max(1, y.numel())
         # Numbers multiply as numbers: a tensor of them would cost a transfer each step.
         terms = (

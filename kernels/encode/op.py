@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,45 +11,158 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from transcoder.kernels import checks as check
-from transcoder.kernels.backend import implementation
+from transcoder.kernels import registration
+from transcoder.kernels.backend import active_backend, backend_module, use_backend
 from transcoder.kernels.codes import SparseCodes
-from transcoder.kernels.encode.torch_backend import Selection
+from transcoder.kernels.registration import codes_of
 
-Select = Callable[[Tensor, Tensor, Tensor], Selection]
+Selected = tuple[Tensor, Tensor, Tensor]
+"""(values, indices, row_ptr) of the codes."""
+
+
+def _select(
+    how: str, x: Tensor, W_enc: Tensor, b_enc: Tensor, argument: int | Tensor, dtype: torch.dtype, backend: str
+) -> Selected:
+    select = getattr(backend_module("encode", backend), how)
+    return tuple(select(x.to(dtype), W_enc.to(dtype), b_enc.to(_wide(dtype)), argument))
+
+
+def _topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, dtype: torch.dtype, backend: str) -> Selected:
+    return _select("select_topk", x, W_enc, b_enc, k, dtype, backend)
+
+
+def _batch_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, dtype: torch.dtype, backend: str) -> Selected:
+    return _select("select_batch_topk", x, W_enc, b_enc, k, dtype, backend)
+
+
+def _threshold(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, dtype: torch.dtype, backend: str
+) -> Selected:
+    return _select("select_threshold", x, W_enc, b_enc, threshold, dtype, backend)
+
+
+def _static_sizes(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, dtype: torch.dtype, backend: str) -> Selected:
+    return _sizes(x, x.shape[0] * k, dtype)
+
+
+def _dynamic_sizes(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, dtype: torch.dtype, backend: str
+) -> Selected:
+    return _sizes(x, torch.library.get_ctx().new_dynamic_size(), dtype)
+
+
+def _sizes(x: Tensor, nnz: int | torch.SymInt, dtype: torch.dtype) -> Selected:
+    values = x.new_empty(nnz, dtype=_wide(dtype))
+    return values, values.new_empty(nnz, dtype=torch.int64), values.new_empty(x.shape[0] + 1, dtype=torch.int64)
+
+
+def _gradients(
+    grad: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    row_ptr: Tensor,
+    order: Sequence[Tensor],
+    x: Tensor,
+    W_enc: Tensor | None,
+    d_sae: int,
+    needs: list[bool],
+    dtype: torch.dtype,
+    backend: str,
+    derived: dict[str, object] | None = None,
+) -> list[Tensor]:
+    # An inactive entry sits at the flat side of the ReLU. A NaN is not inactive: it must reach the gradients.
+    grad = torch.where(values <= 0, torch.zeros_like(grad), grad)
+    codes = codes_of(values, indices, row_ptr, d_sae, order, derived)
+    W_rounded = None if W_enc is None else W_enc.to(dtype)
+    found = backend_module("encode", backend).gradients(grad, x.to(dtype), W_rounded, codes, tuple(needs))
+    return [g for g in found if g is not None]
+
+
+def _gradient_sizes(
+    grad: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    row_ptr: Tensor,
+    order: Sequence[Tensor],
+    x: Tensor,
+    W_enc: Tensor | None,
+    d_sae: int,
+    needs: list[bool],
+    dtype: torch.dtype,
+    backend: str,
+) -> list[Tensor]:
+    shapes = ((x.shape[0], x.shape[1]), (d_sae, x.shape[1]), (d_sae,))
+    return [grad.new_empty(shape) for shape, needed in zip(shapes, needs, strict=True) if needed]
+
+
+_INPUTS = "Tensor x, Tensor W_enc, Tensor b_enc, {}, ScalarType dtype, str backend"
+_RESULTS = "(Tensor values, Tensor indices, Tensor row_ptr)"
+TOPK = registration.define(f"topk_encode({_INPUTS.format('int k')}) -> {_RESULTS}", _topk, _static_sizes)
+BATCH_TOPK = registration.define(
+    f"batch_topk_encode({_INPUTS.format('int k')}) -> {_RESULTS}", _batch_topk, _static_sizes
+)
+THRESHOLD = registration.define(
+    f"threshold_encode({_INPUTS.format('Tensor threshold')}) -> {_RESULTS}",
+    _threshold,
+    _dynamic_sizes,
+    tags=(torch.Tag.dynamic_output_shape,),
+)
+GRADIENTS = registration.define(
+    "encode_gradients(Tensor grad, Tensor values, Tensor indices, Tensor row_ptr, Tensor[] order, Tensor x, "
+    "Tensor? W_enc, int d_sae, bool[] needs, ScalarType dtype, str backend) -> Tensor[]",
+    _gradients,
+    _gradient_sizes,
+)
+"""Gradients of those of (x, W_enc, b_enc) that `needs` names, in the dtype of `values`. `order` is the feature-major order,
+empty where neither W_enc nor b_enc needs one; W_enc may be None where x needs none."""
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: Selected) -> None:
+    x, W_enc, b_enc, _, dtype, backend = inputs
+    values, indices, row_ptr = output
+    ctx.save_for_backward(x, W_enc if ctx.needs_input_grad[0] else None, values, indices, row_ptr)
+    ctx.mark_non_differentiable(indices, row_ptr)
+    ctx.d_sae, ctx.compute, ctx.backend, ctx.derived = W_enc.shape[0], dtype, backend, None
+    ctx.dtypes = (x.dtype, W_enc.dtype, b_enc.dtype)
+
+
+def _backward(ctx: Any, grad_values: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    x, W_enc, values, indices, row_ptr = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[:3])
+    order: tuple[Tensor, ...] = ()
+    if ctx.derived is None and (needs[1] or needs[2]):
+        order = registration.by_latent(indices, row_ptr, ctx.d_sae, ctx.backend)
+    gradients: Callable[..., list[Tensor]] = (
+        GRADIENTS if ctx.derived is None else functools.partial(_gradients, derived=ctx.derived)
+    )
+    found = iter(
+        gradients(grad_values, values, indices, row_ptr, order, x, W_enc, ctx.d_sae, needs, ctx.compute, ctx.backend)
+    )
+    grads = (next(found).to(dtype) if needed else None for needed, dtype in zip(needs, ctx.dtypes, strict=True))
+    return *grads, None, None, None
+
+
+for _op in (TOPK, BATCH_TOPK, THRESHOLD):
+    registration.differentiate(_op, _remember, _backward)
+registration.differentiable_once(GRADIENTS)
 
 
 class _Encode(torch.autograd.Function):
-    """values = relu(x @ W_enc.T + b_enc) at the selected places; the choice itself is constant."""
+    """An op that nothing traces: its run and its gradient, with what is derived from the codes shared by all who hold them."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        W_enc: Tensor,
-        b_enc: Tensor,
-        select: Select,
-        dtype: torch.dtype,
-        derived: dict[str, object],
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        x_rounded, W_rounded = x.to(dtype), W_enc.to(dtype)
-        values, indices, row_ptr = select(x_rounded, W_rounded, b_enc.to(wide))
-        ctx.save_for_backward(x_rounded, W_rounded if ctx.needs_input_grad[0] else None, values, indices, row_ptr)
-        ctx.shape, ctx.derived = (x.shape[0], W_enc.shape[0]), derived
-        ctx.dtypes = (x.dtype, W_enc.dtype, b_enc.dtype)
-        ctx.mark_non_differentiable(indices, row_ptr)
-        return values, indices, row_ptr
+    def forward(ctx: Any, *inputs: Any) -> Selected:
+        *arguments, run, derived = inputs
+        selected: Selected = run(*arguments)
+        _remember(ctx, tuple(arguments), selected)
+        ctx.derived = derived
+        return selected
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_values: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        x, W_enc, values, indices, row_ptr = ctx.saved_tensors
-        # An inactive entry sits at the flat side of the ReLU. A NaN is not inactive: it must reach the gradients.
-        grad = torch.where(values <= 0, torch.zeros_like(grad_values), grad_values)
-        codes = SparseCodes(values, indices, row_ptr, ctx.shape, ctx.derived)
-        found = implementation("encode", x.device).gradients(grad, x, W_enc, codes, ctx.needs_input_grad[:3])
-        grads = (g if g is None else g.to(dtype) for g, dtype in zip(found, ctx.dtypes, strict=True))
-        return *grads, None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        with use_backend(ctx.backend):
+            return *_backward(ctx, *grads), None, None
 
 
 def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, *, checks: check.Checks = "fast") -> SparseCodes:
@@ -75,8 +188,7 @@ def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, *, checks: chec
     """
     _check_inputs("topk_encode", x, W_enc, b_enc, checks)
     check.check_k("topk_encode", k, W_enc.shape[0])
-    select = implementation("encode", x.device).select_topk
-    return _encode(x, W_enc, b_enc, functools.partial(select, k=k))
+    return _encode(TOPK, _topk, x, W_enc, b_enc, k)
 
 
 def batch_topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, *, checks: check.Checks = "fast") -> SparseCodes:
@@ -88,8 +200,7 @@ def batch_topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, *, checks
     """
     _check_inputs("batch_topk_encode", x, W_enc, b_enc, checks)
     check.check_k("batch_topk_encode", k, W_enc.shape[0])
-    select = implementation("encode", x.device).select_batch_topk
-    return _encode(x, W_enc, b_enc, functools.partial(select, k=k))
+    return _encode(BATCH_TOPK, _batch_topk, x, W_enc, b_enc, k)
 
 
 def threshold_encode(
@@ -105,7 +216,7 @@ def threshold_encode(
     Equivalent to: `pre = x @ W_enc.T + b_enc; torch.where(pre > threshold, pre, 0)`.
     """
     _check_inputs("threshold_encode", x, W_enc, b_enc, checks)
-    wide = torch.float64 if _compute_dtype(x, W_enc) == torch.float64 else torch.float32
+    wide = _wide(_compute_dtype(x, W_enc))
     if isinstance(threshold, Tensor):
         if threshold.dim() > 1 or (threshold.dim() == 1 and threshold.shape[0] != W_enc.shape[0]):
             raise ValueError(
@@ -116,8 +227,7 @@ def threshold_encode(
         if not threshold >= 0:
             raise ValueError(f"threshold_encode: threshold: expected at least 0, got {threshold}")
         limit = torch.tensor(float(threshold), device=x.device, dtype=wide)
-    select = implementation("encode", x.device).select_threshold
-    return _encode(x, W_enc, b_enc, functools.partial(select, threshold=limit.clamp_min(0)))
+    return _encode(THRESHOLD, _threshold, x, W_enc, b_enc, limit.clamp_min(0))
 
 
 def _check_inputs(op: str, x: Tensor, W_enc: Tensor, b_enc: Tensor, checks: str) -> None:
@@ -129,6 +239,10 @@ def _check_inputs(op: str, x: Tensor, W_enc: Tensor, b_enc: Tensor, checks: str)
     check.check_float_vector(op, "b_enc", b_enc, W_enc.shape[0])
     check.check_one_device(op, x=x, W_enc=W_enc, b_enc=b_enc)
     if checks == "full":
+        if torch.compiler.is_compiling():
+            torch._dynamo.graph_break(
+                msg=f"{op}: checks='full' reads x on the host; pass checks='fast' where it is compiled"
+            )
         check.check_finite_rows(op, "x", x)
 
 
@@ -138,9 +252,23 @@ def _compute_dtype(x: Tensor, W_enc: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, W_enc.dtype)
 
 
-def _encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, select: Select) -> SparseCodes:
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _encode(
+    op: Callable[..., Selected],
+    run: Callable[..., Selected],
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    argument: int | Tensor,
+) -> SparseCodes:
     derived: dict[str, object] = {}
-    dtype = _compute_dtype(x, W_enc)
+    arguments = (x, W_enc, b_enc, argument, _compute_dtype(x, W_enc), active_backend(x.device, "encode"))
     with torch.autocast(x.device.type, enabled=False):
-        values, indices, row_ptr = _Encode.apply(x, W_enc, b_enc, select, dtype, derived)
-    return SparseCodes(values, indices, row_ptr, (x.shape[0], W_enc.shape[0]), derived)
+        if registration.traced(x, W_enc, b_enc):
+            values, indices, row_ptr = op(*arguments)
+        else:
+            values, indices, row_ptr = _Encode.apply(*arguments, run, derived)
+    return SparseCodes.trusted(values, indices, row_ptr, (x.shape[0], W_enc.shape[0]), derived)
