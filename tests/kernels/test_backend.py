@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
-from transcoder.kernels import active_backend, extension, topk_encode, use_backend
+from transcoder.kernels import active_backend, extension, nested_loss, sparse_decode, topk_encode, use_backend
+from transcoder.kernels.backend import requested_backend
 
 
 def run() -> None:
@@ -41,3 +45,51 @@ def test_unknown_names_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRANSCODER_BACKEND", "fast")
     with pytest.raises(ValueError, match="TRANSCODER_BACKEND"):
         run()
+
+
+def in_a_thread(run: Callable[[], object]) -> object:
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(run).result()
+
+
+def test_a_choice_is_the_threads_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRANSCODER_BACKEND", raising=False)
+    with use_backend("torch"):
+        assert in_a_thread(requested_backend) == "auto"
+        monkeypatch.setenv("TRANSCODER_BACKEND", "cpp")
+        assert in_a_thread(requested_backend) == "cpp"
+        assert requested_backend() == "torch"
+
+        def elsewhere() -> None:
+            with use_backend("triton"):
+                assert requested_backend() == "triton"
+
+        in_a_thread(elsewhere)
+        assert requested_backend() == "torch"
+
+
+def test_choices_nest_and_end_with_their_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRANSCODER_BACKEND", raising=False)
+    with use_backend("torch"):
+        with pytest.raises(KeyError), use_backend("cpp"):
+            raise KeyError
+        assert requested_backend() == "torch"
+        with use_backend("auto"):
+            assert requested_backend() == "auto"
+    assert requested_backend() == "auto"
+
+
+@pytest.mark.parametrize("where", ["here", "another thread"])
+def test_a_gradient_runs_on_the_backend_of_its_forward(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Autograd's threads for CUDA see no `use_backend` of ours; a thread of our own stands for them."""
+    x, W, b = torch.randn(3, 4), torch.randn(9, 4, requires_grad=True), torch.zeros(9)
+    with use_backend("torch"):
+        codes = topk_encode(x, W, b, 2)
+        loss = sparse_decode(codes, W, torch.zeros(4)).sum() + nested_loss(codes, W, torch.zeros(4), x, [4, 9]).value
+    # Not here on a CPU without a GPU or an interpreter: asking for it raises.
+    monkeypatch.setenv("TRANSCODER_BACKEND", "triton")
+    if where == "here":
+        loss.backward()
+    else:
+        in_a_thread(loss.backward)
+    assert bool(torch.isfinite(W.grad).all())
