@@ -1,4 +1,4 @@
-.PHONY: check test bench demo
+.PHONY: check test bench demo sanitize
 
 check:  ## linters and type checker
 	ruff check
@@ -13,3 +13,16 @@ bench:
 
 demo:
 	transcoder demo
+
+# The op tests with the C++ extension built for AddressSanitizer and UndefinedBehaviourSanitizer (its own entry in the
+# cache; about 2 minutes of one core). Python is not instrumented, so the runtime is loaded first; leaks are Python's own.
+SANITIZED = tests/kernels/test_cpp_backend.py tests/kernels/test_decode.py tests/kernels/test_encode.py \
+	tests/kernels/test_correlation.py tests/training/test_optimizer.py
+sanitize: export CXX = g++ -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=all \
+	-fno-omit-frame-pointer -g
+sanitize: export ASAN_OPTIONS = detect_leaks=0
+sanitize: preload = $(shell g++ -print-file-name=libasan.so) $(shell g++ -print-file-name=libstdc++.so)
+sanitize:
+	LD_PRELOAD="$(preload)" python -c \
+		"from transcoder.kernels import extension as e; r = e.available_reason(); assert r is None, r"
+	LD_PRELOAD="$(preload)" pytest -q -p no:cacheprovider --capture=sys $(SANITIZED)
