@@ -319,6 +319,12 @@ class MonitorSection:
     correlation_save_frequency: int = 100
     """Steps between reports into anti_duplication_logs/."""
     max_reported_pairs: int = 1000
+    merge_test_tokens: int = 8192
+    """Held-out tokens on which each report tests whether folding a pair into one latent is free; 0 tests nothing."""
+    merge_share_to_act: float | None = 0.2
+    """A pair is left alone when folding it costs more than this share of what leaving the latent out costs: it is correlated,
+    but no duplicate. null acts on every candidate. Where the latent fires on too few held-out tokens there is no verdict,
+    and the pair is acted on."""
 
     def __post_init__(self) -> None:
         n = "antidup.monitor."
@@ -333,6 +339,13 @@ class MonitorSection:
             n + "release_threshold",
             f"in (0, correlation_threshold = {self.correlation_threshold}]",
             self.release_threshold,
+        )
+        _require(self.merge_test_tokens >= 0, n + "merge_test_tokens", "at least 0", self.merge_test_tokens)
+        _require(
+            self.merge_share_to_act is None or self.merge_share_to_act >= 0,
+            n + "merge_share_to_act",
+            "at least 0 or null",
+            self.merge_share_to_act,
         )
         for name in ("min_support", "min_sequences", "blocks_to_flag", "update_every", "max_reported_pairs"):
             _require(getattr(self, name) >= 1, n + name, "at least 1", getattr(self, name))

@@ -53,7 +53,8 @@ def test_change_is_that_of_the_fold_carried_out(tile: int, monkeypatch: pytest.M
         without[:, dropped] = 0
         lost = (sse(without, W, y) - sse(z, W, y)) / (y - y.mean(0)).square().sum()
         assert float(found.fvu_without[p]) == pytest.approx(float(lost), rel=1e-9)
-        assert float(found.l0_change[p]) == pytest.approx(-float((z[:, dropped] > 0).double().mean()))
+        assert float(found.cost_share[p]) == pytest.approx(float(found.fvu_change[p] / found.fvu_without[p]), rel=1e-9)
+        assert int(found.firings[p]) == int((z[:, dropped] > 0).sum())
 
 
 def test_a_split_feature_is_mergeable_and_a_correlated_one_is_not() -> None:
@@ -72,13 +73,25 @@ def test_a_split_feature_is_mergeable_and_a_correlated_one_is_not() -> None:
     assert float(found.fvu_without[0]) > 1e-2
 
 
-def test_a_latent_that_never_fired_is_not_called_mergeable() -> None:
+def test_without_firings_there_is_no_verdict() -> None:
     z, W = dense_codes(40, 4, 5), torch.randn(4, 3, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
-    z[:, 2] = 0
+    z[9:, 2] = 0
     found = streamed(z, W, z @ W, [0], [2])
     assert int(found.dropped) == 2
-    assert float(found.fvu_change) == 0
-    assert not bool(found.mergeable())
+    assert int(found.firings) == int((z[:9, 2] > 0).sum()) < module.MIN_FIRINGS
+    assert not bool(found.known)
+    assert not bool(found.mergeable(share=float("inf")))
+
+
+def test_a_latent_that_harms_is_mergeable_only_where_the_fold_does_not() -> None:
+    g = torch.Generator().manual_seed(8)
+    z, W = dense_codes(400, 4, 7), torch.randn(4, 5, generator=g, dtype=torch.float64)
+    y = z @ W
+    harmful = W.clone()
+    harmful[2] = -W[2]  # it pushes the wrong way: leaving it out helps
+    found = streamed(z, harmful, y, [1], [2])
+    assert float(found.fvu_without) < 0
+    assert bool(found.mergeable()) == (float(found.fvu_change) <= 0)
 
 
 def test_bad_input_is_named() -> None:

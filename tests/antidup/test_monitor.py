@@ -20,6 +20,7 @@ from transcoder.antidup.confidence import correlation_bounds
 from transcoder.antidup.decoder_cosine import decoder_cosine_tail
 from transcoder.antidup.flags import FlagBook
 from transcoder.antidup.ledger import REQUIRED_EFFECTS
+from transcoder.antidup.merge_test import MergeResult
 from transcoder.antidup.sequence_counts import SequenceCounts
 from transcoder.config import MonitorSection
 from transcoder.kernels import FeatureCorrelation, SparseCodes
@@ -337,11 +338,13 @@ def good_report(tmp_path: Path) -> dict:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (("schema_version",), 1, "schema_version: expected 2"),
+        (("schema_version",), 2, "schema_version: expected 3"),
         (("step",), "7", r"report.step"),
         (("pairs", 0, "i"), 31, "expected 0 <= i < j"),
         (("pairs", 0, "upper"), 0.5, "lower <= correlation <= upper"),
         (("pairs", 0, "flagged"), 1, "flagged"),
+        (("pairs", 0, "mergeable"), 1, "mergeable"),
+        (("pairs", 0, "merge_share"), True, "merge_share"),
         (("pairs", 0, "correlation"), float("nan"), "correlation"),
         (("thresholds",), {}, "lacking correlation"),
         (("pairs_total",), 0, "pairs_total: expected at least"),
@@ -498,3 +501,58 @@ def test_a_report_that_cannot_be_written_changes_nothing_else(tmp_path: Path) ->
     files = parts[1]._ledger.record()["components"]["correlation_monitor"]["files"]
     assert len(files) == 7
     assert not any("00000004" in f for f in files)
+
+
+def verdicts(i: Tensor, j: Tensor, shares: dict[tuple[int, int], float | None]) -> MergeResult:
+    """A judge's answer by hand: the share of each pair, None where its latent hardly fired."""
+    found = [shares[pair] for pair in zip(i.tolist(), j.tolist(), strict=True)]
+    cost = torch.tensor([0.0 if share is None else share for share in found], dtype=torch.float64)
+    firings = torch.tensor([3 if share is None else 500 for share in found])
+    return MergeResult(i, j, torch.ones_like(cost), cost * 0.01, torch.full_like(cost, 0.01), firings)
+
+
+def test_what_the_merge_test_refuses_is_reported_and_no_target(tmp_path: Path) -> None:
+    z = planted(6000, 19)
+    shares = {(6, 7): 0.5, (8, 9): None, (10, 11): 0.02}
+    for limit, targets in ((0.2, [(8, 9), (10, 11)]), (0.01, [(8, 9)]), (None, [(6, 7), (8, 9), (10, 11)])):
+        part = monitor(tmp_path, z.shape[1], replace(SECTION, merge_share_to_act=limit))
+        for step, a in enumerate(range(0, 6000, BATCH), 1):
+            part.update_correlations(SparseCodes.from_dense(z[a : a + BATCH]), step)
+        assert part.refresh_targets(lambda i, j: verdicts(i, j, shares)) == len(targets)
+        report = part.report(12, judge=lambda i, j: verdicts(i, j, shares))
+        validate_correlation_report(report)
+        i, j = part.target_pairs(10)
+        assert sorted(zip(i.tolist(), j.tolist(), strict=True)) == targets
+        assert (report["pairs_total"], report["pairs_mergeable"], report["pairs_refused"]) == (3, 1, 3 - len(targets))
+        tests = {(p["i"], p["j"]): (p["mergeable"], p["merge_share"]) for p in report["pairs"]}
+        assert tests[(8, 9)] == (None, None)
+        assert tests[(6, 7)] == (False, pytest.approx(0.5))
+        assert tests[(10, 11)] == (True, pytest.approx(0.02))
+        assert part.metrics()["duplicates/mergeable"] == 1
+
+
+def test_without_a_judge_every_candidate_is_a_target(tmp_path: Path) -> None:
+    z = planted(6000, 19)
+    part = monitor(tmp_path, z.shape[1])
+    feed(part, z)
+    report = part.report(99)
+    validate_correlation_report(report)
+    assert report["pairs_mergeable"] is None
+    assert part.target_pairs(10)[0].numel() == report["pairs_total"] == 3
+
+
+def test_only_the_strongest_pairs_are_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transcoder.antidup.monitor.MOST_JUDGED", 1)
+    z = planted(6000, 19)
+    part = monitor(tmp_path, z.shape[1])
+    feed(part, z)
+    asked: list[tuple[int, int]] = []
+
+    def judge(i: Tensor, j: Tensor) -> MergeResult:
+        asked.extend(zip(i.tolist(), j.tolist(), strict=True))
+        return verdicts(i, j, {(10, 11): 0.9})
+
+    report = part.report(99, judge=judge)
+    validate_correlation_report(report)
+    assert asked == [(10, 11)]
+    assert part.target_pairs(10)[0].tolist() == [8, 6]

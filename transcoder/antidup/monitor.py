@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from transcoder.antidup.decoder_cosine import decoder_cosine_tail
 from transcoder.antidup.files import replace_text
 from transcoder.antidup.flags import MAX_PAIRS, FlagBook, Pair
 from transcoder.antidup.ledger import UsageLedger
+from transcoder.antidup.merge_test import MergeResult
 from transcoder.antidup.report_schema import SCHEMA_VERSION
 from transcoder.antidup.sequence_counts import SequenceCounts
 from transcoder.antidup.state_size import correlation_state_bytes
@@ -26,6 +29,9 @@ from transcoder.kernels.correlation.op import EXACT_LIMIT
 from transcoder.kernels.correlation.pairs import Survey, sorted_pairs
 
 _NAME = "correlation_monitor"
+Judge = Callable[[Tensor, Tensor], MergeResult]
+MOST_JUDGED = 1024
+"""Strongest pairs put before the merge test: it multiplies the held-out residual by the decoder rows of both sides."""
 SKETCH_DIM = 128
 """Used beyond the widest exactly counted dictionary: standard deviation 0.03 at r = 0.8."""
 HISTOGRAM_BINS = 40
@@ -96,27 +102,30 @@ class CorrelationMonitor:
         self._ledger.record_call(_NAME)
         self._ledger.record_effect(_NAME, pairs_seen=_pairs_in(codes))
 
-    def refresh_targets(self) -> int:
+    def refresh_targets(self, judge: Judge | None = None) -> int:
         """Search the live view for pairs to penalise, and nothing else: no file, no block closed, the metrics
         of the last report stay. Reads the device; one pass over the pairs that fired together.
 
-        For the steps before the first report, so that the pair penalty acts early.
+        For the steps before the first report, so that the pair penalty acts early. `judge` as in `report`.
 
         Returns: the number of pairs that `target_pairs` has now.
         """
         view, beside = self._view()
         found = view.pairs(self.section.correlation_threshold, self.section.min_support, beside=beside)
         pairs, _ = self._listed(found, sorted(self._book.flagged))
-        self._set_targets(pairs)
+        self._set_targets(pairs, self._verdicts(pairs, judge))
         return self._targets[0].numel()
 
-    def report(self, step: int, W_dec: Tensor | None = None) -> dict[str, Any]:
+    def report(self, step: int, W_dec: Tensor | None = None, judge: Judge | None = None) -> dict[str, Any]:
         """Close a full block, mine the live view, write `correlation_step_%08d.json` and return its content
-        (schema version 2, see `validate_correlation_report`). Reads the device.
+        (schema version 3, see `validate_correlation_report`). Reads the device.
 
         Args:
             step: the training step, in the file's name.
             W_dec: [d_sae, d_out], adds the tail of decoder cosines.
+            judge: (i, j), each [P] int64 -> the merge test on held-out tokens. The strongest `MOST_JUDGED` pairs are put
+                before it; what it refuses (`merge_share_to_act`) is no target. None tests nothing, and every
+                candidate is one.
 
         Raises:
             OSError: the file could not be written. The report counts as made all the same (targets, flags and
@@ -133,6 +142,7 @@ class CorrelationMonitor:
         live = int((live_view.counts(beside=beside) > 0).sum())
         paired = torch.cat([pairs.i, pairs.j]).unique().numel()
         components = connected_components(flagged)
+        verdicts = self._verdicts(pairs, judge)
         # `pairs` has the flagged ones too.
         wider = connected_components(zip(pairs.i.tolist(), pairs.j.tolist(), strict=True))
         report: dict[str, Any] = {
@@ -148,9 +158,11 @@ class CorrelationMonitor:
                 "min_support": section.min_support,
                 "min_sequences": section.min_sequences,
             },
-            "pairs": self._entries(pairs, sequences),
+            "pairs": self._entries(pairs, sequences, verdicts),
             "pairs_total": len(pairs),
             "pairs_flagged": len(flagged),
+            "pairs_mergeable": None if verdicts is None else int(verdicts.mergeable().sum()),
+            "pairs_refused": None if verdicts is None else int(self._refused(verdicts).sum()),
             "components": components,
             "candidate_components": wider,
             "distinct_latents": _distinct(live, components),
@@ -160,14 +172,15 @@ class CorrelationMonitor:
             "decoder_cosine": None if W_dec is None else decoder_cosine_tail(W_dec),
             "histogram": _histogram(survey, edges),
         }
-        self._set_targets(pairs)
+        self._set_targets(pairs, verdicts)
         self._metrics = _metrics(report)
         self._write(step, report)
         return report
 
     def target_pairs(self, max_pairs: int) -> tuple[Tensor, Tensor]:
         """(i, j), each [P] int64 on the device, P <= max_pairs: flagged pairs, then the other candidates of the last
-        search (`report` or `refresh_targets`) by falling correlation. Empty before the first."""
+        search (`report` or `refresh_targets`) by falling correlation, without those that the merge test refused. Empty
+        before the first."""
         i, j = self._targets
         return i[:max_pairs], j[:max_pairs]
 
@@ -259,12 +272,27 @@ class CorrelationMonitor:
         distinct = seen.distinct(pairs.i, pairs.j)
         return pairs, [None] * len(pairs) if distinct is None else distinct.tolist()
 
-    def _entries(self, pairs: CorrelatedPairs, sequences: list[int | None]) -> list[dict[str, Any]]:
+    def _verdicts(self, pairs: CorrelatedPairs, judge: Judge | None) -> MergeResult | None:
+        """Of the first `MOST_JUDGED` pairs."""
+        if judge is None:
+            return None
+        if len(pairs) == 0:
+            return MergeResult.empty(self.device)
+        return judge(pairs.i[:MOST_JUDGED], pairs.j[:MOST_JUDGED])
+
+    def _refused(self, verdicts: MergeResult) -> Tensor:
+        limit = self.section.merge_share_to_act
+        return torch.zeros_like(verdicts.known) if limit is None else verdicts.known & ~verdicts.mergeable(limit)
+
+    def _entries(
+        self, pairs: CorrelatedPairs, sequences: list[int | None], verdicts: MergeResult | None
+    ) -> list[dict[str, Any]]:
         most = self.section.max_reported_pairs
+        tests = [_untested()] * min(most, len(pairs)) if verdicts is None else _tests(verdicts, min(most, len(pairs)))
         columns = (pairs.i, pairs.j, pairs.correlation, pairs.cosine, pairs.jaccard, pairs.support)
         rows = zip(*(c[:most].tolist() for c in columns), sequences[:most], strict=True)
         entries = []
-        for i, j, r, cosine, jaccard, support, seen in rows:
+        for (i, j, r, cosine, jaccard, support, seen), test in zip(rows, tests, strict=True):
             lower, upper = correlation_bounds(r, support)
             entries.append(
                 {
@@ -279,6 +307,7 @@ class CorrelationMonitor:
                     "upper": upper,
                     "blocks_above": self._book.blocks_above((i, j)),
                     "flagged": (i, j) in self._book.flagged,
+                    **test,
                 }
             )
         return entries
@@ -326,11 +355,15 @@ class CorrelationMonitor:
                 released.append(pair)
         return released
 
-    def _set_targets(self, pairs: CorrelatedPairs) -> None:
+    def _set_targets(self, pairs: CorrelatedPairs, verdicts: MergeResult | None) -> None:
         """Flagged pairs first, each part in the report's order. A search counts once there were tokens."""
         flagged = self._book.flagged
         late = [(i, j) not in flagged for i, j in zip(pairs.i.tolist(), pairs.j.tolist(), strict=True)]
         order = torch.tensor(late, dtype=torch.bool, device=self.device).sort(stable=True).indices
+        if verdicts is not None:
+            refused = torch.zeros(len(pairs), dtype=torch.bool, device=self.device)
+            refused[: verdicts.kept.numel()] = self._refused(verdicts)
+            order = order[~refused[order]]
         order = order[:MAX_PAIRS]
         self._targets = (pairs.i[order], pairs.j[order])
         if self._tokens:
@@ -340,6 +373,28 @@ class CorrelationMonitor:
         path = self._out_dir / f"correlation_step_{step:08d}.json"
         replace_text(path, json.dumps(report, indent=1, allow_nan=False) + "\n")
         self._ledger.record_file(_NAME, path)
+
+
+def _untested() -> dict[str, Any]:
+    return {"mergeable": None, "merge_share": None, "merge_fvu_change": None}
+
+
+def _tests(verdicts: MergeResult, listed: int) -> list[dict[str, Any]]:
+    """The merge test's part of each of the first `listed` entries; None where there is no verdict."""
+    rows = zip(
+        verdicts.known.tolist(),
+        verdicts.mergeable().tolist(),
+        verdicts.cost_share.tolist(),
+        verdicts.fvu_change.tolist(),
+        strict=True,
+    )
+    tests = [
+        {"mergeable": passed, "merge_share": share if math.isfinite(share) else None, "merge_fvu_change": change}
+        if known
+        else _untested()
+        for known, passed, share, change in rows
+    ][:listed]
+    return tests + [_untested()] * (listed - len(tests))
 
 
 def _distinct(live: int, components: list[list[int]]) -> int:
@@ -387,6 +442,9 @@ def _metrics(report: dict[str, Any]) -> dict[str, float]:
         "duplicates/largest_component": float(max(map(len, report["components"]), default=0)),
         "duplicates/largest_candidate_component": float(max(map(len, report["candidate_components"]), default=0)),
     }
+    for name in ("mergeable", "refused"):
+        if report[f"pairs_{name}"] is not None:
+            metrics[f"duplicates/{name}"] = float(report[f"pairs_{name}"])
     if report["effective_dictionary_size"] is not None:
         metrics["duplicates/effective_dictionary_size"] = float(report["effective_dictionary_size"])
     if report["decoder_cosine"] is not None:

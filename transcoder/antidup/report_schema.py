@@ -1,4 +1,4 @@
-"""The correlation report, schema version 2: what its JSON holds, checked without a schema library."""
+"""The correlation report, schema version 3: what its JSON holds, checked without a schema library."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-SCHEMA_VERSION = 2
-"""Version 1 had candidates in `components` until the first flag, and no fields of candidates."""
+SCHEMA_VERSION = 3
+"""Version 1 had candidates in `components` until the first flag, and no fields of candidates; version 2 no merge test."""
 
 _NUMBER = (int, float)
 _TOP: dict[str, Any] = {
@@ -21,6 +21,8 @@ _TOP: dict[str, Any] = {
     "pairs": list,
     "pairs_total": int,
     "pairs_flagged": int,
+    "pairs_mergeable": (int, type(None)),
+    "pairs_refused": (int, type(None)),
     "components": list,
     "candidate_components": list,
     "distinct_latents": int,
@@ -43,12 +45,15 @@ _PAIR: dict[str, Any] = {
     "upper": _NUMBER,
     "blocks_above": int,
     "flagged": bool,
+    "mergeable": (bool, type(None)),
+    "merge_share": (*_NUMBER, type(None)),
+    "merge_fvu_change": (*_NUMBER, type(None)),
 }
 _COSINE = {"median": _NUMBER, "p99": _NUMBER, "p999": _NUMBER}
 
 
 def validate_correlation_report(report: Any) -> None:
-    """Raise ValueError, naming the place, unless `report` is a correlation report of schema version 2.
+    """Raise ValueError, naming the place, unless `report` is a correlation report of schema version 3.
 
     `components` joins latents by flagged pairs, `candidate_components` by candidate or flagged ones; the distinct
     latents of each count a component once.
@@ -101,6 +106,7 @@ def _fields(value: Any, kinds: Mapping[str, Any], where: str) -> None:
         raise ValueError(f"{where}: lacking {', '.join(lacking) or 'none'}; unknown {', '.join(unknown) or 'none'}")
     for name, kind in kinds.items():
         got = value[name]
-        wrong = not isinstance(got, kind) or (isinstance(got, bool) and kind is not bool)
+        kinds_of = kind if isinstance(kind, tuple) else (kind,)
+        wrong = not isinstance(got, kind) or (isinstance(got, bool) and bool not in kinds_of)
         if wrong or (isinstance(got, float) and not math.isfinite(got)):
             raise ValueError(f"{where}.{name}: expected {kind}, got {got!r}")

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from transcoder.activations import ActivationBatch
-from transcoder.kernels import SparseCodes, nested_loss
+from transcoder.antidup.merge_test import MergeResult, MergeTest
+from transcoder.kernels import SparseCodes, nested_loss, sparse_decode
 from transcoder.model import Transcoder
 from transcoder.training.baselines import LinearBaseline
 
@@ -37,6 +38,30 @@ def evaluate(
     transcoder.eval()
     try:
         return _evaluate(transcoder, heldout, sinks, baseline)
+    finally:
+        transcoder.train(was_training)
+
+
+@torch.no_grad()
+def merge_test(
+    transcoder: Transcoder, heldout: Sequence[ActivationBatch], i: Tensor, j: Tensor, tokens: int | None = None
+) -> MergeResult:
+    """What folding latent j into i (or i into j) costs on the first `tokens` held-out tokens (None: all), for pairs (i, j),
+    each [P] int64. The transcoder runs as at inference; the FVU is that of the full width."""
+    was_training = transcoder.training
+    transcoder.eval()
+    try:
+        # In normalised units throughout: costs are ratios.
+        test, seen = MergeTest(i, j, transcoder.W_dec), 0
+        for batch in heldout:
+            if tokens is not None and seen >= tokens:
+                break
+            seen += len(batch)
+            codes = transcoder.encode(batch.source)
+            target = transcoder.residual_target(batch.source, batch.target)
+            error = sparse_decode(codes, transcoder.W_dec, transcoder.b_dec) - target
+            test.update(codes, error, transcoder.normalize_target(batch.target))
+        return test.result()
     finally:
         transcoder.train(was_training)
 

@@ -23,15 +23,17 @@ from transcoder.antidup import (
     PositionSampler,
     UsageLedger,
 )
+from transcoder.antidup.monitor import Judge
 from transcoder.config import ConfigError, RegularizerSection, RunConfig
 from transcoder.model import StepOutput, Transcoder, TranscoderConfig
 from transcoder.reporting import MetricsWriter, ProgressBar, write_report
 from transcoder.training.baselines import LinearBaseline
-from transcoder.training.checkpoint import CheckpointError, CheckpointStore, FolderLock, pack_state
-from transcoder.training.evaluation import evaluate
+from transcoder.training.checkpoint import CheckpointError, CheckpointStore, pack_state
+from transcoder.training.evaluation import evaluate, merge_test
 from transcoder.training.interrupts import StopRequest
 from transcoder.training.meters import Meters
 from transcoder.training.optimizer import make_optimizer, optimizer_step
+from transcoder.training.run_start import RunStart
 from transcoder.training.schedule import learning_rate, peak_learning_rate
 from transcoder.training.sources import Source, TrainingDataError, own_data
 from transcoder.training.storage import replace_atomically
@@ -103,11 +105,12 @@ def train_transcoder(
     device = _device(config.model.device)
     _check_switches(config, batches, heldout)
     with ExitStack() as stack:
-        stack.enter_context(FolderLock(run_dir))
+        start = stack.enter_context(RunStart(run_dir))
         _check_folder(run_dir, config, resume)
         stop = stack.enter_context(StopRequest())
         run = _Run(config, run_dir, device, batches, heldout, stack)
         run.prepare(resume)
+        start.begun()
         return run.train(stop)
 
 
@@ -135,6 +138,7 @@ class _Run:
             },
             run_dir / "usage.json",
         )
+        self.own_batches = batches is not None
         self.positions = (
             PositionSampler(anti.positions, seed, (), self.ledger, out_dir=logs) if anti.positions.enabled else None
         )
@@ -204,6 +208,8 @@ class _Run:
         self.monitor = (
             CorrelationMonitor(anti.monitor, shape.d_sae, device, logs, self.ledger) if anti.monitor.enabled else None
         )
+        if self.monitor is not None and (shape.d_sae == 1 or (shape.k == 1 and shape.activation == "topk")):
+            self.ledger.record_no_pairs_possible()
         self.samples = (
             ActivationSampleCollector(
                 anti.samples,
@@ -243,7 +249,8 @@ class _Run:
             except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
                 raise ValueError(
                     f"resume: {loaded.path} is whole but does not hold the state of this run "
-                    f"({type(error).__name__}: {error}): it was written by another version or with other settings; start a new run with another --out"
+                    f"({type(error).__name__}: {error}): it was written by another version or with other settings; start a "
+                    "new run with another --out"
                 ) from error
             self.step = self.saved_step = self.finite_step = loaded.step
         else:
@@ -254,6 +261,7 @@ class _Run:
         self.writer = self.stack.enter_context(
             MetricsWriter(self.run_dir, self.config, self.step if loaded is not None else None)
         )
+        self.writer.write_event("data", {"source": "own batches" if self.own_batches else self.config.activations.kind})
         self.writer.write_event("checkpoint_budget", {"bytes_each_at_most": budget})
         self.bar = ProgressBar(self.config.training.steps, self.step, self.config.logging.progress)
         self.stack.callback(self.bar.close)
@@ -382,7 +390,7 @@ class _Run:
         if reporting or verifying:
             self._report_antidup()
         elif self.monitor is not None and self._targets_are_due():
-            self.monitor.refresh_targets()
+            self.monitor.refresh_targets(self._judge())
         if self.samples is not None and (sampling or verifying):
             samples = self.samples
             self._write("activation samples", lambda: samples.save(step, self.source.decode_tokens))
@@ -413,11 +421,20 @@ class _Run:
         early = self.step < self.config.antidup.monitor.correlation_save_frequency
         return early and self.regularizer is not None and rest == 0 and doublings & (doublings - 1) == 0
 
+    def _judge(self) -> Judge | None:
+        """The merge test on held-out tokens, on all of them at the end."""
+        tokens = self.config.antidup.monitor.merge_test_tokens
+        if tokens == 0 or not self.heldout:
+            return None
+        last = self.step >= self.config.training.steps
+        return lambda i, j: merge_test(self.transcoder, self.heldout, i, j, None if last else tokens)
+
     def _report_antidup(self) -> None:
         step = self.step
         if self.monitor is not None:
             monitor = self.monitor
-            self._write("correlation report", lambda: monitor.report(step, self.transcoder.W_dec.detach()))
+            judge = self._judge()
+            self._write("correlation report", lambda: monitor.report(step, self.transcoder.W_dec.detach(), judge))
         if self.regularizer is not None:
             regularizer = self.regularizer
             self._write("regularizer.jsonl", lambda: regularizer.save(step))

@@ -49,6 +49,8 @@ def _facts(report: Mapping[str, Any]) -> str:
     facts = [
         ("Pairs above the threshold", number(_real(report.get("pairs_total")))),
         ("Flagged", number(_real(report.get("pairs_flagged")))),
+        ("Foldable for nothing", number(_real(report.get("pairs_mergeable")))),
+        ("Correlated, but no duplicate", number(_real(report.get("pairs_refused")))),
         ("Live latents", number(_real(report.get("live_latents")))),
         ("Distinct latents, flagged pairs merged", number(_real(report.get("distinct_latents")))),
         ("Distinct latents, candidates merged too", number(_real(report.get("distinct_latents_candidates")))),
@@ -65,7 +67,8 @@ def _facts(report: Mapping[str, Any]) -> str:
     text = (
         f"At step {number(_real(report.get('step')))}, after {number(_real(report.get('tokens')))} tokens. A candidate has a "
         f"correlation above {correlation} and fires on at least {support} tokens in {sequences} sequences; it is flagged when "
-        "the lower bound holds in several disjoint blocks."
+        "the lower bound holds in several disjoint blocks. The cost of folding is what one latent in the place of two loses on "
+        "held-out tokens, as a share of what the latent is worth."
     )
     return f'<p class="lead">{escape(text)}</p>{tiles(facts)}'
 
@@ -126,7 +129,7 @@ def _pairs(report: Mapping[str, Any]) -> str:
     )
     head = (
         "<tr><th>Latents</th><th></th><th>Correlation, 95 % interval</th><th class=n>Cosine</th><th class=n>Jaccard</th>"
-        "<th class=n>Tokens</th><th class=n>Sequences</th><th>State</th></tr>"
+        "<th class=n>Tokens</th><th class=n>Sequences</th><th class=n>Cost of folding</th><th>State</th></tr>"
     )
     return (
         '<h3>Pairs, strongest first</h3><div class="tools" data-for="pairs" hidden>'
@@ -147,6 +150,7 @@ def _row(p: dict[str, Any]) -> str:
         '<td><button type="button" class="open" aria-expanded="false" hidden>contexts</button></td>',
         f'<td class="r">{_interval(p)}</td>',
         *(f"<td class=n>{number(_real(p.get(name)))}</td>" for name in ("cosine", "jaccard", "support", "sequences")),
+        f"<td class=n>{percent(_real(p.get('merge_share')))}</td>",
         f"<td>{pill}</td>",
     ]
     return f'<tr data-i="{i}" data-j="{j}" data-flagged="{int(flagged)}">{"".join(cells)}</tr>'
