@@ -22,7 +22,7 @@ def decoder_cosine_tail(decoder: Tensor) -> dict[str, float] | None:
     if decoder.shape[0] < 2:
         return None
     unit = torch.nn.functional.normalize(decoder.detach().float(), dim=1)
-    best = torch.full((unit.shape[0],), -1.0, device=unit.device)
+    best = unit.new_full((unit.shape[0],), -1.0)
     for a in range(0, unit.shape[0], TILE_ROWS):
         rows = unit[a : a + TILE_ROWS]
         for b in range(0, unit.shape[0], TILE_ROWS):

@@ -224,7 +224,7 @@ class ActivationSampleCollector:
         ordinary = self.section.position_bins * self._per_bin
         fraction = self.section.max_sink_fraction
         if self._strata > self.section.position_bins and fraction < 1:
-            room = (keep[:, :ordinary].sum(1, keepdim=True) * fraction / (1 - fraction) + 1e-6).floor()
+            room = (keep[:, :ordinary].sum(1, keepdim=True).double() * fraction / (1 - fraction) + 1e-6).floor()
             keep[:, ordinary:] &= keep[:, ordinary:].cumsum(1) <= room
         return joined._replace(score=torch.where(keep, joined.score, -1.0))
 

@@ -47,7 +47,7 @@ class SequenceCounts:
             return None
         rows = self._map.view(-1, self.bits)
         empty = self.bits - (rows[i] | rows[j]).sum(1)
-        return (-self.bits * (empty.clamp(min=1) / self.bits).log()).round().long()
+        return (-self.bits * (empty.clamp(min=1).double() / self.bits).log()).round().long()
 
     def merge(self, other: SequenceCounts) -> None:
         self._map |= other._map
