@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -190,6 +191,47 @@ def test_train_then_report_then_compare(capsys: pytest.CaptureFixture[str], tmp_
     code, out, err = outcome(capsys, "compare", run, run)
     assert code == 0, err
     assert "fvu" in out.lower()
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(("words", "code"), [(["compare", "one", "two"], 141), (["train", "--help"], 0), ([], 2)])
+def test_a_reader_that_goes_away_is_no_error(tmp_path: Path, words: list[str], code: int, unbuffered: str) -> None:
+    """As in `transcoder compare A B | head -1`."""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text("name: x\n")
+    command = [sys.executable, "-m", "transcoder", *words]
+    pipe = subprocess.PIPE
+    env = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=tmp_path, env=env) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
+        assert process.wait(timeout=120) == code
+
+
+def test_another_broken_pipe_is_an_error(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise BrokenPipeError("a worker died")
+
+    monkeypatch.setattr(RunConfig, "load", broken)
+    assert_refused(capsys, ["train", "demo"], "a worker died", code=1)
+
+
+def test_without_progress_nothing_is_shown(tmp_path: Path, tiny: Path) -> None:
+    command = [sys.executable, "-m", "transcoder", "train", str(tiny), "--out", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Loading" not in done.stderr
+    assert "%|" not in done.stderr
+
+
+def test_text_flags_stay_text(tmp_path: Path) -> None:
+    parser = cli._parser().commands["train"]
+    _, settings = cli._take_settings(["train", "demo", "--name", "123", "--training.lr", "1e-3"], parser)
+    assert settings == {"name": "123", "training.lr": 1e-3}
+    assert RunConfig.load("demo", settings).name == "123"
 
 
 def test_a_part_that_was_not_really_used_has_its_own_code(

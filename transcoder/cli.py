@@ -2,13 +2,16 @@
 
 Exit codes: 0 done; 1 the run failed; 2 bad input (settings, data, files); 3 an anti-duplication part was not
 really used; 75 stopped by a signal with the state saved (add --resume to go on); 130 interrupted before there
-was anything to save.
+was anything to save; 141 the reader of the output went away (`| head`).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
+import os
+import select
 import sys
 import traceback
 import warnings
@@ -23,7 +26,7 @@ from transcoder.config import ConfigError, RunConfig, parse_flag
 if TYPE_CHECKING:
     from transcoder.training import RunResult
 
-EXIT_OK, EXIT_FAILED, EXIT_INPUT, EXIT_LEDGER, EXIT_STOPPED, EXIT_INTERRUPTED = 0, 1, 2, 3, 75, 130
+EXIT_OK, EXIT_FAILED, EXIT_INPUT, EXIT_LEDGER, EXIT_STOPPED, EXIT_INTERRUPTED, EXIT_PIPE = 0, 1, 2, 3, 75, 130, 141
 
 _CODES: dict[str, int] = {
     "LedgerError": EXIT_LEDGER,
@@ -53,18 +56,51 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     logging.basicConfig(format="%(levelname)s: %(message)s")
-    with warnings.catch_warnings():
-        warnings.showwarning = _show_warning
-        return _guarded(words, debug)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            return _guarded(words, debug)
+    finally:
+        # What is still buffered meets a reader that went away here, and not in the interpreter's last breath.
+        _output_is_open()
+
+
+def _output_is_open() -> bool:
+    """Flush what was printed. Where nobody reads it any more, the rest of it goes nowhere, quietly."""
+    try:
+        sys.stdout.flush()
+        if not _reader_is_gone():
+            return True
+    except BrokenPipeError:
+        pass
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return False
+
+
+def _reader_is_gone() -> bool:
+    """Whether standard output is a pipe whose other end is closed. Unbuffered output leaves nothing that a flush could find."""
+    if not hasattr(select, "poll"):
+        return False
+    try:
+        descriptor = sys.stdout.fileno()
+    except (OSError, ValueError):
+        return False
+    watch = select.poll()
+    watch.register(descriptor, 0)
+    return any(found & select.POLLERR for _, found in watch.poll(0))
 
 
 def _guarded(words: list[str], debug: bool) -> int:
     try:
-        return _run(words)
+        done = _run(words)
+        # How a run ended matters more than who read of it.
+        return EXIT_PIPE if done == EXIT_OK and not _output_is_open() else done
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and not _output_is_open():
+            return EXIT_PIPE
         code = next((_CODES[c.__name__] for c in type(error).__mro__ if c.__name__ in _CODES), None)
         if debug or code is None:
             # An error that nobody foresaw is a fault of ours: the place matters more than one clean line.
@@ -115,10 +151,14 @@ def _train_into(config: RunConfig, options: argparse.Namespace) -> RunResult:
 
 
 def _finish(result: RunResult) -> int:
-    print(f"run folder: {result.run_dir}")
     if not result.finished:
-        print(f"stopped by {result.interrupted_by} after step {result.step}; the state is saved, add --resume to go on")
+        with contextlib.suppress(BrokenPipeError):
+            print(f"run folder: {result.run_dir}")
+            print(
+                f"stopped by {result.interrupted_by} after step {result.step}; the state is saved, add --resume to go on"
+            )
         return EXIT_STOPPED
+    print(f"run folder: {result.run_dir}")
     print("fraction of variance unexplained on held-out non-sink tokens (lower is better):")
     for key, label in (
         ("evaluation/fvu", "transcoder"),
