@@ -18,8 +18,11 @@ from transcoder.kernels import SparseCodes
 from transcoder.losses import reconstruction_loss
 from transcoder.model import Transcoder
 from transcoder.training import RunResult, TrainingDivergedError, train_transcoder
-from transcoder.training.checkpoint import load_checkpoint
+from transcoder.training import trainer as trainer_module
+from transcoder.training.checkpoint import CheckpointError, load_checkpoint
+from transcoder.training.output_checks import check_run
 from transcoder.training.sources import TrainingDataError
+from transcoder.training.storage import FolderLock, RunLockedError
 from transcoder.training.trainer import penalty_scale
 
 D_IN, D_OUT, SEQUENCE = 12, 10, 16
@@ -418,4 +421,136 @@ def test_penalties_follow_the_loss_convention(convention: str) -> None:
 def test_contradictions_are_refused_before_anything_is_written(tmp_path: Path, change: dict, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         train_transcoder(config(**change), tmp_path / "run", batches=Planted())
-    assert not (tmp_path / "run" / "config.yaml").exists()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_start_that_fails_late_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def empty() -> Iterator[ActivationBatch]:
+        yield from ()
+
+    with pytest.raises(TrainingDataError, match="empty iterable"):
+        train_transcoder(config(), tmp_path / "runs" / "deep" / "run", batches=empty())
+    assert list(tmp_path.iterdir()) == []
+    huge = config(transcoder__normalize="none", checkpoint__second_location=str(tmp_path / "run" / "file" / "x"))
+    mine = tmp_path / "run"
+    mine.mkdir()
+    (mine / "file").write_text("a file, no folder")
+    with pytest.raises(CheckpointError, match="second_location"):
+        train_transcoder(huge, mine, batches=Planted())
+    assert [path.name for path in mine.iterdir()] == ["file"], "what was there stays"
+
+    def refuses(*_: object, **__: object) -> None:
+        raise ConfigError("logging.wandb: not installed")
+
+    monkeypatch.setattr(trainer_module, "MetricsWriter", refuses)
+    with pytest.raises(ConfigError, match="not installed"):
+        train_transcoder(config(), tmp_path / "late", batches=Planted())
+    assert not (tmp_path / "late").exists(), "config.yaml was written by then"
+    monkeypatch.undo()
+    assert train_transcoder(config(training__steps=3), tmp_path / "late", batches=Planted()).finished
+
+
+def test_a_resume_that_fails_leaves_the_run_as_it_was(whole: RunResult) -> None:
+    def content() -> dict[Path, bytes]:
+        # The lock file names its last owner.
+        return {p: p.read_bytes() for p in whole.run_dir.rglob("*") if p.is_file() and p.name != ".lock"}
+
+    before = content()
+    with pytest.raises(TrainingDataError, match="empty iterable"):
+        train_transcoder(config(), whole.run_dir, resume=True, batches=[])
+    assert content() == before
+
+
+def test_a_lock_that_was_discarded_meanwhile_locks_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its file was opened before, and locked after, its owner took it away: the next one takes the new file's lock."""
+    owner = FolderLock(tmp_path)
+    take = FolderLock._take
+    taken = []
+
+    def late(self: FolderLock) -> None:
+        if not taken:
+            owner.discard()
+        taken.append(self.path)
+        take(self)
+
+    monkeypatch.setattr(FolderLock, "_take", late)
+    with FolderLock(tmp_path):
+        assert len(taken) == 2
+        with pytest.raises(RunLockedError, match="in use by process"):
+            FolderLock(tmp_path)
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_a_run_does_not_depend_on_the_default_dtype(tmp_path: Path, default: torch.dtype) -> None:
+    terms = {"antidup__regularizer__position_entropy_weight": 0.1, "antidup__regularizer__all_pairs_weight": 0.1}
+    made = [next(b) for b in [Planted()] for _ in range(60)]
+    usual = train_transcoder(config(**terms), tmp_path / "usual", batches=iter(made))
+    torch.set_default_dtype(default)
+    try:
+        other = train_transcoder(config(**terms), tmp_path / "other", batches=iter(made))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_same(weights(usual), weights(other))
+    assert usual.summary == other.summary
+    folder = "checkpoints/step_00000030"
+    compare_trees(*(load_checkpoint(run.run_dir / folder).trainer_tree for run in (usual, other)), "")
+    report = "anti_duplication_logs/correlation_step_00000030.json"
+    assert (usual.run_dir / report).read_text() == (other.run_dir / report).read_text()
+
+
+def test_it_learns_planted_features(tmp_path: Path) -> None:
+    """Far below the mean, and below the best linear map: the target is a nonlinear function of sparse factors."""
+    learning = config(
+        training__steps=300,
+        training__lr=1e-2,
+        transcoder__d_sae=128,
+        transcoder__widths=[32, 128],
+        training__batch_size=256,
+        training__evaluation_tokens=2048,
+        antidup__monitor__correlation_save_frequency=100,
+        checkpoint__every=300,
+    )
+    summary = train_transcoder(learning, tmp_path / "run", batches=Planted(rows=256)).summary
+    assert summary["evaluation/baseline_mean_fvu"] == pytest.approx(1, abs=0.02)
+    assert summary["evaluation/fvu"] < 0.55
+    assert summary["evaluation/fvu"] < 0.75 * summary["evaluation/baseline_linear_fvu"]
+    assert summary["evaluation/fvu"] < summary["evaluation/fvu_prefix_32"] < 0.75
+    assert summary["evaluation/l0"] == pytest.approx(4, abs=0.5)
+    assert summary["tokens"] == 300 * 256
+
+
+@pytest.mark.parametrize(("d_sae", "activation"), [(1, "topk"), (1, "batch_topk"), (64, "topk")])
+def test_one_latent_a_token(tmp_path: Path, d_sae: int, activation: str) -> None:
+    """No pairs are possible then: that none was seen is a finding, not a part that was not used."""
+    one = config(transcoder__d_sae=d_sae, transcoder__k=1, transcoder__widths=None, transcoder__activation=activation)
+    result = train_transcoder(one, tmp_path / "run", batches=Planted())
+    assert result.finished
+    assert result.report is not None
+    report = json.loads((tmp_path / "run" / "anti_duplication_logs" / "correlation_step_00000030.json").read_text())
+    assert report["pairs_total"] == 0
+    if d_sae == 1:
+        assert (report["live_latents"], report["effective_dictionary_size"]) == (1, 1)
+    monitor = json.loads((tmp_path / "run" / "usage.json").read_text())["components"]["correlation_monitor"]
+    assert monitor["effect"]["pairs_seen"] == 0
+    assert "no token can have two latents" in monitor["effect"]["finding"]
+    assert all(check.passed for check in check_run(tmp_path / "run", one)), check_run(tmp_path / "run", one)
+
+
+def test_the_page_says_what_ran(whole: RunResult) -> None:
+    """On one's own batches neither the config's language model nor its text was read."""
+    page = (whole.run_dir / "report.html").read_text()
+    ran = page[page.index("What ran") :].split("</dl>")[0]
+    assert f"batches given to train_transcoder, d_in {D_IN}, d_out {D_OUT}" in ran
+    for wrong in ("stdlib", "demo", "blocks.2"):
+        assert wrong not in ran
+
+
+def test_tokens_are_counted_as_they_come(tmp_path: Path) -> None:
+    result = train_transcoder(config(training__steps=4), tmp_path / "run", batches=Planted(rows=50))
+    assert result.summary["tokens"] == 4 * 50
+    assert records(tmp_path / "run")[-1].get("details/n_training_samples", 200) == 200
+
+
+def test_held_out_batches_need_batches(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="heldout: expected it only with `batches`"):
+        train_transcoder(config(), tmp_path / "run", heldout=[next(Planted())])

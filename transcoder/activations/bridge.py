@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import os
 import re
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +90,7 @@ class HookedModel:
             `blocks.8.mlp.hook_out`.
         dtype: type of weights and activations.
         device: where it runs.
+        progress: False keeps the loader's progress bars quiet.
 
     Attributes:
         d_in, d_out: widths at the two hooks (a hook with heads is flattened).
@@ -99,13 +102,22 @@ class HookedModel:
             target's layer.
     """
 
-    def __init__(self, name: str, source_hook: str, target_hook: str, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        name: str,
+        source_hook: str,
+        target_hook: str,
+        dtype: torch.dtype,
+        device: torch.device,
+        progress: bool = True,
+    ) -> None:
         _check_layers(source_hook, target_hook)
         folder = resolve_model_name(name)
         from transformer_lens.model_bridge import TransformerBridge
 
         try:
-            bridge = TransformerBridge.boot_transformers(folder, device=str(device), dtype=dtype)
+            with contextlib.nullcontext() if progress else _no_progress_bars():
+                bridge = TransformerBridge.boot_transformers(folder, device=str(device), dtype=dtype)
         except Exception as error:
             # Loading raises many types: a torn weight file, an architecture without an adapter, no network
             # half-way.
@@ -189,6 +201,23 @@ class HookedModel:
                 f"{tuple(tokens.shape)}; expected [sequences, positions, width]"
             )
         return value.flatten(2)
+
+
+@contextlib.contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Those of transformers and of the hub's client; as they were afterwards."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from transformers.utils import logging
+
+    ours, hubs = logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    logging.disable_progress_bar()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if ours:
+            logging.enable_progress_bar()
+        (enable_progress_bars if hubs else disable_progress_bars)()
 
 
 def _check_layers(source_hook: str, target_hook: str) -> None:

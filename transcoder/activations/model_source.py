@@ -44,6 +44,7 @@ class ModelSource:
             section.target_hook,
             getattr(torch, config.model.dtype),
             device,
+            config.logging.progress,
         )
         self.d_in, self.d_out, self.vocabulary = self._model.d_in, self._model.d_out, self._model.vocabulary
         self.vocabulary.encode(first)  # ids of another vocabulary show here rather than in the first pass

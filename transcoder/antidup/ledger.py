@@ -47,9 +47,13 @@ def missing_effects(name: str, effect: Mapping[str, Any]) -> list[str]:
             missing.append(f"no effect ({key} was never recorded)")
         elif not isinstance(value, (int, float)) or not math.isfinite(value):
             missing.append(f"no effect ({key} is {value})")
-        elif value == 0 and key not in MAY_BE_NOTHING:
+        elif value == 0 and key not in MAY_BE_NOTHING and not _no_pairs_possible(key, effect):
             missing.append(f"no effect ({key} is 0)")
     return missing + (_missing_terms(effect) if name == _REGULARIZER else [])
+
+
+def _no_pairs_possible(key: str, effect: Mapping[str, Any]) -> bool:
+    return key == "pairs_seen" and effect.get("pairs_possible") == 0
 
 
 def _missing_terms(effect: Mapping[str, Any]) -> list[str]:
@@ -128,6 +132,10 @@ class UsageLedger:
                     value = value.detach().to(torch.float64, copy=True)
                 totals[key] = totals[key] + value if key in totals else value
 
+    def record_no_pairs_possible(self) -> None:
+        """No token can have two latents (TopK with k = 1, or one latent): that the monitor saw no pair is no defect."""
+        self.record_effect(_MONITOR, pairs_possible=0)
+
     def record_survey(self) -> None:
         """Count one search of the monitor for pairs to penalise."""
         self.record_effect(_MONITOR, surveys=1)
@@ -164,6 +172,9 @@ class UsageLedger:
         finding = _finding(effect)
         if finding is not None:
             effect["finding"] = finding
+        seen = components[_MONITOR]["effect"]
+        if seen.get("pairs_possible") == 0:
+            seen["finding"] = "no token can have two latents (k = 1, or one latent): there are no pairs to see"
         return {"components": components}
 
     def write(self) -> Path:

@@ -194,6 +194,16 @@ class RunFolder:
         return bool(self.summary.get("finished")) and not newer
 
     @property
+    def data_source(self) -> str | None:
+        """What the run trained on: "model", "cached" or "own batches" (whatever config.yaml says of models and texts)."""
+        for event in reversed(self.metrics.events):
+            payload = event.get("payload")
+            if event.get("event") == "data" and isinstance(payload, dict) and isinstance(payload.get("source"), str):
+                return str(payload["source"])
+        kind = self.setting("activations.kind")
+        return kind if isinstance(kind, str) else None
+
+    @property
     def status(self) -> str:
         """ "finished", "stopped by SIGTERM", or what can be said of a run that left no summary."""
         if self.finished:

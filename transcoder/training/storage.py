@@ -99,12 +99,25 @@ class FolderLock(contextlib.AbstractContextManager["FolderLock"]):
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / LOCK_NAME
-        self._descriptor: int | None = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        self._descriptor: int | None = None
+        self._was_there = self.path.exists()
+        while self._descriptor is None:
+            self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                self._take()
+                if not self._is_current():
+                    # Discarded by its owner between our opening and our locking it: this lock locks nobody out.
+                    self.release()
+            except BaseException:
+                self.release()
+                raise
+
+    def _is_current(self) -> bool:
+        assert self._descriptor is not None
         try:
-            self._take()
-        except BaseException:
-            self.release()
-            raise
+            return os.path.samestat(os.fstat(self._descriptor), os.stat(self.path))
+        except FileNotFoundError:
+            return False
 
     def _take(self) -> None:
         assert self._descriptor is not None
@@ -138,10 +151,18 @@ class FolderLock(contextlib.AbstractContextManager["FolderLock"]):
             os.pwrite(self._descriptor, json.dumps(owner).encode(), 0)
 
     def release(self) -> None:
-        """Give the folder free. The lock file stays: removing it would race with the next owner."""
+        """Give the folder free. The lock file stays."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
+
+    def discard(self) -> None:
+        """Give the folder free without a trace: the lock file goes too, if this lock made it."""
+        if self._descriptor is not None and not self._was_there:
+            # While it is still held: whoever opened it meanwhile finds that it is not the folder's any more.
+            with contextlib.suppress(OSError):
+                self.path.unlink(missing_ok=True)
+        self.release()
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from transcoder.reporting import figures
 from transcoder.reporting.figures import Figure
 from transcoder.reporting.html import escape, table
@@ -85,23 +87,32 @@ def _what_ran(run: RunFolder) -> str:
 
     widths = run.setting("transcoder.widths")
     rows = [
-        ("Model", setting("model.name")),
-        ("Reads", setting("activations.source_hook")),
-        ("Predicts", setting("activations.target_hook")),
-        (
-            "Text",
-            setting("activations.dataset") if run.setting("activations.kind") != "cached" else "cached activations",
-        ),
+        *_data_rows(run, setting),
         (
             "Latents",
             f"{setting('transcoder.d_sae')}, {setting('transcoder.activation')}, k = {setting('transcoder.k')}",
         ),
         ("Prefixes", setting("transcoder.widths") if widths else "full width only"),
-        ("Batch", f"{setting('training.batch_size')} tokens"),
+        *([] if run.data_source == "own batches" else [("Batch", f"{setting('training.batch_size')} tokens")]),
         ("Seed", setting("training.seed")),
     ]
     items = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in rows)
     return f'<div class="panel"><h3>What ran</h3><dl class="what">{items}</dl></div>'
+
+
+def _data_rows(run: RunFolder, setting: Callable[[str], str]) -> list[tuple[str, str]]:
+    """Only what was really read: of a user's own batches the config knows nothing, of a cache not its hooks."""
+    if run.data_source == "own batches":
+        widths = [f"{name} {number(run.summary[name])}" for name in ("d_in", "d_out") if name in run.summary]
+        return [("Data", ", ".join(["batches given to train_transcoder", *widths]))]
+    if run.data_source == "cached":
+        return [("Data", f"cached activations, {setting('activations.cached_path')}")]
+    return [
+        ("Model", setting("model.name")),
+        ("Reads", setting("activations.source_hook")),
+        ("Predicts", setting("activations.target_hook")),
+        ("Text", setting("activations.dataset")),
+    ]
 
 
 def _tiles(run: RunFolder) -> str:
