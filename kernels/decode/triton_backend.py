@@ -64,11 +64,11 @@ def prefix_errors(
     y: Tensor,
     token_weights: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """(squared errors summed over tokens and d_out, one a prefix [P]; final residual [B, d_out])."""
+    """(squared errors summed over tokens and d_out, one a prefix [P], fp32 or wider; final residual [B, d_out])."""
     check_device("nested_loss", values.device)
     rows, columns = y.shape
     residual = torch.empty(rows, columns, dtype=values.dtype, device=values.device)
-    totals = torch.zeros(len(widths), dtype=values.dtype, device=values.device)
+    totals = torch.zeros(len(widths), dtype=WIDE[values.dtype], device=values.device)
     if residual.numel() == 0:
         return totals, residual
     choice, accumulator = gather(W_dec), ACCUMULATOR[values.dtype]
