@@ -10,8 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from transcoder.config import RunConfig
+from transcoder.activations import ActivationBatch
+from transcoder.config import MonitorSection, RunConfig
+from transcoder.model import Transcoder, TranscoderConfig
+from transcoder.training.heldout_duplicates import heldout_duplicates
 from transcoder.training.output_checks import check_run
 from transcoder.training.validate import ValidationResult, validate
 
@@ -50,6 +54,36 @@ def test_every_check_holds_and_the_comparison_is_saved(validated: tuple[Path, Va
     usage = {name: json.loads((out / name / "usage.json").read_text())["components"] for name in result.checks}
     assert all(part["enabled"] and part["calls"] for part in usage["with_antidup"].values())
     assert not any(part["enabled"] or part["calls"] for part in usage["baseline"].values())
+
+
+def test_both_dictionaries_are_measured_alike(validated: tuple[Path, ValidationResult]) -> None:
+    """The baseline has no monitor: its duplicates are counted after training, as the other's are."""
+    out, result = validated
+    rows = {row["name"]: row for row in json.loads((out / "comparison.json").read_text())["figures"]}
+    for name in ("pairs", "share_of_live", "effective_dictionary_size"):
+        assert all(isinstance(v, (int, float)) for v in rows[f"heldout_duplicates/{name}"]["values"]), name
+    assert "Candidate pairs, held-out" in result.format()
+
+
+def test_held_out_duplicates_are_the_pairs_that_are_there() -> None:
+    model = Transcoder(TranscoderConfig(8, 8, 16, 4))
+    with torch.no_grad():
+        model.W_enc[1] = model.W_enc[0]
+        model.W_dec[1] = model.W_dec[0]
+        model.W_enc[3] = 2 * model.W_enc[2]
+        model.W_dec[3] = model.W_dec[2]
+    x = torch.randn(2000, 8, generator=torch.Generator().manual_seed(0))
+    tokens = torch.arange(1000)
+    held = [
+        ActivationBatch(part, part, tokens, tokens, sequences=tokens // 8 + 1000 * i)
+        for i, part in enumerate(x.split(1000))
+    ]
+    found = heldout_duplicates(model, held, MonitorSection(min_support=50, min_sequences=20, update_every=7))
+    codes = model.encode(x).to_dense()
+    r = torch.corrcoef(codes.T).nan_to_num().triu(1)
+    assert found["heldout_duplicates/pairs"] == int((r > 0.8).sum()) >= 2
+    assert found["heldout_duplicates/live_latents"] == int((codes > 0).any(0).sum())
+    assert model.training
 
 
 def change_json(file: Path, change: Callable[[Any], object]) -> None:

@@ -72,6 +72,25 @@ DICTIONARY_SIZE = Figure(
     "Live latents squared over the sum of squared correlations.",
     "higher",
 )
+HELDOUT_PAIRS = Figure(
+    "heldout_duplicates/pairs",
+    "Candidate pairs, held-out",
+    "Counted after training on the held-out codes, in every run alike (transcoder validate).",
+    "lower",
+)
+HELDOUT_PAIRED_SHARE = Figure(
+    "heldout_duplicates/share_of_live",
+    "Live latents with a neighbour, held-out",
+    "Share of the latents live on held-out tokens that are in such a pair.",
+    "lower",
+    share=True,
+)
+HELDOUT_DICTIONARY_SIZE = Figure(
+    "heldout_duplicates/effective_dictionary_size",
+    "Effective dictionary size, held-out",
+    "Live latents squared over the sum of squared correlations, on held-out tokens.",
+    "higher",
+)
 TOKENS_PER_SECOND = Figure("metrics/tokens_per_second", "Tokens per second", "Median over the run.", "higher", "median")
 
 FIGURES = (
@@ -86,5 +105,8 @@ FIGURES = (
     FLAGGED,
     PAIRED_SHARE,
     DICTIONARY_SIZE,
+    HELDOUT_PAIRS,
+    HELDOUT_PAIRED_SHARE,
+    HELDOUT_DICTIONARY_SIZE,
     TOKENS_PER_SECOND,
 )

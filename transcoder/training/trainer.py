@@ -72,6 +72,8 @@ class RunResult:
     """Final figures, as in summary.json."""
     report: Path | None
     transcoder: Transcoder = field(repr=False)
+    heldout: Sequence[ActivationBatch] = field(repr=False)
+    """What evaluation read, on the run's device."""
 
 
 def train_transcoder(
@@ -321,6 +323,7 @@ class _Run:
             summary,
             self._report(),
             self.transcoder,
+            self.heldout,
         )
 
     def _train_step(self) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transcoder.config import RunConfig
 from transcoder.reporting.compare import compare_runs, format_comparison, write_comparison
+from transcoder.training.heldout_duplicates import heldout_duplicates
 from transcoder.training.output_checks import COMPONENTS, Check, check_run
+from transcoder.training.storage import replace_atomically
 from transcoder.training.trainer import train_transcoder
 
 
@@ -36,8 +39,8 @@ class ValidationResult:
 
 
 def validate(config: RunConfig, out: Path | str) -> ValidationResult:
-    """Train twice (parts on into out/with_antidup, off into out/baseline), check both folders, write
-    out/comparison.json.
+    """Train twice (parts on into out/with_antidup, off into out/baseline), measure both dictionaries' duplicates on held-out
+    tokens in the same way, check both folders, write out/comparison.json.
 
     Args:
         config: the run; its four anti-duplication parts are switched by this function. 100 steps are enough.
@@ -56,7 +59,14 @@ def validate(config: RunConfig, out: Path | str) -> ValidationResult:
         if not result.finished:
             ending = f"stopped by {result.interrupted_by} after step {result.step} of {run.training.steps}"
             return ValidationResult({**checks, name: [Check("finished", False, ending)]}, None)
+        _add_to_summary(out / name, heldout_duplicates(result.transcoder, result.heldout, run.antidup.monitor))
         checks[name] = check_run(out / name, run)
     comparison = compare_runs(out / "with_antidup", out / "baseline")
     write_comparison(comparison, out / "comparison.json")
     return ValidationResult(checks, comparison)
+
+
+def _add_to_summary(run_dir: Path, figures: dict[str, float]) -> None:
+    path = run_dir / "summary.json"
+    summary = {**json.loads(path.read_bytes()), **figures}
+    replace_atomically(path, json.dumps(summary, indent=2).encode())

@@ -1,0 +1,54 @@
+"""Duplicates of a trained transcoder on held-out tokens: one measure for every run, whatever it watched while training."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from transcoder.activations import ActivationBatch
+from transcoder.antidup import CorrelationMonitor, UsageLedger
+from transcoder.antidup.ledger import REQUIRED_EFFECTS
+from transcoder.config import MonitorSection
+from transcoder.model import Transcoder
+
+_FIGURES = ("pairs", "share_of_live", "live_latents", "effective_dictionary_size")
+
+
+@torch.no_grad()
+def heldout_duplicates(
+    transcoder: Transcoder, heldout: Sequence[ActivationBatch], section: MonitorSection
+) -> dict[str, float]:
+    """What a fresh `CorrelationMonitor` finds in the codes of all held-out batches together, at inference (BatchTopK by its
+    threshold). No flags: those rest on several blocks.
+
+    Args:
+        transcoder: of any device; its mode is restored.
+        heldout: non-sink tokens, on its device.
+        section: thresholds, support and sketch; `enabled`, `update_every` and the blocks are not read.
+
+    Returns: {"heldout_duplicates/pairs", "heldout_duplicates/share_of_live", "heldout_duplicates/live_latents",
+    "heldout_duplicates/effective_dictionary_size" (absent under a sketch)}.
+    """
+    section = dataclasses.replace(section, update_every=1, halflife_tokens=None, block_tokens=2**62)
+    was_training = transcoder.training
+    transcoder.eval()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            # The monitor's own files and ledger belong to a run; here only its figures are wanted.
+            ledger = UsageLedger(dict.fromkeys(REQUIRED_EFFECTS, False), Path(folder) / "usage.json")
+            monitor = CorrelationMonitor(
+                section, transcoder.config.d_sae, transcoder.W_dec.device, Path(folder), ledger
+            )
+            for batch in heldout:
+                monitor.update_correlations(transcoder.encode(batch.source), 0, sequences=batch.sequences)
+            monitor.report(0, transcoder.W_dec)
+            found = monitor.metrics()
+    finally:
+        transcoder.train(was_training)
+    return {
+        f"heldout_duplicates/{name}": found[f"duplicates/{name}"] for name in _FIGURES if f"duplicates/{name}" in found
+    }
