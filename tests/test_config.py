@@ -37,6 +37,8 @@ def values_for(kind: Any, name: str) -> st.SearchStrategy[Any]:
         return st.sampled_from(args)
     if name.endswith(("sequence_length", "normalization_tokens", "sketch_dim")):
         return st.integers(8, 2**20)
+    if name.endswith("min_sequences"):
+        return st.integers(1, 1000)
     if name.endswith("mask_norm_multiple"):
         return st.floats(1.5, 100)
     if origin is tuple:
@@ -140,6 +142,7 @@ def test_every_field_is_a_flag_and_has_help() -> None:
         ({"transcoder": {"k": 4096}}, "transcoder.k: expected between 1 and d_sae = 2048"),
         ({"activations": {"buffer_tokens": 10}}, "activations.buffer_tokens: expected at least training.batch_size"),
         ({"activations": {"kind": "cached"}}, "activations.cached_path"),
+        ({"antidup": {"monitor": {"min_sequences": 1001}}}, "antidup.monitor.min_sequences: expected at most 1000"),
     ],
 )
 def test_wrong_settings_are_refused_by_name(values: dict[str, Any], message: str) -> None:

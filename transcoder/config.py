@@ -306,7 +306,7 @@ class MonitorSection:
     min_support: int = 100
     """Tokens on which at least one of the pair fires."""
     min_sequences: int = 30
-    """Distinct sequences among them."""
+    """Distinct sequences among them; at most 1000 (they are estimated, up to 1420)."""
     block_tokens: int = 4_000_000
     """Tumbling block: flags rest on disjoint evidence."""
     blocks_to_flag: int = 3
@@ -321,7 +321,7 @@ class MonitorSection:
     max_reported_pairs: int = 1000
     merge_test_tokens: int = 8192
     """Held-out tokens on which each report tests whether folding a pair into one latent is free; 0 tests nothing."""
-    merge_share_to_act: float | None = 0.2
+    merge_share_to_act: float | None = 0.3
     """A pair is left alone when folding it costs more than this share of what leaving the latent out costs: it is correlated,
     but no duplicate. null acts on every candidate. Where the latent fires on too few held-out tokens there is no verdict,
     and the pair is acted on."""
@@ -349,6 +349,7 @@ class MonitorSection:
         )
         for name in ("min_support", "min_sequences", "blocks_to_flag", "update_every", "max_reported_pairs"):
             _require(getattr(self, name) >= 1, n + name, "at least 1", getattr(self, name))
+        _require(self.min_sequences <= 1000, n + "min_sequences", "at most 1000", self.min_sequences)
         _require(self.block_tokens >= 1, n + "block_tokens", "at least 1", self.block_tokens)
         _require(
             self.blocks_remembered >= self.blocks_to_flag,
@@ -415,11 +416,31 @@ class SamplesSection:
 
 
 @dataclass(frozen=True)
+class RecycleSection:
+    """Fold flagged pairs that the merge test passes into one latent, and begin the freed one anew as a dead latent, which
+    AuxK then trains. Changes what is trained, so it is off unless asked for."""
+
+    enabled: bool = False
+    every: int = 500
+    """Steps between rounds; a round follows the correlation report of its step."""
+    max_per_round: int = 64
+    until: float = 0.8
+    """No round after this share of the steps: a latent begun anew needs the rest to become one."""
+
+    def __post_init__(self) -> None:
+        n = "antidup.recycle."
+        _require(self.every >= 1, n + "every", "at least 1", self.every)
+        _require(self.max_per_round >= 1, n + "max_per_round", "at least 1", self.max_per_round)
+        _require(0 < self.until <= 1, n + "until", "in (0, 1]", self.until)
+
+
+@dataclass(frozen=True)
 class AntidupSection:
     regularizer: RegularizerSection = field(default_factory=RegularizerSection)
     positions: PositionsSection = field(default_factory=PositionsSection)
     monitor: MonitorSection = field(default_factory=MonitorSection)
     samples: SamplesSection = field(default_factory=SamplesSection)
+    recycle: RecycleSection = field(default_factory=RecycleSection)
     verify_at_step: int = 100
     """By this step (or the last one, if sooner) each enabled part must have calls, an effect and files, or the run stops."""
 

@@ -12,11 +12,15 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 
+from transcoder.antidup.sequence_counts import SequenceCounts
+from transcoder.kernels import SparseCodes
 from transcoder.reporting import RunFolder, write_report
 from transcoder.reporting import report as report_module
 from transcoder.reporting.html import embedded_json, escape
 from transcoder.reporting.sections import latents
+from transcoder.reporting.sections.duplicates import SEQUENCES_COUNTABLE
 
 VOID = {"meta", "link", "input", "br", "img"}
 SECTIONS = ["overview", "curves", "prefixes", "duplicates", "positions", "latents", "settings"]
@@ -327,6 +331,23 @@ def test_a_penalty_of_nothing_is_a_finding_and_a_term_not_evaluated_a_fault(make
     assert "never evaluated" not in words
     words = changed_regularizer(run, **{**nothing, "penalty": 1.0, "correlation_evaluations": 0.0})
     assert "never evaluated: correlation" in words
+
+
+def test_sequences_beyond_what_can_be_counted_are_said_to_be_more(make_run: Callable[..., Path]) -> None:
+    run = make_run()
+    file = sorted(run.glob("anti_duplication_logs/correlation_step_*.json"))[-1]
+    report = json.loads(file.read_text())
+    every = torch.arange(10**5)
+    counts = SequenceCounts(2, torch.device("cpu"))
+    counts.update(SparseCodes.from_dense(torch.ones(len(every), 2)), every)
+    full = int(counts.distinct(torch.tensor([0]), torch.tensor([1])))
+    assert full == SEQUENCES_COUNTABLE
+    for pair, number in zip(report["pairs"], (full, full - 1), strict=False):
+        pair["sequences"] = number
+    file.write_text(json.dumps(report))
+    page = write_report(run).read_text()
+    assert page.count("<td class=n>≥ 1,420</td>") == 1
+    assert "<td class=n>1,419</td>" in page
 
 
 def test_groups_of_flagged_and_of_candidate_pairs_are_told_apart(page: Page) -> None:

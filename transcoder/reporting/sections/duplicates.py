@@ -13,6 +13,8 @@ from transcoder.reporting.runfolder import RunFolder
 LISTED = 200
 """Pairs in the page; the JSON report has the rest."""
 GROUPS = 40
+SEQUENCES_COUNTABLE = 1420
+"""What the monitor's bitmaps of 256 bits can count: 256 ln 256. They say this of every larger number."""
 
 
 def section(run: RunFolder) -> str:
@@ -149,11 +151,16 @@ def _row(p: dict[str, Any]) -> str:
         f"<td>{names}</td>",
         '<td><button type="button" class="open" aria-expanded="false" hidden>contexts</button></td>',
         f'<td class="r">{_interval(p)}</td>',
-        *(f"<td class=n>{number(_real(p.get(name)))}</td>" for name in ("cosine", "jaccard", "support", "sequences")),
+        *(f"<td class=n>{number(_real(p.get(name)))}</td>" for name in ("cosine", "jaccard", "support")),
+        f"<td class=n>{_sequences(_real(p.get('sequences')))}</td>",
         f"<td class=n>{percent(_real(p.get('merge_share')))}</td>",
         f"<td>{pill}</td>",
     ]
     return f'<tr data-i="{i}" data-j="{j}" data-flagged="{int(flagged)}">{"".join(cells)}</tr>'
+
+
+def _sequences(count: float | None) -> str:
+    return f"≥ {number(count)}" if count is not None and count >= SEQUENCES_COUNTABLE else number(count)
 
 
 def _interval(p: dict[str, Any]) -> str:
