@@ -22,12 +22,14 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 LIBRARY = "transcoder_cpp.so"
 CHECKSUM = "sha256"
 FAILURE = "failed.txt"
+SECONDS = "seconds"
 RETRY_AFTER = 24 * 3600.0
 """Seconds for which a failed compilation is remembered: every process would wait for it again otherwise."""
 
@@ -41,6 +43,7 @@ _X86 = {
 _lock = threading.Lock()
 _reason: str | None = "not tried yet"
 _tried = False
+_waited = 0.0
 
 
 def usable() -> bool:
@@ -50,11 +53,36 @@ def usable() -> bool:
 
 def available_reason() -> str | None:
     """None where the extension is loaded, else one line that says why it is not."""
-    global _reason, _tried
+    global _reason, _tried, _waited
     with _lock:
         if not _tried:
+            start = time.perf_counter()
             _reason, _tried = _load(), True
+            _waited = time.perf_counter() - start
     return _reason
+
+
+class FirstCall(NamedTuple):
+    """What the extension cost."""
+
+    compiled: float | None
+    """Seconds its compilation took, once for this cache entry; None where nobody noted them."""
+    waited: float
+    """Seconds this process waited for it: for compiling, or only for loading what the cache had."""
+    folder: Path
+
+
+def first_call() -> FirstCall | None:
+    """None where the extension is not loaded."""
+    command = compiler()
+    if not usable() or command is None:
+        return None
+    folder = cache_folder() / "extension" / entry_name(command)
+    try:
+        compiled: float | None = float((folder / SECONDS).read_text())
+    except (OSError, ValueError):
+        compiled = None
+    return FirstCall(compiled, _waited, folder)
 
 
 def cache_folder() -> Path:
@@ -122,8 +150,10 @@ def _build_and_load(command: list[str], folder: Path) -> str | None:
     if failure.is_file() and time.time() - failure.stat().st_mtime < RETRY_AFTER:
         return f"{failure.read_text().strip()} (delete {folder} to try again)"
     print(f"transcoder: compiling the C++ backend into {folder} (once, about 20 s)", file=sys.stderr, flush=True)
+    start = time.perf_counter()
     wrong = _compile(command, library)
     if wrong is None:
+        (folder / SECONDS).write_text(f"{time.perf_counter() - start:.2f}")
         try:
             torch.ops.load_library(library)
         except OSError as error:

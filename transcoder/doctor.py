@@ -41,7 +41,7 @@ class Fact:
 def examine() -> list[Fact]:
     """Every fact, in the order they matter. Never raises: what goes wrong is a fact."""
     facts: list[Fact] = []
-    for look in (_python, _packages, _devices, _backends, _ops, _demo, _tools, _disk):
+    for look in (_python, _packages, _devices, _backends, _triton_time, _ops, _demo, _tools, _disk):
         try:
             facts.extend(look())
         except Exception as error:
@@ -99,12 +99,47 @@ def _backends() -> Iterator[Fact]:
     reason = extension.available_reason()
     if reason is None:
         yield Fact("ok", f"C++ extension: loaded, for {torch.ops.transcoder_cpp.instruction_set()}")
+        yield from _extension_time()
     else:
         yield Fact("note", f"C++ extension: {reason}; the CPU runs on backend torch")
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         chosen = {family: active_backend(device, family) for family in ("encode", "decode", "correlation")}
         text = ", ".join(f"{family} {backend}" for family, backend in chosen.items())
         yield Fact("ok", f"backends on {device}: {text} (asked for: {requested_backend()})")
+
+
+def _extension_time() -> Iterator[Fact]:
+    from transcoder.kernels import extension
+
+    cost = extension.first_call()
+    if cost is not None:
+        cold = "at a time not noted" if cost.compiled is None else f"in {cost.compiled:.1f} s"
+        text = f"C++ extension: compiled once {cold}; this process waited {cost.waited:.3f} s; kept in {cost.folder}"
+        yield Fact("ok", text)
+
+
+def _triton_time() -> Iterator[Fact]:
+    """Compiles what is not compiled yet: a run that follows does not wait for it."""
+    if importlib.util.find_spec("triton") is None:
+        return
+    import torch
+
+    from transcoder.kernels import compile_time
+
+    kept = f"kept in {compile_time.triton_cache()}"
+    if not torch.cuda.is_available():
+        yield Fact("note", f"Triton kernels: no GPU to compile them for; compiled ones would be {kept}")
+        return
+    device = torch.device("cuda", torch.cuda.current_device())
+    capability = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+    found = compile_time.compile_every_kernel(device)
+    first = compile_time.remember_first(f"{capability}, triton {_version('triton')}", found)
+    cold = "at a time not noted" if first is None else f"{first.compiled} in {first.compile_seconds:.1f} s"
+    yield Fact(
+        "ok",
+        f"Triton kernels for {capability}: compiled at first {cold}; now {found.compiled} compiled in {found.compile_seconds:.1f} s, "
+        f"{found.loaded} from the cache in {found.load_seconds:.2f} s; {kept}",
+    )
 
 
 def _ops() -> Iterator[Fact]:
