@@ -456,29 +456,32 @@ def test_a_state_over_text_that_changed_since_is_refused(
     drain(willing, 100)
 
 
-def test_long_files_are_looked_at_in_places(tmp_path: Path) -> None:
-    path = tmp_path / "long.txt"
-    content = bytearray(b"a" * 10_000_000)
-    path.write_bytes(content)
-    before = files_digest([("long", path)])
-    for place in (0, len(content) - 1):
-        changed = bytearray(content)
-        changed[place] = ord("b")
-        path.write_bytes(changed)
-        assert files_digest([("long", path)]) != before
-    path.write_bytes(content)
-    assert files_digest([("long", path)]) == before
-    assert files_digest([("other", path)]) != before
-    path.write_bytes(content[:-1])
-    assert files_digest([("long", path)]) != before
-    for length in (0, 1, 4096, 4097, 65_535, 65_536):
-        for place in range(0, length, max(1, length // 50)):
-            whole = bytearray(b"a" * length)
-            path.write_bytes(whole)
-            before = files_digest([("short", path)])
-            whole[place] = ord("b")
-            path.write_bytes(whole)
-            assert files_digest([("short", path)]) != before, (length, place)
+@pytest.mark.parametrize(
+    ("length", "whole", "places"),
+    [
+        (10_000_000, 10_000_000, [0, 1, 70_000, 5_000_000, 9_999_999]),
+        (10_000_000, 9_999_999, [0, 65_535, 9_934_464, 9_999_999]),
+        (1_048_576, 0, [*range(0, 1_048_576, 70_001), 1_048_575]),
+        (65_537, 0, [0, 65_535, 65_536]),
+        (1, 0, [0]),
+    ],
+)
+def test_a_files_digest_sees_changes(tmp_path: Path, length: int, whole: int, places: list[int]) -> None:
+    """Everywhere in files that are small together, and in large ones in their blocks, first and last included."""
+    path = tmp_path / "file"
+
+    def digest(content: bytes, name: str = "name") -> str:
+        path.write_bytes(content)
+        return files_digest([(name, path)], whole)
+
+    content = b"a" * length
+    before = digest(content)
+    for place in places:
+        assert digest(content[:place] + b"b" + content[place + 1 :]) != before, place
+    assert digest(content) == before
+    assert digest(content, "other") != before
+    assert digest(content[:-1]) != before
+    assert digest(content + b"a") != before
 
 
 def test_positions_are_those_sampled(build: Callable[..., ActivationStream], packed: Callable[[int], Tensor]) -> None:
