@@ -21,10 +21,10 @@ def files_digest(files: Iterable[tuple[str, Path]], whole_bytes: int = WHOLE_BYT
     Raises:
         OSError: a file cannot be read.
     """
-    files = [(name, path, path.stat().st_size) for name, path in files]
-    whole = sum(size for _, _, size in files) <= whole_bytes
+    sized = [(name, path, path.stat().st_size) for name, path in files]
+    whole = sum(size for _, _, size in sized) <= whole_bytes
     digest = hashlib.blake2b(digest_size=8)
-    for name, path, size in files:
+    for name, path, size in sized:
         digest.update(repr((name, size)).encode())
         last = max(0, size - BLOCK_BYTES)
         sampled = {last * i // (BLOCKS - 1) for i in range(BLOCKS)}
