@@ -315,6 +315,36 @@ class Transcoder(nn.Module):
         """Scale every decoder row back to unit norm."""
         self.W_dec.copy_(_unit_rows(self.W_dec))
 
+    @torch.no_grad()
+    def recycle(self, kept: Tensor, dropped: Tensor, scale: Tensor, *, seed: int) -> None:
+        """Fold each latent of `dropped` into its partner of `kept`, and begin it anew as a dead latent.
+
+        The kept latent's decoder row becomes W[kept] + scale W[dropped], back on the unit sphere, with its activation scaled
+        to make up for it. The freed latent gets random rows, the encoder's at a fifth of the usual norm so that it is AuxK, not
+        the main selection, that trains it at first.
+
+        Args:
+            kept, dropped: [n] int64, no latent twice in the two together.
+            scale: [n] a >= 0, as the merge test gives it.
+            seed: of the freed latents' rows.
+        """
+        both = torch.cat([kept, dropped])
+        if kept.shape != dropped.shape or both.unique().numel() != both.numel():
+            raise ValueError("recycle: expected kept and dropped, each [n], with no latent twice")
+        usual = self.W_enc.norm(dim=1).mean()
+        folded = self.W_dec[kept] + scale.to(self.W_dec.dtype)[:, None] * self.W_dec[dropped]
+        length = folded.norm(dim=1, keepdim=True).clamp(min=torch.finfo(folded.dtype).tiny)
+        self.W_dec[kept] = folded / length
+        self.W_enc[kept] *= length
+        self.b_enc[kept] *= length.squeeze(1)
+        # Drawn on the CPU, like the first rows: a seed means the same on every device.
+        generator = torch.Generator().manual_seed(seed)
+        for matrix, norm in ((self.W_enc, 0.2 * usual), (self.W_dec, torch.ones_like(usual))):
+            rows = torch.randn(dropped.numel(), matrix.shape[1], generator=generator, dtype=torch.float32)
+            matrix[dropped] = norm * _unit_rows(rows).to(matrix.device)
+        self.b_enc[dropped] = 0
+        self.tokens_since_fired[dropped] = self.config.dead_after_tokens
+
     def save_pretrained(self, directory: str | Path) -> None:
         """Write transcoder.safetensors and config.json. Both are written beside an existing pair before either is replaced.
 

@@ -77,6 +77,16 @@ class PackedTriangle:
             add_at(self.product, key, product)
             add_at(self.joint, key, tally.to(self.joint.dtype))
 
+    def forget(self, latents: Tensor) -> None:
+        """As if these latents had never fired: their rows and columns are cleared, d_sae places each."""
+        every = torch.arange(self.d_sae, device=self.product.device)
+        for latent in latents.tolist():
+            key = pair_key(torch.full_like(every[1:], latent), every[every != latent])
+            self.product.index_fill_(0, key, 0)
+            self.joint.index_fill_(0, key, 0)
+        if self.unit is not None:
+            self.unit.index_fill_(0, latents, 0)
+
     def scale(self, factor: float) -> None:
         self.product *= factor
         self.joint *= factor

@@ -79,6 +79,11 @@ class Moments:
             # Weights scale once, their squares twice.
             self.weight_squared += other.weight_squared.to(self.weight.device) * (scale * scale - scale)
 
+    def forget(self, latents: Tensor) -> None:
+        """As if these latents had never fired."""
+        for part in (self.total, self.square, self.count):
+            part.index_fill_(0, latents, 0)
+
     def scale(self, factor: float) -> None:
         """Multiply every sum by an exact power of two (decayed sums only)."""
         for part in self.tensors().values():

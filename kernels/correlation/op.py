@@ -366,6 +366,20 @@ class FeatureCorrelation:
         if self.halflife is None:
             self.tokens_offered += other.tokens_offered
 
+    def forget(self, latents: Tensor) -> None:
+        """Make the statistics those of a stream on which these latents had never fired, for latents that became others
+        (recycled ones). Waits for the device; d_sae places a latent.
+
+        Args:
+            latents: [n] integers in [0, d_sae).
+
+        Raises: TypeError or ValueError naming latents.
+        """
+        ids = latent_ids("latents", latents, self.d_sae, self.device).reshape(-1)
+        self._drain(0)
+        self._moments.forget(ids)
+        self._pair_sums().forget(ids)
+
     def state_dict(self) -> dict[str, Any]:
         """Everything, as nested dicts of tensors and numbers; loading it and going on is bitwise as never
         having stopped."""

@@ -94,6 +94,14 @@ class Sketch:
         while len(self.ring) > 1 and held - self.ring[0].tokens >= self.ring_tokens:
             held -= self.ring.popleft().tokens
 
+    def forget(self, latents: Tensor) -> None:
+        """As if these latents had never fired, in the rows and in the ring."""
+        self.rows.index_fill_(0, latents, 0)
+        gone = torch.zeros(self.d_sae, dtype=torch.bool, device=self.rows.device)
+        gone.index_fill_(0, latents, True)
+        for part in self.ring:
+            part.value.masked_fill_(gone[part.latent], 0)
+
     def scale(self, factor: float) -> None:
         self.rows *= factor
         self.ones *= factor

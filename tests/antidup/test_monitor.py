@@ -556,3 +556,22 @@ def test_only_the_strongest_pairs_are_judged(tmp_path: Path, monkeypatch: pytest
     validate_correlation_report(report)
     assert asked == [(10, 11)]
     assert part.target_pairs(10)[0].tolist() == [8, 6]
+
+
+def test_forgotten_latents_leave_flags_targets_and_sums(tmp_path: Path) -> None:
+    section = replace(SECTION, block_tokens=2000, blocks_to_flag=2, blocks_remembered=3)
+    z = planted(6000, 19)
+    part = monitor(tmp_path, z.shape[1], section)
+    feed(part, z)
+    shares = {(6, 7): 0.05, (8, 9): 0.02, (10, 11): 0.5}
+    report = part.report(90, judge=lambda i, j: verdicts(i, j, shares))
+    assert {(8, 9), (10, 11)} <= {(p["i"], p["j"]) for p in report["pairs"] if p["flagged"]}
+    foldable = part.foldable()
+    assert next(zip(foldable.kept.tolist(), foldable.dropped.tolist(), strict=True)) == (8, 9)
+    assert 10 not in foldable.kept.tolist()
+    part.forget(torch.tensor([9]))
+    assert 9 not in torch.cat(part.target_pairs(10)).tolist()
+    after = part.report(91)
+    assert not any(9 in (p["i"], p["j"]) for p in after["pairs"])
+    assert any((p["i"], p["j"]) == (10, 11) and p["flagged"] for p in after["pairs"])
+    assert after["live_latents"] == report["live_latents"] - 1

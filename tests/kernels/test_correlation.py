@@ -492,3 +492,25 @@ def test_bad_inputs_say_what_was_expected() -> None:
         FeatureCorrelation(6, halflife=0.001).update(good)
     with use_backend("triton"), pytest.raises(RuntimeError, match="asked for by name"):
         found.update(good)
+
+
+@pytest.mark.parametrize("options", [{}, {"halflife": 40.0}, {"sketch_dim": 16}])
+def test_forgetting_latents_is_a_stream_on_which_they_never_fired(options: dict[str, object]) -> None:
+    z = sparse_tokens(120, 14, 0.4, 5)
+    found = streamed(z, **options)
+    found.forget(torch.tensor([3, 0, 13]))
+    silent = z.clone()
+    silent[:, [0, 3, 13]] = 0
+    never = streamed(silent, **options)
+    i, j = all_pairs(14)
+    for mine, theirs in zip(vars(found.statistics(i, j)).values(), vars(never.statistics(i, j)).values(), strict=True):
+        assert torch.equal(mine, theirs)
+    assert torch.equal(found.counts(), never.counts())
+    torch.testing.assert_close(found.correlation(i, j), never.correlation(i, j), rtol=0, atol=1e-5)
+    # The stream goes on, and the latents with it.
+    found.update(SparseCodes.from_dense(z[:30]))
+    never.update(SparseCodes.from_dense(z[:30]))
+    assert torch.equal(found.counts(), never.counts())
+    assert float(found.counts()[3]) > 0
+    with pytest.raises(ValueError, match="latents"):
+        found.forget(torch.tensor([14]))

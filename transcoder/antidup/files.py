@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 
 def replace_files(writers: Mapping[Path, Callable[[Path], None]]) -> None:
@@ -35,3 +37,14 @@ def replace_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
     replace_files({path: write})
+
+
+def replace_lines(path: Path, step: int, lines: Iterable[Mapping[str, Any]]) -> None:
+    """Make `lines`, each with its "step", the end of a JSONL file. Earlier lines stay; those of this step and later go, for a
+    resumed run writes them again."""
+    kept = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if line.strip() and json.loads(line)["step"] < step:
+                kept.append(line)
+    replace_text(path, "".join(f"{line}\n" for line in [*kept, *(json.dumps(dict(line)) for line in lines)]))

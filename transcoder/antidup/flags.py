@@ -37,6 +37,11 @@ class FlagBook:
         enough = sorted(p for p in known if self.blocks_above(p) >= self._needed)
         self.flagged.update(enough[: MAX_PAIRS - len(self.flagged)])
 
+    def forget(self, latents: set[int]) -> None:
+        """Drop every pair that one of these latents is in, flagged or remembered."""
+        for pairs in (*self._blocks, self.flagged):
+            pairs -= {pair for pair in pairs if latents.intersection(pair)}
+
     def blocks_above(self, pair: Pair) -> int:
         """Closed blocks, of those remembered, in which the pair's lower bound was above the threshold."""
         return sum(pair in block for block in self._blocks)

@@ -76,6 +76,7 @@ class CorrelationMonitor:
         self._book = FlagBook(section.blocks_to_flag, section.blocks_remembered)
         self._tokens = 0
         self._targets = self._no_pairs()
+        self._judged = MergeResult.empty(self.device)
         self._metrics: dict[str, float] = {}
 
     def update_correlations(
@@ -173,6 +174,7 @@ class CorrelationMonitor:
             "histogram": _histogram(survey, edges),
         }
         self._set_targets(pairs, verdicts)
+        self._judged = MergeResult.empty(self.device) if verdicts is None else verdicts
         self._metrics = _metrics(report)
         self._write(step, report)
         return report
@@ -183,6 +185,32 @@ class CorrelationMonitor:
         before the first."""
         i, j = self._targets
         return i[:max_pairs], j[:max_pairs]
+
+    def foldable(self) -> MergeResult:
+        """The flagged pairs of the last report that the merge test passed, the cheapest first. Not in the state: to be asked
+        for right after the report."""
+        found = self._judged
+        flagged = [
+            tuple(sorted(p)) in self._book.flagged
+            for p in zip(found.kept.tolist(), found.dropped.tolist(), strict=True)
+        ]
+        chosen = found.mergeable() & torch.tensor(flagged, dtype=torch.bool, device=self.device)
+        order = torch.where(chosen, found.cost_share, torch.inf).argsort(stable=True)[: int(chosen.sum())]
+        return MergeResult(*(getattr(found, f.name)[order] for f in fields(MergeResult)))
+
+    def forget(self, latents: Tensor) -> None:
+        """These latents [n] int64 have become others: what was known of them, and every pair they are in, is dropped."""
+        every = [self._block, self._past, self._fading]
+        for statistics in every:
+            if statistics is not None:
+                statistics.forget(latents)
+        for sequences in (self._block_sequences, self._past_sequences):
+            if sequences is not None:
+                sequences.forget(latents)
+        gone = set(latents.tolist())
+        self._book.forget(gone)
+        keep = ~(torch.isin(self._targets[0], latents) | torch.isin(self._targets[1], latents))
+        self._targets = (self._targets[0][keep], self._targets[1][keep])
 
     def metrics(self) -> dict[str, float]:
         """Numbers of the last report for the log (`duplicates/...`); empty before the first. Reads

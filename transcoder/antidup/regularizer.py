@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from transcoder.activations.batch import ActivationBatch
-from transcoder.antidup.files import replace_text
+from transcoder.antidup.files import replace_lines
 from transcoder.antidup.ledger import TERM_UNITS, UsageLedger
 from transcoder.antidup.penalties import (
     Penalty,
@@ -214,13 +213,8 @@ class DiversityRegularizer:
         if self._out_dir is None:
             raise ValueError("DiversityRegularizer.save: expected an out_dir at construction, got None")
         path = self._out_dir / "regularizer.jsonl"
-        kept = []
-        if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                if line.strip() and json.loads(line)["step"] < step:
-                    kept.append(line)
-        kept.append(json.dumps({"step": step, **{name: float(value) for name, value in self._metrics.items()}}))
-        replace_text(path, "\n".join(kept) + "\n")
+        figures = {name: float(value) for name, value in self._metrics.items()}
+        replace_lines(path, step, [{"step": step, **figures}])
         self._ledger.record_file(_NAME, path)
         return path
 

@@ -53,6 +53,10 @@ class SequenceCounts:
         self._map |= other._map
         self.known = self.known or other.known
 
+    def forget(self, latents: Tensor) -> None:
+        """As if these latents had never fired."""
+        self._map.view(-1, self.bits).index_fill_(0, latents, 0)
+
     def reset(self) -> None:
         self._map.zero_()
         self.known = False

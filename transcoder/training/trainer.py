@@ -33,6 +33,7 @@ from transcoder.training.evaluation import evaluate, merge_test
 from transcoder.training.interrupts import StopRequest
 from transcoder.training.meters import Meters
 from transcoder.training.optimizer import make_optimizer, optimizer_step
+from transcoder.training.recycling import Recycler
 from transcoder.training.run_start import RunStart
 from transcoder.training.schedule import learning_rate, peak_learning_rate
 from transcoder.training.sources import Source, TrainingDataError, own_data
@@ -49,7 +50,7 @@ FIRST_TARGETS = 10
 """Step of the first survey for pairs to penalise: by then batches of 1024 tokens have given 10k tokens of evidence."""
 STATE_SLACK = 1 << 20
 """Bytes for what the bound of a checkpoint does not count one by one."""
-STATEFUL_PARTS = ("regularizer", "positions", "monitor", "samples")
+STATEFUL_PARTS = ("regularizer", "positions", "monitor", "samples", "recycler")
 MAY_CHANGE = ("model.device", "activations.prefetch", "activations.allow_changed_data")
 """Settings that a resumed run may be given anew: they do not touch its results, or say in so many words that they may."""
 
@@ -230,6 +231,11 @@ class _Run:
             logger.warning(
                 "antidup.monitor is off: nobody finds pairs, so antidup.regularizer.correlation_weight acts as 0"
             )
+        self.recycler = (
+            Recycler(anti.recycle, config.training.steps, seed, logs)
+            if anti.recycle.enabled and self.monitor is not None
+            else None
+        )
         self.store = CheckpointStore(run_dir, config.checkpoint)
         self.meters = Meters()
         self.step = self.tokens = 0
@@ -383,6 +389,7 @@ class _Run:
         last = step >= config.training.steps
         every = config.training.evaluation_every
         reporting = step % config.antidup.monitor.correlation_save_frequency == 0 or last
+        reporting |= self.recycler is not None and self.recycler.due(step)
         sampling = step % config.antidup.samples.save_frequency == 0 or last
         verifying = step == self.verify_step
         logging_now = step % config.logging.every == 0 or last
@@ -438,6 +445,10 @@ class _Run:
             monitor = self.monitor
             judge = self._judge()
             self._write("correlation report", lambda: monitor.report(step, self.transcoder.W_dec.detach(), judge))
+            if self.recycler is not None and self.recycler.due(step):
+                recycler = self.recycler
+                lines = recycler.act(step, self.transcoder, self.optimizer, monitor)
+                self._write("recycled.jsonl", lambda: recycler.log(step, lines))
         if self.regularizer is not None:
             regularizer = self.regularizer
             self._write("regularizer.jsonl", lambda: regularizer.save(step))
@@ -472,6 +483,8 @@ class _Run:
             figures["metrics/tokens_per_second"] = tokens / seconds
         if self.monitor is not None:
             figures.update(self.monitor.metrics())
+        if self.recycler is not None:
+            figures["duplicates/recycled"] = float(self.recycler.total)
         figures.update({f"data/{name}": value for name, value in self.source.counters().items()})
         self.writer.write(self.step, figures)
         self.bar.update(self.step, figures)
@@ -600,6 +613,12 @@ def _check_switches(
         raise ConfigError(
             "antidup.positions.enabled: the position sampler chooses among a sequence's tokens before they become batches, "
             "which it cannot do for your own `batches`; set it to false"
+        )
+    anti = config.antidup
+    if anti.recycle.enabled and not (anti.monitor.enabled and anti.monitor.merge_test_tokens):
+        raise ConfigError(
+            "antidup.recycle.enabled: it folds what the monitor flags and the merge test passes; set antidup.monitor.enabled "
+            "to true and antidup.monitor.merge_test_tokens above 0"
         )
     regularizer = _regularizer_section(config)
     weights = ("correlation_weight", "orthogonality_weight", "all_pairs_weight", "position_entropy_weight")

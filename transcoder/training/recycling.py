@@ -1,0 +1,80 @@
+"""Acting on flags: pairs that fold for nothing are folded, and the freed latents begin anew."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from transcoder.antidup import CorrelationMonitor
+from transcoder.antidup.files import replace_lines
+from transcoder.antidup.merge_test import MergeResult
+from transcoder.config import RecycleSection
+from transcoder.kernels.correlation.counter import key_state
+from transcoder.model import Transcoder
+
+
+class Recycler:
+    """Rounds of recycling, each after a correlation report with a merge test, each pair of it logged to `recycled.jsonl`.
+
+    Args:
+        section: how often and how many.
+        steps: of the run; rounds end at the share `until` of them.
+        seed: with the step it keys the rows of the freed latents: no state, no global generator.
+        out_dir: folder of `recycled.jsonl`.
+    """
+
+    def __init__(self, section: RecycleSection, steps: int, seed: int, out_dir: Path) -> None:
+        self.section, self._seed = section, seed
+        self._last_round = int(section.until * steps)
+        self.path = out_dir / "recycled.jsonl"
+        self.total = 0
+        """Latents recycled so far."""
+
+    def due(self, step: int) -> bool:
+        return step % self.section.every == 0 and 0 < step <= self._last_round
+
+    def act(
+        self, step: int, transcoder: Transcoder, optimizer: torch.optim.Optimizer, monitor: CorrelationMonitor
+    ) -> list[dict[str, int | float]]:
+        """Recycle what the report of this step found foldable. Returns one line a pair, for `log`. Reads the device."""
+        found = _disjoint(monitor.foldable(), self.section.max_per_round)
+        if found.kept.numel() == 0:
+            return []
+        transcoder.recycle(found.kept, found.dropped, found.scale, seed=key_state(self._seed, step) & (2**63 - 1))
+        # What the freed latent's gradients were says nothing about the new one's.
+        for parameter in (transcoder.W_enc, transcoder.b_enc, transcoder.W_dec):
+            state = optimizer.state.get(parameter, {})
+            for name in ("exp_avg", "exp_avg_sq"):
+                if name in state:
+                    state[name].index_fill_(0, found.dropped, 0)
+        transcoder.refresh_dead()
+        monitor.forget(found.dropped)
+        self.total += found.kept.numel()
+        columns = (found.kept, found.dropped, found.scale, found.cost_share, found.fvu_change)
+        names = ("kept", "dropped", "scale", "merge_share", "merge_fvu_change")
+        rows = zip(*(column.tolist() for column in columns), strict=True)
+        return [{"step": step, **dict(zip(names, row, strict=True))} for row in rows]
+
+    def log(self, step: int, lines: list[dict[str, int | float]]) -> None:
+        """Append them to the file. Raises: OSError."""
+        replace_lines(self.path, step, lines)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"total": self.total}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.total = int(state["total"])
+
+
+def _disjoint(found: MergeResult, most: int) -> MergeResult:
+    """The first pairs, in order, that share no latent: a group of copies is folded one a round."""
+    used: set[int] = set()
+    chosen: list[int] = []
+    for n, pair in enumerate(zip(found.kept.tolist(), found.dropped.tolist(), strict=True)):
+        if len(chosen) < most and not used.intersection(pair):
+            used.update(pair)
+            chosen.append(n)
+    index: Tensor = torch.tensor(chosen, dtype=torch.int64, device=found.kept.device)
+    return MergeResult(*(getattr(found, name)[index] for name in MergeResult.__dataclass_fields__))
