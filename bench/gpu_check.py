@@ -4,8 +4,10 @@
 
 1. Each op, each backend that this device has, each dtype, fresh inputs (the seed is printed and recorded), forward and
    gradients against the float64 reference, and twice for bitwise equality.
-2. The memory and race checker (`compute-sanitizer`, where it is installed) over the same checks on small shapes.
-3. `pytest bench/`, its figures taken into the JSON.
+2. Whole training steps, each backend: compiled in one graph they are the eager step bit for bit; on a GPU they run without
+   one wait for it, and captured in a CUDA graph and replayed on new batches they are again the eager step bit for bit.
+3. The memory and race checker (`compute-sanitizer`, where it is installed) over the same checks on small shapes.
+4. `pytest bench/`, its figures taken into the JSON.
 
 Writes bench/results/<device>.json. Exit status 1 if any check failed; benchmarks run only after green checks. Without a GPU
 it does the same on the CPU (no checker), so that the command itself stays tested.
@@ -31,6 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from transcoder.config import TrainingSection
 from transcoder.kernels import (
     FeatureCorrelation,
     SparseCodes,
@@ -44,6 +47,8 @@ from transcoder.kernels import (
 from transcoder.kernels.backend import NAMES, has_backend
 from transcoder.kernels.correlation.reference import correlation_reference
 from transcoder.kernels.decode.reference import nested_loss_reference, sparse_decode_reference
+from transcoder.model import Transcoder, TranscoderConfig
+from transcoder.training.optimizer import make_optimizer, optimizer_step
 
 ROOT = Path(__file__).resolve().parent.parent
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -147,7 +152,7 @@ def check_correlation(codes: SparseCodes) -> None:
 
 
 def checks(
-    device: torch.device, shapes: list[tuple[int, int, int, int]], seed: int
+    device: torch.device, shapes: list[tuple[int, int, int, int]], seed: int, steps: bool = True
 ) -> Iterator[tuple[str, str | None]]:
     """(name, None or what went wrong) of each check."""
     backends = [n for n in NAMES[1:] if all(has_backend(n, family) for family in ("encode", "decode"))]
@@ -160,12 +165,20 @@ def checks(
         parts = parts_of(*(t.to(device, dtype) for t in (x, W, b, y)), k)
         for part, check in parts.items():
             name = f"{part} {backend} {str(dtype)[6:]} B{rows} d{d} N{d_sae} k{k}"
-            try:
-                with use_backend(backend):
-                    check()
-                yield name, None
-            except Exception as error:
-                yield name, f"{type(error).__name__}: {error}"
+            yield name, outcome(backend, check)
+    for backend, activation in itertools.product(backends, ("topk", "batch_topk") if steps else ()):
+        for part, check_step in step_checks(device).items():
+            name = f"{part} {backend} {activation}"
+            yield name, outcome(backend, lambda c=check_step, a=activation: c(device, a, seed))
+
+
+def outcome(backend: str, check: Callable[[], None]) -> str | None:
+    try:
+        with use_backend(backend):
+            check()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
 
 
 def parts_of(x: Tensor, W: Tensor, b: Tensor, y: Tensor, k: int) -> dict[str, Callable[[], None]]:
@@ -183,6 +196,105 @@ def parts_of(x: Tensor, W: Tensor, b: Tensor, y: Tensor, k: int) -> dict[str, Ca
     return parts
 
 
+Step = Callable[[Tensor, Tensor], Tensor]
+
+
+def step_checks(device: torch.device) -> dict[str, Callable[[torch.device, Any, int], None]]:
+    checks = {"compiled step": check_compiled}
+    if device.type == "cuda":
+        checks |= {"step without a wait": check_no_wait, "step in a CUDA graph": check_capture}
+    return checks
+
+
+def a_run(device: torch.device, activation: Any, seed: int) -> tuple[Transcoder, Step]:
+    """A model and one training step of it, under autocast as in a run: equal for equal seeds."""
+    widths = [64, 256, 512]
+    model = Transcoder(
+        TranscoderConfig(96, 80, 512, 12, activation=activation, widths=widths), seed=seed, device=device
+    )
+    optimizer = make_optimizer(model.train(), TrainingSection(), 1e-3)
+    for group in optimizer.param_groups:
+        group["capturable"] = device.type == "cuda"
+
+    def step(x: Tensor, y: Tensor) -> Tensor:
+        # The cache of casts would keep what belongs to a graph.
+        with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
+            loss = model.training_step(x, y).loss
+        loss.backward()
+        optimizer_step(model, optimizer, 1e-3, 1.0)
+        return loss.detach()
+
+    return model, step
+
+
+def batches(device: torch.device, seed: int, number: int) -> list[tuple[Tensor, Tensor]]:
+    g = torch.Generator().manual_seed(seed)
+    return [
+        (torch.randn(128, 96, generator=g).to(device), torch.randn(128, 80, generator=g).to(device))
+        for _ in range(number)
+    ]
+
+
+def same_state(what: str, one: Transcoder, other: Transcoder) -> None:
+    theirs = other.state_dict()
+    for name, value in one.state_dict().items():
+        if not torch.equal(value, theirs[name]):
+            raise Mismatch(f"{what}: {name} differs from the eager step's")
+
+
+def check_compiled(device: torch.device, activation: Any, seed: int) -> None:
+    torch._dynamo.reset()
+    (eager, _), (model, _) = a_run(device, activation, seed), a_run(device, activation, seed)
+    # The kernels that eager mode runs, behind one graph: so to the bit. Inductor fuses what lies between and rounds otherwise.
+    compiled = torch.compile(lambda x, y: model.training_step(x, y).loss, fullgraph=True, backend="aot_eager")
+    x, y = batches(device, seed, 1)[0]
+    with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
+        want, got = eager.training_step(x, y).loss, compiled(x, y)
+    want.backward()
+    got.backward()
+    grads = [[p.grad for p in m.parameters() if p.grad is not None] for m in (eager, model)]
+    same_bits("compiled gradients", *grads)
+    same_state("compiled step", model, eager)
+
+
+def check_no_wait(device: torch.device, activation: Any, seed: int) -> None:
+    _, step = a_run(device, activation, seed)
+    first, second = batches(device, seed, 2)
+    step(*first)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(*second)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def check_capture(device: torch.device, activation: Any, seed: int) -> None:
+    (eager, step), (model, captured_step) = a_run(device, activation, seed), a_run(device, activation, seed)
+    warm, fresh = batches(device, seed, 3), batches(device, seed + 1, 4)
+    x, y = (t.clone() for t in warm[0])
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for batch in warm:
+            x.copy_(batch[0])
+            y.copy_(batch[1])
+            captured_step(x, y)
+    torch.cuda.current_stream().wait_stream(side)
+    for batch in warm:
+        step(*batch)
+    same_state("warm-up", model, eager)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = captured_step(x, y)
+    for batch in fresh:
+        x.copy_(batch[0])
+        y.copy_(batch[1])
+        graph.replay()
+        same_bits("loss of a replayed step", [loss], [step(*batch)])
+        same_state("replayed step", model, eager)
+
+
 def sanitizer(seed: int) -> dict[str, Any]:
     """compute-sanitizer over the checks on small shapes, one entry a tool."""
     program = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
@@ -192,7 +304,7 @@ def sanitizer(seed: int) -> dict[str, Any]:
     for tool in ("memcheck", "racecheck"):
         command = [program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "bench.gpu_check"]
         run = subprocess.run(
-            [*command, "--checks-only", "--quick", "--seed", str(seed)],
+            [*command, "--checks-only", "--quick", "--ops-only", "--seed", str(seed)],
             cwd=ROOT,
             capture_output=True,
             text=True,
@@ -221,6 +333,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="JSON file (default bench/results/<device>.json)")
     parser.add_argument("--quick", action="store_true", help="small shapes only")
     parser.add_argument("--checks-only", action="store_true", help="no checker, no benchmarks, no file")
+    parser.add_argument(
+        "--ops-only", action="store_true", help="no whole steps (they compile, which a checker slows down)"
+    )
     parser.add_argument("--seed", type=int, default=time.time_ns() % 2**31)
     args = parser.parse_args()
     cuda = torch.cuda.is_available()
@@ -228,7 +343,7 @@ def main() -> int:
     title = torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU {torch.get_num_threads()} threads"
     print(f"{title}, torch {torch.__version__}, seed {args.seed}")
     failures, count = {}, 0
-    for name, problem in checks(device, SMALL if args.quick or not cuda else SHAPES, args.seed):
+    for name, problem in checks(device, SMALL if args.quick or not cuda else SHAPES, args.seed, not args.ops_only):
         count += 1
         if problem is not None:
             failures[name] = problem

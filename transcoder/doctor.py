@@ -135,11 +135,8 @@ def _triton_time() -> Iterator[Fact]:
     found = compile_time.compile_every_kernel(device)
     first = compile_time.remember_first(f"{capability}, triton {_version('triton')}", found)
     cold = "at a time not noted" if first is None else f"{first.compiled} in {first.compile_seconds:.1f} s"
-    yield Fact(
-        "ok",
-        f"Triton kernels for {capability}: compiled at first {cold}; now {found.compiled} compiled in {found.compile_seconds:.1f} s, "
-        f"{found.loaded} from the cache in {found.load_seconds:.2f} s; {kept}",
-    )
+    now = f"{found.compiled} in {found.compile_seconds:.1f} s, {found.loaded} from the cache in {found.load_seconds:.2f} s"
+    yield Fact("ok", f"Triton kernels for {capability}: compiled at first {cold}; now {now}; {kept}")
 
 
 def _ops() -> Iterator[Fact]:
