@@ -420,6 +420,14 @@ def test_a_checkpoints_state_without_a_transcoder_is_refused(tmp_path: Path, sta
         Transcoder.from_pretrained(folder)
 
 
+def test_a_state_in_other_dtypes_loads_as_for_any_module() -> None:
+    model, other = (Transcoder(TranscoderConfig(3, 3, 4, 1), seed=seed) for seed in (0, 1))
+    model.load_state_dict({name: tensor.double() for name, tensor in other.state_dict().items()})
+    for name, tensor in other.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+        assert model.state_dict()[name].dtype == tensor.dtype
+
+
 def test_a_save_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
     folder = saved(tmp_path)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}

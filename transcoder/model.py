@@ -379,7 +379,8 @@ class Transcoder(nn.Module):
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """As `nn.Module`; with `strict`, a state that does not fit is a ValueError before anything is loaded."""
         if strict:
-            check_tensors("Transcoder.load_state_dict", state_dict, _tensors_of(self.config))
+            shapes = {name: shape for name, (shape, _) in _tensors_of(self.config).items()}
+            check_tensors("Transcoder.load_state_dict", state_dict, shapes)
         result = super().load_state_dict(state_dict, strict=strict, assign=assign)
         self._list_dead()
         return result

@@ -82,27 +82,26 @@ def read_weights(folder: Path, expected: Mapping[str, tuple[tuple[int, ...], tor
         tensors = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path}: not a safetensors file, or a torn one: {error}") from error
-    check_tensors(str(path), tensors, expected)
+    check_tensors(str(path), tensors, {name: shape for name, (shape, _) in expected.items()})
+    for name, (_, dtype) in expected.items():
+        tensor = tensors[name]
+        if not (tensor.dtype == dtype or (tensor.is_floating_point() and dtype.is_floating_point)):
+            wanted = "a floating dtype" if dtype.is_floating_point else str(dtype).removeprefix("torch.")
+            raise ValueError(f"{path}: {name}: expected {wanted}, got {str(tensor.dtype).removeprefix('torch.')}")
     return tensors
 
 
-def check_tensors(
-    where: str, tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
-) -> None:
-    """ValueError unless `tensors` has exactly these names, shapes and kinds of dtype."""
+def check_tensors(where: str, tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """ValueError unless `tensors` has exactly these names and shapes."""
     missing, others = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
     if missing or others:
         parts = [f"missing: {', '.join(missing)}"] * bool(missing) + [f"not expected: {', '.join(others)}"] * bool(
             others
         )
         raise ValueError(f"{where}: expected the tensors of a transcoder of this config; {'; '.join(parts)}")
-    for name, (shape, dtype) in expected.items():
-        tensor = tensors[name]
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{where}: {name}: expected shape {list(shape)}, got {list(tensor.shape)}")
-        if not (tensor.dtype == dtype or (tensor.is_floating_point() and dtype.is_floating_point)):
-            wanted = "a floating dtype" if dtype.is_floating_point else str(dtype).removeprefix("torch.")
-            raise ValueError(f"{where}: {name}: expected {wanted}, got {str(tensor.dtype).removeprefix('torch.')}")
+    for name, shape in expected.items():
+        if tuple(tensors[name].shape) != shape:
+            raise ValueError(f"{where}: {name}: expected shape {list(shape)}, got {list(tensors[name].shape)}")
 
 
 def _json_object(path: Path) -> dict[str, Any]:
