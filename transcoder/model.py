@@ -158,8 +158,8 @@ class Transcoder(nn.Module):
         self.config = config
         generator = torch.Generator().manual_seed(seed)
         # Drawn on the CPU so that a seed means the same dictionary on every device.
-        # The type is always named: a process may have set another default.
-        real: dict[str, Any] = {"dtype": torch.float32}
+        # Type and device are always named: a process may have set other defaults.
+        real: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
         d_in, d_out, d_sae = config.d_in, config.d_out, config.d_sae
         self.W_enc = nn.Parameter(_unit_rows(torch.randn(d_sae, d_in, generator=generator, **real)))
         self.b_enc = nn.Parameter(torch.zeros(d_sae, **real))
@@ -172,8 +172,8 @@ class Transcoder(nn.Module):
         self.register_buffer("source_scale", torch.ones((), **real))
         self.register_buffer("target_mean", torch.zeros(d_out, **real))
         self.register_buffer("target_scale", torch.ones((), **real))
-        self.register_buffer("tokens_since_fired", torch.zeros(d_sae, dtype=torch.int64))
-        self.register_buffer("dead", torch.zeros(d_sae, dtype=torch.bool))
+        self.register_buffer("tokens_since_fired", torch.zeros(d_sae, dtype=torch.int64, device="cpu"))
+        self.register_buffer("dead", torch.zeros(d_sae, dtype=torch.bool, device="cpu"))
         self._dead_ids: Tensor | None = None
         self.to(device)
 
@@ -340,7 +340,8 @@ class Transcoder(nn.Module):
         # Drawn on the CPU, like the first rows: a seed means the same on every device.
         generator = torch.Generator().manual_seed(seed)
         for matrix, norm in ((self.W_enc, 0.2 * usual), (self.W_dec, torch.ones_like(usual))):
-            rows = torch.randn(dropped.numel(), matrix.shape[1], generator=generator, dtype=torch.float32)
+            size = (dropped.numel(), matrix.shape[1])
+            rows = torch.randn(size, generator=generator, dtype=torch.float32, device="cpu")
             matrix[dropped] = norm * _unit_rows(rows).to(matrix.device)
         self.b_enc[dropped] = 0
         self.tokens_since_fired[dropped] = self.config.dead_after_tokens

@@ -480,16 +480,17 @@ def test_a_lock_that_was_discarded_meanwhile_locks_nothing(tmp_path: Path, monke
             FolderLock(tmp_path)
 
 
-@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
-def test_a_run_does_not_depend_on_the_default_dtype(tmp_path: Path, default: torch.dtype) -> None:
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, torch.device("meta")])
+def test_a_run_does_not_depend_on_the_processes_defaults(tmp_path: Path, default: torch.dtype | torch.device) -> None:
     terms = {"antidup__regularizer__position_entropy_weight": 0.1, "antidup__regularizer__all_pairs_weight": 0.1}
     made = [next(b) for b in [Planted()] for _ in range(60)]
     usual = train_transcoder(config(**terms), tmp_path / "usual", batches=iter(made))
-    torch.set_default_dtype(default)
     try:
+        torch.set_default_device(default) if isinstance(default, torch.device) else torch.set_default_dtype(default)
         other = train_transcoder(config(**terms), tmp_path / "other", batches=iter(made))
     finally:
         torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
     assert_same(weights(usual), weights(other))
     assert usual.summary == other.summary
     folder = "checkpoints/step_00000030"

@@ -60,7 +60,7 @@ def permutation(length: int, *key: int | str) -> Tensor:
     """[length] int64 on the CPU: a random permutation that depends on the key alone, on any machine."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
-    return torch.randperm(length, generator=generator)
+    return torch.randperm(length, generator=generator, device="cpu")
 
 
 class ShuffleBuffer:
@@ -77,7 +77,7 @@ class ShuffleBuffer:
         self._refill_at = max(1, math.ceil(refill_fraction * capacity))
         self._columns: dict[str, Tensor] = {}
         self._anchor = 0
-        self._order = torch.empty(0, dtype=torch.int64)
+        self._order = torch.empty(0, dtype=torch.int64, device="cpu")
         self._drawn = capacity
         self._refills = 0
 

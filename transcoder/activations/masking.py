@@ -50,7 +50,7 @@ class SinkMasker:
     ) -> None:
         self._section = section
         self._pad_id = pad_id
-        special = torch.zeros(vocabulary_size, dtype=torch.bool)
+        special = torch.zeros(vocabulary_size, dtype=torch.bool, device="cpu")
         special[list(special_ids)] = True
         self._special = special.to(device)
 

@@ -61,7 +61,7 @@ class FlagBook:
 
 def _table(pairs: set[Pair]) -> Tensor:
     """[P, 2] int64, ascending."""
-    return torch.tensor(sorted(pairs), dtype=torch.int64).view(-1, 2)
+    return torch.tensor(sorted(pairs), dtype=torch.int64, device="cpu").view(-1, 2)
 
 
 def _pairs(table: Tensor) -> set[Pair]:

@@ -76,7 +76,7 @@ class PositionSampler:
         self.section, self.seed = section, seed
         self.special_ids = special_ids
         self._ledger, self._out_dir = ledger, out_dir
-        self._counts = torch.zeros(2, section.bins + 1, dtype=torch.int64)
+        self._counts = torch.zeros(2, section.bins + 1, dtype=torch.int64, device="cpu")
         """Positions seen and drawn, per bin; special tokens last."""
 
     @property

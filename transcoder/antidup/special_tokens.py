@@ -22,7 +22,7 @@ class SpecialTokens:
         if self.ids and self.ids[0] < 0:
             raise ValueError(f"special ids: expected token ids of at least 0, got {self.ids[0]}")
         # One place more, False, serves every id outside the table; -1 reaches it from the end.
-        table = torch.zeros(self.ids[-1] + 2 if self.ids else 1, dtype=torch.bool)
+        table = torch.zeros(self.ids[-1] + 2 if self.ids else 1, dtype=torch.bool, device="cpu")
         table[self.ids] = True
         self._table = table.to(device)
 
