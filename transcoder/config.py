@@ -199,6 +199,9 @@ class TrainingSection:
     evaluation_every: int = 0
     """Steps between evaluations on held-out tokens; 0 evaluates at the end only."""
     evaluation_tokens: int = 16384
+    evaluation_ce_tokens: int = 8192
+    """Held-out tokens on which, at the end, the transcoder stands in for the layer and the language model's cross-entropy is
+    taken; 0 leaves it out."""
     dead_refresh_steps: int = 25
     """The list of dead latents is read by the host this often: the only transfer of AuxK, outside the step."""
 
@@ -221,6 +224,7 @@ class TrainingSection:
         )
         _require(self.evaluation_every >= 0, n + "evaluation_every", "at least 0", self.evaluation_every)
         _require(self.evaluation_tokens >= 1, n + "evaluation_tokens", "at least 1", self.evaluation_tokens)
+        _require(self.evaluation_ce_tokens >= 0, n + "evaluation_ce_tokens", "at least 0", self.evaluation_ce_tokens)
         _require(self.dead_refresh_steps >= 1, n + "dead_refresh_steps", "at least 1", self.dead_refresh_steps)
         _require(0 <= self.seed < 2**63, n + "seed", "in [0, 2^63)", self.seed)
 

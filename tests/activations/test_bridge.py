@@ -124,3 +124,26 @@ def test_a_torn_model_is_named(model_folder: Path, tmp_path: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:500])
     with pytest.raises(ModelError, match="cannot load"):
         load(tmp_path, *PAIRS[0])
+
+
+def test_losses_are_the_models_and_follow_what_stands_in(model_folder: Path, tokens: torch.Tensor) -> None:
+    from transformer_lens.model_bridge import TransformerBridge
+
+    bridge = TransformerBridge.boot_transformers(str(model_folder), device="cpu", dtype=torch.float32)
+    logits = bridge.forward(tokens, return_type="logits")
+    want = -logits[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)
+    model = load(model_folder, "blocks.1.mlp.hook_in", "blocks.1.mlp.hook_out")
+    torch.testing.assert_close(model.next_token_losses(tokens), want)
+    x, y = model.forward(tokens)
+    seen = []
+
+    def same(source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        seen.append((source, target))
+        return target
+
+    assert torch.equal(model.next_token_losses(tokens, same), model.next_token_losses(tokens))
+    assert torch.equal(seen[0][0], x.flatten(0, 1))
+    assert torch.equal(seen[0][1], y.flatten(0, 1))
+    other = model.next_token_losses(tokens, lambda source, target: torch.randn_like(target))
+    assert not torch.allclose(other, want, atol=1e-4)
+    assert torch.equal(model.forward(tokens)[1], y)  # and nothing of it stays

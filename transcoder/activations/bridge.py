@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from transcoder.activations.passes import Substitute
 from transcoder.activations.vocabulary import Vocabulary
 from transcoder.demo import language_model_path
 
@@ -129,6 +130,9 @@ class HookedModel:
         # Training and evaluation may run the model from two threads, and the captures are this object's.
         self._lock = threading.Lock()
         self._captured: dict[str, Tensor] = {}
+        self._substitute: Substitute | None = None
+        self._whole = False
+        """Whether the pass runs to its end."""
         self._hooks = {"source": source_hook, "target": target_hook}
         self.max_length: int | None = getattr(bridge.cfg, "n_ctx", None)
         size = int(bridge.cfg.d_vocab)
@@ -167,12 +171,20 @@ class HookedModel:
     def _capture(self, role: str) -> Any:
         from transformer_lens.model_bridge.exceptions import StopAtLayerException
 
-        def capture(activation: Tensor, hook: object) -> None:
+        def capture(activation: Tensor, hook: object) -> Tensor | None:
             self._captured[role] = activation.detach()
+            if self._whole:
+                if role == "source" or self._substitute is None:
+                    return None
+                found = self._substitute(
+                    self._captured["source"].flatten(0, 1).flatten(1), activation.flatten(0, 1).flatten(1)
+                )
+                return found.to(activation.dtype).view_as(activation)
             if len(self._captured) == 2:
                 # The bridge's own signal for stop_at_layer, sent from inside the layer: nothing after the
                 # later hook runs, neither the rest of its block nor, for the last block, the unembedding.
                 raise StopAtLayerException(activation)
+            return None
 
         return capture
 
@@ -192,6 +204,25 @@ class HookedModel:
                 return self._flat("source", tokens), self._flat("target", tokens)
             finally:
                 self._captured.clear()
+
+    @torch.no_grad()
+    def next_token_losses(self, tokens: Tensor, substitute: Substitute | None = None) -> Tensor:
+        """[S, L - 1] fp32: cross-entropy in nats of each token after the first, of tokens [S, L] int64.
+
+        `substitute` takes the activations at the two hooks, [S L, d_in] and [S L, d_out], and gives what the rest of the model
+        reads at the target hook instead, [S L, d_out].
+        """
+        with self._lock:
+            self._captured.clear()
+            self._substitute, self._whole = substitute, True
+            try:
+                logits = self._bridge.forward(tokens, return_type="logits", use_cache=False)
+            finally:
+                self._captured.clear()
+                self._substitute, self._whole = None, False
+        return torch.nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none"
+        ).view(tokens.shape[0], -1)
 
     def _flat(self, role: str, tokens: Tensor) -> Tensor:
         value = self._captured[role]

@@ -14,7 +14,7 @@ from transcoder.activations.batch import ActivationBatch
 from transcoder.activations.documents import DataError, is_heldout
 from transcoder.activations.fingerprint import files_digest
 from transcoder.activations.masking import SinkMasker
-from transcoder.activations.passes import Chunk, Pass, PositionChoice, RowMaker, counters_of, row_bytes
+from transcoder.activations.passes import Chunk, Pass, PositionChoice, RowMaker, Substitute, counters_of, row_bytes
 from transcoder.activations.shards import (
     DTYPES,
     INDEX_NAME,
@@ -109,6 +109,9 @@ class CachedSource:
 
     def record(self, chunk: Chunk) -> None:
         self._rows.record(chunk.sample)
+
+    def heldout_losses(self, substitutes: Mapping[str, Substitute | None], tokens: int) -> None:
+        """None: there is no language model to run."""
 
     def heldout_passes(self) -> Iterator[tuple[ActivationBatch, ActivationBatch]]:
         """(rows, sinks) of the held-out sequences, pass by pass."""

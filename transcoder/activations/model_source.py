@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from transcoder.activations.batch import ActivationBatch
 from transcoder.activations.bridge import HookedModel
 from transcoder.activations.documents import DataError, Document, Reader, Source, is_heldout
 from transcoder.activations.masking import SinkMasker
 from transcoder.activations.packing import Packed, Packer
-from transcoder.activations.passes import Chunk, Pass, PositionChoice, RowMaker, counters_of, grid, row_bytes
+from transcoder.activations.passes import (
+    Chunk,
+    Pass,
+    PositionChoice,
+    RowMaker,
+    Substitute,
+    counters_of,
+    grid,
+    row_bytes,
+)
 from transcoder.activations.text import build_sources
 from transcoder.config import RunConfig
 
@@ -117,6 +127,35 @@ class ModelSource:
             made = maker.make(self._run(packed, f"held-out pass {number}"))
             yield made.rows, made.sinks
             number += 1
+
+    def heldout_losses(self, substitutes: Mapping[str, Substitute | None], tokens: int) -> dict[str, float]:
+        """Mean cross-entropy in nats of the first `tokens` or so held-out tokens, once for each of the `substitutes` at the
+        target hook (None: the model as it is). Sinks keep their own activations, as they do at inference."""
+        packer = self._pack(self._heldout_source, self._evaluates)
+        totals = torch.zeros(len(substitutes), dtype=torch.float64, device=self._device)
+        count, seen = 0, 0
+        while seen < tokens:
+            packed = packer.pack(self._section.sequences_per_forward, repeat=False)
+            if packed is None:
+                break
+            text = torch.from_numpy(packed.tokens).to(self._device)
+            valid = torch.from_numpy(packed.valid).to(self._device)
+            positions, _ = grid(torch.from_numpy(packed.ids).to(self._device), text.shape[1])
+            predicted = valid[:, 1:] & valid[:, :-1]
+            for n, substitute in enumerate(substitutes.values()):
+                past_sinks = None if substitute is None else self._past_sinks(substitute, text, positions, valid)
+                losses = self._model.next_token_losses(text, past_sinks)
+                totals[n] += losses[predicted].double().sum()
+            count += int(predicted.sum())
+            seen += text.numel()
+        return {name: total / max(1, count) for name, total in zip(substitutes, totals.tolist(), strict=True)}
+
+    def _past_sinks(self, substitute: Substitute, tokens: Tensor, positions: Tensor, valid: Tensor) -> Substitute:
+        def run(source: Tensor, target: Tensor) -> Tensor:
+            sink = self._masker.find(source, tokens.flatten(), positions, valid.flatten()).any
+            return torch.where(sink[:, None], target, substitute(source, target).to(target.dtype))
+
+        return run
 
     def _run(self, packed: Packed, where: str) -> Pass:
         tokens = torch.from_numpy(packed.tokens).to(self._device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -14,6 +14,9 @@ from transcoder.activations.buffer import batch_of
 from transcoder.activations.documents import DataError
 from transcoder.activations.masking import SinkMasker, context_anchor, context_windows
 from transcoder.activations.vocabulary import Vocabulary
+
+Substitute = Callable[[Tensor, Tensor], Tensor]
+"""(source [T, d_in], target [T, d_out]) -> what a language model goes on with in the place of target."""
 
 
 class PositionSample(Protocol):
@@ -82,7 +85,7 @@ class ActivationSource(Protocol):
     `produce` gives the next pass's rows; `record` is told of each one that is taken for training; `cursor` and
     `seek` save and restore the place, in tensors of at most `cursor_bytes_at_most`; `heldout_passes`
     yields (rows, sinks) over the held-out data from its start, whatever the cursor; `holds_out` says if there
-    are such data.
+    are such data. `heldout_losses` runs the language model on with other activations at the target hook; None without one.
 
     Attributes:
         identity: JSON values that a saved cursor and this source must share. A value that is a dict with
@@ -108,6 +111,7 @@ class ActivationSource(Protocol):
     def record(self, chunk: Chunk) -> None: ...
     def cursor_bytes_at_most(self) -> int: ...
     def heldout_passes(self) -> Iterator[tuple[ActivationBatch, ActivationBatch]]: ...
+    def heldout_losses(self, substitutes: Mapping[str, Substitute | None], tokens: int) -> dict[str, float] | None: ...
 
 
 class RowMaker:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from transcoder.activations.buffer import (
     to_device,
 )
 from transcoder.activations.documents import DataError
-from transcoder.activations.passes import ActivationSource, Chunk, PositionChoice
+from transcoder.activations.passes import ActivationSource, Chunk, PositionChoice, Substitute
 from transcoder.activations.prefetch import Prefetcher
 from transcoder.config import RunConfig
 
@@ -150,6 +150,12 @@ class ActivationStream:
             self.heldout(self._evaluation_tokens)
         ((_, sinks),) = self._heldout.values()
         return sinks
+
+    def heldout_losses(self, substitutes: Mapping[str, Substitute | None], tokens: int) -> dict[str, float] | None:
+        """The language model's mean cross-entropy in nats on held-out text, once for each of the `substitutes` (source
+        [T, d_in], target [T, d_out]) -> [T, d_out] at the target hook, None for the model as it is; or None where there is no
+        model to run (cached activations) or nothing held out."""
+        return self._source.heldout_losses(substitutes, tokens) if self._source.holds_out else None
 
     def _read_heldout(self, tokens: int) -> tuple[list[ActivationBatch], ActivationBatch | None]:
         if tokens < 1:

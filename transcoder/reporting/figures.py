@@ -42,6 +42,13 @@ LINEAR_BASELINE = Figure(
 SINK_FVU = Figure(
     "evaluation/sink_fvu", "FVU on sink tokens", "The tokens that training masks: reported apart, not optimised."
 )
+CE_RECOVERED = Figure(
+    "evaluation/ce_recovered",
+    "Cross-entropy recovered",
+    "With the transcoder in the layer's place: 100 % costs the language model nothing, 0 % is leaving the layer out.",
+    "higher",
+    share=True,
+)
 TRAINING_FVU = Figure("metrics/fvu", "Training FVU", "Mean of the last ten logged batches.", "lower", "tail_mean")
 L0 = Figure(
     "metrics/l0", "L0", "Latents active on a token, mean of the last ten logged batches.", "neither", "tail_mean"
@@ -58,6 +65,12 @@ PAIRS = Figure(
 )
 FLAGGED = Figure(
     "duplicates/flagged", "Flagged pairs", "Candidates whose lower bound held in enough disjoint blocks.", "lower"
+)
+MERGEABLE = Figure(
+    "duplicates/mergeable",
+    "Mergeable pairs",
+    "Candidates that fold into one latent at no cost on held-out tokens: the true duplicates.",
+    "lower",
 )
 PAIRED_SHARE = Figure(
     "duplicates/share_of_live",
@@ -98,11 +111,13 @@ FIGURES = (
     LINEAR_BASELINE,
     MEAN_BASELINE,
     SINK_FVU,
+    CE_RECOVERED,
     TRAINING_FVU,
     L0,
     DEAD,
     PAIRS,
     FLAGGED,
+    MERGEABLE,
     PAIRED_SHARE,
     DICTIONARY_SIZE,
     HELDOUT_PAIRS,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from transcoder.activations import ActivationBatch
+from transcoder.activations.passes import Substitute
 from transcoder.antidup.merge_test import MergeResult, MergeTest
 from transcoder.kernels import SparseCodes, nested_loss, sparse_decode
 from transcoder.model import Transcoder
@@ -40,6 +42,40 @@ def evaluate(
         return _evaluate(transcoder, heldout, sinks, baseline)
     finally:
         transcoder.train(was_training)
+
+
+class LanguageModelLosses(Protocol):
+    """What an `ActivationStream` offers for this."""
+
+    def heldout_losses(self, substitutes: Mapping[str, Substitute | None], tokens: int) -> dict[str, float] | None: ...
+
+
+@torch.no_grad()
+def cross_entropy(transcoder: Transcoder, model: LanguageModelLosses, tokens: int) -> dict[str, float]:
+    """What the transcoder costs the language model when it stands in for the layer, on about `tokens` held-out tokens.
+
+    Sinks keep their own activations. `evaluation/ce_recovered` is (CE_zero - CE_transcoder) / (CE_zero - CE_model), where zero
+    puts nothing in the layer's place: 1 costs nothing, 0 is no better than leaving the layer out. Empty where there is no
+    language model to run (own batches, cached activations).
+    """
+    was_training = transcoder.training
+    transcoder.eval()
+    try:
+        substitutes: dict[str, Substitute | None] = {
+            "model": None,
+            "transcoder": lambda source, _: transcoder(source),
+            "zero": lambda _, target: torch.zeros_like(target),
+        }
+        found = model.heldout_losses(substitutes, tokens)
+    finally:
+        transcoder.train(was_training)
+    if found is None:
+        return {}
+    figures = {f"evaluation/ce_{name}": value for name, value in found.items()}
+    span = found["zero"] - found["model"]
+    if span > 0:
+        figures["evaluation/ce_recovered"] = (found["zero"] - found["transcoder"]) / span
+    return figures
 
 
 @torch.no_grad()

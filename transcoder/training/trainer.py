@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transcoder.activations import ActivationBatch, build_stream
+from transcoder.activations import ActivationBatch, ActivationStream, build_stream
 from transcoder.antidup import (
     ActivationSampleCollector,
     CorrelationMonitor,
@@ -29,7 +29,7 @@ from transcoder.model import StepOutput, Transcoder, TranscoderConfig
 from transcoder.reporting import MetricsWriter, ProgressBar, write_report
 from transcoder.training.baselines import LinearBaseline
 from transcoder.training.checkpoint import CheckpointError, CheckpointStore, pack_state
-from transcoder.training.evaluation import evaluate, merge_test
+from transcoder.training.evaluation import cross_entropy, evaluate, merge_test
 from transcoder.training.interrupts import StopRequest
 from transcoder.training.meters import Meters
 from transcoder.training.optimizer import make_optimizer, optimizer_step
@@ -412,6 +412,9 @@ class _Run:
             self._log()
         if evaluating:
             self.evaluation = evaluate(self.transcoder, self.heldout, self.sinks, self.baseline)
+            tokens = config.training.evaluation_ce_tokens
+            if last and tokens and isinstance(self.source, ActivationStream):
+                self.evaluation.update(cross_entropy(self.transcoder, self.source, tokens))
             self.writer.write(step, self.evaluation)
         if saving:
             self._save(self.evaluation.get("evaluation/fvu") if evaluating else None)
