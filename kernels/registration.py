@@ -90,7 +90,7 @@ def _by_latent_sizes(indices: Tensor, row_ptr: Tensor, d_sae: int, backend: str)
 
 
 by_latent = define(
-    "by_latent(Tensor indices, Tensor row_ptr, int d_sae, str backend) -> (Tensor, Tensor, Tensor)",
+    "by_latent(Tensor indices, Tensor row_ptr, SymInt d_sae, str backend) -> (Tensor, Tensor, Tensor)",
     _by_latent,
     _by_latent_sizes,
 )

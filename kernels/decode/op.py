@@ -160,7 +160,7 @@ DECODE_GRADIENTS = registration.define(
 """Gradients of those of (values, W_dec, b_dec) that `needs` names, in the dtype of `values`. `order` is the feature-major
 order, empty where W_dec needs none."""
 NESTED = registration.define(
-    f"nested_loss({_CODES}, Tensor W_dec, Tensor b_dec, Tensor y, Tensor? token_weights, int[] widths, str backend) "
+    f"nested_loss({_CODES}, Tensor W_dec, Tensor b_dec, Tensor y, Tensor? token_weights, SymInt[] widths, str backend) "
     "-> (Tensor errors, Tensor residual)",
     _nested,
     _nested_sizes,
@@ -168,7 +168,7 @@ NESTED = registration.define(
 """Squared errors summed over tokens and d_out, one a prefix [P], and the widest prefix's residual [B, d_out]."""
 NESTED_GRADIENTS = registration.define(
     f"nested_loss_gradients(Tensor grad_errors, {_CODES}, Tensor[] order, Tensor W_dec, Tensor residual, "
-    "Tensor? token_weights, int[] widths, str backend) -> (Tensor, Tensor, Tensor)",
+    "Tensor? token_weights, SymInt[] widths, str backend) -> (Tensor, Tensor, Tensor)",
     _nested_gradients,
     _nested_gradient_sizes,
 )
@@ -324,7 +324,7 @@ def nested_loss(
     op = "nested_loss"
     _check_inputs(op, codes, W_dec, b_dec)
     check.check_widths(op, widths, codes.shape[1])
-    check.check_float_matrix(op, "y", y, columns=W_dec.shape[1], rows=codes.shape[0])
+    _check_shape(op, "y", y, codes.shape[0], W_dec.shape[1])
     check.check_one_device(op, codes=codes.values, y=y)
     if weights is not None and len(weights) != len(widths):
         raise ValueError(f"{op}: weights: expected one a prefix, {len(widths)}, got {len(weights)}")
@@ -349,6 +349,13 @@ def nested_loss(
 
 def _check_inputs(op: str, codes: SparseCodes, W_dec: Tensor, b_dec: Tensor) -> None:
     check.check_codes(op, codes)
-    check.check_float_matrix(op, "W_dec", W_dec, rows=codes.shape[1])
+    _check_shape(op, "W_dec", W_dec, codes.shape[1])
     check.check_float_vector(op, "b_dec", b_dec, W_dec.shape[1])
     check.check_one_device(op, codes=codes.values, W_dec=W_dec, b_dec=b_dec)
+
+
+def _check_shape(op: str, name: str, value: Tensor, rows: int, columns: int | None = None) -> None:
+    check.check_float_matrix(op, name, value)
+    # Named only where it is wrong: a size in a message is a constant of a compiled graph, made again for every other one.
+    if value.shape[0] != rows or (columns is not None and value.shape[1] != columns):
+        check.check_float_matrix(op, name, value, columns=columns, rows=rows)

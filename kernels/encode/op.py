@@ -97,9 +97,9 @@ def _gradient_sizes(
 
 _INPUTS = "Tensor x, Tensor W_enc, Tensor b_enc, {}, ScalarType dtype, str backend"
 _RESULTS = "(Tensor values, Tensor indices, Tensor row_ptr)"
-TOPK = registration.define(f"topk_encode({_INPUTS.format('int k')}) -> {_RESULTS}", _topk, _static_sizes)
+TOPK = registration.define(f"topk_encode({_INPUTS.format('SymInt k')}) -> {_RESULTS}", _topk, _static_sizes)
 BATCH_TOPK = registration.define(
-    f"batch_topk_encode({_INPUTS.format('int k')}) -> {_RESULTS}", _batch_topk, _static_sizes
+    f"batch_topk_encode({_INPUTS.format('SymInt k')}) -> {_RESULTS}", _batch_topk, _static_sizes
 )
 THRESHOLD = registration.define(
     f"threshold_encode({_INPUTS.format('Tensor threshold')}) -> {_RESULTS}",
@@ -109,7 +109,7 @@ THRESHOLD = registration.define(
 )
 GRADIENTS = registration.define(
     "encode_gradients(Tensor grad, Tensor values, Tensor indices, Tensor row_ptr, Tensor[] order, Tensor x, "
-    "Tensor? W_enc, int d_sae, bool[] needs, ScalarType dtype, str backend) -> Tensor[]",
+    "Tensor? W_enc, SymInt d_sae, bool[] needs, ScalarType dtype, str backend) -> Tensor[]",
     _gradients,
     _gradient_sizes,
 )

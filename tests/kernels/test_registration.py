@@ -209,6 +209,21 @@ def test_auxk_and_token_weights_compile() -> None:
     same_step(eager, other, step)
 
 
+def test_other_numbers_of_dead_latents_are_not_compiled_again() -> None:
+    """The list changes every few dozen steps, and a run has thousands of those: the number has to be a size, no constant."""
+    model = transcoder("topk")
+    step = compiled(lambda x, y: model.training_step(x, y).loss)
+    x, y = draw(ROWS, D_IN), draw(ROWS, D_OUT)
+    graphs = torch._dynamo.utils.counters["stats"]
+    for n, dead in enumerate((40, 33, 30, 21, 11)):
+        model.tokens_since_fired.copy_(torch.where(torch.arange(D_SAE) < dead, 10**9, 0))
+        assert model.refresh_dead() == dead
+        assert torch.equal(step(x, y), model.training_step(x, y).loss)
+        if n == 1:
+            made = graphs["unique_graphs"]
+    assert graphs["unique_graphs"] == made
+
+
 @pytest.mark.parametrize("inside", [False, True])
 def test_autocast_compiles_to_what_it_is(inside: bool) -> None:
     eager, other = transcoder("topk"), transcoder("topk")
