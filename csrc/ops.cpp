@@ -28,7 +28,7 @@ TORCH_LIBRARY(transcoder_cpp, m) {
       "prefix_gradients(Tensor values, Tensor ids, Tensor row_ptr, Tensor order, Tensor row_of, Tensor latent_ptr, "
       "int[] widths, Tensor W, Tensor residual, Tensor scales, Tensor? token_weights) -> (Tensor, Tensor, Tensor)");
   m.def(
-      "add_pairs(Tensor latent, Tensor local, Tensor value, Tensor weighted, Tensor tally, int latents, "
+      "add_pairs(Tensor[] latent, Tensor[] local, Tensor[] value, Tensor[] weighted, Tensor[] tally, int latents, "
       "Tensor(a!) product, Tensor(b!) joint) -> ()");
   m.def(
       "adam_step(Tensor(a!)[] parameters, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from transcoder.kernels.backend import active_backend
+from transcoder.kernels.correlation.cpp_backend import WaitingPairs
 from transcoder.kernels.correlation.saved import check_fields, check_tensor, refuse
 from transcoder.kernels.correlation.torch_backend import Entries, add_at, pair_pages, pair_products
 
@@ -45,28 +46,45 @@ class PackedTriangle:
         self.pairs = d_sae * (d_sae - 1) // 2
         # A single latent has no pair; one unused place spares the look-ups of the diagonal a special case.
         room = max(1, self.pairs)
-        self.product = torch.zeros(room, dtype=torch.float64, device=device)
-        self.joint = torch.zeros(room, dtype=torch.float64 if decayed else torch.int32, device=device)
+        self._product = torch.zeros(room, dtype=torch.float64, device=device)
+        self._joint = torch.zeros(room, dtype=torch.float64 if decayed else torch.int32, device=device)
+        self._waiting = WaitingPairs(d_sae)
         self.unit: Tensor | None = None
         """[d_sae] float64, powers of two (0: not settled): backend `triton` rounds products to multiples of them."""
 
+    @property
+    def product(self) -> Tensor:
+        self._settle()
+        return self._product
+
+    @product.setter
+    def product(self, value: Tensor) -> None:
+        self._settle()
+        self._product = value
+
+    @property
+    def joint(self) -> Tensor:
+        self._settle()
+        return self._joint
+
+    @joint.setter
+    def joint(self, value: Tensor) -> None:
+        self._settle()
+        self._joint = value
+
+    def _settle(self) -> None:
+        """Whoever looks at the sums finds every update in them."""
+        self._waiting.settle(self._product, self._joint)
+
     def make_room(self, tokens: int) -> None:
         """Widen int32 counts before `tokens` tokens in all could overflow one."""
-        if self.joint.dtype == torch.int32 and tokens > torch.iinfo(torch.int32).max:
+        if self._joint.dtype == torch.int32 and tokens > torch.iinfo(torch.int32).max:
             self.joint = self.joint.long()
 
     def add(self, entries: Entries, total: int | None) -> None:
-        if entries.fires is None and active_backend(self.product.device, "correlation") == "cpp":
-            torch.ops.transcoder_cpp.add_pairs(
-                entries.latent.contiguous(),
-                entries.local.contiguous(),
-                entries.value.contiguous(),
-                entries.weighted.contiguous(),
-                entries.tally.to(self.joint.dtype).contiguous(),
-                self.d_sae,
-                self.product,
-                self.joint,
-            )
+        if entries.fires is None and active_backend(self._product.device, "correlation") == "cpp":
+            if self._waiting.add(entries):
+                self._settle()
             return
         base = entries.latent * (entries.latent - 1) >> 1
         for earlier, later in pair_pages(entries.local, total):

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from transcoder.kernels import (
+    FeatureCorrelation,
     SparseCodes,
     batch_topk_encode,
     extension,
@@ -239,6 +240,99 @@ def test_the_gradient_walk_refuses_an_order_that_is_not_the_codes() -> None:
     for widths in ([], [0, 4], [3, 3], [5]):
         with pytest.raises(ValueError, match="nested_loss: widths"):
             ops.prefix_errors(values, ids, row_ptr, widths, W, torch.ones(3), y, None)
+
+
+def batches(dtype: torch.dtype, count: int = 9, rows: int = 40, d_sae: int = 90) -> list[SparseCodes]:
+    """Values that round when they are multiplied and added."""
+    g = torch.Generator().manual_seed(2)
+    dense = torch.rand(count, rows, d_sae, generator=g, dtype=torch.float64).to(dtype)
+    dense *= torch.rand(count, rows, d_sae, generator=g) < 0.2
+    return [SparseCodes.from_dense(z) for z in dense]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("halflife", [None, 25.0])
+@pytest.mark.parametrize("masked", [False, True])
+def test_pairs_that_wait_are_added_as_if_at_once(
+    dtype: torch.dtype, halflife: float | None, masked: bool, monkeypatch: pytest.MonkeyPatch, threads: None
+) -> None:
+    """To the bit, however long they wait, whoever works on it, and whatever the caller does to his codes meanwhile."""
+    found = []
+    for limit, count in ((0, 1), (10**9, 1), (500, 2), (10**9, 4)):
+        torch.set_num_threads(count)
+        monkeypatch.setattr("transcoder.kernels.correlation.cpp_backend.PAIRS_PER_WAITING_ENTRY", 1)
+        monkeypatch.setattr("transcoder.kernels.correlation.cpp_backend.MOST_WAITING", limit)
+        with use_backend(CPP):
+            statistics = FeatureCorrelation(90, halflife=halflife)
+            for i, codes in enumerate(batches(dtype)):
+                mask = torch.arange(40) % 3 / 7 if masked else None
+                statistics.update(codes, mask)
+                codes.values.zero_()
+                codes.indices.zero_()
+                if i == 5:
+                    statistics.correlation(3, 4)
+            state = statistics.state_dict()["pairs"]
+        found.append([state[name] for name in sorted(state)])
+    assert float(found[0][-1].abs().sum()) > 0
+    for other in found[1:]:
+        assert_same(found[0], other)
+
+
+def test_pairs_that_wait_are_in_every_look_and_counts_may_widen_meanwhile() -> None:
+    codes = batches(torch.float32)
+    with use_backend(CPP):
+        one = FeatureCorrelation(90)
+        for each in codes[:4]:
+            one.update(each)
+        assert one._exact is not None
+        one.tokens_offered = 2**31 - 100
+        for each in codes[4:]:
+            one.update(each)
+        assert one._exact.joint.dtype == torch.int64
+    with use_backend("torch"):
+        other = FeatureCorrelation(90)
+        for each in codes:
+            other.update(each)
+    assert other._exact is not None
+    assert torch.equal(one._exact.joint, other._exact.joint.long())
+    torch.testing.assert_close(one._exact.product, other._exact.product, rtol=1e-14, atol=0)
+    with use_backend(CPP):
+        two = FeatureCorrelation(90)
+        for each in codes:
+            two.update(each)
+        with use_backend("torch"):  # what waited comes first, then this
+            two.update(codes[0])
+    other.update(codes[0])
+    assert torch.equal(two._exact.joint, other._exact.joint)  # type: ignore[union-attr]
+
+
+@pytest.mark.skipif(CPP == "torch", reason="no compiler")
+def test_the_pair_update_refuses_what_would_leave_the_triangle() -> None:
+    def call(latent: list[int], local: list[int], room: int = 6, values: int | None = None, tally: int = 1) -> Tensor:
+        value = torch.ones(len(latent) if values is None else values, dtype=torch.float64)
+        product, joint = torch.zeros(room, dtype=torch.float64), torch.zeros(room, dtype=torch.int32)
+        torch.ops.transcoder_cpp.add_pairs(
+            [torch.tensor(latent, dtype=torch.int32)], [torch.tensor(local)], [value], [value], [torch.ones(tally)], 4,
+            product, joint,
+        )  # fmt: skip
+        return joint
+
+    assert call([0, 1, 3, 2], [0, 1, 2, 0]).tolist() == [1, 0, 0, 1, 1, 0]
+    for wrong in (
+        {"latent": [0, 4], "local": [0, 1]},
+        {"latent": [-1, 2], "local": [0, 1]},
+        {"latent": [2, 1], "local": [0, 1]},
+        {"latent": [1, 1], "local": [0, 1]},
+        {"latent": [1, 2], "local": [1, 2]},
+        {"latent": [1, 2], "local": [0, 2]},
+        {"latent": [1, 2], "local": [0, -1]},
+        {"latent": [1, 2], "local": [0]},
+        {"latent": [1, 2], "local": [0, 1], "room": 5},
+        {"latent": [1, 2], "local": [0, 1], "values": 3},
+        {"latent": [1, 2, 3], "local": [0, 1, 2], "tally": 2},
+    ):
+        with pytest.raises(ValueError, match="expected"):
+            call(**wrong)  # type: ignore[arg-type]
 
 
 @pytest.mark.skipif(CPP == "torch", reason="no compiler")
