@@ -186,10 +186,27 @@ def _validate(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
 def _compare(options: argparse.Namespace, _: dict[str, Any]) -> int:
     if len(options.runs) < 2:
         raise ConfigError(f"compare: expected at least two run folders, got {len(options.runs)}")
+    if any("=" in run and not Path(run).is_dir() for run in options.runs):
+        return _compare_methods(options.runs)
     folders = [_run_folder(run) for run in options.runs]
     from transcoder.reporting.compare import compare_runs, format_comparison
 
     print(format_comparison(compare_runs(*folders)))
+    return EXIT_OK
+
+
+def _compare_methods(words: list[str]) -> int:
+    methods: dict[str, list[Path]] = {}
+    for word in words:
+        name, equals, runs = word.partition("=")
+        if not (name and equals and runs) or name in methods:
+            raise ConfigError(
+                f"compare: expected NAME=RUN,RUN,... with a new name each (or run folders only), got {word!r}"
+            )
+        methods[name] = [_run_folder(run) for run in runs.split(",")]
+    from transcoder.reporting.compare_seeds import compare_methods, format_methods
+
+    print(format_methods(compare_methods(methods)))
     return EXIT_OK
 
 
@@ -279,7 +296,8 @@ def _parser() -> _Parser:
     validate.add_argument("config", metavar="CONFIG", nargs="?", default="demo", help="as in train (default: demo)")
     validate.add_argument("--out", metavar="DIR", help="folder of both runs (default: runs/validate-<name>)")
     compare = command("compare", _compare, "Compare finished runs with the first of them.", False)
-    compare.add_argument("runs", metavar="RUN", nargs="+", help="a run folder")
+    text = "a run folder; or NAME=RUN,RUN,... for a method's runs over seeds, compared with intervals over seeds"
+    compare.add_argument("runs", metavar="RUN", nargs="+", help=text)
     report = command("report", _report, "Write report.html of a run again, from its files.", False)
     report.add_argument("run_folder", metavar="RUN", help="a run folder")
     command("doctor", _doctor, "Say what this machine has and what is missing.", False)

@@ -55,7 +55,7 @@ def compare_runs(run_a: str | Path, run_b: str | Path, *more: str | Path) -> dic
             }
             for run, label in zip(runs, _labels(runs), strict=True)
         ],
-        "figures": [row for figure in _figures(runs) if (row := _row(figure, runs)) is not None],
+        "figures": [row for figure in figures_of(runs) if (row := _row(figure, runs)) is not None],
         "paired": [row for figure in PAIRED if (row := _paired_row(figure, runs)) is not None],
         "settings": _different_settings(runs),
     }
@@ -100,7 +100,7 @@ def write_comparison(comparison: dict[str, Any], path: str | Path) -> Path:
 _KNOWN = {figure.name: figure for figure in FIGURES}
 
 
-def _figures(runs: list[RunFolder]) -> list[Figure]:
+def figures_of(runs: list[RunFolder]) -> list[Figure]:
     """The usual figures, with the FVU of every prefix behind the held-out one."""
     figures = list(FIGURES)
     widths = sorted({w for run in runs for w in run.prefix_figures("evaluation/fvu_prefix")})

@@ -1,0 +1,132 @@
+"""Methods beside each other, each run with several seeds: paired differences with intervals over seeds."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transcoder.reporting.compare import figures_of
+from transcoder.reporting.figures import Figure
+from transcoder.reporting.numbers import MISSING
+from transcoder.reporting.runfolder import RunFolder
+
+SCHEMA_VERSION = 1
+STUDENT_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""Two-sided 95 % quantiles of Student's t with 1 to 9 degrees of freedom; more runs than ten take the last."""
+
+
+def compare_methods(methods: Mapping[str, Sequence[str | Path]]) -> dict[str, Any]:
+    """Compare methods by runs that differ in the seed only; the n-th run of each method is paired with the n-th of the first.
+
+    Args:
+        methods: name -> run folders, as many in each, in the same order of seeds.
+
+    Returns JSON values:
+        {"schema_version": 1, "methods": [name, ...], "seeds": number of runs of each,
+         "figures": [{"name", "label", "meaning", "better",
+                      "means": [number | null a method], "differences": [null, {"mean", "low", "high"} | null, ...],
+                      "relative": [null, {"mean", "low", "high"} | null, ...],
+                      "verdicts": [null, "better" | "worse" | "no difference seen" | null, ...]}, ...]}
+
+    A difference is a method's figure minus the first method's, seed by seed; "low" and "high" are the 95 % interval of its
+    mean by Student's t, null for one seed. "relative" divides it by the first method's mean. "better" and "worse" are
+    said only where the interval leaves 0 out. A figure that a run lacks makes its method's entry null.
+
+    Raises:
+        ValueError: fewer than two methods, or methods of unequal numbers of runs.
+        FileNotFoundError: one of the paths is no folder.
+    """
+    if len(methods) < 2 or len({len(runs) for runs in methods.values()}) > 1 or not all(methods.values()):
+        counts = ", ".join(f"{name}: {len(runs)}" for name, runs in methods.items())
+        raise ValueError(f"compare: expected two or more methods of equally many runs (seeds), got {counts or 'none'}")
+    folders = [[RunFolder(path) for path in runs] for runs in methods.values()]
+    rows = [_row(figure, folders) for figure in figures_of([run for runs in folders for run in runs])]
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "methods": list(methods),
+        "seeds": len(folders[0]),
+        "figures": [row for row in rows if any(mean is not None for mean in row["means"])],
+    }
+
+
+def format_methods(comparison: dict[str, Any]) -> str:
+    """The comparison as a table for a terminal: means, and for the others the difference with its interval."""
+    rows = [["", *comparison["methods"]]]
+    for row in comparison["figures"]:
+        cells = [_text(row["means"][0])]
+        for mean, d, verdict in zip(row["means"][1:], row["differences"][1:], row["verdicts"][1:], strict=True):
+            cells.append(_text(mean) if d is None else f"{_text(mean)} ({_interval_text(d)}){_mark(verdict)}")
+        rows.append([row["label"], *cells])
+    widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines.insert(1, "-" * max(map(len, lines)))
+    lines.append(
+        f"In brackets: mean difference from {comparison['methods'][0]} over {comparison['seeds']} seeds, paired, with its 95 % "
+        "interval; + better, - worse, nothing where the interval holds 0."
+    )
+    return "\n".join(lines)
+
+
+def _row(figure: Figure, folders: list[list[RunFolder]]) -> dict[str, Any]:
+    values = [[figure.of(run) for run in runs] for runs in folders]
+    known = [
+        None if any(v is None for v in column) else [float(v) for v in column if v is not None] for column in values
+    ]
+    means = [None if column is None else statistics.fmean(column) for column in known]
+    first = known[0]
+    differences = [
+        None
+        if n == 0 or first is None or column is None
+        else _interval([b - a for a, b in zip(first, column, strict=True)])
+        for n, column in enumerate(known)
+    ]
+    scale = abs(means[0]) if means[0] else None
+    relative = [
+        None if d is None or scale is None else {k: None if v is None else v / scale for k, v in d.items()}
+        for d in differences
+    ]
+    return {
+        "name": figure.name,
+        "label": figure.label,
+        "meaning": figure.meaning,
+        "better": figure.better,
+        "means": means,
+        "differences": differences,
+        "relative": relative,
+        "verdicts": [_verdict(figure, d) for d in differences],
+    }
+
+
+def _interval(differences: list[float]) -> dict[str, float | None]:
+    mean, count = statistics.fmean(differences), len(differences)
+    if count < 2:
+        return {"mean": mean, "low": None, "high": None}
+    quantile = STUDENT_95[min(count - 1, len(STUDENT_95)) - 1]
+    half = quantile * statistics.stdev(differences) / math.sqrt(count)
+    return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
+def _verdict(figure: Figure, difference: dict[str, float | None] | None) -> str | None:
+    if difference is None or figure.better == "neither":
+        return None
+    low, high = difference["low"], difference["high"]
+    if low is None or high is None:
+        return None
+    if low <= 0 <= high:
+        return "no difference seen"
+    return "better" if (high < 0) == (figure.better == "lower") else "worse"
+
+
+def _mark(verdict: str | None) -> str:
+    return {"better": " +", "worse": " -"}.get(verdict or "", "")
+
+
+def _text(value: float | None) -> str:
+    return MISSING if value is None else f"{value:.4g}"
+
+
+def _interval_text(d: dict[str, float | None]) -> str:
+    return f"{d['mean']:+.3g}" if d["low"] is None else f"{d['mean']:+.3g}: {d['low']:+.3g} to {d['high']:+.3g}"
