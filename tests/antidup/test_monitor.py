@@ -575,3 +575,23 @@ def test_forgotten_latents_leave_flags_targets_and_sums(tmp_path: Path) -> None:
     assert not any(9 in (p["i"], p["j"]) for p in after["pairs"])
     assert any((p["i"], p["j"]) == (10, 11) and p["flagged"] for p in after["pairs"])
     assert after["live_latents"] == report["live_latents"] - 1
+
+
+@pytest.mark.parametrize("field", ["block", "past", "past_sequences", "book", "targets", "tokens"])
+def test_a_state_that_does_not_fit_changes_nothing(tmp_path: Path, field: str) -> None:
+    z = planted(5000, 3)
+    part, other = monitor(tmp_path / "a", z.shape[1]), monitor(tmp_path / "b", z.shape[1])
+    feed(part, z)
+    feed(other, z[:1000])
+    before = other.report(50)
+    for bad in ({}, None):
+        state = copy.deepcopy(part.state_dict())
+        if bad is None:
+            del state[field]
+        else:
+            state[field] = bad
+        with pytest.raises((ValueError, KeyError, TypeError)):
+            other.load_state_dict(state)
+    assert other.report(50) == before
+    other.load_state_dict(part.state_dict())
+    assert other.report(50) == part.report(50)

@@ -251,20 +251,36 @@ class CorrelationMonitor:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._block.load_state_dict(state["block"])
-        self._block_sequences.load_state_dict(state["block_sequences"])
-        self._past, self._past_sequences = None, None
-        if "past" in state:
-            self._past = self._statistics()
-            self._past.load_state_dict(state["past"])
-            self._past_sequences = SequenceCounts(self.d_sae, self.device)
-            self._past_sequences.load_state_dict(state["past_sequences"])
-        if self._fading is not None:
-            self._fading.load_state_dict(state["fading"])
-        self._book.load_state_dict(state["book"])
-        self._tokens = int(state["tokens"])
-        self._targets = (state["targets"]["i"].to(self.device), state["targets"]["j"].to(self.device))
-        self._metrics = dict(state["metrics"])
+        """Everything that `state_dict` gave. Raises: ValueError naming the field; nothing has changed then."""
+        known = {"block", "block_sequences", "book", "tokens", "targets", "metrics", "past", "past_sequences", "fading"}
+        missing = known - {"past", "past_sequences", "fading"} - set(state)
+        if missing or set(state) - known or ("past" in state) != ("past_sequences" in state):
+            raise ValueError(
+                f"CorrelationMonitor.load_state_dict: missing {sorted(missing)}, unknown {sorted(set(state) - known)}"
+            )
+        if ("fading" in state) != (self._fading is not None):
+            raise ValueError(
+                "CorrelationMonitor.load_state_dict: fading: expected it exactly where halflife_tokens is set, got "
+                f"{'one' if 'fading' in state else 'none'}"
+            )
+        # Read into new parts first, so that a state that does not fit leaves this monitor as it is.
+        parts: dict[str, Any] = {}
+        for name in ("block", "past", "fading"):
+            if name in state:
+                parts[name] = self._statistics(self.section.halflife_tokens if name == "fading" else None)
+                parts[name].load_state_dict(state[name])
+        for name in ("block_sequences", "past_sequences"):
+            if name in state:
+                parts[name] = SequenceCounts(self.d_sae, self.device)
+                parts[name].load_state_dict(state[name])
+        book = FlagBook(self.section.blocks_to_flag, self.section.blocks_remembered)
+        book.load_state_dict(state["book"])
+        i, j = state["targets"]["i"].to(self.device), state["targets"]["j"].to(self.device)
+        tokens, metrics = int(state["tokens"]), dict(state["metrics"])
+        self._block, self._block_sequences = parts["block"], parts["block_sequences"]
+        self._past, self._past_sequences = parts.get("past"), parts.get("past_sequences")
+        self._fading, self._book = parts.get("fading"), book
+        self._tokens, self._targets, self._metrics = tokens, (i, j), metrics
 
     def _statistics(self, halflife: int | None = None) -> FeatureCorrelation:
         return FeatureCorrelation(self.d_sae, self._sketch_dim, halflife, device=self.device)
