@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import copy
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -50,7 +51,7 @@ def _fresh_compiler() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("rows", [ROWS, 1])
+@pytest.mark.parametrize("rows", [ROWS, 1, 0])
 @pytest.mark.parametrize("which", ["topk", "batch_topk", "threshold"])
 def test_opcheck_of_the_encode_ops(which: str, rows: int, dtype: torch.dtype, cpu_backend: str) -> None:
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -60,6 +61,19 @@ def test_opcheck_of_the_encode_ops(which: str, rows: int, dtype: torch.dtype, cp
         "threshold": (encode.THRESHOLD, torch.tensor(0.5, dtype=wide)),
     }[which]
     torch.library.opcheck(op, (*inputs(dtype, rows, True), argument, dtype, cpu_backend))
+
+
+def test_opcheck_of_strided_and_mixed_inputs(cpu_backend: str) -> None:
+    x = draw(D_IN, ROWS).T.requires_grad_()
+    W = draw(D_SAE, 2 * D_IN)[:, ::2].bfloat16().requires_grad_()
+    b = draw(2 * D_SAE)[::2].requires_grad_()
+    for op, dtype in itertools.product((encode.TOPK, encode.BATCH_TOPK), (torch.float32, torch.bfloat16)):
+        torch.library.opcheck(op, (x, W, b, K, dtype, cpu_backend))
+    codes = some_codes()
+    y, W_dec = draw(D_OUT, ROWS).T.requires_grad_(), draw(D_OUT, D_SAE).T.bfloat16().requires_grad_()
+    parts = (codes.values.clone().requires_grad_(), codes.indices, codes.row_ptr, W_dec, draw(2 * D_OUT)[::2])
+    torch.library.opcheck(decode.DECODE, (*parts, cpu_backend))
+    torch.library.opcheck(decode.NESTED, (*parts, y, draw(2 * ROWS).abs()[::2], WIDTHS, cpu_backend))
 
 
 def some_codes(dtype: torch.dtype = torch.float32) -> SparseCodes:
