@@ -272,6 +272,37 @@ def test_a_size_that_depends_on_the_data_compiles() -> None:
         assert torch.equal(encoded(x).to_dense(), model.encode(x).to_dense())
 
 
+@pytest.mark.parametrize("activation", ["topk", "batch_topk"])
+def test_a_trained_model_exports(activation: str) -> None:
+    model = transcoder(activation)
+    model.training_step(draw(ROWS, D_IN), draw(ROWS, D_OUT))
+    program = torch.export.export(model.eval(), (draw(ROWS, D_IN),))
+    # The ops sit in what export makes of the blocks without autocast.
+    parts = [m for m in program.graph_module.modules() if isinstance(m, torch.fx.GraphModule)]
+    names = {str(n.target) for part in parts for n in part.graph.nodes}
+    encode_op = "topk_encode" if activation == "topk" else "threshold_encode"
+    assert {f"transcoder.{encode_op}.default", "transcoder.sparse_decode.default"} <= names
+    x = draw(ROWS, D_IN, seed=5)
+    assert torch.equal(program.module()(x), model(x))
+
+
+def test_recomputed_and_offloaded_activations_give_the_same_gradients(cpu_backend: str) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    x, W, b = inputs(torch.float32, ROWS, True)
+
+    def loss() -> Tensor:
+        return nested_loss(topk_encode(x, W, b, K), W, torch.zeros(D_IN), x.detach(), WIDTHS).value
+
+    want = torch.autograd.grad(loss(), (x, W, b))
+    recomputed = torch.autograd.grad(checkpoint(loss, use_reentrant=False), (x, W, b))
+    with torch.autograd.graph.save_on_cpu():
+        value = loss()
+    offloaded = torch.autograd.grad(value, (x, W, b))
+    for got in (recomputed, offloaded):
+        assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
+
+
 def test_compiled_code_follows_use_backend_and_its_gradient_the_forward(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     for name in ("select_topk", "gradients"):
