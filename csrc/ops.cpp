@@ -31,6 +31,9 @@ TORCH_LIBRARY(transcoder_cpp, m) {
       "add_pairs(Tensor[] latent, Tensor[] local, Tensor[] value, Tensor[] weighted, Tensor[] tally, int latents, "
       "Tensor(a!) product, Tensor(b!) joint) -> ()");
   m.def(
+      "survey_pairs(Tensor[] products, Tensor[] joints, Tensor apart, Tensor inverse, float least, Tensor? edges) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
       "adam_step(Tensor(a!)[] parameters, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
       "Tensor(d!)[] steps, int unit, float lr, float beta1, float beta2, float eps, float max_norm) -> Tensor");
 }
@@ -45,6 +48,7 @@ TORCH_LIBRARY_IMPL(transcoder_cpp, CPU, m) {
   m.impl("prefix_errors", prefix_errors);
   m.impl("prefix_gradients", prefix_gradients);
   m.impl("add_pairs", add_pairs);
+  m.impl("survey_pairs", survey_pairs);
   m.impl("adam_step", adam_step);
 }
 

@@ -1,5 +1,5 @@
-"""Backend `cpp` of the correlation statistics: the pair update of the packed triangle (csrc/correlation_ops.h); everything else
-is backend `torch`'s.
+"""Backend `cpp` of the correlation statistics: the pair update of the packed triangle and the walk over all its pairs
+(csrc/correlation_ops.h); everything else is backend `torch`'s.
 
 A batch touches each line of the triangle's memory about once, at the price of a miss. Batches are therefore kept until a row
 of the triangle meets as many pairs as it has lines, and added row by row, each cell in the order of the tokens: the sums are
@@ -8,6 +8,7 @@ those of adding each batch at once, bit for bit.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from transcoder.kernels.correlation.torch_backend import Entries
 from transcoder.kernels.extension import usable
 
-__all__ = ["WaitingPairs", "usable"]
+__all__ = ["Mined", "WaitingPairs", "mine", "usable"]
 
 PAIRS_PER_WAITING_ENTRY = 16
 """Entries may wait until there is one for so many pairs of the triangle: 24 bytes for 192, and about 32 more while they are
@@ -59,3 +60,36 @@ class WaitingPairs:
             columns = ([part.contiguous() for part in column] for column in zip(*self._updates, strict=True))
             torch.ops.transcoder_cpp.add_pairs(*columns, self.d_sae, product, joint)
             self._updates, self._entries = [], 0
+
+
+class Mined(NamedTuple):
+    """What one walk over the pairs that fired together finds."""
+
+    i: Tensor
+    j: Tensor
+    """[P] int64, i < j, ordered by (j, i)."""
+    product: Tensor
+    joint: Tensor
+    """[P]: the sums of those pairs, over all parts."""
+    squared: Tensor
+    """0-dim float64: sum of r^2 - (apart_i apart_j)^2."""
+    histogram: Tensor
+    """[bins] int64, empty without edges."""
+
+
+def mine(
+    products: Sequence[Tensor],
+    joints: Sequence[Tensor],
+    apart: Tensor,
+    inverse: Tensor,
+    least: float,
+    edges: Tensor | None,
+) -> Mined:
+    """The pairs that fired together with r = product * inverse_i * inverse_j - apart_i * apart_j of at least `least`.
+
+    Args:
+        products, joints: the sums of parts of one stream, packed triangles.
+        apart, inverse: [d_sae] float64.
+        edges: [bins + 1] float64, ascending; None counts no histogram.
+    """
+    return Mined(*torch.ops.transcoder_cpp.survey_pairs(products, joints, apart, inverse, least, edges))

@@ -305,6 +305,16 @@ class FeatureCorrelation:
         squared = ((t.square().sum().square() - t.pow(4).sum()) / 2).clamp(min=0)
         histogram = None if edges is None else torch.zeros(edges.numel() - 1, dtype=torch.int64, device=self.device)
         found: list[PairStatistics] = []
+        # The other statistics are for the few pairs that may pass; the slack covers this formula's own rounding.
+        least = min_correlation - 1e-6
+        if min_correlation > 0 and active_backend(self.device, "correlation") == "cpp":
+            triangles = _triangles(parts)
+            mined = implementation("correlation", self.device).mine(
+                [part.product for part in triangles], [part.joint for part in triangles], t, inverse, least, edges
+            )
+            stats = pair_statistics(moments, mined.i, mined.j, mined.product, mined.joint, self._unit())
+            pairs = sorted_pairs([kept(stats, min_correlation, min_support)], self.d_sae, self.device)
+            return Survey(pairs, None if edges is None else mined.histogram, float(squared + mined.squared))
         for key, product, joint in fired_tiles(_triangles(parts), everything=min_correlation <= 0):
             i, j = pair_of_key(key)
             apart = t[i] * t[j]
@@ -314,9 +324,7 @@ class FeatureCorrelation:
                 together = correlation if min_correlation > 0 else correlation[joint > 0]
                 place = torch.searchsorted(edges, together, right=True) - 1
                 histogram += torch.bincount(place.clamp(0, histogram.numel() - 1), minlength=histogram.numel())
-            # The other statistics are for the few pairs that may pass; the slack covers this formula's own
-            # rounding.
-            near = (correlation >= min_correlation - 1e-6).nonzero().flatten()
+            near = (correlation >= least).nonzero().flatten()
             stats = pair_statistics(moments, i[near], j[near], product[near], joint[near], self._unit())
             found.append(kept(stats, min_correlation, min_support))
         return Survey(sorted_pairs(found, self.d_sae, self.device), histogram, float(squared))

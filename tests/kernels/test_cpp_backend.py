@@ -335,6 +335,59 @@ def test_the_pair_update_refuses_what_would_leave_the_triangle() -> None:
             call(**wrong)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("halflife", [None, 300.0])
+@pytest.mark.parametrize("wide", [False, True])
+def test_mining_finds_what_torch_finds(halflife: float | None, wide: bool, threads: None) -> None:
+    """To the bit, whoever walks; of two parts (fading sums have one) one may have wider counts."""
+    one, two = (FeatureCorrelation(600, halflife=halflife) for _ in range(2))
+    for i, codes in enumerate(batches(torch.float32, count=6, rows=80, d_sae=600)):
+        (one if i < 3 or halflife is not None else two).update(codes)
+    beside = [two] if halflife is None else []
+    edges = torch.tensor([-0.2, -0.1, 0.0, 0.05, 0.1, 0.3], dtype=torch.float64)
+    if wide and halflife is None:
+        assert two._exact is not None
+        two._exact.joint = two._exact.joint.long()
+    found = []
+    for name, count in ((CPP, 1), (CPP, 2), (CPP, 4), ("torch", 1)):
+        torch.set_num_threads(count)
+        with use_backend(name):
+            survey = one.survey(0.1, 3, edges, beside=beside)
+        pairs = survey.pairs
+        assert survey.histogram is not None
+        assert len(pairs) > 100
+        found.append(
+            [pairs.i, pairs.j, pairs.correlation, pairs.support, pairs.cosine, pairs.jaccard, survey.histogram]
+        )
+        found[-1].append(torch.tensor(survey.squared_sum, dtype=torch.float64))
+    for other in found[1:3]:
+        assert_same(found[0], other)
+    assert_same(found[0][:-1], found[3][:-1])
+    torch.testing.assert_close(found[0][-1], found[3][-1], rtol=1e-12, atol=0)
+    with use_backend(CPP):
+        assert len(one.survey(0.1, 3, beside=beside).pairs) == len(found[0][0])
+
+
+@pytest.mark.skipif(CPP == "torch", reason="no compiler")
+def test_bins_are_those_of_searchsorted() -> None:
+    """Values on edges, outside of them, and NaN; edges far from even."""
+    values = torch.tensor(
+        [0.0, 0.25, 0.25 - 1e-17, 0.3, 0.9, 1.0, 1.7, -3.0, torch.nan, 0.26, 0.5], dtype=torch.float64
+    )
+    edges = torch.tensor([0.0, 0.25, 0.26, 0.261, 0.9, 1.0], dtype=torch.float64)
+    # Latent 1 meets latent 0 only: one pair a call, whose correlation is what is asked for.
+    for value in values:
+        product = torch.zeros(3, dtype=torch.float64)
+        product[0] = value
+        joint = torch.tensor([1, 0, 0], dtype=torch.int32)
+        zero, one = torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
+        histogram = torch.ops.transcoder_cpp.survey_pairs([product], [joint], zero, one, 2.0, edges)[-1]
+        want = (torch.searchsorted(edges, value, right=True) - 1).clamp(0, 4)
+        assert histogram.tolist() == torch.bincount(want[None], minlength=5).tolist()
+    for wrong in ((product[:2], joint, zero, one), (product, joint[:2], zero, one), (product, joint, zero, one[:2])):
+        with pytest.raises(ValueError, match="expected"):
+            torch.ops.transcoder_cpp.survey_pairs([wrong[0]], [wrong[1]], *wrong[2:], 0.5, None)
+
+
 @pytest.mark.skipif(CPP == "torch", reason="no compiler")
 def test_encode_refuses_shapes_that_do_not_fit() -> None:
     ops, x, W, b = torch.ops.transcoder_cpp, torch.ones(2, 3), torch.ones(4, 3), torch.ones(4)
