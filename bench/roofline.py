@@ -194,7 +194,10 @@ def _steps(s: Shape, activation: Any, recorder: Recorder) -> Iterator[tuple[str,
     for _ in range(2):
         recorder.section()
         out = model.training_step(x, y)
-        out.loss.backward()
+        # As backward() does, which takes the gradients over as they are; fake ones, that the recorder refers to, it would copy.
+        parameters = list(model.parameters())
+        for parameter, gradient in zip(parameters, torch.autograd.grad(out.loss, parameters), strict=True):
+            parameter.grad = gradient
         before = recorder.section()
         optimizer_step(model, optimizer, 1e-3, 1.0)
         after = recorder.section()

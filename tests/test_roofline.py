@@ -78,7 +78,9 @@ def test_counts_by_hand() -> None:
         "nested loss backward",
         "Adam and projection",
     )
-    assert steps["bytes"] > sum(row(name)["planned"]["bytes"] for name in parts)
+    alone = sum(row(name)["planned"]["bytes"] for name in parts)
+    # What lies between the parts sweeps batches (9 MB each), not dictionaries: copying both gradients would be 680 MB.
+    assert alone < steps["bytes"] < alone + 2 * 4 * W
     assert steps["triton_launches"] >= 15
 
 
