@@ -1,4 +1,4 @@
-"""The command line: `transcoder train | demo | validate | compare | report | doctor`.
+"""The command line: `transcoder train | demo | validate | sweep | compare | report | doctor`.
 
 Exit codes: 0 done; 1 the run failed; 2 bad input (settings, data, files); 3 an anti-duplication part was not
 really used; 75 stopped by a signal with the state saved (add --resume to go on); 130 interrupted before there
@@ -183,6 +183,20 @@ def _validate(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
     return EXIT_OK if result.passed else EXIT_FAILED
 
 
+def _sweep(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
+    config = RunConfig.load(options.config, overrides)
+    out = Path(options.out) if options.out is not None else Path("runs") / f"sweep-{config.name}"
+    try:
+        ks = [int(word) for word in options.k.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"sweep: --k: expected whole numbers with commas between, got {options.k!r}") from error
+    from transcoder.training.sweep import format_sweep, sweep_k
+
+    print(format_sweep(sweep_k(config, ks, out)))
+    print(f"sweep folder: {out}")
+    return EXIT_OK
+
+
 def _compare(options: argparse.Namespace, _: dict[str, Any]) -> int:
     if len(options.runs) < 2:
         raise ConfigError(f"compare: expected at least two run folders, got {len(options.runs)}")
@@ -295,6 +309,14 @@ def _parser() -> _Parser:
     validate.usage = str(validate.usage) % "[CONFIG] "
     validate.add_argument("config", metavar="CONFIG", nargs="?", default="demo", help="as in train (default: demo)")
     validate.add_argument("--out", metavar="DIR", help="folder of both runs (default: runs/validate-<name>)")
+    text = "Train with several k; show duplicates, decoder cosines and FVU against k. A k that is too large makes duplicates."
+    sweep = command("sweep", _sweep, text, True)
+    sweep.usage = str(sweep.usage) % "CONFIG --k K,K,... "
+    sweep.add_argument("config", metavar="CONFIG", help="as in train")
+    sweep.add_argument("--k", metavar="K,K,...", required=True, help="the k to try, with commas between")
+    sweep.add_argument(
+        "--out", metavar="DIR", help="folder of the runs (default: runs/sweep-<name>); finished runs are kept"
+    )
     compare = command("compare", _compare, "Compare finished runs with the first of them.", False)
     text = "a run folder; or NAME=RUN,RUN,... for a method's runs over seeds, compared with intervals over seeds"
     compare.add_argument("runs", metavar="RUN", nargs="+", help=text)

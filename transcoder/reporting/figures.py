@@ -91,6 +91,12 @@ HELDOUT_PAIRS = Figure(
     "Counted after training on the held-out codes, in every run alike (transcoder validate).",
     "lower",
 )
+HELDOUT_MERGEABLE = Figure(
+    "heldout_duplicates/mergeable",
+    "Mergeable pairs, held-out",
+    "Those of them that fold into one latent at no cost: the true duplicates.",
+    "lower",
+)
 HELDOUT_PAIRED_SHARE = Figure(
     "heldout_duplicates/share_of_live",
     "Live latents with a neighbour, held-out",
@@ -121,6 +127,7 @@ FIGURES = (
     PAIRED_SHARE,
     DICTIONARY_SIZE,
     HELDOUT_PAIRS,
+    HELDOUT_MERGEABLE,
     HELDOUT_PAIRED_SHARE,
     HELDOUT_DICTIONARY_SIZE,
     TOKENS_PER_SECOND,

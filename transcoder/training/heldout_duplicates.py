@@ -14,8 +14,9 @@ from transcoder.antidup import CorrelationMonitor, UsageLedger
 from transcoder.antidup.ledger import REQUIRED_EFFECTS
 from transcoder.config import MonitorSection
 from transcoder.model import Transcoder
+from transcoder.training.evaluation import merge_test
 
-_FIGURES = ("pairs", "share_of_live", "live_latents", "effective_dictionary_size")
+_FIGURES = ("pairs", "mergeable", "share_of_live", "live_latents", "effective_dictionary_size")
 
 
 @torch.no_grad()
@@ -30,8 +31,8 @@ def heldout_duplicates(
         heldout: non-sink tokens, on its device.
         section: thresholds, support and sketch; `enabled`, `update_every` and the blocks are not read.
 
-    Returns: {"heldout_duplicates/pairs", "heldout_duplicates/share_of_live", "heldout_duplicates/live_latents",
-    "heldout_duplicates/effective_dictionary_size" (absent under a sketch)}.
+    Returns: {"heldout_duplicates/<figure>"} for pairs, mergeable (those that the merge test on the same tokens passes),
+    share_of_live, live_latents and effective_dictionary_size (absent under a sketch).
     """
     section = dataclasses.replace(section, update_every=1, halflife_tokens=None, block_tokens=2**62)
     was_training = transcoder.training
@@ -45,7 +46,7 @@ def heldout_duplicates(
             )
             for batch in heldout:
                 monitor.update_correlations(transcoder.encode(batch.source), 0, sequences=batch.sequences)
-            monitor.report(0, transcoder.W_dec)
+            monitor.report(0, transcoder.W_dec, lambda i, j: merge_test(transcoder, heldout, i, j))
             found = monitor.metrics()
     finally:
         transcoder.train(was_training)

@@ -1,0 +1,68 @@
+"""The sweep over k: one run a k, figures that are those runs' own, a second call that trains nothing again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from transcoder import RunConfig, cli
+from transcoder.config import ConfigError
+from transcoder.training import sweep as module
+from transcoder.training.sweep import format_sweep, random_cosines, sweep_k
+
+SMALL = {
+    "transcoder.d_sae": 64,
+    "transcoder.widths": None,
+    "activations.buffer_tokens": 4096,
+    "training.steps": 12,
+    "training.batch_size": 256,
+    "training.evaluation_tokens": 1024,
+    "training.evaluation_ce_tokens": 1024,
+    "training.evaluation_every": 0,
+    "antidup.monitor.block_tokens": 1000,
+    "checkpoint.every": 6,
+    "logging.progress": False,
+}
+
+
+def test_a_sweep_measures_each_k_and_trains_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = RunConfig.load("demo", SMALL)
+    found = sweep_k(config, [2, 8], tmp_path)
+    assert [row["k"] for row in found["runs"]] == [2, 8]
+    assert json.loads((tmp_path / "sweep.json").read_text()) == found
+    for row in found["runs"]:
+        summary = json.loads((tmp_path / f"k{row['k']}" / "summary.json").read_text())
+        assert row["evaluation/fvu"] == summary["evaluation/fvu"]
+        assert row["evaluation/l0"] == pytest.approx(row["k"], rel=0.5)
+        assert row["heldout_duplicates/mergeable"] <= row["heldout_duplicates/pairs"]
+        assert summary["name"] == f"demo-k{row['k']}"
+    table = format_sweep(found)
+    assert len(table.splitlines()) == 4
+    assert table.splitlines()[-1].split()[0] == "random"
+
+    def again(*_: object, **__: object) -> None:
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(module, "train_transcoder", again)
+    assert sweep_k(config, [2, 8], tmp_path) == found
+
+
+def test_random_rows_are_the_floor_of_decoder_cosines() -> None:
+    found = random_cosines(200, 32)
+    assert found is not None
+    unit = torch.nn.functional.normalize(torch.randn(200, 32, generator=torch.Generator().manual_seed(0)), dim=1)
+    nearest = (unit @ unit.T).fill_diagonal_(-1).max(1).values.sort().values
+    assert found["median"] == pytest.approx(float(nearest[100]), abs=0.01)
+
+
+def test_what_cannot_be_swept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConfigError, match="different numbers"):
+        sweep_k(RunConfig(), [4, 4], tmp_path)
+    with pytest.raises(ConfigError, match=r"transcoder\.k"):
+        sweep_k(RunConfig.load("demo", SMALL), [4, 65], tmp_path)
+    assert not list(tmp_path.iterdir())
+    assert cli.main(["sweep", "demo", "--k", "8,many", "--out", str(tmp_path)]) == cli.EXIT_INPUT
+    assert "whole numbers" in capsys.readouterr().err

@@ -1,0 +1,97 @@
+"""`transcoder sweep`: the same run with several k. A k above what the data need is a cause of duplicates; this shows it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from transcoder.antidup.decoder_cosine import decoder_cosine_tail
+from transcoder.config import ConfigError, RunConfig
+from transcoder.training.heldout_duplicates import heldout_duplicates
+from transcoder.training.storage import replace_atomically
+from transcoder.training.trainer import train_transcoder
+
+COLUMNS = (
+    ("evaluation/fvu", "FVU"),
+    ("evaluation/ce_recovered", "CE recovered"),
+    ("evaluation/l0", "L0"),
+    ("heldout_duplicates/pairs", "pairs"),
+    ("heldout_duplicates/mergeable", "mergeable"),
+    ("heldout_duplicates/share_of_live", "share paired"),
+    ("evaluation/live_share", "live share"),
+    ("decoder_cosine/median", "cosine 50 %"),
+    ("decoder_cosine/p99", "99 %"),
+    ("decoder_cosine/p999", "99.9 %"),
+)
+
+
+def sweep_k(config: RunConfig, ks: Sequence[int], out: Path | str) -> dict[str, Any]:
+    """Train once a k into out/k<k> and write out/sweep.json. Runs that are finished already are not trained again.
+
+    The figures are those of held-out non-sink tokens (BatchTopK by its threshold), the pairs counted by the monitor's
+    thresholds on all held-out tokens, "mergeable" those that the merge test passes. "decoder_cosine" are quantiles over latents
+    of the cosine with the nearest other decoder row; "random" holds those of random rows of the same shape, below which
+    no dictionary of this size can be expected to stay.
+
+    Args:
+        config: the run; its k and name are set here.
+        ks: at least one, each at most d_sae.
+
+    Returns: {"schema_version": 1, "runs": [{"k", figure: number | null, ...}, ...], "random": {"median", "p99", "p999"}}.
+
+    Raises: ConfigError for a k that cannot be; others as `train_transcoder`. RuntimeError: a run was stopped by a signal; the
+    same call goes on with it.
+    """
+    if not ks or len(set(ks)) != len(ks):
+        raise ConfigError(f"sweep: k: expected one or more different numbers, got {list(ks)}")
+    runs = {k: config.replace({"transcoder.k": k, "name": f"{config.name}-k{k}"}) for k in ks}
+    out, rows = Path(out), []
+    shape: tuple[int, int] | None = None
+    for k, run in runs.items():
+        done = out / f"k{k}" / "figures.json"
+        if not done.is_file():
+            result = train_transcoder(run, out / f"k{k}", resume=(out / f"k{k}" / "config.yaml").is_file())
+            if not result.finished:
+                raise RuntimeError(
+                    f"sweep: stopped by {result.interrupted_by} in the run of k = {k}; the same command goes on"
+                )
+            figures = {
+                **result.summary,
+                **heldout_duplicates(result.transcoder, result.heldout, run.antidup.monitor),
+                **{f"decoder_cosine/{n}": v for n, v in (decoder_cosine_tail(result.transcoder.W_dec) or {}).items()},
+                "d_out": result.transcoder.config.d_out,
+            }
+            kept = {name: figures.get(name) for name, _ in COLUMNS}
+            replace_atomically(done, json.dumps({"k": k, **kept, "d_out": figures["d_out"]}, indent=2).encode())
+        row = json.loads(done.read_bytes())
+        shape = (config.transcoder.d_sae, row.pop("d_out"))
+        rows.append(row)
+    assert shape is not None
+    found = {"schema_version": 1, "runs": rows, "random": random_cosines(*shape)}
+    replace_atomically(out / "sweep.json", json.dumps(found, indent=2).encode())
+    return found
+
+
+def random_cosines(d_sae: int, d_out: int) -> dict[str, float] | None:
+    """`decoder_cosine_tail` of random directions: the curve beside which a dictionary's is to be read."""
+    rows = torch.randn(d_sae, d_out, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    return decoder_cosine_tail(rows)
+
+
+def format_sweep(found: dict[str, Any]) -> str:
+    """A table for a terminal, one row a k."""
+    table = [["k", *(label for _, label in COLUMNS)]]
+    table += [[str(row["k"]), *(_text(row[name]) for name, _ in COLUMNS)] for row in found["runs"]]
+    if found["random"] is not None:
+        blanks = [""] * (len(COLUMNS) - 3)
+        table.append(["random", *blanks, *(_text(found["random"][q]) for q in ("median", "p99", "p999"))])
+    widths = [max(len(row[c]) for row in table) for c in range(len(table[0]))]
+    return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in table)
+
+
+def _text(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"
