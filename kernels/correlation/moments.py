@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -92,15 +93,70 @@ class Moments:
 
     def centred(self) -> tuple[Tensor, Tensor]:
         """(mean [d_sae], 1 / standard deviation [d_sae], 0 for a constant latent)."""
-        weight = self.weight.clamp(min=1e-300)
-        mean, second = self.total / weight, self.square / weight
-        variance = second - mean.square()
-        valid = variance > CONSTANT * second
-        return mean, torch.where(valid, variance.clamp(min=1e-300).rsqrt(), 0.0)
+        return _centred(self.weight, self.total, self.square)
 
     def effective_tokens(self) -> Tensor:
         """0-dim: (sum w)^2 / sum w^2, the number of equally weighted tokens of the same noise."""
         return self.weight.square() / self.weight_squared.clamp(min=1e-300)
+
+
+class PairSums(NamedTuple):
+    """What the statistics of some pairs are made of, each pair over its own part of the stream. They add up over disjoint
+    parts."""
+
+    weight: Tensor
+    """[P] sum w."""
+    total: Tensor
+    """[2, P] sum w z of i and of j."""
+    square: Tensor
+    """[2, P] sum w z^2."""
+    fired: Tensor
+    """[2, P] firing tokens, in the dtype of the counts."""
+    product: Tensor
+    """[P] sum w z_i z_j."""
+    joint: Tensor
+    """[P] tokens on which both fire."""
+
+    @classmethod
+    def zeros(cls, pairs: int, device: torch.device) -> PairSums:
+        def table(*size: int, dtype: torch.dtype = torch.float64) -> Tensor:
+            return torch.zeros(*size, dtype=dtype, device=device)
+
+        whole = torch.int64
+        return cls(
+            table(pairs), table(2, pairs), table(2, pairs), table(2, pairs, dtype=whole), table(pairs),
+            table(pairs, dtype=whole),
+        )  # fmt: skip
+
+    @classmethod
+    def of(cls, moments: Moments, i: Tensor, j: Tensor, product: Tensor, joint: Tensor) -> PairSums:
+        """Over all tokens of `moments`. Of a latent with itself, `product` and `joint` are not looked at: its own sums are
+        the diagonal."""
+        same = i == j
+        return cls(
+            moments.weight.expand(i.shape),
+            torch.stack([moments.total[i], moments.total[j]]),
+            torch.stack([moments.square[i], moments.square[j]]),
+            torch.stack([moments.count[i], moments.count[j]]),
+            torch.where(same, moments.square[i], product),
+            torch.where(same, moments.count[i].to(joint.dtype), joint),
+        )
+
+    def plus(self, other: PairSums) -> PairSums:
+        return PairSums(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
+
+    def minus(self, other: PairSums) -> PairSums:
+        return PairSums(*(mine - theirs for mine, theirs in zip(self, other, strict=True)))
+
+    def followed_by(self, other: PairSums) -> PairSums:
+        """The pairs of both, one after the other."""
+        return PairSums(*(torch.cat(parts, -1) for parts in zip(self, other, strict=True)))
+
+    def at(self, place: Tensor) -> PairSums:
+        return PairSums(*(part[..., place] for part in self))
+
+    def to(self, device: torch.device) -> PairSums:
+        return PairSums(*(part.to(device) for part in self))
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,27 +170,40 @@ class PairStatistics:
     jaccard: Tensor
     support: Tensor
     """int64: tokens on which at least one fires (decayed ones rounded down)."""
+    weight: Tensor
+    """float64: sum of the weights of the tokens that were looked at (their number, where none has a weight). A sketch looks
+    at its newest tokens, further back for some pairs than for others."""
 
 
 def pair_statistics(
     moments: Moments, i: Tensor, j: Tensor, product: Tensor, joint: Tensor, unit: float = 1.0
 ) -> PairStatistics:
-    """Formulas of a pair from `product` = sum w z_i z_j and `joint` = tokens on which both fire.
+    """Formulas of a pair from `product` = sum w z_i z_j and `joint` = tokens on which both fire, over all tokens of
+    `moments`."""
+    return statistics_of(i, j, PairSums.of(moments, i, j, product, joint), unit)
 
-    Bitwise the same with i and j exchanged. Of a latent with itself, `product` and `joint` are not looked at: its own sums
-    are the diagonal.
-    `unit` is what one token counts in `count` and `joint` (above 1 where old tokens fade by newer ones
-    growing).
+
+def statistics_of(i: Tensor, j: Tensor, sums: PairSums, unit: float = 1.0) -> PairStatistics:
+    """Bitwise the same with i and j exchanged.
+
+    `unit` is what one token counts in the sums (above 1 where old tokens fade by newer ones growing).
     """
-    mean, inverse = moments.centred()
-    same = i == j
-    product = torch.where(same, moments.square[i], product)
-    joint = torch.where(same, moments.count[i].to(joint.dtype), joint)
-    covariance = product / moments.weight.clamp(min=1e-300) - mean[i] * mean[j]
-    correlation = (covariance * (inverse[i] * inverse[j])).clamp(-1, 1)
-    norms = (moments.square[i] * moments.square[j]).sqrt()
-    cosine = torch.where(norms > 0, product / norms.clamp(min=1e-300), 0.0).clamp(max=1)
-    union = moments.count[i] + moments.count[j] - joint
-    jaccard = joint.double() / union.double().clamp(min=1e-300)
+    mean, inverse = _centred(sums.weight, sums.total, sums.square)
+    covariance = sums.product / sums.weight.clamp(min=1e-300) - mean[0] * mean[1]
+    correlation = (covariance * (inverse[0] * inverse[1])).clamp(-1, 1)
+    norms = (sums.square[0] * sums.square[1]).sqrt()
+    cosine = torch.where(norms > 0, sums.product / norms.clamp(min=1e-300), 0.0).clamp(max=1)
+    union = sums.fired[0] + sums.fired[1] - sums.joint
+    jaccard = sums.joint.double() / union.double().clamp(min=1e-300)
     support = union if unit == 1 else union / unit
-    return PairStatistics(i, j, correlation, cosine, jaccard, support.long())
+    weight = sums.weight if unit == 1 else sums.weight / unit
+    return PairStatistics(i, j, correlation, cosine, jaccard, support.long(), weight)
+
+
+def _centred(weight: Tensor, total: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
+    """(mean, 1 / standard deviation, 0 for a constant latent), each of the shape of `total`."""
+    weight = weight.clamp(min=1e-300)
+    mean, second = total / weight, square / weight
+    variance = second - mean.square()
+    valid = variance > CONSTANT * second
+    return mean, torch.where(valid, variance.clamp(min=1e-300).rsqrt(), 0.0)

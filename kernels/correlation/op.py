@@ -40,7 +40,8 @@ class FeatureCorrelation:
     0.
 
     Exact mode keeps sums of products and joint counts of all pairs in float64 and integers (packed triangle,
-    O(B k^2) adds an update); sketch mode keeps `sketch_dim` fp32 numbers a latent and a ring of recent codes.
+    O(B k^2) adds an update); sketch mode keeps `sketch_dim` fp32 numbers a latent, a ring of recent codes and the exact sums of
+    the pairs that it was told to watch.
     Neither builds [B, d_sae]. Everything stays on `device`; `update` never makes the host wait for a GPU;
     results are bitwise reproducible. (Fed or merged by backend `triton` after another backend: to rounding; its
     sums are exact on a grid of their own.)
@@ -49,7 +50,7 @@ class FeatureCorrelation:
         d_sae: latents.
         sketch_dim: None counts exactly (d_sae <= 32768). A number m >= 8 sketches: `correlation` returns an
             estimate with standard deviation (1 - r^2) / sqrt(m); `pairs` proposes by estimate and decides
-            exactly over the ring.
+            exactly, over the ring or, of pairs that are watched (`watch`), over all that was counted since.
         halflife: tokens after which a token's weight has halved; None never forgets. Every row counts as
             time, masked or not. Counts decay too, and `support` is then the decayed count rounded down.
         device: where the codes live.
@@ -103,8 +104,8 @@ class FeatureCorrelation:
         self.reset()
 
     def reset(self) -> None:
-        """Forget every token. The sketch's signs go on where they were: blocks of one stream may be
-        merged."""
+        """Forget every token, and which pairs were watched. The sketch's signs go on where they were: blocks of one stream
+        may be merged."""
         self._moments = Moments.zeros(self.d_sae, self.device, self.halflife is not None)
         self._exact: PackedTriangle | None = None
         self._sketch: Sketch | None = None
@@ -113,6 +114,7 @@ class FeatureCorrelation:
         else:
             self._sketch = Sketch(self.d_sae, self.sketch_dim, self.ring_tokens, self.device)
         self._pending: deque[tuple[Entries, DeferredSize]] = deque()
+        """Updates whose pairs (of a sketch: watched pairs) are not counted yet."""
         self.tokens_offered = 0
         """Rows seen, masked ones included (a number the host knows)."""
         self._origin = 0.0
@@ -157,6 +159,7 @@ class FeatureCorrelation:
         else:
             assert self._sketch is not None
             self._sketch.add(entries, codes, weight, plain, self.seed, self.rank, self.updates)
+            self._count_watched(entries)
         self._count_update(batch)
 
     def _update_triton(self, codes: SparseCodes, plain: Tensor | None) -> None:
@@ -168,7 +171,24 @@ class FeatureCorrelation:
             assert self._sketch is not None
             triton.add_to_sketch(codes, plain, self._sketch, self.seed, self.rank, self.updates)
             self._sketch.remember(codes, plain)
+            if len(self._sketch.watched):
+                on_cpu = self.device.type == "cpu"
+                self._count_watched(entries_of(codes, plain, None, torch.int64, compact=on_cpu))
         self._count_update(codes.shape[0])
+
+    def _count_watched(self, entries: Entries) -> None:
+        """Of codes that are in the moments."""
+        assert self._sketch is not None
+        watched = self._sketch.watched
+        if len(watched) == 0:
+            return
+        if self.device.type == "cpu":
+            watched.add(entries, None, self._moments.count)
+        else:
+            size = watched.index(self._moments.count).look_ups(entries.latent)
+            # A copy, as for exact counts.
+            self._pending.append((entries._replace(latent=entries.latent.clone()), DeferredSize(size)))
+            self._drain(PENDING_LIMIT)
 
     def _count_update(self, batch: int) -> None:
         if self._sketch is not None:
@@ -184,6 +204,8 @@ class FeatureCorrelation:
             entries, size = self._pending.popleft()
             if self._exact is not None:
                 self._exact.add(entries, size.read())
+            if self._sketch is not None:
+                self._sketch.watched.add(entries, size.read(), self._moments.count)
 
     def _growth(self, batch: int) -> Tensor:
         """[B] float64: 2^(age of the origin / half-life). New tokens weigh more, which is old ones weighing
@@ -237,7 +259,9 @@ class FeatureCorrelation:
     def statistics(self, i: Tensor, j: Tensor, *, beside: Sequence[FeatureCorrelation] = ()) -> PairStatistics:
         """Correlation, cosine, Jaccard and support of given pairs, each [P]. May wait for the device.
 
-        Exact mode: over all tokens. Sketch mode: exact, over the tokens in the ring.
+        Exact mode: over all tokens. Sketch mode: exact too, over fewer tokens. Of a watched pair these are all since the
+        ring began when it first was watched; of any other, those in the ring. With `beside` it is that of each part, added
+        up. `weight` says how many that were; they are always the newest.
 
         Args:
             i, j: [P] integers in [0, d_sae), any pairs: the answer has their order, is the same with i and j exchanged,
@@ -247,17 +271,48 @@ class FeatureCorrelation:
         Raises: TypeError or ValueError naming i, j or what does not fit beside.
         """
         parts = self._parts(beside)
-        i, j = latent_ids("i", i, self.d_sae, self.device), latent_ids("j", j, self.d_sae, self.device)
-        if i.dim() != 1 or i.shape != j.shape:
-            raise ValueError(
-                f"{NAME}.statistics: i, j: expected two of one length [P], got {list(i.shape)} and {list(j.shape)}"
-            )
-        sketches = [p._sketch for p in parts if p._sketch is not None]
+        i, j = self._pair_ids("statistics", i, j)
+        sketches = _sketches(parts)
         if sketches:
             return confirm(sketches, i, j)
         # A latent with itself has no place in the strict triangle; what stands at 0 is not looked at.
         key = torch.where(i == j, 0, pair_key(i, j))
         return pair_statistics(_summed_moments(parts), i, j, *summed_at(_triangles(parts), key), self._unit())
+
+    def watch(self, i: Tensor, j: Tensor) -> None:
+        """Count these pairs exactly from now on, instead of those watched so far. Waits for the device.
+
+        Sketch mode: a pair that stays keeps its counts, another begins with what is in the ring, so a pair that is too
+        rare for the ring gathers support while it is watched. Hand in what `survey` proposes (`candidates`) after every
+        search. An `update` costs more by what the firings of each pair's rarer latent take. Exact mode counts all pairs:
+        nothing to do.
+
+        Args:
+            i, j: [P] integers in [0, d_sae). Order and repetitions do not matter, a latent with itself is left out. Of more
+                than 1,000,000 pairs those with the highest estimates are watched.
+
+        Raises:
+            TypeError or ValueError naming i or j.
+            ValueError: a sketch with a half-life.
+        """
+        i, j = self._pair_ids("watch", i, j)
+        if self._sketch is None:
+            return
+        if self.halflife is not None:
+            raise ValueError(
+                f"{NAME}.watch: expected statistics without a half-life, got {self.halflife!r}: watched counts do not "
+                "fade. Watch in statistics that are reset from time to time"
+            )
+        self._drain(0)
+        self._sketch.watch(self._moments, i[i != j], j[i != j])
+
+    def _pair_ids(self, where: str, i: Tensor, j: Tensor) -> tuple[Tensor, Tensor]:
+        i, j = latent_ids("i", i, self.d_sae, self.device), latent_ids("j", j, self.d_sae, self.device)
+        if i.dim() != 1 or i.shape != j.shape:
+            raise ValueError(
+                f"{NAME}.{where}: i, j: expected two of one length [P], got {list(i.shape)} and {list(j.shape)}"
+            )
+        return i, j
 
     def pairs(
         self, min_correlation: float, min_support: int = 1, *, beside: Sequence[FeatureCorrelation] = ()
@@ -283,19 +338,20 @@ class FeatureCorrelation:
     ) -> Survey:
         """`pairs`, and in the same pass the histogram over `edges` [bins + 1] (float64, ascending; the last
         bin includes its upper edge) of the pairs that fired together, and the sum of squared correlations
-        over all pairs."""
+        over all pairs. In sketch mode instead of these two the pairs that it proposed, for `watch`."""
         if not -1 <= min_correlation <= 1:
             raise ValueError(f"{NAME}.pairs: min_correlation: expected in [-1, 1], got {min_correlation!r}")
         if min_support < 0:
             raise ValueError(f"{NAME}.pairs: min_support: expected at least 0, got {min_support!r}")
         parts = self._parts(beside)
-        sketches = [p._sketch for p in parts if p._sketch is not None]
+        sketches = _sketches(parts)
         if sketches:
             backend = active_backend(self.device, "correlation")
             propose = implementation("correlation", self.device).similar if backend == "triton" else candidates
-            i, j = propose(sketches, _summed_moments(parts), min_correlation - self.sketch_margin)
+            above = min_correlation - self.sketch_margin
+            i, j = propose([sketch for sketch, _ in sketches], _summed_moments(parts), above)
             decided = [kept(confirm(sketches, i, j), min_correlation, min_support)]
-            return Survey(sorted_pairs(decided, self.d_sae, self.device), None, None)
+            return Survey(sorted_pairs(decided, self.d_sae, self.device), None, None, (i, j))
         moments = _summed_moments(parts)
         mean, inverse = moments.centred()
         # r_ij = C_ij / W / (sd_i sd_j) - t_i t_j with t = mean / sd. A pair that never fires together has
@@ -341,7 +397,7 @@ class FeatureCorrelation:
 
     def merge(self, other: FeatureCorrelation) -> None:
         """Add the statistics of a disjoint part of the stream (another rank, another block) to these, in
-        place.
+        place. Pairs watched in either are watched from now on, with what both parts know of them.
 
         With a half-life the two streams are parallel: both end now, at their own newest token.
 
@@ -367,10 +423,13 @@ class FeatureCorrelation:
             self._exact.make_room(self.tokens_offered + other.tokens_offered)
             self._exact.merge(other._exact, scale)
         if self._sketch is not None and other._sketch is not None:
-            self._sketch.merge(other._sketch, scale)
+            self._sketch.merge(other._sketch, scale, self._moments, other._moments)
             # Signs go on behind all that are in the sums now: the other part may be a later block of this stream.
             self.updates = max([self.updates, *(r.stop for r in self._sketch.signs if r.rank == self.rank)])
         self._moments.merge(other._moments, scale)
+        if self._sketch is not None:
+            # No more than may be watched, and by the counts of both.
+            self._sketch.watch(self._moments, self._sketch.watched.i, self._sketch.watched.j)
         if self.halflife is None:
             self.tokens_offered += other.tokens_offered
 
@@ -469,6 +528,10 @@ class FeatureCorrelation:
                     "its own rank (blocks of one stream share a rank and go on counting `updates`)"
                 )
             held = union(held, part._sketch.signs)
+
+
+def _sketches(parts: list[FeatureCorrelation]) -> list[tuple[Sketch, Moments]]:
+    return [(p._sketch, p._moments) for p in parts if p._sketch is not None]
 
 
 def _triangles(parts: list[FeatureCorrelation]) -> list[PackedTriangle]:

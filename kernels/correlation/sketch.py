@@ -1,5 +1,5 @@
-"""Correlation of very wide dictionaries: a random-sign sketch proposes pairs, a ring of recent codes decides
-them.
+"""Correlation of very wide dictionaries: a random-sign sketch proposes pairs, exact counts decide them: those of a ring of
+recent codes, or, of pairs that are watched, those of all tokens since the ring began when they first were.
 
 S_i = sum_t w_t z_ti r_t with r_t in {+1, -1}^m from a counter keyed by (seed, rank, step, token), so that no
 sign serves two tokens and sketches of different ranks or blocks add up. Inner products of rows of S are
@@ -10,7 +10,6 @@ standard deviation (1 - c^2) / sqrt(m).
 
 from __future__ import annotations
 
-import dataclasses
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,23 +22,20 @@ from transcoder.kernels.checks import FLOATS
 from transcoder.kernels.codes import SparseCodes
 from transcoder.kernels.correlation.counter import signs
 from transcoder.kernels.correlation.inputs import NAME
-from transcoder.kernels.correlation.moments import Moments, PairStatistics, pair_statistics
+from transcoder.kernels.correlation.moments import Moments, PairStatistics, PairSums, statistics_of
 from transcoder.kernels.correlation.saved import check_fields, check_tensor, refuse
 from transcoder.kernels.correlation.sign_ranges import SignRange, from_tensor, to_tensor, union
-from transcoder.kernels.correlation.torch_backend import (
-    Entries,
-    add_at,
-    entries_of,
-    pair_pages,
-    pair_products,
-)
+from transcoder.kernels.correlation.torch_backend import Entries, add_at, entries_of
+from transcoder.kernels.correlation.watched import MAX_WATCHED, PairIndex, Watched, check_watched, latents_alone
 
 TILE_ROWS = 2048
 """Rows of S multiplied with all others at a time: a [2048, d_sae] fp32 tile is 8 GiB at 2^20 latents, so
 columns tile too."""
 TILE_COLUMNS = 8192
 MAX_CANDIDATES = 1_000_000
-"""Pairs that the ring is asked to decide; the highest estimates win."""
+"""Pairs that are put before the exact counts; the highest estimates win."""
+ESTIMATED_TOGETHER = 1 << 16
+"""Pairs whose sketches are gathered at a time."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +56,7 @@ class _Recent:
 
 
 class Sketch:
-    """S [d_sae, m] fp32 and the ring of recent codes."""
+    """S [d_sae, m] fp32, the ring of recent codes and the watched pairs."""
 
     def __init__(self, d_sae: int, dim: int, ring_tokens: int, device: torch.device) -> None:
         self.d_sae, self.dim, self.ring_tokens = d_sae, dim, ring_tokens
@@ -70,6 +66,7 @@ class Sketch:
         self.signs: list[SignRange] = []
         """Whose signs are in the sums."""
         self.ring: deque[_Recent] = deque()
+        self.watched = Watched.none(d_sae, device)
 
     def add(
         self, entries: Entries, codes: SparseCodes, scaled: Tensor | None, plain: Tensor | None, *keys: int
@@ -101,13 +98,74 @@ class Sketch:
         gone.index_fill_(0, latents, True)
         for part in self.ring:
             part.value.masked_fill_(gone[part.latent], 0)
+        self.watched.forget(latents)
+
+    def watch(self, moments: Moments, i: Tensor, j: Tensor) -> None:
+        """Watch these pairs i != j instead of those so far. What a pair that stays has counted stays; another begins with
+        the ring. `moments` are this sketch's own, here and below."""
+        i, j = self._most_alike(moments, *_ascending(i, j, self.d_sae))
+        self.watched = Watched(self.d_sae, i, j, self._since(moments, i, j))
+
+    def _most_alike(self, moments: Moments, i: Tensor, j: Tensor) -> tuple[Tensor, Tensor]:
+        """No more than MAX_WATCHED of the pairs, in their order: those of the highest estimates."""
+        if i.numel() <= MAX_WATCHED:
+            return i, j
+        parts = zip(i.split(ESTIMATED_TOGETHER), j.split(ESTIMATED_TOGETHER), strict=True)
+        estimate = torch.cat([estimated_correlation(self, moments, a, b) for a, b in parts])
+        chosen = estimate.sort(descending=True, stable=True).indices[:MAX_WATCHED].sort().values
+        return i[chosen], j[chosen]
+
+    def sums(self, moments: Moments, i: Tensor, j: Tensor) -> PairSums:
+        """Exact sums of any pairs i <= j, in their order: each over the tokens since it began to be watched, or else over
+        those in the ring."""
+        place, new = self._known(i, j)
+        known = self.watched.sums(moments, place[~new])
+        return _in_order(new, known, self._ring_sums(moments, i[new], j[new]))
+
+    def _since(self, moments: Moments, i: Tensor, j: Tensor) -> PairSums:
+        """`Watched.since` of any pairs i < j: their own if they are watched, else that of beginning with the ring."""
+        place, new = self._known(i, j)
+        begun = self._ring_sums(moments, i[new], j[new]).minus(latents_alone(moments, i[new], j[new]))
+        return _in_order(new, self.watched.since.at(place[~new]), begun)
+
+    def _known(self, i: Tensor, j: Tensor) -> tuple[Tensor, Tensor]:
+        """(places among the watched pairs, whether a pair is none of them)."""
+        place = self.watched.places(i, j)
+        return place, place < 0
+
+    def _ring_sums(self, moments: Moments, i: Tensor, j: Tensor) -> PairSums:
+        """Over the tokens in the ring."""
+        device = i.device
+        if i.numel() == 0:
+            return PairSums.zeros(0, device)
+        latents, compact = torch.unique(torch.cat([i, j]), return_inverse=True)
+        number = latents.numel()
+        slot = torch.full((self.d_sae,), -1, device=device).index_copy_(0, latents, torch.arange(number, device=device))
+        ci, cj = compact[: i.numel()], compact[i.numel() :]
+        index = PairIndex(number, ci, cj, moments.count[latents])
+        product = torch.zeros(i.numel(), dtype=torch.float64, device=device)
+        joint = torch.zeros(i.numel(), dtype=torch.int64, device=device)
+        ring = Moments.zeros(number, device, decayed=False)
+        for part in self.ring:
+            kept = slot[part.latent] >= 0
+            before = torch.zeros(kept.numel() + 1, dtype=torch.int64, device=device)
+            torch.cumsum(kept, 0, out=before[1:])
+            codes = SparseCodes.trusted(
+                part.value[kept], slot[part.latent[kept]], before[part.row_ptr], (part.tokens, number)
+            )
+            entries = entries_of(codes, part.weight, None, torch.int64, compact=True)
+            ring.add(entries, part.tokens, part.weight)
+            index.add(entries, None, product, joint)
+        return PairSums.of(ring, ci, cj, product, joint)
 
     def scale(self, factor: float) -> None:
         self.rows *= factor
         self.ones *= factor
 
-    def merge(self, other: Sketch, scale: float) -> None:
+    def merge(self, other: Sketch, scale: float, moments: Moments, others: Moments) -> None:
+        """`moments` of this sketch and `others` of the other one, neither merged yet."""
         device = self.rows.device
+        self._merge_watched(other, moments, others)
         self.signs = union(self.signs, other.signs)
         self.rows += other.rows.to(device) * scale
         self.ones += other.ones.to(device) * scale
@@ -116,17 +174,27 @@ class Sketch:
             self.ring.append(_Recent(part.latent.to(device), part.value.to(device), part.row_ptr.to(device), weight))
         self._trim()
 
+    def _merge_watched(self, other: Sketch, moments: Moments, others: Moments) -> None:
+        """Pairs watched in either, each with what both know of it; the one that does not watch a pair knows its ring."""
+        mine, theirs = self.watched, other.watched
+        if len(mine) or len(theirs):
+            i, j = (torch.cat(parts) for parts in ((mine.i, theirs.i.to(mine.i)), (mine.j, theirs.j.to(mine.j))))
+            i, j = _ascending(i, j, self.d_sae)
+            since = other._since(others, i.to(theirs.i), j.to(theirs.j)).to(i.device)
+            self.watched = Watched(self.d_sae, i, j, self._since(moments, i, j).plus(since))
+
     def state_dict(self) -> dict[str, Any]:
         ring = {}
         for n, part in enumerate(self.ring):
             ring[f"{n:06d}"] = {"latent": part.latent, "value": part.value, "row_ptr": part.row_ptr}
             if part.weight is not None:
                 ring[f"{n:06d}"]["weight"] = part.weight
-        return {"rows": self.rows.clone(), "ones": self.ones.clone(), "ring": ring, "signs": to_tensor(self.signs)}
+        state = {"rows": self.rows.clone(), "ones": self.ones.clone(), "ring": ring, "signs": to_tensor(self.signs)}
+        return {**state, "watched": self.watched.state_dict()} if len(self.watched) else state
 
     def check_state(self, state: object) -> None:
         """`state` fits this sketch, or a ValueError that names the field."""
-        check_fields("pairs", state, ("rows", "ones", "ring", "signs"))
+        check_fields("pairs", state, ("rows", "ones", "ring", "signs"), ("watched",))
         assert isinstance(state, Mapping)
         check_tensor("pairs.rows", state["rows"], tuple(self.rows.shape), torch.float32)
         check_tensor("pairs.ones", state["ones"], tuple(self.ones.shape), torch.float32)
@@ -134,6 +202,8 @@ class Sketch:
         check_fields("pairs.ring", state["ring"], (), state["ring"])
         for name, part in state["ring"].items():
             _check_recent(f"pairs.ring.{name}", part, self.d_sae)
+        if "watched" in state:
+            check_watched("pairs.watched", state["watched"], self.d_sae)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """After `check_state`."""
@@ -141,6 +211,9 @@ class Sketch:
         self.signs = from_tensor(state["signs"])
         self.rows.copy_(state["rows"])
         self.ones.copy_(state["ones"])
+        self.watched = Watched.none(self.d_sae, device)
+        if "watched" in state:
+            self.watched = Watched.from_state(self.d_sae, device, state["watched"])
         self.ring.clear()
         for _, part in sorted(state["ring"].items()):
             weight = part["weight"].to(device) if "weight" in part else None
@@ -208,33 +281,23 @@ def best_candidates(i: Tensor, j: Tensor, estimate: Tensor) -> tuple[Tensor, Ten
     return i, j, estimate
 
 
-def confirm(sketches: list[Sketch], i: Tensor, j: Tensor) -> PairStatistics:
-    """Exact statistics over the tokens in the rings, of any pairs (i, j) and in their order."""
-    d_sae, device = sketches[0].d_sae, i.device
-    latents, compact = torch.unique(torch.cat([i, j]), return_inverse=True)
-    number = latents.numel()
-    slot = torch.full((d_sae,), -1, device=device).index_copy_(0, latents, torch.arange(number, device=device))
-    ci, cj = compact[: i.numel()], compact[i.numel() :]
-    # A pair is looked for once, the smaller latent first, however it is asked for and how often.
-    keys, asked = torch.unique(torch.maximum(ci, cj) * number + torch.minimum(ci, cj), return_inverse=True)
-    product = torch.zeros(keys.numel(), dtype=torch.float64, device=device)
-    joint = torch.zeros(keys.numel(), dtype=torch.int64, device=device)
-    moments = Moments.zeros(number, device, decayed=False)
-    for part in (p for s in sketches for p in s.ring):
-        kept = slot[part.latent] >= 0
-        before = torch.zeros(kept.numel() + 1, dtype=torch.int64, device=device)
-        torch.cumsum(kept, 0, out=before[1:])
-        codes = SparseCodes.trusted(
-            part.value[kept], slot[part.latent[kept]], before[part.row_ptr], (part.tokens, number)
-        )
-        entries = entries_of(codes, part.weight, None, torch.int64, compact=True)
-        moments.add(entries, part.tokens, part.weight)
-        for earlier, later in pair_pages(entries.local):
-            key = entries.latent[later] * number + entries.latent[earlier]
-            place = torch.searchsorted(keys, key).clamp_(max=keys.numel() - 1)
-            hit = keys[place] == key
-            w_product, tally = pair_products(entries, earlier[hit], later[hit])
-            add_at(product, place[hit], w_product)
-            add_at(joint, place[hit], tally)
-    stats = pair_statistics(moments, ci, cj, product[asked], joint[asked])
-    return dataclasses.replace(stats, i=i, j=j)
+def confirm(parts: list[tuple[Sketch, Moments]], i: Tensor, j: Tensor) -> PairStatistics:
+    """Exact statistics of any pairs (i, j), in their order, over what all sketches know of each (`Sketch.sums`)."""
+    low, high = torch.minimum(i, j), torch.maximum(i, j)
+    total, *more = (sketch.sums(moments, low, high) for sketch, moments in parts)
+    for sums in more:
+        total = total.plus(sums)
+    return statistics_of(i, j, total)
+
+
+def _ascending(i: Tensor, j: Tensor, d_sae: int) -> tuple[Tensor, Tensor]:
+    """The pairs i != j as i < j, ascending, each once."""
+    key = torch.unique(torch.minimum(i, j) * d_sae + torch.maximum(i, j))
+    return key // d_sae, key % d_sae
+
+
+def _in_order(last: Tensor, first: PairSums, others: PairSums) -> PairSums:
+    """[P] sums, of which `first` are those where `last` is False and `others` those where it is True."""
+    order = last.sort(stable=True).indices
+    place = torch.empty_like(order).index_copy_(0, order, torch.arange(order.numel(), device=order.device))
+    return first.followed_by(others).at(place)
