@@ -23,9 +23,10 @@ def check_mode(op: str, checks: str) -> None:
 def check_float_matrix(op: str, name: str, value: Tensor, columns: int | None = None, rows: int | None = None) -> None:
     """value is [rows, columns] of a floating dtype; None leaves a size free."""
     _check_tensor(op, name, value)
-    shape = f"[{'*' if rows is None else rows}, {'*' if columns is None else columns}]"
     bad = value.dim() != 2 or (columns is not None and value.shape[1] != columns)
     if bad or (rows is not None and value.shape[0] != rows):
+        # Made here only: as text, a size that changes would be compiled in.
+        shape = f"[{'*' if rows is None else rows}, {'*' if columns is None else columns}]"
         raise ValueError(f"{op}: {name}: expected shape {shape}, got {list(value.shape)}")
     _check_float(op, name, value)
 

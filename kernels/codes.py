@@ -135,7 +135,7 @@ class SparseCodes:
         Raises: ValueError naming the first row that is wrong and what was expected of it: row_ptr from 0 to nnz without
             descending, ids in [0, d_sae), ascending and unique within a row.
         """
-        if _VALID not in self._derived and not _traced(self.row_ptr):
+        if _VALID not in self._derived and not traced(self.row_ptr):
             problem = _pointer_problem(self) or _id_problem(self)
             if problem is not None:
                 raise ValueError(f"{where}: {problem}")
@@ -164,7 +164,10 @@ class SparseCodes:
 
         def make() -> LatentOrder:
             self._validate_where_free()
-            if active_backend(self.device, "encode") == "cpp":
+            backend = active_backend(self.device, "encode")
+            if torch.compiler.is_compiling():
+                return LatentOrder(*torch.ops.transcoder.by_latent(self.indices, self.row_ptr, self.shape[1], backend))
+            if backend == "cpp":
                 found = torch.ops.transcoder_cpp.by_latent(
                     self.indices.contiguous(), self.row_ptr.contiguous(), self.shape[1]
                 )
@@ -204,12 +207,13 @@ class SparseCodes:
         return cls.trusted(z[rows, indices], indices, row_ptr, (z.shape[0], z.shape[1]))
 
 
-def _traced(tensor: Tensor) -> bool:
-    """Whether reading a number on the host would break a graph that is being made, or fail."""
+def traced(*tensors: Tensor) -> bool:
+    """Whether somebody looks on (a compiler, a dispatch mode, a tensor class of its own): reading a number on the host would
+    then break a graph that is being made, or fail."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
-        or type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+        or any(type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__ for t in tensors)
     )
 
 

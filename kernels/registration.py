@@ -20,6 +20,7 @@ from torch.library import Library
 
 from transcoder.kernels.backend import use_backend
 from transcoder.kernels.codes import LatentOrder, SparseCodes
+from transcoder.kernels.codes import traced as traced  # where the ops look for it
 
 LIBRARY = Library("transcoder", "DEF")
 
@@ -56,15 +57,6 @@ def differentiable_once(op: torch._ops.OpOverload) -> None:
     differentiate(op, setup, backward)
 
 
-def traced(*tensors: Tensor) -> bool:
-    """Whether somebody looks on: a compiler, a dispatch mode, or a tensor class of its own."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or any(type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__ for t in tensors)
-    )
-
-
 def codes_of(
     values: Tensor,
     indices: Tensor,
@@ -74,9 +66,11 @@ def codes_of(
     derived: dict[str, object] | None = None,
 ) -> SparseCodes:
     """The codes that an op was handed as tensors, with their feature-major order or all that is `derived` where known."""
-    if order:
-        derived = {"by_latent": LatentOrder(*order)}
-    return SparseCodes.trusted(values, indices, row_ptr, (row_ptr.numel() - 1, d_sae), derived)
+    shape = (row_ptr.numel() - 1, d_sae)
+    if derived is not None:
+        # The caller's own cache says whether its pattern was looked at.
+        return SparseCodes(values, indices, row_ptr, shape, derived)
+    return SparseCodes.trusted(values, indices, row_ptr, shape, {"by_latent": LatentOrder(*order)} if order else None)
 
 
 def _by_latent(indices: Tensor, row_ptr: Tensor, d_sae: int, backend: str) -> tuple[Tensor, Tensor, Tensor]:

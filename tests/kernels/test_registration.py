@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import copy
 import itertools
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from transcoder.kernels import (
     topk_encode,
     use_backend,
 )
+from transcoder.kernels.backend import has_backend
 from transcoder.kernels.decode import op as decode
 from transcoder.kernels.encode import op as encode
 from transcoder.kernels.encode import torch_backend
@@ -439,3 +441,32 @@ def test_the_mode_sees_a_read() -> None:
         ):
             with pytest.raises(AssertionError, match="waits for the device"):
                 read(torch.ones(1))
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
+def test_the_feature_major_order_compiles_in_the_users_own_code(backend: str) -> None:
+    z = torch.relu(torch.randn(9, 13, generator=torch.Generator().manual_seed(0)))
+    codes = SparseCodes.from_dense(z)
+
+    def permutation(values: torch.Tensor, indices: torch.Tensor, row_ptr: torch.Tensor) -> torch.Tensor:
+        return SparseCodes(values, indices, row_ptr, (9, 13)).by_latent().permutation * 2
+
+    with use_backend(backend) if has_backend(backend, "encode") else contextlib.nullcontext():
+        whole = torch.compile(permutation, fullgraph=True, backend="aot_eager")
+        found = whole(codes.values, codes.indices, codes.row_ptr)
+    assert torch.equal(found, codes.by_latent().permutation * 2)
+
+
+def test_another_batch_size_is_no_other_graph() -> None:
+    W, b = torch.randn(40, 8), torch.zeros(40)
+    graphs = 0
+
+    def count(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        nonlocal graphs
+        graphs += 1
+        return graph
+
+    encode = torch.compile(lambda x: topk_encode(x, W, b, 3).values, fullgraph=True, backend=count)
+    for rows in (5, 6, 7, 9, 12):
+        assert encode(torch.randn(rows, 8)).shape == (3 * rows,)
+    assert graphs <= 2  # the first size, and any size
