@@ -1,4 +1,4 @@
-"""python -m bench.science [--quick] [--only s0,s2] [--seed N] [--json FILE]: a table, pass or SHORT a line; exit 1 when short.
+"""python -m bench.science [--quick] [--only s0,s2] [--seed N] [--json FILE] [--document FILE]: exit 1 when a target is short.
 
 Full: five seeds a stage, about half an hour on two cores. Quick: one seed, fewer comparisons, under two minutes.
 """
@@ -11,9 +11,10 @@ import sys
 import time
 from pathlib import Path
 
+from bench.document import replace_between
 from bench.science import s0_monitor
 from bench.science.stages import STAGES
-from bench.science.table import Line, render
+from bench.science.table import Line, markdown, render
 
 ALL = {"s0": s0_monitor.run, **STAGES}
 
@@ -24,6 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", default=",".join(ALL), help="stages, with commas between")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--document", type=Path, help="write the table into this document, between its marks")
     options = parser.parse_args(arguments)
     names = options.only.split(",")
     unknown = sorted(set(names) - set(ALL))
@@ -37,6 +39,10 @@ def main(arguments: list[str] | None = None) -> int:
         lines += found
     if options.json:
         options.json.write_text(json.dumps([line.as_dict() for line in lines], indent=1) + "\n", encoding="utf-8")
+    if options.document:
+        seeds = "one seed" if options.quick else "five seeds a stage"
+        said = f"`python -m bench.science{' --quick' if options.quick else ''}`, {seeds}, seed {options.seed} on."
+        replace_between(options.document, "bench.science", f"{said}\n\n{markdown(lines)}")
     short = [line for line in lines if line.met is False]
     print(f"{sum(line.met is True for line in lines)} targets met, {len(short)} short")
     return 1 if short else 0

@@ -45,3 +45,11 @@ def render(lines: Iterable[Line]) -> str:
         rows.append((line.stage, line.what, line.value, line.target, verdict))
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def markdown(lines: Iterable[Line]) -> str:
+    rows = ["| stage | what | measured | target | |", "| --- | --- | --- | --- | --- |"]
+    for line in lines:
+        verdict = "" if line.met is None else "pass" if line.met else "**short**"
+        rows.append(f"| {line.stage} | {line.what} | {line.value} | {line.target} | {verdict} |")
+    return "\n".join(rows)

@@ -80,7 +80,7 @@ def _row(figure: Figure, folders: list[list[RunFolder]]) -> dict[str, Any]:
     differences = [
         None
         if n == 0 or first is None or column is None
-        else _interval([b - a for a, b in zip(first, column, strict=True)])
+        else interval([b - a for a, b in zip(first, column, strict=True)])
         for n, column in enumerate(known)
     ]
     scale = abs(means[0]) if means[0] else None
@@ -100,7 +100,7 @@ def _row(figure: Figure, folders: list[list[RunFolder]]) -> dict[str, Any]:
     }
 
 
-def _interval(differences: list[float]) -> dict[str, float | None]:
+def interval(differences: list[float]) -> dict[str, float | None]:
     mean, count = statistics.fmean(differences), len(differences)
     if count < 2:
         return {"mean": mean, "low": None, "high": None}
