@@ -60,7 +60,7 @@ class Stream:
         rho, support, overlap = self.truth()
         most = max(SUPPORTS)
         used = torch.arange(most) < support[:, None]
-        token = torch.stack([torch.randperm(self.tokens, generator=g)[:most] for _ in range(self.pairs)])
+        token = distinct(self.pairs, most, self.tokens, g)
         size = torch.empty(self.pairs, most).exponential_(generator=g)
         own = torch.empty(self.pairs, most).exponential_(generator=g)
         draw = torch.rand(self.pairs, most, generator=g)
@@ -95,6 +95,19 @@ class Stream:
     def sequences(self, index: int) -> Tensor:
         """[tokens] int64 sequence ids of a block, none of which another block has."""
         return (index * self.tokens + torch.arange(self.tokens)) // SEQUENCE
+
+
+def distinct(rows: int, columns: int, below: int, generator: torch.Generator) -> Tensor:
+    """[rows, columns] int64 in [0, below), no number twice in a row: uniform draws, of which repetitions are drawn again."""
+    drawn = torch.randint(below, (rows, columns), generator=generator)
+    while True:
+        ordered, order = drawn.sort(dim=1, stable=True)
+        again = torch.zeros_like(drawn, dtype=torch.bool)
+        again[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
+        repeated = torch.zeros_like(again).scatter_(1, order, again)
+        if not bool(repeated.any()):
+            return drawn
+        drawn[repeated] = torch.randint(below, (int(repeated.sum()),), generator=generator)
 
 
 def batches(codes: SparseCodes, size: int) -> Iterator[tuple[int, SparseCodes]]:
