@@ -47,6 +47,10 @@ class CorrelationMonitor:
     everything since the start, or, with `halflife_tokens`, a second, forgetting statistic (twice the cost of
     an update).
 
+    Where the statistics are sketched, every search (`report`, `refresh_targets`) has the block count the pairs that the
+    sketch proposes exactly from then on, those whose support is not enough yet included. The forgetting statistic cannot
+    do that: under a sketch its pairs rest on the recent tokens alone, flags on the blocks all the same.
+
     A candidate has correlation > threshold, support >= min_support and, where sequences are known, at least
     min_sequences distinct ones (linear counting). A flag rests on the lower 95 % bound in disjoint blocks:
     see `FlagBook`.
@@ -112,8 +116,9 @@ class CorrelationMonitor:
         Returns: the number of pairs that `target_pairs` has now.
         """
         view, beside = self._view()
-        found = view.pairs(self.section.correlation_threshold, self.section.min_support, beside=beside)
-        pairs, _ = self._listed(found, sorted(self._book.flagged))
+        survey = view.survey(self.section.correlation_threshold, self.section.min_support, beside=beside)
+        self._watch(survey)
+        pairs, _ = self._listed(survey.pairs, sorted(self._book.flagged))
         self._set_targets(pairs, self._verdicts(pairs, judge))
         return self._targets[0].numel()
 
@@ -138,6 +143,7 @@ class CorrelationMonitor:
         edges = torch.linspace(-1, 1, HISTOGRAM_BINS + 1, dtype=torch.float64, device=self.device)
         live_view, beside = self._view()
         survey = live_view.survey(section.correlation_threshold, section.min_support, edges, beside=beside)
+        self._watch(survey)
         flagged = sorted(self._book.flagged)
         pairs, sequences = self._listed(survey.pairs, flagged)
         live = int((live_view.counts(beside=beside) > 0).sum())
@@ -293,6 +299,21 @@ class CorrelationMonitor:
         if self._fading is not None:
             return self._fading, []
         return self._block, [] if self._past is None else [self._past]
+
+    def _watch(self, survey: Survey) -> None:
+        """Have the block count exactly from now on what its sketch proposes, and what is flagged: a pair that is too rare for
+        the sketch's recent tokens is decided by the counts of its block. At the report that closes a block, the new one
+        watches what the old one proposed before it sees a token."""
+        if survey.candidates is None:
+            return
+        if self._fading is not None:
+            # A fading sketch proposes what fits its own span, and cannot watch.
+            section, beside = self.section, [] if self._past is None else [self._past]
+            survey = self._block.survey(section.correlation_threshold, section.min_support, beside=beside)
+        assert survey.candidates is not None
+        flagged = torch.tensor(sorted(self._book.flagged), dtype=torch.int64, device=self.device).view(-1, 2)
+        i, j = (torch.cat([part, flagged[:, n]]) for n, part in enumerate(survey.candidates))
+        self._block.watch(i, j)
 
     def _listed(self, found: CorrelatedPairs, flagged: list[Pair]) -> tuple[CorrelatedPairs, list[int | None]]:
         """Candidates (above the threshold, on enough sequences) and flagged pairs, sorted, and each one's

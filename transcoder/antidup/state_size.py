@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from transcoder.kernels import FeatureCorrelation
+from transcoder.kernels.correlation.watched import MAX_WATCHED
 
 _NUMBERS_BYTES = 1024
 """Room for the numbers of a state that are no tensors, as text."""
+_WATCHED_BYTES = 88
+"""A watched pair: two latents, the weight, three sums of each latent, the product and the joint count, 8 bytes each."""
 
 
 def correlation_state_bytes(part: FeatureCorrelation, batch_tokens: int, entries_per_token: int) -> int:
@@ -24,4 +27,6 @@ def correlation_state_bytes(part: FeatureCorrelation, batch_tokens: int, entries
     # A token's row_ptr and weight take 8 bytes each, and every update's row_ptr has one place more than tokens;
     # an entry takes 4 bytes of latent and at most 8 of value.
     ring = tokens * (24 + 12 * entries_per_token)
-    return moments + 4 * part.sketch_dim * (part.d_sae + 1) + ring + _NUMBERS_BYTES
+    # Statistics with a half-life watch nothing.
+    watched = min(MAX_WATCHED, part.d_sae * (part.d_sae - 1) // 2) if part.halflife is None else 0
+    return moments + 4 * part.sketch_dim * (part.d_sae + 1) + ring + _WATCHED_BYTES * watched + _NUMBERS_BYTES
