@@ -175,7 +175,7 @@ def test_train_then_report_then_compare(capsys: pytest.CaptureFixture[str], tmp_
     code, out, err = outcome(capsys, "train", tiny, "--out", run, "--training.seed", "1")
     assert code == 0, err
     assert f"run folder: {run}" in out
-    for label in ("transcoder", "least-squares linear map", "mean"):
+    for label in ("transcoder", "least-squares linear map", "mean", "cross-entropy recovered"):
         assert label in out
     assert f"report: {run / 'report.html'}" in out
     assert yaml.safe_load((run / "config.yaml").read_text())["training"]["seed"] == 1

@@ -167,6 +167,10 @@ def _finish(result: RunResult) -> int:
     ):
         if key in result.summary:
             print(f"  {label:<26}{result.summary[key]:.4f}")
+    if "evaluation/ce_recovered" in result.summary:
+        print(
+            f"cross-entropy recovered with the transcoder in the layer's place: {result.summary['evaluation/ce_recovered']:.1%}"
+        )
     if result.report is not None:
         print(f"report: {result.report}")
     return EXIT_OK
