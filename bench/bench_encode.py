@@ -30,3 +30,15 @@ def bench_encode(name, backward, size, device, timed):  # type: ignore[no-untype
     nnz = size.rows * size.k
     moved = 4 * (x.numel() + W.numel() + 3 * nnz) + backward * 4 * (W.numel() + nnz * size.d)
     timed(call, moved)
+
+
+def bench_screened_topk(size, device, timed, monkeypatch):  # type: ignore[no-untyped-def]
+    """topk_encode forward with the screen in bf16 asked for; the plain op where the CPU has no units for it."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(size.rows, size.d, generator=g).to(device)
+    W = torch.randn(size.d_sae, size.d, generator=g).to(device)
+    b = torch.zeros(size.d_sae, device=device)
+    plain = topk_encode(x, W, b, size.k).to_dense()
+    monkeypatch.setenv("TRANSCODER_SCREEN", "bf16")
+    torch.testing.assert_close(topk_encode(x, W, b, size.k).to_dense(), plain, rtol=1e-4, atol=1e-3)
+    timed(lambda: topk_encode(x, W, b, size.k), 6 * (x.numel() + W.numel()) + 12 * size.rows * size.k)

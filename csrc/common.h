@@ -21,10 +21,10 @@
 
 namespace transcoder {
 
-void fill_base(Kernels<float>*, Kernels<double>*);
+void fill_base(Kernels<float>*, Kernels<double>*, Screen*);
 #if defined(TRANSCODER_X86)
-void fill_avx2(Kernels<float>*, Kernels<double>*);
-void fill_avx512(Kernels<float>*, Kernels<double>*);
+void fill_avx2(Kernels<float>*, Kernels<double>*, Screen*);
+void fill_avx512(Kernels<float>*, Kernels<double>*, Screen*);
 #endif
 
 namespace {
@@ -38,6 +38,7 @@ using std::tuple;
 struct Tables {
   Kernels<float> single;
   Kernels<double> wide;
+  Screen screen;
   std::string name = "base";
   Tables() {
 #if defined(TRANSCODER_X86)
@@ -50,10 +51,10 @@ struct Tables {
         __builtin_cpu_supports("avx512vl")) {
       name = "avx512";
     }
-    if (name == "avx512") fill_avx512(&single, &wide);
-    if (name == "avx2") fill_avx2(&single, &wide);
+    if (name == "avx512") fill_avx512(&single, &wide, &screen);
+    if (name == "avx2") fill_avx2(&single, &wide, &screen);
 #endif
-    if (name == "base") fill_base(&single, &wide);
+    if (name == "base") fill_base(&single, &wide, &screen);
   }
 };
 

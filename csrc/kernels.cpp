@@ -3,6 +3,7 @@
 #include "kernels.h"
 
 #include "reduce.h"
+#include "screen.h"
 #include "select.h"
 #include "step.h"
 
@@ -20,9 +21,10 @@ constexpr Kernels<T> table = {
 
 }  // namespace
 
-void TRANSCODER_JOIN(fill_, TRANSCODER_ISA)(Kernels<float>* single, Kernels<double>* wide) {
+void TRANSCODER_JOIN(fill_, TRANSCODER_ISA)(Kernels<float>* single, Kernels<double>* wide, Screen* screening) {
   *single = table<float>;
   *wide = table<double>;
+  *screening = screen;
 }
 
 }  // namespace transcoder

@@ -69,4 +69,17 @@ struct Kernels {
                     T* v);
 };
 
+// Screening in bf16 (screen.h), fp32 only.
+struct Screen {
+  // Appends the entries v = tile + bias of a tile of bf16 products with v > gate[r] (a NaN passes), ids ascending. A list that
+  // reaches `limit` (above k) is cut: with m its k-th largest value, entries below m - twice[r] - relative * |m| go and the gate
+  // rises to that. One that stays as long is given up: count[r] = -1, and stays so. `spare` has room for a list.
+  void (*filter_near)(const uint16_t* tile, int64_t rows, int64_t columns, const float* bias, int64_t first_id, int64_t k,
+                      int64_t limit, int64_t room, const float* twice, float relative, float* values, int32_t* ids,
+                      int64_t* count, float* gate, float* spare);
+
+  // Lengths of a vector rounded to bf16 and of what the rounding took.
+  void (*rounded_norms)(const float* x, const uint16_t* rounded, int64_t n, double* kept, double* lost);
+};
+
 }  // namespace transcoder

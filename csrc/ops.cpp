@@ -4,6 +4,7 @@
 #include "correlation_ops.h"
 #include "encode_ops.h"
 #include "reduce_ops.h"
+#include "screen_ops.h"
 #include "step_ops.h"
 
 namespace transcoder {
@@ -14,6 +15,7 @@ std::string instruction_set() { return tables().name; }
 TORCH_LIBRARY(transcoder_cpp, m) {
   m.def("instruction_set() -> str", instruction_set);
   m.def("topk(Tensor x, Tensor W, Tensor b, int k) -> (Tensor, Tensor)");
+  m.def("topk_screened(Tensor x, Tensor W, Tensor b, int k) -> (Tensor, Tensor)");
   m.def("batch_topk(Tensor x, Tensor W, Tensor b, int k) -> (Tensor, Tensor, Tensor)");
   m.def("above(Tensor x, Tensor W, Tensor b, Tensor limits) -> (Tensor, Tensor, Tensor)");
   m.def("by_latent(Tensor ids, Tensor row_ptr, int latents) -> (Tensor, Tensor, Tensor)");
@@ -40,6 +42,7 @@ TORCH_LIBRARY(transcoder_cpp, m) {
 
 TORCH_LIBRARY_IMPL(transcoder_cpp, CPU, m) {
   m.impl("topk", topk);
+  m.impl("topk_screened", topk_screened);
   m.impl("batch_topk", batch_topk);
   m.impl("above", above);
   m.impl("by_latent", by_latent);

@@ -1,6 +1,16 @@
-"""Backend `cpp` of the encode ops: tiles of pre-activations through torch's BLAS, selection on the warm tile (csrc/)."""
+"""Backend `cpp` of the encode ops: tiles of pre-activations through torch's BLAS, selection on the warm tile (csrc/).
+
+Screening: with TRANSCODER_SCREEN=bf16 in the environment `topk_encode` of fp32 inputs multiplies in bf16 where the CPU has
+units for that (AVX512-BF16, AMX), keeps every entry that a rigorous error bound leaves in question, and decides by exact fp32
+dot products (csrc/screen_ops.h). The selection is the true top k of those dot products, whatever the inputs: inputs on which
+the bound does not help are slow, never wrong. Values are fp32 sums in another order than those of the unscreened product:
+they differ from them in the last bits, and so may the choice between entries that differ by as little. Results are bitwise
+reproducible, for any number of threads too.
+"""
 
 from __future__ import annotations
+
+import os
 
 import torch
 from torch import Tensor
@@ -13,8 +23,20 @@ from transcoder.kernels.extension import usable
 __all__ = ["gradients", "select_batch_topk", "select_threshold", "select_topk", "usable"]
 
 
+def screens(x: Tensor, W: Tensor) -> bool:
+    """Whether `topk_encode` screens these inputs: asked for, fp32, and products in bf16 are fast and summed in fp32 here."""
+    asked = os.environ.get("TRANSCODER_SCREEN", "")
+    if asked not in ("", "bf16"):
+        raise ValueError(f"environment variable TRANSCODER_SCREEN: expected 'bf16' or nothing, got {asked!r}")
+    if not asked or not x.dtype == W.dtype == torch.float32 or not torch.backends.mkldnn.enabled:
+        return False
+    units = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(bool(getattr(torch.cpu, unit, bool)()) for unit in units)
+
+
 def select_topk(x: Tensor, W: Tensor, b: Tensor, k: int) -> Selection:
-    values, indices = torch.ops.transcoder_cpp.topk(*_wide(x, W, b), k)
+    select = torch.ops.transcoder_cpp.topk_screened if screens(x, W) else torch.ops.transcoder_cpp.topk
+    values, indices = select(*_wide(x, W, b), k)
     return Selection(values.view(-1), indices.view(-1), torch.arange(0, x.shape[0] * k + 1, k, device=x.device))
 
 
