@@ -7,6 +7,7 @@ import copy
 import json
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from transcoder.antidup.flags import FlagBook
 from transcoder.antidup.ledger import REQUIRED_EFFECTS
 from transcoder.antidup.merge_test import MergeResult
 from transcoder.antidup.sequence_counts import SequenceCounts
+from transcoder.antidup.state_size import correlation_state_bytes
 from transcoder.config import MonitorSection
 from transcoder.kernels import FeatureCorrelation, SparseCodes
 from transcoder.kernels.correlation.reference import correlation_reference
@@ -157,11 +159,14 @@ def test_the_monitor_correlates_latents_not_tokens(tmp_path: Path) -> None:
     assert all(r == pytest.approx(float(truth[i, j]), abs=1e-9) for (i, j), r in found.items())
 
 
-@pytest.mark.parametrize("halflife", [None, 3000])
+@pytest.mark.parametrize(("halflife", "sketch_dim"), [(None, None), (3000, None), (None, 64), (3000, 64)])
 @pytest.mark.parametrize("cut", [3000, 4500])
-def test_resume_in_the_middle_changes_nothing(halflife: int | None, cut: int, tmp_path: Path) -> None:
+def test_resume_in_the_middle_changes_nothing(
+    halflife: int | None, sketch_dim: int | None, cut: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short_ring(monkeypatch)
     z = planted(10000, 9)
-    section = replace(SECTION, halflife_tokens=halflife, blocks_to_flag=1)
+    section = replace(SECTION, halflife_tokens=halflife, sketch_dim=sketch_dim, blocks_to_flag=1)
     whole = monitor(tmp_path / "whole", z.shape[1], section)
     feed(whole, z)
     half = monitor(tmp_path / "half", z.shape[1], section)
@@ -207,6 +212,85 @@ def test_a_sketched_monitor_finds_the_same_pairs(tmp_path: Path) -> None:
     assert {(p["i"], p["j"]) for p in report["pairs"]} == {(6, 7), (8, 9), (10, 11)}
     assert report["effective_dictionary_size"] is None
     assert monitor(tmp_path, 40000)._sketch_dim == 128
+
+
+def short_ring(monkeypatch: pytest.MonkeyPatch, tokens: int = BATCH) -> None:
+    monkeypatch.setattr(
+        "transcoder.antidup.monitor.FeatureCorrelation", partial(FeatureCorrelation, ring_tokens=tokens)
+    )
+
+
+@pytest.mark.parametrize("halflife", [None, 3000])
+def test_a_sketched_monitor_flags_pairs_too_rare_for_the_ring(
+    halflife: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short_ring(monkeypatch)
+    z = planted(16000, 24, rhos=(1.0, 0.98), rate=0.03)
+    # About 120 tokens in a block, 15 in the ring; at least 100 are asked for.
+    section = replace(SECTION, sketch_dim=64, halflife_tokens=halflife)
+    for name, found in (("watching", {(0, 1), (2, 3)}), ("blind", set())):
+        if name == "blind":
+            monkeypatch.setattr(FeatureCorrelation, "watch", lambda *_: None)
+        part = monitor(tmp_path / name, z.shape[1], section)
+        feed(part, z)
+        report = last_report(tmp_path / name)
+        validate_correlation_report(report)
+        assert {(p["i"], p["j"]) for p in report["pairs"]} == found
+        assert report["pairs_flagged"] == len(found)
+        if found and halflife is None:
+            counted = monitor(tmp_path / "counted", z.shape[1])
+            feed(counted, z)
+            exact = last_report(tmp_path / "counted")["pairs"]
+            for mine, theirs in zip(report["pairs"], exact, strict=True):
+                for field in ("i", "j", "support", "sequences", "blocks_above", "flagged"):
+                    assert mine[field] == theirs[field], field
+                assert mine["correlation"] == pytest.approx(theirs["correlation"], abs=1e-9)
+
+
+def test_no_count_is_lost_where_blocks_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    short_ring(monkeypatch)
+    z = planted(14000, 25, rhos=(1.0,), rate=0.03)
+    part = monitor(tmp_path, z.shape[1], replace(SECTION, sketch_dim=64))
+    step, i, j = 1, torch.tensor([0]), torch.tensor([1])
+    for a in range(0, 14000, BATCH):
+        part.update_correlations(SparseCodes.from_dense(z[a : a + BATCH]), step)
+        part.report(step)
+        step += 1
+        end = a + BATCH
+        full = end // SECTION.block_tokens * SECTION.block_tokens
+        live = part._block.statistics(i, j, beside=[] if part._past is None else [part._past])
+        first = max(0, full - SECTION.block_tokens)
+        # The last full block and the one in progress, every token of both.
+        assert float(live.weight) == end - first
+        assert int(live.support) == int((z[first:end, :2].amax(1) > 0).sum())
+        own = part._block.statistics(i, j)
+        assert float(own.weight) == end - full
+
+
+def test_a_rare_flag_is_released_under_a_sketch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    short_ring(monkeypatch)
+    section = replace(SECTION, sketch_dim=64, blocks_to_flag=1, blocks_remembered=1, min_support=15, min_sequences=1)
+    part = monitor(tmp_path, 22, section)
+    step = feed(part, planted(4000, 26, rhos=(1.0,), rate=0.006))
+    assert last_report(tmp_path)["pairs_flagged"] == 1
+    apart = planted(4000, 27, rhos=(0.0,), rate=0.006)
+    # In the ring alone they fire so seldom that the bounds would hold anything.
+    support = int((apart[-BATCH:, :2].amax(1) > 0).sum())
+    assert correlation_bounds(0.0, support)[1] > section.release_threshold
+    feed(part, apart, step)
+    assert last_report(tmp_path)["pairs_flagged"] == 0
+
+
+def test_targets_alone_are_watched_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    short_ring(monkeypatch)
+    z = planted(4000, 28, rhos=(1.0,), rate=0.03)
+    part = monitor(tmp_path, z.shape[1], replace(SECTION, sketch_dim=64))
+    found = []
+    for step, a in enumerate(range(0, 4000, BATCH), 1):
+        part.update_correlations(SparseCodes.from_dense(z[a : a + BATCH]), step)
+        found.append(part.refresh_targets())
+    assert found[0] == 0
+    assert found[-1] == 1
 
 
 def test_effective_dictionary_size_counts_copies_once(tmp_path: Path) -> None:
@@ -468,6 +552,17 @@ def test_the_ring_of_a_sketch_stays_below_its_bound(tmp_path: Path) -> None:
     for step in range(1, 8):
         part.update_correlations(SparseCodes.from_dense(z), step, weights=torch.ones(100))
         assert tree_bytes(part.state_dict()) <= bound
+
+
+def test_watched_pairs_are_in_the_bound() -> None:
+    found = FeatureCorrelation(60, 8, ring_tokens=100)
+    bound = correlation_state_bytes(found, batch_tokens=100, entries_per_token=60)
+    i, j = torch.triu_indices(60, 60, 1)
+    for _ in range(3):
+        found.update(SparseCodes.from_dense(torch.rand(100, 60, dtype=torch.float64) + 0.1), torch.ones(100))
+        found.watch(i, j)
+        # The watched pairs alone are 156 of at most 310 kB.
+        assert 0.7 * bound < tree_bytes(found.state_dict()) <= bound
 
 
 def test_the_book_holds_a_bounded_number(monkeypatch: pytest.MonkeyPatch) -> None:
