@@ -206,12 +206,11 @@ class Sketch:
             check_watched("pairs.watched", state["watched"], self.d_sae)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """After `check_state`."""
+        """After `check_state`, into a sketch that has seen nothing."""
         device = self.rows.device
         self.signs = from_tensor(state["signs"])
         self.rows.copy_(state["rows"])
         self.ones.copy_(state["ones"])
-        self.watched = Watched.none(self.d_sae, device)
         if "watched" in state:
             self.watched = Watched.from_state(self.d_sae, device, state["watched"])
         self.ring.clear()

@@ -267,6 +267,20 @@ def test_no_count_is_lost_where_blocks_meet(tmp_path: Path, monkeypatch: pytest.
         assert float(own.weight) == end - full
 
 
+def test_blocks_watch_what_they_propose_themselves_beside_a_fading_view(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short_ring(monkeypatch)
+    z = planted(3500, 29, rhos=(1.0,), rate=0.03)
+    # Apart for one batch: a view of 20 tokens no longer proposes the pair, the block goes on counting it.
+    z[2000:2500] = planted(500, 30, rhos=(0.0,), rate=0.1)
+    part = monitor(tmp_path, z.shape[1], replace(SECTION, sketch_dim=64, halflife_tokens=20))
+    feed(part, z[:2500])
+    assert float(part._fading.correlation(0, 1)) < 0.5  # type: ignore[union-attr]
+    feed(part, z[2500:], 6)
+    assert float(part._block.statistics(torch.tensor([0]), torch.tensor([1])).weight) == 3500
+
+
 def test_a_rare_flag_is_released_under_a_sketch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     short_ring(monkeypatch)
     section = replace(SECTION, sketch_dim=64, blocks_to_flag=1, blocks_remembered=1, min_support=15, min_sequences=1)
