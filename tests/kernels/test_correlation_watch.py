@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
-from transcoder.kernels import FeatureCorrelation, SparseCodes
+from transcoder.kernels import FeatureCorrelation, SparseCodes, use_backend
 from transcoder.kernels.correlation import op as op_module
 from transcoder.kernels.correlation import sketch as sketch_module
 from transcoder.kernels.correlation import torch_backend
@@ -423,3 +424,25 @@ def test_updates_on_a_gpu_wait_for_their_size_and_reading_takes_them_in(monkeypa
     late.device = plain.device
     assert_same(late.state_dict()["pairs"]["watched"], plain.state_dict()["pairs"]["watched"])
     assert len(read) == 10
+
+
+def test_in_the_interpreter(interpreted_again: Callable[[str], None]) -> None:
+    interpreted_again(__file__)
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("weighted", [False, True])
+def test_backend_triton_counts_watched_pairs_too(weighted: bool, triton_device: torch.device) -> None:
+    z = tokens(240, 34)
+    weights = weights_of(240, "weights") if weighted else None
+    i, j = (part.to(triton_device) for part in some_pairs(35))
+    found = sketched(device=triton_device)
+    with use_backend("triton"):
+        for a in range(0, 240, BATCH):
+            if a == 120:
+                found.watch(i, j)
+            w = None if weights is None else weights[a : a + BATCH].to(triton_device)
+            found.update(SparseCodes.from_dense(z[a : a + BATCH].to(triton_device)), w)
+        got = found.statistics(i, j)
+    got = PairStatistics(*(part.cpu() for part in vars(got).values()))
+    assert_over(got, z[20:], None if weights is None else weights[20:])
