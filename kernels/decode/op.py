@@ -110,7 +110,9 @@ def _nested_sizes(
     widths: list[int],
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    return values.new_empty(len(widths)), values.new_empty(y.shape)
+    # Losses are sums of squares: fp32 at least, whatever the codes are.
+    wide = torch.float64 if values.dtype == torch.float64 else torch.float32
+    return values.new_empty(len(widths), dtype=wide), values.new_empty(y.shape)
 
 
 def _nested_gradients(

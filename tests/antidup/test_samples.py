@@ -313,7 +313,9 @@ def some_samples(sequence: list[int], position: list[int], score: list[float]) -
 def test_a_dropped_sample_does_not_drop_others() -> None:
     # 10 is best; 13 overlaps it and goes; 16 overlaps only 13, so it stays. Unknown sequences never overlap.
     chain = some_samples([1, 1, 1, 2, -1, -1], [10, 13, 16, 10, 10, 10], [9, 8, 7, 6, 5, 4])
-    assert without_overlap(chain, 5).tolist() == [[True, False, True, True, True, True]]
+    assert without_overlap(chain.score, chain.position, chain.sequence, 5).tolist() == [
+        [True, False, True, True, True, True]
+    ]
     both, new = merged(chain, some_samples([1], [11], [10.0]), 3, 5)
     assert both.score.tolist() == [[10, 7, 6]]
     assert new.tolist() == [[True, False, False]]

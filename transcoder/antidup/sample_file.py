@@ -38,12 +38,15 @@ def write_samples(
     present = contexts >= 0
     lengths = present.sum(1)
     ids = contexts[present]
-    distinct, place = np.unique(ids, return_inverse=True)
+    # By the vocabulary and not by a sort: there are millions of ids and few different ones.
+    used = np.zeros(int(ids.max(initial=-1)) + 1, dtype=bool)
+    used[ids] = True
+    distinct, place = np.flatnonzero(used), (np.cumsum(used) - 1)[ids]
     words = decode_tokens(distinct.tolist())
     if len(words) != len(distinct):
         raise ValueError(f"decode_tokens: expected {len(distinct)} strings, got {len(words)}")
     offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
-    strings = pa.array(words, type=pa.string()).take(pa.array(place.reshape(-1).astype(np.int64)))
+    strings = pa.array(words, type=pa.string()).take(pa.array(place))
     kind = pa.array(np.where(columns["kind"], "top", "stratified"), type=pa.string())
     table = pa.table(
         {

@@ -50,8 +50,11 @@ class Samples(NamedTuple):
 
     def take(self, order: Tensor) -> Samples:
         """Rearranged within each group by `order` [G, K']."""
-        wide = order[:, :, None].expand(-1, -1, self.context.shape[2])
-        return Samples(*(part.gather(1, order if part.dim() == 2 else wide) for part in self))
+        groups, k, window = self.context.shape
+        # Whole rows of the flat store: a third of the time of a gather by single numbers.
+        row = (order + k * torch.arange(groups, device=order.device)[:, None]).view(-1)
+        context = self.context.view(-1, window).index_select(0, row).view(groups, -1, window)
+        return Samples(*(part.gather(1, order) for part in self[:-1]), context)
 
 
 def best_entries(group: Tensor, score: Tensor, groups: int, k: int) -> Tensor:
@@ -82,22 +85,23 @@ def merged(old: Samples, new: Samples, k: int, window: int) -> tuple[Samples, Te
     Returns: the samples [G, k], and [G, k] bool: which of the places hold one of `new`.
     """
     both = Samples(*(torch.cat([a, b], 1) for a, b in zip(old, new, strict=True)))
-    order = both.score.sort(dim=1, descending=True, stable=True).indices
-    both = both.take(order)
-    keep = without_overlap(both, window)
-    both = both._replace(score=torch.where(keep, both.score, EMPTY))
-    best = both.score.sort(dim=1, descending=True, stable=True).indices[:, :k]
-    both = both.take(best)
-    return both, (order.gather(1, best) >= old.score.shape[1]) & (both.score >= 0)
+    score, order = both.score.sort(dim=1, descending=True, stable=True)
+    keep = without_overlap(score, both.position.gather(1, order), both.sequence.gather(1, order), window)
+    score = torch.where(keep, score, EMPTY)
+    best = score.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    # Contexts are nearly all of the bytes: they move once, into their last place.
+    chosen = order.gather(1, best)
+    taken = both.take(chosen)._replace(score=score.gather(1, best))
+    return taken, (chosen >= old.score.shape[1]) & (taken.score >= 0)
 
 
-def without_overlap(samples: Samples, window: int) -> Tensor:
-    """[G, K] bool: which of the samples, best first within a group, stay when each drops those that it
+def without_overlap(score: Tensor, position: Tensor, sequence: Tensor, window: int) -> Tensor:
+    """[G, K] bool: which of the samples [G, K], best first within a group, stay when each drops those that it
     overlaps."""
-    keep = samples.score >= 0
-    known = samples.sequence >= 0
+    keep = score >= 0
+    known = sequence >= 0
     for n in range(1, keep.shape[1]):
-        near = (samples.position[:, :n] - samples.position[:, n : n + 1]).abs() < window
-        same = (samples.sequence[:, :n] == samples.sequence[:, n : n + 1]) & known[:, :n]
+        near = (position[:, :n] - position[:, n : n + 1]).abs() < window
+        same = (sequence[:, :n] == sequence[:, n : n + 1]) & known[:, :n]
         keep[:, n] &= ~(near & same & keep[:, :n]).any(1)
     return keep

@@ -220,7 +220,7 @@ class ActivationSampleCollector:
         followed = self.latents.numel()
         joined = Samples(*(part.reshape(followed, self._strata * self._per_bin, *part.shape[2:]) for part in spread))
         window = max(1, joined.context.shape[2])
-        keep = without_overlap(joined, window)
+        keep = without_overlap(joined.score, joined.position, joined.sequence, window)
         ordinary = self.section.position_bins * self._per_bin
         fraction = self.section.max_sink_fraction
         if self._strata > self.section.position_bins and fraction < 1:
