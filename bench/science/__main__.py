@@ -1,6 +1,6 @@
 """python -m bench.science [--quick] [--only s0,s2] [--seed N] [--json FILE] [--document FILE]: exit 1 when a target is short.
 
-Full: five seeds a stage, about half an hour on two cores. Quick: one seed, fewer comparisons, under two minutes.
+Full: five seeds a stage, about ten minutes on an idle core. Quick: one seed, fewer comparisons, under two minutes.
 """
 
 from __future__ import annotations
