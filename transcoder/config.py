@@ -204,6 +204,9 @@ class TrainingSection:
     taken; 0 leaves it out."""
     dead_refresh_steps: int = 25
     """The list of dead latents is read by the host this often: the only transfer of AuxK, outside the step."""
+    max_bad_steps: int = 10
+    """A step whose loss or gradients are NaN or Inf changes nothing and is recorded with its batch. More of them than this
+    in the whole run stop it with a diagnosis, its state saved; a resumed run may be given more. 0 stops at the first."""
 
     def __post_init__(self) -> None:
         n = "training."
@@ -226,6 +229,7 @@ class TrainingSection:
         _require(self.evaluation_tokens >= 1, n + "evaluation_tokens", "at least 1", self.evaluation_tokens)
         _require(self.evaluation_ce_tokens >= 0, n + "evaluation_ce_tokens", "at least 0", self.evaluation_ce_tokens)
         _require(self.dead_refresh_steps >= 1, n + "dead_refresh_steps", "at least 1", self.dead_refresh_steps)
+        _require(self.max_bad_steps >= 0, n + "max_bad_steps", "at least 0", self.max_bad_steps)
         _require(0 <= self.seed < 2**63, n + "seed", "in [0, 2^63)", self.seed)
 
 
@@ -435,7 +439,7 @@ class RecycleSection:
         n = "antidup.recycle."
         _require(self.every >= 1, n + "every", "at least 1", self.every)
         _require(self.max_per_round >= 1, n + "max_per_round", "at least 1", self.max_per_round)
-        _require(0 < self.until <= 1, n + "until", "in (0, 1]", self.until)
+        _require(0 < self.until < 1, n + "until", "in (0, 1)", self.until)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from transcoder.config import ConfigError, RunConfig
 from transcoder.kernels import SparseCodes
 from transcoder.losses import reconstruction_loss
 from transcoder.model import Transcoder
-from transcoder.training import RunResult, TrainingDivergedError, train_transcoder
+from transcoder.training import RunResult, train_transcoder
 from transcoder.training import trainer as trainer_module
 from transcoder.training.checkpoint import CheckpointError, load_checkpoint
 from transcoder.training.output_checks import check_run
@@ -31,8 +31,8 @@ D_IN, D_OUT, SEQUENCE = 12, 10, 16
 class Planted:
     """Endless resumable batches: sparse nonnegative factors -> source, a nonlinear target, tokens with contexts."""
 
-    def __init__(self, rows: int = 64, stop_at: int | None = None, poison_at: int | None = None) -> None:
-        self.rows, self.stop_at, self.poison_at, self.index = rows, stop_at, poison_at, 0
+    def __init__(self, rows: int = 64, stop_at: int | None = None) -> None:
+        self.rows, self.stop_at, self.index = rows, stop_at, 0
 
     def __iter__(self) -> Iterator[ActivationBatch]:
         return self
@@ -47,8 +47,6 @@ class Planted:
         tokens = torch.randint(0, 50, (self.rows,), generator=g)
         first = self.index * self.rows + torch.arange(self.rows)
         x = factors @ into
-        if self.index == self.poison_at:
-            x[3, 2] = float("nan")
         self.index += 1
         return ActivationBatch(
             source=x,
@@ -308,22 +306,6 @@ def test_resuming_a_finished_run_changes_nothing(whole: RunResult) -> None:
     assert again.finished
     assert_same(weights(whole), weights(again))
     assert (whole.run_dir / "checkpoints" / "step_00000030" / "state.json").read_bytes() == before
-
-
-def test_a_diverging_run_stops_and_keeps_its_last_good_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(TrainingDivergedError, match="became NaN or Inf between steps 10 and 15"):
-        train_transcoder(config(), tmp_path / "run", batches=Planted(poison_at=16))
-    kept = load_checkpoint(tmp_path / "run" / "checkpoints" / "step_00000010")
-    assert bool(torch.isfinite(kept.model["W_enc"]).all())
-
-
-def test_checkpoints_of_broken_weights_never_push_out_good_ones(tmp_path: Path) -> None:
-    frequent = config(checkpoint__every=1, checkpoint__keep_last=2, logging__every=10)
-    with pytest.raises(TrainingDivergedError, match="between steps 12 and 13"):
-        train_transcoder(frequent, tmp_path / "run", batches=Planted(poison_at=16))
-    kept = sorted((tmp_path / "run" / "checkpoints").iterdir())
-    assert [path.name for path in kept] == ["step_00000011", "step_00000012"]
-    assert all(bool(torch.isfinite(load_checkpoint(path).model["W_enc"]).all()) for path in kept)
 
 
 def test_data_that_ends_leaves_a_state_to_go_on_from(whole: RunResult, tmp_path: Path) -> None:

@@ -95,14 +95,14 @@ class MetricsWriter:
         if self._tensorboard is not None:
             self._tensorboard.write(self._step, values)
 
-    def write_event(self, kind: str, payload: Mapping[str, Any] | None = None) -> None:
+    def write_event(self, kind: str, payload: Mapping[str, Any] | None = None, step: int | None = None) -> None:
         """Write something that happened ("checkpoint", "evaluation", "stopped"): the file alone gets it.
 
-        `payload` is what JSON holds; other objects are written as their text. It stands at the step last
-        written.
+        `payload` is what JSON holds; other objects are written as their text. It stands at `step`, or else at
+        the step last written.
         """
         record = {
-            "step": self._step,
+            "step": self._step if step is None else step,
             "time": self._elapsed(),
             "event": kind,
             "payload": _plain(payload or {}),

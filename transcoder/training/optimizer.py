@@ -8,6 +8,7 @@ from torch import Tensor
 from transcoder.config import TrainingSection
 from transcoder.kernels import step_cpp
 from transcoder.model import Transcoder
+from transcoder.training.bad_steps import host_is_device
 
 _BEYOND_FUSED = ("amsgrad", "maximize", "differentiable", "capturable", "weight_decay")
 """Settings of Adam that the fused step does not know."""
@@ -19,7 +20,11 @@ def make_optimizer(transcoder: Transcoder, section: TrainingSection, lr: float) 
 
 
 def optimizer_step(
-    transcoder: Transcoder, optimizer: torch.optim.Adam, lr: float, gradient_clip: float | None
+    transcoder: Transcoder,
+    optimizer: torch.optim.Adam,
+    lr: float,
+    gradient_clip: float | None,
+    bad: Tensor | None = None,
 ) -> Tensor:
     """One update: parallel decoder gradient removed, gradients clipped by global norm, Adam, decoder rows renormalised.
 
@@ -27,20 +32,47 @@ def optimizer_step(
     otherwise PyTorch's. The two agree to a few units in the last place, not to the bit; each alone is reproducible. The state
     is torch.optim.Adam's in both.
 
+    Args:
+        bad: 0-dim bool on the parameters' device. It is set, in place, where the gradients' norm is not finite; where it
+            holds, parameters and state stay as they are. Changes no bit of any other step. None updates always.
+
     Returns: the gradient norm before clipping, 0-dim on the device. Nothing is read back.
     """
     limit = float("inf") if gradient_clip is None else gradient_clip
     for group in optimizer.param_groups:
         group["lr"] = lr
     if _is_plain(optimizer) and step_cpp.runs(optimizer.param_groups[0]["params"]):
-        norm = _fused(transcoder, optimizer, limit)
+        norm = _fused(transcoder, optimizer, limit, bad)
     else:
         transcoder.remove_parallel_gradient()
         norm = torch.nn.utils.clip_grad_norm_(transcoder.parameters(), limit)
-        optimizer.step()
-        transcoder.normalize_decoder()
+        _update(transcoder, optimizer, norm.detach(), bad)
     optimizer.zero_grad(set_to_none=True)
     return norm.detach()
+
+
+@torch.no_grad()
+def _update(transcoder: Transcoder, optimizer: torch.optim.Adam, norm: Tensor, bad: Tensor | None) -> None:
+    if bad is None:
+        optimizer.step()
+        transcoder.normalize_decoder()
+        return
+    bad |= ~torch.isfinite(norm)
+    if host_is_device(bad):
+        if not bool(bad):
+            optimizer.step()
+            transcoder.normalize_decoder()
+        return
+    # The flag of gradient scalers: the fused kernels leave everything as it is where it is 1.
+    optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.found_inf  # type: ignore[attr-defined]
+    # As normalize_decoder, but rows are divided by 1 in a bad step: they are of unit length only up to rounding.
+    rows = transcoder.W_dec
+    lengths = torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
+    rows.div_(torch.where(bad, 1.0, lengths))
 
 
 def _is_plain(optimizer: torch.optim.Adam) -> bool:
@@ -48,9 +80,15 @@ def _is_plain(optimizer: torch.optim.Adam) -> bool:
     return len(groups) == 1 and not any(groups[0][name] for name in _BEYOND_FUSED)
 
 
-def _fused(transcoder: Transcoder, optimizer: torch.optim.Adam, limit: float) -> Tensor:
+def _fused(transcoder: Transcoder, optimizer: torch.optim.Adam, limit: float, bad: Tensor | None) -> Tensor:
     group = optimizer.param_groups[0]
     parameters: list[Tensor] = group["params"]
+    if bad is not None:
+        # The op clips and updates in one go, so that its own norm comes too late.
+        norm = torch.stack(torch._foreach_norm([p.grad for p in parameters if p.grad is not None])).norm()
+        bad |= ~torch.isfinite(norm)
+        if bool(bad):
+            return norm
     states = [optimizer.state[p] for p in parameters]
     for p, state in zip(parameters, states, strict=True):
         if not state:  # as torch.optim.Adam makes it at its first step

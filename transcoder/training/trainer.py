@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -21,12 +22,23 @@ from transcoder.antidup import (
     CorrelationMonitor,
     DiversityRegularizer,
     PositionSampler,
-    UsageLedger,
 )
+from transcoder.antidup.merge_test import MergeResult
 from transcoder.antidup.monitor import Judge
 from transcoder.config import ConfigError, RegularizerSection, RunConfig
 from transcoder.model import StepOutput, Transcoder, TranscoderConfig
 from transcoder.reporting import MetricsWriter, ProgressBar, write_report
+from transcoder.training.bad_steps import (
+    HELD_STEPS,
+    BadSteps,
+    HeldStep,
+    Observed,
+    StepLedger,
+    TrainingDivergedError,
+    before_step,
+    take_back,
+    verdict_of,
+)
 from transcoder.training.baselines import LinearBaseline
 from transcoder.training.checkpoint import CheckpointError, CheckpointStore, pack_state
 from transcoder.training.evaluation import cross_entropy, evaluate, merge_test
@@ -51,12 +63,8 @@ FIRST_TARGETS = 10
 STATE_SLACK = 1 << 20
 """Bytes for what the bound of a checkpoint does not count one by one."""
 STATEFUL_PARTS = ("regularizer", "positions", "monitor", "samples", "recycler")
-MAY_CHANGE = ("model.device", "activations.prefetch", "activations.allow_changed_data")
+MAY_CHANGE = ("model.device", "activations.prefetch", "activations.allow_changed_data", "training.max_bad_steps")
 """Settings that a resumed run may be given anew: they do not touch its results, or say in so many words that they may."""
-
-
-class TrainingDivergedError(RuntimeError):
-    """The loss is no longer a number. The last checkpoint is from before that was noticed."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +110,8 @@ def train_transcoder(
             `batches` by name.
         FileExistsError: the folder holds a run and `resume` is off.  RunLockedError: another process is using it.
         LedgerError: an enabled anti-duplication part was not called, had no effect or wrote nothing.
-        TrainingDivergedError: the loss became NaN or Inf.  CheckpointError: the disk cannot take a checkpoint.
+        TrainingDivergedError: more than training.max_bad_steps steps were NaN or Inf, or the weights overflowed.
+        CheckpointError: the disk cannot take a checkpoint.
     """
     run_dir = Path("runs") / config.name if out is None else Path(out)
     device = _device(config.model.device)
@@ -132,7 +141,7 @@ class _Run:
         self.config, self.run_dir, self.device, self.stack = config, run_dir, device, stack
         anti, seed = config.antidup, config.training.seed
         logs = run_dir / "anti_duplication_logs"
-        self.ledger = UsageLedger(
+        self.ledger = StepLedger(
             {
                 "diversity_regularizer": anti.regularizer.enabled,
                 "position_sampler": anti.positions.enabled,
@@ -238,13 +247,16 @@ class _Run:
         )
         self.store = CheckpointStore(run_dir, config.checkpoint)
         self.meters = Meters()
+        self.good_metrics: dict[str, Tensor] = {}
+        """The regularizer's, of the last good step."""
         self.step = self.tokens = 0
         self.saved_step = -1
         self.evaluation: dict[str, float] = {}
         self.verify_step = min(anti.verify_at_step, config.training.steps)
         self.window = (time.monotonic(), 0)
-        self.diverged = torch.zeros((), dtype=torch.bool, device=device)
-        self.finite_step = 0
+        self.bad_steps = BadSteps()
+        self.held: deque[HeldStep] = deque()
+        """Steps computed and not yet counted: nobody knows whether they are good."""
 
     # -- before the first step ------------------------------------------------------------------------------------
 
@@ -260,7 +272,7 @@ class _Run:
                     f"({type(error).__name__}: {error}): it was written by another version or with other settings; start a "
                     "new run with another --out"
                 ) from error
-            self.step = self.saved_step = self.finite_step = loaded.step
+            self.step = self.saved_step = loaded.step
         else:
             self._fit_normalization()
         budget = self._checkpoint_bytes_at_most()
@@ -311,14 +323,12 @@ class _Run:
                 f"training data ended after {self.step} of {section.steps} steps: expected an endless iterator; the state is "
                 "saved, so with more data --resume goes on"
             ) from None
-        except TrainingDivergedError:
-            raise
         except Exception:
             self._rescue()
             raise
         finished = self.step >= section.steps
         if not finished:
-            self._check_finite()
+            self._catch_up()
             self._save()
         summary = self._finish(finished, stop.signal)
         return RunResult(
@@ -333,22 +343,29 @@ class _Run:
         )
 
     def _train_step(self) -> None:
-        """Forward, penalty, backward, update. Nothing here waits for the device."""
+        """Forward, penalty, backward, update. Nothing here waits for the device.
+
+        A step of NaN or Inf leaves everything as it was; what others are shown of a step is held until that is known.
+        """
         section = self.config.training
         lr = learning_rate(self.step, section, self.peak)
+        before = before_step(self.transcoder, self.regularizer)
+        bad = torch.zeros((), dtype=torch.bool, device=self.device)
+        seen = []
+        self.ledger.hold()
         for micro in range(section.accumulation):
             batch = next(self.source)
-            self.tokens += len(batch)
-            self.baseline.update(batch.source, batch.target)
             with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=section.compute_dtype == "bfloat16"):
                 out = self.transcoder.training_step(batch.source, batch.target, token_weights=batch.weights)
             loss = self._penalized(out, batch, micro)
             (loss / section.accumulation).backward()
-            self._observe(out, batch, loss, micro)
-            self.diverged |= ~torch.isfinite(loss.detach())
-        norm = optimizer_step(self.transcoder, self.optimizer, lr, section.gradient_clip)
-        self.diverged |= ~torch.isfinite(norm)
-        self.meters.add({"details/gradient_norm": norm})
+            bad |= ~torch.isfinite(loss.detach())
+            seen.append(self._observed(out, batch, loss, micro))
+        norm = optimizer_step(self.transcoder, self.optimizer, lr, section.gradient_clip, bad)
+        take_back(bad, before, self.transcoder, self.regularizer)
+        metrics = {} if self.regularizer is None else self.regularizer.metrics()
+        self.held.append(HeldStep(self.step, seen, norm, self.ledger.release(), metrics, verdict_of(bad)))
+        self._count(HELD_STEPS)
 
     def _penalized(self, out: StepOutput, batch: ActivationBatch, micro: int) -> Tensor:
         if self.regularizer is None:
@@ -359,15 +376,11 @@ class _Run:
         )
 
     @torch.no_grad()
-    def _observe(self, out: StepOutput, batch: ActivationBatch, loss: Tensor, micro: int) -> None:
-        """Monitor, samples and meters: read the codes, touch nothing that training depends on."""
+    def _observed(self, out: StepOutput, batch: ActivationBatch, loss: Tensor, micro: int) -> Observed:
+        """What monitor, samples, baseline and meters need: they read it, and touch nothing that training depends on."""
         codes = out.codes.detach()
-        if self.monitor is not None:
-            self.monitor.update_correlations(codes, self.step, sequences=batch.sequences, weights=batch.weights)
-        if self.samples is not None:
-            self.samples.collect(codes, batch, self.step, micro)
         values = {
-            "losses/overall_loss": loss,
+            "losses/overall_loss": loss.detach(),
             "losses/mse_loss": out.mse_per_prefix[-1],
             "losses/auxiliary_reconstruction_loss": out.aux_loss,
             "metrics/fvu": out.fvu_per_prefix[-1],
@@ -378,9 +391,47 @@ class _Run:
             values[f"losses/inner_mse_loss_{width}"] = out.mse_per_prefix[i]
             values[f"metrics/fvu_prefix_{width}"] = out.fvu_per_prefix[i]
         if self.regularizer is not None:
-            values["losses/diversity_penalty"] = loss - out.loss
+            values["losses/diversity_penalty"] = loss.detach() - out.loss.detach()
             values.update(self.regularizer.metrics())
-        self.meters.add(values)
+        return Observed(codes, batch, values, micro)
+
+    def _count(self, keep: int) -> None:
+        """Show the parts that watch every held step that is known to be good, and record every bad one, until the verdicts
+        of at most `keep` are open. Waits only for those beyond."""
+        lost = False
+        good: dict[str, Tensor] | None = None
+        while self.held and (len(self.held) > keep or self.held[0].verdict.arrived()):
+            held = self.held.popleft()
+            if held.verdict.read():
+                lost = True
+                record = self.bad_steps.add(held, self.config.training.accumulation, self.source.counters())
+                logger.warning("step %d is NaN or Inf and was skipped", held.step + 1)
+                self.writer.write_event("bad_step", record, step=held.step + 1)
+            else:
+                good = held.regularizer_metrics
+                self._show(held)
+        if self.regularizer is not None:
+            self.good_metrics = good if good is not None else self.good_metrics
+            if lost and not self.held:
+                # The figures that its next file would hold.
+                self.regularizer._metrics = dict(self.good_metrics)
+
+    @torch.no_grad()
+    def _show(self, held: HeldStep) -> None:
+        for seen in held.seen:
+            batch = seen.batch
+            self.tokens += len(batch)
+            self.baseline.update(batch.source, batch.target)
+            if self.monitor is not None:
+                self.monitor.update_correlations(
+                    seen.codes, held.step, sequences=batch.sequences, weights=batch.weights
+                )
+            if self.samples is not None:
+                self.samples.collect(seen.codes, batch, held.step, seen.micro)
+            self.meters.add(seen.values)
+        for record in held.records:
+            record()
+        self.meters.add({"details/gradient_norm": held.norm})
 
     # -- between steps: the only places that read the device or write files ---------------------------------------------
 
@@ -396,12 +447,13 @@ class _Run:
         evaluating = ((every > 0 and step % every == 0) or last) and bool(self.heldout)
         saving = step % config.checkpoint.every == 0 or last
         if reporting or sampling or verifying or logging_now or evaluating or saving:
-            self._check_finite()
+            self._settle()
         if reporting or verifying:
             self._report_antidup()
         elif self.monitor is not None and self._targets_are_due():
             self.monitor.refresh_targets(self._judge())
-        if self.samples is not None and (sampling or verifying):
+        # Opened by the first good batch: a save before that would fix the width of contexts that nobody has seen.
+        if self.samples is not None and (sampling or verifying) and self.samples.state_dict()["opened"]:
             samples = self.samples
             self._write("activation samples", lambda: samples.save(step, self.source.decode_tokens))
         if reporting or sampling or verifying:
@@ -414,19 +466,33 @@ class _Run:
             self.evaluation = evaluate(self.transcoder, self.heldout, self.sinks, self.baseline)
             tokens = config.training.evaluation_ce_tokens
             if last and tokens and isinstance(self.source, ActivationStream):
-                self.evaluation.update(cross_entropy(self.transcoder, self.source, tokens))
+                self.evaluation.update(self._cross_entropy(self.source, tokens))
             self.writer.write(step, self.evaluation)
         if saving:
             self._save(self.evaluation.get("evaluation/fvu") if evaluating else None)
 
-    def _check_finite(self) -> None:
-        """Before anything is written: NaN weights must not push a good checkpoint out, nor fail in a report's JSON."""
-        if bool(self.diverged):
+    def _catch_up(self) -> None:
+        """Every step is counted, and the weights are numbers: finite gradients can still carry one to infinity, which must
+        not push a good checkpoint out, nor fail in a report's JSON."""
+        self._count(0)
+        ranges = {name: torch.stack(p.detach().aminmax()) for name, p in self.transcoder.named_parameters()}
+        broken = [name for name, ends in ranges.items() if not bool(torch.isfinite(ends).all())]
+        if broken:
             raise TrainingDivergedError(
-                f"loss or gradients became NaN or Inf between steps {self.finite_step} and {self.step}; the last checkpoint "
-                "is from before and is kept. Lower training.lr, or look for NaN in the activations"
+                f"step {self.step}: {', '.join(broken)} overflowed (the gradients were finite): the last checkpoint is from "
+                "before and is kept. Lower training.lr"
             )
-        self.finite_step = self.step
+
+    def _settle(self) -> None:
+        """Before anything is read or written; a run of too many bad steps ends here."""
+        self._catch_up()
+        allowed = self.config.training.max_bad_steps
+        if self.bad_steps.count > allowed:
+            raise TrainingDivergedError(
+                f"{self.bad_steps.count} of {self.step} steps were NaN or Inf, more than training.max_bad_steps = {allowed}: "
+                f"{self.bad_steps.diagnosis()}. They changed nothing, and each is in metrics.jsonl with its batch; the state "
+                f"of step {self.step} is saved, and --resume goes on from it with a larger training.max_bad_steps"
+            )
 
     def _targets_are_due(self) -> bool:
         """The pair penalty needs its targets well before the first report: at steps 10, 20, 40, 80, ... until then."""
@@ -434,13 +500,35 @@ class _Run:
         early = self.step < self.config.antidup.monitor.correlation_save_frequency
         return early and self.regularizer is not None and rest == 0 and doublings & (doublings - 1) == 0
 
+    def _cross_entropy(self, stream: ActivationStream, tokens: int) -> dict[str, float]:
+        """A figure more at the end; whatever goes wrong in the language model, the run is not lost to it."""
+        try:
+            return cross_entropy(self.transcoder, stream, tokens)
+        except Exception as error:
+            logger.warning("cross-entropy with the transcoder in place could not be taken: %s: %s", type(error).__name__, error)
+            return {}
+
     def _judge(self) -> Judge | None:
         """The merge test on held-out tokens, on all of them at the end."""
         tokens = self.config.antidup.monitor.merge_test_tokens
         if tokens == 0 or not self.heldout:
             return None
         last = self.step >= self.config.training.steps
-        return lambda i, j: merge_test(self.transcoder, self.heldout, i, j, None if last else tokens)
+
+        def judge(i: Tensor, j: Tensor) -> MergeResult:
+            with self._autocast():
+                return merge_test(self.transcoder, self.heldout, i, j, None if last else tokens)
+
+        return judge
+
+    def _heldout_fvu(self) -> float:
+        with self._autocast():
+            return evaluate(self.transcoder, self.heldout)["evaluation/fvu"]
+
+    def _autocast(self) -> torch.autocast:
+        """In training's own compute type: what is asked between steps should not cost more than a step."""
+        wanted = self.config.training.compute_dtype == "bfloat16"
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=wanted)
 
     def _report_antidup(self) -> None:
         step = self.step
@@ -450,7 +538,7 @@ class _Run:
             self._write("correlation report", lambda: monitor.report(step, self.transcoder.W_dec.detach(), judge))
             if self.recycler is not None and self.recycler.due(step):
                 recycler = self.recycler
-                lines = recycler.act(step, self.transcoder, self.optimizer, monitor)
+                lines = recycler.act(step, self.transcoder, self.optimizer, monitor, self._heldout_fvu)
                 self._write("recycled.jsonl", lambda: recycler.log(step, lines))
         if self.regularizer is not None:
             regularizer = self.regularizer
@@ -486,6 +574,7 @@ class _Run:
             figures["metrics/tokens_per_second"] = tokens / seconds
         if self.monitor is not None:
             figures.update(self.monitor.metrics())
+        figures["details/bad_steps"] = float(self.bad_steps.count)
         if self.recycler is not None:
             figures["duplicates/recycled"] = float(self.recycler.total)
         figures.update({f"data/{name}": value for name, value in self.source.counters().items()})
@@ -503,6 +592,7 @@ class _Run:
             "ledger": self.ledger.state_dict(),
             "evaluation": self.evaluation,
             "tokens": self.tokens,
+            "bad_steps": self.bad_steps.state_dict(),
         }
         for name in STATEFUL_PARTS:
             part = getattr(self, name)
@@ -519,6 +609,8 @@ class _Run:
         self.ledger.load_state_dict(tree["ledger"])
         self.evaluation = dict(tree["evaluation"])
         self.tokens = int(tree["tokens"])
+        # Checkpoints from before bad steps were skipped have none.
+        self.bad_steps.load_state_dict(tree.get("bad_steps", {"count": 0, "last": []}))
         for name in STATEFUL_PARTS:
             part = getattr(self, name)
             if part is not None:
@@ -527,7 +619,7 @@ class _Run:
     def _rescue(self) -> None:
         """The run is about to fail for a reason of its data or files: what was trained since the last checkpoint is kept."""
         try:
-            self._check_finite()
+            self._catch_up()
             self._save()
         except Exception as error:
             logger.warning("the state of step %d could not be saved: %s", self.step, error)
@@ -576,6 +668,7 @@ class _Run:
             "d_out": self.source.d_out,
             **self.evaluation,
             **(self.monitor.metrics() if self.monitor is not None else {}),
+            "bad_steps": self.bad_steps.count,
             "data": self.source.counters(),
         }
         replace_atomically(self.run_dir / "summary.json", json.dumps(summary, indent=2).encode())
@@ -622,6 +715,21 @@ def _check_switches(
         raise ConfigError(
             "antidup.recycle.enabled: it folds what the monitor flags and the merge test passes; set antidup.monitor.enabled "
             "to true and antidup.monitor.merge_test_tokens above 0"
+        )
+    if anti.recycle.enabled and (config.transcoder.aux_k == 0 or config.transcoder.aux_coefficient == 0):
+        raise ConfigError(
+            "antidup.recycle.enabled: AuxK trains the latents that it frees; set transcoder.aux_k and "
+            "transcoder.aux_coefficient above 0"
+        )
+    evidence = anti.monitor.blocks_to_flag * anti.monitor.block_tokens
+    trained = config.training.steps * config.training.batch_size * config.training.accumulation
+    if anti.recycle.enabled and evidence > anti.recycle.until * trained:
+        logger.warning(
+            "antidup.recycle: a flag needs %d blocks of %d tokens, and the run's last round comes after %d tokens: nothing will be "
+            "recycled; lower antidup.monitor.block_tokens",
+            anti.monitor.blocks_to_flag,
+            anti.monitor.block_tokens,
+            int(anti.recycle.until * trained),
         )
     regularizer = _regularizer_section(config)
     weights = ("correlation_weight", "orthogonality_weight", "all_pairs_weight", "position_entropy_weight")
