@@ -41,7 +41,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "antidup.monitor.merge_share_to_act": None,
     },
     "mask + decoder": {**PENALTY, "antidup.regularizer.correlation_weight": 0.0},
-    "mask + recycle": {"antidup.recycle.enabled": True, "antidup.recycle.every": 50},
+    # One block in place of three of four: in a run this short a rare pair seldom has the support three times.
+    "mask + recycle": {
+        "antidup.recycle.enabled": True,
+        "antidup.recycle.every": 50,
+        "antidup.monitor.blocks_to_flag": 1,
+        "antidup.monitor.blocks_remembered": 2,
+    },
 }
 FIGURES = {
     "heldout_duplicates/pairs": "candidate pairs",
@@ -109,6 +115,8 @@ def run(options: argparse.Namespace, variant: str, seed: int) -> dict[str, float
     """The figures of one run; trained unless its figures.json is there."""
     folder = options.out / f"{slug(variant)}-{seed}"
     done = folder / "figures.json"
+    if done.is_file() and RunConfig.load(folder / "config.yaml") != settings(options, variant, seed):
+        raise SystemExit(f"{folder} was trained with other settings: choose another --out, or delete it")
     if not done.is_file():
         if not (options.out / "cache" / "index.json").is_file():
             text = RunConfig.load(PRESET, {"logging.progress": False})
@@ -116,7 +124,7 @@ def run(options: argparse.Namespace, variant: str, seed: int) -> dict[str, float
         trained = train_transcoder(settings(options, variant, seed), folder, resume=(folder / "config.yaml").is_file())
         if not trained.finished:
             raise SystemExit("stopped; the same command goes on")
-        done.write_text(json.dumps(measure(trained.transcoder.eval()), indent=1), encoding="utf-8")
+        done.write_text(json.dumps(measure(trained.transcoder.eval(), variant != "base"), indent=1), encoding="utf-8")
         print(f"{variant}, seed {seed}: {done.read_text()}", flush=True)
     figures: dict[str, float] = json.loads(done.read_text(encoding="utf-8"))
     return figures
@@ -130,14 +138,14 @@ def heldout() -> tuple[ActivationStream, list[ActivationBatch], ActivationBatch 
     return stream, stream.heldout(HELDOUT_TOKENS), stream.heldout_sinks()
 
 
-def measure(transcoder: Transcoder) -> dict[str, float]:
-    """On the same held-out tokens for every variant: masked ones, whatever it was trained on."""
+def measure(transcoder: Transcoder, masked: bool) -> dict[str, float]:
+    """On the same held-out tokens for every variant: masked ones, whatever it was trained on. Sinks pass a masked one by."""
     stream, batches, sinks = heldout()
     found = evaluate(transcoder, batches, sinks)
     found |= heldout_duplicates(transcoder, batches, RunConfig.load(PRESET).antidup.monitor)
     found |= cross_entropy(transcoder, stream, CE_TOKENS)
     found["dead"] = 1 - found["evaluation/live_share"]
-    found["sink_only"] = float(sink_only(transcoder, batches, sinks))
+    found["sink_only"] = 0.0 if masked else float(sink_only(transcoder, batches, sinks))
     return found
 
 

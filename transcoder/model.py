@@ -319,21 +319,34 @@ class Transcoder(nn.Module):
     def recycle(self, kept: Tensor, dropped: Tensor, scale: Tensor, *, seed: int) -> None:
         """Fold each latent of `dropped` into its partner of `kept`, and begin it anew as a dead latent.
 
-        The kept latent's decoder row becomes W[kept] + scale W[dropped], back on the unit sphere, with its activation scaled
-        to make up for it. The freed latent gets random rows, the encoder's at a fifth of the usual norm so that it is AuxK, not
-        the main selection, that trains it at first.
+        The kept latent's decoder row becomes W[kept] + scale W[dropped]; rows are of unit norm, so what that row is longer
+        goes into its encoder. Where both fired together the reconstruction stays; but the larger activation also wins places
+        in the selection that it did not have, at the cost of others, and training has to settle that. The freed latent gets
+        random rows, the encoder's at a fifth of the usual norm: it wins few places at once, and AuxK trains it meanwhile (at a
+        twentieth, four times as many of them stay dead).
 
         Args:
             kept, dropped: [n] int64, no latent twice in the two together.
             scale: [n] a >= 0, as the merge test gives it.
             seed: of the freed latents' rows.
+
+        Raises: ValueError naming what came, for ids out of range or twice, unequal lengths, or rows that cancel each other.
         """
         both = torch.cat([kept, dropped])
-        if kept.shape != dropped.shape or both.unique().numel() != both.numel():
-            raise ValueError("recycle: expected kept and dropped, each [n], with no latent twice")
+        if not (kept.shape == dropped.shape == scale.shape) or both.unique().numel() != both.numel():
+            raise ValueError(
+                f"recycle: expected kept, dropped and scale, each [n], with no latent twice, got {kept.tolist()}, "
+                f"{dropped.tolist()} and a scale of shape {list(scale.shape)}"
+            )
+        if both.numel() and not (int(both.min()) >= 0 and int(both.max()) < self.config.d_sae):
+            raise ValueError(f"recycle: expected latents in [0, {self.config.d_sae}), got {both.tolist()}")
         usual = self.W_enc.norm(dim=1).mean()
         folded = self.W_dec[kept] + scale.to(self.W_dec.dtype)[:, None] * self.W_dec[dropped]
-        length = folded.norm(dim=1, keepdim=True).clamp(min=torch.finfo(folded.dtype).tiny)
+        length = folded.norm(dim=1, keepdim=True)
+        if bool((length < 1e-3).any()):
+            raise ValueError(
+                f"recycle: the decoder rows of {kept[length.squeeze(1) < 1e-3].tolist()} and their partners cancel"
+            )
         self.W_dec[kept] = folded / length
         self.W_enc[kept] *= length
         self.b_enc[kept] *= length.squeeze(1)

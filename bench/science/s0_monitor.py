@@ -18,6 +18,8 @@ from transcoder.kernels import FeatureCorrelation
 
 BATCH = 4096
 RANKS = 8
+MOST_LISTED = 1 << 17
+"""Every flag is counted, not only the strongest that a report lists by default."""
 STRANGERS = 500
 """Pairs drawn at random, checked beside the planted ones."""
 SEARCHES = 4
@@ -110,7 +112,7 @@ def _monitored(
     """(flagged pairs, last report) of a monitor that reports `reports` times a block; thrown away and restored from its
     state in the middle of block `resume_at`."""
     ledger = UsageLedger(dict.fromkeys(PARTS, False) | {"correlation_monitor": True}, folder / "usage.json")
-    section = MonitorSection(block_tokens=stream.tokens, sketch_dim=sketch_dim)
+    section = MonitorSection(block_tokens=stream.tokens, sketch_dim=sketch_dim, max_reported_pairs=MOST_LISTED)
 
     def fresh() -> CorrelationMonitor:
         return CorrelationMonitor(section, stream.d_sae, "cpu", folder, ledger)
@@ -126,9 +128,9 @@ def _monitored(
             monitor.update_correlations(codes, n, sequences[a : a + codes.shape[0]])
             if (a + codes.shape[0]) % (stream.tokens // reports) == 0:
                 report = monitor.report(n)
-    pairs = {(i, j) for component in report["components"] for i in component for j in component if i < j}
     flagged = {(entry["i"], entry["j"]) for entry in report["pairs"] if entry["flagged"]}
-    return flagged or pairs, report
+    assert len(flagged) == report["pairs_flagged"]
+    return flagged, report
 
 
 def _flags(

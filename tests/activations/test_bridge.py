@@ -147,3 +147,8 @@ def test_losses_are_the_models_and_follow_what_stands_in(model_folder: Path, tok
     other = model.next_token_losses(tokens, lambda source, target: torch.randn_like(target))
     assert not torch.allclose(other, want, atol=1e-4)
     assert torch.equal(model.forward(tokens)[1], y)  # and nothing of it stays
+
+
+def test_a_source_behind_its_target_in_the_layer_is_refused(model_folder: Path) -> None:
+    with pytest.raises(ModelError, match="comes after target_hook"):
+        load(model_folder, "blocks.1.hook_mlp_out", "blocks.1.hook_resid_mid")

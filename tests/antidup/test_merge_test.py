@@ -107,3 +107,30 @@ def test_bad_input_is_named() -> None:
         test.result()
     with pytest.raises(ValueError, match="expected codes"):
         test.update(SparseCodes.from_dense(torch.ones(2, 5)), torch.zeros(2, 3), torch.zeros(2, 3))
+
+
+def test_a_latent_of_a_narrow_prefix_is_never_the_one_that_goes() -> None:
+    g = torch.Generator().manual_seed(9)
+    z, W = dense_codes(400, 8, 10), torch.randn(8, 5, generator=g, dtype=torch.float64)
+    # Wherever 1 fires 6 does, and elsewhere too: by the full width alone it would be 1 that goes.
+    z[:, 6] = torch.where(z[:, 1] > 0, 1.2 * z[:, 1], z[:, 6])
+    codes = SparseCodes.from_dense(z)
+    y = z @ W
+    kept = {}
+    for widths in (None, [8], [4, 8]):
+        test = MergeTest(torch.tensor([1, 2]), torch.tensor([6, 3]), W, widths)
+        test.update(
+            codes, 0.01 * torch.randn(400, 5, generator=torch.Generator().manual_seed(3), dtype=torch.float64), y
+        )
+        kept[str(widths)] = test.result().kept.tolist()
+    assert (kept["None"][0], kept["[4, 8]"][0]) == (6, 1)
+    assert kept["None"] == kept["[8]"]
+    assert kept["[4, 8]"][1] == kept["[8]"][1]  # of one prefix, nothing changes
+
+
+@pytest.mark.parametrize("level", [0.0, 3.0])
+def test_constant_targets_give_finite_costs(level: float) -> None:
+    z, W = dense_codes(60, 4, 11), torch.randn(4, 3, generator=torch.Generator().manual_seed(12), dtype=torch.float64)
+    found = streamed(z, W, torch.full((60, 3), level, dtype=torch.float64), [0], [1])
+    assert bool(torch.isfinite(found.fvu_change).all())
+    assert bool(torch.isfinite(found.cost_share).all() | (found.fvu_without <= 0).all())

@@ -635,6 +635,7 @@ def test_what_the_merge_test_refuses_is_reported_and_no_target(tmp_path: Path) -
         assert (report["pairs_total"], report["pairs_mergeable"], report["pairs_refused"]) == (3, 1, 3 - len(targets))
         tests = {(p["i"], p["j"]): (p["mergeable"], p["merge_share"]) for p in report["pairs"]}
         assert tests[(8, 9)] == (None, None)
+        assert report["pairs_untested"] == 1
         assert tests[(6, 7)] == (False, pytest.approx(0.5))
         assert tests[(10, 11)] == (True, pytest.approx(0.02))
         assert part.metrics()["duplicates/mergeable"] == 1
@@ -664,6 +665,7 @@ def test_only_the_strongest_pairs_are_judged(tmp_path: Path, monkeypatch: pytest
     report = part.report(99, judge=judge)
     validate_correlation_report(report)
     assert asked == [(10, 11)]
+    assert report["pairs_untested"] == 2
     assert part.target_pairs(10)[0].tolist() == [8, 6]
 
 
@@ -704,3 +706,36 @@ def test_a_state_that_does_not_fit_changes_nothing(tmp_path: Path, field: str) -
     assert other.report(50) == before
     other.load_state_dict(part.state_dict())
     assert other.report(50) == part.report(50)
+
+
+def test_flagged_pairs_are_judged_first_and_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transcoder.antidup.monitor.MOST_JUDGED", 2)
+    monkeypatch.setattr("transcoder.antidup.monitor.JUDGED_AT_A_TIME", 1)
+    z = planted(6000, 19)
+    part = monitor(tmp_path, z.shape[1], replace(SECTION, block_tokens=2000, blocks_to_flag=2, blocks_remembered=3))
+    feed(part, z)
+    part._book.flagged = {(6, 7)}  # the weakest of the three
+    asked: list[list[tuple[int, int]]] = []
+
+    def judge(i: Tensor, j: Tensor) -> MergeResult:
+        asked.append(list(zip(i.tolist(), j.tolist(), strict=True)))
+        return verdicts(i, j, {(6, 7): 0.9, (10, 11): 0.02})
+
+    report = part.report(99, judge=judge)
+    validate_correlation_report(report)
+    assert asked == [[(6, 7)], [(10, 11)]]
+    assert {(p["i"], p["j"]): p["mergeable"] for p in report["pairs"]} == {(6, 7): False, (8, 9): None, (10, 11): True}
+    assert (report["pairs_mergeable"], report["pairs_refused"], report["pairs_untested"]) == (1, 1, 1)
+
+
+def test_the_cosine_tail_of_many_rows_is_that_of_some_against_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    W = torch.randn(301, 16, generator=torch.Generator().manual_seed(4))
+    monkeypatch.setattr("transcoder.antidup.decoder_cosine.MOST_ROWS", 43)
+    monkeypatch.setattr("transcoder.antidup.decoder_cosine.TILE_ROWS", 20)
+    unit = torch.nn.functional.normalize(W, dim=1)
+    nearest = (unit @ unit.T).fill_diagonal_(-1).max(1).values
+    some = nearest[torch.arange(43) * 301 // 43].sort().values
+    found = decoder_cosine_tail(W)
+    assert found is not None
+    assert found["median"] == pytest.approx(float(some[21]), abs=1e-6)
+    assert found["p99"] == pytest.approx(float(some[42]), abs=1e-6)

@@ -77,6 +77,10 @@ def test_a_figure_that_a_run_lacks_is_null(methods: dict[str, list[Path]], tmp_p
 def test_unequal_seeds_are_refused(methods: dict[str, list[Path]]) -> None:
     with pytest.raises(ValueError, match=r"equally many runs.*a: 3, b: 2"):
         compare_methods({"a": methods["base"], "b": methods["lower"][:2]})
+    with pytest.raises(ValueError, match=r"b: expected runs of different seeds, got training.seed = \[0, 0, 0\]"):
+        compare_methods({"a": methods["base"], "b": methods["lower"][:1] * 3})
+    with pytest.raises(ValueError, match="same seeds in the same order"):
+        compare_methods({"a": methods["base"], "b": methods["lower"][::-1]})
     with pytest.raises(ValueError, match="two or more methods"):
         compare_methods({"a": methods["base"]})
 

@@ -94,3 +94,15 @@ def test_without_a_language_model_there_is_no_figure(tmp_path: Path) -> None:
     opened = build_stream(cached, torch.device("cpu"))
     assert cross_entropy(Given(opened.d_in, None), opened, TOKENS) == {}
     opened.close()
+
+
+def test_few_sequences_at_a_time_give_the_same_losses(
+    stream: ActivationStream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = stream.heldout_losses({"model": None, "zero": lambda _, target: torch.zeros_like(target)}, TOKENS)
+    model = stream._source._model  # type: ignore[attr-defined]
+    monkeypatch.setattr(type(model), "sequences_at_a_time", lambda self, length: 3)
+    parts = stream.heldout_losses({"model": None, "zero": lambda _, target: torch.zeros_like(target)}, TOKENS)
+    assert whole is not None
+    assert parts is not None
+    assert parts == {name: pytest.approx(value, rel=0.01) for name, value in whole.items()}

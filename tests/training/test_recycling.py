@@ -57,6 +57,10 @@ def test_a_latent_twice_is_refused() -> None:
     model = pair_of_copies()
     with pytest.raises(ValueError, match="no latent twice"):
         model.recycle(torch.tensor([2, 5]), torch.tensor([5, 6]), torch.ones(2), seed=0)
+    with pytest.raises(ValueError, match=r"scale of shape \[1\]"):
+        model.recycle(torch.tensor([2, 3]), torch.tensor([5, 6]), torch.ones(1), seed=0)
+    with pytest.raises(ValueError, match=r"in \[0, 8\)"):
+        model.recycle(torch.tensor([2]), torch.tensor([8]), torch.ones(1), seed=0)
 
 
 def result(pairs: list[tuple[int, int]]) -> MergeResult:
@@ -65,8 +69,20 @@ def result(pairs: list[tuple[int, int]]) -> MergeResult:
     return MergeResult(kept, dropped, real + 0.6, real, real + 1, torch.full_like(kept, 99))
 
 
+def test_rows_that_cancel_are_not_folded() -> None:
+    W = torch.eye(9)
+    W[2] = -W[1] / 0.6  # the scale of these results
+    found = _disjoint(result([(1, 2), (4, 5)]), W, most=9)
+    assert found.kept.tolist() == [4]
+    model = pair_of_copies()
+    with torch.no_grad():
+        model.W_dec[5] = -model.W_dec[2]
+    with pytest.raises(ValueError, match=r"rows of \[2\] and their partners cancel"):
+        model.recycle(torch.tensor([2]), torch.tensor([5]), torch.tensor([1.0]), seed=0)
+
+
 def test_a_round_takes_each_latent_once() -> None:
-    found = _disjoint(result([(1, 2), (2, 3), (4, 5), (6, 4), (7, 8)]), most=2)
+    found = _disjoint(result([(1, 2), (2, 3), (4, 5), (6, 4), (7, 8)]), torch.eye(9), most=2)
     assert list(zip(found.kept.tolist(), found.dropped.tolist(), strict=True)) == [(1, 2), (4, 5)]
 
 
@@ -93,12 +109,14 @@ def test_a_round_resets_the_moments_and_logs_each_pair(tmp_path: Path) -> None:
     assert bool((before[5] != 0).any())
     recycler, monitor = Recycler(RecycleSection(every=10, until=0.5), 100, 0, tmp_path), Foldable([(2, 5)])
     assert [step for step in range(0, 101, 5) if recycler.due(step)] == [10, 20, 30, 40, 50]
-    lines = recycler.act(10, model, optimizer, monitor)  # type: ignore[arg-type]
+    fvu = iter([0.5, 0.6])
+    lines = recycler.act(10, model, optimizer, monitor, lambda: next(fvu))  # type: ignore[arg-type]
+    assert (lines[0]["round_fvu_before"], lines[0]["round_fvu_after"]) == (0.5, 0.6)
     for parameter in (model.W_enc, model.W_dec, model.b_enc):
         assert not bool(optimizer.state[parameter]["exp_avg"][5].any())
         assert not bool(optimizer.state[parameter]["exp_avg_sq"][5].any())
     assert torch.equal(optimizer.state[model.W_enc]["exp_avg"][2], before[2])
-    assert monitor.forgotten.tolist() == [5]
+    assert sorted(monitor.forgotten.tolist()) == [2, 5]
     assert model.dead.nonzero().flatten().tolist() == [5]
     recycler.log(10, lines)
     recycler.log(20, [{**lines[0], "step": 20}])
@@ -166,6 +184,7 @@ def test_a_run_recycles_and_resumes_exactly(tmp_path: Path) -> None:
     figures = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
     totals = [line["duplicates/recycled"] for line in figures if "duplicates/recycled" in line]
     assert totals[-1] == len(recycled)
+    assert all(abs(line["round_fvu_after"] / line["round_fvu_before"] - 1) < 0.2 for line in recycled)
     # The same run, lost after its checkpoint of step 400.
     cut = tmp_path / "cut"
     train_transcoder(recycling(), cut, batches=Stream())
@@ -183,6 +202,10 @@ def test_a_run_recycles_and_resumes_exactly(tmp_path: Path) -> None:
 
 
 def test_recycling_needs_flags_and_the_merge_test(tmp_path: Path) -> None:
-    for settings in ({"antidup__monitor__enabled": False}, {"antidup__monitor__merge_test_tokens": 0}):
+    for settings in (
+        {"antidup__monitor__enabled": False},
+        {"antidup__monitor__merge_test_tokens": 0},
+        {"transcoder__aux_k": 0},
+    ):
         with pytest.raises(ConfigError, match=r"antidup\.recycle\.enabled"):
             train_transcoder(recycling(**settings), tmp_path / "run", batches=Stream())

@@ -48,6 +48,8 @@ def test_a_sweep_measures_each_k_and_trains_once(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(module, "train_transcoder", again)
     assert sweep_k(config, [2, 8], tmp_path) == found
+    with pytest.raises(ConfigError, match=r"k2 was trained with other settings \(training.lr\)"):
+        sweep_k(config.replace({"training.lr": 1e-4}), [2, 8], tmp_path)
 
 
 def test_random_rows_are_the_floor_of_decoder_cosines() -> None:

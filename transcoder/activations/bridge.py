@@ -19,6 +19,9 @@ from transcoder.activations.passes import Substitute
 from transcoder.activations.vocabulary import Vocabulary
 from transcoder.demo import language_model_path
 
+LOGITS = 1 << 27
+"""Logits of a pass: 1.3 GB with the temporaries of the softmax."""
+
 
 class ModelError(ValueError):
     """A language model or a hook that cannot be had. The message says what there is and what to do."""
@@ -130,6 +133,8 @@ class HookedModel:
         # Training and evaluation may run the model from two threads, and the captures are this object's.
         self._lock = threading.Lock()
         self._captured: dict[str, Tensor] = {}
+        self._first = "source"
+        """Which of the two came first in the last pass."""
         self._substitute: Substitute | None = None
         self._whole = False
         """Whether the pass runs to its end."""
@@ -139,6 +144,11 @@ class HookedModel:
         self.vocabulary = Vocabulary(bridge.tokenizer, size)
         self._attach()
         source, target = self.forward(torch.zeros(2, 13, dtype=torch.int64, device=device))
+        if self._first == "target":
+            raise ModelError(
+                f"activations.source_hook: {source_hook!r} comes after target_hook {target_hook!r} in the layer; a transcoder "
+                "predicts an output from what comes before it"
+            )
         self.d_in, self.d_out = source.shape[-1], target.shape[-1]
         self.token_bytes = sum(t.shape[-1] * t.element_size() for t in (source, target))
 
@@ -172,6 +182,8 @@ class HookedModel:
         from transformer_lens.model_bridge.exceptions import StopAtLayerException
 
         def capture(activation: Tensor, hook: object) -> Tensor | None:
+            if not self._captured:
+                self._first = role
             self._captured[role] = activation.detach()
             if self._whole:
                 if role == "source" or self._substitute is None:
@@ -205,12 +217,16 @@ class HookedModel:
             finally:
                 self._captured.clear()
 
+    def sequences_at_a_time(self, length: int) -> int:
+        """How many sequences `next_token_losses` should be given together."""
+        return max(1, LOGITS // (length * self.vocabulary.size))
+
     @torch.no_grad()
     def next_token_losses(self, tokens: Tensor, substitute: Substitute | None = None) -> Tensor:
         """[S, L - 1] fp32: cross-entropy in nats of each token after the first, of tokens [S, L] int64.
 
         `substitute` takes the activations at the two hooks, [S L, d_in] and [S L, d_out], and gives what the rest of the model
-        reads at the target hook instead, [S L, d_out].
+        reads at the target hook instead, [S L, d_out]. All logits exist at once: see `sequences_at_a_time`.
         """
         with self._lock:
             self._captured.clear()

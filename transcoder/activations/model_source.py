@@ -138,16 +138,19 @@ class ModelSource:
             packed = packer.pack(self._section.sequences_per_forward, repeat=False)
             if packed is None:
                 break
-            text = torch.from_numpy(packed.tokens).to(self._device)
-            valid = torch.from_numpy(packed.valid).to(self._device)
-            positions, _ = grid(torch.from_numpy(packed.ids).to(self._device), text.shape[1])
-            predicted = valid[:, 1:] & valid[:, :-1]
-            for n, substitute in enumerate(substitutes.values()):
-                past_sinks = None if substitute is None else self._past_sinks(substitute, text, positions, valid)
-                losses = self._model.next_token_losses(text, past_sinks)
-                totals[n] += losses[predicted].double().sum()
-            count += int(predicted.sum())
-            seen += text.numel()
+            size = self._model.sequences_at_a_time(packed.tokens.shape[1])
+            columns = (
+                torch.from_numpy(c).to(self._device).split(size) for c in (packed.tokens, packed.valid, packed.ids)
+            )
+            for text, valid, ids in zip(*columns, strict=True):
+                positions, _ = grid(ids, text.shape[1])
+                predicted = valid[:, 1:] & valid[:, :-1]
+                for n, substitute in enumerate(substitutes.values()):
+                    past_sinks = None if substitute is None else self._past_sinks(substitute, text, positions, valid)
+                    losses = self._model.next_token_losses(text, past_sinks)
+                    totals[n] += losses[predicted].double().sum()
+                count += int(predicted.sum())
+                seen += text.numel()
         return {name: total / max(1, count) for name, total in zip(substitutes, totals.tolist(), strict=True)}
 
     def _past_sinks(self, substitute: Substitute, tokens: Tensor, positions: Tensor, valid: Tensor) -> Substitute:

@@ -6,6 +6,7 @@ with correlated causes but directions of their own fail it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,8 +19,9 @@ TILE_NUMBERS = 1 << 22
 MERGEABLE_SHARE = 0.1
 """A fold is free when it costs at most this share of what leaving the latent out costs. With a decoder row of its own, a
 latent whose uncentred cosine with its partner is c costs the share 1 - c^2: 0.1 lets pass c > 0.949. In `bench.science` (S2,
-S3) four fifths of the pairs that a k too large splits cost less, and planted pairs of correlation 0.6 to 0.9 that are no
-duplicates 0.15 and more."""
+S3) four fifths of the pairs that a k too large splits cost less, and planted pairs that are no duplicates 0.145 and more.
+Two features that always fire together with amplitudes of little spread pass it, whatever their directions: one latent does
+carry most of what they say."""
 MIN_FIRINGS = 10
 """Held-out tokens on which the dropped latent must fire before the test says anything."""
 
@@ -29,9 +31,10 @@ class MergeResult:
     """One entry a pair, each [P].
 
     Fields:
-        kept, dropped: int64 latent ids; the cheaper of the two directions.
+        kept, dropped: int64 latent ids. Kept is the latent of the narrower prefix where they differ, else the direction of the
+            smaller loss.
         scale: float64 a >= 0; the kept latent's decoder row becomes W[kept] + a W[dropped].
-        fvu_change: float64, the change of the FVU on all held-out tokens by the fold (0 where free).
+        fvu_change: float64, the change of the FVU on all held-out tokens by the fold, every selection left as it is.
         fvu_without: float64, the change of the FVU by leaving `dropped` out and changing nothing else.
         firings: int64, held-out tokens on which `dropped` fires, each of which the fold makes a latent cheaper.
     """
@@ -44,10 +47,10 @@ class MergeResult:
     firings: Tensor
 
     @classmethod
-    def empty(cls, device: torch.device) -> MergeResult:
-        """Of no pair."""
-        ids = torch.empty(0, dtype=torch.int64, device=device)
-        return cls(ids, ids, ids.double(), ids.double(), ids.double(), ids)
+    def untested(cls, i: Tensor, j: Tensor) -> MergeResult:
+        """Of pairs that nobody looked at: no firings, hence no verdict."""
+        nothing = torch.zeros(i.shape, dtype=torch.float64, device=i.device)
+        return cls(i.clone(), j.clone(), nothing, nothing.clone(), nothing.clone(), torch.zeros_like(i))
 
     @property
     def known(self) -> Tensor:
@@ -75,16 +78,18 @@ class MergeTest:
     the squared error changes by 2 (a S(z_i r.w_j) - S(z_j r.w_j)) + |w_j|^2 (a^2 S(z_i^2) - 2 a S(z_i z_j) + S(z_j^2)):
     sums over tokens, all of them streamed, whatever the scale. `scale` is the minimum over a >= 0.
 
-    The sum is exact where nothing is selected again: the codes of the other latents stay what they are.
+    The codes of the other latents stay what they are: what a fold changes in the selection (its latent is larger and wins more
+    often) is not in it.
 
     Args:
         i, j: [P] int64, the pairs.
         W_dec: [d_sae, d_out], in the units of `residual`.
+        widths: cumulative prefix widths; a latent is never folded into one that fewer prefixes have. None is one prefix.
 
     Equivalent to: for each pair, decode the codes without j by W_dec with row i replaced by W_dec[i] + a W_dec[j].
     """
 
-    def __init__(self, i: Tensor, j: Tensor, W_dec: Tensor) -> None:
+    def __init__(self, i: Tensor, j: Tensor, W_dec: Tensor, widths: Sequence[int] | None = None) -> None:
         if i.dim() != 1 or i.shape != j.shape or i.dtype != torch.int64 or j.dtype != torch.int64:
             raise ValueError(
                 f"MergeTest: expected i and j, each [P] int64, got {list(i.shape)} {i.dtype} and {list(j.shape)} {j.dtype}"
@@ -94,6 +99,10 @@ class MergeTest:
         if bool((i == j).any()):
             raise ValueError("MergeTest: expected two different latents in every pair")
         self.d_sae = W_dec.shape[0]
+        bounds = torch.tensor(list(widths or (self.d_sae,)), device=i.device)
+        # The narrowest prefix that has the latent.
+        prefix_i, prefix_j = (torch.searchsorted(bounds, side, right=True) for side in (i, j))
+        self._only_i, self._only_j = prefix_i < prefix_j, prefix_j < prefix_i
         self._latents, slots = torch.unique(torch.cat([i, j]), return_inverse=True)
         self._i, self._j = slots[: i.numel()], slots[i.numel() :]
         self._rows = W_dec.detach()[self._latents].double()
@@ -160,9 +169,10 @@ class MergeTest:
             raise ValueError("MergeTest.result: expected at least one token; call update first")
         into_i = self._fold(self._i, self._j, self._cross_j)
         into_j = self._fold(self._j, self._i, self._cross_i)
-        # What counts is what the fold loses of the latent's own worth; ties keep the lower id, which more prefixes hold.
+        # Ties keep the lower id.
         better_j = into_j.fvu_change < into_i.fvu_change
         better_j |= (into_j.fvu_change == into_i.fvu_change) & (self._latents[self._j] < self._latents[self._i])
+        better_j = (better_j & ~self._only_i) | self._only_j
         fields = MergeResult.__dataclass_fields__
         return MergeResult(*(torch.where(better_j, getattr(into_j, f), getattr(into_i, f)) for f in fields))
 
@@ -176,8 +186,10 @@ class MergeTest:
         )
         change = 2 * (scale * cross - along) + length * (scale.square() * square - 2 * scale * self._product + own)
         without = -2 * along + length * own
-        total = self._target_square - self._target_sum.square().sum() / self._tokens
-        total = total.clamp(min=torch.finfo(torch.float64).tiny)
+        around = self._target_square - self._target_sum.square().sum() / self._tokens
+        # Targets that do not vary are measured by their mean square, as in `losses.spread`.
+        rounding = torch.finfo(torch.float32).eps ** 2 * self._target_square
+        total = torch.where(around > rounding, around, self._target_square.clamp(min=1e-30))
         return MergeResult(
             self._latents[kept],
             self._latents[dropped],

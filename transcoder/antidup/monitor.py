@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -30,8 +31,10 @@ from transcoder.kernels.correlation.pairs import Survey, sorted_pairs
 
 _NAME = "correlation_monitor"
 Judge = Callable[[Tensor, Tensor], MergeResult]
-MOST_JUDGED = 1024
-"""Strongest pairs put before the merge test: it multiplies the held-out residual by the decoder rows of both sides."""
+MOST_JUDGED = 4096
+"""Pairs put before the merge test, flagged ones first, then the strongest: it multiplies the held-out residual by the decoder
+rows of both sides."""
+JUDGED_AT_A_TIME = 1024
 SKETCH_DIM = 128
 """Used beyond the widest exactly counted dictionary: standard deviation 0.03 at r = 0.8."""
 HISTOGRAM_BINS = 40
@@ -80,7 +83,7 @@ class CorrelationMonitor:
         self._book = FlagBook(section.blocks_to_flag, section.blocks_remembered)
         self._tokens = 0
         self._targets = self._no_pairs()
-        self._judged = MergeResult.empty(self.device)
+        self._judged = MergeResult.untested(*self._no_pairs())
         self._metrics: dict[str, float] = {}
 
     def update_correlations(
@@ -129,8 +132,8 @@ class CorrelationMonitor:
         Args:
             step: the training step, in the file's name.
             W_dec: [d_sae, d_out], adds the tail of decoder cosines.
-            judge: (i, j), each [P] int64 -> the merge test on held-out tokens. The strongest `MOST_JUDGED` pairs are put
-                before it; what it refuses (`merge_share_to_act`) is no target. None tests nothing, and every
+            judge: (i, j), each [P] int64 -> the merge test on held-out tokens. `MOST_JUDGED` pairs are put before it, flagged
+                ones first; what it refuses (`merge_share_to_act`) is no target. None tests nothing, and every
                 candidate is one.
 
         Raises:
@@ -170,6 +173,7 @@ class CorrelationMonitor:
             "pairs_flagged": len(flagged),
             "pairs_mergeable": None if verdicts is None else int(verdicts.mergeable().sum()),
             "pairs_refused": None if verdicts is None else int(self._refused(verdicts).sum()),
+            "pairs_untested": len(pairs) if verdicts is None else int((~verdicts.known).sum()),
             "components": components,
             "candidate_components": wider,
             "distinct_latents": _distinct(live, components),
@@ -180,7 +184,7 @@ class CorrelationMonitor:
             "histogram": _histogram(survey, edges),
         }
         self._set_targets(pairs, verdicts)
-        self._judged = MergeResult.empty(self.device) if verdicts is None else verdicts
+        self._judged = MergeResult.untested(*self._no_pairs()) if verdicts is None else verdicts
         self._metrics = _metrics(report)
         self._write(step, report)
         return report
@@ -338,12 +342,22 @@ class CorrelationMonitor:
         return pairs, [None] * len(pairs) if distinct is None else distinct.tolist()
 
     def _verdicts(self, pairs: CorrelatedPairs, judge: Judge | None) -> MergeResult | None:
-        """Of the first `MOST_JUDGED` pairs."""
+        """One verdict a pair; without firings for those beyond `MOST_JUDGED`, flagged ones judged first."""
         if judge is None:
             return None
-        if len(pairs) == 0:
-            return MergeResult.empty(self.device)
-        return judge(pairs.i[:MOST_JUDGED], pairs.j[:MOST_JUDGED])
+        found = MergeResult.untested(pairs.i, pairs.j)
+        order = self._flagged_first(pairs)[:MOST_JUDGED]
+        for part in order.split(JUDGED_AT_A_TIME):
+            one = judge(pairs.i[part], pairs.j[part])
+            for name in MergeResult.__dataclass_fields__:
+                getattr(found, name)[part] = getattr(one, name)
+        return found
+
+    def _flagged_first(self, pairs: CorrelatedPairs) -> Tensor:
+        """[P] int64: the order of flagged pairs, then the others, each in the report's order."""
+        flagged = self._book.flagged
+        late = [(i, j) not in flagged for i, j in zip(pairs.i.tolist(), pairs.j.tolist(), strict=True)]
+        return torch.tensor(late, dtype=torch.bool, device=self.device).sort(stable=True).indices
 
     def _refused(self, verdicts: MergeResult) -> Tensor:
         limit = self.section.merge_share_to_act
@@ -422,13 +436,9 @@ class CorrelationMonitor:
 
     def _set_targets(self, pairs: CorrelatedPairs, verdicts: MergeResult | None) -> None:
         """Flagged pairs first, each part in the report's order. A search counts once there were tokens."""
-        flagged = self._book.flagged
-        late = [(i, j) not in flagged for i, j in zip(pairs.i.tolist(), pairs.j.tolist(), strict=True)]
-        order = torch.tensor(late, dtype=torch.bool, device=self.device).sort(stable=True).indices
+        order = self._flagged_first(pairs)
         if verdicts is not None:
-            refused = torch.zeros(len(pairs), dtype=torch.bool, device=self.device)
-            refused[: verdicts.kept.numel()] = self._refused(verdicts)
-            order = order[~refused[order]]
+            order = order[~self._refused(verdicts)[order]]
         order = order[:MAX_PAIRS]
         self._targets = (pairs.i[order], pairs.j[order])
         if self._tokens:
@@ -453,13 +463,14 @@ def _tests(verdicts: MergeResult, listed: int) -> list[dict[str, Any]]:
         verdicts.fvu_change.tolist(),
         strict=True,
     )
-    tests = [
-        {"mergeable": passed, "merge_share": share if math.isfinite(share) else None, "merge_fvu_change": change}
-        if known
-        else _untested()
-        for known, passed, share, change in rows
-    ][:listed]
-    return tests + [_untested()] * (listed - len(tests))
+    tests = []
+    for known, passed, share, change in itertools.islice(rows, listed):
+        finite = math.isfinite(share) and math.isfinite(change)
+        test = (
+            {"mergeable": passed, "merge_share": share, "merge_fvu_change": change} if known and finite else _untested()
+        )
+        tests.append({**test, "mergeable": passed if known else None})
+    return tests
 
 
 def _distinct(live: int, components: list[list[int]]) -> int:
@@ -507,7 +518,7 @@ def _metrics(report: dict[str, Any]) -> dict[str, float]:
         "duplicates/largest_component": float(max(map(len, report["components"]), default=0)),
         "duplicates/largest_candidate_component": float(max(map(len, report["candidate_components"]), default=0)),
     }
-    for name in ("mergeable", "refused"):
+    for name in ("mergeable", "refused", "untested"):
         if report[f"pairs_{name}"] is not None:
             metrics[f"duplicates/{name}"] = float(report[f"pairs_{name}"])
     if report["effective_dictionary_size"] is not None:

@@ -23,6 +23,7 @@ _TOP: dict[str, Any] = {
     "pairs_flagged": int,
     "pairs_mergeable": (int, type(None)),
     "pairs_refused": (int, type(None)),
+    "pairs_untested": int,
     "components": list,
     "candidate_components": list,
     "distinct_latents": int,

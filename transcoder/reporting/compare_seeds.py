@@ -36,13 +36,15 @@ def compare_methods(methods: Mapping[str, Sequence[str | Path]]) -> dict[str, An
     said only where the interval leaves 0 out. A figure that a run lacks makes its method's entry null.
 
     Raises:
-        ValueError: fewer than two methods, or methods of unequal numbers of runs.
+        ValueError: fewer than two methods, or methods of unequal numbers of runs; a seed twice in a method, or paired runs
+            whose seeds differ.
         FileNotFoundError: one of the paths is no folder.
     """
     if len(methods) < 2 or len({len(runs) for runs in methods.values()}) > 1 or not all(methods.values()):
         counts = ", ".join(f"{name}: {len(runs)}" for name, runs in methods.items())
         raise ValueError(f"compare: expected two or more methods of equally many runs (seeds), got {counts or 'none'}")
     folders = [[RunFolder(path) for path in runs] for runs in methods.values()]
+    _check_seeds(methods, folders)
     rows = [_row(figure, folders) for figure in figures_of([run for runs in folders for run in runs])]
     return {
         "schema_version": SCHEMA_VERSION,
@@ -65,9 +67,24 @@ def format_methods(comparison: dict[str, Any]) -> str:
     lines.insert(1, "-" * max(map(len, lines)))
     lines.append(
         f"In brackets: mean difference from {comparison['methods'][0]} over {comparison['seeds']} seeds, paired, with its 95 % "
-        "interval; + better, - worse, nothing where the interval holds 0."
+        "interval; + better, - worse, nothing where the interval holds 0. Of twenty such intervals one misses by chance."
     )
     return "\n".join(lines)
+
+
+def _check_seeds(methods: Mapping[str, Sequence[str | Path]], folders: list[list[RunFolder]]) -> None:
+    seeds = {
+        name: [run.config.get("training", {}).get("seed") for run in runs]
+        for name, runs in zip(methods, folders, strict=True)
+    }
+    first = next(iter(seeds))
+    for name, found in seeds.items():
+        if len(set(found)) != len(found):
+            raise ValueError(f"compare: {name}: expected runs of different seeds, got training.seed = {found}")
+        if found != seeds[first]:
+            raise ValueError(
+                f"compare: expected the same seeds in the same order, got {seeds[first]} for {first} and {found} for {name}"
+            )
 
 
 def _row(figure: Figure, folders: list[list[RunFolder]]) -> dict[str, Any]:

@@ -83,12 +83,20 @@ def merge_test(
     transcoder: Transcoder, heldout: Sequence[ActivationBatch], i: Tensor, j: Tensor, tokens: int | None = None
 ) -> MergeResult:
     """What folding latent j into i (or i into j) costs on the first `tokens` held-out tokens (None: all), for pairs (i, j),
-    each [P] int64. The transcoder runs as at inference; the FVU is that of the full width."""
+    each [P] int64. The transcoder runs as at inference; the FVU is that of the full width, and no latent is folded into one of
+    a wider prefix.
+
+    Raises: ValueError without held-out tokens.
+    """
+    if not heldout:
+        raise ValueError(
+            "merge_test: expected held-out tokens, got none; set activations.heldout_fraction above 0, or give `heldout`"
+        )
     was_training = transcoder.training
     transcoder.eval()
     try:
         # In normalised units throughout: costs are ratios.
-        test, seen = MergeTest(i, j, transcoder.W_dec), 0
+        test, seen = MergeTest(i, j, transcoder.W_dec, transcoder.widths), 0
         for batch in heldout:
             if tokens is not None and seen >= tokens:
                 break

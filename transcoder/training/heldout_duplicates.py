@@ -16,7 +16,7 @@ from transcoder.config import MonitorSection
 from transcoder.model import Transcoder
 from transcoder.training.evaluation import merge_test
 
-_FIGURES = ("pairs", "mergeable", "share_of_live", "live_latents", "effective_dictionary_size")
+_FIGURES = ("pairs", "mergeable", "share_of_live", "share_supported", "live_latents", "effective_dictionary_size")
 
 
 @torch.no_grad()
@@ -32,8 +32,11 @@ def heldout_duplicates(
         section: thresholds, support and sketch; `enabled`, `update_every` and the blocks are not read.
 
     Returns: {"heldout_duplicates/<figure>"} for pairs, mergeable (those that the merge test on the same tokens passes),
-    share_of_live, live_latents and effective_dictionary_size (absent under a sketch).
+    share_of_live, live_latents, effective_dictionary_size (absent under a sketch) and share_supported: of the live latents,
+    those that fire on half of `min_support` or more, among which pairs can be found. Empty without held-out tokens.
     """
+    if not heldout:
+        return {}
     section = dataclasses.replace(section, update_every=1, halflife_tokens=None, block_tokens=2**62)
     was_training = transcoder.training
     transcoder.eval()
@@ -44,10 +47,15 @@ def heldout_duplicates(
             monitor = CorrelationMonitor(
                 section, transcoder.config.d_sae, transcoder.W_dec.device, Path(folder), ledger
             )
+            counts = torch.zeros(transcoder.config.d_sae, dtype=torch.int64, device=transcoder.W_dec.device)
             for batch in heldout:
-                monitor.update_correlations(transcoder.encode(batch.source), 0, sequences=batch.sequences)
+                codes = transcoder.encode(batch.source)
+                monitor.update_correlations(codes, 0, sequences=batch.sequences)
+                counts += torch.bincount(codes.indices[codes.values > 0], minlength=len(counts))
             monitor.report(0, transcoder.W_dec, lambda i, j: merge_test(transcoder, heldout, i, j))
             found = monitor.metrics()
+            supported = (2 * counts >= section.min_support).sum() / (counts > 0).sum().clamp(min=1)
+            found["duplicates/share_supported"] = float(supported)
     finally:
         transcoder.train(was_training)
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -13,6 +14,9 @@ from transcoder.antidup.merge_test import MergeResult
 from transcoder.config import RecycleSection
 from transcoder.kernels.correlation.counter import key_state
 from transcoder.model import Transcoder
+
+LEAST_LENGTH = 0.1
+"""Of a folded decoder row; below it the two rows cancel, and one latent cannot stand for them."""
 
 
 class Recycler:
@@ -36,12 +40,22 @@ class Recycler:
         return step % self.section.every == 0 and 0 < step <= self._last_round
 
     def act(
-        self, step: int, transcoder: Transcoder, optimizer: torch.optim.Optimizer, monitor: CorrelationMonitor
+        self,
+        step: int,
+        transcoder: Transcoder,
+        optimizer: torch.optim.Optimizer,
+        monitor: CorrelationMonitor,
+        heldout_fvu: Callable[[], float],
     ) -> list[dict[str, int | float]]:
-        """Recycle what the report of this step found foldable. Returns one line a pair, for `log`. Reads the device."""
-        found = _disjoint(monitor.foldable(), self.section.max_per_round)
+        """Recycle what the report of this step found foldable. Reads the device.
+
+        Returns: one line a pair, for `log`, each with the held-out FVU before and after the whole round: the merge test's sum
+        leaves the selection as it is, these do not.
+        """
+        found = _disjoint(monitor.foldable(), transcoder.W_dec, self.section.max_per_round)
         if found.kept.numel() == 0:
             return []
+        before = heldout_fvu()
         transcoder.recycle(found.kept, found.dropped, found.scale, seed=key_state(self._seed, step) & (2**63 - 1))
         # What the freed latent's gradients were says nothing about the new one's.
         for parameter in (transcoder.W_enc, transcoder.b_enc, transcoder.W_dec):
@@ -50,12 +64,14 @@ class Recycler:
                 if name in state:
                     state[name].index_fill_(0, found.dropped, 0)
         transcoder.refresh_dead()
-        monitor.forget(found.dropped)
+        # Both have become others: the kept one is larger and fires more often.
+        monitor.forget(torch.cat([found.kept, found.dropped]))
+        round_fvu = {"round_fvu_before": before, "round_fvu_after": heldout_fvu()}
         self.total += found.kept.numel()
         columns = (found.kept, found.dropped, found.scale, found.cost_share, found.fvu_change)
         names = ("kept", "dropped", "scale", "merge_share", "merge_fvu_change")
         rows = zip(*(column.tolist() for column in columns), strict=True)
-        return [{"step": step, **dict(zip(names, row, strict=True))} for row in rows]
+        return [{"step": step, **dict(zip(names, row, strict=True)), **round_fvu} for row in rows]
 
     def log(self, step: int, lines: list[dict[str, int | float]]) -> None:
         """Append them to the file. Raises: OSError."""
@@ -68,13 +84,15 @@ class Recycler:
         self.total = int(state["total"])
 
 
-def _disjoint(found: MergeResult, most: int) -> MergeResult:
-    """The first pairs, in order, that share no latent: a group of copies is folded one a round."""
+def _disjoint(found: MergeResult, W_dec: Tensor, most: int) -> MergeResult:
+    """The first pairs, in order, whose rows do not cancel and that share no latent: a group of copies is folded one a round."""
+    folded = W_dec.detach()[found.kept] + found.scale.to(W_dec.dtype)[:, None] * W_dec.detach()[found.dropped]
+    lengths = folded.norm(dim=1).tolist()
     used: set[int] = set()
     chosen: list[int] = []
     for n, pair in enumerate(zip(found.kept.tolist(), found.dropped.tolist(), strict=True)):
-        if len(chosen) < most and not used.intersection(pair):
+        if len(chosen) < most and lengths[n] > LEAST_LENGTH and not used.intersection(pair):
             used.update(pair)
             chosen.append(n)
-    index: Tensor = torch.tensor(chosen, dtype=torch.int64, device=found.kept.device)
+    index = torch.tensor(chosen, dtype=torch.int64, device=found.kept.device)
     return MergeResult(*(getattr(found, name)[index] for name in MergeResult.__dataclass_fields__))

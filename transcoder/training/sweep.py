@@ -15,6 +15,7 @@ from transcoder.training.heldout_duplicates import heldout_duplicates
 from transcoder.training.storage import replace_atomically
 from transcoder.training.trainer import train_transcoder
 
+SETTINGS = ("model", "activations", "transcoder", "training", "antidup")
 COLUMNS = (
     ("evaluation/fvu", "FVU"),
     ("evaluation/ce_recovered", "CE recovered"),
@@ -22,6 +23,7 @@ COLUMNS = (
     ("heldout_duplicates/pairs", "pairs"),
     ("heldout_duplicates/mergeable", "mergeable"),
     ("heldout_duplicates/share_of_live", "share paired"),
+    ("heldout_duplicates/share_supported", "share judged"),
     ("evaluation/live_share", "live share"),
     ("decoder_cosine/median", "cosine 50 %"),
     ("decoder_cosine/p99", "99 %"),
@@ -33,7 +35,9 @@ def sweep_k(config: RunConfig, ks: Sequence[int], out: Path | str) -> dict[str, 
     """Train once a k into out/k<k> and write out/sweep.json. Runs that are finished already are not trained again.
 
     The figures are those of held-out non-sink tokens (BatchTopK by its threshold), the pairs counted by the monitor's
-    thresholds on all held-out tokens, "mergeable" those that the merge test passes. "decoder_cosine" are quantiles over latents
+    thresholds on all held-out tokens, "mergeable" those that the merge test passes. A pair is only counted with enough tokens:
+    "share_supported" is the share of live latents that fire on half of `min_support` or more, and where it differs
+    much between k, `training.evaluation_tokens` is too small to compare pairs. "decoder_cosine" are quantiles over latents
     of the cosine with the nearest other decoder row; "random" holds those of random rows of the same shape, below which
     no dictionary of this size can be expected to stay.
 
@@ -53,7 +57,9 @@ def sweep_k(config: RunConfig, ks: Sequence[int], out: Path | str) -> dict[str, 
     shape: tuple[int, int] | None = None
     for k, run in runs.items():
         done = out / f"k{k}" / "figures.json"
-        if not done.is_file():
+        if done.is_file():
+            _check_same(run, out / f"k{k}" / "config.yaml")
+        else:
             result = train_transcoder(run, out / f"k{k}", resume=(out / f"k{k}" / "config.yaml").is_file())
             if not result.finished:
                 raise RuntimeError(
@@ -74,6 +80,16 @@ def sweep_k(config: RunConfig, ks: Sequence[int], out: Path | str) -> dict[str, 
     found = {"schema_version": 1, "runs": rows, "random": random_cosines(*shape)}
     replace_atomically(out / "sweep.json", json.dumps(found, indent=2).encode())
     return found
+
+
+def _check_same(run: RunConfig, saved: Path) -> None:
+    """Figures of other settings must not stand in for these."""
+    before, now = RunConfig.load(saved).to_dict(), run.to_dict()
+    changed = [f"{part}.{key}" for part in SETTINGS for key in now[part] if now[part][key] != before[part].get(key)]
+    if changed:
+        raise ConfigError(
+            f"sweep: {saved.parent} was trained with other settings ({', '.join(changed)}): choose another --out, or delete it"
+        )
 
 
 def random_cosines(d_sae: int, d_out: int) -> dict[str, float] | None:

@@ -505,7 +505,9 @@ class _Run:
         try:
             return cross_entropy(self.transcoder, stream, tokens)
         except Exception as error:
-            logger.warning("cross-entropy with the transcoder in place could not be taken: %s: %s", type(error).__name__, error)
+            logger.warning(
+                "cross-entropy with the transcoder in place could not be taken: %s: %s", type(error).__name__, error
+            )
             return {}
 
     def _judge(self) -> Judge | None:
@@ -725,8 +727,8 @@ def _check_switches(
     trained = config.training.steps * config.training.batch_size * config.training.accumulation
     if anti.recycle.enabled and evidence > anti.recycle.until * trained:
         logger.warning(
-            "antidup.recycle: a flag needs %d blocks of %d tokens, and the run's last round comes after %d tokens: nothing will be "
-            "recycled; lower antidup.monitor.block_tokens",
+            "antidup.recycle: a flag needs %d blocks of %d tokens, and the run's last round comes after %d tokens: nothing "
+            "will be recycled; lower antidup.monitor.block_tokens",
             anti.monitor.blocks_to_flag,
             anti.monitor.block_tokens,
             int(anti.recycle.until * trained),

@@ -54,6 +54,8 @@ def validate(config: RunConfig, out: Path | str) -> ValidationResult:
     checks: dict[str, list[Check]] = {}
     for name, enabled in (("with_antidup", True), ("baseline", False)):
         switches = {f"antidup.{section}.enabled": enabled for section in COMPONENTS.values()}
+        if not enabled:
+            switches["antidup.recycle.enabled"] = False  # it acts on what the monitor finds
         run = config.replace({**switches, "name": name})
         result = train_transcoder(run, out / name)
         if not result.finished:

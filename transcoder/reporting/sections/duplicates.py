@@ -51,8 +51,9 @@ def _facts(report: Mapping[str, Any]) -> str:
     facts = [
         ("Pairs above the threshold", number(_real(report.get("pairs_total")))),
         ("Flagged", number(_real(report.get("pairs_flagged")))),
-        ("Foldable for nothing", number(_real(report.get("pairs_mergeable")))),
+        ("Mergeable", number(_real(report.get("pairs_mergeable")))),
         ("Correlated, but no duplicate", number(_real(report.get("pairs_refused")))),
+        ("Without a merge test", number(_real(report.get("pairs_untested")))),
         ("Live latents", number(_real(report.get("live_latents")))),
         ("Distinct latents, flagged pairs merged", number(_real(report.get("distinct_latents")))),
         ("Distinct latents, candidates merged too", number(_real(report.get("distinct_latents_candidates")))),
