@@ -145,7 +145,9 @@ def test_the_thread_ends_with_its_owner() -> None:
 
 
 SCRIPT = """
-import sys, time
+import signal, sys, time
+# A shell starts background jobs with interrupts ignored, and children inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from transcoder.activations.prefetch import Prefetcher
 made = []
 def produce():
