@@ -6,8 +6,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -21,7 +20,25 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "interpreted: launches Triton kernels (a GPU, or TRITON_INTERPRET=1)")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if "interpreted_again" in getattr(item, "fixturenames", ()):
+            words = (
+                "-m",
+                "pytest",
+                "-q",
+                "-x",
+                "-m",
+                "interpreted",
+                "-p",
+                "no:cacheprovider",
+                "-p",
+                "no:xdist",
+                str(item.path),
+            )
+            item.add_marker(pytest.mark.beside(*words, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES=""))
+            item.add_marker(pytest.mark.timeout(900))  # it may have to wait for its turn
     if INTERPRETED or torch.cuda.is_available():
         return
     left_out = [item for item in items if item.get_closest_marker("interpreted")]
@@ -36,17 +53,9 @@ def triton_device() -> torch.device:
 
 
 @pytest.fixture
-def interpreted_again() -> Callable[[str], None]:
-    """interpreted_again(file): every `interpreted` test of the file, in Triton's interpreter."""
-
-    def run(file: str) -> None:
-        words = ["-m", "pytest", "-q", "-x", "-m", "interpreted", "-p", "no:cacheprovider", "-p", "no:xdist", file]
-        environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        environment.pop("PYTEST_ADDOPTS", None)
-        done = subprocess.run([sys.executable, *words], capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-
-    return run
+def interpreted_again(beside: subprocess.CompletedProcess[str]) -> None:
+    """Every `interpreted` test of the file passed in Triton's interpreter."""
+    assert beside.returncode == 0, beside.stdout[-8000:]
 
 
 @pytest.fixture(scope="module", params=["torch", "cpp"])

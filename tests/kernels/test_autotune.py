@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -106,8 +106,9 @@ def test_putting_a_candidate_in_force_reaches_the_launchers(autotune: ModuleType
         assert (config.product_launch("sm_90", "half"), dict(gather_config.CHOICES)) == before
 
 
-def test_in_the_interpreter(interpreted_again: Callable[[str], None]) -> None:
-    interpreted_again(__file__)
+@pytest.mark.usefixtures("interpreted_again")
+def test_in_the_interpreter() -> None:
+    """In a process of its own."""
 
 
 @pytest.mark.interpreted

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor
@@ -20,8 +18,9 @@ them is off by sqrt(n) / sqrt(12) of that, and a correlation divides by n times 
 square: 2^-27 * 4 * 20 = 6e-7 at n = 1, less with more."""
 
 
-def test_in_the_interpreter(interpreted_again: Callable[[str], None]) -> None:
-    interpreted_again(__file__)
+@pytest.mark.usefixtures("interpreted_again")
+def test_in_the_interpreter() -> None:
+    """In a process of its own."""
 
 
 def tokens(count: int, d_sae: int, density: float, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -426,8 +425,9 @@ def test_updates_on_a_gpu_wait_for_their_size_and_reading_takes_them_in(monkeypa
     assert len(read) == 10
 
 
-def test_in_the_interpreter(interpreted_again: Callable[[str], None]) -> None:
-    interpreted_again(__file__)
+@pytest.mark.usefixtures("interpreted_again")
+def test_in_the_interpreter() -> None:
+    """In a process of its own."""
 
 
 @pytest.mark.interpreted

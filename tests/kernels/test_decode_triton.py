@@ -13,8 +13,9 @@ from transcoder.kernels.decode import config
 from transcoder.kernels.decode.reference import nested_loss_reference, sparse_decode_reference
 
 
-def test_in_the_interpreter(interpreted_again: Callable[[str], None]) -> None:
-    interpreted_again(__file__)
+@pytest.mark.usefixtures("interpreted_again")
+def test_in_the_interpreter() -> None:
+    """In a process of its own."""
 
 
 def test_asked_for_by_name_with_tensors_it_cannot_reach(monkeypatch: pytest.MonkeyPatch) -> None:

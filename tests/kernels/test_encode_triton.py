@@ -26,8 +26,9 @@ from transcoder.kernels.encode.reference import (
 )
 
 
-def test_in_the_interpreter(interpreted_again: Callable[[str], None]) -> None:
-    interpreted_again(__file__)
+@pytest.mark.usefixtures("interpreted_again")
+def test_in_the_interpreter() -> None:
+    """In a process of its own."""
 
 
 SHAPES = [(1, 1, 1, 1), (2, 3, 5, 5), (7, 5, 33, 4), (17, 20, 81, 3), (3, 8, 300, 1), (9, 2, 7, 6), (2, 3, 70, 50)]

@@ -384,8 +384,9 @@ class _NoReads(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-def test_in_the_interpreter(interpreted_again: Callable[[str], None]) -> None:
-    interpreted_again(__file__)
+@pytest.mark.usefixtures("interpreted_again")
+def test_in_the_interpreter() -> None:
+    """In a process of its own."""
 
 
 @pytest.mark.interpreted

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 
-def test_in_the_interpreter(interpreted_again: Callable[[str], None]) -> None:
-    interpreted_again(__file__)
+@pytest.mark.usefixtures("interpreted_again")
+def test_in_the_interpreter() -> None:
+    """In a process of its own."""
 
 
 def problem(
