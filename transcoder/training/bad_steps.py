@@ -79,7 +79,6 @@ class HeldStep:
     norm: Tensor
     records: list[Callable[[], None]]
     """What the regularizer reported to the ledger."""
-    regularizer_metrics: dict[str, Tensor]
     verdict: Verdict
 
 
@@ -115,6 +114,7 @@ def before_step(transcoder: Transcoder, regularizer: DiversityRegularizer | None
     return {
         **{name: getattr(transcoder, name).clone() for name in _TRACKED},
         "regularizer": None if regularizer is None else regularizer.state_dict(),
+        "metrics": {} if regularizer is None else regularizer.metrics(),
     }
 
 
@@ -133,6 +133,10 @@ def take_back(
         now.copy_(torch.where(bad, before[name], now))
     if regularizer is not None:
         regularizer.load_state_dict(_chosen(bad, before["regularizer"], regularizer.state_dict()))
+        # A term that is not evaluated at every step is logged with its last figures.
+        known: dict[str, Tensor] = before["metrics"]
+        now = regularizer.metrics()
+        regularizer._metrics = {n: torch.where(bad, known[n], t) if n in known else t for n, t in now.items()}
 
 
 def _chosen(bad: Tensor, before: Any, now: Any) -> Any:

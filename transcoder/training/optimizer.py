@@ -84,11 +84,12 @@ def _fused(transcoder: Transcoder, optimizer: torch.optim.Adam, limit: float, ba
     group = optimizer.param_groups[0]
     parameters: list[Tensor] = group["params"]
     if bad is not None:
-        # The op clips and updates in one go, so that its own norm comes too late.
-        norm = torch.stack(torch._foreach_norm([p.grad for p in parameters if p.grad is not None])).norm()
-        bad |= ~torch.isfinite(norm)
+        # The op clips and updates in one go, so that its own norm comes too late. `runs` has seen that these are contiguous.
+        gradients = [p.grad.view(-1) for p in parameters if p.grad is not None]
+        square = sum((g.dot(g) for g in gradients), torch.zeros((), dtype=gradients[0].dtype, device=bad.device))
+        bad |= ~torch.isfinite(square)
         if bool(bad):
-            return norm
+            return square.sqrt()
     states = [optimizer.state[p] for p in parameters]
     for p, state in zip(parameters, states, strict=True):
         if not state:  # as torch.optim.Adam makes it at its first step

@@ -247,8 +247,6 @@ class _Run:
         )
         self.store = CheckpointStore(run_dir, config.checkpoint)
         self.meters = Meters()
-        self.good_metrics: dict[str, Tensor] = {}
-        """The regularizer's, of the last good step."""
         self.step = self.tokens = 0
         self.saved_step = -1
         self.evaluation: dict[str, float] = {}
@@ -363,8 +361,7 @@ class _Run:
             seen.append(self._observed(out, batch, loss, micro))
         norm = optimizer_step(self.transcoder, self.optimizer, lr, section.gradient_clip, bad)
         take_back(bad, before, self.transcoder, self.regularizer)
-        metrics = {} if self.regularizer is None else self.regularizer.metrics()
-        self.held.append(HeldStep(self.step, seen, norm, self.ledger.release(), metrics, verdict_of(bad)))
+        self.held.append(HeldStep(self.step, seen, norm, self.ledger.release(), verdict_of(bad)))
         self._count(HELD_STEPS)
 
     def _penalized(self, out: StepOutput, batch: ActivationBatch, micro: int) -> Tensor:
@@ -398,23 +395,14 @@ class _Run:
     def _count(self, keep: int) -> None:
         """Show the parts that watch every held step that is known to be good, and record every bad one, until the verdicts
         of at most `keep` are open. Waits only for those beyond."""
-        lost = False
-        good: dict[str, Tensor] | None = None
         while self.held and (len(self.held) > keep or self.held[0].verdict.arrived()):
             held = self.held.popleft()
             if held.verdict.read():
-                lost = True
                 record = self.bad_steps.add(held, self.config.training.accumulation, self.source.counters())
                 logger.warning("step %d is NaN or Inf and was skipped", held.step + 1)
                 self.writer.write_event("bad_step", record, step=held.step + 1)
             else:
-                good = held.regularizer_metrics
                 self._show(held)
-        if self.regularizer is not None:
-            self.good_metrics = good if good is not None else self.good_metrics
-            if lost and not self.held:
-                # The figures that its next file would hold.
-                self.regularizer._metrics = dict(self.good_metrics)
 
     @torch.no_grad()
     def _show(self, held: HeldStep) -> None:
@@ -600,6 +588,8 @@ class _Run:
             part = getattr(self, name)
             if part is not None:
                 parts[name] = part.state_dict()
+        # Terms that are not evaluated at every step are logged and filed with their last figures.
+        parts["regularizer_metrics"] = {} if self.regularizer is None else self.regularizer.metrics()
         return parts
 
     def _restore(self, model: Mapping[str, Tensor], tree: dict[str, Any]) -> None:
@@ -617,6 +607,9 @@ class _Run:
             part = getattr(self, name)
             if part is not None:
                 part.load_state_dict(tree[name])
+        if self.regularizer is not None:
+            known = tree.get("regularizer_metrics", {})
+            self.regularizer._metrics = {name: figure.to(self.device) for name, figure in known.items()}
 
     def _rescue(self) -> None:
         """The run is about to fail for a reason of its data or files: what was trained since the last checkpoint is kept."""

@@ -1,0 +1,55 @@
+"""One run, killed at fifty random moments, each kill followed by a resume: it ends where the undisturbed one ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+KILLS = 50
+PROGRAM = Path(__file__).with_name("killed_run.py")
+
+
+def figures(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of the log, but for clocks and events."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    clocks = ("time", "metrics/tokens_per_second")
+    return [{k: v for k, v in line.items() if k not in clocks} for line in lines if "event" not in line]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_fifty_kills_change_no_bit(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(PROGRAM), str(tmp_path), str(KILLS), "6"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    print(said)
+    assert said["last_status"] == 0, done.stderr
+    assert len(said["steps"]) == KILLS
+    assert not said["ended_early"], "every kill met a run that was still going"
+    assert said["steps"] == sorted(said["steps"]), "no kill loses a checkpoint"
+    assert said["in_a_write"] > 0, "some kills hit the writing of a checkpoint"
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    names = sorted(p.name for p in (whole / "checkpoints").iterdir())
+    assert sorted(p.name for p in (killed / "checkpoints").iterdir()) == names
+    for file in ("transcoder.safetensors", "trainer.safetensors"):
+        assert (killed / "checkpoints" / names[-1] / file).read_bytes() == (
+            whole / "checkpoints" / names[-1] / file
+        ).read_bytes(), file
+    reports = sorted(p.name for p in (whole / "anti_duplication_logs").iterdir())
+    assert sorted(p.name for p in (killed / "anti_duplication_logs").iterdir()) == reports
+    for name in reports:
+        ours, theirs = (run / "anti_duplication_logs" / name for run in (killed, whole))
+        assert ours.read_bytes() == theirs.read_bytes(), name
+    assert figures(killed) == figures(whole)
