@@ -666,7 +666,8 @@ class _Run:
             "bad_steps": self.bad_steps.count,
             "data": self.source.counters(),
         }
-        replace_atomically(self.run_dir / "summary.json", json.dumps(summary, indent=2).encode())
+        text = json.dumps(summary, indent=2).encode()
+        self._write("summary.json", lambda: replace_atomically(self.run_dir / "summary.json", text))
         return summary
 
     def _report(self) -> Path | None:
