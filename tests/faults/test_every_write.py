@@ -47,4 +47,5 @@ def test_a_disk_that_stays_full_leaves_the_last_state_in_the_second_location(
     whole, lasting = results["once"][0], results["lasting"]
     assert len(lasting) > 6
     for other in lasting:
+        assert other["ended"] == "finished", other
         assert (other["step"], other["weights"]) == (whole["step"], whole["weights"]), other
