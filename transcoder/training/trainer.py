@@ -23,6 +23,7 @@ from transcoder.antidup import (
     DiversityRegularizer,
     PositionSampler,
 )
+from transcoder.antidup.ledger import LedgerError
 from transcoder.antidup.merge_test import MergeResult
 from transcoder.antidup.monitor import Judge
 from transcoder.config import ConfigError, RegularizerSection, RunConfig
@@ -252,6 +253,8 @@ class _Run:
         self.evaluation: dict[str, float] = {}
         self.verify_step = min(anti.verify_at_step, config.training.steps)
         self.window = (time.monotonic(), 0)
+        self.unwritten_step = -1
+        """The last step at which a file could not be written."""
         self.bad_steps = BadSteps()
         self.held: deque[HeldStep] = deque()
         """Steps computed and not yet counted: nobody knows whether they are good."""
@@ -447,7 +450,7 @@ class _Run:
         if reporting or sampling or verifying:
             self._write("usage.json", self.ledger.write)
         if verifying:
-            self.ledger.verify(step)
+            self._verify()
         if logging_now:
             self._log()
         if evaluating:
@@ -537,11 +540,24 @@ class _Run:
             positions = self.positions
             self._write("positions.json", lambda: positions.save(step))
 
+    def _verify(self) -> None:
+        """The ledger's proof. A part whose file the disk refused in this very step is looked at again later."""
+        try:
+            self.ledger.verify(self.step)
+        except LedgerError as error:
+            if self.unwritten_step != self.step:
+                raise
+            self.verify_step = self.step + self.config.antidup.monitor.correlation_save_frequency
+            logger.warning(
+                "%s. Files could not be written: this is looked at again at step %d", error, self.verify_step
+            )
+
     def _write(self, what: str, write: Callable[[], object]) -> None:
         """A file that cannot be written now (a full disk) costs a warning: the next interval tries again."""
         try:
             write()
         except OSError as error:
+            self.unwritten_step = self.step
             logger.warning("%s of step %d could not be written: %s; training goes on", what, self.step, error)
             self.writer.write_event("write_failed", {"what": what, "error": str(error)})
 
