@@ -63,6 +63,11 @@ def test_a_short_line_is_an_exit_code(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert science.main(["--only", "s2"]) == 0
     assert science.main(["--only", "s1,s2", "--json", str(tmp_path / "lines.json")]) == 1
     assert [line["met"] for line in json.loads((tmp_path / "lines.json").read_text())] == [False, True]
+    assert (
+        science.main(["--only", "s2", "--beside", str(tmp_path / "lines.json"), "--json", str(tmp_path / "all.json")])
+        == 1
+    )
+    assert [line["stage"] for line in json.loads((tmp_path / "all.json").read_text())] == ["S1", "S2"]
     with pytest.raises(SystemExit):
         science.main(["--only", "s9"])
 

@@ -25,6 +25,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", default=",".join(ALL), help="stages, with commas between")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
+    parser.add_argument(
+        "--beside", type=Path, help="an earlier --json, for the lines of the stages that are not run now"
+    )
     parser.add_argument("--document", type=Path, help="write the table into this document, between its marks")
     options = parser.parse_args(arguments)
     names = options.only.split(",")
@@ -37,6 +40,10 @@ def main(arguments: list[str] | None = None) -> int:
         found = ALL[name](options.quick, options.seed)
         print(render(found), f"({time.perf_counter() - start:.0f} s)\n", sep="\n", flush=True)
         lines += found
+    if options.beside:
+        earlier = [Line(**line) for line in json.loads(options.beside.read_text(encoding="utf-8"))]
+        lines += [line for line in earlier if line.stage.lower() not in names]
+        lines.sort(key=lambda line: line.stage)
     if options.json:
         options.json.write_text(json.dumps([line.as_dict() for line in lines], indent=1) + "\n", encoding="utf-8")
     if options.document:
