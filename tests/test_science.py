@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from bench.science import __main__ as science
+from bench.science import stages
 from bench.science.planted import RHOS, Stream, batches
 from bench.science.s0_monitor import two_pass
 from bench.science.table import Line, at_least, at_most, render
@@ -70,6 +72,15 @@ def test_a_short_line_is_an_exit_code(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert [line["stage"] for line in json.loads((tmp_path / "all.json").read_text())] == ["S1", "S2"]
     with pytest.raises(SystemExit):
         science.main(["--only", "s9"])
+
+
+def test_no_worse_is_said_of_the_whole_interval() -> None:
+    base = [SimpleNamespace(mcc=0.9) for _ in range(5)]
+    for mean, spread, met in ((-0.002, 0.001, True), (-0.002, 0.02, False), (-0.03, 0.001, False), (0.01, 0.001, True)):
+        other = [SimpleNamespace(mcc=0.9 + mean + spread * n) for n in (-2, -1, 0, 1, 2)]
+        assert stages._not_lowered("S", "x", base, other, "mcc").met is met  # type: ignore[arg-type]
+    one = stages._not_lowered("S", "x", base[:1], [SimpleNamespace(mcc=0.885)], "mcc")  # type: ignore[arg-type, list-item]
+    assert one.met is True  # a single seed may be twice as far off
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bench.science.table import Line, at_least, at_most, told
 from bench.science.toy import D_SAE, Found, Sinks, Toy, examine, independent, train, unmasked
+from transcoder.reporting.compare_seeds import interval
 
 FEATURES = 160
 TRUE_L0 = 5
@@ -47,18 +48,12 @@ NOISE = 0.01
 def _not_lowered(stage: str, what: str, base: list[Found], other: list[Found], name: str) -> Line:
     """No worse by more than NOISE: of several seeds all of the 95 % interval of the paired change; one seed may be twice as far
     off."""
-    changes = torch.tensor(
-        [float(getattr(b, name)) - float(getattr(a, name)) for a, b in zip(base, other, strict=True)]
-    )
-    mean = float(changes.mean())
-    if len(changes) == 1:
+    changes = [float(getattr(b, name)) - float(getattr(a, name)) for a, b in zip(base, other, strict=True)]
+    mean, low, high = (interval(changes)[part] for part in ("mean", "low", "high"))
+    assert mean is not None
+    if low is None or high is None:
         return at_least(stage, what, mean, -2 * NOISE)
-    half = STUDENT_95[len(changes)] * float(changes.std()) / len(changes) ** 0.5
-    return Line(stage, what, f"{mean:+.4f} +- {half:.4f}", f"interval above {-NOISE}", mean - half >= -NOISE)
-
-
-STUDENT_95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}
-"""Two-sided 95 % points of Student's t for n seeds."""
+    return Line(stage, what, f"{mean:+.4f} +- {(high - low) / 2:.4f}", f"interval above {-NOISE}", low >= -NOISE)
 
 
 def _row(stage: str, name: str, found: list[Found]) -> Line:

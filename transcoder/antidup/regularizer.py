@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -202,6 +203,11 @@ class DiversityRegularizer:
         """0-dim device tensors: each term's last penalty (before its weight), its gradient's norm, and the
         dual weight."""
         return dict(self._metrics)
+
+    def set_metrics(self, metrics: Mapping[str, Tensor]) -> None:
+        """What `metrics` gives from now on, until terms are evaluated again: a resumed run goes on with the last figures, and
+        one that takes a step back returns to those before."""
+        self._metrics = {name: figure.to(self.device) for name, figure in metrics.items()}
 
     def save(self, step: int) -> Path:
         """Append the metrics to `regularizer.jsonl`, dropping lines of this step and later (a resumed run

@@ -140,6 +140,11 @@ class ActivationSampleCollector:
         self._ledger.record_call(_NAME)
         self._ledger.record_effect(_NAME, samples_kept=new_top.sum() + new_spread.sum())
 
+    @property
+    def opened(self) -> bool:
+        """Whether a batch was collected: it settles the width of the contexts."""
+        return self._stores is not None
+
     def save(self, step: int, decode_tokens: Callable[[Sequence[int]], list[str]]) -> list[Path]:
         """Write samples.parquet and summary.json. Reads the device.
 

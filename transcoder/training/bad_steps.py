@@ -136,7 +136,7 @@ def take_back(
         # A term that is not evaluated at every step is logged with its last figures.
         known: dict[str, Tensor] = before["metrics"]
         now = regularizer.metrics()
-        regularizer._metrics = {n: torch.where(bad, known[n], t) if n in known else t for n, t in now.items()}
+        regularizer.set_metrics({n: torch.where(bad, known[n], t) if n in known else t for n, t in now.items()})
 
 
 def _chosen(bad: Tensor, before: Any, now: Any) -> Any:

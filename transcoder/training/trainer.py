@@ -444,7 +444,7 @@ class _Run:
         elif self.monitor is not None and self._targets_are_due():
             self.monitor.refresh_targets(self._judge())
         # Opened by the first good batch: a save before that would fix the width of contexts that nobody has seen.
-        if self.samples is not None and (sampling or verifying) and self.samples.state_dict()["opened"]:
+        if self.samples is not None and (sampling or verifying) and self.samples.opened:
             samples = self.samples
             self._write("activation samples", lambda: samples.save(step, self.source.decode_tokens))
         if reporting or sampling or verifying:
@@ -624,8 +624,7 @@ class _Run:
             if part is not None:
                 part.load_state_dict(tree[name])
         if self.regularizer is not None:
-            known = tree.get("regularizer_metrics", {})
-            self.regularizer._metrics = {name: figure.to(self.device) for name, figure in known.items()}
+            self.regularizer.set_metrics(tree.get("regularizer_metrics", {}))
 
     def _rescue(self) -> None:
         """The run is about to fail for a reason of its data or files: what was trained since the last checkpoint is kept."""
