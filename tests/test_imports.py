@@ -22,18 +22,19 @@ ALLOWED: dict[str, set[str]] = {
     "demo": {"config"},
     "losses": LOW,
     "pretrained": set(),
+    "checkpoint_folder": set(),
     "model": LOW | {"losses", "pretrained"},
     "activations": LOW | {"demo"},
     "antidup": LOW | {"activations.batch"},
-    "reporting": LOW,
-    "training": LOW | {"losses", "model", "activations", "antidup", "reporting", "demo"},
+    "reporting": LOW | {"model", "checkpoint_folder"},
+    "training": LOW | {"losses", "model", "checkpoint_folder", "activations", "antidup", "reporting", "demo"},
     "interop": LOW | {"losses", "model", "activations", "training"},
     "setting_help": {"config"},
     "doctor": LOW | {"demo"},
     "cli": LOW | {"__init__", "setting_help", "doctor", "training", "reporting", "interop"},
     "__main__": {"cli"},
     # Public names, loaded on first use.
-    "__init__": LOW | {"losses", "model", "activations", "antidup", "training", "interop"},
+    "__init__": LOW | {"losses", "model", "activations", "antidup", "reporting", "training", "interop"},
 }
 HEAVY = {
     *("transformer_lens", "transformers", "tokenizers", "huggingface_hub", "datasets", "pyarrow", "wandb"),

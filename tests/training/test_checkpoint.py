@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from transcoder.checkpoint_folder import content_digest
 from transcoder.config import CheckpointSection
 from transcoder.training.checkpoint import (
     CheckpointError,
@@ -264,13 +265,11 @@ def test_leftovers_of_a_killed_process_are_ignored_and_removed(tmp_path: Path) -
 
 
 def test_a_newer_format_is_refused_by_name(tmp_path: Path) -> None:
-    from transcoder.training import checkpoint
-
     path = CheckpointStore(tmp_path).save(5, *state(1), {})
     body = json.loads((path / "state.json").read_text())
     del body["sha256"]
     body["version"] = 99
-    (path / "state.json").write_text(json.dumps({**body, "sha256": checkpoint._digest(body)}))
+    (path / "state.json").write_text(json.dumps({**body, "sha256": content_digest(body)}))
     with pytest.raises(CheckpointError, match="format 99"):
         load_checkpoint(path)
     with pytest.raises(CheckpointError, match="upgrade"):

@@ -14,11 +14,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import hashlib
 import json
 import math
 import os
-import re
 import secrets
 import shutil
 import warnings
@@ -30,6 +28,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from transcoder.checkpoint_folder import (
+    FOLDER,
+    FORMAT,
+    MODEL_FILE,
+    STATE_FILE,
+    TRAINER_FILE,
+    VERSION,
+    CheckpointError,
+    WrittenFile,
+    candidates,
+    content_digest,
+    find_checkpoint,
+    newest,
+    read_state,
+    verify_checkpoint,
+)
 from transcoder.config import CheckpointSection
 from transcoder.training.state_tree import pack_state, unpack_state
 from transcoder.training.storage import (
@@ -44,8 +58,6 @@ from transcoder.training.storage import (
     write_durably,
 )
 from transcoder.training.tensor_file import (
-    WrittenFile,
-    file_digest,
     read_tensors,
     tensor_bytes,
     write_tensors,
@@ -63,9 +75,6 @@ __all__ = [
     "unpack_state",
 ]
 
-FORMAT, VERSION = "transcoder-checkpoint", 1
-MODEL_FILE, TRAINER_FILE, STATE_FILE = "transcoder.safetensors", "trainer.safetensors", "state.json"
-_FOLDER = re.compile(r"(?:\.replaced_)?step_(\d{8,})")
 _SLACK = 64 * 1024
 """Room for the folder itself and for blocks that are not full."""
 _THRIFT: tuple[tuple[str, Any, str], ...] = (
@@ -74,10 +83,6 @@ _THRIFT: tuple[tuple[str, Any, str], ...] = (
     ("keep_last", 1, "1"),
 )
 """Settings that take less room, the least missed first, and how a flag spells them."""
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be written or none can be read. The message gives places, causes and what to do."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,7 +190,7 @@ class CheckpointStore:
             CheckpointError: there are checkpoints but not one verifies, or a newer version wrote one.
         """
         places = [self.folder, self._second_folder(create=False)]
-        return _newest(_candidates(p for p in places if p is not None), load_checkpoint)
+        return newest(candidates(p for p in places if p is not None), load_checkpoint)
 
     def budget(self, checkpoint_bytes: int, steps: int) -> int:
         """Bytes that checkpoints take at most in a run of `steps`: those kept and the one in writing."""
@@ -203,7 +208,7 @@ class CheckpointStore:
         """
         if steps is not None:
             self._check_second_location()
-        present = sum(_size(path) for _, path in _candidates([self.folder])) if steps is not None else 0
+        present = sum(_size(path) for _, path in candidates([self.folder])) if steps is not None else 0
         free = free_bytes(self.folder) + present
 
         def needed(section: CheckpointSection) -> int:
@@ -264,15 +269,15 @@ class CheckpointStore:
 
     def _make_room(self, step: int, metric: float | None) -> None:
         """Delete now what the retention would delete after this save; never the newest that verifies."""
-        metrics = {folder: _metric(folder) for _, folder in _candidates([self.folder])}
+        metrics = {folder: _metric(folder) for _, folder in candidates([self.folder])}
         coming = self.folder / _name(step)
         keep = _kept(self.section, {**metrics, coming: metric})
-        good = next((folder for _, folder in _candidates([self.folder]) if _verifies(folder)), None)
+        good = next((folder for _, folder in candidates([self.folder]) if _verifies(folder)), None)
         _delete(folder for folder in metrics if folder not in keep and folder != good)
 
     def _retain(self, place: Path) -> None:
         section = self.section if place == self.folder else CheckpointSection(keep_last=1, keep_best=False)
-        metrics = {folder: _metric(folder) for _, folder in _candidates([place])}
+        metrics = {folder: _metric(folder) for _, folder in candidates([place])}
         keep = _kept(section, metrics)
         _delete(folder for folder in metrics if folder not in keep)
 
@@ -286,7 +291,7 @@ def load_checkpoint(path: Path | str) -> Loaded:
         OSError: a file cannot be read.
     """
     path = Path(path)
-    state = _read_state(path)
+    state = read_state(path)
     tensors = {name: read_tensors(path / name, expected) for name, expected in state["files"].items()}
     try:
         return Loaded(
@@ -299,40 +304,6 @@ def load_checkpoint(path: Path | str) -> Loaded:
         )
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path}: {STATE_FILE} does not hold a run's state: {error!r}") from error
-
-
-def verify_checkpoint(path: Path | str) -> int:
-    """Check sizes and checksums of one checkpoint folder. Returns its step; raises as `load_checkpoint`."""
-    path = Path(path)
-    state = _read_state(path)
-    for name, expected in state["files"].items():
-        if (found := file_digest(path / name)) != expected:
-            raise ValueError(f"{path.name}/{name}: expected {expected}, got {found}")
-    return int(state["step"])
-
-
-def find_checkpoint(path: Path | str) -> Path:
-    """The checkpoint folder that `path` means: itself, or the newest good one of a run folder.
-
-    Raises:
-        FileNotFoundError: no such folder, or no checkpoint in it.
-        CheckpointError: there are checkpoints, but not one verifies.
-    """
-    path = Path(path)
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path}: expected a run folder or a checkpoint folder, there is no such folder")
-    if (path / STATE_FILE).is_file():
-        return path
-    candidates = _candidates([path / "checkpoints", path])
-
-    def verified(folder: Path) -> Path:
-        verify_checkpoint(folder)
-        return folder
-
-    found = _newest(candidates, verified)
-    if found is None:
-        raise FileNotFoundError(f"{path}: expected a run folder or a checkpoint folder, found no checkpoint in it")
-    return found
 
 
 class _Writer:
@@ -356,7 +327,7 @@ class _Writer:
             fsync_folder(temporary)
             replaced = final.with_name(f".replaced_{final.name}")
             if final.exists():
-                # Rename cannot replace a full folder; `_candidates` knows the old one by this name meanwhile.
+                # Rename cannot replace a full folder; `candidates` knows the old one by this name meanwhile.
                 os.rename(final, replaced)
             os.rename(temporary, final)
         fsync_folder(place)
@@ -372,51 +343,7 @@ def _state_bytes(state: dict[str, Any], files: dict[str, WrittenFile]) -> bytes:
         **state,
         "files": {name: f._asdict() for name, f in files.items()},
     }
-    return json.dumps({**body, "sha256": _digest(body)}, indent=1).encode()
-
-
-def _digest(body: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def _read_state(path: Path) -> dict[str, Any]:
-    """state.json, its own checksum verified; `files` as `WrittenFile`s."""
-    try:
-        body = json.loads((path / STATE_FILE).read_bytes())
-        written = body.pop("sha256")
-        known = body["format"] == FORMAT
-    except FileNotFoundError:
-        raise ValueError(f"{path}: {STATE_FILE} is missing") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path}: {STATE_FILE} is torn or corrupted: {error!r}") from error
-    if not known or written != _digest(body):
-        raise ValueError(f"{path}: {STATE_FILE} is corrupted: its checksum does not match its content")
-    if body["version"] > VERSION:
-        raise CheckpointError(
-            f"{path}: written in checkpoint format {body['version']}, this version reads up to {VERSION}; "
-            f"upgrade transcoder"
-        )
-    try:
-        body["files"] = {name: WrittenFile(**body["files"][name]) for name in (MODEL_FILE, TRAINER_FILE)}
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path}: {STATE_FILE} does not name its files: {error!r}") from error
-    return dict(body)
-
-
-def _newest(candidates: list[tuple[int, Path]], read: Callable[[Path], Any]) -> Any:
-    problems = []
-    for _, folder in candidates:
-        try:
-            return read(folder)
-        except (ValueError, OSError) as error:
-            problems.append(str(error))
-            warnings.warn(f"checkpoint {folder} is not usable, trying the one before it: {error}", stacklevel=3)
-    if problems:
-        raise CheckpointError(
-            f"none of {len(problems)} checkpoints can be used: {'; '.join(problems)}. "
-            "Start again with another --out, or restore one of them"
-        )
-    return None
+    return json.dumps({**body, "sha256": content_digest(body)}, indent=1).encode()
 
 
 def _verifies(folder: Path) -> bool:
@@ -427,22 +354,9 @@ def _verifies(folder: Path) -> bool:
     return True
 
 
-def _candidates(places: Iterable[Path]) -> list[tuple[int, Path]]:
-    """(step, folder) of everything that carries a checkpoint's name, newest first."""
-    found = []
-    for place in places:
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            for folder in place.iterdir():
-                match = _FOLDER.fullmatch(folder.name)
-                if match and folder.is_dir():
-                    found.append((int(match[1]), folder))
-    # At one step a folder under its final name comes before one that was being replaced.
-    return sorted(found, key=lambda item: (-item[0], item[1].name.startswith("."), str(item[1])))
-
-
 def _kept(section: CheckpointSection, metrics: dict[Path, float | None]) -> set[Path]:
     def step(folder: Path) -> int:
-        match = _FOLDER.fullmatch(folder.name)
+        match = FOLDER.fullmatch(folder.name)
         return int(match[1]) if match else -1
 
     newest_first = sorted(metrics, key=step, reverse=True)
@@ -465,7 +379,7 @@ def _budget(section: CheckpointSection, checkpoint_bytes: int, steps: int) -> in
 
 def _metric(folder: Path) -> float | None:
     try:
-        metric = _read_state(folder)["metric"]
+        metric = read_state(folder)["metric"]
     except (ValueError, OSError, CheckpointError):
         return None
     return None if metric is None else float(metric)

@@ -12,10 +12,11 @@ import os
 from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from transcoder.checkpoint_folder import WrittenFile
 
 _DTYPES = {
     torch.bool: "BOOL",
@@ -35,11 +36,6 @@ _DTYPES = {
     torch.float8_e5m2: "F8_E5M2",
 }
 _CHUNK = 1 << 24
-
-
-class WrittenFile(NamedTuple):
-    bytes: int
-    sha256: str
 
 
 def tensor_bytes(tensors: Mapping[str, Tensor]) -> int:
@@ -93,16 +89,6 @@ def read_tensors(path: Path, expected: WrittenFile | None = None) -> dict[str, T
         return dict(sorted(load(data).items()))
     except SafetensorError as error:
         raise ValueError(f"{path.name}: not a safetensors file: {error}") from error
-
-
-def file_digest(path: Path) -> WrittenFile:
-    """Size and sha256 of a file, read in pieces."""
-    digest, count = hashlib.sha256(), 0
-    with open(path, "rb") as file:
-        while part := file.read(_CHUNK):
-            digest.update(part)
-            count += len(part)
-    return WrittenFile(count, digest.hexdigest())
 
 
 def _order(tensors: Mapping[str, Tensor]) -> list[str]:

@@ -1,0 +1,140 @@
+"""A run's checkpoints as folders: which are there, which are whole. Reading only; `training.checkpoint` writes them."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import re
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+FORMAT, VERSION = "transcoder-checkpoint", 1
+MODEL_FILE, TRAINER_FILE, STATE_FILE = "transcoder.safetensors", "trainer.safetensors", "state.json"
+FOLDER = re.compile(r"(?:\.replaced_)?step_(\d{8,})")
+_CHUNK = 1 << 24
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be written or none can be read. The message gives places, causes and what to do."""
+
+
+class WrittenFile(NamedTuple):
+    bytes: int
+    sha256: str
+
+
+def verify_checkpoint(path: Path | str) -> int:
+    """Check sizes and checksums of one checkpoint folder. Returns its step.
+
+    Raises:
+        ValueError: a file is missing, torn or corrupted; the message names it.
+        CheckpointError: the checkpoint was written by a newer version.
+        OSError: a file cannot be read.
+    """
+    path = Path(path)
+    state = read_state(path)
+    for name, expected in state["files"].items():
+        if (found := file_digest(path / name)) != expected:
+            raise ValueError(f"{path.name}/{name}: expected {expected}, got {found}")
+    return int(state["step"])
+
+
+def find_checkpoint(path: Path | str) -> Path:
+    """The checkpoint folder that `path` means: itself, or the newest good one of a run folder.
+
+    Raises:
+        FileNotFoundError: no such folder, or no checkpoint in it.
+        CheckpointError: there are checkpoints, but not one verifies.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: expected a run folder or a checkpoint folder, there is no such folder")
+    if (path / STATE_FILE).is_file():
+        return path
+
+    def verified(folder: Path) -> Path:
+        verify_checkpoint(folder)
+        return folder
+
+    found = newest(candidates([path / "checkpoints", path]), verified)
+    if found is None:
+        raise FileNotFoundError(f"{path}: expected a run folder or a checkpoint folder, found no checkpoint in it")
+    return found
+
+
+def candidates(places: Iterable[Path]) -> list[tuple[int, Path]]:
+    """(step, folder) of everything that carries a checkpoint's name, newest first."""
+    found = []
+    for place in places:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            for folder in place.iterdir():
+                match = FOLDER.fullmatch(folder.name)
+                if match and folder.is_dir():
+                    found.append((int(match[1]), folder))
+    # At one step a folder under its final name comes before one that was being replaced.
+    return sorted(found, key=lambda item: (-item[0], item[1].name.startswith("."), str(item[1])))
+
+
+def content_digest(body: dict[str, Any]) -> str:
+    """The checksum that state.json carries of the rest of itself."""
+    return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """state.json, its own checksum verified; `files` as `WrittenFile`s."""
+    try:
+        body = json.loads((path / STATE_FILE).read_bytes())
+        written = body.pop("sha256")
+        known = body["format"] == FORMAT
+    except FileNotFoundError:
+        raise ValueError(f"{path}: {STATE_FILE} is missing") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path}: {STATE_FILE} is torn or corrupted: {error!r}") from error
+    if not known or written != content_digest(body):
+        raise ValueError(f"{path}: {STATE_FILE} is corrupted: its checksum does not match its content")
+    if body["version"] > VERSION:
+        raise CheckpointError(
+            f"{path}: written in checkpoint format {body['version']}, this version reads up to {VERSION}; "
+            f"upgrade transcoder"
+        )
+    try:
+        body["files"] = {name: WrittenFile(**body["files"][name]) for name in (MODEL_FILE, TRAINER_FILE)}
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path}: {STATE_FILE} does not name its files: {error!r}") from error
+    return dict(body)
+
+
+def newest(found: list[tuple[int, Path]], read: Callable[[Path], Any]) -> Any:
+    """What `read` makes of the first of `found` that it can read; None where there are none.
+
+    One that it refuses (ValueError, OSError) is passed over with a warning.
+
+    Raises:
+        CheckpointError: it refused them all.
+    """
+    problems = []
+    for _, folder in found:
+        try:
+            return read(folder)
+        except (ValueError, OSError) as error:
+            problems.append(str(error))
+            warnings.warn(f"checkpoint {folder} is not usable, trying the one before it: {error}", stacklevel=3)
+    if problems:
+        raise CheckpointError(
+            f"none of {len(problems)} checkpoints can be used: {'; '.join(problems)}. "
+            "Start again with another --out, or restore one of them"
+        )
+    return None
+
+
+def file_digest(path: Path) -> WrittenFile:
+    """Size and sha256 of a file, read in pieces."""
+    digest, count = hashlib.sha256(), 0
+    with open(path, "rb") as file:
+        while part := file.read(_CHUNK):
+            digest.update(part)
+            count += len(part)
+    return WrittenFile(count, digest.hexdigest())
