@@ -500,3 +500,18 @@ def test_full_checks_name_the_row_that_holds_a_nan(activation: str) -> None:
         model.encode(x, checks="full")
     with pytest.raises(ValueError, match="checks: expected 'fast' or 'full'"):
         model.encode(x, checks="some")
+
+
+def test_a_threshold_a_latent_is_compared_saved_and_loaded(tmp_path: Path) -> None:
+    model = Transcoder(TranscoderConfig(10, 7, 30, 4, activation="batch_topk", latent_thresholds=True))
+    with torch.no_grad():
+        model.threshold.copy_(torch.linspace(0, 3, 30))
+    model.save_pretrained(tmp_path)
+    loaded = Transcoder.from_pretrained(tmp_path)
+    assert torch.equal(loaded.threshold, model.threshold)
+    x, _ = data(40)
+    pre = x @ model.W_enc.T + model.b_enc
+    want = torch.where(pre > model.threshold, pre, torch.zeros_like(pre))
+    torch.testing.assert_close(loaded.encode(x).to_dense(), want, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match=r"latent_thresholds.*batch_topk"):
+        TranscoderConfig(10, 7, 30, 4, latent_thresholds=True)

@@ -40,6 +40,8 @@ class TranscoderConfig:
     aux_coefficient: float = 1 / 32
     dead_after_tokens: int = 10_000_000
     threshold_rate: float = 0.05
+    latent_thresholds: bool = False
+    """BatchTopK at inference compares each latent with a threshold of its own [d_sae]: JumpReLU, as imported ones have it."""
 
     def __post_init__(self) -> None:
         for name in ("d_in", "d_out", "d_sae", "k", "dead_after_tokens"):
@@ -51,10 +53,13 @@ class TranscoderConfig:
         for name in ("aux_coefficient", "threshold_rate"):
             _check_type(name, getattr(self, name), float)
         _check_type("skip", self.skip, bool)
+        _check_type("latent_thresholds", self.latent_thresholds, bool)
         if self.k > self.d_sae:
             raise ValueError(f"TranscoderConfig.k: expected at most d_sae = {self.d_sae}, got {self.k}")
         if self.activation not in ("topk", "batch_topk"):
             raise ValueError(f"TranscoderConfig.activation: expected 'topk' or 'batch_topk', got {self.activation!r}")
+        if self.latent_thresholds and self.activation != "batch_topk":
+            raise ValueError("TranscoderConfig.latent_thresholds: expected activation 'batch_topk' with it, got 'topk'")
         if self.loss not in CONVENTIONS:
             raise ValueError(f"TranscoderConfig.loss: expected one of {', '.join(CONVENTIONS)}, got {self.loss!r}")
         widths = (self.d_sae,) if self.widths is None else _checked_list("widths", self.widths, int)
@@ -167,7 +172,7 @@ class Transcoder(nn.Module):
         self.b_dec = nn.Parameter(torch.zeros(d_out, **real))
         self.W_skip = nn.Parameter(torch.zeros(d_out, d_in, **real)) if config.skip else None
         # Below 0: no batch seen yet.
-        self.register_buffer("threshold", torch.tensor(-1.0, **real))
+        self.register_buffer("threshold", torch.full((d_sae,) if config.latent_thresholds else (), -1.0, **real))
         self.register_buffer("source_mean", torch.zeros(d_in, **real))
         self.register_buffer("source_scale", torch.ones((), **real))
         self.register_buffer("target_mean", torch.zeros(d_out, **real))
@@ -454,7 +459,7 @@ def _tensors_of(config: TranscoderConfig) -> dict[str, tuple[tuple[int, ...], to
         "W_dec": (d_sae, d_out),
         "b_dec": (d_out,),
         **({"W_skip": (d_out, d_in)} if config.skip else {}),
-        "threshold": (),
+        "threshold": (d_sae,) if config.latent_thresholds else (),
         "source_mean": (d_in,),
         "source_scale": (),
         "target_mean": (d_out,),
