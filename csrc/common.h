@@ -21,10 +21,10 @@
 
 namespace transcoder {
 
-void fill_base(Kernels<float>*, Kernels<double>*, Screen*);
+void fill_base(Kernels<float>*, Kernels<double>*, Screen*, Sketching*);
 #if defined(TRANSCODER_X86)
-void fill_avx2(Kernels<float>*, Kernels<double>*, Screen*);
-void fill_avx512(Kernels<float>*, Kernels<double>*, Screen*);
+void fill_avx2(Kernels<float>*, Kernels<double>*, Screen*, Sketching*);
+void fill_avx512(Kernels<float>*, Kernels<double>*, Screen*, Sketching*);
 #endif
 
 namespace {
@@ -39,6 +39,7 @@ struct Tables {
   Kernels<float> single;
   Kernels<double> wide;
   Screen screen;
+  Sketching sketching;
   std::string name = "base";
   Tables() {
 #if defined(TRANSCODER_X86)
@@ -51,10 +52,10 @@ struct Tables {
         __builtin_cpu_supports("avx512vl")) {
       name = "avx512";
     }
-    if (name == "avx512") fill_avx512(&single, &wide, &screen);
-    if (name == "avx2") fill_avx2(&single, &wide, &screen);
+    if (name == "avx512") fill_avx512(&single, &wide, &screen, &sketching);
+    if (name == "avx2") fill_avx2(&single, &wide, &screen, &sketching);
 #endif
-    if (name == "base") fill_base(&single, &wide, &screen);
+    if (name == "base") fill_base(&single, &wide, &screen, &sketching);
   }
 };
 
@@ -197,6 +198,19 @@ struct Memory {  // uninitialised
     }
   }
 };
+
+// Parts, in order, as one tensor.
+template <typename T>
+Tensor joined(const std::vector<const std::vector<T>*>& parts) {
+  int64_t total = 0, at = 0;
+  for (const auto* part : parts) total += static_cast<int64_t>(part->size());
+  Tensor all = empty({total}, c10::CppTypeToScalarType<T>::value);
+  for (const auto* part : parts) {
+    std::copy(part->begin(), part->end(), out<T>(all) + at);
+    at += static_cast<int64_t>(part->size());
+  }
+  return all;
+}
 
 }  // namespace
 }  // namespace transcoder

@@ -195,18 +195,6 @@ void look_at(int64_t first, int64_t last, const std::vector<Triangle>& parts, co
   }
 }
 
-template <typename T>
-Tensor joined(const std::vector<const std::vector<T>*>& parts) {
-  int64_t total = 0, at = 0;
-  for (const auto* part : parts) total += static_cast<int64_t>(part->size());
-  Tensor all = empty({total}, c10::CppTypeToScalarType<T>::value);
-  for (const auto* part : parts) {
-    std::copy(part->begin(), part->end(), out<T>(all) + at);
-    at += static_cast<int64_t>(part->size());
-  }
-  return all;
-}
-
 // One walk over all pairs that fired together, in parts of one stream: those whose correlation
 // product * inverse[i] * inverse[j] - apart[i] * apart[j] is at least `least` (i, j, product, joint), the sum over all of r^2
 // less what it would be had they not met, and how many fall between which edges.

@@ -5,6 +5,7 @@
 #include "reduce.h"
 #include "screen.h"
 #include "select.h"
+#include "sketch.h"
 #include "step.h"
 
 #define TRANSCODER_JOIN_(a, b) a##b
@@ -21,10 +22,12 @@ constexpr Kernels<T> table = {
 
 }  // namespace
 
-void TRANSCODER_JOIN(fill_, TRANSCODER_ISA)(Kernels<float>* single, Kernels<double>* wide, Screen* screening) {
+void TRANSCODER_JOIN(fill_, TRANSCODER_ISA)(Kernels<float>* single, Kernels<double>* wide, Screen* to_screen,
+                                                Sketching* to_sketch) {
   *single = table<float>;
   *wide = table<double>;
-  *screening = screen;
+  *to_screen = screen;
+  *to_sketch = sketching;
 }
 
 }  // namespace transcoder

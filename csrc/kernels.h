@@ -82,4 +82,16 @@ struct Screen {
   void (*rounded_norms)(const float* x, const uint16_t* rounded, int64_t n, double* kept, double* lost);
 };
 
+// A weight that a token's signs apply to (sketch.h).
+struct Signed {
+  float weight;
+  int32_t token;
+};
+
+struct Sketching {
+  // to[c] += weight * sign(token, c) for each of the entries in order; bit c of a token's words is set where its sign is +1.
+  void (*add_signed)(const Signed* entries, int64_t count, const uint32_t* words, int64_t words_a_token, int64_t columns,
+                     float* to);
+};
+
 }  // namespace transcoder

@@ -5,6 +5,7 @@
 #include "encode_ops.h"
 #include "reduce_ops.h"
 #include "screen_ops.h"
+#include "sketch_ops.h"
 #include "step_ops.h"
 
 namespace transcoder {
@@ -36,6 +37,10 @@ TORCH_LIBRARY(transcoder_cpp, m) {
       "survey_pairs(Tensor[] products, Tensor[] joints, Tensor apart, Tensor inverse, float least, Tensor? edges) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
+      "sketch_add(Tensor latent, Tensor token, Tensor weighted, Tensor? token_weights, int tokens, int key, Tensor(a!) rows, "
+      "Tensor(b!) ones) -> ()");
+  m.def("similar_rows(Tensor left, Tensor right, float above, int apart) -> (Tensor, Tensor, Tensor)");
+  m.def(
       "adam_step(Tensor(a!)[] parameters, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
       "Tensor(d!)[] steps, int unit, float lr, float beta1, float beta2, float eps, float max_norm) -> Tensor");
 }
@@ -52,6 +57,8 @@ TORCH_LIBRARY_IMPL(transcoder_cpp, CPU, m) {
   m.impl("prefix_gradients", prefix_gradients);
   m.impl("add_pairs", add_pairs);
   m.impl("survey_pairs", survey_pairs);
+  m.impl("sketch_add", sketch_add);
+  m.impl("similar_rows", similar_rows);
   m.impl("adam_step", adam_step);
 }
 

@@ -1,5 +1,6 @@
 """Backend `cpp` of the correlation statistics: the pair update of the packed triangle and the walk over all its pairs
-(csrc/correlation_ops.h); everything else is backend `torch`'s.
+(csrc/correlation_ops.h), the sketch's update and its search for pairs (csrc/sketch_ops.h); everything else is backend
+`torch`'s.
 
 A batch touches each line of the triangle's memory about once, at the price of a miss. Batches are therefore kept until a row
 of the triangle meets as many pairs as it has lines, and added row by row, each cell in the order of the tokens: the sums are
@@ -14,10 +15,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from transcoder.kernels.correlation.counter import key_state
 from transcoder.kernels.correlation.torch_backend import Entries
 from transcoder.kernels.extension import usable
 
-__all__ = ["Mined", "WaitingPairs", "mine", "usable"]
+__all__ = ["Mined", "WaitingPairs", "mine", "similar_rows", "sketch_add", "usable"]
 
 PAIRS_PER_WAITING_ENTRY = 16
 """Entries may wait until there is one for so many pairs of the triangle: 24 bytes for 192, and about 32 more while they are
@@ -93,3 +95,24 @@ def mine(
         edges: [bins + 1] float64, ascending; None counts no histogram.
     """
     return Mined(*torch.ops.transcoder_cpp.survey_pairs(products, joints, apart, inverse, least, edges))
+
+
+def sketch_add(rows: Tensor, ones: Tensor, entries: Entries, weights: Tensor | None, tokens: int, *keys: int) -> None:
+    """`rows[latent] += weighted * signs[token]` over the entries, `ones += sum of weights * signs` over the tokens, in place.
+
+    Args:
+        rows: [d_sae, m] fp32.   ones: [m] fp32.   weights: [tokens] float64, None for 1.
+        keys: of `counter.signs`, which is not built.
+
+    `rows` are backend `torch`'s to the bit; so are `ones` without weights, with them their sum is in another order.
+    """
+    torch.ops.transcoder_cpp.sketch_add(
+        entries.latent, entries.row, entries.weighted.contiguous(), weights, tokens, key_state(*keys), rows, ones
+    )
+
+
+def similar_rows(left: Tensor, right: Tensor, above: float, apart: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(i, j, left_i . right_j), each [P], of the pairs whose product exceeds `above` and j > i + apart. fp32; products are
+    made in tiles and looked at while they are warm. The same bits for any number of threads."""
+    found: tuple[Tensor, Tensor, Tensor] = torch.ops.transcoder_cpp.similar_rows(left, right, above, apart)
+    return found

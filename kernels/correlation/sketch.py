@@ -18,8 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from transcoder.kernels.backend import active_backend
 from transcoder.kernels.checks import FLOATS
 from transcoder.kernels.codes import SparseCodes
+from transcoder.kernels.correlation import cpp_backend
 from transcoder.kernels.correlation.counter import signs
 from transcoder.kernels.correlation.inputs import NAME
 from transcoder.kernels.correlation.moments import Moments, PairStatistics, PairSums, statistics_of
@@ -73,9 +75,12 @@ class Sketch:
     ) -> None:
         """`scaled` [B] are the weights that the entries carry (decay included), `plain` [B] those without
         decay."""
-        r = signs(codes.shape[0], self.dim, codes.device, *keys)
-        add_at(self.rows, entries.latent, entries.weighted.float()[:, None] * r[entries.row])
-        self.ones += r.sum(0) if scaled is None else scaled.float() @ r
+        if active_backend(codes.device, "correlation") == "cpp":
+            cpp_backend.sketch_add(self.rows, self.ones, entries, scaled, codes.shape[0], *keys)
+        else:
+            r = signs(codes.shape[0], self.dim, codes.device, *keys)
+            add_at(self.rows, entries.latent, entries.weighted.float()[:, None] * r[entries.row])
+            self.ones += r.sum(0) if scaled is None else scaled.float() @ r
         self.remember(codes, plain)
 
     def remember(self, codes: SparseCodes, plain: Tensor | None) -> None:
@@ -256,15 +261,25 @@ def candidates(sketches: list[Sketch], moments: Moments, above: float) -> tuple[
     @ S.T."""
     live = (moments.count > 0).nonzero().flatten()
     unit = directions(sketches, moments, live)
+    similar = cpp_backend.similar_rows if active_backend(unit.device, "correlation") == "cpp" else _similar_rows
     best = (live[:0], live[:0], unit.new_empty(0))
     for a in range(0, live.numel(), TILE_ROWS):
         for b in range(a, live.numel(), TILE_COLUMNS):
-            tile = unit[a : a + TILE_ROWS] @ unit[b : b + TILE_COLUMNS].T
-            row, column = (tile > above).nonzero(as_tuple=True)
-            upper = column + b > row + a
-            row, column = row[upper], column[upper]
-            best = _best(best, (live[row + a], live[column + b], tile[row, column]))
+            if best[2].numel() == MAX_CANDIDATES:
+                # Of equal estimates the earlier stays: only higher ones can still enter.
+                above = max(above, float(best[2].min()))
+            row, column, estimate = similar(unit[a : a + TILE_ROWS], unit[b : b + TILE_COLUMNS], above, a - b)
+            best = _best(best, (live[row + a], live[column + b], estimate))
     return best[0], best[1]
+
+
+def _similar_rows(left: Tensor, right: Tensor, above: float, apart: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(i, j, left_i . right_j), each [P], of the pairs whose product exceeds `above` and j > i + apart."""
+    tile = left @ right.T
+    row, column = (tile > above).nonzero(as_tuple=True)
+    upper = column > row + apart
+    row, column = row[upper], column[upper]
+    return row, column, tile[row, column]
 
 
 def _best(old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
