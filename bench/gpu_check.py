@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import math
 import platform
 import re
 import shutil
@@ -34,121 +33,12 @@ import torch
 from torch import Tensor
 
 from transcoder.config import TrainingSection
-from transcoder.kernels import (
-    FeatureCorrelation,
-    SparseCodes,
-    batch_topk_encode,
-    nested_loss,
-    sparse_decode,
-    threshold_encode,
-    topk_encode,
-    use_backend,
-)
 from transcoder.kernels.backend import NAMES, has_backend
-from transcoder.kernels.correlation.reference import correlation_reference
-from transcoder.kernels.decode.reference import nested_loss_reference, sparse_decode_reference
+from transcoder.kernels.conformance import SHAPES, SMALL, Mismatch, op_checks, outcome, same_bits
 from transcoder.model import Transcoder, TranscoderConfig
 from transcoder.training.optimizer import make_optimizer, optimizer_step
 
 ROOT = Path(__file__).resolve().parent.parent
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SHAPES = [(1, 8, 16, 1), (33, 64, 257, 7), (128, 256, 2048, 32), (257, 130, 1000, 100), (64, 2304, 4096, 48)]
-SMALL = SHAPES[:2]
-
-
-class Mismatch(AssertionError):
-    pass
-
-
-def expect_close(what: str, got: Tensor, want: Tensor, length: int, unit: float) -> None:
-    """Off by at most 8 standard deviations of the rounding of a sum of `length` terms in units of eps = `unit`."""
-    got, want = got.double(), want.double()
-    scale = float(want.abs().max()) if want.numel() else 0.0
-    worst = float((got - want).abs().max()) if want.numel() else 0.0
-    allowed = 8 * unit * math.sqrt(max(1, length)) * max(scale, 1.0)
-    if not worst <= allowed:
-        raise Mismatch(f"{what}: off by {worst:.3e}, allowed {allowed:.3e}")
-
-
-def same_bits(what: str, first: list[Tensor], second: list[Tensor]) -> None:
-    for i, (a, b) in enumerate(zip(first, second, strict=True)):
-        if not torch.equal(a, b):
-            raise Mismatch(f"{what}: result {i} differs between two equal calls")
-
-
-def check_encode(op: Callable[..., SparseCodes], argument: Any, x: Tensor, W: Tensor, b: Tensor) -> None:
-    """The selection is judged by the op's own accumulators: every kept value is right, none left out is larger."""
-    leaves = [t.clone().requires_grad_() for t in (x, W, b)]
-    codes = op(*leaves, argument)
-    unit = torch.finfo(torch.float32).eps
-    pre = x.double() @ W.double().T + b.double()
-    rows = codes.rows()
-    at = pre[rows, codes.indices].clamp_min(0)
-    expect_close("values", codes.values.detach(), at, x.shape[1], unit)
-    kept = torch.zeros_like(pre, dtype=torch.bool)
-    kept[rows, codes.indices] = True
-    if int(kept.sum()) != codes.nnz:
-        raise Mismatch("an entry is listed twice")
-    slack = 8 * unit * math.sqrt(x.shape[1]) * float(pre.abs().max())
-    left_out = torch.where(kept, torch.zeros_like(pre), pre.clamp_min(0))
-    if op is topk_encode and argument < pre.shape[1]:
-        smallest = codes.values.detach().double().view(len(x), -1).min(1).values
-        if bool((left_out.max(1).values > smallest + slack).any()):
-            raise Mismatch("a larger activation was left out of a row")
-    if op is batch_topk_encode and float(left_out.max()) > float(codes.values.detach().min()) + slack:
-        raise Mismatch("a larger activation was left out of the batch")
-    if op is threshold_encode and bool((left_out > argument + slack).any()):
-        raise Mismatch("an activation above the threshold was left out")
-    weight = torch.randn_like(codes.values)
-    grads = torch.autograd.grad((codes.values * weight).sum(), leaves)
-    dense = torch.zeros_like(pre)
-    dense[rows, codes.indices] = torch.where(codes.values > 0, weight, 0 * weight).double()
-    wants = (dense @ W.double(), dense.T @ x.double(), dense.sum(0))
-    for name, got, want in zip(("dx", "dW_enc", "db_enc"), grads, wants, strict=True):
-        grad_unit = max(unit, torch.finfo(got.dtype).eps)
-        expect_close(name, got, want, max(x.shape[0], x.shape[1]), grad_unit)
-    again = op(*leaves, argument)
-    same_bits("encode", [codes.values, codes.indices], [again.values, again.indices])
-    same_bits("encode gradients", list(grads), list(torch.autograd.grad((again.values * weight).sum(), leaves)))
-
-
-def check_decode(codes: SparseCodes, W: Tensor, b: Tensor, y: Tensor) -> None:
-    d_sae = codes.shape[1]
-    widths = sorted({max(1, d_sae // 8), max(1, d_sae // 2), d_sae})
-    unit = torch.finfo(torch.float32).eps
-
-    def run() -> list[Tensor]:
-        values, W_, b_ = (t.detach().clone().requires_grad_() for t in (codes.values, W, b))
-        mine = codes.with_values(values)
-        loss = nested_loss(mine, W_, b_, y, widths, [1.0] * len(widths))
-        out = sparse_decode(mine, W_, b_)
-        grads = torch.autograd.grad(loss.value + (out * out).mean(), (values, W_, b_))
-        return [loss.per_prefix.detach(), loss.residual, out.detach(), *grads]
-
-    got = run()
-    same_bits("decode", got, run())
-    z = codes.to_dense().detach().double().requires_grad_()
-    W64, b64 = W.double().requires_grad_(), b.double().requires_grad_()
-    losses, residual = nested_loss_reference(z, W64, b64, y.double(), widths)
-    out = sparse_decode_reference(z, W64, b64)
-    grads = torch.autograd.grad(losses.sum() + (out * out).mean(), (z, W64, b64))
-    grads = (grads[0][codes.rows(), codes.indices], *grads[1:])
-    names = ("losses", "residual", "y_hat", "d values", "dW_dec", "db_dec")
-    for name, mine, want in zip(names, got, (losses, residual, out, *grads), strict=True):
-        mine_unit = max(unit, torch.finfo(mine.dtype).eps)
-        expect_close(name, mine, want.detach(), d_sae + y.numel(), mine_unit)
-
-
-def check_correlation(codes: SparseCodes) -> None:
-    d_sae = codes.shape[1]
-    monitor = FeatureCorrelation(d_sae, device=codes.device)
-    monitor.update(codes)
-    monitor.update(codes)
-    z = codes.to_dense().detach()
-    want = correlation_reference(torch.cat([z, z])).correlation
-    i, j = torch.triu_indices(d_sae, d_sae, 1, device=codes.device)
-    got = monitor.correlation(i, j)
-    expect_close("correlation", got, want[i, j], 1, 1e-6)
 
 
 def checks(
@@ -158,42 +48,12 @@ def checks(
     backends = [n for n in NAMES[1:] if all(has_backend(n, family) for family in ("encode", "decode"))]
     if device.type == "cuda":
         backends = [n for n in backends if n != "cpp"]
-    g = torch.Generator().manual_seed(seed)
-    for backend, dtype, (rows, d, d_sae, k) in itertools.product(backends, DTYPES, shapes):
-        x, W = torch.randn(rows, d, generator=g), torch.randn(d_sae, d, generator=g) / math.sqrt(d)
-        b, y = 0.1 * torch.randn(d_sae, generator=g), torch.randn(rows, d, generator=g)
-        parts = parts_of(*(t.to(device, dtype) for t in (x, W, b, y)), k)
-        for part, check in parts.items():
-            name = f"{part} {backend} {str(dtype)[6:]} B{rows} d{d} N{d_sae} k{k}"
-            yield name, outcome(backend, check)
+    for backend in backends:
+        yield from op_checks(backend, device, shapes, seed)
     for backend, activation in itertools.product(backends, ("topk", "batch_topk") if steps else ()):
         for part, check_step in step_checks(device).items():
             name = f"{part} {backend} {activation}"
             yield name, outcome(backend, lambda c=check_step, a=activation: c(device, a, seed))
-
-
-def outcome(backend: str, check: Callable[[], None]) -> str | None:
-    try:
-        with use_backend(backend):
-            check()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return None
-
-
-def parts_of(x: Tensor, W: Tensor, b: Tensor, y: Tensor, k: int) -> dict[str, Callable[[], None]]:
-    def codes() -> SparseCodes:
-        return batch_topk_encode(x, W, b, k).detach()
-
-    parts: dict[str, Callable[[], None]] = {
-        "topk_encode": lambda: check_encode(topk_encode, k, x, W, b),
-        "batch_topk_encode": lambda: check_encode(batch_topk_encode, k, x, W, b),
-        "threshold_encode": lambda: check_encode(threshold_encode, 1.0, x, W, b),
-        "decode": lambda: check_decode(codes(), W, W.new_zeros(W.shape[1]), y.float()),
-    }
-    if x.dtype == torch.float32 and W.shape[0] <= 2048:
-        parts["correlation"] = lambda: check_correlation(codes())
-    return parts
 
 
 Step = Callable[[Tensor, Tensor], Tensor]

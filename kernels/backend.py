@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 NAMES = ("auto", "triton", "cpp", "torch")
-FASTEST_FIRST = {"cuda": ("torch",), "cpu": ("cpp", "torch")}
-"""What `auto` tries, in order; other devices run on `torch`. `triton` joins `auto` for cuda once its native check has been
-green on a device: until then it runs where it is asked for by name."""
+FASTEST_FIRST = {"cuda": ("triton", "torch"), "cpu": ("cpp", "torch")}
+"""What `auto` tries, in order; other devices run on `torch`. `triton` answers for a GPU once its kernels have been checked
+natively there (`native_proof`); asked for by name it runs unchecked."""
 
 
 class _Chosen(local):
@@ -78,9 +78,21 @@ def has_backend(name: str, family: str) -> bool:
     return module is not None and (usable is None or bool(usable()))
 
 
-# torch.compile takes the answer as a constant of this machine instead of following the import system.
+def may_serve(name: str, family: str, device: torch.device) -> bool:
+    """Whether `auto` may choose `name` on `device`: it is here and, for Triton, this kind of GPU was seen to run it right."""
+    if not has_backend(name, family):
+        return False
+    if name != "triton":
+        return True
+    from transcoder.kernels import native_proof
+
+    return native_proof.proven(family, device)
+
+
+# torch.compile takes the answers as constants of this machine instead of following the import system.
 # (torch.compiler.assume_constant_result sets this mark too, after importing the compiler, which takes a second.)
 has_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
+may_serve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def active_backend(device: torch.device | str, family: str = "encode") -> str:
@@ -90,8 +102,9 @@ def active_backend(device: torch.device | str, family: str = "encode") -> str:
     """
     name = requested_backend()
     if name == "auto":
-        order = FASTEST_FIRST.get(torch.device(device).type, ("torch",))
-        return next(choice for choice in order if has_backend(choice, family))
+        device = torch.device(device)
+        order = FASTEST_FIRST.get(device.type, ("torch",))
+        return next(choice for choice in order if may_serve(choice, family, device))
     if not has_backend(name, family):
         here = [choice for choice in NAMES[1:] if has_backend(choice, family)]
         raise RuntimeError(

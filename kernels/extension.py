@@ -130,7 +130,7 @@ def _load() -> str | None:
     try:
         folder = cache_folder() / "extension" / entry_name(command)
         folder.mkdir(parents=True, exist_ok=True)
-        with _only_one(folder / "lock"):
+        with only_one(folder / "lock"):
             return _build_and_load(command, folder)
     except (OSError, subprocess.SubprocessError) as error:
         return f"{type(error).__name__}: {error}"
@@ -231,7 +231,7 @@ def _first_error(text: str) -> str:
 
 
 @contextlib.contextmanager
-def _only_one(path: Path) -> Iterator[None]:
+def only_one(path: Path) -> Iterator[None]:
     """One process at a time; the others wait and then find the entry made."""
     import fcntl
 

@@ -15,9 +15,15 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
+@functools.cache
+def installed() -> bool:
+    """Whether triton is there to import."""
+    return importlib.util.find_spec("triton") is not None
+
+
 def usable() -> bool:
     """Whether triton is installed and has a GPU, or its interpreter, to run on."""
-    return importlib.util.find_spec("triton") is not None and (interpreted() or torch.cuda.is_available())
+    return installed() and (interpreted() or torch.cuda.is_available())
 
 
 def check_device(op: str, device: torch.device) -> None:
