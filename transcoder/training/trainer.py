@@ -313,11 +313,7 @@ class _Run:
         self.transcoder.train()
         try:
             while self.step < section.steps and stop.signal is None:
-                if self.step % section.dead_refresh_steps == 0:
-                    self.transcoder.refresh_dead()
-                self._train_step()
-                self.step += 1
-                self._between_steps()
+                self.advance()
         except StopIteration:
             self._rescue()
             raise TrainingDataError(
@@ -342,6 +338,14 @@ class _Run:
             self.transcoder,
             self.heldout,
         )
+
+    def advance(self) -> None:
+        """One step, and what is due after it. Public for those who take the steps of a run themselves: profiles, benchmarks."""
+        if self.step % self.config.training.dead_refresh_steps == 0:
+            self.transcoder.refresh_dead()
+        self._train_step()
+        self.step += 1
+        self._between_steps()
 
     def _train_step(self) -> None:
         """Forward, penalty, backward, update. Nothing here waits for the device.
