@@ -210,7 +210,22 @@ def _compare(options: argparse.Namespace, _: dict[str, Any]) -> int:
     from transcoder.reporting.compare import compare_runs, format_comparison
 
     print(format_comparison(compare_runs(*folders)))
+    _print_similarity(folders)
     return EXIT_OK
+
+
+def _print_similarity(folders: list[Path], method: str | None = None) -> None:
+    """CKA between the runs, where they have kept what it takes."""
+    if len(folders) < 2 or not all((folder / "heldout_codes.safetensors").is_file() for folder in folders):
+        return
+    from transcoder.training.similarity import format_run_similarity, format_seed_similarity, run_similarity
+
+    try:
+        found = run_similarity(folders)
+    except ValueError as error:
+        print(f"\nno CKA between {method or 'these'} runs: {error}")
+        return
+    print("", format_run_similarity(found) if method is None else format_seed_similarity(method, found), sep="\n")
 
 
 def _compare_methods(words: list[str]) -> int:
@@ -225,6 +240,8 @@ def _compare_methods(words: list[str]) -> int:
     from transcoder.reporting.compare_seeds import compare_methods, format_methods
 
     print(format_methods(compare_methods(methods)))
+    for name, folders in methods.items():
+        _print_similarity(folders, name)
     return EXIT_OK
 
 

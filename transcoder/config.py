@@ -202,6 +202,9 @@ class TrainingSection:
     evaluation_ce_tokens: int = 8192
     """Held-out tokens on which, at the end, the transcoder stands in for the layer and the language model's cross-entropy is
     taken; 0 leaves it out."""
+    similarity_tokens: int = 4096
+    """Held-out tokens on which, at the end, prefixes are compared by CKA (similarity.json), and whose codes the run keeps
+    (heldout_codes.safetensors, 8 bytes an active latent) so that `transcoder compare` can compare runs; 0 does neither."""
     dead_refresh_steps: int = 25
     """The list of dead latents is read by the host this often: the only transfer of AuxK, outside the step."""
     max_bad_steps: int = 10
@@ -228,6 +231,7 @@ class TrainingSection:
         _require(self.evaluation_every >= 0, n + "evaluation_every", "at least 0", self.evaluation_every)
         _require(self.evaluation_tokens >= 1, n + "evaluation_tokens", "at least 1", self.evaluation_tokens)
         _require(self.evaluation_ce_tokens >= 0, n + "evaluation_ce_tokens", "at least 0", self.evaluation_ce_tokens)
+        _require(self.similarity_tokens >= 0, n + "similarity_tokens", "at least 0", self.similarity_tokens)
         _require(self.dead_refresh_steps >= 1, n + "dead_refresh_steps", "at least 1", self.dead_refresh_steps)
         _require(self.max_bad_steps >= 0, n + "max_bad_steps", "at least 0", self.max_bad_steps)
         _require(0 <= self.seed < 2**63, n + "seed", "in [0, 2^63)", self.seed)

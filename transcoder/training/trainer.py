@@ -49,6 +49,14 @@ from transcoder.training.optimizer import make_optimizer, optimizer_step
 from transcoder.training.recycling import Recycler
 from transcoder.training.run_start import RunStart
 from transcoder.training.schedule import learning_rate, peak_learning_rate
+from transcoder.training.similarity import (
+    CODES_FILE,
+    REPORT_FILE,
+    HeldoutCodes,
+    prefix_similarity,
+    similarity_figures,
+    write_similarity,
+)
 from transcoder.training.sources import Source, TrainingDataError, own_data
 from transcoder.training.storage import replace_atomically
 from transcoder.training.tensor_file import tensor_bytes
@@ -462,6 +470,8 @@ class _Run:
             tokens = config.training.evaluation_ce_tokens
             if last and tokens and isinstance(self.source, ActivationStream):
                 self.evaluation.update(self._cross_entropy(self.source, tokens))
+            if last:
+                self.evaluation.update(self._similarity())
             self.writer.write(step, self.evaluation)
         if saving:
             self._save(self.evaluation.get("evaluation/fvu") if evaluating else None)
@@ -504,6 +514,18 @@ class _Run:
                 "cross-entropy with the transcoder in place could not be taken: %s: %s", type(error).__name__, error
             )
             return {}
+
+    def _similarity(self) -> dict[str, float]:
+        """CKA between prefixes, and what comparing runs by it needs."""
+        codes = HeldoutCodes.of(self.transcoder, self.heldout, self.config.training.similarity_tokens)
+        if codes is None:
+            return {}
+        self._write(CODES_FILE, lambda: codes.save(self.run_dir / CODES_FILE))
+        report = prefix_similarity(codes, self.transcoder.W_dec)
+        if report is None:
+            return {}
+        self._write(REPORT_FILE, lambda: write_similarity(self.run_dir / REPORT_FILE, report))
+        return similarity_figures(report)
 
     def _judge(self) -> Judge | None:
         """The merge test on held-out tokens, on all of them at the end."""

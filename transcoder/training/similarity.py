@@ -1,0 +1,253 @@
+"""How alike the prefixes of one transcoder, or the transcoders of several runs, are: CKA on held-out tokens."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from transcoder.activations import ActivationBatch
+from transcoder.antidup.cka import LEAST_TOKENS, Similarity, StreamingCKA, gram_of_codes, gram_of_rows
+from transcoder.checkpoint_folder import CheckpointError, find_checkpoint
+from transcoder.kernels import SparseCodes, sparse_decode
+from transcoder.model import Transcoder
+from transcoder.training.storage import replace_atomically
+
+SCHEMA_VERSION = 1
+BATCH_TOKENS = 512
+"""A mini-batch of CKA: its Gram matrices are [512, 512]."""
+REPORT_FILE, CODES_FILE = "similarity.json", "heldout_codes.safetensors"
+
+
+class HeldoutCodes:
+    """Codes of held-out tokens, and of which tokens they are.
+
+    Mini-batches take every T-th token, so that neighbours in a text, which are no independent draws, fall into different ones.
+    """
+
+    def __init__(self, codes: Sequence[SparseCodes], tokens: Tensor, positions: Tensor, widths: Sequence[int]) -> None:
+        self.codes, self.tokens, self.positions, self.widths = list(codes), tokens, positions, list(widths)
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, transcoder: Transcoder, heldout: Sequence[ActivationBatch], tokens: int) -> HeldoutCodes | None:
+        """Of the first `tokens` of them at inference; None where that is too few for a mini-batch."""
+        room, parts = tokens, []
+        for batch in heldout:
+            if room > 0:
+                parts.append((batch.source[:room], batch.tokens[:room], batch.positions[:room]))
+                room -= len(parts[-1][0])
+        count = sum(len(part[0]) for part in parts)
+        size = min(BATCH_TOKENS, count)
+        if size < LEAST_TOKENS:
+            return None
+        turns = count // size
+        source, ids, places = (torch.cat(column)[: turns * size] for column in zip(*parts, strict=True))
+        was_training = transcoder.training
+        transcoder.eval()
+        try:
+            codes = [transcoder.encode(source[t::turns]) for t in range(turns)]
+        finally:
+            transcoder.train(was_training)
+        ids, places = (torch.cat([column[t::turns] for t in range(turns)]) for column in (ids, places))
+        return cls(codes, ids, places, transcoder.widths)
+
+    def __len__(self) -> int:
+        return sum(codes.shape[0] for codes in self.codes)
+
+    def save(self, path: Path) -> None:
+        """8 bytes an entry, 12 a token. Raises: OSError; the former file stands."""
+        from safetensors.torch import save
+
+        sizes = torch.cat([codes.row_ptr.diff() for codes in self.codes])
+        tensors = {
+            "values": torch.cat([codes.values for codes in self.codes]).float(),
+            "indices": torch.cat([codes.indices for codes in self.codes]).int(),
+            "entries": sizes.int(),
+            "batches": torch.tensor([codes.shape[0] for codes in self.codes]),
+            "tokens": self.tokens.int(),
+            "positions": self.positions.int(),
+            "widths": torch.tensor(self.widths),
+        }
+        replace_atomically(path, save({name: part.detach().cpu().contiguous() for name, part in tensors.items()}))
+
+    @classmethod
+    def load(cls, path: Path) -> HeldoutCodes:
+        """Raises: OSError; ValueError naming a file that is not one of these."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
+        try:
+            found = load(path.read_bytes())
+            widths = found["widths"].tolist()
+            row_ptr = torch.zeros(found["entries"].numel() + 1, dtype=torch.int64)
+            torch.cumsum(found["entries"], 0, out=row_ptr[1:])
+            codes, row = [], 0
+            for size in found["batches"].tolist():
+                ends = row_ptr[row : row + size + 1]
+                inside = slice(int(ends[0]), int(ends[-1]))
+                part = SparseCodes(
+                    found["values"][inside], found["indices"][inside].long(), ends - ends[0], (size, widths[-1])
+                )
+                part.validate()
+                codes.append(part)
+                row += size
+            return cls(codes, found["tokens"], found["positions"], widths)
+        except (SafetensorError, KeyError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: not the codes of held-out tokens ({type(error).__name__}: {error})") from error
+
+    def matches(self, other: HeldoutCodes) -> bool:
+        """Both are of the same tokens."""
+        return torch.equal(self.tokens, other.tokens) and torch.equal(self.positions, other.positions)
+
+
+@torch.no_grad()
+def prefix_similarity(codes: HeldoutCodes, W_dec: Tensor) -> dict[str, Any] | None:
+    """CKA within one transcoder; None with a single prefix.
+
+    Returns JSON values: {"schema_version": 1, "tokens", "batch_tokens", "widths", "codes": {"cka": [P][P], "error": [P][P]},
+    "reconstructions": likewise}. "codes" compares the groups of latents that each prefix adds, "reconstructions" what each
+    prefix says of the target (biases left out). null where a group does not vary.
+    """
+    widths = codes.widths
+    if len(widths) < 2:
+        return None
+    groups, outputs = StreamingCKA(len(widths)), StreamingCKA(len(widths))
+    for part in codes.codes:
+        groups.update(*(gram_of_codes(part, first, last) for first, last in zip([0, *widths], widths, strict=False)))
+        outputs.update(*(gram_of_rows(_decoded(part, W_dec, width)) for width in widths))
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "tokens": len(codes),
+        "batch_tokens": codes.codes[0].shape[0],
+        "widths": widths,
+        "codes": _plain(groups.result()),
+        "reconstructions": _plain(outputs.result()),
+    }
+
+
+def similarity_figures(report: Mapping[str, Any]) -> dict[str, float]:
+    """{"similarity/cka_prefix_<w>"}: what each narrower prefix reconstructs beside what the full width does."""
+    last = [row[-1] for row in report["reconstructions"]["cka"]]
+    named = zip(report["widths"][:-1], last[:-1], strict=True)
+    return {f"similarity/cka_prefix_{width}": value for width, value in named if value is not None}
+
+
+@torch.no_grad()
+def run_similarity(runs: Sequence[Path]) -> dict[str, Any]:
+    """CKA between finished runs, on the held-out tokens whose codes each has kept (`training.similarity_tokens`).
+
+    Returns JSON values: {"schema_version": 1, "tokens", "runs": [folder, ...], "codes": {"cka": [R][R], "error": [R][R]},
+    "reconstructions": likewise, or null where a run has no checkpoint}.
+
+    Raises:
+        ValueError: fewer than two runs, a run that kept no codes, or runs of different held-out tokens.
+    """
+    if len(runs) < 2:
+        raise ValueError(f"similarity: expected at least two runs, got {len(runs)}")
+    found = []
+    for run in runs:
+        path = Path(run) / CODES_FILE
+        if not path.is_file():
+            raise ValueError(f"similarity: {run} kept no codes of held-out tokens (training.similarity_tokens is 0?)")
+        found.append(HeldoutCodes.load(path))
+    for run, codes in zip(runs, found, strict=True):
+        if not found[0].matches(codes):
+            raise ValueError(f"similarity: {runs[0]} and {run} were evaluated on different held-out tokens")
+    decoders = [_decoder(Path(run)) for run in runs]
+    decoded = all(decoder is not None for decoder in decoders)
+    codes_cka, output_cka = StreamingCKA(len(runs)), StreamingCKA(len(runs))
+    for parts in zip(*(codes.codes for codes in found), strict=True):
+        codes_cka.update(*(gram_of_codes(part) for part in parts))
+        if decoded:
+            output_cka.update(*(gram_of_rows(_decoded(p, d, len(d))) for p, d in _known(parts, decoders)))
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "tokens": len(found[0]),
+        "runs": [str(run) for run in runs],
+        "codes": _plain(codes_cka.result()),
+        "reconstructions": _plain(output_cka.result()) if decoded else None,
+    }
+
+
+def format_run_similarity(found: Mapping[str, Any]) -> str:
+    """Against the first run, for a terminal."""
+    lines = [f"CKA with {Path(found['runs'][0]).name} on {found['tokens']} held-out tokens, +- 1 standard error:"]
+    for kind in ("codes", "reconstructions"):
+        for n, run in enumerate(found["runs"][1:], 1):
+            if found[kind] is not None:
+                lines.append(f"  {Path(run).name}, {kind}: {_cell(found[kind], 0, n)}")
+    return "\n".join([*lines, "  (alike up to a rotation of the latents; it says nothing about duplicates within one)"])
+
+
+def format_seed_similarity(method: str, found: Mapping[str, Any]) -> str:
+    """Mean over pairs of a method's seeds."""
+    texts = []
+    for kind in ("codes", "reconstructions"):
+        pairs = [] if found[kind] is None else [v for n, row in enumerate(found[kind]["cka"]) for v in row[n + 1 :]]
+        if pairs and None not in pairs:
+            texts.append(f"{kind} {fmean(pairs):.3f} ({min(pairs):.3f} to {max(pairs):.3f})")
+    return f"{method}: CKA across seeds, mean over pairs (least to most): " + (", ".join(texts) or "not defined")
+
+
+def write_similarity(path: Path, report: Mapping[str, Any]) -> None:
+    """Raises: OSError; the former file stands."""
+    validate_similarity(report)
+    replace_atomically(path, json.dumps(report, indent=1, allow_nan=False).encode())
+
+
+def validate_similarity(report: Any) -> None:
+    """Raise ValueError, naming the place, unless `report` is what `prefix_similarity` returns."""
+    kinds = {"schema_version": int, "tokens": int, "batch_tokens": int, "widths": list}
+    if not isinstance(report, dict) or set(report) != {*kinds, "codes", "reconstructions"}:
+        raise ValueError(f"similarity: expected {sorted({*kinds, 'codes', 'reconstructions'})}, got {report!r:.200}")
+    for name, kind in kinds.items():
+        if type(report[name]) is not kind:
+            raise ValueError(f"similarity.{name}: expected {kind.__name__}, got {report[name]!r}")
+    if report["schema_version"] != SCHEMA_VERSION:
+        raise ValueError(f"similarity.schema_version: expected {SCHEMA_VERSION}, got {report['schema_version']}")
+    size = len(report["widths"])
+    for kind_name in ("codes", "reconstructions"):
+        for field in ("cka", "error"):
+            table = report[kind_name].get(field) if isinstance(report[kind_name], dict) else None
+            whole = isinstance(table, list) and [len(row) for row in table] == [size] * size
+            if not whole or not all(v is None or (type(v) is float and math.isfinite(v)) for row in table for v in row):
+                raise ValueError(f"similarity.{kind_name}.{field}: expected [{size}][{size}] finite numbers or null")
+
+
+def _decoded(codes: SparseCodes, W_dec: Tensor, width: int) -> Tensor:
+    """[n, d_out] of the latents below `width`, without bias."""
+    kept = codes.with_values(torch.where(codes.indices < width, codes.values, 0))
+    return sparse_decode(kept, W_dec, W_dec.new_zeros(W_dec.shape[1]))
+
+
+def _decoder(run: Path) -> Tensor | None:
+    """Of the newest checkpoint; None where there is none that can be read."""
+    try:
+        return Transcoder.from_pretrained(find_checkpoint(run)).W_dec.detach()
+    except (OSError, ValueError, CheckpointError):
+        return None
+
+
+def _known(parts: Sequence[SparseCodes], decoders: Sequence[Tensor | None]) -> Iterator[tuple[SparseCodes, Tensor]]:
+    for part, decoder in zip(parts, decoders, strict=True):
+        assert decoder is not None
+        yield part, decoder
+
+
+def _plain(found: Similarity) -> dict[str, list[list[float | None]]]:
+    return {
+        name: [[v if math.isfinite(v) else None for v in row] for row in getattr(found, name).tolist()]
+        for name in Similarity._fields
+    }
+
+
+def _cell(found: Mapping[str, Any], a: int, b: int) -> str:
+    value, error = found["cka"][a][b], found["error"][a][b]
+    return "–" if value is None else f"{value:.3f}" + ("" if error is None else f" +- {error:.3f}")
