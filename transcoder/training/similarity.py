@@ -216,9 +216,13 @@ def validate_similarity(report: Any) -> None:
     for kind_name in ("codes", "reconstructions"):
         for field in ("cka", "error"):
             table = report[kind_name].get(field) if isinstance(report[kind_name], dict) else None
-            whole = isinstance(table, list) and [len(row) for row in table] == [size] * size
-            if not whole or not all(v is None or (type(v) is float and math.isfinite(v)) for row in table for v in row):
+            rows: list[Any] = table if isinstance(table, list) else []
+            if [len(row) for row in rows] != [size] * size or not all(_is_number(v) for row in rows for v in row):
                 raise ValueError(f"similarity.{kind_name}.{field}: expected [{size}][{size}] finite numbers or null")
+
+
+def _is_number(value: object) -> bool:
+    return value is None or (isinstance(value, float) and math.isfinite(value))
 
 
 def _decoded(codes: SparseCodes, W_dec: Tensor, width: int) -> Tensor:
