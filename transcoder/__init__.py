@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     )
     from transcoder.config import ConfigError, RunConfig
     from transcoder.model import StepOutput, Transcoder, TranscoderConfig
+    from transcoder.reporting import Run
     from transcoder.training import RunResult, train_transcoder
 
 __version__ = "0.1.0"
@@ -29,6 +30,7 @@ _HOMES = {
     "CorrelationMonitor": "transcoder.antidup",
     "DiversityRegularizer": "transcoder.antidup",
     "PositionSampler": "transcoder.antidup",
+    "Run": "transcoder.reporting",
     "RunConfig": "transcoder.config",
     "RunResult": "transcoder.training",
     "StepOutput": "transcoder.model",
@@ -45,6 +47,7 @@ __all__ = [
     "CorrelationMonitor",
     "DiversityRegularizer",
     "PositionSampler",
+    "Run",
     "RunConfig",
     "RunResult",
     "StepOutput",

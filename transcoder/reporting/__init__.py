@@ -4,12 +4,16 @@ from transcoder.reporting.compare import compare_runs, format_comparison, write_
 from transcoder.reporting.metrics import MetricsWriter
 from transcoder.reporting.progress import ProgressBar
 from transcoder.reporting.report import write_report
+from transcoder.reporting.run import Run
+from transcoder.reporting.run_errors import RunPartMissingError
 from transcoder.reporting.runfolder import RunFolder
 
 __all__ = [
     "MetricsWriter",
     "ProgressBar",
+    "Run",
     "RunFolder",
+    "RunPartMissingError",
     "compare_runs",
     "format_comparison",
     "write_comparison",

@@ -46,6 +46,19 @@ class SampleTable:
         strings = self._table.column("tokens").take(rows).to_pylist() if "tokens" in names else [None] * len(rows)
         return [_display(i or [], s) for i, s in zip(ids, strings, strict=True)]
 
+    def containing(self, text: str) -> NDArray[np.bool_]:
+        """[rows] bool: whether `text` stands in the row's context, whatever its case; it may run over several tokens."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        if "tokens" in self._table.column_names:
+            # Joined by the library: a run keeps millions of tokens.
+            joined = pc.binary_join(self._table.column("tokens"), pa.scalar(""))
+        else:
+            joined = pa.chunked_array([["".join(c) for c in self.contexts(np.arange(len(self)))]], type=pa.string())
+        found = pc.match_substring(joined, pattern=text, ignore_case=True)
+        return np.asarray(pc.fill_null(found, False).to_numpy(zero_copy_only=False), dtype=bool)
+
 
 def read_samples(path: Path) -> SampleTable:
     """Read samples.parquet.

@@ -1,0 +1,132 @@
+"""Figures of a run for a notebook."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from transcoder.reporting import figures
+from transcoder.reporting.run_errors import RunPartMissingError, missing_part
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from transcoder.reporting.run import Run
+
+_LOSSES = (
+    ("losses/overall_loss", "overall"),
+    ("losses/mse_loss", "full width"),
+    ("losses/auxiliary_reconstruction_loss", "AuxK"),
+    ("losses/diversity_penalty", "diversity"),
+)
+
+
+def plot_loss(run: Run) -> Figure:
+    figure, (axes,) = _figure(1)
+    drawn = [_line(axes, run, name, label) for name, label in _LOSSES]
+    if not any(drawn):
+        raise missing_part(run.folder, "losses", "metrics.jsonl")
+    axes.set(title="Loss", xlabel="step", ylabel="loss", yscale="log")
+    axes.legend()
+    return figure
+
+
+def plot_fvu(run: Run) -> Figure:
+    figure, (axes,) = _figure(1)
+    widths = sorted(
+        int(width)
+        for name in run.metrics
+        if (width := name.removeprefix("metrics/fvu_prefix_")) != name and width.isdecimal()
+    )
+    drawn = [_line(axes, run, f"metrics/fvu_prefix_{width}", f"width {width:,}", alpha=0.6) for width in widths[:-1]]
+    drawn.append(_line(axes, run, "metrics/fvu", "training"))
+    drawn.append(_line(axes, run, "evaluation/fvu", "held-out", marker="o"))
+    if not any(drawn):
+        raise missing_part(run.folder, "FVU", "metrics.jsonl")
+    linear = figures.LINEAR_BASELINE.of(run.folder)
+    if linear is not None:
+        axes.axhline(linear, linestyle=":", color="gray", label="linear map")
+    axes.set(title="Fraction of variance unexplained", xlabel="step", ylabel="FVU")
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    return figure
+
+
+def plot_duplicates(run: Run) -> Figure:
+    found = run.duplicates
+    figure, (over_steps, by_correlation) = _figure(2)
+    _line(over_steps, run, "duplicates/pairs", "above the threshold", drawstyle="steps-post")
+    _line(over_steps, run, "duplicates/flagged", "flagged", drawstyle="steps-post")
+    over_steps.set(title="Duplicate pairs", xlabel="step", ylabel="pairs")
+    over_steps.set_ylim(bottom=0)
+    if over_steps.lines:
+        over_steps.legend()
+    by_correlation.stairs(found.histogram.counts, found.histogram.edges, fill=True)
+    least = found.thresholds.get("correlation")
+    if least is not None:
+        by_correlation.axvline(least, linestyle=":", color="gray", label="threshold")
+        by_correlation.legend()
+    title = f"All pairs, step {found.step:,}"
+    by_correlation.set(title=title, xlabel="correlation", ylabel="pairs", yscale="symlog")
+    by_correlation.set_ylim(0, 2 * max(1, found.histogram.counts.max()))
+    return figure
+
+
+def plot_density(run: Run) -> Figure:
+    share = run.latents.density
+    figure, (axes,) = _figure(1)
+    live = share[share > 0]
+    if len(live):
+        axes.hist(np.log10(live), bins=40)
+    title = f"Firing density: {len(live):,} latents fired, {len(share) - len(live):,} did not"
+    axes.set(title=title, xlabel="log10 of the share of tokens", ylabel="latents")
+    return figure
+
+
+def plot_positions(run: Run) -> Figure:
+    found = run.positions
+    figure, (axes,) = _figure(1)
+    for counts, label in ((found.top, "strongest"), (found.stratified, "across positions")):
+        if counts.sum():
+            axes.stairs(100 * counts / counts.sum(), found.edges, label=label, linewidth=2)
+    axes.set(title="Where kept samples stand", xlabel="position in the sequence", ylabel="% of samples")
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    return figure
+
+
+def _figure(count: int) -> tuple[Figure, list[Axes]]:
+    """A figure of `count` axes side by side that shows itself in a notebook.
+
+    Without pyplot: it would keep every figure in memory, and a notebook would show each twice.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "plots need matplotlib, which is not installed: pip install matplotlib (or the extra: transcoder[bench])"
+        ) from error
+
+    class ShownFigure(Figure):
+        def _repr_png_(self) -> bytes:
+            png = io.BytesIO()
+            self.savefig(png, format="png", dpi=100)
+            return png.getvalue()
+
+    figure = ShownFigure(figsize=(6 * count, 3.6), layout="constrained")
+    return figure, list(figure.subplots(1, count, squeeze=False)[0])
+
+
+def _line(axes: Axes, run: Run, name: str, label: str, **style: Any) -> bool:
+    """Draw a logged figure, if it was logged."""
+    try:
+        column = run.metrics.get(name)
+    except RunPartMissingError:
+        column = None
+    if column is None:
+        return False
+    axes.plot(column.steps, column.values, label=label, **style)
+    return True
