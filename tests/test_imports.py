@@ -28,7 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "antidup": LOW | {"activations.batch"},
     "reporting": LOW | {"model", "checkpoint_folder"},
     "training": LOW | {"losses", "model", "checkpoint_folder", "activations", "antidup", "reporting", "demo"},
-    "interop": LOW | {"losses", "model", "activations", "training"},
+    "interop": LOW | {"losses", "model", "checkpoint_folder", "activations", "training"},
     "setting_help": {"config"},
     "doctor": LOW | {"demo"},
     "cli": LOW | {"__init__", "setting_help", "doctor", "training", "reporting", "interop"},
