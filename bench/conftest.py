@@ -1,115 +1,94 @@
-"""Sizes for the device at hand, one timer for all rows, and the table of ratios at the end.
+"""`pytest bench/`: every row is checked against its reference, then timed together with its peers and its floor.
 
-Every row is timed in one session with the bare encoder GEMM of the same size, so ratios mean something where absolute times
-do not. A row's result is checked against its reference before it is timed.
+    pytest bench/ [--bench-size cpu|cuda|tiny] [--bench-seconds 8] [--bench-json FILE] [--bench-peers eager,compiled,...]
+
+Sizes follow the device unless they are given. What is written to FILE is read by `python -m bench.measure` and
+`python -m bench.report`; docs/performance.md says how to read it.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import json
+import sys
+from collections.abc import Callable
+from importlib.machinery import ModuleSpec
+from importlib.util import module_from_spec
+from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# `bench` is imported from the checkout without the checkout on sys.path, where it would offer its folders to everyone.
+_bench = ModuleSpec("bench", None, is_package=True)
+_bench.submodule_search_locations = [str(Path(__file__).resolve().parent)]
+if not getattr(sys.modules.get("bench"), "__path__", None):
+    sys.modules["bench"] = module_from_spec(_bench)
 
+from bench import machine, peers, results  # noqa: E402
+from bench.cases import SIZES, Activation, Case, Size  # noqa: E402
+from bench.race import rounds_for  # noqa: E402
+from bench.rows import prepare, row  # noqa: E402
 
-@dataclass(frozen=True)
-class Size:
-    rows: int
-    d: int
-    d_sae: int
-    k: int
-
-    @property
-    def widths(self) -> list[int]:
-        return [self.d_sae // 8, self.d_sae // 2, 7 * self.d_sae // 8, self.d_sae]
-
-    def __str__(self) -> str:
-        return f"B{self.rows}-d{self.d}-N{self.d_sae}-k{self.k}"
+_rows: list[dict[str, Any]] = []
+_skipped: dict[str, str] = {}
 
 
-SIZES = (
-    [Size(1024, 2304, 18432, 48), Size(4096, 2304, 18432, 48), Size(4096, 2304, 131072, 64)]
-    if DEVICE.type == "cuda"
-    else [Size(1024, 128, 2048, 16), Size(1024, 512, 8192, 32)]
-)
-
-_rows: list[tuple[str, str, float, float, float, int]] = []
-_gemm: dict[Size, tuple[float, float]] = {}
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("bench/")
+    group.addoption("--bench-size", choices=sorted(SIZES), default=machine.device().type, help="which sizes to run")
+    group.addoption("--bench-seconds", type=float, default=6.0, help="seconds of rounds a row (at least 5 rounds)")
+    group.addoption("--bench-json", type=Path, help="write what was measured to this file")
+    group.addoption("--bench-peers", default=",".join(peers.NAMES), help="peers to run, with commas between")
 
 
-@pytest.fixture(params=SIZES, ids=str)
-def size(request: pytest.FixtureRequest) -> Size:
-    return request.param
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "size" in metafunc.fixturenames:
+        metafunc.parametrize("size", SIZES[metafunc.config.option.bench_size], ids=str)
 
 
 @pytest.fixture
-def device() -> torch.device:
-    return DEVICE
+def compare(benchmark, request: pytest.FixtureRequest) -> Callable[..., None]:  # type: ignore[no-untyped-def]
+    """compare(operation, size, activation, nested): check, time and note one row."""
 
-
-def seconds(call: Callable[[], object]) -> float:
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    call()
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def gemm_seconds(size: Size) -> tuple[float, float]:
-    """Median times of x @ W.T alone, fp32, once a size and session: as written, and into memory that is there already.
-
-    The first touches of a fresh [B, d_sae] were measured at as long as the product itself (2 threads, 32 MiB): a ratio to the
-    first says what a user of the plain expression gains, a ratio to the second how far from the arithmetic's floor an op is.
-    """
-    if size not in _gemm:
-        x, W = torch.randn(size.rows, size.d, device=DEVICE), torch.randn(size.d_sae, size.d, device=DEVICE)
-        there = x @ W.T
-        times = [(seconds(lambda: x @ W.T), seconds(lambda: torch.mm(x, W.T, out=there))) for _ in range(9)]
-        fresh, warm = (statistics.median(column) for column in zip(*times, strict=True))
-        _gemm[size] = fresh, warm
-    return _gemm[size]
-
-
-@pytest.fixture
-def timed(benchmark, request: pytest.FixtureRequest, size: Size) -> Iterator[Callable[..., None]]:  # type: ignore[no-untyped-def]
-    """timed(call, bytes_moved): benchmark `call`, note its ratio to the bare GEMM and the bytes it must at least move."""
-
-    def run(call: Callable[[], object], bytes_moved: int) -> None:
-        gemm, warm = gemm_seconds(size)
-
-        def synchronised() -> None:
-            call()
-            if DEVICE.type == "cuda":
-                torch.cuda.synchronize()
-
-        benchmark.pedantic(synchronised, rounds=9, warmup_rounds=2)
-        median = benchmark.stats.stats.median
-        benchmark.extra_info.update(ratio_to_gemm=median / gemm, bytes=bytes_moved, gemm_seconds=gemm)
-        benchmark.extra_info.update(ratio_to_warm_gemm=median / warm, warm_gemm_seconds=warm)
-        _rows.append((request.node.name, str(size), median, median / gemm, median / warm, bytes_moved))
+    def run(operation: str, size: Size, activation: Activation = "topk", nested: bool = False) -> None:
+        options = request.config.option
+        names = [name for name in options.bench_peers.split(",") if name]
+        case = Case(size, activation, nested)
+        race, floors, skipped = prepare(operation, case, names)
+        rounds = rounds_for(race.warm_up(), options.bench_seconds)
+        # pytest-benchmark times ours; the others run in the same rounds, just before it.
+        benchmark.pedantic(race.first, setup=race.others, rounds=rounds, iterations=1, warmup_rounds=0)
+        found = row(operation, case, race, floors)
+        benchmark.extra_info.update(floor=found["floor"], to_floor=found["to_floor"])
+        record(found, skipped)
 
     return run
 
 
-def pytest_terminal_summary(terminalreporter) -> None:  # type: ignore[no-untyped-def]
-    if not _rows:
-        return
-    write = terminalreporter.write_line
-    write("")
-    write(
-        f"ratios to the bare fp32 encoder GEMM of the same size, same session, {DEVICE}, {torch.get_num_threads()} threads"
-    )
-    for size, (fresh, warm) in _gemm.items():
-        write(f"  {size!s:<62} x @ W.T {1e3 * fresh:9.3f} ms, into memory that is there already {1e3 * warm:9.3f} ms")
-    for name, _, median, ratio, to_warm, moved in _rows:
-        write(
-            f"  {name:<62} {1e3 * median:9.3f} ms  {ratio:7.2f} x GEMM  {to_warm:7.2f} x warm GEMM  "
-            f"at least {moved / 1e6:9.1f} MB moved"
-        )
+@pytest.fixture
+def record_row() -> Callable[[dict[str, Any]], None]:
+    return lambda found: record(found, {})
+
+
+def record(found: dict[str, Any], skipped: dict[str, str]) -> None:
+    _rows.append(found)
+    _skipped.update(skipped)
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    target = session.config.option.bench_json
+    if target is not None and _rows:
+        section = {
+            **results.about(),
+            "exit_status": int(exitstatus),
+            "skipped": dict(sorted(_skipped.items())),
+            "rows": _rows,
+        }
+        target.write_text(json.dumps(section, indent=1) + "\n", encoding="utf-8")
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    for line in results.table(_rows):
+        terminalreporter.write_line(line)
+    for name, why in sorted(_skipped.items()):
+        terminalreporter.write_line(f"skipped {name}: {why}")

@@ -1,0 +1,88 @@
+"""The original project's step, written anew from its description (its code is not here): BatchTopK over dense codes, each
+Matryoshka prefix decoded by a dense product of its own, and its monitor: every step's dense codes [B, N] copied to the host and
+100 of them kept, and every 100 steps a Python loop over all pairs of latents.
+
+What the description calls faults is not repeated where it would change the mathematics: the prefixes enter the loss here.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import deque
+
+import torch
+from torch import Tensor
+
+from bench.cases import LEARNING_RATE, Case, answers
+from bench.peers.eager import STEP_NAMES, encoded, finish
+from bench.race import Variant
+
+KEPT = 100
+"""Batches that its monitor keeps; the same number of steps lies between two of its reports."""
+HELD_BYTES = 512 << 20
+"""Of those, as many as fit this are really kept here: their memory is worked out instead."""
+PAIRS = 2000
+"""Pairs of its loop that are timed."""
+
+
+def missing() -> str | None:
+    return None
+
+
+def step(case: Case) -> list[Variant]:
+    if len(case.widths) == 1 or case.activation == "topk":
+        return []
+    return [_step(case, monitored) for monitored in (False, True)]
+
+
+def _step(case: Case, monitored: bool) -> Variant:
+    size = case.size
+    weights = {name: case.leaf(name) for name in STEP_NAMES}
+    adam = torch.optim.Adam(weights.values(), lr=LEARNING_RATE, betas=(0.9, 0.99))
+    kept: deque[Tensor] = deque(maxlen=max(2, min(KEPT, HELD_BYTES // (4 * size.rows * size.d_sae))))
+
+    def loss(x: Tensor) -> tuple[Tensor, Tensor]:
+        z = encoded(x, weights["W_enc"], weights["b_enc"], size.k, batch=True)
+        parts = [((z[:, :w] @ weights["W_dec"][:w] + weights["b_dec"] - x) ** 2).mean() for w in case.widths]
+        return torch.stack(parts).sum() * size.d, z
+
+    def forward(i: int) -> None:
+        value, z = loss(case.pool[i])
+        value.backward()
+        finish(weights, adam)
+        if monitored:
+            kept.append(z.detach().cpu().clone())
+
+    def answer() -> dict[str, Tensor]:
+        value, _ = loss(case.head)
+        value.backward()
+        return {"loss": value, **answers(STEP_NAMES, *weights.values())}
+
+    note = "dense prefixes, each from its first latent on"
+    if monitored:
+        note += (
+            f"; a dense copy [B, N] a step to the host, {KEPT * 4 * size.rows * size.d_sae / 1e9:.1f} GB when full; "
+        )
+        note += "its pair loop is not in this time"
+    return Variant(
+        f"original project{', monitor on' if monitored else ''}",
+        forward,
+        None,
+        lambda: adam.zero_grad(set_to_none=True),
+        answer,
+        note,
+    )
+
+
+def pair_loop_seconds(case: Case, tokens: int) -> float:
+    """Seconds that one of its reports would take: a Python loop over the N (N - 1) / 2 pairs, a correlation each from
+    `tokens` kept tokens. Timed over PAIRS pairs and scaled."""
+    z = case.draw(tokens, min(case.size.d_sae, 256)).cpu().relu()
+    start = time.perf_counter()
+    found = 0
+    for i, j in itertools.islice(itertools.combinations(range(z.shape[1]), 2), PAIRS):
+        if float(torch.corrcoef(torch.stack([z[:, i], z[:, j]]))[0, 1]) > 0.8:
+            found += 1
+    each = (time.perf_counter() - start) / PAIRS
+    return each * case.size.d_sae * (case.size.d_sae - 1) / 2

@@ -1,0 +1,170 @@
+"""This package: the backend that runs by default, and PyTorch's sparse operations for comparison."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+from torch import Tensor
+
+from bench.cases import ENCODE, LEARNING_RATE, Case, answers
+from bench.race import Variant
+from transcoder.config import TrainingSection
+from transcoder.kernels import FeatureCorrelation, SparseCodes, sparse_decode, use_backend
+from transcoder.kernels import nested_loss as nested_loss_op
+from transcoder.kernels.backend import active_backend, has_backend
+from transcoder.kernels.correlation.op import EXACT_LIMIT
+from transcoder.model import Transcoder, TranscoderConfig
+from transcoder.training.optimizer import make_optimizer, optimizer_step
+
+UPDATES = 32
+"""Correlation updates in one measurement: pairs of many batches are added together."""
+SKETCH = 128
+
+
+def variants(operation: str, case: Case) -> list[Variant]:
+    """The default backend first; then the others that this machine can run."""
+    default = active_backend(case.device)
+    others = [name for name in ("triton", "cpp", "torch") if name != default and has_backend(name, "encode")]
+    if case.device.type == "cuda":
+        others = [name for name in others if name != "cpp"]
+    make: Callable[[Case], Variant] = globals()[operation]
+    found = [_on(backend, make, case) for backend in (default, *others)]
+    if operation == "encode" and case.activation == "topk" and default == "cpp":
+        found.append(_on("cpp", make, case, screen="bf16"))
+    return found
+
+
+def _on(backend: str, make: Callable[[Case], Variant], case: Case, screen: str | None = None) -> Variant:
+    def chosen(call: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*words: Any) -> Any:
+            with use_backend(backend), mock.patch.dict(os.environ, {"TRANSCODER_SCREEN": str(screen)}):
+                return call(*words)
+
+        def plainly(*words: Any) -> Any:
+            with use_backend(backend):
+                return call(*words)
+
+        return plainly if screen is None else run
+
+    variant = make(case)
+    variant.name, variant.ours = f"ours ({backend}{'' if screen is None else f', {screen} screen'})", True
+    variant.forward = chosen(variant.forward)
+    variant.backward = variant.backward and chosen(variant.backward)
+    variant.answer = variant.answer and chosen(variant.answer)
+    return variant
+
+
+def encode(case: Case) -> Variant:
+    W, b = case.leaf("W_enc"), case.leaf("b_enc")
+    op, k = ENCODE[case.activation], case.size.k
+
+    def tidy() -> None:
+        W.grad = b.grad = None
+
+    def answer() -> dict[str, Tensor]:
+        codes = op(case.head, W, b, k)
+        codes.values.sum().backward()
+        return {"codes": codes.to_dense(), **answers(("W_enc", "b_enc"), W, b)}
+
+    return Variant("ours", lambda i: op(case.pool[i], W, b, k).values.sum(), lambda loss: loss.backward(), tidy, answer)
+
+
+def _fresh(codes: SparseCodes, values: Tensor) -> SparseCodes:
+    """As from the encoder: a step sorts its codes by latent anew."""
+    return SparseCodes.trusted(values, codes.indices, codes.row_ptr, codes.shape)
+
+
+def decode(case: Case) -> Variant:
+    return _decoding(case, nested=False)
+
+
+def nested_loss(case: Case) -> Variant:
+    return _decoding(case, nested=True)
+
+
+def _decoding(case: Case, nested: bool) -> Variant:
+    W, b = case.leaf("W_dec"), case.leaf("b_dec")
+    values = [codes.values.clone().requires_grad_() for codes, _ in case.coded]
+
+    def result(codes: SparseCodes, v: Tensor, y: Tensor) -> Tensor:
+        codes = _fresh(codes, v)
+        return nested_loss_op(codes, W, b, y, case.widths).per_prefix if nested else sparse_decode(codes, W, b)
+
+    def tidy() -> None:
+        for leaf in (W, b, *values):
+            leaf.grad = None
+
+    def scalar(out: Tensor) -> Tensor:
+        return out.sum() if nested else out.square().sum()
+
+    def answer() -> dict[str, Tensor]:
+        v = case.head_codes.values.clone().requires_grad_()
+        out = result(case.head_codes, v, case.head)
+        scalar(out).backward()
+        assert v.grad is not None
+        name = "losses" if nested else "reconstruction"
+        return {name: out, "codes.grad": v.grad[v.detach() > 0], **answers(("W_dec", "b_dec"), W, b)}
+
+    return Variant(
+        "ours",
+        lambda i: scalar(result(case.coded[i][0], values[i], case.coded[i][1])),
+        lambda loss: loss.backward(),
+        tidy,
+        answer,
+    )
+
+
+def correlation(case: Case) -> Variant:
+    size = case.size
+    monitor = FeatureCorrelation(size.d_sae, None if size.d_sae <= EXACT_LIMIT else SKETCH, device=case.device)
+
+    def forward(i: int) -> None:
+        for n in range(UPDATES):
+            monitor.update(case.coded[(i + n) % len(case.coded)][0])
+
+    note = f"mean of {UPDATES} updates" + ("" if size.d_sae <= EXACT_LIMIT else f"; sketch of {SKETCH}")
+    return Variant("ours", forward, note=note, per=UPDATES)
+
+
+def _model(case: Case) -> Transcoder:
+    size = case.size
+    config = TranscoderConfig(
+        size.d, size.d, size.d_sae, size.k, activation=case.activation, widths=case.widths, loss="saelens"
+    )
+    model = Transcoder(config, device=case.device).train()
+    for name in ("W_enc", "W_dec"):
+        getattr(model, name).data.copy_(getattr(case, name))
+    return model
+
+
+def optimizer(case: Case) -> Variant:
+    model = _model(case)
+    adam = make_optimizer(model, TrainingSection(), LEARNING_RATE)
+    grads = [1e-3 * case.draw(*p.shape) for p in model.parameters()]
+
+    def forward(i: int) -> None:
+        for p, grad in zip(model.parameters(), grads, strict=True):
+            p.grad = grad
+        optimizer_step(model, adam, LEARNING_RATE, 1.0)
+
+    return Variant("ours", forward, note="projection, norm, clipping, Adam, unit rows")
+
+
+def step(case: Case) -> Variant:
+    model = _model(case)
+    adam = make_optimizer(model, TrainingSection(), LEARNING_RATE)
+
+    def forward(i: int) -> None:
+        model.training_step(case.pool[i], case.pool[i]).loss.backward()
+        optimizer_step(model, adam, LEARNING_RATE, 1.0)
+
+    def answer() -> dict[str, Tensor]:
+        loss = model.training_step(case.head, case.head).loss
+        loss.backward()
+        names = ("W_enc", "b_enc", "W_dec", "b_dec")
+        return {"loss": loss, **answers(names, *(getattr(model, n) for n in names))}
+
+    return Variant("ours", forward, tidy=lambda: model.zero_grad(set_to_none=True), answer=answer)
