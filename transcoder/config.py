@@ -470,6 +470,11 @@ class CheckpointSection:
     """Keep every checkpoint whose step is a multiple of this."""
     second_location: str | None = None
     """A second folder that the last state is written to when the run's own cannot take it."""
+    asynchronous: bool = True
+    """Write beside training: a step waits for a copy of the state in memory, not for the disk. Takes one more state in host
+    memory."""
+    reserve: bool = True
+    """Hold disk space for the last state: weights, moments and the place in the data still fit when the disk is full."""
 
     def __post_init__(self) -> None:
         n = "checkpoint."
@@ -492,6 +497,8 @@ class LoggingSection:
     wandb_project: str = "transcoder"
     wandb_upload_checkpoints: bool = False
     tensorboard: bool = False
+    max_megabytes: int = 1024
+    """metrics.jsonl beyond this is thinned: every second line of figures of its older half goes, events stay."""
     report_latents: int = 100
     """Latents shown with their contexts in report.html."""
 
@@ -503,6 +510,7 @@ class LoggingSection:
             "'off', 'offline' or 'online'",
             self.wandb,
         )
+        _require(self.max_megabytes >= 1, "logging.max_megabytes", "at least 1", self.max_megabytes)
         _require(self.report_latents >= 0, "logging.report_latents", "at least 0", self.report_latents)
 
 

@@ -4,7 +4,6 @@ fails. Audit hooks cannot be taken off again, so that this is a process of its o
 from __future__ import annotations
 
 import errno
-import importlib.util
 import json
 import logging
 import os
@@ -15,18 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from planted_run import Planted, config
 
 from transcoder.training import train_transcoder
 from transcoder.training.checkpoint import CheckpointStore
 
 STEPS = 6
-_spec = importlib.util.spec_from_file_location("planted", Path(__file__).parents[1] / "training" / "test_trainer.py")
-assert _spec is not None
-assert _spec.loader is not None
-planted: Any = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(planted)
-
-CONFIG = planted.config(
+CONFIG = config(
     training__steps=STEPS,
     checkpoint__every=2,
     checkpoint__keep_last=2,
@@ -59,7 +53,7 @@ class Fault:
             raise OSError(cause, os.strerror(cause), path)
 
 
-class Arming(planted.Planted):  # type: ignore[misc]
+class Arming(Planted):  # type: ignore[misc]
     """Failures begin with the first batch that is trained on."""
 
     def __init__(self, fault: Fault) -> None:
@@ -78,16 +72,16 @@ class Arming(planted.Planted):  # type: ignore[misc]
 
 def run(folder: Path, fault: Fault, at: int, second: Path | None = None) -> dict[str, Any]:
     """One run whose operation number `at` fails; with a second location, every one from there on."""
-    config = CONFIG.replace({"checkpoint.second_location": None if second is None else str(second)})
+    settings = CONFIG.replace({"checkpoint.second_location": None if second is None else str(second)})
     fault.lasts = second is not None
     fault.folder, fault.at, fault.seen, fault.armed, fault.what = str(folder), at, 0, False, []
     try:
-        result = train_transcoder(config, folder, batches=Arming(fault))
+        result = train_transcoder(settings, folder, batches=Arming(fault))
         ended = "finished" if result.finished else "stopped"
     except Exception as error:
         ended = f"{type(error).__name__}: {error}"
     fault.armed = False
-    newest = CheckpointStore(folder, config.checkpoint).latest()
+    newest = CheckpointStore(folder, settings.checkpoint).latest()
     weights = b"" if newest is None else b"".join(t.numpy().tobytes() for t in newest.model.values())
     return {
         "ended": ended,

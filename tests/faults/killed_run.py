@@ -6,7 +6,6 @@ it. It has one thread and has never run a backward pass when it forks, so that a
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 import os
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from planted_run import Planted, config
 
 from transcoder.training import train_transcoder
 from transcoder.training.checkpoint import CheckpointStore
@@ -29,13 +29,7 @@ BATCHES = 18
 MOMENT = 0.012
 """And up to so many seconds after a batch was taken: a step and the writing of its files take about as long."""
 
-_spec = importlib.util.spec_from_file_location("planted", Path(__file__).parents[1] / "training" / "test_trainer.py")
-assert _spec is not None
-assert _spec.loader is not None
-planted: Any = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(planted)
-
-CONFIG = planted.config(
+CONFIG = config(
     training__steps=STEPS,
     training__evaluation_every=45,
     checkpoint__every=3,
@@ -48,7 +42,7 @@ CONFIG = planted.config(
 )
 
 
-class Told(planted.Planted):  # type: ignore[misc]
+class Told(Planted):  # type: ignore[misc]
     """Says at each batch that it was taken."""
 
     def __init__(self, pipe: int) -> None:

@@ -89,6 +89,11 @@ class _Limited:
         return getattr(self.file, name)
 
 
+@pytest.fixture(autouse=True)
+def _nobody_makes_room_within_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "BACK_OFF", (0.0, 0.0))
+
+
 @pytest.fixture
 def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SmallDisk]:
     folder = tmp_path / "disk"
@@ -228,7 +233,9 @@ FILE_SIZE_LIMIT = """
 import resource, sys
 from pathlib import Path
 import torch
+from transcoder.training import checkpoint
 from transcoder.training.checkpoint import CheckpointError, CheckpointStore
+checkpoint.BACK_OFF = ()
 store = CheckpointStore(Path(sys.argv[1]))
 store.save(1, {"w": torch.ones(1000)}, {"m": torch.ones(1000)}, {})
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))

@@ -287,7 +287,6 @@ def test_space_is_checked_with_settings_that_would_fit(tmp_path: Path) -> None:
     free = free_bytes(tmp_path)
     section = CheckpointSection(every=10, keep_last=5, keep_every=10)
     store = CheckpointStore(tmp_path, section)
-    store.check_space(1000)
     store.check_space(1000, steps=100)
     with pytest.raises(CheckpointError, match=r"fit: --checkpoint.keep_every null \(needs"):
         store.check_space(free // 8, steps=1000)
@@ -297,8 +296,10 @@ def test_space_is_checked_with_settings_that_would_fit(tmp_path: Path) -> None:
         store.check_space(free // 3, steps=1000)
     with pytest.raises(CheckpointError, match=r"transcoder.d_sae \(about \d+ % of the present"):
         store.check_space(2 * free, steps=1000)
-    with pytest.raises(CheckpointError, match=r"need .* free are"):
-        store.check_space(2 * free)
+    with pytest.raises(
+        CheckpointError, match=r"checkpoints \(.* and what a run writes beside them \(.* need .* free are"
+    ):
+        store.check_space(1000, steps=100, beside=2 * free)
     assert store.budget(1000, steps=10) == store.budget(1000, steps=5) < store.budget(1000, steps=100)
 
 

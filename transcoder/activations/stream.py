@@ -209,6 +209,10 @@ class ActivationStream:
         rows = self._capacity + self._source.pass_rows + sum(map(len, self._peeked))
         return rows * self._source.row_bytes + self._source.cursor_bytes_at_most() + _JSON_BYTES
 
+    def essential_bytes_at_most(self) -> int:
+        """The same without any rows: what a state takes from which the stream goes on behind the rows that it held."""
+        return self._source.cursor_bytes_at_most() + _JSON_BYTES
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on exactly where `state_dict` was taken.
 

@@ -4,21 +4,22 @@ Each holds transcoder.safetensors (the weights), trainer.safetensors and state.j
 state).
 
 How a write fails, in order: the temporary folder is removed; checkpoints that the retention lets go are
-deleted and the write is tried once more; then `checkpoint.second_location` takes it, if set; then `save`
-raises `CheckpointError`. Every checkpoint that was good before is still good after any of these. A trainer
-may go on after the error and try again at the next interval.
+deleted and the write is tried again, and again after each pause of `BACK_OFF`; then `checkpoint.second_location`
+takes it, if set; then the reserve is given up for it; then the essential state alone is written in its place;
+then `save` raises `CheckpointError`. The newest checkpoint that was good before is still good after any of these.
+A trainer may go on after the error and try again at the next interval.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import json
 import math
 import os
 import secrets
 import shutil
+import time
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -45,6 +46,8 @@ from transcoder.checkpoint_folder import (
     verify_checkpoint,
 )
 from transcoder.config import CheckpointSection
+from transcoder.training.disk_budget import SLACK, checkpoint_bytes, refuse_what_cannot_fit
+from transcoder.training.reserve import Reserve, room_for
 from transcoder.training.state_tree import pack_state, unpack_state
 from transcoder.training.storage import (
     FolderLock,
@@ -75,14 +78,8 @@ __all__ = [
     "unpack_state",
 ]
 
-_SLACK = 64 * 1024
-"""Room for the folder itself and for blocks that are not full."""
-_THRIFT: tuple[tuple[str, Any, str], ...] = (
-    ("keep_every", None, "null"),
-    ("keep_best", False, "false"),
-    ("keep_last", 1, "1"),
-)
-"""Settings that take less room, the least missed first, and how a flag spells them."""
+BACK_OFF = (1.0, 4.0)
+"""Seconds before each further try of a write that failed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,6 +109,24 @@ class CheckpointStore:
         self.run_dir = Path(run_dir)
         self.section = section or CheckpointSection()
         self.folder = self.run_dir / "checkpoints"
+        self.reserve = Reserve(self.run_dir, 0)
+        self.degraded = False
+        """The last `save` could keep the essential state only."""
+
+    def hold_reserve(self, size: int) -> None:
+        """Hold `size` bytes for the last state; given up when nothing else is left, and held again when there is room.
+
+        Raises:
+            CheckpointError: they are not to be had.
+        """
+        self.reserve = Reserve(self.run_dir, size)
+        try:
+            self.reserve.make()
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.reserve.path}: {human_bytes(size)} could not be held for the last state: {error}; free space, or set "
+                "checkpoint.reserve to false"
+            ) from error
 
     def save(
         self,
@@ -120,6 +135,7 @@ class CheckpointStore:
         trainer_tree: Any,
         summary: dict[str, Any],
         metric: float | None = None,
+        essential: Callable[[Any], Any] | None = None,
     ) -> Path:
         """Write one checkpoint durably and apply the retention.
 
@@ -129,6 +145,7 @@ class CheckpointStore:
             trainer_tree: everything else that a bitwise resume needs, see `pack_state`.
             summary: JSON values for people and reports; no tensors.
             metric: lower is better (held-out FVU); None or NaN never counts as best.
+            essential: what of `trainer_tree` is kept where not all of it fits; None: all of it or nothing.
 
         Returns:
             The checkpoint's folder.
@@ -137,46 +154,60 @@ class CheckpointStore:
             CheckpointError: neither the run's folder nor the second location took it; older ones are
             untouched. TypeError: a leaf that cannot be stored; nothing was written.
         """
-        tensors, skeleton = pack_state(trainer_tree)
         summary_tensors, packed_summary = pack_state(summary)
         if summary_tensors:
             names = ", ".join(summary_tensors)
             raise TypeError(f"summary: expected JSON values, got tensors at {names}; read them with .item()")
         metric = None if metric is None or math.isnan(metric) else float(metric)
-        state = {
-            "step": step,
-            "metric": metric,
-            "summary": packed_summary,
-            "trainer": skeleton,
-            "torch": torch.__version__,
-        }
-        write = _Writer({MODEL_FILE: model, TRAINER_FILE: tensors}, state)
 
-        places: list[tuple[Path, Callable[[], object]]] = [
-            (self.folder, lambda: None),
-            (self.folder, lambda: self._make_room(step, metric)),
-        ]
-        second = self._second_folder(create=True)
-        if second is not None:
-            places.append((second, lambda: None))
+        def writer(tree: Any) -> _Writer:
+            tensors, skeleton = pack_state(tree)
+            state = {
+                "step": step,
+                "metric": metric,
+                "summary": packed_summary,
+                "trainer": skeleton,
+                "torch": torch.__version__,
+            }
+            return _Writer({MODEL_FILE: model, TRAINER_FILE: tensors}, state)
+
+        whole, second = writer(trainer_tree), self._second_folder(create=True)
         failures: list[str] = []
-        for place, prepare in places:
+
+        def written(place: Path, write: _Writer) -> Path | None:
             try:
-                prepare()
+                if failures:
+                    self._make_room(step, metric)
                 path = write(place)
             except OSError as error:
                 failures.append(f"{place}: {error}")
-                continue
-            if place != self.folder:
-                warnings.warn(
-                    f"checkpoint of step {step} went to the second location {path}: {failures[-1]}",
-                    stacklevel=2,
-                )
+                return None
             self._retain(place)
+            self._hold_reserve_again()
             return path
+
+        self.degraded = False
+        for pause in (0.0, 0.0, *BACK_OFF):
+            time.sleep(pause)
+            if (path := written(self.folder, whole)) is not None:
+                return path
+        if second is not None and (path := written(second, whole)) is not None:
+            _warn(f"checkpoint of step {step} went to the second location {path}: {failures[-1]}")
+            return path
+        if self.reserve.release() and (path := written(self.folder, whole)) is not None:
+            _warn(f"checkpoint of step {step} took the space held for the last state: {failures[-1]}")
+            return path
+        if essential is not None and (path := written(self.folder, writer(essential(trainer_tree)))) is not None:
+            self.degraded = True
+            _warn(
+                f"of step {step} only the essential state could be kept ({path}): a run resumed from it goes on, but not to "
+                f"the same bits: {failures[-1]}"
+            )
+            return path
+        self._hold_reserve_again()
         causes = "; ".join(dict.fromkeys(failures))
         raise CheckpointError(
-            f"checkpoint of step {step} ({human_bytes(write.bytes)}) could not be written: {causes}. Older "
+            f"checkpoint of step {step} ({human_bytes(whole.bytes)}) could not be written: {causes}. Older "
             "ones are untouched. Free space, or set checkpoint.second_location to a folder on another disk"
         )
 
@@ -192,46 +223,28 @@ class CheckpointStore:
         places = [self.folder, self._second_folder(create=False)]
         return newest(candidates(p for p in places if p is not None), load_checkpoint)
 
-    def budget(self, checkpoint_bytes: int, steps: int) -> int:
-        """Bytes that checkpoints take at most in a run of `steps`: those kept and the one in writing."""
-        return _budget(self.section, checkpoint_bytes, steps)
+    def budget(self, each: int, steps: int) -> int:
+        """Bytes that checkpoints of `each` bytes take at most in a run of `steps`: those kept and the one in writing."""
+        return checkpoint_bytes(self.section, each, steps)
 
-    def check_space(self, bytes_needed: int, steps: int | None = None) -> None:
-        """Refuse what cannot fit.
+    def check_space(self, each: int, steps: int, beside: int = 0) -> None:
+        """Refuse, before training, what cannot fit beside what others have on the disk or under a quota.
 
         Args:
-            bytes_needed: size of one checkpoint.
-            steps: length of the run: checks the whole retention (before training); None: one write.
+            each: bytes of one checkpoint.
+            steps: length of the run.
+            beside: bytes of everything else: logs, samples, reserve.
 
         Raises:
             CheckpointError: with bytes needed, bytes free and the settings that would fit.
         """
-        if steps is not None:
-            self._check_second_location()
-        present = sum(_size(path) for _, path in candidates([self.folder])) if steps is not None else 0
-        free = free_bytes(self.folder) + present
-
-        def needed(section: CheckpointSection) -> int:
-            return bytes_needed + _SLACK if steps is None else _budget(section, bytes_needed, steps)
-
-        if needed(self.section) <= free:
-            return
-        need = human_bytes(needed(self.section))
-        message = f"{self.folder}: checkpoints need {need}, free are {human_bytes(free)}. "
-        section, flags = self.section, ""
-        for name, value, text in _THRIFT if steps is not None else ():
-            if getattr(section, name) != value:
-                section = dataclasses.replace(section, **{name: value})
-                flags += f" --checkpoint.{name} {text}"
-                if needed(section) <= free:
-                    raise CheckpointError(f"{message}This would fit:{flags} (needs {human_bytes(needed(section))})")
-        share = math.floor(100 * max(free - 2 * _SLACK, 0) / needed(section))
-        raise CheckpointError(
-            f"{message}The least is {human_bytes(needed(section))}{flags and ' with' + flags}: choose --out "
-            f"on "
-            f"another disk, free space, or a smaller transcoder.d_sae (about {share} % of the present one "
-            f"fits)"
-        )
+        self._check_second_location()
+        present = sum(_size(path) for _, path in candidates([self.folder])) + self.reserve.held
+        free = free_bytes(self.folder)
+        wanted = self.budget(each, steps) + beside - present
+        if 0 < wanted <= free and (room := room_for(self.run_dir, wanted)) < wanted:
+            free = room
+        refuse_what_cannot_fit(self.folder, self.section, each, steps, beside, free + present)
 
     def _check_second_location(self) -> None:
         if self.section.second_location is None:
@@ -266,6 +279,11 @@ class CheckpointStore:
         if not run_id.isalnum():
             return None
         return Path(self.section.second_location) / f"{self.run_dir.resolve().name}-{run_id}"
+
+    def _hold_reserve_again(self) -> None:
+        # Where there is no room for it, the next checkpoint is the next occasion.
+        with contextlib.suppress(OSError):
+            self.reserve.make()
 
     def _make_room(self, step: int, metric: float | None) -> None:
         """Delete now what the retention would delete after this save; never the newest that verifies."""
@@ -311,7 +329,7 @@ class _Writer:
 
     def __init__(self, files: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
         self.files, self.state = files, state
-        self.bytes = sum(tensor_bytes(tensors) for tensors in files.values()) + len(json.dumps(state)) + _SLACK
+        self.bytes = sum(tensor_bytes(tensors) for tensors in files.values()) + len(json.dumps(state)) + SLACK
 
     def __call__(self, place: Path) -> Path:
         place.mkdir(parents=True, exist_ok=True)
@@ -369,12 +387,8 @@ def _kept(section: CheckpointSection, metrics: dict[Path, float | None]) -> set[
     return keep
 
 
-def _budget(section: CheckpointSection, checkpoint_bytes: int, steps: int) -> int:
-    saves = math.ceil(steps / section.every)
-    kept = section.keep_last + int(section.keep_best)
-    if section.keep_every is not None:
-        kept += steps // math.lcm(section.every, section.keep_every)
-    return min(saves, kept + 1) * (checkpoint_bytes + _SLACK)
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=3)
 
 
 def _metric(folder: Path) -> float | None:

@@ -6,9 +6,10 @@ import contextlib
 from pathlib import Path
 from types import TracebackType
 
+from transcoder.training.reserve import RESERVE_NAME
 from transcoder.training.storage import FolderLock
 
-MADE = ("config.yaml", "metrics.jsonl", ".run_id")
+MADE = ("config.yaml", "metrics.jsonl", ".run_id", RESERVE_NAME)
 """What a start can leave in the folder beside the lock before training begins."""
 
 

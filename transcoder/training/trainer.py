@@ -7,7 +7,7 @@ import json
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,13 +41,15 @@ from transcoder.training.bad_steps import (
     verdict_of,
 )
 from transcoder.training.baselines import LinearBaseline
-from transcoder.training.checkpoint import CheckpointError, CheckpointStore, pack_state
+from transcoder.training.checkpoint import CheckpointStore
 from transcoder.training.evaluation import cross_entropy, evaluate, merge_test
 from transcoder.training.interrupts import StopRequest
 from transcoder.training.meters import Meters
 from transcoder.training.optimizer import make_optimizer, optimizer_step
 from transcoder.training.recycling import Recycler
 from transcoder.training.run_start import RunStart
+from transcoder.training.run_state import restore
+from transcoder.training.saving import Saver
 from transcoder.training.schedule import learning_rate, peak_learning_rate
 from transcoder.training.similarity import (
     CODES_FILE,
@@ -59,7 +61,6 @@ from transcoder.training.similarity import (
 )
 from transcoder.training.sources import Source, TrainingDataError, own_data
 from transcoder.training.storage import replace_atomically
-from transcoder.training.tensor_file import tensor_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -69,9 +70,6 @@ BASELINE_TOKENS = 65536
 """And never fewer than this."""
 FIRST_TARGETS = 10
 """Step of the first survey for pairs to penalise: by then batches of 1024 tokens have given 10k tokens of evidence."""
-STATE_SLACK = 1 << 20
-"""Bytes for what the bound of a checkpoint does not count one by one."""
-STATEFUL_PARTS = ("regularizer", "positions", "monitor", "samples", "recycler")
 MAY_CHANGE = ("model.device", "activations.prefetch", "activations.allow_changed_data", "training.max_bad_steps")
 """Settings that a resumed run may be given anew: they do not touch its results, or say in so many words that they may."""
 
@@ -255,9 +253,9 @@ class _Run:
             else None
         )
         self.store = CheckpointStore(run_dir, config.checkpoint)
+        self.saver = Saver(self, self.store)
         self.meters = Meters()
         self.step = self.tokens = 0
-        self.saved_step = -1
         self.evaluation: dict[str, float] = {}
         self.verify_step = min(anti.verify_at_step, config.training.steps)
         self.window = (time.monotonic(), 0)
@@ -274,34 +272,27 @@ class _Run:
         loaded = self.store.latest() if resume else None
         if loaded is not None:
             try:
-                self._restore(loaded.model, loaded.trainer_tree)
+                restore(self, loaded.model, loaded.trainer_tree)
             except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
                 raise ValueError(
                     f"resume: {loaded.path} is whole but does not hold the state of this run "
                     f"({type(error).__name__}: {error}): it was written by another version or with other settings; start a "
                     "new run with another --out"
                 ) from error
-            self.step = self.saved_step = loaded.step
+            self.step = self.saver.saved_step = loaded.step
         else:
             self._fit_normalization()
-        budget = self._checkpoint_bytes_at_most()
-        self.store.check_space(budget, self.config.training.steps)
+        budget = self.saver.begin()
         replace_atomically(self.run_dir / "config.yaml", self.config.to_yaml().encode())
         self.writer = self.stack.enter_context(
             MetricsWriter(self.run_dir, self.config, self.step if loaded is not None else None)
         )
+        # Before the log is closed: what became of the last write is in it.
+        self.stack.callback(self.saver.close)
         self.writer.write_event("data", {"source": "own batches" if self.own_batches else self.config.activations.kind})
         self.writer.write_event("checkpoint_budget", {"bytes_each_at_most": budget})
         self.bar = ProgressBar(self.config.training.steps, self.step, self.config.logging.progress)
         self.stack.callback(self.bar.close)
-
-    def _checkpoint_bytes_at_most(self) -> int:
-        """What a checkpoint can grow to: buffers, stores and statistics are near empty when a run starts."""
-        parameters = sum(p.numel() * p.element_size() for p in self.transcoder.parameters())
-        fixed, _ = pack_state({"baseline": self.baseline.state_dict(), "model": dict(self.transcoder.state_dict())})
-        growing = [part.state_bytes_at_most() for part in (self.source, self.monitor, self.samples) if part is not None]
-        # Adam keeps two moments a parameter; the regulariser's and the meters' few numbers fit the slack.
-        return tensor_bytes(fixed) + 2 * parameters + sum(growing) + STATE_SLACK
 
     def _fit_normalization(self) -> None:
         mode = self.config.transcoder.normalize
@@ -334,7 +325,7 @@ class _Run:
         finished = self.step >= section.steps
         if not finished:
             self._catch_up()
-            self._save()
+            self.saver.save(wait=True)
         summary = self._finish(finished, stop.signal)
         return RunResult(
             self.run_dir,
@@ -440,6 +431,7 @@ class _Run:
 
     def _between_steps(self) -> None:
         config, step = self.config, self.step
+        self.saver.look()
         last = step >= config.training.steps
         every = config.training.evaluation_every
         reporting = step % config.antidup.monitor.correlation_save_frequency == 0 or last
@@ -474,7 +466,7 @@ class _Run:
                 self.evaluation.update(self._similarity())
             self.writer.write(step, self.evaluation)
         if saving:
-            self._save(self.evaluation.get("evaluation/fvu") if evaluating else None)
+            self.saver.save(self.evaluation.get("evaluation/fvu") if evaluating else None)
 
     def _catch_up(self) -> None:
         """Every step is counted, and the weights are numbers: finite gradients can still carry one to infinity, which must
@@ -613,75 +605,15 @@ class _Run:
         self.writer.write(self.step, figures)
         self.bar.update(self.step, figures)
 
-    # -- state ----------------------------------------------------------------------------------------------------------
-
-    def _trainer_tree(self) -> dict[str, Any]:
-        parts: dict[str, Any] = {
-            "optimizer": self.optimizer.state_dict(),
-            "source": self.source.state_dict(),
-            "baseline": self.baseline.state_dict(),
-            "meters": self.meters.state_dict(),
-            "ledger": self.ledger.state_dict(),
-            "evaluation": self.evaluation,
-            "tokens": self.tokens,
-            "bad_steps": self.bad_steps.state_dict(),
-        }
-        for name in STATEFUL_PARTS:
-            part = getattr(self, name)
-            if part is not None:
-                parts[name] = part.state_dict()
-        # Terms that are not evaluated at every step are logged and filed with their last figures.
-        parts["regularizer_metrics"] = {} if self.regularizer is None else self.regularizer.metrics()
-        return parts
-
-    def _restore(self, model: Mapping[str, Tensor], tree: dict[str, Any]) -> None:
-        self.transcoder.load_state_dict(model)
-        self.optimizer.load_state_dict(tree["optimizer"])
-        self.source.load_state_dict(tree["source"])
-        self.baseline.load_state_dict(tree["baseline"])
-        self.meters.load_state_dict(tree["meters"], self.device)
-        self.ledger.load_state_dict(tree["ledger"])
-        self.evaluation = dict(tree["evaluation"])
-        self.tokens = int(tree["tokens"])
-        # Checkpoints from before bad steps were skipped have none.
-        self.bad_steps.load_state_dict(tree.get("bad_steps", {"count": 0, "last": []}))
-        for name in STATEFUL_PARTS:
-            part = getattr(self, name)
-            if part is not None:
-                part.load_state_dict(tree[name])
-        if self.regularizer is not None:
-            self.regularizer.set_metrics(tree.get("regularizer_metrics", {}))
+    # -- the end --------------------------------------------------------------------------------------------------------
 
     def _rescue(self) -> None:
         """The run is about to fail for a reason of its data or files: what was trained since the last checkpoint is kept."""
         try:
             self._catch_up()
-            self._save()
+            self.saver.save(wait=True)
         except Exception as error:
             logger.warning("the state of step %d could not be saved: %s", self.step, error)
-
-    def _save(self, metric: float | None = None) -> None:
-        if self.step == self.saved_step:
-            return
-        # The lines up to here must be on disk first: a resumed run drops those after its step and writes them again.
-        self.writer.flush()
-        summary = {
-            "transcoder": self.transcoder.config.to_dict(),
-            "config": self.config.to_dict(),
-            **self.evaluation,
-        }
-        try:
-            path = self.store.save(self.step, dict(self.transcoder.state_dict()), self._trainer_tree(), summary, metric)
-        except CheckpointError as error:
-            if self.step >= self.config.training.steps:
-                raise
-            logger.warning("%s; training goes on, the next try is at the next interval", error)
-            self.writer.write_event("checkpoint_failed", {"error": str(error)})
-            return
-        self.saved_step = self.step
-        self.writer.write_event("checkpoint", {"step": self.step, "folder": path.name})
-        if self.config.logging.wandb_upload_checkpoints:
-            self.writer.upload_checkpoint(path, self.step)
 
     def _finish(self, finished: bool, interrupted_by: str | None) -> dict[str, Any]:
         self._write("usage.json", self.ledger.write)

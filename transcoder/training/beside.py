@@ -1,0 +1,62 @@
+"""One piece of work at a time, in a thread beside training."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Beside(Generic[T]):
+    """Runs a function in a daemon thread and hands its result, or its error, to whoever collects it.
+
+    A thread that never comes back (a dead network disk) is waited for as long as asked and no longer; the process can end
+    without it.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._thread: threading.Thread | None = None
+        self._result: list[T] = []
+        self._error: list[BaseException] = []
+
+    @property
+    def busy(self) -> bool:
+        """Something was started and not collected yet."""
+        return self._thread is not None
+
+    def start(self, work: Callable[[], T]) -> None:
+        """RuntimeError while something is in flight: collect it first."""
+        if self.busy:
+            raise RuntimeError(f"{self._name}: expected the last one to be collected first")
+        self._result, self._error = [], []
+        self._thread = threading.Thread(
+            target=self._run, args=(work, self._result, self._error), name=self._name, daemon=True
+        )
+        self._thread.start()
+
+    def collect(self, seconds: float) -> T | None:
+        """The result once it is there, waiting at most so long (0: not at all); None where there is none yet, or nothing
+        was started.
+
+        Raises:
+            What the work raised.
+        """
+        if self._thread is None:
+            return None
+        self._thread.join(seconds)
+        if self._thread.is_alive():
+            return None
+        self._thread = None
+        if self._error:
+            raise self._error[0]
+        return self._result[0]
+
+    @staticmethod
+    def _run(work: Callable[[], T], result: list[T], error: list[BaseException]) -> None:
+        try:
+            result.append(work())
+        except BaseException as caught:
+            error.append(caught)
