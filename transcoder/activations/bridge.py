@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import hashlib
+import importlib.metadata
 import os
 import re
 import threading
@@ -18,6 +19,9 @@ from torch import Tensor
 from transcoder.activations.passes import Substitute
 from transcoder.activations.vocabulary import Vocabulary
 from transcoder.demo import language_model_path
+
+OLDEST = (3, 9)
+"""The oldest TransformerLens whose bridge the tests pass with. Other libraries pin older ones, so an install may bring one."""
 
 LOGITS = 1 << 27
 """Logits of a pass: 1.3 GB with the temporaries of the softmax."""
@@ -58,9 +62,8 @@ def resolve_model_name(name: str) -> str:
 def _check_hub_model(name: str) -> None:
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
-    from transformer_lens.tools.model_registry.registry_io import resolve_model_alias
 
-    official = resolve_model_alias(name) or name
+    official = _official_name(name)
     try:
         if isinstance(try_to_load_from_cache(official, "config.json"), str):
             return
@@ -76,6 +79,29 @@ def _check_hub_model(name: str) -> None:
             f"{type(error).__name__}: {error}. Check the name and the network (a gated model needs `hf auth login`); "
             "without a network use 'demo' or a local folder."
         ) from error
+
+
+def _official_name(name: str) -> str:
+    """The hub's name of a model that TransformerLens knows by another."""
+    _check_library()
+    from transformer_lens.tools.model_registry import registry_io
+
+    if hasattr(registry_io, "resolve_model_alias"):
+        return registry_io.resolve_model_alias(name) or name
+    # Up to 3.x the aliases are a plain table.
+    from transformer_lens.supported_models import MODEL_ALIASES
+
+    return next((official for official, aliases in MODEL_ALIASES.items() if name in aliases), name)
+
+
+def _check_library() -> None:
+    have = importlib.metadata.version("transformer-lens")
+    if tuple(int(part) for part in re.findall(r"\d+", have)[:2]) < OLDEST:
+        raise ModelError(
+            "model.name: reading a language model needs transformer-lens 3.9 or newer (tested with 3.9 and 4.3), and this "
+            f"environment has {have}: pip install 'transformer-lens>=3.9,<5', in an environment of its own where another "
+            "library pins the older one"
+        )
 
 
 def layer_of(hook: str) -> int | None:
@@ -117,6 +143,7 @@ class HookedModel:
     ) -> None:
         _check_layers(source_hook, target_hook)
         folder = resolve_model_name(name)
+        _check_library()
         from transformer_lens.model_bridge import TransformerBridge
 
         try:

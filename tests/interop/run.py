@@ -1,0 +1,71 @@
+"""Conformance against the real peer libraries: tests/interop/conformance/ in the environment of each, one line a library.
+
+    python tests/interop/run.py                      # all of them
+    python tests/interop/run.py saelens sparsify     # these
+
+The environments are made first where they are missing (environment.py). In each run the files named for its library,
+`test_<library>*.py`; a library of which no test ran fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from environment import PEERS, ROOT, environment
+
+TESTS = ROOT / "tests" / "interop" / "conformance"
+
+
+def run(library: str, into: Path | None, torch_backend: str | None) -> bool:
+    """Make, test, print one line; the whole output too where something failed."""
+    began = time.monotonic()
+    try:
+        python = environment(library, into, torch_backend)
+    except subprocess.CalledProcessError as error:
+        print(f"{library}: no environment: {error}")
+        return False
+    made = time.monotonic()
+    # Hubs answer nothing in these tests, and asking them would cost their timeouts.
+    settings = {**os.environ, "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
+    files = sorted(map(str, TESTS.glob(f"test_{library.replace('-', '_')}*.py")))
+    done = subprocess.run(
+        [str(python), "-m", "pytest", "-q", *(files or [str(TESTS)])],
+        cwd=ROOT,
+        env=settings,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    counts = dict(reversed(pair) for pair in re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", done.stdout))
+    good = done.returncode == 0 and int(counts.get("passed", 0)) > 0
+    if not good:
+        print(done.stdout, done.stderr, sep="\n")
+    found = ", ".join(f"{counts.get(name, 0)} {name}" for name in ("passed", "failed", "skipped"))
+    seconds = f"environment {made - began:.0f} s, tests {time.monotonic() - made:.0f} s"
+    print(f"{library} ({PEERS[library]}): {found}; {seconds}", flush=True)
+    return good
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="the conformance tests, each library in an environment of its own")
+    parser.add_argument("library", nargs="*", help=f"any of {', '.join(PEERS)} (default: all)")
+    parser.add_argument(
+        "--into", type=Path, help="the folder that holds environments (default: .interop/ of the checkout)"
+    )
+    parser.add_argument("--torch-backend", help="as uv's --torch-backend, such as cpu")
+    given = parser.parse_args()
+    unknown = set(given.library) - set(PEERS)
+    if unknown:
+        parser.error(f"no library {', '.join(sorted(unknown))}; there are {', '.join(PEERS)}")
+    results = [run(library, given.into, given.torch_backend) for library in given.library or PEERS]
+    sys.exit(0 if all(results) else 1)
+
+
+if __name__ == "__main__":
+    main()
