@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         UsageLedger,
     )
     from transcoder.config import ConfigError, RunConfig
+    from transcoder.interop.formats import export_transcoder, import_transcoder
     from transcoder.model import StepOutput, Transcoder, TranscoderConfig
     from transcoder.reporting import Run
     from transcoder.training import RunResult, train_transcoder
@@ -37,6 +38,8 @@ _HOMES = {
     "Transcoder": "transcoder.model",
     "TranscoderConfig": "transcoder.model",
     "UsageLedger": "transcoder.antidup",
+    "export_transcoder": "transcoder.interop.formats",
+    "import_transcoder": "transcoder.interop.formats",
     "train_transcoder": "transcoder.training",
 }
 
@@ -55,6 +58,8 @@ __all__ = [
     "TranscoderConfig",
     "UsageLedger",
     "__version__",
+    "export_transcoder",
+    "import_transcoder",
     "train_transcoder",
 ]
 

@@ -1,4 +1,4 @@
-"""The command line: `transcoder train | demo | validate | sweep | compare | report | doctor`.
+"""The command line: `transcoder train | demo | validate | sweep | compare | report | export | import | doctor`.
 
 Exit codes: 0 done; 1 the run failed; 2 bad input (settings, data, files); 3 an anti-duplication part was not
 really used; 75 stopped by a signal with the state saved (add --resume to go on); 130 interrupted before there
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from transcoder import __version__
 from transcoder.config import ConfigError, RunConfig, parse_flag
+from transcoder.interop import commands as interop
 
 # torch and the rooms are imported by the commands that need them: `--help` and `--version` answer at once.
 if TYPE_CHECKING:
@@ -201,6 +202,15 @@ def _sweep(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
     return EXIT_OK
 
 
+def _profile(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
+    from transcoder.training.profile import QUIET, profile_run
+
+    config = RunConfig.load(options.config, {**overrides, **QUIET})
+    out = Path(options.out) if options.out is not None else Path("runs") / f"profile-{config.name}"
+    print(profile_run(config, options.steps, out / "trace.json").format())
+    return EXIT_OK
+
+
 def _compare(options: argparse.Namespace, _: dict[str, Any]) -> int:
     if len(options.runs) < 2:
         raise ConfigError(f"compare: expected at least two run folders, got {len(options.runs)}")
@@ -338,11 +348,18 @@ def _parser() -> _Parser:
     sweep.add_argument(
         "--out", metavar="DIR", help="folder of the runs (default: runs/sweep-<name>); finished runs are kept"
     )
+    profile = command("profile", _profile, "Where a step's time goes, with a trace to open.", True)
+    profile.usage = str(profile.usage) % "CONFIG "
+    profile.add_argument("config", metavar="CONFIG", help="as in train")
+    profile.add_argument("--steps", metavar="N", type=int, default=30, help="steps under the clock (default: 30)")
+    profile.add_argument("--out", metavar="DIR", help="folder for trace.json (default: runs/profile-<name>)")
     compare = command("compare", _compare, "Compare finished runs with the first of them.", False)
     text = "a run folder; or NAME=RUN,RUN,... for a method's runs over seeds, compared with intervals over seeds"
     compare.add_argument("runs", metavar="RUN", nargs="+", help=text)
     report = command("report", _report, "Write report.html of a run again, from its files.", False)
     report.add_argument("run_folder", metavar="RUN", help="a run folder")
+    interop.add_export(command("export", interop.run_export, interop.EXPORT, False))
+    interop.add_import(command("import", interop.run_import, interop.IMPORT, False))
     command("doctor", _doctor, "Say what this machine has and what is missing.", False)
     return parser
 

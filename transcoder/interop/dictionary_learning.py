@@ -1,0 +1,153 @@
+"""dictionary_learning: a folder with ae.pt and config.json. One width d; b_dec is subtracted from the input."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from transcoder.interop.files import read_json, read_pickle, write_json, write_state_dict
+from transcoder.interop.plain import Hooks, PlainWeights, cumulative, group_sizes, matrix, take_tensors
+from transcoder.interop.record import Conversion
+
+TESTED = "dictionary-learning 0.1.0"
+WEIGHTS_FILE, CONFIG_FILE = "ae.pt", "config.json"
+
+_LINEAR = ("encoder.weight", "encoder.bias", "decoder.weight")
+_PLAIN = ("W_enc", "b_enc", "W_dec", "b_dec")
+_NAMES: dict[str, tuple[str, ...]] = {
+    "AutoEncoder": (*_LINEAR, "bias"),
+    "AutoEncoderNew": (*_LINEAR, "decoder.bias"),
+    "AutoEncoderTopK": (*_LINEAR, "b_dec", "k", "threshold"),
+    "BatchTopKSAE": (*_LINEAR, "b_dec", "k", "threshold"),
+    "MatryoshkaBatchTopKSAE": (*_PLAIN, "k", "threshold", "group_sizes"),
+    "JumpReluAutoEncoder": (*_PLAIN, "threshold"),
+}
+
+
+def write(plain: PlainWeights, folder: Path, record: Conversion, options: Mapping[str, Any]) -> None:
+    """TopK -> AutoEncoderTopK; BatchTopK -> BatchTopKSAE, with widths MatryoshkaBatchTopKSAE; a threshold a latent ->
+    JumpReluAutoEncoder. Options: none."""
+    if plain.d_in != plain.d_out:
+        raise ValueError(
+            "dictionary_learning export: a dictionary has one width for input and output, got "
+            f"d_in {plain.d_in} and d_out {plain.d_out}"
+        )
+    plain = plain.without_skip(record, "dictionary_learning has no skip connection")
+    nested = plain.widths is not None and len(plain.widths) > 1
+    each = plain.threshold is not None and plain.threshold.dim() == 1 and plain.activation == "threshold"
+    if plain.activation == "topk":
+        name = "AutoEncoderTopK"
+    elif each:
+        name = "JumpReluAutoEncoder"
+    else:
+        name = "MatryoshkaBatchTopKSAE" if nested else "BatchTopKSAE"
+    if nested and name != "MatryoshkaBatchTopKSAE":
+        record.add(f"{name} knows no Matryoshka widths: lost", "note")
+    # JumpReluAutoEncoder reads x, the others x - b_dec.
+    plain = plain.with_input_bias(None if each else plain.b_dec, record)
+    record.add(f"class {name}", "layout")
+    scalar = torch.tensor(-1.0) if plain.threshold is None or plain.threshold.dim() else plain.threshold
+    counters = {"k": torch.tensor(plain.k, dtype=torch.int32), "threshold": scalar}
+    transposed = {"W_enc": plain.W_enc.T, "b_enc": plain.b_enc, "W_dec": plain.W_dec, "b_dec": plain.b_dec}
+    tensors: dict[str, Tensor]
+    if name == "MatryoshkaBatchTopKSAE":
+        record.add("cumulative widths became group sizes", "layout")
+        tensors = {**counters, "group_sizes": torch.tensor(group_sizes(plain.widths or ())), **transposed}
+    elif name == "JumpReluAutoEncoder":
+        tensors = {**transposed, "threshold": plain.latent_thresholds()}
+    else:
+        linear = {"decoder.weight": plain.W_dec.T, "encoder.weight": plain.W_enc, "encoder.bias": plain.b_enc}
+        tensors = {**counters, "b_dec": plain.b_dec, **linear}
+    trainer = {
+        "dict_class": name,
+        "activation_dim": plain.d_in,
+        "dict_size": plain.d_sae,
+        "k": plain.k,
+        **({"group_sizes": group_sizes(plain.widths or ())} if name == "MatryoshkaBatchTopKSAE" else {}),
+        "layer": plain.hooks.layer,
+        "lm_name": plain.hooks.model_name,
+        "submodule_name": plain.hooks.source,
+    }
+    write_state_dict(folder / WEIGHTS_FILE, tensors)
+    write_json(folder / CONFIG_FILE, {"trainer": trainer, "buffer": {"ctx_len": plain.hooks.context_size}})
+
+
+def read(path: Path, record: Conversion, options: Mapping[str, Any]) -> PlainWeights:
+    """A folder with ae.pt (and config.json), or such a .pt file. Options: allow_pickle."""
+    where = "dictionary-learning import"
+    file = path / WEIGHTS_FILE if path.is_dir() else path
+    state = read_pickle(where, file, bool(options.get("allow_pickle")))
+    trainer = _trainer(where, file.parent)
+    name = _class_of(where, state, trainer)
+    found = take_tensors(f"{where}: {file} ({name})", state, _NAMES[name])
+    record.add(f"class {name}", "layout")
+    if "encoder.weight" in found:
+        W_enc, W_dec = found["encoder.weight"], matrix(where, "decoder.weight", found["decoder.weight"]).T.contiguous()
+        b_enc = found["encoder.bias"]
+    else:
+        W_enc, W_dec, b_enc = matrix(where, "W_enc", found["W_enc"]).T.contiguous(), found["W_dec"], found["b_enc"]
+    b_dec = next(found[key] for key in ("b_dec", "bias", "decoder.bias") if key in found)
+    subtracts = name not in ("AutoEncoderNew", "JumpReluAutoEncoder")
+    threshold = torch.tensor(0.0) if name in ("AutoEncoder", "AutoEncoderNew") else found["threshold"]
+    widths = cumulative(found["group_sizes"].tolist()) if "group_sizes" in found else None
+    if widths and (widths[-1] != W_enc.shape[0] or min(found["group_sizes"].tolist()) < 1):
+        sizes = found["group_sizes"].tolist()
+        raise ValueError(f"{where}: group_sizes: expected positive sizes that sum to {W_enc.shape[0]}, got {sizes}")
+    if widths:
+        record.add("group sizes became cumulative widths", "layout")
+    return PlainWeights(
+        W_enc=matrix(where, "encoder weights", W_enc),
+        b_enc=b_enc,
+        W_dec=matrix(where, "decoder weights", W_dec),
+        b_dec=b_dec,
+        input_bias=b_dec.clone() if subtracts else None,
+        activation="topk" if name == "AutoEncoderTopK" else "threshold",
+        k=_k(where, found, trainer),
+        threshold=threshold,
+        widths=widths if widths and len(widths) > 1 else None,
+        hooks=_hooks(trainer),
+    )
+
+
+def _trainer(where: str, folder: Path) -> dict[str, Any]:
+    if not (folder / CONFIG_FILE).is_file():
+        return {}
+    trainer = read_json(where, folder / CONFIG_FILE).get("trainer", {})
+    if not isinstance(trainer, dict):
+        raise ValueError(f"{where}: {folder / CONFIG_FILE}: trainer: expected an object, got {type(trainer).__name__}")
+    return trainer
+
+
+def _class_of(where: str, state: Mapping[str, Any], trainer: Mapping[str, Any]) -> str:
+    """By config.json; without it by the names of the tensors, where they tell."""
+    name = trainer.get("dict_class")
+    if name is None:
+        fitting = [known for known, names in _NAMES.items() if set(names) == set(state)]
+        if len(fitting) == 1:
+            return fitting[0]
+        if fitting:
+            raise ValueError(
+                f"{where}: no {CONFIG_FILE} beside the weights, whose names fit {' and '.join(fitting)}: write one with "
+                '{"trainer": {"dict_class": ...}}'
+            )
+        raise ValueError(f"{where}: the tensors {', '.join(sorted(map(str, state)))} fit none of {', '.join(_NAMES)}")
+    if name not in _NAMES:
+        raise ValueError(f"{where}: dict_class: expected one of {', '.join(_NAMES)}, got {name!r}")
+    return str(name)
+
+
+def _k(where: str, found: Mapping[str, Tensor], trainer: Mapping[str, Any]) -> int | None:
+    k = int(found["k"]) if "k" in found and found["k"].numel() == 1 else trainer.get("k")
+    if k is not None and (not isinstance(k, int) or k < 1):
+        raise ValueError(f"{where}: k: expected a whole number of latents a token, got {k!r}")
+    return k
+
+
+def _hooks(trainer: Mapping[str, Any]) -> Hooks:
+    name, model = trainer.get("submodule_name"), trainer.get("lm_name")
+    source = name if isinstance(name, str) else None
+    return Hooks(source=source, target=source, model_name=model if isinstance(model, str) else None)

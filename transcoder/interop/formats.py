@@ -1,0 +1,223 @@
+"""The front of the formats: export a transcoder to another library's files, import one from them, each with its record."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from transcoder.interop import circuit_tracer, dictionary_learning, gemma_scope, original, saelens, sparsify
+from transcoder.interop.files import new_folder, write_json
+from transcoder.interop.plain import Hooks, PlainWeights, check_weights, from_transcoder, to_transcoder
+from transcoder.interop.record import ChangedFunctionError, Conversion
+from transcoder.interop.source import HOOKS_FILE, Exportable, load_source
+from transcoder.model import Transcoder
+
+__all__ = [
+    "FORMATS",
+    "ChangedFunctionError",
+    "Conversion",
+    "Imported",
+    "export_transcoder",
+    "format_name",
+    "import_transcoder",
+    "read_transcoder",
+]
+
+
+@dataclass(frozen=True)
+class Format:
+    """How one foreign format is written and read, and the options that each takes."""
+
+    read: Callable[[Path, Conversion, Mapping[str, Any]], PlainWeights]
+    tested: str
+    write: Callable[[PlainWeights, Path, Conversion, Mapping[str, Any]], None] | None = None
+    export_options: tuple[str, ...] = ()
+    import_options: tuple[str, ...] = ()
+
+
+FORMATS: dict[str, Format] = {
+    "saelens": Format(saelens.read, saelens.TESTED, saelens.write, ("architecture", "threshold")),
+    "sparsify": Format(sparsify.read, sparsify.TESTED, sparsify.write),
+    "dictionary-learning": Format(
+        dictionary_learning.read, dictionary_learning.TESTED, dictionary_learning.write, (), ("allow_pickle",)
+    ),
+    "circuit-tracer": Format(
+        circuit_tracer.read, circuit_tracer.TESTED, None, ("layer", "n_layers", "scan"), ("layer",)
+    ),
+    "gemma-scope": Format(
+        gemma_scope.read, gemma_scope.TESTED, gemma_scope.write, ("norm_weight", "threshold"), ("layer", "norm_weight")
+    ),
+    "original": Format(original.read, original.TESTED, original.write, ("threshold",), ("allow_pickle",)),
+}
+_EXPORT, _IMPORT = ("source_hook", "target_hook", "model_name"), ("k", "source_hook", "target_hook", "model_name")
+
+
+@dataclass(frozen=True, eq=False)
+class Imported:
+    """What `read_transcoder` returns: the transcoder (eval mode, CPU), where it belongs, and the record."""
+
+    transcoder: Transcoder
+    hooks: Hooks
+    record: Conversion
+
+    def save(self, out_dir: str | Path) -> Path:
+        """A new folder that `Transcoder.from_pretrained` loads, with conversion.json and hooks.json in it.
+
+        Raises:
+            FileExistsError: `out_dir` is not empty.   OSError: it cannot be written; nothing is left then.
+        """
+        out = Path(out_dir)
+        with new_folder(f"{self.record.format} import", out, self.record) as folder:
+            self.transcoder.save_pretrained(folder)
+            write_json(folder / HOOKS_FILE, asdict(self.hooks))
+        return out
+
+
+def format_name(name: str) -> str:
+    """The format's name as `FORMATS` has it: hyphens and underscores, small and capital letters are one.
+
+    Raises:
+        ValueError: unknown; the message lists the known ones.
+    """
+    plain = name.strip().lower().replace("_", "-")
+    if plain not in FORMATS:
+        raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {name!r}")
+    return plain
+
+
+def export_transcoder(
+    source: Exportable | Sequence[Exportable] | Mapping[int, Exportable],
+    format: str,
+    out_dir: str | Path,
+    *,
+    allow_changed_function: bool = False,
+    **options: Any,
+) -> Conversion:
+    """Write a transcoder in another library's format into a new folder, with conversion.json beside it.
+
+    The normalisation of source and target is folded into the weights; latents keep their numbers and their activations.
+
+    Args:
+        source: a Transcoder, a run folder (its newest checkpoint), a checkpoint, or a saved folder. circuit-tracer takes
+            several: a list, or {layer: source}.
+        format: one of `FORMATS`: saelens, sparsify, dictionary-learning, circuit-tracer, gemma-scope, original.
+        out_dir: a folder that does not exist or is empty.
+        allow_changed_function: write what the format can hold where it cannot hold the same function.
+        options: of the format (`FORMATS[name].export_options`), and source_hook, target_hook, model_name, where the run does
+            not know them or another is meant.
+
+    Returns: the record: every step, and whether the function is the same.
+
+    Raises:
+        ChangedFunctionError (a ValueError): the format cannot hold this function; the message names why and the way round.
+        ValueError: the format cannot hold this transcoder at all, or an option is unknown or missing.
+        FileNotFoundError, FileExistsError, OSError: folders. Nothing is left half-written.
+    """
+    name = format_name(format)
+    known = FORMATS[name]
+    given = _options(f"{name} export", options, (*known.export_options, *_EXPORT))
+    out = Path(out_dir)
+    record = Conversion("export", name, str(out), allow_changed_function, known.tested)
+    plains = [_plain(one, record, given) for one in _several(name, source)]
+    for plain in plains:
+        check_weights(f"{name} export", plain)
+    with new_folder(f"{name} export", out, record) as folder:
+        if known.write is not None:
+            known.write(plains[0], folder, record, given)
+        else:
+            circuit_tracer.write_set(_by_layer(source, plains, given), folder, record, given)
+    return record
+
+
+def read_transcoder(format: str, path: str | Path, *, allow_changed_function: bool = False, **options: Any) -> Imported:
+    """Read a transcoder (or a sparse autoencoder) from another library's files.
+
+    Args:
+        format: one of `FORMATS`.
+        path: the folder or file that the library wrote.
+        allow_changed_function: take what a Transcoder can hold where it cannot hold the same function.
+        options: of the format (`FORMATS[name].import_options`); k (what further training uses, where the file does not say);
+            source_hook, target_hook, model_name, where the file does not know them.
+
+    Returns: the transcoder in eval mode, its hooks and the record.
+
+    Raises:
+        ChangedFunctionError (a ValueError): a Transcoder cannot hold this function.
+        FileNotFoundError: a file is missing.
+        ValueError: a file is torn, of another format, or does not fit; it names what was expected, what was found, and what
+            to do.
+    """
+    name = format_name(format)
+    known = FORMATS[name]
+    given = _options(f"{name} import", options, (*known.import_options, *_IMPORT))
+    k = given.get("k")
+    if k is not None and (isinstance(k, bool) or not isinstance(k, int) or k < 1):
+        raise ValueError(f"{name} import: k: expected a whole number of at least 1, got {k!r}")
+    where = Path(path)
+    if not where.exists():
+        raise FileNotFoundError(f"{name} import: {where}: expected a folder or file of this format, there is none")
+    record = Conversion("import", name, str(where), allow_changed_function, known.tested)
+    plain = known.read(where, record, given)
+    model = to_transcoder(plain, record, k=k)
+    return Imported(model, _named(plain.hooks, given), record)
+
+
+def import_transcoder(format: str, path: str | Path, **options: Any) -> Transcoder:
+    """The transcoder alone of `read_transcoder`, which see.
+
+    Equivalent to: `read_transcoder(format, path, **options).transcoder`.
+    """
+    return read_transcoder(format, path, **options).transcoder
+
+
+def _several(name: str, source: Exportable | Sequence[Exportable] | Mapping[int, Exportable]) -> list[Exportable]:
+    if isinstance(source, Mapping):
+        sources = list(source.values())
+    elif isinstance(source, (list, tuple)):
+        sources = list(source)
+    else:
+        return [source]  # type: ignore[list-item]
+    if not sources or (len(sources) > 1 and name != "circuit-tracer"):
+        raise ValueError(
+            f"{name} export: expected one transcoder, got {len(sources)}; only circuit-tracer takes several"
+        )
+    return sources
+
+
+def _plain(source: Exportable, record: Conversion, options: Mapping[str, Any]) -> PlainWeights:
+    loaded = load_source(source)
+    return from_transcoder(loaded.model, _named(loaded.hooks, options), record)
+
+
+def _named(hooks: Hooks, options: Mapping[str, Any]) -> Hooks:
+    given = {"source": "source_hook", "target": "target_hook", "model_name": "model_name"}
+    return replace(
+        hooks, **{name: options[option] for name, option in given.items() if options.get(option) is not None}
+    )
+
+
+def _by_layer(source: object, plains: list[PlainWeights], options: Mapping[str, Any]) -> dict[int, PlainWeights]:
+    if isinstance(source, Mapping):
+        layers = [int(layer) for layer in source]
+    elif options.get("layer") is not None and len(plains) == 1:
+        layers = [int(options["layer"])]
+    else:
+        unknown = [plain.hooks.source for plain in plains if plain.hooks.layer is None]
+        if unknown:
+            raise ValueError(
+                f"circuit-tracer export: expected source hooks of the form blocks.L..., to know the layer, got {unknown}: give "
+                "layer= (--layer), or {layer: source}"
+            )
+        layers = [plain.hooks.layer or 0 for plain in plains]
+    if len(set(layers)) != len(layers) or min(layers) < 0:
+        raise ValueError(f"circuit-tracer export: expected one transcoder a layer, from 0 on, got layers {layers}")
+    return dict(zip(layers, plains, strict=True))
+
+
+def _options(where: str, options: Mapping[str, Any], known: tuple[str, ...]) -> dict[str, Any]:
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise ValueError(f"{where}: unknown options {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+    return {name: value for name, value in options.items() if value is not None}

@@ -1,0 +1,171 @@
+"""Gemma Scope: params.npz with `W_enc [d_in, d_sae]`, `W_dec`, `b_enc`, `b_dec`, `threshold [d_sae]`.
+
+Its transcoders read `blocks.L.ln2.hook_normalized`, the RMSNorm before its weight, and write `blocks.L.hook_mlp_out`. A
+transcoder that reads behind the weight (`blocks.L.mlp.hook_in`) takes diag(w) into its encoder; one that reads the residual
+stream has the norm's division in between, which no weight can hold.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import zipfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+
+from transcoder.interop.files import existing
+from transcoder.interop.plain import Hooks, PlainWeights, matrix, take_tensors
+from transcoder.interop.record import Conversion
+from transcoder.training.storage import write_durably
+
+TESTED = "the files of google/gemma-scope-2b-pt-transcoders as circuit-tracer 0.4.1 and sae-lens 6.54.12 read them"
+WEIGHTS_FILE = "params.npz"
+_NAMES = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
+READ, READ_BEHIND, WRITTEN = "ln2.hook_normalized", "mlp.hook_in", "hook_mlp_out"
+
+
+def write(plain: PlainWeights, folder: Path, record: Conversion, options: Mapping[str, Any]) -> None:
+    """params.npz. Options: norm_weight (see the function), where the transcoder reads behind the norm's weight; threshold."""
+    plain = plain.as_thresholds(record, options.get("threshold"), "Gemma Scope knows JumpReLU thresholds only")
+    plain = plain.without_skip(record, "params.npz has no skip connection")
+    plain = _to_normalized(plain.with_input_bias(None, record), record, options)
+    if plain.widths and len(plain.widths) > 1:
+        record.add("params.npz holds no Matryoshka widths: lost", "note")
+    record.add("k, hooks and the model's name are not in params.npz: lost", "note")
+    record.add("W_enc transposed to [d_in, d_sae]; the threshold is written once a latent", "layout")
+    arrays = (plain.W_enc.T, plain.W_dec, plain.b_enc, plain.b_dec, plain.latent_thresholds())
+    packed = io.BytesIO()
+    W_enc, W_dec, b_enc, b_dec, threshold = (tensor.contiguous().numpy() for tensor in arrays)
+    numpy.savez(packed, W_enc=W_enc, W_dec=W_dec, b_enc=b_enc, b_dec=b_dec, threshold=threshold)
+    write_durably(folder / WEIGHTS_FILE, packed.getvalue())
+
+
+def _to_normalized(plain: PlainWeights, record: Conversion, options: Mapping[str, Any]) -> PlainWeights:
+    source, target = plain.hooks.within_block()
+    if source is None or target is None:
+        raise ValueError(
+            "gemma-scope export: expected the hooks, which this transcoder does not know: the format has its own "
+            f"({READ} to {WRITTEN}). Give source_hook= and target_hook= (--source-hook, --target-hook)"
+        )
+    if target != WRITTEN:
+        record.change(f"it writes {target}, and whoever reads this format adds it at {WRITTEN}")
+    if source == READ:
+        return plain
+    if source != READ_BEHIND:
+        record.change(f"it reads {source}, this format is read at {READ}: the RMSNorm's division lies between them")
+        return plain
+    weight = options.get("norm_weight")
+    if weight is None:
+        raise ValueError(
+            f"gemma-scope export: it reads {source}, behind the RMSNorm's weight: give norm_weight= (--norm-weight FILE), "
+            "[d_in], the factor as it is applied (1 + weight in Gemma's files), or the model's Hugging Face folder"
+        )
+    w = norm_weight(weight, plain.d_in, plain.hooks.layer)
+    record.add(f"the RMSNorm's weight was folded into W_enc: {READ_BEHIND} = {READ} * w", "rounding")
+    return replace(plain, W_enc=(plain.W_enc.double() * w).float())
+
+
+def read(path: Path, record: Conversion, options: Mapping[str, Any]) -> PlainWeights:
+    """params.npz or the folder it is in.
+
+    Options: layer (else from the path); source_hook: where the transcoder shall read, the format's own hook or the one behind
+    the norm's weight, which needs norm_weight.
+    """
+    where = "gemma-scope import"
+    file = existing(where, path / WEIGHTS_FILE if path.is_dir() else path, WEIGHTS_FILE)
+    found = take_tensors(f"{where}: {file}", _read_npz(where, file), _NAMES)
+    W_enc = matrix(where, "W_enc", found["W_enc"]).T.contiguous()
+    layer = options.get("layer")
+    if layer is None and (match := re.search(r"layer_(\d+)", str(file))) is not None:
+        layer = int(match[1])
+    prefix = "" if layer is None else f"blocks.{layer}."
+    wanted = (options.get("source_hook") or prefix + READ).removeprefix(prefix)
+    record.add("W_enc transposed to a latent a row", "layout")
+    if wanted == READ_BEHIND:
+        if options.get("norm_weight") is None:
+            raise ValueError(f"{where}: to read {READ_BEHIND} give norm_weight= (--norm-weight), the factor as applied")
+        w = norm_weight(options["norm_weight"], W_enc.shape[1], layer)
+        if bool((w == 0).any()):
+            raise ValueError(f"{where}: norm_weight: expected no zeros to read behind it, got {int((w == 0).sum())}")
+        record.add(f"1 / w of the RMSNorm was folded into W_enc: {READ} = {READ_BEHIND} / w", "rounding")
+        W_enc = (W_enc.double() / w).float()
+    elif wanted != READ:
+        record.change(f"to read {wanted} instead of {READ} leaves out the RMSNorm's division")
+    # The folders are called average_l0_N: the nearest thing to a k that there is.
+    l0 = re.search(r"average_l0_(\d+)", str(file))
+    k = max(1, int(l0[1])) if l0 else None
+    if k is not None:
+        record.add(f"k = {k}, the average L0 in the path, for further training", "note")
+    return PlainWeights(
+        W_enc=W_enc,
+        b_enc=found["b_enc"],
+        W_dec=matrix(where, "W_dec", found["W_dec"]),
+        b_dec=found["b_dec"],
+        activation="threshold",
+        k=k,
+        threshold=found["threshold"],
+        hooks=Hooks() if layer is None else Hooks(source=prefix + wanted, target=prefix + WRITTEN),
+    )
+
+
+def _read_npz(where: str, file: Path) -> dict[str, Tensor]:
+    try:
+        with numpy.load(file, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, EOFError, KeyError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{where}: {file} is not an .npz of plain arrays, or a torn one: {error}") from error
+    wrong = [name for name, array in arrays.items() if array.dtype.kind != "f"]
+    if wrong:
+        kinds = ", ".join(f"{name} of {arrays[name].dtype}" for name in wrong)
+        raise ValueError(f"{where}: {file}: expected floating numbers, got {kinds}")
+    return {name: torch.from_numpy(numpy.ascontiguousarray(array)) for name, array in arrays.items()}
+
+
+def norm_weight(given: Tensor | str | Path, d_in: int, layer: int | None) -> Tensor:
+    """[d_in] fp64: the factor that the RMSNorm before the MLP applies.
+
+    Args:
+        given: the factor itself; a .npy file of it; or a Hugging Face folder of a Gemma or Llama model, whose norm weight of
+            `layer` is read (Gemma's files hold it less 1).
+    """
+    if isinstance(given, Tensor):
+        weight = given.detach().cpu().double()
+    elif Path(given).is_dir():
+        weight = _from_model(Path(given), layer)
+    else:
+        file = existing("norm_weight", Path(given), "a .npy file or a model's folder")
+        try:
+            weight = torch.from_numpy(numpy.load(file, allow_pickle=False)).double()
+        except (OSError, ValueError, EOFError, TypeError) as error:
+            raise ValueError(f"norm_weight: {file}: expected a .npy array of numbers: {error}") from error
+    if tuple(weight.shape) != (d_in,) or not bool(torch.isfinite(weight).all()):
+        raise ValueError(f"norm_weight: expected [{d_in}] finite numbers, got shape {list(weight.shape)}")
+    return weight
+
+
+def _from_model(folder: Path, layer: int | None) -> Tensor:
+    if layer is None:
+        raise ValueError("norm_weight: expected a hook of the form blocks.L..., to know which layer's norm to read")
+    from safetensors import safe_open
+
+    config = json.loads(existing("norm_weight", folder / "config.json", "config.json").read_bytes())
+    kind = str(config.get("model_type"))
+    # Where a norm follows attention too, the MLP has its own before it.
+    names = [
+        f"model.layers.{layer}.{norm}.weight" for norm in ("pre_feedforward_layernorm", "post_attention_layernorm")
+    ]
+    files = sorted(folder.glob("*.safetensors"))
+    for name in names:
+        for file in files:
+            with safe_open(file, framework="pt") as tensors:
+                if name in tensors.keys():  # noqa: SIM118 (no container, it has keys() only)
+                    weight = tensors.get_tensor(name).double()
+                    return weight + 1 if kind.startswith("gemma") else weight
+    raise ValueError(f"norm_weight: expected {' or '.join(names)} in the safetensors files of {folder}, found neither")

@@ -1,0 +1,141 @@
+"""The original project's `MatryoshkaTranscoder`: a state dict (checkpoints/final.pt, checkpoint.pt) and config.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transcoder.interop.files import read_json, read_pickle, write_json, write_state_dict
+from transcoder.interop.plain import Hooks, PlainWeights, cumulative, group_sizes, matrix, take_tensors
+from transcoder.interop.record import Conversion
+
+TESTED = "its source at commit 888d820"
+CONFIG_FILE = "config.json"
+_WEIGHTS = ("checkpoint.pt", "checkpoints/final.pt", "final.pt", "sae.pt")
+
+
+def write(plain: PlainWeights, folder: Path, record: Conversion, options: Mapping[str, Any]) -> None:
+    """config.json and checkpoints/final.pt, the layout of its results folder. Options: threshold (for TopK)."""
+    plain = plain.as_thresholds(
+        record, options.get("threshold"), "the original knows BatchTopK with one threshold only"
+    )
+    plain = plain.without_skip(record, "the original has no skip connection").with_input_bias(None, record)
+    if plain.threshold is None or plain.threshold.dim():
+        raise ValueError("original export: its checkpoint holds one threshold for all latents, these have one each")
+    widths = plain.widths or (plain.d_sae,)
+    record.add("weights transposed to W_enc [d_in, d_sae]; cumulative widths became prefix_sizes", "layout")
+    tensors = {
+        "b_enc": plain.b_enc,
+        "W_enc": plain.W_enc.T.contiguous(),
+        "W_dec": plain.W_dec,
+        "b_dec": plain.b_dec,
+        "threshold": plain.threshold.clamp_min(0),
+    }
+    config = {
+        "act_size": plain.d_in,
+        "source_act_size": plain.d_in,
+        "target_act_size": plain.d_out,
+        "dict_size": plain.d_sae,
+        "prefix_sizes": group_sizes(widths),
+        "top_k": plain.k,
+        "input_unit_norm": False,
+        "sae_type": "matryoshka-transcoder",
+        "seed": 0,
+        "dtype": "torch.float32",
+        "device": "cpu",
+        # What its constructor and losses read beside the above.
+        "l1_coeff": 0,
+        "top_k_aux": max(1, plain.d_in // 2),
+        "aux_penalty": 1 / 32,
+        "n_batches_to_dead": 20,
+        "model_name": plain.hooks.model_name,
+        "source_hook_point": plain.hooks.source,
+        "target_hook_point": plain.hooks.target,
+    }
+    (folder / "checkpoints").mkdir()
+    write_state_dict(folder / "checkpoints" / "final.pt", tensors)
+    write_json(folder / CONFIG_FILE, config)
+
+
+def read(path: Path, record: Conversion, options: Mapping[str, Any]) -> PlainWeights:
+    """A run folder, a folder with config.json and checkpoint.pt or sae.pt, or the .pt file itself. Options: allow_pickle."""
+    where = "original import"
+    file = path if path.is_file() else _weights_in(where, path)
+    state: dict[str, Any] = read_pickle(where, file, bool(options.get("allow_pickle")))
+    config = _config(where, file)
+    for key in ("model_state_dict", "state_dict"):
+        # Some of its scripts wrapped the state with the optimizer's.
+        if isinstance(state.get(key), Mapping):
+            state = dict(state[key])
+    found = take_tensors(
+        f"{where}: {file}",
+        state,
+        ("W_enc", "b_enc", "W_dec", "b_dec", "threshold"),
+        ignored=("num_batches_not_active",),
+    )
+    if config.get("input_unit_norm", False):
+        record.change("input_unit_norm centres and scales each token by itself, which a Transcoder does not do")
+    W_enc = matrix(where, "W_enc", found["W_enc"]).T.contiguous()
+    threshold = found["threshold"]
+    if threshold.numel() != 1:
+        raise ValueError(f"{where}: {file}: threshold: expected one number, got shape {list(threshold.shape)}")
+    record.add("weights transposed to a latent a row; prefix_sizes became cumulative widths", "layout")
+    k = config.get("top_k")
+    return PlainWeights(
+        W_enc=W_enc,
+        b_enc=found["b_enc"],
+        W_dec=found["W_dec"],
+        b_dec=found["b_dec"],
+        activation="threshold",
+        k=k if isinstance(k, int) and k > 0 else None,
+        threshold=threshold.reshape(()),
+        widths=_widths(where, config, W_enc.shape[0]),
+        hooks=_hooks(config),
+    )
+
+
+def _weights_in(where: str, folder: Path) -> Path:
+    found = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
+    steps = sorted((folder / "checkpoints").glob("step_*.pt"), key=lambda path: (len(path.name), path.name))
+    if found is None and not steps:
+        raise FileNotFoundError(f"{where}: expected one of {', '.join(_WEIGHTS)} or checkpoints/step_N.pt in {folder}")
+    return found if found is not None else steps[-1]
+
+
+def _config(where: str, file: Path) -> dict[str, Any]:
+    for folder in (file.parent, file.parent.parent):
+        if (folder / CONFIG_FILE).is_file():
+            return read_json(where, folder / CONFIG_FILE)
+    raise FileNotFoundError(
+        f"{where}: expected {CONFIG_FILE} beside {file} or one folder up: without it nothing says whether each token "
+        "was normalised (input_unit_norm) and what the prefixes are"
+    )
+
+
+def _widths(where: str, config: Mapping[str, Any], d_sae: int) -> tuple[int, ...] | None:
+    sizes = config.get("prefix_sizes", config.get("group_sizes"))
+    if isinstance(sizes, str):
+        # Its artifacts hold lists as text.
+        sizes = json.loads(sizes)
+    if sizes is None:
+        return None
+    if (
+        not isinstance(sizes, list)
+        or not all(isinstance(size, int) and size > 0 for size in sizes)
+        or sum(sizes) != d_sae
+    ):
+        raise ValueError(
+            f"{where}: {CONFIG_FILE}: prefix_sizes: expected positive sizes that sum to {d_sae}, got {sizes!r}"
+        )
+    return cumulative(sizes)
+
+
+def _hooks(config: Mapping[str, Any]) -> Hooks:
+    def text(*names: str) -> str | None:
+        return next((config[name] for name in names if isinstance(config.get(name), str)), None)
+
+    return Hooks(
+        source=text("source_hook_point", "hook_point"), target=text("target_hook_point"), model_name=text("model_name")
+    )
