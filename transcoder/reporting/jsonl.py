@@ -90,7 +90,7 @@ def read_records(path: Path) -> Iterator[dict[str, Any] | None]:
     with open(path, "rb") as file:
         for line in file:
             if line.strip():
-                yield _parse(line)
+                yield parse_record(line)
 
 
 def drop_after(path: Path, step: int) -> tuple[int, dict[str, Any] | None]:
@@ -107,7 +107,7 @@ def drop_after(path: Path, step: int) -> tuple[int, dict[str, Any] | None]:
         for line in old:
             if not line.strip():
                 continue
-            record = _parse(line)
+            record = parse_record(line)
             at = None if record is None else record.get("step")
             if record is None or not isinstance(at, (int, float)) or at > step:
                 dropped += 1
@@ -117,7 +117,8 @@ def drop_after(path: Path, step: int) -> tuple[int, dict[str, Any] | None]:
     return dropped, last
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
+def parse_record(line: bytes) -> dict[str, Any] | None:
+    """The object of one line; None where it is not one (a torn end)."""
     try:
         record = json.loads(line)
     except ValueError:
