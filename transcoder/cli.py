@@ -263,6 +263,13 @@ def _report(options: argparse.Namespace, _: dict[str, Any]) -> int:
     return EXIT_OK
 
 
+def _watch(options: argparse.Namespace, _: dict[str, Any]) -> int:
+    folder = _run_folder(options.run_folder)
+    from transcoder.reporting.watch_terminal import watch_terminal
+
+    return watch_terminal(folder)
+
+
 def _doctor(options: argparse.Namespace, _: dict[str, Any]) -> int:
     from transcoder.doctor import examine
 
@@ -360,6 +367,9 @@ def _parser() -> _Parser:
     report.add_argument("run_folder", metavar="RUN", help="a run folder")
     interop.add_export(command("export", interop.run_export, interop.EXPORT, False))
     interop.add_import(command("import", interop.run_import, interop.IMPORT, False))
+    watch = command("watch", _watch, "Show a run while it runs; nothing of it is written or locked.", False)
+    watch.add_argument("run_folder", metavar="RUN", help="a run folder")
+    watch.add_argument("--terminal", action="store_true", help="in this terminal, as over ssh on a cluster")
     command("doctor", _doctor, "Say what this machine has and what is missing.", False)
     return parser
 
