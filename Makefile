@@ -17,7 +17,8 @@ demo:
 # The op tests with the C++ extension built for AddressSanitizer and UndefinedBehaviourSanitizer (its own entry in the
 # cache; about 2 minutes of one core). Python is not instrumented, so the runtime is loaded first; leaks are Python's own.
 SANITIZED = tests/kernels/test_cpp_backend.py tests/kernels/test_decode.py tests/kernels/test_encode.py \
-	tests/kernels/test_screened_encode.py tests/kernels/test_correlation.py tests/training/test_optimizer.py
+	tests/kernels/test_screened_encode.py tests/kernels/test_screened_batch.py tests/kernels/test_cpp_sketch.py \
+	tests/kernels/test_correlation.py tests/training/test_optimizer.py
 sanitize: export CXX = g++ -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=all \
 	-fno-omit-frame-pointer -g
 sanitize: export ASAN_OPTIONS = detect_leaks=0

@@ -18,6 +18,8 @@ TORCH_LIBRARY(transcoder_cpp, m) {
   m.def("topk(Tensor x, Tensor W, Tensor b, int k) -> (Tensor, Tensor)");
   m.def("topk_screened(Tensor x, Tensor W, Tensor b, int k) -> (Tensor, Tensor)");
   m.def("batch_topk(Tensor x, Tensor W, Tensor b, int k) -> (Tensor, Tensor, Tensor)");
+  m.def("batch_topk_screened(Tensor x, Tensor W, Tensor b, int k) -> (Tensor, Tensor, Tensor)");
+  m.def("above_screened(Tensor x, Tensor W, Tensor b, Tensor limits) -> (Tensor, Tensor, Tensor)");
   m.def("above(Tensor x, Tensor W, Tensor b, Tensor limits) -> (Tensor, Tensor, Tensor)");
   m.def("by_latent(Tensor ids, Tensor row_ptr, int latents) -> (Tensor, Tensor, Tensor)");
   m.def(
@@ -49,6 +51,8 @@ TORCH_LIBRARY_IMPL(transcoder_cpp, CPU, m) {
   m.impl("topk", topk);
   m.impl("topk_screened", topk_screened);
   m.impl("batch_topk", batch_topk);
+  m.impl("batch_topk_screened", batch_topk_screened);
+  m.impl("above_screened", above_screened);
   m.impl("above", above);
   m.impl("by_latent", by_latent);
   m.impl("row_sums", row_sums);

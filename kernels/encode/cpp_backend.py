@@ -1,11 +1,11 @@
 """Backend `cpp` of the encode ops: tiles of pre-activations through torch's BLAS, selection on the warm tile (csrc/).
 
-Screening: with TRANSCODER_SCREEN=bf16 in the environment `topk_encode` of fp32 inputs multiplies in bf16 where the CPU has
-units for that (AVX512-BF16, AMX), keeps every entry that a rigorous error bound leaves in question, and decides by exact fp32
-dot products (csrc/screen_ops.h). The selection is the true top k of those dot products, whatever the inputs: inputs on which
-the bound does not help are slow, never wrong. Values are fp32 sums in another order than those of the unscreened product:
-they differ from them in the last bits, and so may the choice between entries that differ by as little. Results are bitwise
-reproducible, for any number of threads too.
+Screening: with TRANSCODER_SCREEN=bf16 in the environment the ops multiply fp32 inputs in bf16 where the CPU has units for that
+(AVX512-BF16, AMX), keep every entry that a rigorous error bound leaves in question, and decide by exact fp32 dot products
+(csrc/screen_ops.h). The selection is the true one of those dot products, whatever the inputs: inputs on which the bound does
+not help are slow, never wrong (`batch_topk_encode` and `threshold_encode` then run unscreened). Values are fp32 sums in another
+order than those of the unscreened product: they differ from them in the last bits, and so may the choice between entries that
+differ by as little. Results are bitwise reproducible, for any number of threads too.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["gradients", "select_batch_topk", "select_threshold", "select_topk", 
 
 
 def screens(x: Tensor, W: Tensor) -> bool:
-    """Whether `topk_encode` screens these inputs: asked for, fp32, and products in bf16 are fast and summed in fp32 here."""
+    """Whether the ops screen these inputs: asked for, fp32, and products in bf16 are fast and summed in fp32 here."""
     asked = os.environ.get("TRANSCODER_SCREEN", "")
     if asked not in ("", "bf16"):
         raise ValueError(f"environment variable TRANSCODER_SCREEN: expected 'bf16' or nothing, got {asked!r}")
@@ -41,12 +41,13 @@ def select_topk(x: Tensor, W: Tensor, b: Tensor, k: int) -> Selection:
 
 
 def select_batch_topk(x: Tensor, W: Tensor, b: Tensor, k: int) -> Selection:
-    return Selection(*torch.ops.transcoder_cpp.batch_topk(*_wide(x, W, b), k))
+    ops = torch.ops.transcoder_cpp
+    return Selection(*(ops.batch_topk_screened if screens(x, W) else ops.batch_topk)(*_wide(x, W, b), k))
 
 
 def select_threshold(x: Tensor, W: Tensor, b: Tensor, threshold: Tensor) -> Selection:
-    limits = threshold.expand(W.shape[0]).contiguous()
-    return Selection(*torch.ops.transcoder_cpp.above(*_wide(x, W, b), limits))
+    ops, limits = torch.ops.transcoder_cpp, threshold.expand(W.shape[0]).contiguous()
+    return Selection(*(ops.above_screened if screens(x, W) else ops.above)(*_wide(x, W, b), limits))
 
 
 def gradients(

@@ -114,9 +114,16 @@ def encoder_with_nan(g: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     return x, W, b
 
 
+def nan_behind_what_rounds(g: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest rounding errors stand before the NaN, none after it."""
+    W = torch.cat([4096 + whole(g, -7, 7, 500, 16), whole(g, -9, 9, 400, 16)])
+    W[500, 3] = torch.nan
+    return whole(g, 0, 1, 70, 16), W, torch.zeros(900)
+
+
 CASES = [
     beneath_bf16, cancelling, cancelling_tokens, large_bias, rounded_result, one_long_row, none_positive, few_positive,
-    below_the_smallest_normal, not_numbers, encoder_with_nan,
+    below_the_smallest_normal, not_numbers, encoder_with_nan, nan_behind_what_rounds,
 ]  # fmt: skip
 
 
