@@ -47,8 +47,8 @@ def op_checks(
     for dtype, (rows, d, d_sae, k) in itertools.product(DTYPES, shapes):
         x, W = torch.randn(rows, d, generator=g), torch.randn(d_sae, d, generator=g) / math.sqrt(d)
         b, y = 0.1 * torch.randn(d_sae, generator=g), torch.randn(rows, d, generator=g)
-        inputs = (t.to(device, dtype) for t in (x, W, b, y))
-        for part, check in _parts(*inputs, k, families).items():
+        x, W, b, y = (t.to(device, dtype) for t in (x, W, b, y))
+        for part, check in _parts(x, W, b, y, k, families).items():
             yield f"{part} {backend} {str(dtype)[6:]} B{rows} d{d} N{d_sae} k{k}", outcome(backend, check)
 
 

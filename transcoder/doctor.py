@@ -11,7 +11,10 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import torch
 
 ESSENTIAL = ("torch", "numpy", "pyyaml", "safetensors", "tqdm", "transformer-lens", "transformers", "pyarrow")
 OPTIONAL = {
@@ -94,7 +97,7 @@ def _backends() -> Iterator[Fact]:
     import torch
 
     from transcoder.kernels import extension
-    from transcoder.kernels.backend import active_backend, requested_backend
+    from transcoder.kernels.backend import active_backend, has_backend, requested_backend
 
     reason = extension.available_reason()
     if reason is None:
@@ -106,6 +109,18 @@ def _backends() -> Iterator[Fact]:
         chosen = {family: active_backend(device, family) for family in ("encode", "decode", "correlation")}
         text = ", ".join(f"{family} {backend}" for family, backend in chosen.items())
         yield Fact("ok", f"backends on {device}: {text} (asked for: {requested_backend()})")
+    if torch.cuda.is_available() and has_backend("triton", "encode"):
+        yield from _native_verdicts(torch.device("cuda", torch.cuda.current_device()))
+
+
+def _native_verdicts(device: torch.device) -> Iterator[Fact]:
+    from transcoder.kernels.conformance import FAMILIES
+    from transcoder.kernels.native_proof import proof
+
+    for family in FAMILIES:
+        verdict = proof(family, device)
+        again = "" if verdict.good else f" (delete {verdict.file} to check again); backend auto uses torch"
+        yield Fact("ok" if verdict.good else "note", f"Triton kernels checked natively: {verdict}{again}")
 
 
 def _extension_time() -> Iterator[Fact]:
