@@ -23,7 +23,7 @@ from planted_run import Planted, config
 from transcoder.training import train_transcoder
 from transcoder.training.checkpoint import CheckpointStore
 
-STEPS = 360
+STEPS = 270
 BATCHES = 18
 """A child is killed within this many batches of its start; the first few are looked at before the first step."""
 MOMENT = 0.012

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import random
@@ -11,16 +10,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from tests.faults.small_disk import KIB, SmallDisk, believe_there_is_room
 from transcoder.config import CheckpointSection
-from transcoder.training import checkpoint, storage, tensor_file
+from transcoder.training import checkpoint
 from transcoder.training.checkpoint import (
     CheckpointError,
     CheckpointStore,
@@ -29,7 +28,6 @@ from transcoder.training.checkpoint import (
 )
 
 FILES = ["state.json", "trainer.safetensors", "transcoder.safetensors"]
-KIB, MIB = 2**10, 2**20
 
 
 def state(step: int, size: int = 100 * KIB) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -47,86 +45,8 @@ def assert_holds(loaded: checkpoint.Loaded | None, step: int, size: int = 100 * 
     assert torch.equal(loaded.trainer_tree["moments"], trainer["moments"])
 
 
-class SmallDisk:
-    """A folder that holds 2 MiB: a real tmpfs where mounting is permitted, else a limit under open()."""
-
-    def __init__(self, folder: Path, mounted: bool) -> None:
-        self.folder, self.mounted, self.read_only = folder, mounted, False
-
-    def used(self) -> int:
-        return sum(p.stat().st_size for p in self.folder.rglob("*") if p.is_file())
-
-    def free(self) -> int:
-        return storage.free_bytes(self.folder) if self.mounted else 2 * MIB - self.used()
-
-    def leave(self, room: int) -> Path:
-        """Fill the disk but for `room` bytes."""
-        filler = self.folder / "filler"
-        with open(filler, "ab") as file:
-            file.write(b"\0" * (self.free() - room))
-        return filler
-
-
-class _Limited:
-    """A file whose writes fail once its small disk is full."""
-
-    def __init__(self, file: BinaryIO, disk: SmallDisk) -> None:
-        self.file, self.disk = file, disk
-
-    def __enter__(self) -> _Limited:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
-
-    def write(self, data: bytes) -> int:
-        self.file.flush()
-        if len(data) > self.disk.free():
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return self.file.write(data)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.file, name)
-
-
-@pytest.fixture(autouse=True)
-def _nobody_makes_room_within_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "BACK_OFF", (0.0, 0.0))
-
-
-@pytest.fixture
-def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SmallDisk]:
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
-    mounted = bool(shutil.which("mount")) and subprocess.run(command, capture_output=True).returncode == 0
-    small = SmallDisk(folder, mounted)
-    if not mounted:
-
-        def limited_open(path: Path, mode: str = "r", *args: Any) -> Any:
-            if small.read_only and "w" in mode:
-                raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-            file: Any = open(path, mode, *args)  # noqa: SIM115 (handed to the caller's own `with`)
-            return _Limited(file, small) if "w" in mode and folder in Path(path).parents else file
-
-        monkeypatch.setattr(storage, "open", limited_open, raising=False)
-        monkeypatch.setattr(tensor_file, "open", limited_open, raising=False)
-        inside = storage.free_bytes
-        monkeypatch.setattr(
-            checkpoint, "free_bytes", lambda p: small.free() if folder in [p, *p.parents] else inside(p)
-        )
-    yield small
-    if mounted:
-        subprocess.run(["umount", str(folder)], check=True)
-
-
 def names(store: CheckpointStore) -> list[str]:
     return sorted(p.name for p in store.folder.iterdir())
-
-
-def believe_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What statvfs says under a quota or with other writers: the write itself must meet the full disk."""
-    monkeypatch.setattr(checkpoint, "free_bytes", lambda folder: 2**60)
 
 
 @pytest.mark.parametrize("believe", [False, True], ids=["seen by statvfs", "met by the write"])

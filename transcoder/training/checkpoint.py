@@ -5,9 +5,10 @@ state).
 
 How a write fails, in order: the temporary folder is removed; checkpoints that the retention lets go are
 deleted and the write is tried again, and again after each pause of `BACK_OFF`; then `checkpoint.second_location`
-takes it, if set; then the reserve is given up for it; then the essential state alone is written in its place;
-then `save` raises `CheckpointError`. The newest checkpoint that was good before is still good after any of these.
-A trainer may go on after the error and try again at the next interval.
+takes it, if set; then it takes the space of the reserve; then the essential state alone takes that; then `save`
+raises `CheckpointError`. The newest checkpoint that was good before is still good after any of these. A trainer may
+go on after the error and try again at the next interval. The reserve is for the last state: an earlier one takes it
+only where the retention then frees enough to hold it again.
 """
 
 from __future__ import annotations
@@ -136,6 +137,7 @@ class CheckpointStore:
         summary: dict[str, Any],
         metric: float | None = None,
         essential: Callable[[Any], Any] | None = None,
+        last: bool = False,
     ) -> Path:
         """Write one checkpoint durably and apply the retention.
 
@@ -146,6 +148,7 @@ class CheckpointStore:
             summary: JSON values for people and reports; no tensors.
             metric: lower is better (held-out FVU); None or NaN never counts as best.
             essential: what of `trainer_tree` is kept where not all of it fits; None: all of it or nothing.
+            last: no later state will come: the reserve is for this one.
 
         Returns:
             The checkpoint's folder.
@@ -194,14 +197,21 @@ class CheckpointStore:
         if second is not None and (path := written(second, whole)) is not None:
             _warn(f"checkpoint of step {step} went to the second location {path}: {failures[-1]}")
             return path
-        if self.reserve.release() and (path := written(self.folder, whole)) is not None:
-            _warn(f"checkpoint of step {step} took the space held for the last state: {failures[-1]}")
-            return path
-        if essential is not None and (path := written(self.folder, writer(essential(trainer_tree)))) is not None:
-            self.degraded = True
+        for write in (whole, *([writer(essential(trainer_tree))] if essential is not None else [])):
+            if not (last or self._fits_in_the_end(step, metric, write.bytes)):
+                continue
+            self.reserve.release()
+            if (path := written(self.folder, write)) is None:
+                continue
+            self.degraded = write is not whole
+            said = (
+                "only the essential state could be kept"
+                if self.degraded
+                else "the state took the space held for the last"
+            )
             _warn(
-                f"of step {step} only the essential state could be kept ({path}): a run resumed from it goes on, but not to "
-                f"the same bits: {failures[-1]}"
+                f"of step {step} {said} ({path}): {failures[-1]}"
+                + "; a run resumed from it goes on, but not to the same bits" * self.degraded
             )
             return path
         self._hold_reserve_again()
@@ -285,13 +295,20 @@ class CheckpointStore:
         with contextlib.suppress(OSError):
             self.reserve.make()
 
+    def _let_go(self, step: int, metric: float | None) -> list[Path]:
+        """What the retention will delete once this step is saved."""
+        metrics = {folder: _metric(folder) for _, folder in candidates([self.folder])}
+        keep = _kept(self.section, {**metrics, self.folder / _name(step): metric})
+        return [folder for folder in metrics if folder not in keep]
+
+    def _fits_in_the_end(self, step: int, metric: float | None, size: int) -> bool:
+        """Whether a checkpoint of `size` bytes and the reserve both fit once the retention has done its work."""
+        return free_bytes(self.folder) + sum(_size(folder) for folder in self._let_go(step, metric)) >= size
+
     def _make_room(self, step: int, metric: float | None) -> None:
         """Delete now what the retention would delete after this save; never the newest that verifies."""
-        metrics = {folder: _metric(folder) for _, folder in candidates([self.folder])}
-        coming = self.folder / _name(step)
-        keep = _kept(self.section, {**metrics, coming: metric})
         good = next((folder for _, folder in candidates([self.folder]) if _verifies(folder)), None)
-        _delete(folder for folder in metrics if folder not in keep and folder != good)
+        _delete(folder for folder in self._let_go(step, metric) if folder != good)
 
     def _retain(self, place: Path) -> None:
         section = self.section if place == self.folder else CheckpointSection(keep_last=1, keep_best=False)

@@ -12,7 +12,7 @@ from transcoder.config import RunConfig
 from transcoder.reporting import MetricsWriter
 from transcoder.training.beside import Beside
 from transcoder.training.checkpoint import CheckpointError, CheckpointStore, pack_state
-from transcoder.training.disk_budget import log_bytes
+from transcoder.training.disk_budget import SLACK, log_bytes
 from transcoder.training.run_state import Parts, essential_tree, trainer_tree
 from transcoder.training.snapshot import Snapshots
 from transcoder.training.tensor_file import tensor_bytes
@@ -61,7 +61,7 @@ class Saver:
         weights = self._packed_bytes(dict(run.transcoder.state_dict())) + 2 * parameters + STATE_SLACK
         parts = [run.source, *(part for part in (run.monitor, run.samples) if part is not None)]
         whole = weights + self._packed_bytes(run.baseline.state_dict()) + sum(p.state_bytes_at_most() for p in parts)
-        reserve = weights + run.source.essential_bytes_at_most() if section.reserve else 0
+        reserve = weights + run.source.essential_bytes_at_most() + SLACK if section.reserve else 0
         samples = 0 if run.samples is None else run.samples.state_bytes_at_most()
         self._store.check_space(whole, run.config.training.steps, log_bytes(run.config, samples) + reserve)
         self._store.hold_reserve(reserve)
@@ -76,7 +76,7 @@ class Saver:
 
         Args:
             metric: held-out FVU of this state, where it was just taken.
-            wait: return when it is on the disk, and raise where it cannot be; the last step's state always is.
+            wait: no later one comes: return when it is on the disk, and raise where it cannot be. So for the last step's.
 
         Raises:
             CheckpointError: see `wait`.  Otherwise a failure is a warning, and the next interval tries again.
@@ -97,7 +97,7 @@ class Saver:
         tree, model = trainer_tree(run), dict(run.transcoder.state_dict())
         self._step_in_flight = step
         if wait or not run.config.checkpoint.asynchronous:
-            self._settle(lambda: self._store.save(step, model, tree, summary, metric, essential_tree), wait)
+            self._settle(lambda: self._store.save(step, model, tree, summary, metric, essential_tree, wait), wait)
             return
         (tree, model), arrived = self._snapshots.take((tree, model))
 
