@@ -258,12 +258,12 @@ def test_no_count_is_lost_where_blocks_meet(tmp_path: Path, monkeypatch: pytest.
         step += 1
         end = a + BATCH
         full = end // SECTION.block_tokens * SECTION.block_tokens
-        live = part._block.statistics(i, j, beside=[] if part._past is None else [part._past])
+        live = part._block.statistics.statistics(i, j, beside=[] if part._past is None else [part._past.statistics])
         first = max(0, full - SECTION.block_tokens)
         # The last full block and the one in progress, every token of both.
         assert float(live.weight) == end - first
         assert int(live.support) == int((z[first:end, :2].amax(1) > 0).sum())
-        own = part._block.statistics(i, j)
+        own = part._block.statistics.statistics(i, j)
         assert float(own.weight) == end - full
 
 
@@ -278,7 +278,7 @@ def test_blocks_watch_what_they_propose_themselves_beside_a_fading_view(
     feed(part, z[:2500])
     assert float(part._fading.correlation(0, 1)) < 0.5  # type: ignore[union-attr]
     feed(part, z[2500:], 6)
-    assert float(part._block.statistics(torch.tensor([0]), torch.tensor([1])).weight) == 3500
+    assert float(part._block.statistics.statistics(torch.tensor([0]), torch.tensor([1])).weight) == 3500
 
 
 def test_a_rare_flag_is_released_under_a_sketch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -377,13 +377,13 @@ def test_bounds_hold_the_truth_about_as_often_as_they_say() -> None:
 
 
 def test_flag_book_counts_the_last_blocks() -> None:
-    book = FlagBook(needed=2, remembered=3)
+    book = FlagBook(needed=2, remembered=3, threshold=0.8)
     book.close_block([(0, 1)], [])
     assert book.flagged == set()
     book.close_block([], [])
     book.close_block([(0, 1)], [])
     assert book.flagged == {(0, 1)}
-    other = FlagBook(2, 3)
+    other = FlagBook(2, 3, 0.8)
     other.load_state_dict(copy.deepcopy(book.state_dict()))
     assert other.flagged == {(0, 1)}
     assert other.blocks_above((0, 1)) == 2
@@ -436,7 +436,8 @@ def good_report(tmp_path: Path) -> dict:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (("schema_version",), 2, "schema_version: expected 3"),
+        (("schema_version",), 3, "schema_version: expected 4"),
+        (("pairs", 0, "bounds"), "exact", "bounds: expected one of"),
         (("step",), "7", r"report.step"),
         (("pairs", 0, "i"), 31, "expected 0 <= i < j"),
         (("pairs", 0, "upper"), 0.5, "lower <= correlation <= upper"),
@@ -553,14 +554,15 @@ def test_the_state_stays_below_its_bound(section: MonitorSection, tmp_path: Path
             if name in state:
                 joint = part._block if name == "block" else part._past
                 assert joint is not None
-                assert joint._exact is not None
-                joint._exact.joint = joint._exact.joint.long()
+                assert joint.statistics._exact is not None
+                joint.statistics._exact.joint = joint.statistics._exact.joint.long()
         assert tree_bytes(part.state_dict()) <= least
 
 
 def test_the_ring_of_a_sketch_stays_below_its_bound(tmp_path: Path) -> None:
     part = monitor(tmp_path, 60, replace(SECTION, sketch_dim=8, block_tokens=10**9))
-    part._block.ring_tokens = part._block._sketch.ring_tokens = 300  # type: ignore[union-attr]
+    statistics = part._block.statistics
+    statistics.ring_tokens = statistics._sketch.ring_tokens = 300  # type: ignore[union-attr]
     bound = part.state_bytes_at_most(batch_tokens=100, entries_per_token=60)
     z = torch.rand(100, 60, dtype=torch.float64) + 0.1
     for step in range(1, 8):
@@ -581,7 +583,7 @@ def test_watched_pairs_are_in_the_bound() -> None:
 
 def test_the_book_holds_a_bounded_number(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flags_module, "MAX_PAIRS", 3)
-    book = FlagBook(needed=1, remembered=2)
+    book = FlagBook(needed=1, remembered=2, threshold=0.8)
     book.close_block([(4, 5), (0, 1), (2, 3), (6, 7)], [])
     assert book.flagged == {(4, 5), (0, 1), (2, 3)}
     book.close_block([(6, 7)], [])

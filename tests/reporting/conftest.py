@@ -175,6 +175,7 @@ def _correlation(path: Path, done: int, draw: random.Random) -> list[tuple[int, 
                     "sequences": 40 + draw.randrange(200) if n % 5 else None,
                     "lower": r - 0.03,
                     "upper": min(1.0, r + 0.02),
+                    "bounds": "jackknife" if n % 2 else "rule",
                     "blocks_above": 4 if n < found // 4 else 1,
                     "flagged": n < found // 4,
                     "mergeable": (None, True, False)[n % 3],
@@ -183,7 +184,7 @@ def _correlation(path: Path, done: int, draw: random.Random) -> list[tuple[int, 
                 }
             )
         report = {
-            "schema_version": 3,
+            "schema_version": 4,
             "step": step,
             "tokens": step * 1024,
             "block_tokens": 102400,

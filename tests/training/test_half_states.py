@@ -71,8 +71,8 @@ def used(name: str, folder: Path, seed: int) -> Any:
         part.add({"a": torch.tensor(1.0 + seed)})
         return part
     if name == "flags":
-        part = FlagBook(1, 2)
-        part.close_block([(seed, 5), (1, 7)], [])
+        part = FlagBook(1, 2, 0.8)
+        part.close_block([(seed, 5), (1, 7)], [], {(1, 7): (0.9, 0.01, 50.0 + seed)})
         return part
     if name == "mass":
         part = PositionMass(D_SAE, "cpu")

@@ -5,6 +5,7 @@ from transcoder.antidup.ledger import LedgerError, UsageLedger
 from transcoder.antidup.monitor import CorrelationMonitor
 from transcoder.antidup.positions import PositionSample, PositionSampler
 from transcoder.antidup.regularizer import DiversityRegularizer
+from transcoder.antidup.replicas import Replicas
 from transcoder.antidup.report_schema import validate_correlation_report
 from transcoder.antidup.samples import ActivationSampleCollector
 
@@ -15,6 +16,7 @@ __all__ = [
     "LedgerError",
     "PositionSample",
     "PositionSampler",
+    "Replicas",
     "UsageLedger",
     "validate_correlation_report",
 ]

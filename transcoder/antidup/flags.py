@@ -10,7 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from transcoder.antidup.confidence import pooled_lower_bound
+
 Pair = tuple[int, int]
+Evidence = tuple[float, float, float]
+"""Of a pair in a block: its correlation, the correlation's own standard error, the weight that the block has."""
 MAX_PAIRS = 1 << 18
 """Pairs that a book holds of each kind. A dictionary with more duplicates than this has failed as a whole, and
 which of its pairs are the worst no longer matters; the state stays within 4 MiB a kind."""
@@ -18,29 +22,48 @@ which of its pairs are the worst no longer matters; the state stays within 4 MiB
 
 class FlagBook:
     """Flags a pair when its lower bound was above the threshold in `needed` of the last `remembered` closed
-    blocks, and releases it when its upper bound in a closed block falls below the release threshold, or one
-    of the two died."""
+    blocks and, where its own standard error is known in some of those, also the lower bound over all of these blocks
+    together; releases it when its upper bound in a closed block falls below the release threshold, or one of the two died.
 
-    def __init__(self, needed: int, remembered: int) -> None:
-        self._needed = needed
+    Why both: bounds of single blocks by the rule of thumb are too narrow for amplitudes of heavy tails, and honest bounds of
+    single blocks are so wide that three of four hardly ever clear the threshold. Together the blocks do.
+    """
+
+    def __init__(self, needed: int, remembered: int, threshold: float) -> None:
+        self._needed, self._threshold = needed, threshold
         self._blocks: deque[set[Pair]] = deque(maxlen=remembered)
+        self._evidence: deque[dict[Pair, Evidence]] = deque(maxlen=remembered)
         self.flagged: set[Pair] = set()
 
-    def close_block(self, above: Iterable[Pair], released: Iterable[Pair]) -> None:
+    def close_block(
+        self, above: Iterable[Pair], released: Iterable[Pair], evidence: Mapping[Pair, Evidence] | None = None
+    ) -> None:
         """Evidence of one block: pairs whose lower bound exceeds the threshold, and flagged pairs that no
-        longer hold. Of more than `MAX_PAIRS` in `above` the first are taken, and new flags only while there is
-        room."""
+        longer hold; what is known of the pairs that were followed, those below the threshold included. Of more than
+        `MAX_PAIRS` in `above` the first are taken, and new flags only while there is room."""
         self._blocks.append(set(itertools.islice(above, MAX_PAIRS)))
+        self._evidence.append(dict(evidence or {}))
         gone = set(released)
         self.flagged -= gone
-        known = set().union(*self._blocks) - self.flagged - gone
-        enough = sorted(p for p in known if self.blocks_above(p) >= self._needed)
+        known = self.remembered() - self.flagged - gone
+        enough = sorted(p for p in known if self.blocks_above(p) >= self._needed and self._together(p))
         self.flagged.update(enough[: MAX_PAIRS - len(self.flagged)])
+
+    def remembered(self) -> set[Pair]:
+        """Pairs above the threshold in some block that is remembered."""
+        return set().union(*self._blocks)
+
+    def _together(self, pair: Pair) -> bool:
+        blocks = [block[pair] for block in self._evidence if pair in block]
+        return not blocks or pooled_lower_bound(blocks) > self._threshold
 
     def forget(self, latents: set[int]) -> None:
         """Drop every pair that one of these latents is in, flagged or remembered."""
         for pairs in (*self._blocks, self.flagged):
             pairs -= {pair for pair in pairs if latents.intersection(pair)}
+        for block in self._evidence:
+            for pair in [pair for pair in block if latents.intersection(pair)]:
+                del block[pair]
 
     def blocks_above(self, pair: Pair) -> int:
         """Closed blocks, of those remembered, in which the pair's lower bound was above the threshold."""
@@ -50,12 +73,19 @@ class FlagBook:
         return {
             "blocks": [_table(block) for block in self._blocks],
             "flagged": _table(self.flagged),
+            "evidence": [{"pairs": _table(set(block)), "numbers": _numbers(block)} for block in self._evidence],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        blocks, flagged = [_pairs(table) for table in state["blocks"]], _pairs(state["flagged"])
+        blocks, flagged = [_pairs(table) for table in state["blocks"]], set(_pairs(state["flagged"]))
+        evidence = [
+            dict(zip(_pairs(block["pairs"]), map(tuple, block["numbers"].tolist()), strict=True))
+            for block in state["evidence"]
+        ]
         self._blocks.clear()
-        self._blocks.extend(blocks)
+        self._blocks.extend(map(set, blocks))
+        self._evidence.clear()
+        self._evidence.extend(evidence)
         self.flagged = flagged
 
 
@@ -64,5 +94,10 @@ def _table(pairs: set[Pair]) -> Tensor:
     return torch.tensor(sorted(pairs), dtype=torch.int64, device="cpu").view(-1, 2)
 
 
-def _pairs(table: Tensor) -> set[Pair]:
-    return {(i, j) for i, j in table.tolist()}
+def _numbers(block: Mapping[Pair, Evidence]) -> Tensor:
+    """[P, 3] float64, in the order of `_table`."""
+    return torch.tensor([block[pair] for pair in sorted(block)], dtype=torch.float64, device="cpu").view(-1, 3)
+
+
+def _pairs(table: Tensor) -> list[Pair]:
+    return [(i, j) for i, j in table.tolist()]

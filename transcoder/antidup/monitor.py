@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Callable
-from dataclasses import fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,15 @@ from transcoder.antidup.components import connected_components
 from transcoder.antidup.confidence import correlation_bounds
 from transcoder.antidup.decoder_cosine import decoder_cosine_tail
 from transcoder.antidup.files import replace_text
-from transcoder.antidup.flags import MAX_PAIRS, FlagBook, Pair
+from transcoder.antidup.flags import MAX_PAIRS, Evidence, FlagBook, Pair
+from transcoder.antidup.jackknife import LEAST_SHARE, MOST_PAIRS, PairErrors, PairJackknife
 from transcoder.antidup.ledger import UsageLedger
 from transcoder.antidup.merge_test import MergeResult
+from transcoder.antidup.replicas import Replicas
 from transcoder.antidup.report_schema import SCHEMA_VERSION
 from transcoder.antidup.sequence_counts import SequenceCounts
 from transcoder.antidup.state_size import correlation_state_bytes
+from transcoder.antidup.stretch import Stretch, nothing, state_names
 from transcoder.config import MonitorSection
 from transcoder.kernels import CorrelatedPairs, FeatureCorrelation, SparseCodes
 from transcoder.kernels.correlation.moments import PairStatistics
@@ -54,6 +57,12 @@ class CorrelationMonitor:
     sketch proposes exactly from then on, those whose support is not enough yet included. The forgetting statistic cannot
     do that: under a sketch its pairs rest on the recent tokens alone, flags on the blocks all the same.
 
+    Pairs that a search finds are followed from then on with sums by groups of sequences (`PairJackknife`): their bounds, and
+    the flags, rest on their own error then. Other pairs' bounds are those of a rule of thumb.
+
+    With `replicas`, `refresh_targets` and `report` are collective calls that add up what all of them have counted, blocks are
+    of all their tokens, and only the first replica writes files; `update_correlations` stays local.
+
     A candidate has correlation > threshold, support >= min_support and, where sequences are known, at least
     min_sequences distinct ones (linear counting). A flag rests on the lower 95 % bound in disjoint blocks:
     see `FlagBook`.
@@ -63,27 +72,33 @@ class CorrelationMonitor:
         d_sae, device: of the codes.
         out_dir: folder of `correlation_step_%08d.json`.
         ledger: told of calls, pairs seen and files.
+        replicas: the data-parallel replicas whose tokens count as one stream; None is this process alone.
     """
 
     def __init__(
-        self, section: MonitorSection, d_sae: int, device: torch.device | str, out_dir: Path, ledger: UsageLedger
+        self,
+        section: MonitorSection,
+        d_sae: int,
+        device: torch.device | str,
+        out_dir: Path,
+        ledger: UsageLedger,
+        replicas: Replicas | None = None,
     ) -> None:
         self.section, self.d_sae = section, d_sae
         self.device = torch.empty(0, device=device).device
-        self._out_dir, self._ledger = Path(out_dir), ledger
+        self._out_dir, self._ledger, self._replicas = Path(out_dir), ledger, replicas
+        self._rank = 0 if replicas is None else replicas.rank
         self._sketch_dim = section.sketch_dim
         if self._sketch_dim is None and d_sae > EXACT_LIMIT:
             self._sketch_dim = SKETCH_DIM
-        self._block = self._statistics()
-        self._block_sequences = SequenceCounts(d_sae, self.device)
-        self._past: FeatureCorrelation | None = None
+        self._block = Stretch(self._statistics())
+        self._past: Stretch | None = None
         """The last full block; with the one in progress it is the live view. Made when the first one closes."""
-        self._past_sequences: SequenceCounts | None = None
         self._fading = self._statistics(section.halflife_tokens) if section.halflife_tokens is not None else None
-        self._book = FlagBook(section.blocks_to_flag, section.blocks_remembered)
+        self._book = self._new_book()
         self._tokens = 0
-        self._targets = self._no_pairs()
-        self._judged = MergeResult.untested(*self._no_pairs())
+        self._targets = nothing(self.device)
+        self._judged = MergeResult.untested(*nothing(self.device))
         self._metrics: dict[str, float] = {}
 
     def update_correlations(
@@ -102,10 +117,9 @@ class CorrelationMonitor:
         """
         if step % self.section.update_every:
             return
-        self._block.update(codes, weights)
+        self._block.update(codes, sequences, weights)
         if self._fading is not None:
             self._fading.update(codes, weights)
-        self._block_sequences.update(codes, sequences, weights)
         self._tokens += codes.shape[0]
         self._ledger.record_call(_NAME)
         self._ledger.record_effect(_NAME, pairs_seen=_pairs_in(codes))
@@ -118,16 +132,17 @@ class CorrelationMonitor:
 
         Returns: the number of pairs that `target_pairs` has now.
         """
-        view, beside = self._view()
+        seen = self._seen()
+        view, beside = seen.view()
         survey = view.survey(self.section.correlation_threshold, self.section.min_support, beside=beside)
-        self._watch(survey)
-        pairs, _ = self._listed(survey.pairs, sorted(self._book.flagged))
+        pairs, _ = self._listed(seen, survey.pairs, sorted(self._book.flagged))
+        self._watch(seen, survey, pairs)
         self._set_targets(pairs, self._verdicts(pairs, judge))
         return self._targets[0].numel()
 
     def report(self, step: int, W_dec: Tensor | None = None, judge: Judge | None = None) -> dict[str, Any]:
         """Close a full block, mine the live view, write `correlation_step_%08d.json` and return its content
-        (schema version 3, see `validate_correlation_report`). Reads the device.
+        (schema version 4, see `validate_correlation_report`). Reads the device.
 
         Args:
             step: the training step, in the file's name.
@@ -141,14 +156,17 @@ class CorrelationMonitor:
                 metrics are new), and the next one is not affected.
         """
         section = self.section
-        if self._block.tokens_offered >= section.block_tokens:
-            self._close_block()
+        seen = self._seen()
+        if seen.block.statistics.tokens_offered >= section.block_tokens:
+            self._close_block(seen.block)
+            seen = self._seen()
         edges = torch.linspace(-1, 1, HISTOGRAM_BINS + 1, dtype=torch.float64, device=self.device)
-        live_view, beside = self._view()
+        live_view, beside = seen.view()
         survey = live_view.survey(section.correlation_threshold, section.min_support, edges, beside=beside)
-        self._watch(survey)
         flagged = sorted(self._book.flagged)
-        pairs, sequences = self._listed(survey.pairs, flagged)
+        pairs, sequences = self._listed(seen, survey.pairs, flagged)
+        errors = self._own_errors(seen, pairs)
+        self._watch(seen, survey, pairs)
         live = int((live_view.counts(beside=beside) > 0).sum())
         paired = torch.cat([pairs.i, pairs.j]).unique().numel()
         components = connected_components(flagged)
@@ -158,7 +176,7 @@ class CorrelationMonitor:
         report: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
             "step": step,
-            "tokens": self._tokens,
+            "tokens": seen.tokens,
             "block_tokens": section.block_tokens,
             "d_sae": self.d_sae,
             "live_latents": live,
@@ -168,7 +186,7 @@ class CorrelationMonitor:
                 "min_support": section.min_support,
                 "min_sequences": section.min_sequences,
             },
-            "pairs": self._entries(pairs, sequences, verdicts),
+            "pairs": self._entries(pairs, sequences, errors, verdicts),
             "pairs_total": len(pairs),
             "pairs_flagged": len(flagged),
             "pairs_mergeable": None if verdicts is None else int(verdicts.mergeable().sum()),
@@ -184,7 +202,7 @@ class CorrelationMonitor:
             "histogram": _histogram(survey, edges),
         }
         self._set_targets(pairs, verdicts)
-        self._judged = MergeResult.untested(*self._no_pairs()) if verdicts is None else verdicts
+        self._judged = MergeResult.untested(*nothing(self.device)) if verdicts is None else verdicts
         self._metrics = _metrics(report)
         self._write(step, report)
         return report
@@ -210,13 +228,9 @@ class CorrelationMonitor:
 
     def forget(self, latents: Tensor) -> None:
         """These latents [n] int64 have become others: what was known of them, and every pair they are in, is dropped."""
-        every = [self._block, self._past, self._fading]
-        for statistics in every:
-            if statistics is not None:
-                statistics.forget(latents)
-        for sequences in (self._block_sequences, self._past_sequences):
-            if sequences is not None:
-                sequences.forget(latents)
+        for part in (self._block, self._past, self._fading):
+            if part is not None:
+                part.forget(latents)
         gone = set(latents.tolist())
         self._book.forget(gone)
         keep = ~(torch.isin(self._targets[0], latents) | torch.isin(self._targets[1], latents))
@@ -237,36 +251,39 @@ class CorrelationMonitor:
             batch_tokens, entries_per_token: of the largest update; only the sketch (d_sae above 32768) keeps
                 codes, about 262,144 recent tokens, and depends on them.
         """
-        one = correlation_state_bytes(self._block, batch_tokens, entries_per_token)
-        # The block and the past, each with its bitmap of sequences; the fading view has none.
-        statistics = 2 * (one + self._block_sequences.state_bytes()) + (one if self._fading is not None else 0)
+        one = correlation_state_bytes(self._block.statistics, batch_tokens, entries_per_token)
+        beside = self._block.sequences.state_bytes() + PairJackknife.state_bytes_at_most(self.d_sae)
+        # The block and the past, each with its bitmap of sequences and its errors; the fading view has none.
+        statistics = 2 * (one + beside) + (one if self._fading is not None else 0)
         held = min(MAX_PAIRS, self.d_sae * (self.d_sae - 1) // 2)
-        # int64 (i, j): the targets, the flagged pairs, and the evidence of each block remembered.
-        return statistics + 16 * held * (2 + self.section.blocks_remembered) + _NUMBERS_BYTES
+        # int64 (i, j): targets, flagged pairs, and the pairs of each block remembered; with three numbers, its evidence.
+        remembered = (16 * held + 40 * min(MOST_PAIRS, held)) * self.section.blocks_remembered
+        return statistics + 16 * held * 2 + remembered + _NUMBERS_BYTES
 
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = {
-            "block": self._block.state_dict(),
-            "block_sequences": self._block_sequences.state_dict(),
+            **self._block.state_dict("block"),
             "book": self._book.state_dict(),
             "tokens": self._tokens,
             "targets": {"i": self._targets[0].clone(), "j": self._targets[1].clone()},
             "metrics": dict(self._metrics),
         }
-        if self._past is not None and self._past_sequences is not None:
-            state["past"] = self._past.state_dict()
-            state["past_sequences"] = self._past_sequences.state_dict()
+        if self._past is not None:
+            state.update(self._past.state_dict("past"))
         if self._fading is not None:
             state["fading"] = self._fading.state_dict()
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Everything that `state_dict` gave. Raises: ValueError naming the field; nothing has changed then."""
-        known = {"block", "block_sequences", "book", "tokens", "targets", "metrics", "past", "past_sequences", "fading"}
-        missing = known - {"past", "past_sequences", "fading"} - set(state)
-        if missing or set(state) - known or ("past" in state) != ("past_sequences" in state):
+        needed = {*state_names("block"), "book", "tokens", "targets", "metrics"}
+        optional = state_names("past")
+        missing, unknown = needed - set(state), set(state) - needed - optional - {"fading"}
+        if optional & set(state):
+            missing |= optional - set(state)
+        if missing or unknown:
             raise ValueError(
-                f"CorrelationMonitor.load_state_dict: missing {sorted(missing)}, unknown {sorted(set(state) - known)}"
+                f"CorrelationMonitor.load_state_dict: missing {sorted(missing)}, unknown {sorted(unknown)}"
             )
         if ("fading" in state) != (self._fading is not None):
             raise ValueError(
@@ -274,58 +291,92 @@ class CorrelationMonitor:
                 f"{'one' if 'fading' in state else 'none'}"
             )
         # Read into new parts first, so that a state that does not fit leaves this monitor as it is.
-        parts: dict[str, Any] = {}
-        for name in ("block", "past", "fading"):
-            if name in state:
-                parts[name] = self._statistics(self.section.halflife_tokens if name == "fading" else None)
-                parts[name].load_state_dict(state[name])
-        for name in ("block_sequences", "past_sequences"):
-            if name in state:
-                parts[name] = SequenceCounts(self.d_sae, self.device)
-                parts[name].load_state_dict(state[name])
-        book = FlagBook(self.section.blocks_to_flag, self.section.blocks_remembered)
+        block, past, fading = self._loaded(state, self._rank)
+        book = self._new_book()
         book.load_state_dict(state["book"])
         i, j = state["targets"]["i"].to(self.device), state["targets"]["j"].to(self.device)
         tokens, metrics = int(state["tokens"]), dict(state["metrics"])
-        self._block, self._block_sequences = parts["block"], parts["block_sequences"]
-        self._past, self._past_sequences = parts.get("past"), parts.get("past_sequences")
-        self._fading, self._book = parts.get("fading"), book
+        self._block, self._past, self._fading, self._book = block, past, fading, book
         self._tokens, self._targets, self._metrics = tokens, (i, j), metrics
 
-    def _statistics(self, halflife: int | None = None) -> FeatureCorrelation:
-        return FeatureCorrelation(self.d_sae, self._sketch_dim, halflife, device=self.device)
+    def _loaded(self, state: Mapping[str, Any], rank: int) -> tuple[Stretch, Stretch | None, FeatureCorrelation | None]:
+        """(block, past, fading) of a state of the replica `rank`, as new objects."""
+        block = Stretch(self._statistics(rank=rank))
+        block.load_state_dict("block", state)
+        past = Stretch(self._statistics(rank=rank)) if "past" in state else None
+        if past is not None:
+            past.load_state_dict("past", state)
+        fading = self._statistics(self.section.halflife_tokens, rank) if "fading" in state else None
+        if fading is not None:
+            fading.load_state_dict(state["fading"])
+        return block, past, fading
 
-    def _no_pairs(self) -> tuple[Tensor, Tensor]:
-        empty = torch.empty(0, dtype=torch.int64, device=self.device)
-        return empty, empty
-
-    def _view(self) -> tuple[FeatureCorrelation, list[FeatureCorrelation]]:
+    def _seen(self) -> _Seen:
+        """What was counted, by all replicas together. A collective call where there are several."""
+        if self._replicas is None:
+            return _Seen(self._block, self._past, self._fading, self._tokens)
+        mine: dict[str, Any] = {**self._block.state_dict("block"), "tokens": self._tokens}
+        if self._past is not None:
+            mine.update(self._past.state_dict("past"))
         if self._fading is not None:
-            return self._fading, []
-        return self._block, [] if self._past is None else [self._past]
+            mine["fading"] = self._fading.state_dict()
+        total: _Seen | None = None
+        for rank, state in enumerate(self._replicas.states(mine, self.device)):
+            block, past, fading = self._loaded(state, rank)
+            if total is None:
+                total = _Seen(block, past, fading, state["tokens"])
+            else:
+                total.add(_Seen(block, past, fading, state["tokens"]))
+        assert total is not None
+        return total
 
-    def _watch(self, survey: Survey) -> None:
-        """Have the block count exactly from now on what its sketch proposes, and what is flagged: a pair that is too rare for
-        the sketch's recent tokens is decided by the counts of its block. At the report that closes a block, the new one
-        watches what the old one proposed before it sees a token."""
+    def _statistics(self, halflife: int | None = None, rank: int | None = None) -> FeatureCorrelation:
+        rank = self._rank if rank is None else rank
+        return FeatureCorrelation(self.d_sae, self._sketch_dim, halflife, device=self.device, rank=rank)
+
+    def _new_book(self) -> FlagBook:
+        section = self.section
+        return FlagBook(section.blocks_to_flag, section.blocks_remembered, section.correlation_threshold)
+
+    def _watch(self, seen: _Seen, survey: Survey, listed: CorrelatedPairs) -> None:
+        """Follow the pairs in question from now on: by groups of sequences what is listed and what the book remembers, flagged
+        pairs first. And have the block count exactly what its sketch proposes, and what is flagged: a pair that is too rare
+        for the sketch's recent tokens is decided by the counts of its block. At the report that closes a block, the new one
+        follows what the old one proposed before it sees a token."""
+        flagged = self._table(self._book.flagged)
+        remembered = self._table(self._book.remembered() - self._book.flagged)
+        i, j = (torch.cat([flagged[n], remembered[n], side]) for n, side in enumerate((listed.i, listed.j)))
+        self._block.errors.watch(*_first_of_each(i, j, self.d_sae))
         if survey.candidates is None:
             return
         if self._fading is not None:
             # A fading sketch proposes what fits its own span, and cannot watch.
-            section, beside = self.section, [] if self._past is None else [self._past]
-            survey = self._block.survey(section.correlation_threshold, section.min_support, beside=beside)
+            view, beside = _Seen(seen.block, seen.past, None, 0).view()
+            survey = view.survey(self.section.correlation_threshold, self.section.min_support, beside=beside)
         assert survey.candidates is not None
-        flagged = torch.tensor(sorted(self._book.flagged), dtype=torch.int64, device=self.device).view(-1, 2)
-        i, j = (torch.cat([part, flagged[:, n]]) for n, part in enumerate(survey.candidates))
-        self._block.watch(i, j)
+        i, j = (torch.cat([part, flagged[n]]) for n, part in enumerate(survey.candidates))
+        self._block.statistics.watch(i, j)
 
-    def _listed(self, found: CorrelatedPairs, flagged: list[Pair]) -> tuple[CorrelatedPairs, list[int | None]]:
+    def _table(self, pairs: set[Pair]) -> Tensor:
+        """[2, P] int64, ascending."""
+        return torch.tensor(sorted(pairs), dtype=torch.int64, device=self.device).view(-1, 2).T
+
+    def _own_errors(self, seen: _Seen, pairs: CorrelatedPairs) -> list[float | None]:
+        """Of atanh r over the live view, where a pair was followed on enough of it; None under a half-life."""
+        if seen.fading is not None:
+            return [None] * len(pairs)
+        found = seen.block.errors.errors(pairs.i, pairs.j, beside=None if seen.past is None else seen.past.errors)
+        return [None if math.isnan(e) else e for e in _scaled(found, found.fisher, pairs.weight).tolist()]
+
+    def _listed(
+        self, view: _Seen, found: CorrelatedPairs, flagged: list[Pair]
+    ) -> tuple[CorrelatedPairs, list[int | None]]:
         """Candidates (above the threshold, on enough sequences) and flagged pairs, sorted, and each one's
         sequences."""
         seen = SequenceCounts(self.d_sae, self.device)
-        seen.merge(self._block_sequences)
-        if self._past_sequences is not None:
-            seen.merge(self._past_sequences)
+        seen.merge(view.block.sequences)
+        if view.past is not None:
+            seen.merge(view.past.sequences)
         keep = found.correlation > self.section.correlation_threshold
         distinct = seen.distinct(found.i, found.j)
         if distinct is not None:
@@ -335,8 +386,8 @@ class CorrelationMonitor:
         extra = [pair for pair in flagged if pair not in known]
         if extra:
             i, j = (torch.tensor(side, device=self.device) for side in zip(*extra, strict=True))
-            view, beside = self._view()
-            parts.append(view.statistics(i, j, beside=beside))
+            statistics, beside = view.view()
+            parts.append(statistics.statistics(i, j, beside=beside))
         pairs = sorted_pairs(parts, self.d_sae, self.device)
         distinct = seen.distinct(pairs.i, pairs.j)
         return pairs, [None] * len(pairs) if distinct is None else distinct.tolist()
@@ -364,15 +415,19 @@ class CorrelationMonitor:
         return torch.zeros_like(verdicts.known) if limit is None else verdicts.known & ~verdicts.mergeable(limit)
 
     def _entries(
-        self, pairs: CorrelatedPairs, sequences: list[int | None], verdicts: MergeResult | None
+        self,
+        pairs: CorrelatedPairs,
+        sequences: list[int | None],
+        errors: list[float | None],
+        verdicts: MergeResult | None,
     ) -> list[dict[str, Any]]:
         most = self.section.max_reported_pairs
         tests = [_untested()] * min(most, len(pairs)) if verdicts is None else _tests(verdicts, min(most, len(pairs)))
         columns = (pairs.i, pairs.j, pairs.correlation, pairs.cosine, pairs.jaccard, pairs.support)
-        rows = zip(*(c[:most].tolist() for c in columns), sequences[:most], strict=True)
+        rows = zip(*(c[:most].tolist() for c in columns), sequences[:most], errors[:most], strict=True)
         entries = []
-        for (i, j, r, cosine, jaccard, support, seen), test in zip(rows, tests, strict=True):
-            lower, upper = correlation_bounds(r, support)
+        for (i, j, r, cosine, jaccard, support, seen, error), test in zip(rows, tests, strict=True):
+            lower, upper = correlation_bounds(r, support, error)
             entries.append(
                 {
                     "i": i,
@@ -384,6 +439,7 @@ class CorrelationMonitor:
                     "sequences": seen,
                     "lower": lower,
                     "upper": upper,
+                    "bounds": "rule" if error is None else "jackknife",
                     "blocks_above": self._book.blocks_above((i, j)),
                     "flagged": (i, j) in self._book.flagged,
                     **test,
@@ -391,11 +447,11 @@ class CorrelationMonitor:
             )
         return entries
 
-    def _close_block(self) -> None:
-        """Take the block's evidence, keep it as the last full block and begin the next."""
+    def _close_block(self, block: Stretch) -> None:
+        """Take the block's evidence (that of all replicas), keep it as the last full block and begin the next."""
         section = self.section
-        pairs = self._block.pairs(section.correlation_threshold, section.min_support)
-        distinct = self._block_sequences.distinct(pairs.i, pairs.j)
+        pairs = block.statistics.pairs(section.correlation_threshold, section.min_support)
+        distinct = block.sequences.distinct(pairs.i, pairs.j)
         enough = [True] * len(pairs) if distinct is None else (distinct >= section.min_sequences).tolist()
         columns = (pairs.i, pairs.j, pairs.correlation, pairs.support)
         above = [
@@ -403,34 +459,36 @@ class CorrelationMonitor:
             for i, j, r, support, often in zip(*(c.tolist() for c in columns), enough, strict=True)
             if often and correlation_bounds(r, support)[0] > section.correlation_threshold
         ]
-        self._book.close_block(above, self._released())
-        if self._past is None:
-            self._past, self._past_sequences = self._block, self._block_sequences
-            self._block = self._statistics()
-            # The sketch's signs go on: a sign never serves two tokens of one stream.
-            self._block.updates = self._past.updates
-            self._block_sequences = SequenceCounts(self.d_sae, self.device)
-        else:
-            assert self._past_sequences is not None
-            # The block before last goes: a pair that no longer holds must leave the live view, and a new one enter it.
-            self._past, self._block = self._block, self._past
-            self._past_sequences, self._block_sequences = self._block_sequences, self._past_sequences
-            self._block.reset()
-            self._block.updates = self._past.updates
-            self._block_sequences.reset()
+        self._book.close_block(above, self._released(block), self._evidence(block))
+        fresh = Stretch(self._statistics()) if self._past is None else self._past
+        # The block before last goes: a pair that no longer holds must leave the live view, and a new one enter it.
+        self._past, self._block = self._block, fresh
+        self._block.begin(self._past)
 
-    def _released(self) -> list[Pair]:
+    def _evidence(self, block: Stretch) -> dict[Pair, Evidence]:
+        """Of every pair that was followed on enough of the block, whatever its correlation."""
+        i, j = block.errors.i, block.errors.j
+        stats, found = block.statistics.statistics(i, j), block.errors.errors(i, j)
+        error = _scaled(found, found.plain, stats.weight)
+        kept = ~error.isnan() & (stats.support > 3)
+        columns = (i, j, stats.correlation, error, stats.support.double())
+        rows = zip(*(column[kept].tolist() for column in columns), strict=True)
+        return {(a, b): (r, e, support) for a, b, r, e, support in rows}
+
+    def _released(self, block: Stretch) -> list[Pair]:
         flagged = sorted(self._book.flagged)
         if not flagged:
             return []
-        i, j = (torch.tensor(side, device=self.device) for side in zip(*flagged, strict=True))
-        stats, counts = self._block.statistics(i, j), self._block.counts()
+        i, j = self._table(self._book.flagged)
+        stats, counts = block.statistics.statistics(i, j), block.statistics.counts()
+        found = block.errors.errors(i, j)
+        errors = _scaled(found, found.fisher, stats.weight).tolist()
         dead = ((counts[i] == 0) | (counts[j] == 0)).tolist()
+        columns = (stats.correlation.tolist(), stats.support.tolist(), errors, dead)
         released = []
-        for pair, r, support, gone in zip(
-            flagged, stats.correlation.tolist(), stats.support.tolist(), dead, strict=True
-        ):
-            if gone or correlation_bounds(r, support)[1] < self.section.release_threshold:
+        for pair, r, support, error, gone in zip(flagged, *columns, strict=True):
+            upper = correlation_bounds(r, support, None if math.isnan(error) else error)[1]
+            if gone or upper < self.section.release_threshold:
                 released.append(pair)
         return released
 
@@ -445,9 +503,50 @@ class CorrelationMonitor:
             self._ledger.record_survey()
 
     def _write(self, step: int, report: dict[str, Any]) -> None:
+        if self._rank != 0:
+            return
         path = self._out_dir / f"correlation_step_{step:08d}.json"
         replace_text(path, json.dumps(report, indent=1, allow_nan=False) + "\n")
         self._ledger.record_file(_NAME, path)
+
+
+@dataclass
+class _Seen:
+    """What reports rest on: the live view is what fades, or else the block in progress and the last full one."""
+
+    block: Stretch
+    past: Stretch | None
+    fading: FeatureCorrelation | None
+    tokens: int
+
+    def view(self) -> tuple[FeatureCorrelation, list[FeatureCorrelation]]:
+        if self.fading is not None:
+            return self.fading, []
+        return self.block.statistics, [] if self.past is None else [self.past.statistics]
+
+    def add(self, other: _Seen) -> None:
+        """Of another replica at the same step."""
+        self.block.merge(other.block)
+        if self.past is not None and other.past is not None:
+            self.past.merge(other.past)
+        if self.fading is not None and other.fading is not None:
+            self.fading.merge(other.fading)
+        self.tokens += other.tokens
+
+
+def _scaled(found: PairErrors, error: Tensor, weight: Tensor) -> Tensor:
+    """[P]: from the tokens that a pair was followed on to those of `weight` [P]; NaN where it was on too few of them."""
+    share = found.weight / weight.clamp(min=1e-300)
+    return torch.where(share >= LEAST_SHARE, error * share.clamp(max=1).sqrt(), torch.nan)
+
+
+def _first_of_each(i: Tensor, j: Tensor, d_sae: int) -> tuple[Tensor, Tensor]:
+    """Each pair once, where it stands first."""
+    key, inverse = torch.unique(i * d_sae + j, return_inverse=True)
+    first = torch.full_like(key, key.numel() + i.numel())
+    first.scatter_reduce_(0, inverse, torch.arange(i.numel(), device=i.device), "amin")
+    order = first.sort().values
+    return i[order], j[order]
 
 
 def _untested() -> dict[str, Any]:

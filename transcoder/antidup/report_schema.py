@@ -1,4 +1,4 @@
-"""The correlation report, schema version 3: what its JSON holds, checked without a schema library."""
+"""The correlation report, schema version 4: what its JSON holds, checked without a schema library."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-SCHEMA_VERSION = 3
-"""Version 1 had candidates in `components` until the first flag, and no fields of candidates; version 2 no merge test."""
+SCHEMA_VERSION = 4
+"""Version 1 had candidates in `components` until the first flag, and no fields of candidates; version 2 no merge test;
+version 3 did not say where a pair's bounds are from."""
 
+BOUNDS = ("jackknife", "rule")
+"""95 % bounds by the pair's own error over groups of sequences, or by a rule of thumb that heavy tails break."""
 _NUMBER = (int, float)
 _TOP: dict[str, Any] = {
     "schema_version": int,
@@ -44,6 +47,7 @@ _PAIR: dict[str, Any] = {
     "sequences": (int, type(None)),
     "lower": _NUMBER,
     "upper": _NUMBER,
+    "bounds": str,
     "blocks_above": int,
     "flagged": bool,
     "mergeable": (bool, type(None)),
@@ -54,7 +58,7 @@ _COSINE = {"median": _NUMBER, "p99": _NUMBER, "p999": _NUMBER}
 
 
 def validate_correlation_report(report: Any) -> None:
-    """Raise ValueError, naming the place, unless `report` is a correlation report of schema version 3.
+    """Raise ValueError, naming the place, unless `report` is a correlation report of schema version 4.
 
     `components` joins latents by flagged pairs, `candidate_components` by candidate or flagged ones; the distinct
     latents of each count a component once.
@@ -77,6 +81,8 @@ def validate_correlation_report(report: Any) -> None:
                 f"{where}: expected -1 <= lower <= correlation <= upper <= 1, got {pair['lower']}, {pair['correlation']}, "
                 f"{pair['upper']}"
             )
+        if pair["bounds"] not in BOUNDS:
+            raise ValueError(f"{where}.bounds: expected one of {BOUNDS}, got {pair['bounds']!r}")
         place = (-pair["correlation"], pair["i"], pair["j"])
         if before is not None and place <= before:
             raise ValueError(f"{where}: expected pairs sorted by falling correlation, then (i, j), each once")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from transcoder.activations.batch import ActivationBatch
 from transcoder.antidup.ledger import UsageLedger
+from transcoder.antidup.replicas import Replicas
 from transcoder.antidup.sample_file import write_samples
 from transcoder.antidup.sample_store import Samples, best_entries, merged, without_overlap
 from transcoder.antidup.special_tokens import SpecialTokens
@@ -41,7 +42,7 @@ class ActivationSampleCollector:
     Samples whose contexts overlap a better one of the same store (same sequence, fewer than context_tokens
     positions apart) are dropped; a batch offers each store its best k, before overlaps within the batch are
     dropped (rare in batches shuffled over sequences). Activations below `min_activation` are not sampled.
-    Random keys come from (seed, step, micro-batch, entry): resuming changes nothing.
+    Random keys come from (seed, rank, step, micro-batch, entry): resuming changes nothing.
 
     Args:
         section: sizes.
@@ -51,6 +52,8 @@ class ActivationSampleCollector:
         special_ids: token ids counted as special.
         sequence_length: positions run from 0 to sequence_length - 1.
         ledger: told of calls, samples kept and files.
+        replicas: the data-parallel replicas that collect from disjoint tokens. `save` is then a collective call and writes,
+            in the first of them, the best of all their samples; `collect` stays local. None is this process alone.
     """
 
     def __init__(
@@ -63,7 +66,10 @@ class ActivationSampleCollector:
         special_ids: Sequence[int],
         sequence_length: int,
         ledger: UsageLedger,
+        replicas: Replicas | None = None,
     ) -> None:
+        self._replicas = replicas
+        self._rank = 0 if replicas is None else replicas.rank
         self.section, self.d_sae, self.seed, self.sequence_length = section, d_sae, seed, sequence_length
         self.device = torch.empty(0, device=device).device
         self._out_dir, self._ledger = Path(out_dir), ledger
@@ -134,7 +140,7 @@ class ActivationSampleCollector:
         groups = followed * self._strata
         inside = (slot < followed) & (stratum < self._strata)
         group = torch.where(inside, slot * self._strata + stratum, groups)
-        key = uniform(torch.arange(codes.nnz, device=self.device), self.seed, step, micro).float()
+        key = uniform(torch.arange(codes.nnz, device=self.device), self.seed, self._rank, step, micro).float()
         spread, new_spread = merged(spread, candidates(group, key, groups, self._per_bin), self._per_bin, window)
         self._stores = (top, spread)
         self._ledger.record_call(_NAME)
@@ -152,12 +158,14 @@ class ActivationSampleCollector:
             step: recorded in the summary.
             decode_tokens: ids to display strings, one each.
 
-        Returns: the paths written.
+        Returns: the paths written; none in replicas but the first.
 
         Raises:
             OSError: a file could not be written; the former ones stand, what was collected stays.
         """
-        top, spread = self._opened(1, 0)
+        top, spread = self._opened(1, 0) if self._replicas is None else self._of_all(self._replicas)
+        if self._rank != 0:
+            return []
         spread = self._chosen(spread)
         latents = self.latents.cpu().numpy()
         parts = []
@@ -174,6 +182,23 @@ class ActivationSampleCollector:
         for path in paths:
             self._ledger.record_file(_NAME, path)
         return paths
+
+    def _of_all(self, replicas: Replicas) -> tuple[Samples, Samples]:
+        """The stores of all replicas merged, as if one had collected everything."""
+        total: tuple[Samples, Samples] | None = None
+        for state in replicas.states(self.state_dict(), self.device):
+            if not state["opened"]:
+                continue
+            self._anchor = state["anchor"]
+            parts = [Samples(**state[name]) for name in ("top", "spread")]
+            if total is None:
+                total = (parts[0], parts[1])
+                continue
+            window = max(1, parts[0].context.shape[2])
+            sizes = (self.section.top_per_latent, self._per_bin)
+            top, spread = (merged(a, b, k, window)[0] for a, b, k in zip(total, parts, sizes, strict=True))
+            total = (top, spread)
+        return self._opened(1, 0) if total is None else total
 
     def state_dict(self) -> dict[str, Any]:
         if self._stores is None:
