@@ -68,10 +68,15 @@ class RunCheckpoint:
         return Firings(torch.stack(counts).sum(0).numpy().astype(np.int64), tokens)
 
     def _tensor(self, file: str, name: str) -> Any:
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
-        with safe_open(self.path / file, framework="pt") as tensors:
-            return tensors.get_tensor(name)
+        try:
+            with safe_open(self.path / file, framework="pt") as tensors:
+                return tensors.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            # A run that goes on deletes its older checkpoints.
+            why = f"{self.path / file}: {error}; run.refresh() looks for the newest again"
+            raise RunPartMissingError(f"run {str(self._folder.path)!r}: {name} cannot be read: {why}") from error
 
     def _why(self, error: Exception) -> str:
         if not isinstance(error, FileNotFoundError):

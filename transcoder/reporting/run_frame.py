@@ -20,6 +20,8 @@ BLOCKS, PLAIN_BLOCKS = "▁▂▃▄▅▆▇█", "_.-=+*%#"
 QUIET_SECONDS, QUIET_LINES = 60.0, 10.0
 """A run is slow when its last line is older than this and than so many of its usual intervals."""
 NARROW = 40
+OF_THE_START = ("data", "checkpoint_budget")
+"""Events that every run begins with and nobody watches for."""
 CURVES = (
     ("loss", "losses/overall_loss"),
     ("FVU", "metrics/fvu"),
@@ -90,7 +92,7 @@ def _state(process: RunProcess, folder: RunFolder, tail: MetricsTail) -> tuple[s
         return "stopped", f"{status}; its state is saved, --resume goes on"
     old = "it wrote no line" if age is None else f"its last line is {clock(age)} old"
     if process.state == "gone":
-        return "dead", f"dead: process {process.pid} is gone without a summary; {old}"
+        return "dead", f"dead: process {process.pid} is gone without a summary, {old}; --resume goes on"
     if process.state == "elsewhere":
         return "unclear", f"runs on {process.host}, which cannot be seen from here; {old}"
     return "unclear", f"nothing says which process writes this folder; {old}"
@@ -121,7 +123,8 @@ def frame(snapshot: Snapshot, columns: int, plain: bool = False) -> list[str]:
         ("tokens/s", thousands(rate) if (rate := figure("metrics/tokens_per_second")) is not None else MISSING),
     ]
     lines += ["", "   ".join(f"{label} {value}" for label, value in facts), _last_seen(snapshot)]
-    events = [e for e in snapshot.tail.table.events if isinstance(e.get("step"), int)][-3:]
+    every = (e for e in snapshot.tail.table.events if isinstance(e.get("step"), int) and e["event"] not in OF_THE_START)
+    events = list(every)[-3:]
     if events:
         lines.append("events: " + ", ".join(f"{visible(str(e['event']))} at {e['step']:,}" for e in events))
     if plain:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, overload
 
 import numpy as np
@@ -19,7 +19,7 @@ NEIGHBOURS = 8
 CONTEXTS_SHOWN = 5
 """Contexts of each kind that a latent's representation shows."""
 COLUMNS = ("prefix", "firings", "density", "max_activation", "group")
-_HEAD = ("id", "prefix", "fired", "density", "max activation", "group", "strongest context")
+_HEAD = ("id", "prefix", "fired", "density", "max activation", "group", "context")
 
 
 class Latent:
@@ -165,9 +165,11 @@ class Latents(Sequence[Latent]):
     `max_activation` and `group` are arrays with an entry a latent.
     """
 
-    def __init__(self, columns: LatentColumns, ids: NDArray[np.int64]) -> None:
+    def __init__(self, columns: LatentColumns, ids: NDArray[np.int64], found: Mapping[int, int] | None = None) -> None:
         self._columns = columns
         self.id = ids
+        self._found = found or {}
+        """Of a search: latent -> the row of its strongest sample that has the text."""
 
     @property
     def prefix(self) -> NDArray[np.int64]:
@@ -208,10 +210,12 @@ class Latents(Sequence[Latent]):
     def search(self, text: str) -> Latents:
         """Latents with `text` in one of their contexts, upper and lower case alike; those with the most such contexts first."""
         samples = self._columns.samples
-        found, counts = np.unique(samples.latent[samples.containing(text)], return_counts=True)
-        mine = np.isin(found, self.id)
-        order = np.lexsort((found[mine], -counts[mine]))
-        return Latents(self._columns, found[mine][order])
+        rows = np.flatnonzero(samples.containing(text) & np.isin(samples.latent, self.id))
+        rows = rows[np.argsort(-samples.activation[rows], kind="stable")]
+        found, first, counts = np.unique(samples.latent[rows], return_index=True, return_counts=True)
+        order = np.argsort(-counts, kind="stable")
+        shown = dict(zip(found.tolist(), rows[first].tolist(), strict=True))
+        return Latents(self._columns, found[order], shown)
 
     def filter(
         self,
@@ -272,7 +276,7 @@ class Latents(Sequence[Latent]):
         chosen = index if isinstance(index, slice) else np.asarray(index)
         if isinstance(chosen, np.ndarray) and chosen.size == 0 and chosen.dtype != bool:
             chosen = chosen.astype(np.int64)
-        return Latents(self._columns, self.id[chosen])
+        return Latents(self._columns, self.id[chosen], self._found)
 
     def __len__(self) -> int:
         return len(self.id)
@@ -300,7 +304,7 @@ class Latents(Sequence[Latent]):
         for n, latent in enumerate(some):
             values = {name: column[n] for name, column in known.items()}
             group = values.get("group", -1)
-            contexts = latent._or_none("contexts") or []
+            context = self._context(latent.id)
             rows.append(
                 (
                     str(latent.id),
@@ -309,7 +313,17 @@ class Latents(Sequence[Latent]):
                     number(values["density"]) if "density" in values else MISSING,
                     number(values["max_activation"]) if np.isfinite(values.get("max_activation", np.nan)) else MISSING,
                     MISSING if group < 0 else str(group),
-                    contexts[0].marked(60) if contexts else "",
+                    "" if context is None else context.marked(60),
                 )
             )
         return rows
+
+    def _context(self, latent: int) -> Context | None:
+        """What a search found, else the strongest."""
+        try:
+            row = self._found.get(latent)
+            rows = self._columns.rows(latent)[:1] if row is None else np.asarray([row])
+            found = read_contexts(self._columns.samples, rows)
+        except RunPartMissingError:
+            return None
+        return found[0] if found else None
