@@ -5,8 +5,11 @@ runs itself again in a process of its own (`interpreted_again`)."""
 from __future__ import annotations
 
 import os
+import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -67,3 +70,86 @@ def cpu_backend(request: pytest.FixtureRequest) -> Iterator[str]:
         expected = "cpp" if request.param == "cpp" and extension.usable() else "torch"
         assert active_backend("cpu", "encode") == active_backend("cpu", "decode") == expected
         yield expected
+
+
+SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "sm_120": 99 << 10, "gfx942": 64 << 10}
+"""Bytes of shared memory that one program may take on each chip."""
+
+
+class Compiled(NamedTuple):
+    registers: int
+    """A lane."""
+    spilled: int
+    """Bytes of stack a lane, and on AMD spilled vector registers."""
+    shared: int
+    code: str
+    """PTX or AMD assembly."""
+    machine: Callable[[], str]
+    """SASS (NVIDIA), disassembled when asked for."""
+    shared_limit: int
+
+
+def _nvidia_tool(tool: str, *words: str) -> str:
+    from triton.backends import nvidia
+
+    program = Path(nvidia.__file__).parent / "bin" / tool
+    return subprocess.run([str(program), *words], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture
+def compile_kernel(tmp_path: Path) -> Callable[..., Compiled]:
+    """compile_kernel(kernel, types, constants, target, num_warps=, ...): ahead of time, no GPU needed.
+
+    `types` gives every argument that is not in `constants` its Triton type ("*fp32", "i64", ...); pointers, and integers
+    written "i32:16", are promised to be multiples of 16, as PyTorch's allocations and the reference shapes are.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    def run(kernel, types: dict[str, str], constants: dict, target: str, **options: int) -> Compiled:  # type: ignore[no-untyped-def]
+        names = kernel.arg_names
+        places = {name: n for n, name in enumerate(names)}
+        signature = {n: "constexpr" if n in constants else types[n].split(":")[0] for n in names}
+        sixteen = [n for n in names if n not in constants and (types[n].startswith("*") or types[n].endswith(":16"))]
+        attributes = {(places[n],): [["tt.divisibility", 16]] for n in sixteen}
+        source = ASTSource(
+            kernel, signature, {(places[n],): v for n, v in constants.items() if n in places}, attributes
+        )
+        nvidia = target.startswith("sm_")
+        chip = GPUTarget("cuda", int(target[3:]), 32) if nvidia else GPUTarget("hip", target, 64)
+        made = triton.compile(source, target=chip, options=options)
+        if not nvidia:
+            text = made.asm["amdgcn"]
+            wanted = r"\.(vgpr_count|vgpr_spill_count|private_segment_fixed_size):\s*(\d+)"
+            found = {k: int(v) for k, v in re.findall(wanted, text)}
+            # Spilled scalar registers go to lanes of vector registers, not to memory.
+            return Compiled(
+                found["vgpr_count"],
+                found["vgpr_spill_count"] + found["private_segment_fixed_size"],
+                made.metadata.shared,
+                text,
+                lambda: text,
+                SHARED_LIMIT[target],
+            )
+        cubin = tmp_path / "kernel.cubin"
+        cubin.write_bytes(made.asm["cubin"])
+        used = dict(
+            re.findall(r"(REG|STACK|LOCAL):(\d+)", _nvidia_tool("cuobjdump", "--dump-resource-usage", str(cubin)))
+        )
+        return Compiled(
+            int(used["REG"]),
+            int(used["STACK"]) + int(used["LOCAL"]),
+            made.metadata.shared,
+            made.asm["ptx"],
+            lambda: _nvidia_tool("nvdisasm", str(cubin)),
+            SHARED_LIMIT[target],
+        )
+
+    return run
+
+
+@pytest.fixture(params=SHARED_LIMIT)
+def target(request: pytest.FixtureRequest) -> str:
+    """Each chip that kernels are compiled for."""
+    return str(request.param)

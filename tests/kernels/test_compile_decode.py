@@ -3,91 +3,11 @@
 from __future__ import annotations
 
 import re
-import subprocess
 from collections.abc import Callable
-from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
 
-SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "sm_120": 99 << 10, "gfx942": 64 << 10}
-"""Bytes of shared memory that one program may take on each chip."""
-
-
-class Compiled(NamedTuple):
-    registers: int
-    """A lane."""
-    spilled: int
-    """Bytes of local memory (NVIDIA) or spilled registers (AMD) a lane."""
-    shared: int
-    code: str
-    """PTX or AMD assembly."""
-    machine: Callable[[], str]
-    """SASS (NVIDIA), disassembled when asked for."""
-    shared_limit: int
-
-
-def _nvidia_tool(tool: str, *words: str) -> str:
-    from triton.backends import nvidia
-
-    program = Path(nvidia.__file__).parent / "bin" / tool
-    return subprocess.run([str(program), *words], capture_output=True, text=True, check=True).stdout
-
-
-@pytest.fixture
-def compile_kernel(tmp_path: Path) -> Callable[..., Compiled]:
-    """compile_kernel(kernel, types, constants, target, num_warps=, ...): ahead of time, no GPU needed.
-
-    `types` gives every argument that is not in `constants` its Triton type ("*fp32", "i64", ...); pointers, and integers
-    written "i32:16", are promised to be multiples of 16, as PyTorch's allocations and the reference shapes are.
-    """
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    def run(kernel, types: dict[str, str], constants: dict, target: str, **options: int) -> Compiled:  # type: ignore[no-untyped-def]
-        names = kernel.arg_names
-        places = {name: n for n, name in enumerate(names)}
-        signature = {n: "constexpr" if n in constants else types[n].split(":")[0] for n in names}
-        sixteen = [n for n in names if n not in constants and (types[n].startswith("*") or types[n].endswith(":16"))]
-        attributes = {(places[n],): [["tt.divisibility", 16]] for n in sixteen}
-        source = ASTSource(
-            kernel, signature, {(places[n],): v for n, v in constants.items() if n in places}, attributes
-        )
-        nvidia = target.startswith("sm_")
-        chip = GPUTarget("cuda", int(target[3:]), 32) if nvidia else GPUTarget("hip", target, 64)
-        made = triton.compile(source, target=chip, options=options)
-        if not nvidia:
-            text = made.asm["amdgcn"]
-            found = {k: int(v) for k, v in re.findall(r"\.(vgpr_count|vgpr_spill_count):\s*(\d+)", text)}
-            # Spilled scalar registers go to lanes of vector registers, not to memory.
-            return Compiled(
-                found["vgpr_count"],
-                found["vgpr_spill_count"],
-                made.metadata.shared,
-                text,
-                lambda: text,
-                SHARED_LIMIT[target],
-            )
-        cubin = tmp_path / "kernel.cubin"
-        cubin.write_bytes(made.asm["cubin"])
-        used = dict(
-            re.findall(r"(REG|STACK|LOCAL):(\d+)", _nvidia_tool("cuobjdump", "--dump-resource-usage", str(cubin)))
-        )
-        return Compiled(
-            int(used["REG"]),
-            int(used["STACK"]) + int(used["LOCAL"]),
-            made.metadata.shared,
-            made.asm["ptx"],
-            lambda: _nvidia_tool("nvdisasm", str(cubin)),
-            SHARED_LIMIT[target],
-        )
-
-    return run
-
-
-TARGETS = ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"]
 INDEX = ("ids", "ptr", "row_ptr", "cuts", "widths", "permutation", "order_rows", "out_rows")
 SIZES = ("columns", "table_row", "W_row", "y_row", "out_row", "left_row", "slab_row", "first_column", "last_column")
 COUNTS = ("segments", "entries", "piece_programs", "searches", "prefixes", "rows", "tiles")
@@ -140,7 +60,6 @@ OTHERS = ["split_totals", "segment_sums", "prefix_cuts", "prefix_totals", "featu
 CASES = [(name, "float32") for name in GATHERING + OTHERS] + [(name, "bfloat16") for name in GATHERING]
 
 
-@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(("name", "table"), CASES)
 def test_compiles_without_spills(name: str, table: str, target: str, compile_kernel: Callable) -> None:
     constants, warps = configuration(name, getattr(torch, table), torch.float32)
@@ -179,7 +98,6 @@ CORRELATION = {
 }
 
 
-@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", CORRELATION)
 def test_correlation_compiles_without_spills(name: str, target: str, compile_kernel: Callable) -> None:
     from transcoder.kernels.correlation import config, counter, kernel

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import re
-import subprocess
 from collections.abc import Callable
-from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
 from transcoder.kernels.encode import config
 
-TARGETS = ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"]
-SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "sm_120": 99 << 10, "gfx942": 64 << 10}
-"""Bytes of shared memory that one program may take."""
 REGISTER_FILE = 1 << 16
 MATRIX_INSTRUCTION = {
     "sm_80": "mma.sync",
@@ -23,53 +16,6 @@ MATRIX_INSTRUCTION = {
     "sm_120": "mma.sync",
     "gfx942": "mfma",
 }
-
-
-class Compiled(NamedTuple):
-    registers: int
-    """A lane."""
-    spilled: int
-    """Bytes of stack a lane, and on AMD spilled vector registers."""
-    shared: int
-    code: str
-
-
-def compiled(kernel, types: dict[str, str], constants: dict, target: str, folder: Path, **options: int) -> Compiled:  # type: ignore[no-untyped-def]
-    """Pointers, and integers typed "i32:16", are promised to be multiples of 16, as allocations and real sizes are."""
-    import triton
-    from triton.backends import nvidia
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    places = {name: n for n, name in enumerate(kernel.arg_names)}
-    own = {places[name]: value for name, value in constants.items() if name in places}
-    signature = {name: "constexpr" if n in own else types[name].split(":")[0] for name, n in places.items()}
-    aligned = [n for name, n in places.items() if n not in own and re.search(r"^\*|:16$", types[name])]
-    source = ASTSource(
-        kernel, signature, {(n,): v for n, v in own.items()}, {(n,): [["tt.divisibility", 16]] for n in aligned}
-    )
-    chip = GPUTarget("hip", target, 64) if target.startswith("gfx") else GPUTarget("cuda", int(target[3:]), 32)
-    made = triton.compile(source, target=chip, options=options)
-    if chip.backend == "hip":
-        text = made.asm["amdgcn"]
-        # Scalar registers spill into lanes of vector registers: that costs no memory traffic and is not counted.
-        found = {
-            k: int(v)
-            for k, v in re.findall(r"\.(vgpr_count|vgpr_spill_count|private_segment_fixed_size):\s*(\d+)", text)
-        }
-        return Compiled(
-            found["vgpr_count"],
-            found["vgpr_spill_count"] + found["private_segment_fixed_size"],
-            made.metadata.shared,
-            text,
-        )
-    cubin = folder / "kernel.cubin"
-    cubin.write_bytes(made.asm["cubin"])
-    tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
-    words = [str(tool), "--dump-resource-usage", str(cubin)]
-    text = subprocess.run(words, capture_output=True, text=True, check=True).stdout
-    used = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
-    return Compiled(used["REG"], used["STACK"] + used["LOCAL"], made.metadata.shared, made.asm["ptx"])
 
 
 POINTERS = {
@@ -137,9 +83,8 @@ KERNELS = ["keep_tile_best", "rescan_rows", "rescan_cells", "above_threshold cou
 CASES = [("keep_tile_best", inputs) for inputs in INPUTS] + [(name, "bf16") for name in KERNELS[1:]]
 
 
-@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(("name", "inputs"), CASES)
-def test_products(name: str, inputs: str, target: str, tmp_path: Path) -> None:
+def test_products(name: str, inputs: str, target: str, compile_kernel: Callable) -> None:
     from transcoder.kernels.encode import batch_kernel, kernel
 
     kind, precision = INPUTS[inputs]
@@ -150,39 +95,36 @@ def test_products(name: str, inputs: str, target: str, tmp_path: Path) -> None:
     constants, options = product_options(launch, precision)
     constants["WRITE"] = mode == "write"
     function = getattr(kernel, name, None) or getattr(batch_kernel, name)
-    made = compiled(function, types(inputs.split()[0]), constants, target, tmp_path, **options)
+    made = compile_kernel(function, types(inputs.split()[0]), constants, target, **options)
     assert made.spilled == 0
-    assert made.shared <= SHARED_LIMIT[target]
+    assert made.shared <= made.shared_limit
     if kind != "float":
         assert MATRIX_INSTRUCTION[target] in made.code
     if name == "keep_tile_best" and kind == "half" and target == "sm_90":
         # Two programs a multiprocessor: the epilogue of one behind the product of the other.
         assert 2 * made.registers * launch.warps * 32 <= REGISTER_FILE
-        assert 2 * made.shared <= SHARED_LIMIT[target]
+        assert 2 * made.shared <= made.shared_limit
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_selection_by_rows(target: str, tmp_path: Path) -> None:
+def test_selection_by_rows(target: str, compile_kernel: Callable) -> None:
     from transcoder.kernels.encode import kernel
 
     for chunk in (32, config.SELECT_CHUNK):
-        made = compiled(
+        made = compile_kernel(
             kernel.select_rows,
             types("bf16"),
             {"CHUNK": chunk},
             target,
-            tmp_path,
             num_warps=config.selection_warps(chunk),
         )
         assert made.spilled == 0
-    made = compiled(
-        kernel.order_rows, types("bf16"), {"CHUNK": config.ORDER_CHUNK}, target, tmp_path, num_warps=config.ORDER_WARPS
+    made = compile_kernel(
+        kernel.order_rows, types("bf16"), {"CHUNK": config.ORDER_CHUNK}, target, num_warps=config.ORDER_WARPS
     )
     assert made.spilled == 0
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_selection_by_batch(target: str, tmp_path: Path) -> None:
+def test_selection_by_batch(target: str, compile_kernel: Callable) -> None:
     from transcoder.kernels.encode import batch_kernel, triton_backend
 
     levels = triton_backend.radix_levels(4096 * 18432)
@@ -196,8 +138,6 @@ def test_selection_by_batch(target: str, tmp_path: Path) -> None:
         (batch_kernel.collect, last),
     ]
     for function, constants in cases:
-        made = compiled(
-            function, types("bf16"), {**common, **constants}, target, tmp_path, num_warps=config.RADIX_WARPS
-        )
+        made = compile_kernel(function, types("bf16"), {**common, **constants}, target, num_warps=config.RADIX_WARPS)
         assert made.spilled == 0
-        assert made.shared <= SHARED_LIMIT[target]
+        assert made.shared <= made.shared_limit
