@@ -4,14 +4,17 @@ Each pair fires on `support` tokens of a block (at least one of the two), in one
 
 - `overlap`: both have the same amplitude where both fire, and fire together on the share rho of each one's tokens. With
   means that are small against the firing amplitude, the Pearson correlation over all tokens is rho.
-- `amplitude`: both fire on the same tokens with exponential amplitudes, the same with probability 2 rho - 1 and independent
-  otherwise. E z_i z_j / E z^2 = (1 + (2 rho - 1)) / 2 = rho.
+- `amplitude`: both fire on the same tokens with amplitudes that are the same with probability s and independent otherwise:
+  E z_i z_j / E z^2 = s + (1 - s) q with q = (E z)^2 / E z^2, and s is chosen so that this is rho.
+
+Amplitudes are exponential (q = 1/2) or, with `heavy`, exp(N(0, 1)), whose tail is far heavier (q = 1/e).
 
 Both have mean zero bias up to support / (2 tokens), which is below 0.004 at the shipped sizes.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -37,6 +40,12 @@ class Stream:
     tokens: int
     blocks: int
     seed: int
+    heavy: bool = False
+
+    def amplitudes(self, shape: tuple[int, ...], g: torch.Generator) -> Tensor:
+        if self.heavy:
+            return torch.randn(shape, generator=g).exp()
+        return torch.empty(shape).exponential_(generator=g)
 
     @property
     def pairs(self) -> int:
@@ -61,10 +70,10 @@ class Stream:
         most = max(SUPPORTS)
         used = torch.arange(most) < support[:, None]
         token = distinct(self.pairs, most, self.tokens, g)
-        size = torch.empty(self.pairs, most).exponential_(generator=g)
-        own = torch.empty(self.pairs, most).exponential_(generator=g)
+        size, own = self.amplitudes((self.pairs, most), g), self.amplitudes((self.pairs, most), g)
         draw = torch.rand(self.pairs, most, generator=g)
-        same = draw < (2 * rho - 1)[:, None]
+        q = 1 / math.e if self.heavy else 0.5
+        same = draw < ((rho - q) / (1 - q))[:, None]
         # Of a union, the share s / (2 - s) is joint when each one's joint share is s; the rest falls to either.
         joint = draw < (rho / (2 - rho))[:, None]
         first = torch.rand(self.pairs, most, generator=g) < 0.5
