@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import resource
+import shutil
 import sys
 from pathlib import Path
 
@@ -124,6 +125,43 @@ def test_a_full_disk_costs_no_line_and_leaves_no_torn_one(tmp_path: Path, caplog
     file.append({"step": 4})
     file.close()
     assert [r["step"] for r in read_records(tmp_path / "m.jsonl") if r] == [0, 1, 2, 3, 4]
+
+
+def test_a_file_that_is_deleted_is_made_again_with_what_was_in_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    writer = MetricsWriter(tmp_path / "run", CONFIG)
+    writer.write(1, {"x": 1.0})
+    shutil.rmtree(tmp_path / "run")
+    writer.write(2, {"x": 2.0})
+    writer.write(3, {"x": 3.0})
+    writer.close()
+    assert [line["x"] for line in lines(tmp_path / "run")] == [1.0, 2.0, 3.0]
+    assert caplog.text.count("was deleted") == 1
+
+
+def test_a_file_does_not_grow_beyond_its_limit(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Events and what is recent stay; older figures get sparser."""
+    file, limit = JsonlFile(tmp_path / "m.jsonl", max_bytes=4000), 4000
+    for step in range(2000):
+        file.append({"step": step, "x": 1.5})
+        if step % 400 == 0:
+            file.append({"step": step, "event": "checkpoint"})
+        assert (tmp_path / "m.jsonl").stat().st_size <= limit
+    found = [r for r in read_records(tmp_path / "m.jsonl") if r]
+    assert [r["step"] for r in found if "event" in r] == [0, 400, 800, 1200, 1600]
+    steps = [r["step"] for r in found if "event" not in r]
+    assert steps == sorted(steps)
+    assert steps[-60:] == list(range(1940, 2000))
+    assert len(steps) > 80
+    assert steps[0] < 600
+    assert "thinned from" in caplog.text
+    for number in range(500):
+        file.append({"step": 2000, "event": f"nothing but events {number}"})
+        assert (tmp_path / "m.jsonl").stat().st_size <= limit
+    file.append({"step": 3000})
+    file.close()
+    assert [r["step"] for r in read_records(tmp_path / "m.jsonl") if r][-1] == 3000
 
 
 def test_tensorboard_gets_the_same_figures(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -358,6 +359,23 @@ def test_files_that_cannot_be_written_for_a_while_stop_nothing(whole: RunResult,
         "correlation_step_00000024.json",
         "correlation_step_00000030.json",
     ]
+
+
+def test_a_folder_that_vanishes_costs_what_was_in_it_and_no_step(whole: RunResult, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+
+    class Vanishing(Planted):
+        def __next__(self) -> ActivationBatch:
+            if self.index == 4 + 14:
+                shutil.rmtree(run_dir)
+            return super().__next__()
+
+    result = train_transcoder(config(), run_dir, batches=Vanishing())
+    assert result.finished
+    assert_same(weights(whole), weights(result))
+    assert sorted(p.name for p in (run_dir / "checkpoints").iterdir()) == ["step_00000020", "step_00000030"]
+    assert [r["step"] for r in records(run_dir) if "losses/overall_loss" in r] == [5, 10, 15, 20, 25, 30]
+    assert train_transcoder(config(), run_dir, resume=True, batches=Planted()).finished
 
 
 def test_the_disk_budget_bounds_what_checkpoints_take(whole: RunResult) -> None:

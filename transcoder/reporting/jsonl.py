@@ -1,4 +1,4 @@
-"""Strict JSON lines: written whole or not at all, cut back to a step on resume, read past damage."""
+"""Strict JSON lines: written whole or not at all, bounded, cut back to a step on resume, read past damage."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import logging
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,21 @@ BACKLOG_LINES = 10_000
 
 
 class JsonlFile:
-    """An append-only file of JSON objects that outlives a full disk.
+    """An append-only file of JSON objects that outlives a full disk and a folder that is deleted under it.
 
     A line that cannot be written is kept and tried again with the next one; the file is cut back to its last
-    whole line, so a torn one never stays. The run goes on: figures are not worth a lost run.
+    whole line, so a torn one never stays. The run goes on: figures are not worth a lost run. A file that somebody deleted
+    is made again, with what was in it.
+
+    Args:
+        max_bytes: where the file grows beyond, every second line of its older half that is no event goes (where that is
+            not enough, every second one of any kind), with a warning; None: it grows without bound.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = Path(path)
-        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - closed in close()
+    def __init__(self, path: Path, max_bytes: int | None = None) -> None:
+        self.path, self._max_bytes = Path(path), max_bytes
+        # Readable: what was in it can be saved when its name is gone.
+        self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115 - closed in close()
         self._size = os.fstat(self._file.fileno()).st_size
         self._backlog: deque[bytes] = deque(maxlen=BACKLOG_LINES)
         self._lost = 0
@@ -40,6 +46,8 @@ class JsonlFile:
             self._lost += 1
         self._backlog.append(line)
         self._drain()
+        if self._max_bytes is not None and self._size > self._max_bytes:
+            self._rewrite(_thinned)
 
     def flush(self) -> None:
         """Bring what was written to the disk (fsync)."""
@@ -59,6 +67,9 @@ class JsonlFile:
             logger.warning("%s: %d lines could not be written before the run ended", self.path, missing)
 
     def _drain(self) -> None:
+        if os.fstat(self._file.fileno()).st_nlink == 0:
+            logger.warning("%s: was deleted; it is made again with what was in it", self.path)
+            self._rewrite(lambda lines: lines)
         while self._backlog:
             line = self._backlog[0]
             try:
@@ -73,6 +84,23 @@ class JsonlFile:
             self._size += len(line)
         self._warned = False
 
+    def _rewrite(self, change: Callable[[list[bytes]], list[bytes]]) -> None:
+        """Put the file's lines, changed, in its place; a failure leaves it as it is and is tried again."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file.seek(0)
+            lines = change(self._file.readall().splitlines(keepends=True))
+            with replacing(self.path) as new:
+                new.writelines(lines)
+            again = open(self.path, "a+b", buffering=0)  # noqa: SIM115 - closed in close()
+        except OSError as error:
+            self._warn(error)
+            return
+        if (before := self._size) > (after := sum(map(len, lines))):
+            logger.warning("%s: thinned from %d to %d bytes (logging.max_megabytes)", self.path, before, after)
+        self._file.close()
+        self._file, self._size = again, after
+
     def _cut_back(self) -> None:
         try:
             os.ftruncate(self._file.fileno(), self._size)
@@ -83,6 +111,21 @@ class JsonlFile:
         if not self._warned:
             self._warned = True
             logger.warning("%s: cannot write (%s); lines are kept in memory and tried again", self.path, error)
+
+
+def _thinned(lines: list[bytes]) -> list[bytes]:
+    """Without every second line of figures of the older half, or of anything where that frees less than an eighth."""
+    older = len(lines) // 2
+    for spared in (b'"event": ', None):
+        drop, kept = True, []
+        for number, line in enumerate(lines):
+            figures = spared is None or spared not in line
+            drop = figures and not drop
+            if number >= older or not (figures and drop):
+                kept.append(line)
+        if 8 * sum(map(len, kept)) <= 7 * sum(map(len, lines)):
+            break
+    return kept
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any] | None]:

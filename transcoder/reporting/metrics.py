@@ -56,7 +56,7 @@ class MetricsWriter:
             earlier = _number_or(last.get("time"), 0.0) if last else 0.0
         self._start = time.monotonic() - earlier
         self._step = resume_step or 0
-        self._file = JsonlFile(path)
+        self._file = JsonlFile(path, config.logging.max_megabytes << 20)
         self._wandb = None if config.logging.wandb == "off" else WandbSink(self.run_dir, config)
         self._tensorboard = TensorboardSink(self.run_dir, resume_step) if config.logging.tensorboard else None
         if resume_step is not None:

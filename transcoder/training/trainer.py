@@ -283,7 +283,8 @@ class _Run:
         else:
             self._fit_normalization()
         budget = self.saver.begin()
-        replace_atomically(self.run_dir / "config.yaml", self.config.to_yaml().encode())
+        self.folder_id = self.run_dir.stat().st_ino
+        self._write_config()
         self.writer = self.stack.enter_context(
             MetricsWriter(self.run_dir, self.config, self.step if loaded is not None else None)
         )
@@ -293,6 +294,16 @@ class _Run:
         self.writer.write_event("checkpoint_budget", {"bytes_each_at_most": budget})
         self.bar = ProgressBar(self.config.training.steps, self.step, self.config.logging.progress)
         self.stack.callback(self.bar.close)
+
+    def _same_folder(self) -> bool:
+        """Whether the run's folder is the one that it began in, and not one that was made again after somebody deleted it."""
+        try:
+            return self.run_dir.stat().st_ino == self.folder_id
+        except OSError:
+            return False
+
+    def _write_config(self) -> None:
+        replace_atomically(self.run_dir / "config.yaml", self.config.to_yaml().encode())
 
     def _fit_normalization(self) -> None:
         mode = self.config.transcoder.normalize
@@ -467,6 +478,9 @@ class _Run:
             self.writer.write(step, self.evaluation)
         if saving:
             self.saver.save(self.evaluation.get("evaluation/fvu") if evaluating else None)
+            if not (self.run_dir / "config.yaml").exists():
+                # Somebody deleted the folder: the checkpoints that it gets from now on cannot be resumed without this.
+                self._write("config.yaml", self._write_config)
 
     def _catch_up(self) -> None:
         """Every step is counted, and the weights are numbers: finite gradients can still carry one to infinity, which must
@@ -563,7 +577,7 @@ class _Run:
         try:
             self.ledger.verify(self.step)
         except LedgerError as error:
-            if self.unwritten_step != self.step:
+            if self._same_folder() and self.unwritten_step != self.step:
                 raise
             self.verify_step = self.step + self.config.antidup.monitor.correlation_save_frequency
             logger.warning(
