@@ -13,7 +13,7 @@ from bench.science.planted import Stream, batches
 from bench.science.table import Line, at_least, at_most, holds, told
 from transcoder.antidup import CorrelationMonitor, UsageLedger
 from transcoder.antidup.confidence import correlation_bounds
-from transcoder.antidup.jackknife import MOST_PAIRS, PairJackknife
+from transcoder.antidup.jackknife import PairJackknife, most_pairs
 from transcoder.config import MonitorSection
 from transcoder.kernels import FeatureCorrelation
 
@@ -231,7 +231,7 @@ def _calibration(blocks: list[Any], stream: Stream, amplitudes: str) -> list[Lin
         one.update(block)
         stats = one.statistics(i, i + 1)
         errors = torch.full(i.shape, torch.nan, dtype=torch.float64)
-        for part in chosen.split(MOST_PAIRS):
+        for part in chosen.split(most_pairs(stream.d_sae)):
             own.watch(i[part], i[part] + 1)
             for a, codes in batches(block, BATCH):
                 own.update(codes, stream.sequences(n)[a : a + codes.shape[0]], None)

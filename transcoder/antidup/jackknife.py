@@ -20,13 +20,19 @@ from transcoder.kernels.correlation.moments import CONSTANT
 GROUPS = 16
 """Sequences fall into one of these by a hash. 32 groups hold the truth no more often in simulation and cost twice as much."""
 MOST_PAIRS = 4096
-"""Pairs followed; 6 * 16 float64 numbers each, and O(B) work a pair and step."""
+"""Pairs followed; 6 * 16 float64 numbers each, and O(B) work a pair and step. No more than two a latent either: a dictionary
+of more candidates than that has failed as a whole."""
 LEAST_SHARE = 0.25
 """Of the tokens in question that a pair must have been followed on before its own error is believed."""
 TILE_NUMBERS = 1 << 20
 """Numbers in the largest temporary (8 MiB)."""
 _KEY = 0x6A61636B
 """Groups are drawn apart from the bits of `SequenceCounts`."""
+
+
+def most_pairs(d_sae: int) -> int:
+    """That are followed in a dictionary of d_sae latents."""
+    return min(MOST_PAIRS, 2 * d_sae, d_sae * (d_sae - 1) // 2)
 
 
 class PairErrors(NamedTuple):
@@ -47,7 +53,7 @@ class PairJackknife:
     """
 
     def __init__(self, d_sae: int, device: torch.device) -> None:
-        self.d_sae, self.device = d_sae, device
+        self.d_sae, self.device, self.most = d_sae, device, most_pairs(d_sae)
         self._offered = 0
         self._begin(*(torch.zeros(0, dtype=torch.int64, device=device) for _ in range(2)))
 
@@ -60,9 +66,9 @@ class PairJackknife:
         return self.i.numel()
 
     def watch(self, i: Tensor, j: Tensor) -> None:
-        """Follow these pairs i < j [P], each once, instead of those so far; the first `MOST_PAIRS` of them. A pair that stays
+        """Follow these pairs i < j [P], each once, instead of those so far; the first `most` of them. A pair that stays
         keeps its sums."""
-        i, j = i[:MOST_PAIRS], j[:MOST_PAIRS]
+        i, j = i[: self.most], j[: self.most]
         old, sums = self.places(i, j), self._sums
         self._begin(i.clone(), j.clone())
         if sums.shape[1]:
@@ -153,7 +159,7 @@ class PairJackknife:
     @staticmethod
     def state_bytes_at_most(d_sae: int) -> int:
         """Bytes that the tensors of a `state_dict` can ever hold."""
-        return min(MOST_PAIRS, d_sae * (d_sae - 1) // 2) * (16 + 6 * GROUPS * 8)
+        return most_pairs(d_sae) * (16 + 6 * GROUPS * 8)
 
     def state_dict(self) -> dict[str, Any]:
         return {"i": self.i.clone(), "j": self.j.clone(), "sums": self._sums.clone(), "offered": self._offered}

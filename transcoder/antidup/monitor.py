@@ -18,7 +18,7 @@ from transcoder.antidup.confidence import correlation_bounds
 from transcoder.antidup.decoder_cosine import decoder_cosine_tail
 from transcoder.antidup.files import replace_text
 from transcoder.antidup.flags import MAX_PAIRS, Evidence, FlagBook, Pair
-from transcoder.antidup.jackknife import LEAST_SHARE, MOST_PAIRS, PairErrors, PairJackknife
+from transcoder.antidup.jackknife import LEAST_SHARE, PairErrors, PairJackknife, most_pairs
 from transcoder.antidup.ledger import UsageLedger
 from transcoder.antidup.merge_test import MergeResult
 from transcoder.antidup.replicas import Replicas
@@ -257,7 +257,7 @@ class CorrelationMonitor:
         statistics = 2 * (one + beside) + (one if self._fading is not None else 0)
         held = min(MAX_PAIRS, self.d_sae * (self.d_sae - 1) // 2)
         # int64 (i, j): targets, flagged pairs, and the pairs of each block remembered; with three numbers, its evidence.
-        remembered = (16 * held + 40 * min(MOST_PAIRS, held)) * self.section.blocks_remembered
+        remembered = (16 * held + 40 * most_pairs(self.d_sae)) * self.section.blocks_remembered
         return statistics + 16 * held * 2 + remembered + _NUMBERS_BYTES
 
     def state_dict(self) -> dict[str, Any]:

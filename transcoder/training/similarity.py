@@ -70,10 +70,10 @@ class HeldoutCodes:
             "values": torch.cat([codes.values for codes in self.codes]).float(),
             "indices": torch.cat([codes.indices for codes in self.codes]).int(),
             "entries": sizes.int(),
-            "batches": torch.tensor([codes.shape[0] for codes in self.codes]),
+            "batches": torch.tensor([codes.shape[0] for codes in self.codes], device="cpu"),
             "tokens": self.tokens.int(),
             "positions": self.positions.int(),
-            "widths": torch.tensor(self.widths),
+            "widths": torch.tensor(self.widths, device="cpu"),
         }
         replace_atomically(path, save({name: part.detach().cpu().contiguous() for name, part in tensors.items()}))
 
@@ -86,7 +86,7 @@ class HeldoutCodes:
         try:
             found = load(path.read_bytes())
             widths = found["widths"].tolist()
-            row_ptr = torch.zeros(found["entries"].numel() + 1, dtype=torch.int64)
+            row_ptr = torch.zeros(found["entries"].numel() + 1, dtype=torch.int64, device="cpu")
             torch.cumsum(found["entries"], 0, out=row_ptr[1:])
             codes, row = [], 0
             for size in found["batches"].tolist():
