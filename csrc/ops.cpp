@@ -2,6 +2,7 @@
 #include <torch/library.h>
 
 #include "correlation_ops.h"
+#include "cosine_ops.h"
 #include "encode_ops.h"
 #include "reduce_ops.h"
 #include "screen_ops.h"
@@ -42,6 +43,8 @@ TORCH_LIBRARY(transcoder_cpp, m) {
       "sketch_add(Tensor latent, Tensor token, Tensor weighted, Tensor? token_weights, int tokens, int key, Tensor(a!) rows, "
       "Tensor(b!) ones) -> ()");
   m.def("similar_rows(Tensor left, Tensor right, float above, int apart) -> (Tensor, Tensor, Tensor)");
+  m.def("nearest_above(Tensor W, Tensor own, float least) -> (Tensor, Tensor, Tensor)");
+  m.def("rows_in_zeros(Tensor values, Tensor rows, int total) -> Tensor");
   m.def(
       "adam_step(Tensor(a!)[] parameters, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
       "Tensor(d!)[] steps, int unit, float lr, float beta1, float beta2, float eps, float max_norm) -> Tensor");
@@ -63,6 +66,8 @@ TORCH_LIBRARY_IMPL(transcoder_cpp, CPU, m) {
   m.impl("survey_pairs", survey_pairs);
   m.impl("sketch_add", sketch_add);
   m.impl("similar_rows", similar_rows);
+  m.impl("nearest_above", nearest_above);
+  m.impl("rows_in_zeros", rows_in_zeros);
   m.impl("adam_step", adam_step);
 }
 

@@ -159,11 +159,11 @@ struct ProposalMemory {
   std::vector<float> gate, gates;
 };
 
-// By task and sorted: every entry whose exact pre-activation under `bias` can exceed `gate` (at least 0), as proposed. Nothing
-// where they are more than `most`: exact dot products of so many cost as much as an fp32 product. That, too, is the same for
+// By task and sorted: every entry whose exact pre-activation under `bias` can exceed its row's gate (at least 0), as proposed.
+// Nothing where they are more than `most`: exact dot products of so many cost as much as an fp32 product. That, too, is the same for
 // any number of threads: tiles have fixed shapes.
-optional<std::vector<Pool<float>>> proposals(const Plan& plan, const Screened& screened, const float* bias, double gate,
-                                             int64_t most) {
+optional<std::vector<Pool<float>>> proposals(const Plan& plan, const Screened& screened, const float* bias,
+                                             const double* gate, int64_t most) {
   std::vector<Pool<float>> pools(plan.tasks());
   std::atomic<int64_t> total{0};
   for_each_task<ProposalMemory>(plan.tasks(), [&](int64_t task, ProposalMemory& own) {
@@ -173,7 +173,7 @@ optional<std::vector<Pool<float>>> proposals(const Plan& plan, const Screened& s
     own.ids.need(rows * room);
     own.gates.resize(rows);
     for (int64_t r = 0; r < rows; ++r) {
-      own.gates[r] = static_cast<float>(gate * (1 - 0x1p-7) - 1.01 * screened.error(first + r));
+      own.gates[r] = static_cast<float>(gate[first + r] * (1 - 0x1p-7) - 1.01 * screened.error(first + r));
     }
     Pool<float>& pool = pools[task];
     for (int64_t panel = plan.first_panel(task); panel < plan.last_panel(task) && total.load() <= most; ++panel) {
@@ -272,7 +272,7 @@ tuple<Tensor, Tensor, Tensor> batch_topk_screened(const Tensor& x, const Tensor&
   if (!bounds_every(screened, rows)) return batch_topk(x, W, b, k);
   const Plan plan(rows, latents);
   const float gate = guess_gate<float>(x, W, b, static_cast<double>(k) / static_cast<double>(latents));
-  optional<std::vector<Pool<float>>> pools = proposals(plan, screened, in<float>(b), gate, most);
+  optional<std::vector<Pool<float>>> pools = proposals(plan, screened, in<float>(b), std::vector<double>(rows, gate).data(), most);
   if (!pools) return batch_topk(x, W, b, k);
   decide(plan, screened, x, W, b, sure_gate(plan, screened, *pools, wanted), gate, nullptr, *pools);
   Pool<float> all = join<float>(plan, *pools);
@@ -295,7 +295,7 @@ tuple<Tensor, Tensor, Tensor> above_screened(const Tensor& x, const Tensor& W, c
   if (rows == 0 || !bounds_every(screened, rows)) return above(x, W, b, limits);
   const Plan plan(rows, latents);
   optional<std::vector<Pool<float>>> pools =
-      proposals(plan, screened, in<float>(shifted), 0, rows * latents / WORTH_IT);
+      proposals(plan, screened, in<float>(shifted), std::vector<double>(rows, 0).data(), rows * latents / WORTH_IT);
   if (!pools) return above(x, W, b, limits);
   decide(plan, screened, x, W, b, -std::numeric_limits<double>::infinity(), 0, in<float>(limits), *pools);
   return compressed<float>(join<float>(plan, *pools), rows);

@@ -21,8 +21,10 @@ from transcoder.kernels.correlation.reference import correlation_reference
 from transcoder.kernels.decode.op import nested_loss, sparse_decode
 from transcoder.kernels.decode.reference import nested_loss_reference, sparse_decode_reference
 from transcoder.kernels.encode.op import batch_topk_encode, threshold_encode, topk_encode
+from transcoder.kernels.step.op import adam_step, one_op_for
+from transcoder.kernels.step.reference import AdamStep, adam_step_reference
 
-FAMILIES = ("encode", "decode", "correlation")
+FAMILIES = ("encode", "decode", "correlation", "step")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = [(1, 8, 16, 1), (33, 64, 257, 7), (128, 256, 2048, 32), (257, 130, 1000, 100), (64, 2304, 4096, 48)]
 """(B, d, d_sae, k): one row, odd sizes, one of several tiles, k large, the width of a real model."""
@@ -83,6 +85,8 @@ def _parts(
             "correlation": lambda: check_correlation(codes()),
             "correlation sketch": lambda: check_sketch(codes()),
         }
+    if "step" in families and x.dtype == torch.float32:
+        parts["optimizer step"] = lambda: check_step([W, b, torch.nn.functional.normalize(W), x[0]])
     return parts
 
 
@@ -205,6 +209,46 @@ def check_sketch(codes: SparseCodes) -> None:
     error = (first.double() - want[i, j].double())[alive]
     if error.numel() > 100 and not float(error.square().mean().sqrt()) < 2 / math.sqrt(128):
         raise Mismatch(f"estimates: off by {float(error.square().mean().sqrt()):.3f} (root mean square)")
+
+
+def check_step(parameters: list[Tensor]) -> None:
+    """Three steps of Adam, clipped, the third parameter's rows of unit length; then one with a NaN, which changes nothing."""
+
+    def run() -> list[Tensor]:
+        ps = [p.detach().clone() for p in parameters]
+        module = one_op_for(_with_gradients(ps, 0))
+        if module is None:
+            return []  # backend `torch` leaves the step to torch.optim.Adam
+        first, second = ([torch.zeros_like(p) for p in ps] for _ in range(2))
+        steps = [torch.zeros((), device=p.device) for p in ps]
+        bad = torch.zeros((), dtype=torch.bool, device=ps[0].device)
+        by: dict[str, Any] = {"unit_rows": 2, "lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "max_norm": 1.0}
+        for step in (1, 2, 3):
+            gradients = [p.grad for p in _with_gradients(ps, step) if p.grad is not None]
+            want = adam_step_reference(ps, gradients, first, second, step, **by)
+            norm = adam_step(module, ps, first, second, steps, bad=bad, **by)
+            unit = torch.finfo(torch.float32).eps
+            expect_close("norm", norm, want.norm, sum(p.numel() for p in ps), unit)
+            for name, mine, exact in zip(AdamStep._fields, (ps, first, second), want[:3], strict=False):
+                for number, (a, b) in enumerate(zip(mine, exact, strict=True)):
+                    # Adam divides by the root of what it averages: the rounding of a small difference comes back larger.
+                    expect_close(f"{name}[{number}]", a, b, 64, unit)
+        before = [t.clone() for t in (*ps, *first, *second, *steps)]
+        _with_gradients(ps, 4)[0].grad[0] = float("nan")  # type: ignore[index]
+        adam_step(module, ps, first, second, steps, bad=bad, **by)
+        if not bool(bad):
+            raise Mismatch("a NaN in a gradient was not seen")
+        same_bits("a step with a NaN", before, [*ps, *first, *second, *steps])
+        return before
+
+    same_bits("optimizer step", run(), run())
+
+
+def _with_gradients(parameters: list[Tensor], seed: int) -> list[Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    for p in parameters:
+        p.grad = torch.randn(p.shape, generator=g).to(p.device) * 10.0**-seed
+    return parameters
 
 
 def _check_pairs(what: str, monitor: FeatureCorrelation, want: Tensor, above: float) -> None:

@@ -28,10 +28,13 @@ def screens(x: Tensor, W: Tensor) -> bool:
     asked = os.environ.get("TRANSCODER_SCREEN", "")
     if asked not in ("", "bf16"):
         raise ValueError(f"environment variable TRANSCODER_SCREEN: expected 'bf16' or nothing, got {asked!r}")
-    if not asked or not x.dtype == W.dtype == torch.float32 or not torch.backends.mkldnn.enabled:
-        return False
+    return bool(asked) and x.dtype == W.dtype == torch.float32 and multiplies_bf16()
+
+
+def multiplies_bf16() -> bool:
+    """Whether products in bf16 are fast here, and summed in fp32."""
     units = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(bool(getattr(torch.cpu, unit, bool)()) for unit in units)
+    return torch.backends.mkldnn.enabled and any(bool(getattr(torch.cpu, unit, bool)()) for unit in units)
 
 
 def select_topk(x: Tensor, W: Tensor, b: Tensor, k: int) -> Selection:

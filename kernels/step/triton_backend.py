@@ -28,7 +28,6 @@ def takes(tensors: Sequence[Tensor]) -> bool:
     return all(t.dtype == torch.float32 and t.is_contiguous() and t.device == tensors[0].device for t in tensors)
 
 
-@torch.no_grad()
 def adam_step(
     parameters: Sequence[Tensor],
     gradients: Sequence[Tensor],

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from transcoder.antidup.position_mass import POSITION_BINS, PositionMass
-from transcoder.kernels import SparseCodes
+from transcoder.kernels import SparseCodes, nearest_cpp
 from transcoder.kernels.correlation.torch_backend import add_at
 
 TILE_NUMBERS = 1 << 22
@@ -28,6 +28,8 @@ class Penalty(NamedTuple):
     """0-dim."""
     gradient: Tensor
     """With respect to codes.values [nnz] (0 at entries that do not fire) or to the decoder [d_sae, d_out]."""
+    rows: Tensor | None = None
+    """[n] int64, each once: `gradient` [n, d_out] are these rows of the decoder's, the others are 0. None: it is whole."""
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -98,7 +100,33 @@ def decoder_penalty(decoder: Tensor, rows: Tensor, threshold: float) -> Penalty:
         decoder: [d_sae, d_out].
         rows: [R] int64, distinct.
     """
+    value, gradient, places = decoder_penalty_rows(decoder, rows, threshold)
+    if places is not None:
+        gradient = gradient.new_zeros(decoder.shape).index_copy_(0, places, gradient)
+    return Penalty(value, gradient)
+
+
+def decoder_penalty_rows(decoder: Tensor, rows: Tensor, threshold: float) -> Penalty:
+    """`decoder_penalty`, of whose gradient only the rows are made that are not 0 where backend `cpp` finds them."""
     w = _wide(decoder)
+    found = nearest_cpp.nearest_above(w, rows, threshold) if nearest_cpp.runs(w) and threshold >= 0 else None
+    if found is None:
+        return _decoder_penalty(w, rows, threshold)
+    best, partner, length = found
+    value = (best - threshold).relu().square().mean()
+    near = (partner >= 0).nonzero().flatten()
+    best, own, other = best[near, None], rows[near], partner[near]
+    mine, theirs = (w[side] / length[side, None] for side in (own, other))
+    slope = 2 * (best - threshold) / rows.numel()
+    at_rows = slope * (theirs - best * mine) / length[own, None]
+    at_partners = slope * (mine - best * theirs) / length[other, None]
+    places, slot = torch.cat([own, other]).unique(return_inverse=True)
+    gradient = w.new_zeros(places.numel(), w.shape[1])
+    add_at(gradient, slot, torch.cat([at_rows, at_partners]))
+    return Penalty(value, gradient, places)
+
+
+def _decoder_penalty(w: Tensor, rows: Tensor, threshold: float) -> Penalty:
     length = w.norm(dim=1).clamp(min=torch.finfo(w.dtype).tiny)
     unit = w / length[:, None]
     if w.shape[0] < 2:

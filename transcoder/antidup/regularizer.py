@@ -16,13 +16,13 @@ from transcoder.antidup.ledger import TERM_UNITS, UsageLedger
 from transcoder.antidup.penalties import (
     Penalty,
     all_pairs_penalty,
-    decoder_penalty,
+    decoder_penalty_rows,
     pair_penalty,
     position_penalty,
 )
 from transcoder.antidup.position_mass import PositionMass
 from transcoder.config import RegularizerSection
-from transcoder.kernels import SparseCodes
+from transcoder.kernels import SparseCodes, nearest_cpp
 from transcoder.kernels.correlation.counter import hash_bits
 
 _NAME = "diversity_regularizer"
@@ -41,14 +41,19 @@ class _Attached(torch.autograd.Function):
     """A value whose gradient with respect to `tensor` is already known."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
-        ctx.save_for_backward(gradient)
+    def forward(ctx: Any, tensor: Tensor, value: Tensor, gradient: Tensor, rows: Tensor | None) -> Tensor:
+        ctx.save_for_backward(gradient, rows)
+        ctx.size = tensor.shape[0]
         return value.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return grad * gradient, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None]:
+        gradient, rows = ctx.saved_tensors
+        if rows is None:
+            return grad * gradient, None, None, None
+        if rows.numel() == 0:
+            return None, None, None, None
+        return nearest_cpp.rows_in_zeros(grad * gradient, rows, ctx.size), None, None, None
 
 
 class DiversityRegularizer:
@@ -149,7 +154,7 @@ class DiversityRegularizer:
         def add(name: str, penalty: Penalty, target: Tensor, weight: float | Tensor) -> None:
             nonlocal total
             weight = weight * self._scale
-            attached = _Attached.apply(target, penalty.value, penalty.gradient.to(target.dtype))
+            attached = _Attached.apply(target, penalty.value, penalty.gradient.to(target.dtype), penalty.rows)
             total = total + (weight * attached).to(loss.dtype)
             norm = penalty.gradient.norm()
             self._metrics[f"regularizer/{name}_penalty"] = penalty.value
@@ -170,7 +175,7 @@ class DiversityRegularizer:
         if section.orthogonality_weight > 0 and step % section.orthogonality_every == 0 and micro == 0:
             rows = self._chunk(step)
             with torch.no_grad():
-                found = decoder_penalty(transcoder.W_dec, rows, section.orthogonality_threshold)
+                found = decoder_penalty_rows(transcoder.W_dec, rows, section.orthogonality_threshold)
             add("orthogonality", found, transcoder.W_dec, section.orthogonality_weight * self._accumulation)
             self._evaluated("orthogonality", 1, rows.numel())
         if section.all_pairs_weight > 0:

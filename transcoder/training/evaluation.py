@@ -92,6 +92,9 @@ def merge_test(
         raise ValueError(
             "merge_test: expected held-out tokens, got none; set activations.heldout_fraction above 0, or give `heldout`"
         )
+    if i.numel() == 0:
+        # The held-out tokens are encoded for the pairs' sake alone.
+        return MergeResult.untested(i, j)
     was_training = transcoder.training
     transcoder.eval()
     try:

@@ -1,0 +1,36 @@
+"""The rows of a matrix that point most the same way as some others, by backend `cpp` (csrc/cosine_ops.h).
+
+Products in bf16 propose what may have a cosine above the bound, fp32 dot products decide: the answer is that of the dot
+products, whatever the bf16 units do, and bitwise the same for any number of threads.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from transcoder.kernels.backend import active_backend
+from transcoder.kernels.encode.cpp_backend import multiplies_bf16
+
+
+def runs(W: Tensor) -> bool:
+    """Whether backend `cpp` is active and W is what it takes: contiguous fp32 on a CPU that has units for bf16."""
+    plain = W.is_cpu and W.dtype == torch.float32 and W.dim() == 2 and W.is_contiguous()
+    return plain and multiplies_bf16() and active_backend("cpu", "decode") == "cpp"
+
+
+def nearest_above(W: Tensor, rows: Tensor, least: float) -> tuple[Tensor, Tensor, Tensor] | None:
+    """(cosine [R], partner [R], length [n]): for each of `rows` [R] the largest cosine with another row of W [n, d] that
+    exceeds `least` >= 0, and the lowest row that has it; 0 and -1 where none does. None where W is not finite: nothing bounds
+    it then.
+
+    Equivalent to: `u = F.normalize(W, dim=1); c = u[rows] @ u.T; c[arange(R), rows] = -1; c.max(1)` where that exceeds `least`.
+    """
+    cosine, partner, length = torch.ops.transcoder_cpp.nearest_above(W, rows.contiguous(), least)
+    return (cosine, partner, length) if length.numel() == W.shape[0] else None
+
+
+def rows_in_zeros(values: Tensor, rows: Tensor, total: int) -> Tensor:
+    """[total, d]: zeros but for `values` [n, d] at `rows` [n], each once."""
+    whole: Tensor = torch.ops.transcoder_cpp.rows_in_zeros(values.contiguous(), rows, total)
+    return whole
