@@ -335,8 +335,10 @@ class MonitorSection:
     """Held-out tokens on which each report tests whether folding a pair into one latent is free; 0 tests nothing."""
     merge_share_to_act: float | None = 0.3
     """A pair is left alone when folding it costs more than this share of what leaving the latent out costs: it is correlated,
-    but no duplicate. null acts on every candidate. Where the latent fires on too few held-out tokens there is no verdict,
-    and the pair is acted on."""
+    but no duplicate. null acts on every candidate."""
+    act_on_untested: bool = False
+    """Whether a pair without a verdict is penalised. A latent that fires on too few of merge_test_tokens is tested on training
+    tokens, before the step learns from them, from the report on that finds the pair: a verdict needs ten firings."""
 
     def __post_init__(self) -> None:
         n = "antidup.monitor."

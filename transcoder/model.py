@@ -137,6 +137,8 @@ class StepOutput(NamedTuple):
     """[P], normalised units, mean over tokens and d_out."""
     fvu_per_prefix: Tensor
     """[P], on this batch."""
+    residual: Tensor
+    """[B, d_out] reconstruction by the full width minus target, normalised units, detached."""
 
 
 class Transcoder(nn.Module):
@@ -246,7 +248,9 @@ class Transcoder(nn.Module):
             loss = loss + config.aux_coefficient * aux
         if self.training:
             self._track(codes.detach())
-        return StepOutput(loss, codes, rec.loss.detach(), aux.detach(), rec.mse_per_prefix, rec.fvu_per_prefix)
+        return StepOutput(
+            loss, codes, rec.loss.detach(), aux.detach(), rec.mse_per_prefix, rec.fvu_per_prefix, rec.residual.detach()
+        )
 
     @torch.no_grad()
     def refresh_dead(self) -> int:

@@ -625,8 +625,15 @@ def verdicts(i: Tensor, j: Tensor, shares: dict[tuple[int, int], float | None]) 
 def test_what_the_merge_test_refuses_is_reported_and_no_target(tmp_path: Path) -> None:
     z = planted(6000, 19)
     shares = {(6, 7): 0.5, (8, 9): None, (10, 11): 0.02}
-    for limit, targets in ((0.2, [(8, 9), (10, 11)]), (0.01, [(8, 9)]), (None, [(6, 7), (8, 9), (10, 11)])):
-        part = monitor(tmp_path, z.shape[1], replace(SECTION, merge_share_to_act=limit))
+    act, leave = True, False
+    for limit, untested, targets, refused in (
+        (0.2, act, [(8, 9), (10, 11)], 1),
+        (0.2, leave, [(10, 11)], 1),
+        (0.01, act, [(8, 9)], 2),
+        (None, leave, [(6, 7), (8, 9), (10, 11)], 0),
+    ):
+        section = replace(SECTION, merge_share_to_act=limit, act_on_untested=untested)
+        part = monitor(tmp_path, z.shape[1], section)
         for step, a in enumerate(range(0, 6000, BATCH), 1):
             part.update_correlations(SparseCodes.from_dense(z[a : a + BATCH]), step)
         assert part.refresh_targets(lambda i, j: verdicts(i, j, shares)) == len(targets)
@@ -634,7 +641,7 @@ def test_what_the_merge_test_refuses_is_reported_and_no_target(tmp_path: Path) -
         validate_correlation_report(report)
         i, j = part.target_pairs(10)
         assert sorted(zip(i.tolist(), j.tolist(), strict=True)) == targets
-        assert (report["pairs_total"], report["pairs_mergeable"], report["pairs_refused"]) == (3, 1, 3 - len(targets))
+        assert (report["pairs_total"], report["pairs_mergeable"], report["pairs_refused"]) == (3, 1, refused)
         tests = {(p["i"], p["j"]): (p["mergeable"], p["merge_share"]) for p in report["pairs"]}
         assert tests[(8, 9)] == (None, None)
         assert report["pairs_untested"] == 1
@@ -664,6 +671,7 @@ def test_only_the_strongest_pairs_are_judged(tmp_path: Path, monkeypatch: pytest
         asked.extend(zip(i.tolist(), j.tolist(), strict=True))
         return verdicts(i, j, {(10, 11): 0.9})
 
+    part.section = replace(part.section, act_on_untested=True)
     report = part.report(99, judge=judge)
     validate_correlation_report(report)
     assert asked == [(10, 11)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -99,10 +100,7 @@ class MergeTest:
         if bool((i == j).any()):
             raise ValueError("MergeTest: expected two different latents in every pair")
         self.d_sae = W_dec.shape[0]
-        bounds = torch.tensor(list(widths or (self.d_sae,)), device=i.device)
-        # The narrowest prefix that has the latent.
-        prefix_i, prefix_j = (torch.searchsorted(bounds, side, right=True) for side in (i, j))
-        self._only_i, self._only_j = prefix_i < prefix_j, prefix_j < prefix_i
+        self._widths = widths
         self._latents, slots = torch.unique(torch.cat([i, j]), return_inverse=True)
         self._i, self._j = slots[: i.numel()], slots[i.numel() :]
         self._rows = W_dec.detach()[self._latents].double()
@@ -167,34 +165,57 @@ class MergeTest:
         """Of all tokens so far, both directions tried. Raises: ValueError before the first token."""
         if self._tokens == 0:
             raise ValueError("MergeTest.result: expected at least one token; call update first")
-        into_i = self._fold(self._i, self._j, self._cross_j)
-        into_j = self._fold(self._j, self._i, self._cross_i)
-        # Ties keep the lower id.
-        better_j = into_j.fvu_change < into_i.fvu_change
-        better_j |= (into_j.fvu_change == into_i.fvu_change) & (self._latents[self._j] < self._latents[self._i])
-        better_j = (better_j & ~self._only_i) | self._only_j
-        fields = MergeResult.__dataclass_fields__
-        return MergeResult(*(torch.where(better_j, getattr(into_j, f), getattr(into_i, f)) for f in fields))
-
-    def _fold(self, kept: Tensor, dropped: Tensor, cross: Tensor) -> MergeResult:
-        """`cross`: sum of z_kept (r . w_dropped)."""
-        length = self._rows.square().sum(1)[dropped]
-        square, own, along = self._square[kept], self._square[dropped], self._along[dropped]
-        curvature = square * length
-        scale = torch.where(curvature > 0, (self._product * length - cross) / curvature.clamp(min=1e-300), 0).clamp(
-            min=0
-        )
-        change = 2 * (scale * cross - along) + length * (scale.square() * square - 2 * scale * self._product + own)
-        without = -2 * along + length * own
         around = self._target_square - self._target_sum.square().sum() / self._tokens
         # Targets that do not vary are measured by their mean square, as in `losses.spread`.
         rounding = torch.finfo(torch.float32).eps ** 2 * self._target_square
         total = torch.where(around > rounding, around, self._target_square.clamp(min=1e-30))
-        return MergeResult(
-            self._latents[kept],
-            self._latents[dropped],
-            scale,
-            change / total,
-            without / total,
-            self._fired[dropped],
-        )
+        into_i = self._fold(self._i, self._j, self._cross_j, total)
+        into_j = self._fold(self._j, self._i, self._cross_i, total)
+        return cheaper_fold(into_i, into_j, self._widths)
+
+    def _fold(self, kept: Tensor, dropped: Tensor, cross: Tensor, total: Tensor) -> MergeResult:
+        length = self._rows.square().sum(1)[dropped]
+        sums = PairTotals(self._square[kept], self._square[dropped], self._along[dropped], self._product, cross, length)
+        return sums.fold(self._latents[kept], self._latents[dropped], self._fired[dropped], total)
+
+
+class PairTotals(NamedTuple):
+    """Sums over tokens of folding one latent of each pair into the other, each [P]; r is the residual, w the dropped row."""
+
+    square: Tensor
+    """z_kept^2."""
+    own: Tensor
+    """z_dropped^2."""
+    along: Tensor
+    """z_dropped (r . w)."""
+    product: Tensor
+    """z_kept z_dropped."""
+    cross: Tensor
+    """z_kept (r . w)."""
+    length: Tensor
+    """|w|^2, no sum."""
+
+    def fold(self, kept: Tensor, dropped: Tensor, firings: Tensor, total: Tensor) -> MergeResult:
+        """By the scale of the smallest loss; `total` is the FVU's denominator."""
+        square, own, along, product, cross, length = self
+        curvature = square * length
+        scale = torch.where(curvature > 0, (product * length - cross) / curvature.clamp(min=1e-300), 0).clamp(min=0)
+        change = 2 * (scale * cross - along) + length * (scale.square() * square - 2 * scale * product + own)
+        without = -2 * along + length * own
+        return MergeResult(kept, dropped, scale, change / total, without / total, firings)
+
+
+def cheaper_fold(into_i: MergeResult, into_j: MergeResult, widths: Sequence[int] | None) -> MergeResult:
+    """Of both directions of each pair the one of the smaller loss (ties keep the lower id), but never into a latent that fewer
+    prefixes have."""
+    if not widths:
+        prefix_i = prefix_j = torch.zeros_like(into_i.kept)
+    else:
+        bounds = torch.tensor(list(widths), device=into_i.kept.device)
+        # The narrowest prefix that has the latent.
+        prefix_i, prefix_j = (torch.searchsorted(bounds, found.kept, right=True) for found in (into_i, into_j))
+    better_j = into_j.fvu_change < into_i.fvu_change
+    better_j |= (into_j.fvu_change == into_i.fvu_change) & (into_j.kept < into_i.kept)
+    better_j = (better_j & ~(prefix_i < prefix_j)) | (prefix_j < prefix_i)
+    fields = MergeResult.__dataclass_fields__
+    return MergeResult(*(torch.where(better_j, getattr(into_j, f), getattr(into_i, f)) for f in fields))

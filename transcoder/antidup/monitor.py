@@ -20,6 +20,7 @@ from transcoder.antidup.files import replace_text
 from transcoder.antidup.flags import MAX_PAIRS, Evidence, FlagBook, Pair
 from transcoder.antidup.jackknife import LEAST_SHARE, PairErrors, PairJackknife, most_pairs
 from transcoder.antidup.ledger import UsageLedger
+from transcoder.antidup.merge_evidence import MergeEvidence
 from transcoder.antidup.merge_test import MergeResult
 from transcoder.antidup.replicas import Replicas
 from transcoder.antidup.report_schema import SCHEMA_VERSION
@@ -100,6 +101,8 @@ class CorrelationMonitor:
         self._targets = nothing(self.device)
         self._judged = MergeResult.untested(*nothing(self.device))
         self._metrics: dict[str, float] = {}
+        self.evidence = MergeEvidence(d_sae, self.device)
+        """What training tokens say of pairs that `judge` had no verdict for, for judges that complete theirs by it."""
 
     def update_correlations(
         self, codes: SparseCodes, step: int, sequences: Tensor | None = None, weights: Tensor | None = None
@@ -148,8 +151,8 @@ class CorrelationMonitor:
             step: the training step, in the file's name.
             W_dec: [d_sae, d_out], adds the tail of decoder cosines.
             judge: (i, j), each [P] int64 -> the merge test on held-out tokens. `MOST_JUDGED` pairs are put before it, flagged
-                ones first; what it refuses (`merge_share_to_act`) is no target. None tests nothing, and every
-                candidate is one.
+                ones first; what it refuses (`merge_share_to_act`), or has no verdict for (`act_on_untested`), is no
+                target. None tests nothing, and every candidate is one.
 
         Raises:
             OSError: the file could not be written. The report counts as made all the same (targets, flags and
@@ -231,6 +234,7 @@ class CorrelationMonitor:
         for part in (self._block, self._past, self._fading):
             if part is not None:
                 part.forget(latents)
+        self.evidence.forget(latents)
         gone = set(latents.tolist())
         self._book.forget(gone)
         keep = ~(torch.isin(self._targets[0], latents) | torch.isin(self._targets[1], latents))
@@ -258,7 +262,7 @@ class CorrelationMonitor:
         held = min(MAX_PAIRS, self.d_sae * (self.d_sae - 1) // 2)
         # int64 (i, j): targets, flagged pairs, and the pairs of each block remembered; with three numbers, its evidence.
         remembered = (16 * held + 40 * most_pairs(self.d_sae)) * self.section.blocks_remembered
-        return statistics + 16 * held * 2 + remembered + _NUMBERS_BYTES
+        return statistics + 16 * held * 2 + remembered + MergeEvidence.state_bytes_at_most() + _NUMBERS_BYTES
 
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = {
@@ -266,6 +270,7 @@ class CorrelationMonitor:
             "book": self._book.state_dict(),
             "tokens": self._tokens,
             "targets": {"i": self._targets[0].clone(), "j": self._targets[1].clone()},
+            "evidence": self.evidence.state_dict(),
             "metrics": dict(self._metrics),
         }
         if self._past is not None:
@@ -276,7 +281,7 @@ class CorrelationMonitor:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Everything that `state_dict` gave. Raises: ValueError naming the field; nothing has changed then."""
-        needed = {*state_names("block"), "book", "tokens", "targets", "metrics"}
+        needed = {*state_names("block"), "book", "tokens", "targets", "evidence", "metrics"}
         optional = state_names("past")
         missing, unknown = needed - set(state), set(state) - needed - optional - {"fading"}
         if optional & set(state):
@@ -291,12 +296,15 @@ class CorrelationMonitor:
                 f"{'one' if 'fading' in state else 'none'}"
             )
         # Read into new parts first, so that a state that does not fit leaves this monitor as it is.
+        evidence = MergeEvidence(self.d_sae, self.device)
+        evidence.load_state_dict(state["evidence"])
         block, past, fading = self._loaded(state, self._rank)
         book = self._new_book()
         book.load_state_dict(state["book"])
         i, j = state["targets"]["i"].to(self.device), state["targets"]["j"].to(self.device)
         tokens, metrics = int(state["tokens"]), dict(state["metrics"])
         self._block, self._past, self._fading, self._book = block, past, fading, book
+        self.evidence = evidence
         self._tokens, self._targets, self._metrics = tokens, (i, j), metrics
 
     def _loaded(self, state: Mapping[str, Any], rank: int) -> tuple[Stretch, Stretch | None, FeatureCorrelation | None]:
@@ -496,7 +504,11 @@ class CorrelationMonitor:
         """Flagged pairs first, each part in the report's order. A search counts once there were tokens."""
         order = self._flagged_first(pairs)
         if verdicts is not None:
-            order = order[~self._refused(verdicts)[order]]
+            acted = ~self._refused(verdicts)
+            if self.section.merge_share_to_act is not None and not self.section.act_on_untested:
+                acted &= verdicts.known
+            order = order[acted[order]]
+        self.evidence.settle()
         order = order[:MAX_PAIRS]
         self._targets = (pairs.i[order], pairs.j[order])
         if self._tokens:

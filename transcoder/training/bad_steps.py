@@ -13,6 +13,7 @@ from torch import Tensor
 
 from transcoder.activations import ActivationBatch
 from transcoder.antidup import DiversityRegularizer, UsageLedger
+from transcoder.antidup.merge_evidence import Measured
 from transcoder.kernels import SparseCodes
 from transcoder.kernels.correlation.deferred import DeferredSize
 from transcoder.model import Transcoder
@@ -68,6 +69,8 @@ class Observed:
     batch: ActivationBatch
     values: dict[str, Tensor]
     micro: int
+    measured: Measured | None = None
+    """Of the merge test's evidence."""
 
 
 @dataclass(frozen=True, eq=False)

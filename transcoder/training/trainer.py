@@ -407,7 +407,11 @@ class _Run:
         if self.regularizer is not None:
             values["losses/diversity_penalty"] = loss.detach() - out.loss.detach()
             values.update(self.regularizer.metrics())
-        return Observed(codes, batch, values, micro)
+        measured = None
+        if self.monitor is not None:
+            target = self.transcoder.normalize_target(batch.target)
+            measured = self.monitor.evidence.measure(codes, out.residual, target, self.transcoder.W_dec, batch.weights)
+        return Observed(codes, batch, values, micro, measured)
 
     def _count(self, keep: int) -> None:
         """Show the parts that watch every held step that is known to be good, and record every bad one, until the verdicts
@@ -428,6 +432,7 @@ class _Run:
             self.tokens += len(batch)
             self.baseline.update(batch.source, batch.target)
             if self.monitor is not None:
+                self.monitor.evidence.add(seen.measured)
                 self.monitor.update_correlations(
                     seen.codes, held.step, sequences=batch.sequences, weights=batch.weights
                 )
@@ -534,15 +539,18 @@ class _Run:
         return similarity_figures(report)
 
     def _judge(self) -> Judge | None:
-        """The merge test on held-out tokens, on all of them at the end."""
+        """The merge test on held-out tokens, on all of them at the end; of latents that are too rare for those, on the training
+        tokens since the pair was found."""
         tokens = self.config.antidup.monitor.merge_test_tokens
-        if tokens == 0 or not self.heldout:
+        if tokens == 0 or not self.heldout or self.monitor is None:
             return None
+        evidence = self.monitor.evidence
         last = self.step >= self.config.training.steps
 
         def judge(i: Tensor, j: Tensor) -> MergeResult:
             with self._autocast():
-                return merge_test(self.transcoder, self.heldout, i, j, None if last else tokens)
+                found = merge_test(self.transcoder, self.heldout, i, j, None if last else tokens)
+            return evidence.completed(found, self.transcoder.W_dec, self.transcoder.widths)
 
         return judge
 

@@ -1,0 +1,187 @@
+"""Merge verdicts for latents that are too rare for held-out tokens: from training batches, before the step learns from them.
+
+A batch's forward pass is made by weights that have not seen it, so in the first pass over the data its residual is as good as
+a held-out one. It costs no forward pass of its own, and millions of tokens pass where the held-out set has thousands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from transcoder.antidup.merge_test import MIN_FIRINGS, MergeResult, PairTotals, cheaper_fold
+from transcoder.kernels import SparseCodes
+
+MOST_PAIRS = 1024
+"""Pairs followed at a time: a batch's residuals are multiplied by the decoder rows of both sides."""
+SUMS = ("square_i", "square_j", "along_i", "along_j", "cross_i", "cross_j", "product", "target")
+ENOUGH = 4 * MIN_FIRINGS
+"""Firings from which what is known of a pair counts half at every settling: the weights go on changing."""
+
+
+class Measured(NamedTuple):
+    """A micro-batch's sums, not counted yet: its step may turn out to be bad."""
+
+    round: int
+    """Of `MergeEvidence.settle`; sums of other pairs than those followed now are left out."""
+    sums: Tensor
+    """[8, P] float64, in the order of `SUMS`."""
+    fired: Tensor
+    """[2, P] int64."""
+
+
+class MergeEvidence:
+    """For some pairs (i, j) the sums of the merge test, over the training tokens since each pair was asked for.
+
+    `measure` and `add` never wait for a device.
+    """
+
+    def __init__(self, d_sae: int, device: torch.device) -> None:
+        self.d_sae, self.device = d_sae, device
+        self._round = 0
+        self._wanted: list[Tensor] = []
+        self._begin(torch.zeros(2, 0, dtype=torch.int64, device=device))
+
+    def _begin(self, pairs: Tensor) -> None:
+        count = pairs.shape[1]
+        self._pairs = pairs
+        self._sums = torch.zeros(len(SUMS), count, dtype=torch.float64, device=self.device)
+        self._fired = torch.zeros(2, count, dtype=torch.int64, device=self.device)
+
+    def __len__(self) -> int:
+        return self._pairs.shape[1]
+
+    @torch.no_grad()
+    def measure(
+        self, codes: SparseCodes, residual: Tensor, target: Tensor, W_dec: Tensor, weights: Tensor | None = None
+    ) -> Measured | None:
+        """What B training tokens say of the pairs; None where there are no pairs.
+
+        Args:
+            codes: (B, d_sae) of the forward pass.
+            residual, target: [B, d_out] reconstruction minus target, and the target.
+            W_dec: [d_sae, d_out] in the same units, with rows of unit norm, as the forward pass used it.
+            weights: [B] importance weights; None weighs every token 1.
+        """
+        if len(self) == 0:
+            return None
+        i, j = self._pairs
+        batch = codes.shape[0]
+        latents = torch.cat([i, j])
+        n = latents.numel()
+        slot = torch.full((self.d_sae,), n, dtype=torch.int64, device=self.device)
+        # A latent of several pairs has the first of its places, whatever the order of writes.
+        slot.scatter_reduce_(0, latents, torch.arange(n, device=self.device), "amin")
+        z = torch.zeros(batch, n + 1, dtype=torch.float32, device=self.device)
+        entry = slot[codes.indices]
+        z[codes.rows(), entry] = torch.where(entry < n, codes.values.detach().float(), 0.0)
+        w = (
+            torch.ones(batch, 1, dtype=torch.float32, device=self.device)
+            if weights is None
+            else weights.detach().float()[:, None]
+        )
+        residual = residual.detach().float()
+        z_i, z_j = z[:, slot[i]], z[:, slot[j]]
+        r_i, r_j = (residual @ W_dec.detach()[side].float().T for side in (i, j))
+        parts = (z_i * z_i, z_j * z_j, z_i * r_i, z_j * r_j, z_j * r_i, z_i * r_j, z_i * z_j)
+        sums = [(w * part).sum(0, dtype=torch.float64) for part in parts]
+        wide = target.detach().double()
+        spread = (w * (wide - wide.mean(0)).square()).sum()
+        fired = torch.stack([((side > 0) & (w > 0)).sum(0) for side in (z_i, z_j)])
+        return Measured(self._round, torch.stack([*sums, spread.expand(len(self))]), fired)
+
+    def add(self, measured: Measured | None) -> None:
+        """Count it."""
+        if measured is not None and measured.round == self._round:
+            self._sums += measured.sums
+            self._fired += measured.fired
+
+    def completed(self, found: MergeResult, W_dec: Tensor, widths: Sequence[int] | None) -> MergeResult:
+        """`found` with verdicts of training tokens where it has none; the pairs that it has none for are followed from the
+        next `settle` on."""
+        missing = (~found.known).nonzero().flatten()
+        low, high = torch.minimum(found.kept, found.dropped)[missing], torch.maximum(found.kept, found.dropped)[missing]
+        self._wanted.append(torch.stack([low, high]))
+        place = self._places(low, high)
+        at = missing[place >= 0]
+        if at.numel() == 0:
+            return found
+        place = place[place >= 0]
+        i, j = self._pairs[:, place]
+        sums = dict(zip(SUMS, self._sums[:, place], strict=True))
+        length = W_dec.detach().double().square().sum(1)
+        into = {
+            "i": PairTotals(
+                sums["square_i"], sums["square_j"], sums["along_j"], sums["product"], sums["cross_j"], length[j]
+            ),
+            "j": PairTotals(
+                sums["square_j"], sums["square_i"], sums["along_i"], sums["product"], sums["cross_i"], length[i]
+            ),
+        }
+        total = sums["target"].clamp(min=1e-30)
+        mine = cheaper_fold(
+            into["i"].fold(i, j, self._fired[1, place], total),
+            into["j"].fold(j, i, self._fired[0, place], total),
+            widths,
+        )
+        better = mine.known
+        columns = {field.name: getattr(found, field.name).clone() for field in fields(MergeResult)}
+        for name, column in columns.items():
+            column[at[better]] = getattr(mine, name)[better]
+        return MergeResult(**columns)
+
+    def _places(self, i: Tensor, j: Tensor) -> Tensor:
+        if len(self) == 0:
+            return torch.full_like(i, -1)
+        key, order = (self._pairs[0] * self.d_sae + self._pairs[1]).sort()
+        wanted = i * self.d_sae + j
+        place = torch.searchsorted(key, wanted).clamp_(max=key.numel() - 1)
+        return torch.where(key[place] == wanted, order[place], -1)
+
+    def settle(self) -> None:
+        """After a search for pairs: follow those that `completed` found no held-out verdict for. A pair that stays keeps its
+        sums, halved where there are plenty."""
+        pairs = torch.cat([torch.zeros(2, 0, dtype=torch.int64, device=self.device), *self._wanted], 1)[:, :MOST_PAIRS]
+        self._wanted = []
+        place = self._places(*pairs)
+        old, sums, fired = place >= 0, self._sums, self._fired
+        self._begin(pairs)
+        self._round += 1
+        if sums.shape[1]:
+            keep = old.double()
+            fired = fired[:, place.clamp(min=0)]
+            keep = torch.where(fired.amin(0) >= ENOUGH, keep / 2, keep)
+            self._sums = sums[:, place.clamp(min=0)] * keep
+            self._fired = (fired * keep).long()
+
+    def forget(self, latents: Tensor) -> None:
+        """Pairs that one of these latents is in are followed no more."""
+        keep = ~torch.isin(self._pairs, latents).any(0)
+        self._pairs, self._sums, self._fired = self._pairs[:, keep], self._sums[:, keep], self._fired[:, keep]
+        self._round += 1
+
+    @staticmethod
+    def state_bytes_at_most() -> int:
+        return MOST_PAIRS * 8 * (2 + len(SUMS) + 2)
+
+    def state_dict(self) -> dict[str, Any]:
+        """To be taken when no `completed` waits for its `settle`."""
+        return {"pairs": self._pairs.clone(), "sums": self._sums.clone(), "fired": self._fired.clone()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """All of it or, with a ValueError, nothing."""
+        pairs, sums, fired = (state[name] for name in ("pairs", "sums", "fired"))
+        count = pairs.shape[-1]
+        if pairs.shape != (2, count) or sums.shape != (len(SUMS), count) or fired.shape != (2, count):
+            raise ValueError(
+                f"MergeEvidence.load_state_dict: expected pairs [2, P], sums [{len(SUMS)}, P] and fired [2, P], got "
+                f"{list(pairs.shape)}, {list(sums.shape)} and {list(fired.shape)}"
+            )
+        self._begin(pairs.to(self.device, torch.int64, copy=True))
+        self._sums.copy_(sums)
+        self._fired.copy_(fired)
+        self._round += 1
