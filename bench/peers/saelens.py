@@ -80,8 +80,8 @@ def _layouts(case: Case) -> Iterator[tuple[str, Any]]:
         yield f"{NAME} TopK COO", _sae(case, sparse=True)
 
 
-def _grads(sae: Any) -> dict[str, Tensor]:
-    found = {f"{n}.grad": getattr(sae, n).grad for n in ("W_enc", "b_enc", "W_dec", "b_dec")}
+def _grads(sae: Any, names: tuple[str, ...] = ("W_enc", "b_enc", "W_dec", "b_dec")) -> dict[str, Tensor]:
+    found = {f"{n}.grad": getattr(sae, n).grad for n in names}
     return {n: (g.T if n == "W_enc.grad" else g) for n, g in found.items() if g is not None}
 
 
@@ -100,7 +100,7 @@ def encode(case: Case) -> list[Variant]:
         def answer(sae: Any = sae) -> dict[str, Tensor]:
             acts, _ = sae.encode_with_hidden_pre(case.head)
             _total(acts).backward()
-            return {"codes": _dense(acts), **_grads(sae)}
+            return {"codes": _dense(acts), **_grads(sae, ("W_enc", "b_enc"))}
 
         found.append(
             Variant(

@@ -1,0 +1,139 @@
+"""python -m bench.scaling [--seconds 0.4] [--json FILE]: cost of a step and of its parts against N, B, k and d.
+
+One axis at a time, the others fixed. Beside ours (by default and on each backend) runs the same step in dense PyTorch, as far
+as it fits: where another curve is the lowest, our default is not the right path there, and the report says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from bench import machine, results
+from bench.cases import Case, Size
+from bench.peers import eager, ours
+from bench.race import Race, Variant, ratios, summary
+
+MATRICES = 10
+"""Dense [B, N] arrays that a dense step holds at its peak: activations, codes, their gradients, the selection."""
+WEIGHTS = 6
+"""Copies of both matrices that a step holds: masters, gradients, moments, and what is in passing."""
+AXES: dict[str, dict[str, Any]] = {
+    "cpu": {
+        "base": Size(1024, 128, 8192, 32),
+        "d_sae": {"base": Size(512, 64, 2048, 32), "values": [2048 << n for n in range(10)]},
+        "rows": {"values": [256 << n for n in range(7)]},
+        "k": {"values": [4, 16, 64, 256, 1024]},
+        "d": {"values": [32, 128, 512, 2048]},
+    },
+    "cuda": {
+        "base": Size(4096, 2304, 18432, 48),
+        "d_sae": {"base": Size(4096, 768, 2048, 48), "values": [2048 << n for n in range(10)]},
+        "rows": {"values": [256 << n for n in range(7)]},
+        "k": {"values": [4, 16, 64, 256, 1024]},
+        "d": {"values": [128, 512, 2304, 8192]},
+    },
+    "tiny": {
+        "base": Size(32, 16, 128, 4),
+        "d_sae": {"values": [64, 128]},
+        "rows": {"values": [16, 32]},
+        "k": {"values": [2, 8]},
+        "d": {"values": [8, 16]},
+    },
+}
+OPERATIONS = ("step", "encode", "nested_loss", "correlation")
+LEAST, MOST = 3, 9
+
+
+def points(kind: str) -> Iterator[tuple[str, Size]]:
+    axes = AXES[kind]
+    for axis, one in axes.items():
+        if axis != "base":
+            for value in one["values"]:
+                yield axis, replace(one.get("base", axes["base"]), **{axis: value})
+
+
+def dense_fits(size: Size, free: float) -> bool:
+    held = 4 * MATRICES * size.rows * size.d_sae + 8 * 2 * WEIGHTS * size.d_sae * size.d
+    return held < free
+
+
+def sparse_fits(size: Size, free: float) -> bool:
+    """Ours, the weights of two runs and the reference's dense [B, N] of the small input."""
+    return 4 * 2 * WEIGHTS * size.d_sae * size.d + 8 * 64 * size.d_sae < free
+
+
+def measure_point(size: Size, operation: str, seconds: float, free: float) -> dict[str, Any]:
+    """One operation at one size: {variant: seconds, ratio, peak bytes}. BatchTopK; the step and the loss with four prefixes."""
+    case = Case(size, "batch_topk", nested=True)
+    variants: list[Variant] = ours.variants(operation, case)
+    if operation == "correlation":
+        variants = variants[:1]
+    if operation in ("step", "encode") and dense_fits(size, free):
+        variants += getattr(eager, operation)(case)
+    inputs = len(case.coded) if operation in ("nested_loss", "correlation") else len(case.pool)
+    race = Race(variants, inputs, case.device)
+    once = race.warm_up()
+    race.run(max(LEAST, min(MOST, int(seconds / max(once, 1e-9)))))
+    first = race.seconds[variants[0].name]
+    directions = ("both", "forward")
+    found = {}
+    for variant in variants:
+        times = race.seconds[variant.name]
+        direction = next(d for d in directions if d in times)
+        found[variant.name] = {
+            "seconds": summary(times[direction]),
+            "ratio": ratios(times[direction], first[direction]),
+            "peak_bytes": race.peak_bytes(variant),
+            "note": variant.note,
+        }
+    return found
+
+
+def measure(kind: str, seconds: float) -> dict[str, Any]:
+    """The scaling section of a result file."""
+    free = 0.4 * machine.free_bytes()
+    found = []
+    for axis, size in points(kind):
+        if not sparse_fits(size, free):
+            continue
+        # Only N and B reach sizes where the parts part ways; the others show the step.
+        for operation in OPERATIONS if axis in ("d_sae", "rows") else ("step",):
+            found.append(
+                {
+                    "axis": axis,
+                    "value": getattr(size, axis),
+                    "operation": operation,
+                    "size": asdict(size),
+                    "variants": measure_point(size, operation, seconds, free),
+                }
+            )
+            print(f"{axis} {getattr(size, axis)} {operation}: {said(found[-1]['variants'])}", flush=True)
+    return {**results.about(), "points": found}
+
+
+def said(variants: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {1e3 * one['seconds']['median']:.2f} ms" for name, one in variants.items())
+
+
+def main(words: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.scaling", description=__doc__)
+    parser.add_argument("--size", choices=sorted(AXES), default=machine.device().type)
+    parser.add_argument(
+        "--seconds", type=float, default=0.4, help="of rounds a point and operation (at least 3 rounds)"
+    )
+    parser.add_argument("--json", type=Path, help="write the section to this file")
+    options = parser.parse_args(words)
+    found = measure(options.size, options.seconds)
+    if options.json is not None:
+        options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

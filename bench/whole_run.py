@@ -1,0 +1,105 @@
+"""python -m bench.whole_run [--steps 4882] [--json FILE]: the lost run's steps at its shape, with monitoring on and off.
+
+On a CUDA GPU the shape is the lost run's own (d 2304, 18432 latents, k 48, batch 1024, bf16 products); on a CPU d, latents and
+k are divided by SCALE, every ratio between them as it was. The trainer's own steps run, with its logs, reports and a checkpoint
+every 500 steps; the activations are synthetic and lie ready, so this is the transcoder's part of a run, the language model's
+forward passes not counted. The runs take their steps in turn, CHUNK at a time: what slows the machine slows both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from bench import machine, results
+from bench.cases import Size
+from bench.monitored import KINDS, runs, seconds_of
+from bench.race import ratios, summary
+
+LOST = Size(1024, 2304, 18432, 48)
+STEPS = 4882
+SCALE = 16
+CHUNK = 100
+SETTINGS: dict[str, Any] = {
+    "training.lr": 3e-4,
+    "training.warmup_steps": 200,
+    "training.betas": [0.9, 0.99],
+    "transcoder.aux_coefficient": 1 / 32,
+    "checkpoint.every": 500,
+    "checkpoint.keep_last": 1,
+    "antidup.monitor.correlation_save_frequency": 100,
+    "antidup.samples.collect_every": 25,
+    "logging.every": 10,
+}
+
+
+def shape() -> Size:
+    if machine.device().type == "cuda":
+        return LOST
+    return Size(LOST.rows, LOST.d // SCALE, LOST.d_sae // SCALE, LOST.k // SCALE)
+
+
+def measure(size: Size, steps: int, chunk: int = CHUNK) -> dict[str, Any]:
+    """The whole-run section of a result file."""
+    cuda = machine.device().type == "cuda"
+    settings = {
+        **SETTINGS,
+        # AuxK over 256 of 18432 latents, dead after 20 batches.
+        "transcoder.aux_k": max(1, 256 * size.d_sae // LOST.d_sae),
+        "transcoder.dead_after_tokens": 20 * size.rows,
+        # One more, so that the end of the run (evaluation, its page) is not among the steps.
+        "training.steps": steps + 1,
+        "training.compute_dtype": "bfloat16" if cuda else "float32",
+    }
+    kinds = {"monitoring off": KINDS["off"], "monitoring on": KINDS["all"]}
+    taken: dict[str, list[float]] = {kind: [] for kind in kinds}
+    with runs(size, kinds, settings) as opened:
+        done = 0
+        while done < steps:
+            now = min(chunk, steps - done)
+            for kind, run in opened.items():
+                taken[kind].append(seconds_of(run, now))
+            done += now
+    whole = [n for n in range(len(taken["monitoring off"])) if (n + 1) * chunk <= steps] or [0]
+    base = [taken["monitoring off"][n] for n in whole]
+    return {
+        **results.about(),
+        "size": asdict(size),
+        "lost_run": asdict(LOST),
+        "steps": steps,
+        "chunk": chunk,
+        "compute_dtype": settings["training.compute_dtype"],
+        "kinds": {
+            kind: {
+                "seconds": sum(samples),
+                "tokens_per_second": steps * size.rows / sum(samples),
+                "seconds_per_chunk": summary([samples[n] for n in whole]),
+                "ratio": ratios([samples[n] for n in whole], base),
+            }
+            for kind, samples in taken.items()
+        },
+    }
+
+
+def main(words: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.whole_run", description=__doc__)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--json", type=Path, help="write the section to this file")
+    options = parser.parse_args(words)
+    found = measure(shape(), options.steps)
+    for kind, one in found["kinds"].items():
+        print(
+            f"{kind:<16}{found['steps']} steps in {one['seconds']:8.1f} s, {one['tokens_per_second']:10,.0f} tokens/s, "
+            f"{one['ratio']['median']:.3f} [{one['ratio']['low']:.3f}, {one['ratio']['high']:.3f}] of off"
+        )
+    if options.json is not None:
+        options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
