@@ -3,6 +3,7 @@
 
 #include "correlation_ops.h"
 #include "cosine_ops.h"
+#include "count_ops.h"
 #include "encode_ops.h"
 #include "reduce_ops.h"
 #include "screen_ops.h"
@@ -43,6 +44,18 @@ TORCH_LIBRARY(transcoder_cpp, m) {
       "sketch_add(Tensor latent, Tensor token, Tensor weighted, Tensor? token_weights, int tokens, int key, Tensor(a!) rows, "
       "Tensor(b!) ones) -> ()");
   m.def("similar_rows(Tensor left, Tensor right, float above, int apart) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "firing_entries(Tensor values, Tensor ids, Tensor row_ptr, Tensor? token_weights) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "add_moments(Tensor latent, Tensor value, Tensor weighted, Tensor tally, Tensor(a!) total, Tensor(b!) square, "
+      "Tensor(c!) count) -> ()");
+  m.def(
+      "mark_places(Tensor values, Tensor ids, Tensor row_ptr, Tensor place, Tensor? token_weights, int bits, "
+      "Tensor(a!) marks) -> ()");
+  m.def(
+      "add_by_group(Tensor values, Tensor order, Tensor row_of, Tensor latent_ptr, Tensor i, Tensor j, Tensor group, "
+      "Tensor? token_weights, Tensor(a!) sums) -> ()");
   m.def("nearest_above(Tensor W, Tensor own, float least) -> (Tensor, Tensor, Tensor)");
   m.def("rows_in_zeros(Tensor values, Tensor rows, int total) -> Tensor");
   m.def(
@@ -66,6 +79,10 @@ TORCH_LIBRARY_IMPL(transcoder_cpp, CPU, m) {
   m.impl("survey_pairs", survey_pairs);
   m.impl("sketch_add", sketch_add);
   m.impl("similar_rows", similar_rows);
+  m.impl("firing_entries", firing_entries);
+  m.impl("add_moments", add_moments);
+  m.impl("mark_places", mark_places);
+  m.impl("add_by_group", add_by_group);
   m.impl("nearest_above", nearest_above);
   m.impl("rows_in_zeros", rows_in_zeros);
   m.impl("adam_step", adam_step);

@@ -1,6 +1,6 @@
-"""Backend `cpp` of the correlation statistics: the pair update of the packed triangle and the walk over all its pairs
-(csrc/correlation_ops.h), the sketch's update and its search for pairs (csrc/sketch_ops.h); everything else is backend
-`torch`'s.
+"""Backend `cpp` of the correlation statistics: the entries of a batch and the moments of each latent (csrc/count_ops.h), the
+pair update of the packed triangle and the walk over all its pairs (csrc/correlation_ops.h), the sketch's update and its search
+for pairs (csrc/sketch_ops.h); everything else is backend `torch`'s.
 
 A batch touches each line of the triangle's memory about once, at the price of a miss. Batches are therefore kept until a row
 of the triangle meets as many pairs as it has lines, and added row by row, each cell in the order of the tokens: the sums are
@@ -15,11 +15,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from transcoder.kernels.codes import SparseCodes
 from transcoder.kernels.correlation.counter import key_state
 from transcoder.kernels.correlation.torch_backend import Entries
+from transcoder.kernels.counts_cpp import readable
 from transcoder.kernels.extension import usable
 
-__all__ = ["Mined", "WaitingPairs", "mine", "similar_rows", "sketch_add", "usable"]
+__all__ = ["Mined", "WaitingPairs", "add_moments", "firing_entries", "mine", "similar_rows", "sketch_add", "usable"]
 
 PAIRS_PER_WAITING_ENTRY = 16
 """Entries may wait until there is one for so many pairs of the triangle: 24 bytes for 192, and about 32 more while they are
@@ -27,6 +29,26 @@ added. At d_sae = 8192, k = 32 and 1024 tokens those are 64 batches; an update w
 3 by 64 (one core; encoder product: 110 ms)."""
 MOST_WAITING = 1 << 22
 """And never more than these, 100 MB."""
+
+
+def firing_entries(
+    codes: SparseCodes, weight: Tensor | None, tally: Tensor | None, count_dtype: torch.dtype
+) -> Entries:
+    """`torch_backend.entries_of`, compact."""
+    values, ids, ptr = readable(codes), codes.indices.contiguous(), codes.row_ptr.contiguous()
+    weight = None if weight is None else weight.contiguous()
+    latent, row, value, weighted, local = torch.ops.transcoder_cpp.firing_entries(values, ids, ptr, weight)
+    one = torch.ones(1, dtype=count_dtype, device="cpu").expand(latent.numel())
+    increment = one if tally is None else tally[row].to(count_dtype)
+    return Entries(latent, row, value, value if weight is None else weighted, increment, local, None)
+
+
+def add_moments(entries: Entries, total: Tensor, square: Tensor, count: Tensor) -> None:
+    """Add the entries to the sums of their latents, each [d_sae], in place."""
+    tally = entries.tally[:1] if entries.tally.stride(0) == 0 and entries.tally.numel() else entries.tally
+    torch.ops.transcoder_cpp.add_moments(
+        entries.latent, entries.value, entries.weighted, tally.to(count.dtype), total, square, count
+    )
 
 
 class _Update(NamedTuple):

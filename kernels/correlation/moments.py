@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from transcoder.kernels.backend import active_backend
+from transcoder.kernels.correlation import cpp_backend
 from transcoder.kernels.correlation.saved import check_fields, check_tensor
 from transcoder.kernels.correlation.torch_backend import Entries, add_at
 
@@ -49,6 +51,9 @@ class Moments:
         else:
             self.weight += weight.sum()
             self.weight_squared += weight.square().sum()
+        if entries.fires is None and active_backend(self.total.device, "correlation") == "cpp":
+            cpp_backend.add_moments(entries, self.total, self.square, self.count)
+            return
         add_at(self.total, entries.latent, entries.weighted)
         add_at(self.square, entries.latent, entries.weighted * entries.value)
         add_at(self.count, entries.latent, entries.tally.to(self.count.dtype))

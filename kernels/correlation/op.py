@@ -146,7 +146,10 @@ class FeatureCorrelation:
             return
         count_dtype = torch.float64 if self.halflife is not None else torch.int64
         on_cpu = self.device.type == "cpu"  # where reading a size is free
-        entries = entries_of(codes, weight, tally, count_dtype, compact=on_cpu)
+        if backend == "cpp":
+            entries = implementation("correlation", codes.device).firing_entries(codes, weight, tally, count_dtype)
+        else:
+            entries = entries_of(codes, weight, tally, count_dtype, compact=on_cpu)
         self._moments.add(entries, batch, weight)
         if self._exact is not None:
             if on_cpu:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from transcoder.antidup.confidence import NEARLY_ONE
-from transcoder.kernels import SparseCodes
+from transcoder.kernels import SparseCodes, counts_cpp
 from transcoder.kernels.correlation.counter import hash_bits
 from transcoder.kernels.correlation.moments import CONSTANT
 
@@ -93,6 +93,9 @@ class PairJackknife:
         if len(self) == 0:
             return
         group = hash_bits(numbers if sequences is None else sequences, _KEY) & (GROUPS - 1)
+        if counts_cpp.runs(codes):
+            counts_cpp.add_by_group(codes, self.i, self.j, group, weights, self._sums)
+            return
         spread = torch.zeros(batch, GROUPS, dtype=torch.float64, device=self.device)
         spread.scatter_(1, group[:, None], 1.0 if weights is None else weights.detach().double()[:, None])
         self._sums[0] += spread.sum(0)

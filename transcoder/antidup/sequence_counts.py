@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transcoder.kernels import SparseCodes
+from transcoder.kernels import SparseCodes, counts_cpp
 from transcoder.kernels.correlation.counter import hash_bits
 
 
@@ -33,7 +33,11 @@ class SequenceCounts:
         if sequences is None:
             return
         self.known = True
-        place = (hash_bits(sequences) & (self.bits - 1))[codes.rows()]
+        place = hash_bits(sequences) & (self.bits - 1)
+        if counts_cpp.runs(codes):
+            counts_cpp.mark_places(codes, place, weights, self.bits, self._map)
+            return
+        place = place[codes.rows()]
         # A maximum: repeated places and entries that do not fire change nothing, whatever the order.
         fires = codes.values.detach() > 0
         if weights is not None:

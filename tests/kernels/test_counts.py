@@ -1,0 +1,143 @@
+"""What is counted of every batch on backend `cpp` (csrc/count_ops.h) is what backend `torch` counts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from transcoder.antidup.jackknife import PairJackknife
+from transcoder.antidup.sequence_counts import SequenceCounts
+from transcoder.kernels import SparseCodes, extension, use_backend
+from transcoder.kernels.correlation import cpp_backend
+from transcoder.kernels.correlation.torch_backend import entries_of
+
+pytestmark = pytest.mark.skipif(not extension.usable(), reason="no compiler")
+CPU = torch.device("cpu")
+
+
+def codes_of(seed: int, tokens: int, d_sae: int, density: float, dtype: torch.dtype, zeros: bool) -> SparseCodes:
+    g = torch.Generator().manual_seed(seed)
+    z = torch.randn(tokens, d_sae, generator=g, dtype=torch.float64).exp()
+    codes = SparseCodes.from_dense((z * (torch.rand(tokens, d_sae, generator=g) < density)).to(dtype))
+    if zeros:
+        return codes.with_values(codes.values * (torch.rand(codes.nnz, generator=g) < 0.7))
+    return codes
+
+
+def weights_of(seed: int, tokens: int, kind: str) -> Tensor | None:
+    draw = (torch.rand(tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 2 - 0.5).clamp_min(
+        0
+    )
+    return {"none": None, "some": draw, "nothing": draw * 0, "fp32": draw.float()}[kind]
+
+
+WORLD = {
+    "tokens": st.integers(1, 70),
+    "d_sae": st.sampled_from([1, 2, 17, 70]),
+    "density": st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+    "dtype": st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+    "zeros": st.booleans(),
+    "seed": st.integers(0, 999),
+}
+
+
+@settings(max_examples=40, deadline=None)
+@given(**WORLD, masking=st.sampled_from(["none", "some", "nothing"]), decayed=st.booleans())
+def test_entries(
+    tokens: int, d_sae: int, density: float, dtype: torch.dtype, zeros: bool, seed: int, masking: str, decayed: bool
+) -> None:
+    codes, weight = codes_of(seed, tokens, d_sae, density, dtype, zeros), weights_of(seed, tokens, masking)
+    tally = torch.rand(tokens, dtype=torch.float64) if decayed else None
+    kind = torch.float64 if decayed else torch.int64
+    mine = cpp_backend.firing_entries(codes, weight, tally, kind)
+    theirs = entries_of(codes, weight, tally, kind, compact=True)
+    for name, part in mine._asdict().items():
+        wanted = getattr(theirs, name)
+        assert part is None if wanted is None else torch.equal(part, wanted) and part.dtype == wanted.dtype, name
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    **WORLD, masking=st.sampled_from(["none", "some", "fp32"]), known=st.booleans(), pairs=st.sampled_from([1, 9, 200])
+)
+def test_sequences_and_followed_pairs(
+    tokens: int,
+    d_sae: int,
+    density: float,
+    dtype: torch.dtype,
+    zeros: bool,
+    seed: int,
+    masking: str,
+    known: bool,
+    pairs: int,
+) -> None:
+    if d_sae < 2:
+        return
+    g = torch.Generator().manual_seed(seed)
+    i, j = torch.randint(0, d_sae, (2, pairs), generator=g)
+    i, j = torch.unique(torch.stack([torch.minimum(i, j), torch.maximum(i, j)])[:, i != j], dim=1)
+    sequences = torch.randint(0, 40, (tokens,), generator=g) if known else None
+    weights = weights_of(seed, tokens, masking)
+    found = []
+    for name in ("cpp", "torch"):
+        with use_backend(name):
+            counts, errors = SequenceCounts(d_sae, CPU), PairJackknife(d_sae, CPU)
+            errors.most = 10_000
+            errors.watch(i, j)
+            for n in range(2):
+                codes = codes_of(seed + n, tokens, d_sae, density, dtype, zeros)
+                counts.update(codes, sequences, weights)
+                errors.update(codes, sequences, weights)
+            found.append((counts._map, errors._sums))
+    assert torch.equal(found[0][0], found[1][0])
+    # At most 140 float64 terms, in another order.
+    scale = float(found[1][1].abs().max()) if found[1][1].numel() else 1.0
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=0, atol=200 * 2.3e-16 * scale)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_the_number_of_threads_never_shows(threads: None) -> None:
+    codes, group = codes_of(0, 200, 300, 0.2, torch.float32, False), torch.arange(200) % 16
+    i = torch.arange(299)
+    found = []
+    for count in (1, 2, 4):
+        torch.set_num_threads(count)
+        sums = torch.zeros(6, 299, 16, dtype=torch.float64)
+        order = codes.by_latent()
+        torch.ops.transcoder_cpp.add_by_group(
+            codes.values, order.permutation, order.rows, order.latent_ptr, i, i + 1, group, None, sums
+        )
+        found.append(sums)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+def test_patterns_that_would_lead_outside_are_refused() -> None:
+    values, ids, ptr = torch.ones(2), torch.tensor([0, 5]), torch.tensor([0, 2])
+    marks = torch.zeros(5 * 4, dtype=torch.uint8)
+    with pytest.raises((ValueError, RuntimeError), match="indices: expected in"):
+        torch.ops.transcoder_cpp.mark_places(values, ids, ptr, torch.zeros(1, dtype=torch.int64), None, 4, marks)
+    with pytest.raises((ValueError, RuntimeError), match="indices: expected in"):
+        torch.ops.transcoder_cpp.mark_places(values, ids % 5, ptr, torch.tensor([4]), None, 4, marks)
+    with pytest.raises((ValueError, RuntimeError), match="row_ptr: expected"):
+        torch.ops.transcoder_cpp.firing_entries(values, ids, torch.tensor([0, 3]), None)
+    with pytest.raises((ValueError, RuntimeError), match="indices: expected in"):
+        torch.ops.transcoder_cpp.add_moments(
+            torch.tensor([3]),
+            *(torch.ones(1, dtype=torch.float64),) * 3,
+            *(torch.zeros(3, dtype=torch.float64) for _ in range(3)),
+        )
+    wrong = SparseCodes(values, torch.tensor([1, 1]), ptr, (1, 5))
+    with use_backend("cpp"), pytest.raises(ValueError, match="ascending"):
+        SequenceCounts(5, CPU).update(wrong, torch.tensor([0]))
