@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     )
     from transcoder.config import ConfigError, RunConfig
     from transcoder.interop.formats import export_transcoder, import_transcoder
+    from transcoder.interop.hub import push_to_hub
     from transcoder.model import StepOutput, Transcoder, TranscoderConfig
     from transcoder.reporting import Run
     from transcoder.training import RunResult, train_transcoder
@@ -40,6 +41,7 @@ _HOMES = {
     "UsageLedger": "transcoder.antidup",
     "export_transcoder": "transcoder.interop.formats",
     "import_transcoder": "transcoder.interop.formats",
+    "push_to_hub": "transcoder.interop.hub",
     "train_transcoder": "transcoder.training",
 }
 
@@ -60,6 +62,7 @@ __all__ = [
     "__version__",
     "export_transcoder",
     "import_transcoder",
+    "push_to_hub",
     "train_transcoder",
 ]
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transcoder.kernels import SparseCodes, batch_topk_encode, sparse_decode, threshold_encode, topk_encode
 from transcoder.kernels.checks import Checks, check_finite_rows, check_float_matrix, check_mode, check_widths
 from transcoder.losses import CONVENTIONS, Convention, auxk_loss, reconstruction_loss
-from transcoder.pretrained import check_tensors, read_config, read_weights, write_pair
+from transcoder.pretrained import check_tensors, local_folder, read_config, read_weights, write_pair
 
 LEAST_RMS, MOST_RMS = 1e-30, 1e30
 """What a normalisation can divide by: the inverse, and activations 1e8 times as large, still fit fp32."""
@@ -376,15 +376,20 @@ class Transcoder(nn.Module):
         write_pair(Path(directory), self.config.to_dict(), self.state_dict())
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path, *, device: torch.device | str = "cpu") -> Transcoder:
-        """Load what `save_pretrained` wrote, or a run's checkpoint folder (`checkpoints/step_...`).
+    def from_pretrained(
+        cls, directory: str | Path, *, device: torch.device | str = "cpu", revision: str | None = None
+    ) -> Transcoder:
+        """Load what `save_pretrained` wrote, a run's checkpoint folder (`checkpoints/step_...`), or `"org/name"` from the hub.
+
+        Args:
+            revision: a branch, tag or commit of the hub's repository.
 
         Raises:
-            FileNotFoundError: a file is missing.
+            FileNotFoundError: a file is missing, or the hub does not give it.
             ValueError: a file is torn or does not fit; the message names it and says what was expected.
         """
-        folder = Path(directory)
         try:
+            folder = local_folder(directory, revision)
             path, values = read_config(folder)
             try:
                 config = TranscoderConfig.from_dict(values)

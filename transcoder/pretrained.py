@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,33 @@ WEIGHTS_FILE = "transcoder.safetensors"
 CONFIG_FILE = "config.json"
 CHECKPOINT_STATE_FILE = "state.json"
 FORMAT, VERSION = "transcoder", 1
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def local_folder(name: str | Path, revision: str | None = None) -> Path:
+    """The folder of a saved transcoder: `name` itself, or the files of the hub's `org/name`, fetched into the hub's cache.
+
+    A string `org/name` means the hub where neither that folder nor its parent `org` is here; a `revision` means it always.
+
+    Raises:
+        FileNotFoundError: the hub has no such repository or revision, or cannot be reached and the cache has none.
+    """
+    path = Path(name)
+    hub = isinstance(name, str) and _HUB_NAME.fullmatch(name) is not None
+    if revision is not None and not hub:
+        raise ValueError(f"revision: expected a hub name org/name with it, got {str(name)!r}")
+    if not hub or (revision is None and (path.is_dir() or path.parent.is_dir())):
+        return path
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise FileNotFoundError(f"{name}: no such folder here; for the hub: pip install huggingface_hub") from error
+    try:
+        return Path(snapshot_download(str(name), revision=revision, allow_patterns=[WEIGHTS_FILE, CONFIG_FILE]))
+    except (OSError, ValueError) as error:
+        # The hub's own messages run over many lines.
+        cause = " ".join(str(error).split())[:300]
+        raise FileNotFoundError(f"{name}: no such folder here, and the hub did not give it: {cause}") from error
 
 
 def write_pair(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
