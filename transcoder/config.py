@@ -263,6 +263,10 @@ class RegularizerSection:
     """relu(floor - H_i): pushes latents off single positions. Off by default: real positional latents exist."""
     position_entropy_floor: float = 0.3
     """In units of log(bins)."""
+    sink_mass_weight: float = 0.0
+    """relu(b_i - allowed)^2, b_i the share of a latent's activation that falls on special tokens. Off by default: masking
+    (activations.mask_bos) does what this cannot, and leaves it nothing to do."""
+    sink_mass_allowed: float = 0.1
 
     def __post_init__(self) -> None:
         n = "antidup.regularizer."
@@ -271,10 +275,11 @@ class RegularizerSection:
             "orthogonality_weight",
             "all_pairs_weight",
             "position_entropy_weight",
+            "sink_mass_weight",
         ):
             value = getattr(self, name)
             _require(value >= 0 and math.isfinite(value), n + name, "finite, at least 0", value)
-        for name in ("correlation_margin", "orthogonality_threshold", "position_entropy_floor"):
+        for name in ("correlation_margin", "orthogonality_threshold", "position_entropy_floor", "sink_mass_allowed"):
             _require(0 <= getattr(self, name) < 1, n + name, "in [0, 1)", getattr(self, name))
         _require(
             self.correlation_weight_max >= self.correlation_weight,

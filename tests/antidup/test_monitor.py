@@ -159,6 +159,22 @@ def test_the_monitor_correlates_latents_not_tokens(tmp_path: Path) -> None:
     assert all(r == pytest.approx(float(truth[i, j]), abs=1e-9) for (i, j), r in found.items())
 
 
+def test_sorted_triples_of_strangers_correlate_and_their_streams_do_not(tmp_path: Path) -> None:
+    # The original's figure: corrcoef of each latent's three strongest activations, SORTED. Any two sorted triples rise
+    # together, so independent latents came out at 0.9 and more.
+    g = torch.Generator().manual_seed(40)
+    z = torch.rand(4000, 60, generator=g) * (torch.rand(4000, 60, generator=g) < 0.1)
+    triples = z.topk(3, dim=0).values.T.double()
+    wrong = torch.corrcoef(triples)[torch.triu_indices(60, 60, 1).unbind()]
+    assert float(wrong.median()) > 0.85
+    part = monitor(tmp_path, 60)
+    feed(part, z)
+    report = last_report(tmp_path)
+    assert report["pairs_total"] == report["pairs_flagged"] == 0
+    edges, counts = report["histogram"]["edges"], report["histogram"]["counts"]
+    assert all(abs(edge) <= 0.15 for edge, count in zip(edges, counts, strict=False) if count)
+
+
 @pytest.mark.parametrize(("halflife", "sketch_dim"), [(None, None), (3000, None), (None, 64), (3000, 64)])
 @pytest.mark.parametrize("cut", [3000, 4500])
 def test_resume_in_the_middle_changes_nothing(

@@ -22,8 +22,10 @@ from transcoder.antidup.penalties import (
     decoder_penalty,
     pair_penalty,
     position_penalty,
+    sink_penalty,
 )
 from transcoder.antidup.position_mass import PositionMass
+from transcoder.antidup.sink_mass import SinkMass
 from transcoder.config import RegularizerSection
 from transcoder.kernels import SparseCodes
 
@@ -152,6 +154,59 @@ def test_position_penalty_pushes_a_latent_off_its_only_bin() -> None:
     assert float(got.value) == pytest.approx(0.25)
     assert bool((got.gradient[codes.indices == 0] > 0).all())
     assert not bool(got.gradient[codes.indices == 1].any())
+
+
+def test_sink_penalty_is_the_dense_one() -> None:
+    running = SinkMass(9, "cpu", torch.float64)
+    at_sinks, whole, firings = (torch.zeros(9).double() for _ in range(3))
+    for seed in (5, 25, 26):
+        z = dense(60, 9, 0.5, seed)
+        sink = torch.rand(60, generator=torch.Generator().manual_seed(seed)) < 0.1
+        z[:, 2] *= 1 + 30 * sink.double()  # lives on sinks
+        z[:, 3] *= sink.double()  # on nothing else, and too rare to be judged
+        z.requires_grad_()
+        at_sinks = 0.99 * at_sinks.detach() + z[sink].sum(0)
+        whole = 0.99 * whole + z.detach().sum(0)
+        firings = 0.99 * firings + (z > 0).sum(0)
+        codes = SparseCodes.from_dense(z.detach())
+        running.add(codes, sink)
+        got = sink_penalty(codes, sink, running, 0.2)
+    judged = firings >= 30
+    assert judged.tolist() == [n != 3 for n in range(9)]
+    expected = ((at_sinks / whole)[judged] - 0.2).relu().square().mean()
+    assert float(expected.detach()) > 0.01
+    torch.testing.assert_close(got.value, expected.detach())
+    (gradient,) = torch.autograd.grad(expected, z)
+    torch.testing.assert_close(got.gradient, gradient[z > 0])
+    assert not bool(got.gradient[codes.indices != 2].any())
+
+
+def test_sink_mass_acts_on_special_tokens_and_resumes(tmp_path: Path) -> None:
+    section = replace(OFF, sink_mass_weight=1.0, sink_mass_allowed=0.1)
+    z = dense(200, 5, 0.8, 30)
+    tokens = torch.arange(200) % 10
+    z[:, 0] *= (tokens == 3).double()
+    batch = ActivationBatch(torch.zeros(200, 1), torch.zeros(200, 1), tokens, tokens)
+    codes, model = SparseCodes.from_dense(torch.cat([z, z])[:200]), SimpleNamespace(W_dec=torch.ones(5, 2))
+    loss = torch.zeros((), requires_grad=True)
+
+    def made(ids: tuple[int, ...]) -> DiversityRegularizer:
+        return DiversityRegularizer(section, 5, "cpu", 0, ledger(tmp_path), tmp_path, special_ids=ids)
+
+    parts = {ids: made(ids) for ids in ((3,), ())}
+    for step in range(3):
+        for part in parts.values():
+            part.apply_penalty(loss, model, codes=codes, batch=batch, step=step)
+    found = {ids: float(part.metrics()["regularizer/sink_mass_penalty"]) for ids, part in parts.items()}
+    assert found[()] == 0
+    assert found[(3,)] == pytest.approx(0.9**2 / 5, rel=0.01)  # others are near a tenth by chance
+    again = made((3,))
+    again.load_state_dict(parts[(3,)].state_dict())
+    for part in (again, parts[(3,)]):
+        part.apply_penalty(loss, model, codes=codes, batch=batch, step=3)
+    assert torch.equal(again.state_dict()["sinks"]["sums"], parts[(3,)].state_dict()["sinks"]["sums"])
+    with pytest.raises(ValueError, match="sink_mass_weight is above 0"):
+        made((3,)).apply_penalty(loss, model, codes=codes)
 
 
 def test_rare_latents_are_not_taken_for_positional_ones(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ TERM_UNITS: Mapping[str, str] = {
     "orthogonality": "rows",
     "all_pairs": "entries",
     "position_entropy": "entries",
+    "sink_mass": "entries",
 }
 """The regularizer's terms and what each is evaluated on. The effects of a term of weight above 0 are
 `{term}_evaluations` (times evaluated) and `{term}_{unit}` (how many in all), from 0 on."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from transcoder.antidup.position_mass import POSITION_BINS, PositionMass
+from transcoder.antidup.sink_mass import SinkMass
 from transcoder.kernels import SparseCodes, nearest_cpp
 from transcoder.kernels.correlation.torch_backend import add_at
 
@@ -204,6 +205,30 @@ def _tile(codes: SparseCodes, values: Tensor, first: int, width: int) -> Tensor:
     tile = values.new_zeros(codes.shape[0], width + 1)
     tile[codes.rows(), torch.where(inside, column, width)] = torch.where(inside, values, 0)
     return tile[:, :width]
+
+
+def sink_penalty(codes: SparseCodes, sink: Tensor, running: SinkMass, allowed: float) -> Penalty:
+    """mean over judged latents of relu(b_i - allowed)^2, b_i the share of latent i's recent activation that falls on sinks.
+
+    As in `position_penalty`, a latent is judged from `MIN_FIRINGS` remembered firings on, and the gradient goes through this
+    batch's part of the numerator: db_i/dz = 1 / (activation on all tokens) at sinks, 0 elsewhere, that sum held constant.
+
+    Where sinks are masked out of training there is nothing to penalise. SCIENCE: beside masking it moved little.
+
+    Args:
+        sink: [B] bool.
+        running: with the batch added.
+        allowed: in [0, 1).
+    """
+    values = _wide(codes.values)
+    at_sinks, whole, firings = running.sums
+    judged = (firings >= MIN_FIRINGS) & (whole > 0)
+    whole = torch.where(judged, whole, 1)
+    excess = (at_sinks / whole - allowed).relu() * judged
+    number = judged.sum().clamp(min=1)
+    slope = (2 * excess / (whole * number)).to(values.dtype)
+    gradient = torch.where(sink[codes.rows()] & (values > 0), slope[codes.indices], 0)
+    return Penalty(excess.square().sum() / number, gradient)
 
 
 def position_penalty(codes: SparseCodes, bin_of: Tensor, running: PositionMass, floor: float) -> Penalty:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,8 +19,11 @@ from transcoder.antidup.penalties import (
     decoder_penalty_rows,
     pair_penalty,
     position_penalty,
+    sink_penalty,
 )
 from transcoder.antidup.position_mass import PositionMass
+from transcoder.antidup.sink_mass import SinkMass
+from transcoder.antidup.special_tokens import SpecialTokens
 from transcoder.config import RegularizerSection
 from transcoder.kernels import SparseCodes, nearest_cpp
 from transcoder.kernels.correlation.counter import hash_bits
@@ -70,6 +73,7 @@ class DiversityRegularizer:
             before any twice, every `orthogonality_every` steps, in the step's first micro-batch.
         all_pairs: mean r_ij^2 over all pairs of the batch.
         position_entropy: mean relu(floor - H_i) over latents with enough firings in the last 100 or so batches.
+        sink_mass: mean relu(b_i - allowed)^2 over the same, b_i the share of activation on special tokens.
 
     Args:
         section: weights and thresholds.
@@ -83,6 +87,7 @@ class DiversityRegularizer:
             that factor, and the balance stays.
         accumulation: micro-batches a step, when each one's loss is divided by their number: the orthogonality
             term, which only the first has, is multiplied by it.
+        special_ids: token ids that count as sinks for sink_mass.
     """
 
     def __init__(
@@ -95,6 +100,7 @@ class DiversityRegularizer:
         out_dir: Path | None = None,
         scale: float = 1.0,
         accumulation: int = 1,
+        special_ids: Sequence[int] = (),
     ) -> None:
         if not (scale > 0 and math.isfinite(scale)):
             raise ValueError(f"DiversityRegularizer: scale: expected a positive number, got {scale!r}")
@@ -114,6 +120,8 @@ class DiversityRegularizer:
         self._steps = 0
         self._last_fired = torch.full((d_sae,), -_LIVE_STEPS, dtype=torch.int64, device=self.device)
         self._positions = PositionMass(d_sae, self.device) if section.position_entropy_weight > 0 else None
+        self._special = SpecialTokens(special_ids, self.device)
+        self._sinks = SinkMass(d_sae, self.device) if section.sink_mass_weight > 0 else None
         self._metrics: dict[str, Tensor] = {}
         for term in TERM_UNITS:
             if getattr(section, f"{term}_weight") > 0:
@@ -136,8 +144,8 @@ class DiversityRegularizer:
             loss: 0-dim.
             transcoder: has `W_dec` [d_sae, d_out], which takes the orthogonality gradient.
             codes: carry the graph in `values`; needed by every term but orthogonality.
-            batch: its `positions` are needed by position_entropy; its `weights`, where given, weigh the
-                correlation term.
+            batch: its `positions` are needed by position_entropy, its `tokens` by sink_mass; its `weights`, where given,
+                weigh the correlation term.
             pairs: (i, j), each [P] int64, from `CorrelationMonitor.target_pairs`. Empty leaves the correlation
                 term without a penalty, None without an evaluation.
             step: the optimizer step; keys the decoder chunk. Calls of one step move the dual weight once.
@@ -196,6 +204,19 @@ class DiversityRegularizer:
                 found = position_penalty(given, bin_of, self._positions, section.position_entropy_floor)
             add("position_entropy", found, given.values, section.position_entropy_weight)
             self._evaluated("position_entropy", 1, (given.values.detach() > 0).sum())
+        if self._sinks is not None:
+            given = self._codes(codes, "sink_mass_weight")
+            if batch is None:
+                raise ValueError(
+                    "DiversityRegularizer.apply_penalty: sink_mass_weight is above 0, so expected batch (for its tokens), got "
+                    "None"
+                )
+            with torch.no_grad():
+                sink = self._special.marked(batch.tokens)
+                self._sinks.add(given, sink)
+                found = sink_penalty(given, sink, self._sinks, section.sink_mass_allowed)
+            add("sink_mass", found, given.values, section.sink_mass_weight)
+            self._evaluated("sink_mass", 1, (given.values.detach() > 0).sum())
 
         self._ledger.record_call(_NAME)
         # Also where no term acted: that the penalty is 0 is known then, not missing.
@@ -239,6 +260,8 @@ class DiversityRegularizer:
         }
         if self._positions is not None:
             state["positions"] = self._positions.state_dict()
+        if self._sinks is not None:
+            state["sinks"] = self._sinks.state_dict()
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -254,8 +277,14 @@ class DiversityRegularizer:
                 "DiversityRegularizer.load_state_dict: expected a 0-dim weight, and positions where "
                 f"position_entropy_weight is above 0, got {sorted(state)} and a weight of shape {list(weight.shape)}"
             )
+        if self._sinks is not None and "sinks" not in state:
+            raise ValueError("DiversityRegularizer.load_state_dict: expected sinks: sink_mass_weight is above 0")
+        if self._sinks is not None:
+            SinkMass(self.d_sae, self.device).load_state_dict(state["sinks"])
         if self._positions is not None:
             self._positions.load_state_dict(state["positions"])
+        if self._sinks is not None:
+            self._sinks.load_state_dict(state["sinks"])
         self._weight = self._next_weight = weight
         self._rates = []
         self._last_fired.copy_(state["last_fired"])

@@ -219,6 +219,7 @@ class _Run:
                 self.ledger,
                 out_dir=logs,
                 accumulation=config.training.accumulation,
+                special_ids=special_ids,
                 scale=penalty_scale(shape.loss, self.source.d_out, self.transcoder.config.prefix_weights or ()),
             )
             if anti.regularizer.enabled
@@ -723,7 +724,13 @@ def _check_switches(
             int(anti.recycle.until * trained),
         )
     regularizer = _regularizer_section(config)
-    weights = ("correlation_weight", "orthogonality_weight", "all_pairs_weight", "position_entropy_weight")
+    weights = (
+        "correlation_weight",
+        "orthogonality_weight",
+        "all_pairs_weight",
+        "position_entropy_weight",
+        "sink_mass_weight",
+    )
     if regularizer.enabled and all(getattr(regularizer, name) == 0 for name in weights):
         raise ConfigError(
             f"antidup.regularizer: enabled with every weight 0 ({', '.join(weights)}): it would have no effect; set one, or "
