@@ -212,6 +212,27 @@ class Traffic:
             vector=2 * a.entries * a.columns,
         )
 
+    # optimizer step
+
+    def block_squares(self, a: Launch) -> Cost:
+        return Cost(memory=4 * a.count, vector=2 * a.count)
+
+    def tangent_squares(self, a: Launch) -> Cost:
+        # Both rows again for the squares, from the cache of the multiprocessor.
+        row = a.grid[0] * a.columns
+        return Cost(memory=8 * row + 8 * a.grid[0], vector=6 * row)
+
+    def step_scalars(self, a: Launch) -> Cost:
+        return Cost(memory=3 * SECTOR)
+
+    def adam_blocks(self, a: Launch) -> Cost:
+        return Cost(memory=28 * a.count, vector=16 * a.count)
+
+    def adam_rows(self, a: Launch) -> Cost:
+        elements = a.grid[0] * a.columns
+        # A long row's parameters are written, read back from the cache and written again.
+        return Cost(memory=28 * elements, cached=0 if a.ONE_TILE else 8 * elements, vector=20 * elements)
+
 
 def total(events: list[Launch | Call], cache: float) -> tuple[Cost, list[Cost]]:
     """(sum, one a launch)."""

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from transcoder.config import TrainingSection
-from transcoder.kernels import extension, step_cpp, use_backend
+from transcoder.kernels import extension, use_backend
+from transcoder.kernels.step import cpp_backend
 from transcoder.model import Transcoder, TranscoderConfig
 from transcoder.training.optimizer import make_optimizer, optimizer_step
 
@@ -140,7 +141,7 @@ def test_a_decoder_row_of_zeros_stays_zero(backend: str) -> None:
 
 @pytest.mark.parametrize("case", ["frozen parameter", "two groups", "weight decay", "strided"])
 def test_what_the_fused_step_does_not_know_is_pytorchs(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step_cpp, "adam_step", lambda *_, **__: pytest.fail("fused"))
+    monkeypatch.setattr(cpp_backend, "adam_step", lambda *_, **__: pytest.fail("fused"))
     trained = Trained(CPP)
     model, optimizer = trained.model, trained.optimizer
     if case == "two groups":

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from transcoder.config import TrainingSection
-from transcoder.kernels import step_cpp
+from transcoder.kernels.step.op import adam_step, one_op_for
 from transcoder.model import Transcoder
 from transcoder.training.bad_steps import host_is_device
 
-_BEYOND_FUSED = ("amsgrad", "maximize", "differentiable", "capturable", "weight_decay")
-"""Settings of Adam that the fused step does not know."""
+_BEYOND_ONE_OP = ("amsgrad", "maximize", "differentiable", "weight_decay")
+"""Settings of Adam that the op does not know."""
 
 
 def make_optimizer(transcoder: Transcoder, section: TrainingSection, lr: float) -> torch.optim.Adam:
@@ -22,17 +24,19 @@ def make_optimizer(transcoder: Transcoder, section: TrainingSection, lr: float) 
 def optimizer_step(
     transcoder: Transcoder,
     optimizer: torch.optim.Adam,
-    lr: float,
+    lr: float | Tensor,
     gradient_clip: float | None,
     bad: Tensor | None = None,
 ) -> Tensor:
     """One update: parallel decoder gradient removed, gradients clipped by global norm, Adam, decoder rows renormalised.
 
-    Where backend `cpp` is active for the parameters this is one op that reads each gradient twice and everything else once;
-    otherwise PyTorch's. The two agree to a few units in the last place, not to the bit; each alone is reproducible. The state
-    is torch.optim.Adam's in both.
+    Where backend `cpp` or `triton` is active for the parameters this is one op that reads each gradient twice and everything
+    else once (the decoder twice); otherwise PyTorch's. They agree to a few units in the last place, not to the bit; each alone
+    is reproducible. The state is torch.optim.Adam's in all.
 
     Args:
+        lr: a number, or 0-dim on the parameters' device (for a captured step).
+        gradient_clip: largest global norm of the gradients; None does not clip.
         bad: 0-dim bool on the parameters' device. It is set, in place, where the gradients' norm is not finite; where it
             holds, parameters and state stay as they are. Changes no bit of any other step. None updates always.
 
@@ -41,8 +45,9 @@ def optimizer_step(
     limit = float("inf") if gradient_clip is None else gradient_clip
     for group in optimizer.param_groups:
         group["lr"] = lr
-    if _is_plain(optimizer) and step_cpp.runs(optimizer.param_groups[0]["params"]):
-        norm = _fused(transcoder, optimizer, limit, bad)
+    module = one_op_for(optimizer.param_groups[0]["params"]) if _is_plain(optimizer) else None
+    if module is not None:
+        norm = _in_one_op(module, transcoder, optimizer, limit, bad)
     else:
         transcoder.remove_parallel_gradient()
         norm = torch.nn.utils.clip_grad_norm_(transcoder.parameters(), limit)
@@ -77,19 +82,14 @@ def _update(transcoder: Transcoder, optimizer: torch.optim.Adam, norm: Tensor, b
 
 def _is_plain(optimizer: torch.optim.Adam) -> bool:
     groups = optimizer.param_groups
-    return len(groups) == 1 and not any(groups[0][name] for name in _BEYOND_FUSED)
+    return len(groups) == 1 and not any(groups[0][name] for name in _BEYOND_ONE_OP)
 
 
-def _fused(transcoder: Transcoder, optimizer: torch.optim.Adam, limit: float, bad: Tensor | None) -> Tensor:
+def _in_one_op(
+    module: Any, transcoder: Transcoder, optimizer: torch.optim.Adam, limit: float, bad: Tensor | None
+) -> Tensor:
     group = optimizer.param_groups[0]
     parameters: list[Tensor] = group["params"]
-    if bad is not None:
-        # The op clips and updates in one go, so that its own norm comes too late. `runs` has seen that these are contiguous.
-        gradients = [p.grad.view(-1) for p in parameters if p.grad is not None]
-        square = sum((g.dot(g) for g in gradients), torch.zeros((), dtype=gradients[0].dtype, device=bad.device))
-        bad |= ~torch.isfinite(square)
-        if bool(bad):
-            return square.sqrt()
     states = [optimizer.state[p] for p in parameters]
     for p, state in zip(parameters, states, strict=True):
         if not state:  # as torch.optim.Adam makes it at its first step
@@ -97,7 +97,8 @@ def _fused(transcoder: Transcoder, optimizer: torch.optim.Adam, limit: float, ba
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
     unit = next((i for i, p in enumerate(parameters) if p is transcoder.W_dec), None)
     exp_avgs, exp_avg_sqs, steps = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
-    return step_cpp.adam_step(
+    return adam_step(
+        module,
         parameters,
         exp_avgs,
         exp_avg_sqs,
@@ -107,4 +108,5 @@ def _fused(transcoder: Transcoder, optimizer: torch.optim.Adam, limit: float, ba
         betas=group["betas"],
         eps=group["eps"],
         max_norm=limit,
+        bad=bad,
     )
