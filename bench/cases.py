@@ -22,6 +22,9 @@ ENCODE_REFERENCE = {"topk": topk_encode_reference, "batch_topk": batch_topk_enco
 HEAD = 64
 """Rows of the small input on which results are compared."""
 LEARNING_RATE = 1e-4
+CHECK_RATE = 1e-2
+"""Learning rate where an optimizer is checked: a step that is not lost in the rounding of the weights."""
+WEIGHTS = ("W_enc", "b_enc", "W_dec", "b_dec")
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,46 @@ class Case:
         loss = losses.sum() * self.size.d
         loss.backward()
         return {"loss": loss, **_gradients(list(weights.values()), names)}
+
+    def gradients(self) -> dict[str, Tensor]:
+        """One for each weight, the same each time, of a norm that is clipped."""
+        g = torch.Generator().manual_seed(7)
+        return {name: torch.randn(getattr(self, name).shape, generator=g).to(self.device) for name in WEIGHTS}
+
+    def expect_optimizer(self) -> dict[str, Tensor]:
+        """What the first step of Adam adds to each weight: along the sphere for the decoder, gradients clipped to norm 1."""
+        before = {name: getattr(self, name).double() for name in WEIGHTS}
+        grads = {name: grad.double() for name, grad in self.gradients().items()}
+        W = before["W_dec"]
+        grads["W_dec"] = grads["W_dec"] - (grads["W_dec"] * W).sum(1, keepdim=True) * W
+        norm = torch.stack([grad.square().sum() for grad in grads.values()]).sum().sqrt()
+        after = {}
+        for name, grad in grads.items():
+            clipped = grad / norm
+            # Both moments are corrected for their start: the first step is g / (|g| + eps).
+            after[name] = before[name] - CHECK_RATE * clipped / (clipped.abs() + 1e-8)
+        after["W_dec"] = torch.nn.functional.normalize(after["W_dec"], dim=1)
+        return {f"{name} step": after[name] - before[name] for name in WEIGHTS}
+
+    def steps_of(self, after: dict[str, Tensor]) -> dict[str, Tensor]:
+        """As `expect_optimizer`, from weights after the step."""
+        return {f"{n} step": after[n].detach().double() - getattr(self, n).double() for n in WEIGHTS}
+
+    @functools.cached_property
+    def busiest(self) -> tuple[Tensor, Tensor]:
+        """Pairs (i, j) of the latents that fire most on the small input."""
+        counts = torch.bincount(self.head_codes.indices[self.head_codes.values > 0], minlength=self.size.d_sae)
+        ids = counts.topk(min(8, self.size.d_sae)).indices
+        i, j = torch.triu_indices(len(ids), len(ids), 1, device=ids.device)
+        return ids[i], ids[j]
+
+    def expect_correlation(self) -> dict[str, Tensor]:
+        i, j = self.busiest
+        return {
+            "correlation": torch.corrcoef(self.head_codes.to_dense().double().T[torch.cat([i, j])])[
+                torch.arange(len(i)), len(i) + torch.arange(len(i))
+            ]
+        }
 
     # The floors.
 

@@ -57,12 +57,8 @@ def label(row: dict[str, Any]) -> str:
     """`step batch_topk nested, B1024-d512-N8192-k32`: what finds a row again in another file."""
     size = row["size"]
     shape = f"B{size['rows']}-d{size['d']}-N{size['d_sae']}-k{size['k']}"
-    return f"{row['operation']} {row['activation']}{' nested' if len(row['widths']) > 1 else ''}, {shape}"
-
-
-def directions(row: dict[str, Any]) -> Iterator[str]:
-    first = next(iter(row["variants"].values()))
-    return iter(first["seconds"])
+    words = [row["operation"], row.get("activation", ""), "nested" if len(row.get("widths", ())) > 1 else ""]
+    return f"{' '.join(filter(None, words))}, {shape}"
 
 
 def merge_rows(rows: list[dict[str, Any]], more: Iterable[dict[str, Any]], environment: str) -> None:
@@ -70,7 +66,7 @@ def merge_rows(rows: list[dict[str, Any]], more: Iterable[dict[str, Any]], envir
     by_label = {label(row): row for row in rows}
     for row in more:
         known = by_label.get(label(row))
-        if known is None:
+        if known is None or "variants" not in known:
             continue
         for name, variant in row["variants"].items():
             if name not in known["variants"]:
@@ -81,8 +77,15 @@ def table(rows: Iterable[dict[str, Any]]) -> Iterator[str]:
     """Lines for the terminal: ours, its distance to the floor, and every other variant as a multiple of it."""
     for row in rows:
         yield ""
-        yield f"{label(row)}"
-        for name, variant in row["variants"].items():
+        yield label(row)
+        for kind, one in row.get("kinds", {}).items():
+            middle, low, high = (1e3 * one["seconds_per_step"][name] for name in ("median", "low", "high"))
+            ratio = one["ratio"]
+            yield (
+                f"  {kind:<40} step     {middle:10.3f} ms [{low:.2f}, {high:.2f}]  {ratio['median']:.2f} x off "
+                f"[{ratio['low']:.2f}, {ratio['high']:.2f}]  {one['tokens_per_second']:,.0f} tokens/s"
+            )
+        for name, variant in row.get("variants", {}).items():
             for direction, seconds in variant["seconds"].items():
                 ratio, spread = (
                     variant["ratio"][direction],

@@ -7,11 +7,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from bench.cases import LEARNING_RATE, Case, answers
+from bench.cases import CHECK_RATE, LEARNING_RATE, WEIGHTS, Case, answers
 from bench.race import Variant
 
 Wrap = Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
-STEP_NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
 
 
 def missing() -> str | None:
@@ -112,7 +111,14 @@ def correlation(case: Case) -> list[Variant]:
         sums[0] += z.sum(0)
         sums[1] += z.square().sum(0)
 
-    return [Variant("eager PyTorch", forward, note="dense Z^T Z in fp32, no joint counts")]
+    def answer() -> dict[str, Tensor]:
+        z, (i, j) = case.head_codes.to_dense(), case.busiest
+        mean = z.mean(0)
+        covariance = z.T @ z / len(z) - mean[:, None] * mean
+        deviation = covariance.diagonal().sqrt()
+        return {"correlation": covariance[i, j] / (deviation[i] * deviation[j])}
+
+    return [Variant("eager PyTorch", forward, answer=answer, note="dense Z^T Z in fp32, no joint counts")]
 
 
 def project(W: Tensor) -> None:
@@ -125,7 +131,7 @@ def normalise(W: Tensor) -> None:
 
 
 def optimizer(case: Case) -> list[Variant]:
-    weights = {name: case.leaf(name) for name in STEP_NAMES}
+    weights = {name: case.leaf(name) for name in WEIGHTS}
     grads = {name: 1e-3 * case.draw(*w.shape) for name, w in weights.items()}
     adam = torch.optim.Adam(weights.values(), lr=LEARNING_RATE, betas=(0.9, 0.99))
 
@@ -135,7 +141,15 @@ def optimizer(case: Case) -> list[Variant]:
             w.grad = grads[name]
         finish(weights, adam)
 
-    return [Variant("eager PyTorch", forward, note="projection, norm, clipping, Adam (foreach), unit rows")]
+    def answer() -> dict[str, Tensor]:
+        checked = {name: case.leaf(name) for name in WEIGHTS}
+        for name, grad in case.gradients().items():
+            checked[name].grad = grad
+        finish(checked, torch.optim.Adam(checked.values(), lr=CHECK_RATE, betas=(0.9, 0.99)))
+        return case.steps_of(checked)
+
+    note = "projection, norm, clipping, Adam (foreach), unit rows"
+    return [Variant("eager PyTorch", forward, answer=answer, note=note)]
 
 
 def finish(weights: dict[str, Tensor], adam: torch.optim.Optimizer) -> None:
@@ -148,7 +162,7 @@ def finish(weights: dict[str, Tensor], adam: torch.optim.Optimizer) -> None:
 
 
 def step(case: Case, name: str = "eager PyTorch", wrap: Wrap = lambda f: f) -> list[Variant]:
-    weights = {n: case.leaf(n) for n in STEP_NAMES}
+    weights = {n: case.leaf(n) for n in WEIGHTS}
     adam = torch.optim.Adam(weights.values(), lr=LEARNING_RATE, betas=(0.9, 0.99))
     k, batch, widths, d = case.size.k, case.activation == "batch_topk", case.widths, case.size.d
 
@@ -167,7 +181,7 @@ def step(case: Case, name: str = "eager PyTorch", wrap: Wrap = lambda f: f) -> l
     def answer() -> dict[str, Tensor]:
         value = function(case.head, *weights.values())
         value.backward()
-        return {"loss": value, **answers(STEP_NAMES, *weights.values())}
+        return {"loss": value, **answers(WEIGHTS, *weights.values())}
 
     note = "no dead counts, no threshold"
     return [Variant(name, forward, None, tidy, answer, note)]

@@ -14,8 +14,8 @@ from collections import deque
 import torch
 from torch import Tensor
 
-from bench.cases import LEARNING_RATE, Case, answers
-from bench.peers.eager import STEP_NAMES, encoded, finish
+from bench.cases import LEARNING_RATE, WEIGHTS, Case, answers
+from bench.peers.eager import encoded, finish
 from bench.race import Variant
 
 KEPT = 100
@@ -38,7 +38,7 @@ def step(case: Case) -> list[Variant]:
 
 def _step(case: Case, monitored: bool) -> Variant:
     size = case.size
-    weights = {name: case.leaf(name) for name in STEP_NAMES}
+    weights = {name: case.leaf(name) for name in WEIGHTS}
     adam = torch.optim.Adam(weights.values(), lr=LEARNING_RATE, betas=(0.9, 0.99))
     kept: deque[Tensor] = deque(maxlen=max(2, min(KEPT, HELD_BYTES // (4 * size.rows * size.d_sae))))
 
@@ -57,7 +57,7 @@ def _step(case: Case, monitored: bool) -> Variant:
     def answer() -> dict[str, Tensor]:
         value, _ = loss(case.head)
         value.backward()
-        return {"loss": value, **answers(STEP_NAMES, *weights.values())}
+        return {"loss": value, **answers(WEIGHTS, *weights.values())}
 
     note = "dense prefixes, each from its first latent on"
     if monitored:

@@ -9,7 +9,7 @@ from unittest import mock
 
 from torch import Tensor
 
-from bench.cases import ENCODE, LEARNING_RATE, Case, answers
+from bench.cases import CHECK_RATE, ENCODE, LEARNING_RATE, Case, answers
 from bench.race import Variant
 from transcoder.config import TrainingSection
 from transcoder.kernels import FeatureCorrelation, SparseCodes, sparse_decode, use_backend
@@ -125,8 +125,13 @@ def correlation(case: Case) -> Variant:
         for n in range(UPDATES):
             monitor.update(case.coded[(i + n) % len(case.coded)][0])
 
+    def answer() -> dict[str, Tensor]:
+        exact = FeatureCorrelation(size.d_sae, device=case.device)
+        exact.update(case.head_codes)
+        return {"correlation": exact.correlation(*case.busiest)}
+
     note = f"mean of {UPDATES} updates" + ("" if size.d_sae <= EXACT_LIMIT else f"; sketch of {SKETCH}")
-    return Variant("ours", forward, note=note, per=UPDATES)
+    return Variant("ours", forward, answer=answer if size.d_sae <= EXACT_LIMIT else None, note=note, per=UPDATES)
 
 
 def _model(case: Case) -> Transcoder:
@@ -150,7 +155,14 @@ def optimizer(case: Case) -> Variant:
             p.grad = grad
         optimizer_step(model, adam, LEARNING_RATE, 1.0)
 
-    return Variant("ours", forward, note="projection, norm, clipping, Adam, unit rows")
+    def answer() -> dict[str, Tensor]:
+        checked = _model(case)
+        for name, grad in case.gradients().items():
+            getattr(checked, name).grad = grad
+        optimizer_step(checked, make_optimizer(checked, TrainingSection(), CHECK_RATE), CHECK_RATE, 1.0)
+        return case.steps_of(dict(checked.named_parameters()))
+
+    return Variant("ours", forward, answer=answer, note="projection, norm, clipping, Adam, unit rows")
 
 
 def step(case: Case) -> Variant:
