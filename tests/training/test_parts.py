@@ -114,6 +114,13 @@ def test_evaluation_is_the_formula_on_raw_targets() -> None:
     assert figures["evaluation/baseline_mean_fvu"] == pytest.approx(float(mean_error / total), rel=1e-4)
     assert 0 < figures["evaluation/baseline_linear_fvu"] < 1
     assert figures["evaluation/sink_tokens"] == 7
+    with torch.no_grad():
+        on_sinks = model.encode(10 * batch(7, 3).source).to_dense() > 0
+        figures = evaluate(model, [batch(2, 9)], dataclasses.replace(batch(7, 3), source=10 * batch(7, 3).source))
+        elsewhere = model.encode(batch(2, 9).source).to_dense() > 0
+    assert figures["evaluation/sink_l0"] == pytest.approx(float(on_sinks.sum()) / 7)
+    wanted = int((on_sinks.any(0) & ~elsewhere.any(0)).sum())
+    assert figures["evaluation/sink_only_latents"] == wanted > 0
     with pytest.raises(ValueError, match="at least one held-out batch"):
         evaluate(model, [])
 

@@ -28,7 +28,8 @@ def evaluate(
     FVU = sum |y - y_hat|^2 / sum |y - mean(y)|^2 over all tokens, the mean being the held-out one; BatchTopK runs with its
     threshold, as at inference. Targets that do not vary have their mean square in the place of their variance, as in
     `losses.spread`. `evaluation/sink_fvu` is the same ratio over the masked-out sink tokens, around the mean of
-    the others. Reads the device: call it between steps.
+    the others; `evaluation/sink_l0` and `evaluation/sink_only_latents` (that fire on sinks and on no other held-out token) say
+    what the dictionary would do with them. Reads the device: call it between steps.
 
     Returns: {"evaluation/fvu", "evaluation/fvu_prefix_<w>", "evaluation/explained_variance", "evaluation/l0",
     "evaluation/tokens", "evaluation/live_share", and with a baseline "evaluation/baseline_mean_fvu",
@@ -154,7 +155,11 @@ def _evaluate(
     if solution is not None:
         figures["evaluation/baseline_mean_fvu"], figures["evaluation/baseline_linear_fvu"] = (rivals / total).tolist()
     if sinks is not None and len(sinks) > 0:
-        sums, _ = _prefix_sums(transcoder, sinks)
+        sums, codes = _prefix_sums(transcoder, sinks)
+        on_sinks = codes.indices[codes.values > 0]
+        only = torch.zeros_like(fired).index_fill_(0, on_sinks, True) & ~fired
+        figures["evaluation/sink_l0"] = on_sinks.numel() / len(sinks)
+        figures["evaluation/sink_only_latents"] = float(only.sum())
         around, size = (part.square().sum() for part in (sinks.target.double() - mean, sinks.target.double()))
         figures["evaluation/sink_fvu"] = float(sums[-1] / _denominator(around, size, sinks.target.numel()))
         figures["evaluation/sink_tokens"] = float(len(sinks))
