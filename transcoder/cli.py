@@ -215,12 +215,17 @@ def _compare(options: argparse.Namespace, _: dict[str, Any]) -> int:
     if len(options.runs) < 2:
         raise ConfigError(f"compare: expected at least two run folders, got {len(options.runs)}")
     if any("=" in run and not Path(run).is_dir() for run in options.runs):
-        return _compare_methods(options.runs)
+        return _compare_methods(options.runs, options.html)
     folders = [_run_folder(run) for run in options.runs]
     from transcoder.reporting.compare import compare_runs, format_comparison
 
-    print(format_comparison(compare_runs(*folders)))
+    comparison = compare_runs(*folders)
+    print(format_comparison(comparison))
     _print_similarity(folders)
+    if options.html is not None:
+        from transcoder.reporting.compare_page import write_run_comparison
+
+        print(f"page: {write_run_comparison(comparison, options.html)}")
     return EXIT_OK
 
 
@@ -238,7 +243,7 @@ def _print_similarity(folders: list[Path], method: str | None = None) -> None:
     print("", format_run_similarity(found) if method is None else format_seed_similarity(method, found), sep="\n")
 
 
-def _compare_methods(words: list[str]) -> int:
+def _compare_methods(words: list[str], page: str | None) -> int:
     methods: dict[str, list[Path]] = {}
     for word in words:
         name, equals, runs = word.partition("=")
@@ -249,9 +254,14 @@ def _compare_methods(words: list[str]) -> int:
         methods[name] = [_run_folder(run) for run in runs.split(",")]
     from transcoder.reporting.compare_seeds import compare_methods, format_methods
 
-    print(format_methods(compare_methods(methods)))
+    comparison = compare_methods(methods)
+    print(format_methods(comparison))
     for name, folders in methods.items():
         _print_similarity(folders, name)
+    if page is not None:
+        from transcoder.reporting.compare_page import write_method_comparison
+
+        print(f"page: {write_method_comparison(comparison, page)}")
     return EXIT_OK
 
 
@@ -265,9 +275,14 @@ def _report(options: argparse.Namespace, _: dict[str, Any]) -> int:
 
 def _watch(options: argparse.Namespace, _: dict[str, Any]) -> int:
     folder = _run_folder(options.run_folder)
-    from transcoder.reporting.watch_terminal import watch_terminal
+    if options.terminal:
+        from transcoder.reporting.watch_terminal import watch_terminal
 
-    return watch_terminal(folder)
+        return watch_terminal(folder)
+    from transcoder.reporting.watch_server import watch
+
+    watch(folder, options.port)
+    return EXIT_OK
 
 
 def _doctor(options: argparse.Namespace, _: dict[str, Any]) -> int:
@@ -363,13 +378,17 @@ def _parser() -> _Parser:
     compare = command("compare", _compare, "Compare finished runs with the first of them.", False)
     text = "a run folder; or NAME=RUN,RUN,... for a method's runs over seeds, compared with intervals over seeds"
     compare.add_argument("runs", metavar="RUN", nargs="+", help=text)
+    text = "also write all of it as one page (default: comparison.html); give this after the runs"
+    compare.add_argument("--html", metavar="PATH", nargs="?", const="comparison.html", help=text)
     report = command("report", _report, "Write report.html of a run again, from its files.", False)
     report.add_argument("run_folder", metavar="RUN", help="a run folder")
     interop.add_export(command("export", interop.run_export, interop.EXPORT, False))
     interop.add_import(command("import", interop.run_import, interop.IMPORT, False))
-    watch = command("watch", _watch, "Show a run while it runs; nothing of it is written or locked.", False)
+    text = "Show a run while it runs, as its report in a browser on this machine; nothing of it is written or locked."
+    watch = command("watch", _watch, text, False)
     watch.add_argument("run_folder", metavar="RUN", help="a run folder")
     watch.add_argument("--terminal", action="store_true", help="in this terminal, as over ssh on a cluster")
+    watch.add_argument("--port", type=int, default=0, metavar="N", help="port on 127.0.0.1 (default: a free one)")
     command("doctor", _doctor, "Say what this machine has and what is missing.", False)
     return parser
 

@@ -506,8 +506,10 @@ class LoggingSection:
     tensorboard: bool = False
     max_megabytes: int = 1024
     """metrics.jsonl beyond this is thinned: every second line of figures of its older half goes, events stay."""
-    report_latents: int = 100
-    """Latents shown with their contexts in report.html."""
+    report: bool = True
+    """Write report.html, in a process of its own, when the run ends; `transcoder report RUN` can do it any time."""
+    report_latents: int = 4096
+    """Latents shown with their contexts in report.html, which stays below 10 MB whatever this says."""
 
     def __post_init__(self) -> None:
         _require(self.every >= 1, "logging.every", "at least 1", self.every)

@@ -267,6 +267,20 @@ class HookedModel:
             logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none"
         ).view(tokens.shape[0], -1)
 
+    @torch.no_grad()
+    def unembedding(self) -> Tensor | str:
+        """[d_model, vocabulary] fp32: what the logits read of the residual stream, the final norm's weight folded in (its scale
+        is not); or the reason why the target hook has none."""
+        hook = self._hooks["target"]
+        if not re.search(r"(hook_mlp_out|hook_attn_out|hook_resid_\w+|mlp\.hook_out|attn\.hook_out)$", hook):
+            return f"{hook} does not write into the residual stream"
+        weight = getattr(self._bridge, "W_U", None)
+        if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.shape[0] != self.d_out:
+            return f"this model has no unembedding of width {self.d_out}"
+        norm = getattr(getattr(self._bridge, "ln_final", None), "weight", None)
+        folded = weight.float()
+        return folded * norm.float()[:, None] if isinstance(norm, Tensor) and norm.shape == (self.d_out,) else folded
+
     def _flat(self, role: str, tokens: Tensor) -> Tensor:
         value = self._captured[role]
         if value.dim() < 3 or value.shape[:2] != tokens.shape or not value.is_floating_point():

@@ -153,6 +153,10 @@ class ModelSource:
                 seen += text.numel()
         return {name: total / max(1, count) for name, total in zip(substitutes, totals.tolist(), strict=True)}
 
+    def unembedding(self) -> Tensor | str:
+        """As `HookedModel.unembedding`."""
+        return self._model.unembedding()
+
     def _past_sinks(self, substitute: Substitute, tokens: Tensor, positions: Tensor, valid: Tensor) -> Substitute:
         def run(source: Tensor, target: Tensor) -> Tensor:
             sink = self._masker.find(source, tokens.flatten(), positions, valid.flatten()).any

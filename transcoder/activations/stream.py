@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -156,6 +156,12 @@ class ActivationStream:
         [T, d_in], target [T, d_out]) -> [T, d_out] at the target hook, None for the model as it is; or None where there is no
         model to run (cached activations) or nothing held out."""
         return self._source.heldout_losses(substitutes, tokens) if self._source.holds_out else None
+
+    def unembedding(self) -> Tensor | str:
+        """[d_out, vocabulary] fp32, what the logits read of the target's stream, see `HookedModel.unembedding`; or the reason
+        why there is none."""
+        found: Callable[[], Tensor | str] | None = getattr(self._source, "unembedding", None)
+        return "the run had no language model at hand" if found is None else found()
 
     def _read_heldout(self, tokens: int) -> tuple[list[ActivationBatch], ActivationBatch | None]:
         if tokens < 1:

@@ -1,12 +1,32 @@
-"""What a run shows: metric sinks, the progress bar, the HTML report, comparisons of runs."""
+"""What a run shows: metric sinks, the progress bar, the HTML report, comparisons of runs, a run's folder in a notebook.
 
-from transcoder.reporting.compare import compare_runs, format_comparison, write_comparison
-from transcoder.reporting.metrics import MetricsWriter
-from transcoder.reporting.progress import ProgressBar
-from transcoder.reporting.report import write_report
-from transcoder.reporting.run import Run
-from transcoder.reporting.run_errors import RunPartMissingError
-from transcoder.reporting.runfolder import RunFolder
+Public names load on first use: what only reads a run's folder (the report's own process) needs no torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transcoder.reporting.compare import compare_runs, format_comparison, write_comparison
+    from transcoder.reporting.metrics import MetricsWriter
+    from transcoder.reporting.progress import ProgressBar
+    from transcoder.reporting.report import write_report
+    from transcoder.reporting.run import Run
+    from transcoder.reporting.run_errors import RunPartMissingError
+    from transcoder.reporting.runfolder import RunFolder
+
+_HOMES = {
+    "MetricsWriter": "metrics",
+    "ProgressBar": "progress",
+    "Run": "run",
+    "RunFolder": "runfolder",
+    "RunPartMissingError": "run_errors",
+    "compare_runs": "compare",
+    "format_comparison": "compare",
+    "write_comparison": "compare",
+    "write_report": "report",
+}
 
 __all__ = [
     "MetricsWriter",
@@ -19,3 +39,11 @@ __all__ = [
     "write_comparison",
     "write_report",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'transcoder.reporting' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(f"transcoder.reporting.{_HOMES[name]}"), name)

@@ -68,7 +68,7 @@ def format_comparison(comparison: dict[str, Any]) -> str:
     head = ["", *(run["label"] for run in runs)] + (["difference", ""] if two else [])
     rows = [head, ["status", *(run["status"] for run in runs)], ["steps", *(number(run["step"]) for run in runs)]]
     for row in figures:
-        figure = _KNOWN.get(row["name"]) or Figure(row["name"], row["label"], row["meaning"], row["better"])
+        figure = figure_named(row)
         texts = [figure.text(value) for value in row["values"]]
         if two:
             texts += [_difference(figure, row["values"][0], row["differences"][1]), row["verdicts"][1] or ""]
@@ -98,6 +98,12 @@ def write_comparison(comparison: dict[str, Any], path: str | Path) -> Path:
 
 
 _KNOWN = {figure.name: figure for figure in FIGURES}
+
+
+def figure_named(row: dict[str, Any]) -> Figure:
+    """The figure of a comparison's row."""
+    known = _KNOWN.get(row["name"])
+    return known or Figure(row["name"], row["label"], row.get("meaning", ""), row.get("better", "lower"))
 
 
 def figures_of(runs: list[RunFolder]) -> list[Figure]:

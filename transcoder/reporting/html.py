@@ -1,4 +1,4 @@
-"""Text into HTML. Everything that came from data passes through here."""
+"""Text into HTML and JSON into a page. Everything that came from data passes through here."""
 
 from __future__ import annotations
 
@@ -27,14 +27,6 @@ def embedded_json(value: Any) -> str:
     for char in "<>&\u2028\u2029":
         text = text.replace(char, f"\\u{ord(char):04x}")
     return text
-
-
-def tiles(facts: Iterable[tuple[str, str]]) -> str:
-    """Figures with their names, as plain text, side by side."""
-    cells = "".join(
-        f'<div class="tile"><span>{escape(name)}</span><b>{escape(value)}</b></div>' for name, value in facts
-    )
-    return f'<div class="tiles">{cells}</div>'
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]], numeric: Iterable[int] = ()) -> str:

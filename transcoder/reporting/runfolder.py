@@ -14,13 +14,19 @@ from typing import Any
 
 import yaml
 
+from transcoder.reporting.checkpoint_facts import CheckpointFacts, read_checkpoint_facts
 from transcoder.reporting.jsonl import read_records
-from transcoder.reporting.metrics import FILE_NAME
+from transcoder.reporting.latent_table import FILE_NAME as LATENTS_FILE
+from transcoder.reporting.latent_table import LatentTable, read_latents
 from transcoder.reporting.sample_table import SampleTable, read_samples
-from transcoder.reporting.series import MetricsTable, collect
+from transcoder.reporting.series import FILE_NAME, MetricsTable, collect
 
 logger = logging.getLogger(__name__)
 
+PARTS = ("config", "metrics", "summary", "usage", "correlation", "samples", "sample_summary")
+"""What a whole run has; attributes of RunFolder."""
+OF_LATENTS = ("latents", "checkpoint")
+"""What makes its latents' cards richer."""
 COMPONENTS = ("diversity_regularizer", "position_sampler", "correlation_monitor", "activation_samples")
 _SECTIONS = dict(zip(COMPONENTS, ("regularizer", "positions", "monitor", "samples"), strict=True))
 _REPORTED = {
@@ -43,9 +49,9 @@ class RunFolder:
     """Reads a run's folder. Nothing is required but the folder itself.
 
     Files: config.yaml, metrics.jsonl, usage.json, summary.json,
-        anti_duplication_logs/correlation_step_*.json,
-    activation_samples/{samples.parquet, summary.json}. A file that is absent or unreadable is empty here and
-    named in `missing`, with the reason.
+    anti_duplication_logs/correlation_step_*.json and positions.json,
+    activation_samples/{samples.parquet, summary.json}, latents.parquet, checkpoints/. What is absent or unreadable is empty
+    here and named in `missing`, with the reason.
 
     summary.json is what `train_transcoder` returns as `RunResult.summary`: {"finished", "interrupted_by",
     "step", "tokens",
@@ -62,6 +68,7 @@ class RunFolder:
                 f"run folder {str(self.path)!r}: no such folder; expected one that `transcoder train` wrote"
             )
         self._missing: dict[str, str] = {}
+        self._lacking: dict[str, str] = {}
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -110,6 +117,11 @@ class RunFolder:
         if usage and not isinstance(components, dict):
             self._missing["usage.json"] = "holds no components"
         return components if isinstance(components, dict) else {}
+
+    @cached_property
+    def positions(self) -> dict[str, Any]:
+        """What the position sampler saw and drew; empty where there was none."""
+        return self._json("anti_duplication_logs/positions.json", "", quiet=True)
 
     @cached_property
     def correlation_files(self) -> list[tuple[int, Path]]:
@@ -168,12 +180,57 @@ class RunFolder:
             self._missing[name] = "samples.parquet is empty: no latent passed the collector's minimum activation"
         return None
 
+    @cached_property
+    def latents(self) -> LatentTable | None:
+        """latents.parquet, or None."""
+        file, name = self.path / LATENTS_FILE, "held-out facts of each latent"
+        try:
+            return read_latents(file)
+        except FileNotFoundError:
+            self._lacking[name] = (
+                f"{LATENTS_FILE} (activation histograms, promoted and suppressed tokens) is not in the folder: it is written "
+                "when a run finishes"
+            )
+        except ImportError:
+            self._lacking[name] = f"pyarrow is not installed (pip install pyarrow): {LATENTS_FILE} cannot be read"
+        except (OSError, ValueError) as error:
+            self._lacking[name] = f"{LATENTS_FILE} cannot be read: {_first_line(error)}"
+        return None
+
+    @cached_property
+    def checkpoint(self) -> CheckpointFacts | None:
+        """What the newest checkpoint tells of the latents, or None."""
+        try:
+            return read_checkpoint_facts(self.path)
+        except (OSError, ValueError) as error:
+            every = self.setting("checkpoint.every")
+            when = "" if every is None else f" (the run writes one every {every} steps)"
+            self._lacking["checkpoint"] = f"{_first_line(error)}{when}: no decoder neighbours"
+        return None
+
     @property
     def missing(self) -> list[Missing]:
         """What is not there, and why. Reads everything."""
-        for part in ("config", "metrics", "summary", "usage", "correlation", "samples", "sample_summary"):
+        for part in (
+            "config",
+            "metrics",
+            "summary",
+            "usage",
+            "correlation",
+            "samples",
+            "sample_summary",
+            "latents",
+            "checkpoint",
+        ):
             getattr(self, part)
         return [Missing(what, why) for what, why in self._missing.items()]
+
+    @property
+    def lacking(self) -> list[Missing]:
+        """What the cards of the latents go without, and why. Reads the files that `missing` does not."""
+        for part in OF_LATENTS:
+            getattr(self, part)
+        return [Missing(what, why) for what, why in self._lacking.items()]
 
     @property
     def name(self) -> str:

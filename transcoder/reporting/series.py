@@ -9,8 +9,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from transcoder.reporting.metrics import RESERVED
-
+FILE_NAME = "metrics.jsonl"
+RESERVED = ("step", "time", "event", "nonfinite")
+"""Names in a line of metrics.jsonl that are no metric."""
 TAIL = 10
 """Logged values that a noisy training figure is averaged over."""
 

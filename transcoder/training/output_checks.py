@@ -174,6 +174,8 @@ def _samples(run_dir: Path, config: RunConfig) -> str:
 
 
 def _html_report(run_dir: Path, config: RunConfig) -> str:
+    if not config.logging.report:
+        return "none, logging.report is off"
     text = (run_dir / "report.html").read_text(encoding="utf-8")
     _require(text.rstrip().endswith("</html>"), "report.html is not whole")
     return f"report.html, {len(text) / 2**10:.0f} KiB"

@@ -28,7 +28,8 @@ from transcoder.antidup.merge_test import MergeResult
 from transcoder.antidup.monitor import Judge
 from transcoder.config import ConfigError, RegularizerSection, RunConfig
 from transcoder.model import StepOutput, Transcoder, TranscoderConfig
-from transcoder.reporting import MetricsWriter, ProgressBar, write_report
+from transcoder.reporting import MetricsWriter, ProgressBar
+from transcoder.reporting.apart import write_report_apart
 from transcoder.training.bad_steps import (
     HELD_STEPS,
     BadSteps,
@@ -44,6 +45,7 @@ from transcoder.training.baselines import LinearBaseline
 from transcoder.training.checkpoint import CheckpointStore
 from transcoder.training.evaluation import cross_entropy, evaluate, merge_test
 from transcoder.training.interrupts import StopRequest
+from transcoder.training.latent_facts import write_latent_facts
 from transcoder.training.meters import Meters
 from transcoder.training.optimizer import make_optimizer, optimizer_step
 from transcoder.training.recycling import Recycler
@@ -72,6 +74,10 @@ FIRST_TARGETS = 10
 """Step of the first survey for pairs to penalise: by then batches of 1024 tokens have given 10k tokens of evidence."""
 MAY_CHANGE = ("model.device", "activations.prefetch", "activations.allow_changed_data", "training.max_bad_steps")
 """Settings that a resumed run may be given anew: they do not touch its results, or say in so many words that they may."""
+REPORT_PAIRS = 4096
+"""Pairs whose latents get promoted tokens in the report, beside those that samples are kept of."""
+REPORT_SECONDS, INTERRUPTED_REPORT_SECONDS = 900.0, 20.0
+"""How long a run waits for its page at its end, and at an interrupt."""
 
 
 @dataclass(frozen=True)
@@ -345,7 +351,7 @@ class _Run:
             finished,
             None if finished else stop.signal,
             summary,
-            self._report(),
+            self._report(finished),
             self.transcoder,
             self.heldout,
         )
@@ -666,14 +672,36 @@ class _Run:
         self._write("summary.json", lambda: replace_atomically(self.run_dir / "summary.json", text))
         return summary
 
-    def _report(self) -> Path | None:
-        """The HTML page; a run that trained for hours is not lost to a fault in drawing it."""
+    def _latent_facts(self) -> None:
+        """What only the model and the held-out tokens can say of each latent, for the report."""
+        listed = [] if self.samples is None else [self.samples.latents]
+        if self.monitor is not None:
+            listed.extend(self.monitor.target_pairs(REPORT_PAIRS))
+        shown = torch.cat([part.cpu() for part in listed]).unique() if listed else None
+        stream = self.source if isinstance(self.source, ActivationStream) else None
+        unembedding = "the run had no language model at hand" if stream is None else stream.unembedding()
+        decode = None if stream is None else stream.decode_tokens
+        write_latent_facts(self.run_dir, self.transcoder, self.heldout, shown, unembedding, decode)
+
+    def _report(self, finished: bool) -> Path | None:
+        """The HTML page, by a process of its own; a run that trained for hours is not lost to a fault in drawing it."""
+        if not self.config.logging.report:
+            return None
         self.writer.flush()
         try:
-            return write_report(self.run_dir)
+            if finished:
+                self._latent_facts()
+        except Exception as error:
+            logger.warning("latents.parquet could not be written: %s: %s", type(error).__name__, error)
+        try:
+            # Whoever interrupts a run may soon kill it: the page is then finished without it.
+            path = write_report_apart(self.run_dir, REPORT_SECONDS if finished else INTERRUPTED_REPORT_SECONDS)
         except Exception as error:
             logger.warning("report.html could not be written: %s; try `transcoder report %s`", error, self.run_dir)
             return None
+        if path is None:
+            logger.warning("report.html is still being written, by a process of its own")
+        return path
 
 
 def _device(name: str) -> torch.device:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 
 from transcoder.reporting import figures
-from transcoder.reporting.charts import Line, line_chart, ordered_colors
+from transcoder.reporting.blocks import Block, Line, charts, line_chart, ordered_colors, text
 from transcoder.reporting.numbers import number
 from transcoder.reporting.runfolder import RunFolder
 
 
-def section(run: RunFolder) -> str:
-    charts = [
+def section(run: RunFolder) -> list[Block]:
+    drawn = [
         line_chart(
             "Loss",
             _lines(
@@ -80,12 +80,8 @@ def section(run: RunFolder) -> str:
             y_label="activation",
         ),
     ]
-    drawn = "".join(charts)
-    return (
-        f'<div class="charts">{drawn}</div>'
-        if drawn
-        else '<p class="empty">No figures were logged, so there are no curves.</p>'
-    )
+    shown = charts(drawn)
+    return [shown] if shown["charts"] else [text("No figures were logged, so there are no curves.", "empty")]
 
 
 def _lines(run: RunFolder, wanted: list[tuple[str, str, str]], scale: float = 1.0, markers: bool = False) -> list[Line]:

@@ -5,87 +5,90 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from transcoder.reporting.charts import bar_chart
-from transcoder.reporting.html import escape, tiles
-from transcoder.reporting.numbers import MISSING, number, percent
+from transcoder.reporting.blocks import Block, bar_chart, charts, columns, heading, real, short, text, tiles
+from transcoder.reporting.numbers import number, percent
 from transcoder.reporting.runfolder import RunFolder
 
-LISTED = 200
+LISTED = 500
 """Pairs in the page; the JSON report has the rest."""
 GROUPS = 40
+DRAWN = 160
+"""Latents in the drawing of the groups, the largest groups first: more would be a grey cloud."""
 SEQUENCES_COUNTABLE = 1420
 """What the monitor's bitmaps of 256 bits can count: 256 ln 256. They say this of every larger number."""
 
 
-def section(run: RunFolder) -> str:
+def section(run: RunFolder) -> list[Block]:
     report = run.correlation
     if not report:
         why = next((m.why for m in run.missing if m.what == "correlation report"), "")
-        return f'<p class="empty">No correlation report to show: {escape(why)}.</p>'
-    beside = f'<div class="beside"><div class="charts one">{_charts(report)}</div><div>{_groups(report)}</div></div>'
-    return _facts(report) + beside + _pairs(report)
+        return [text(f"No correlation report to show: {why}.", "empty")]
+    pairs = ranked_pairs(report)
+    drawn = charts([_histogram(report), _merge_costs(pairs)])
+    graph = _graph(report, pairs)
+    return [
+        *_facts(report),
+        *_pairs(report, pairs),
+        heading("Groups, and how pairs are spread"),
+        columns([graph] if graph else [text("No groups: no pair is above the threshold.", "empty")], [drawn]),
+        *_groups(report),
+    ]
 
 
-def pairs_of(run: RunFolder) -> list[tuple[int, int]]:
-    """The listed pairs as (i, j), strongest first."""
-    return [(p["i"], p["j"]) for p in _ranked(run.correlation)]
-
-
-def _ranked(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+def ranked_pairs(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The listed pairs that can be read, strongest first."""
     listed = report.get("pairs")
     rows = listed if isinstance(listed, list) else []
     good = [
         p
         for p in rows
-        if isinstance(p, dict)
-        and all(isinstance(p.get(n), int) for n in "ij")
-        and _real(p.get("correlation")) is not None
+        if isinstance(p, dict) and all(type(p.get(n)) is int for n in "ij") and real(p.get("correlation")) is not None
     ]
     return sorted(good, key=lambda p: -p["correlation"])[:LISTED]
 
 
-def _facts(report: Mapping[str, Any]) -> str:
+def _facts(report: Mapping[str, Any]) -> list[Block]:
     limits = report.get("thresholds")
     limits = limits if isinstance(limits, dict) else {}
-    share = _real(report.get("share_of_live_with_neighbour"))
+    share = real(report.get("share_of_live_with_neighbour"))
     facts = [
-        ("Pairs above the threshold", number(_real(report.get("pairs_total")))),
-        ("Flagged", number(_real(report.get("pairs_flagged")))),
-        ("Mergeable", number(_real(report.get("pairs_mergeable")))),
-        ("Correlated, but no duplicate", number(_real(report.get("pairs_refused")))),
-        ("Without a merge test", number(_real(report.get("pairs_untested")))),
-        ("Live latents", number(_real(report.get("live_latents")))),
-        ("Distinct latents, flagged pairs merged", number(_real(report.get("distinct_latents")))),
-        ("Distinct latents, candidates merged too", number(_real(report.get("distinct_latents_candidates")))),
+        ("Pairs above the threshold", number(real(report.get("pairs_total")))),
+        ("Flagged", number(real(report.get("pairs_flagged")))),
+        ("Mergeable", number(real(report.get("pairs_mergeable")))),
+        ("Correlated, but no duplicate", number(real(report.get("pairs_refused")))),
+        ("Without a merge test", number(real(report.get("pairs_untested")))),
+        ("Live latents", number(real(report.get("live_latents")))),
+        ("Distinct latents, flagged pairs merged", number(real(report.get("distinct_latents")))),
+        ("Distinct latents, candidates merged too", number(real(report.get("distinct_latents_candidates")))),
         ("With a neighbour", percent(share)),
-        ("Effective dictionary size", number(_real(report.get("effective_dictionary_size")))),
+        ("Effective dictionary size", number(real(report.get("effective_dictionary_size")))),
     ]
     cosine = report.get("decoder_cosine")
     if isinstance(cosine, dict):
-        facts.append(("Nearest decoder cosine, median", number(_real(cosine.get("median")))))
-        facts.append(("Nearest decoder cosine, 99th percentile", number(_real(cosine.get("p99")))))
+        facts.append(("Nearest decoder cosine, median", number(real(cosine.get("median")))))
+        facts.append(("Nearest decoder cosine, 99th percentile", number(real(cosine.get("p99")))))
     correlation, support, sequences = (
-        number(_real(limits.get(n))) for n in ("correlation", "min_support", "min_sequences")
+        number(real(limits.get(n))) for n in ("correlation", "min_support", "min_sequences")
     )
-    text = (
-        f"At step {number(_real(report.get('step')))}, after {number(_real(report.get('tokens')))} tokens. A candidate has a "
+    words = (
+        f"At step {number(real(report.get('step')))}, after {number(real(report.get('tokens')))} tokens. A candidate has a "
         f"correlation above {correlation} and fires on at least {support} tokens in {sequences} sequences; it is flagged when "
         "the lower bound holds in several disjoint blocks. The cost of folding is what one latent in the place of two loses on "
-        "held-out tokens, as a share of what the latent is worth."
+        "held-out tokens, as a share of what the latent is worth: a tenth or less is a duplicate."
     )
-    return f'<p class="lead">{escape(text)}</p>{tiles(facts)}'
+    return [text(words, "lead"), tiles(facts)]
 
 
-def _charts(report: Mapping[str, Any]) -> str:
+def _histogram(report: Mapping[str, Any]) -> Block | None:
     histogram = report.get("histogram")
     if not isinstance(histogram, dict):
-        return ""
-    edges = [_real(v) for v in histogram.get("edges") or []]
-    counts = [_real(v) for v in histogram.get("counts") or []]
+        return None
+    edges = [real(v) for v in histogram.get("edges") or []]
+    counts = [real(v) for v in histogram.get("counts") or []]
     if None in edges or None in counts or len(edges) != len(counts) + 1:
-        return ""
+        return None
     limits = report.get("thresholds")
-    threshold = _real(limits.get("correlation")) if isinstance(limits, dict) else None
+    threshold = real(limits.get("correlation")) if isinstance(limits, dict) else None
     return bar_chart(
         "Correlation of latent pairs",
         [e for e in edges if e is not None],
@@ -97,90 +100,114 @@ def _charts(report: Mapping[str, Any]) -> str:
     )
 
 
-def _groups(report: Mapping[str, Any]) -> str:
-    flagged = _group_list(report, "components", "Groups", "joined by flagged pairs")
-    wider = _group_list(report, "candidate_components", "Candidate groups", "joined by candidate or flagged pairs")
-    return flagged + wider
+def _merge_costs(pairs: list[dict[str, Any]]) -> Block | None:
+    """How many of the listed pairs fold at which cost."""
+    shares = [s for p in pairs if (s := real(p.get("merge_share"))) is not None]
+    edges = [n / 10 for n in range(11)]
+    counts = [0.0] * 10
+    for share in shares:
+        counts[min(9, max(0, int(10 * share)))] += 1
+    return bar_chart(
+        "What folding the listed pairs would cost",
+        edges,
+        [("pairs", counts, "c2")],
+        x_label="share of the dropped latent's worth (1: all of it, or more)",
+        y_label="pairs",
+        marks=[(0.1, "← duplicates")],
+    )
 
 
-def _group_list(report: Mapping[str, Any], field: str, title: str, joined: str) -> str:
+def _components(report: Mapping[str, Any], field: str) -> list[list[int]]:
     listed = report.get(field)
-    groups = [g for g in listed if isinstance(g, list) and len(g) > 1] if isinstance(listed, list) else []
+    groups = (
+        [[i for i in g if type(i) is int] for g in listed if isinstance(g, list)] if isinstance(listed, list) else []
+    )
+    return sorted((g for g in groups if len(g) > 1), key=len, reverse=True)
+
+
+def groups_of(report: Mapping[str, Any]) -> list[list[int]]:
+    """Groups of latents joined by candidate or flagged pairs, the largest first."""
+    return _components(report, "candidate_components") or _components(report, "components")
+
+
+def _graph(report: Mapping[str, Any], pairs: list[dict[str, Any]]) -> Block | None:
+    groups: list[list[int]] = []
+    count = 0
+    for group in groups_of(report):
+        if count + len(group) > DRAWN and groups:
+            break
+        groups.append(group[:DRAWN])
+        count += len(groups[-1])
     if not groups:
-        return ""
-    groups.sort(key=len, reverse=True)
-    chips = "".join(
-        '<span class="group">'
-        + "".join(f'<a class="chip" href="#latent-{i}" data-latent="{i}">{i}</a>' for i in g[:12] if isinstance(i, int))
-        + (f"<small>and {len(g) - 12} more</small>" if len(g) > 12 else "")
-        + "</span>"
-        for g in groups[:GROUPS]
-    )
-    more = f" The {GROUPS} largest are shown." if len(groups) > GROUPS else ""
-    count = f"{len(groups)} group{'s' if len(groups) > 1 else ''}"
-    return f'<h3>{title}</h3><p class="note">{count} of latents {joined}.{more}</p><p class="groups">{chips}</p>'
-
-
-def _pairs(report: Mapping[str, Any]) -> str:
-    ranked = _ranked(report)
-    if not ranked:
-        return '<p class="empty">No pair of latents is above the threshold.</p>'
-    rows = "".join(map(_row, ranked))
-    total = _real(report.get("pairs_total"))
-    shown = (
-        f"The {len(ranked)} strongest of {number(total)}." if total and total > len(ranked) else f"All {len(ranked)}."
-    )
-    head = (
-        "<tr><th>Latents</th><th></th><th>Correlation, 95 % interval</th><th class=n>Cosine</th><th class=n>Jaccard</th>"
-        "<th class=n>Tokens</th><th class=n>Sequences</th><th class=n>Cost of folding</th><th>State</th></tr>"
-    )
-    return (
-        '<h3>Pairs, strongest first</h3><div class="tools" data-for="pairs" hidden>'
-        '<label>Latent <input type="search" id="pair-search" inputmode="numeric" placeholder="id"></label>'
-        '<label class="check"><input type="checkbox" id="pair-flagged"> flagged only</label>'
-        f'<span class="count" id="pair-count" role="status">{escape(shown)}</span></div>'
-        f'<div class="scroll" tabindex="0"><table id="pairs"><thead>{head}</thead><tbody>{rows}</tbody></table></div>'
-        '<p><button type="button" id="pair-more" hidden>Show more</button></p>'
-    )
-
-
-def _row(p: dict[str, Any]) -> str:
-    i, j, flagged = p["i"], p["j"], p.get("flagged") is True
-    pill = '<span class="pill bad">flagged</span>' if flagged else '<span class="pill">candidate</span>'
-    names = " ".join(f'<a class="chip" href="#latent-{n}" data-latent="{n}">{n}</a>' for n in (i, j))
-    cells = [
-        f"<td>{names}</td>",
-        '<td><button type="button" class="open" aria-expanded="false" hidden>contexts</button></td>',
-        f'<td class="r">{_interval(p)}</td>',
-        *(f"<td class=n>{number(_real(p.get(name)))}</td>" for name in ("cosine", "jaccard", "support")),
-        f"<td class=n>{_sequences(_real(p.get('sequences')))}</td>",
-        f"<td class=n>{percent(_real(p.get('merge_share')))}</td>",
-        f"<td>{pill}</td>",
+        return None
+    known = {i for g in groups for i in g}
+    edges = [
+        [p["i"], p["j"], short(p["correlation"]), int(p.get("flagged") is True), int(p.get("mergeable") is True)]
+        for p in pairs
+        if p["i"] in known and p["j"] in known
     ]
-    return f'<tr data-i="{i}" data-j="{j}" data-flagged="{int(flagged)}">{"".join(cells)}</tr>'
+    total = len(groups_of(report))
+    return {
+        "is": "chart",
+        "kind": "graph",
+        "title": "Groups of correlated latents",
+        "x": "",
+        "y": "",
+        "groups": groups,
+        "edges": edges,
+        "note": "A thick line is a flagged pair, an orange one folds at little cost. A latent opens its card.",
+        "spoken": f"{total} groups; {len(groups)} drawn, the largest of {len(groups[0])} latents",
+    }
+
+
+def _groups(report: Mapping[str, Any]) -> list[Block]:
+    blocks: list[Block] = []
+    for field, title, joined in (
+        ("components", "Groups", "joined by flagged pairs"),
+        ("candidate_components", "Candidate groups", "joined by candidate or flagged pairs"),
+    ):
+        groups = _components(report, field)
+        if groups:
+            more = f" The {GROUPS} largest are shown." if len(groups) > GROUPS else ""
+            count = f"{len(groups)} group{'s' if len(groups) > 1 else ''}"
+            shown = [[g[:12], max(0, len(g) - 12)] for g in groups[:GROUPS]]
+            blocks.append(
+                {"is": "groups", "title": title, "text": f"{count} of latents {joined}.{more}", "rows": shown}
+            )
+    return blocks
+
+
+def _pairs(report: Mapping[str, Any], pairs: list[dict[str, Any]]) -> list[Block]:
+    if not pairs:
+        return [text("No pair of latents is above the threshold.", "empty")]
+    total = real(report.get("pairs_total"))
+    shown = f"The {len(pairs)} strongest of {number(total)}." if total and total > len(pairs) else f"All {len(pairs)}."
+    return [
+        heading("Pairs, strongest first"),
+        {"is": "pairs", "shown": shown, "rows": [_row(p) for p in pairs]},
+    ]
+
+
+def _row(p: Mapping[str, Any]) -> dict[str, Any]:
+    low, high = real(p.get("lower")), real(p.get("upper"))
+    mergeable = p.get("mergeable")
+    return {
+        "i": p["i"],
+        "j": p["j"],
+        "r": short(p["correlation"]),
+        "low": None if low is None else short(low),
+        "high": None if high is None else short(high),
+        "cells": [
+            number(real(p.get("cosine"))),
+            number(real(p.get("jaccard"))),
+            number(real(p.get("support"))),
+            _sequences(real(p.get("sequences"))),
+        ],
+        "fold": percent(real(p.get("merge_share"))),
+        "test": "duplicate" if mergeable is True else "no duplicate" if mergeable is False else "not tested",
+        "flagged": p.get("flagged") is True,
+    }
 
 
 def _sequences(count: float | None) -> str:
     return f"≥ {number(count)}" if count is not None and count >= SEQUENCES_COUNTABLE else number(count)
-
-
-def _interval(p: dict[str, Any]) -> str:
-    """The correlation as a dot on its interval, over 0.5 to 1."""
-    r, low, high = float(p["correlation"]), _real(p.get("lower")), _real(p.get("upper"))
-
-    def at(value: float) -> float:
-        return 4 + 72 * min(1.0, max(0.0, (value - 0.5) / 0.5))
-
-    drawing, spoken = "", MISSING
-    if low is not None and high is not None:
-        drawing = f'<line class="ci" x1="{at(low):.1f}" x2="{at(high):.1f}" y1="7" y2="7"/>'
-        spoken = f"{number(low)} to {number(high)}"
-    return (
-        f'<b>{r:.3f}</b><svg class="interval" viewBox="0 0 80 14" width="80" height="14" role="img" '
-        f'aria-label="interval {spoken}"><title>{spoken}</title><line class="grid" x1="4" x2="76" y1="7" y2="7"/>{drawing}'
-        f'<circle class="c0" cx="{at(r):.1f}" cy="7" r="3.2"/></svg>'
-    )
-
-
-def _real(value: object) -> float | None:
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from transcoder.reporting import figures
+from transcoder.reporting.blocks import Block, Cell, columns, heading, panel, short, table, text, tiles
 from transcoder.reporting.figures import Figure
-from transcoder.reporting.html import escape, table
 from transcoder.reporting.ledger_verdict import verdicts
 from transcoder.reporting.numbers import MISSING, clock, number
 from transcoder.reporting.runfolder import RunFolder
@@ -22,46 +23,44 @@ _TILES = (
 )
 
 
-def header(run: RunFolder) -> str:
+def header(run: RunFolder) -> dict[str, Any]:
+    """The page's head: {"eyebrow", "title", "pill": [words, look], "facts", "progress": 0..1 | null}."""
     steps = run.setting("training.steps")
-    state = "good" if run.finished else "warn"
     last = number(run.last_step)
-    progress = f"{last} of {number(steps)} steps" if isinstance(steps, (int, float)) else f"{last} steps"
-    facts = [progress]
+    whole = isinstance(steps, (int, float)) and steps > 0
+    facts = [f"{last} of {number(steps)} steps" if whole else f"{last} steps"]
     if isinstance(run.summary.get("tokens"), (int, float)):
         facts.append(f"{number(run.summary['tokens'])} tokens")
     if run.metrics.seconds is not None:
         facts.append(clock(run.metrics.seconds))
-    return (
-        f'<p class="eyebrow">Transcoder run</p><h1>{escape(run.name)}</h1>'
-        f'<p class="facts"><span class="pill {state}">{escape(run.status)}</span>'
-        + "".join(f"<span>{escape(f)}</span>" for f in facts)
-        + "</p>"
-    )
+    return {
+        "eyebrow": "Transcoder run",
+        "title": run.name,
+        "pill": [run.status, "good" if run.finished else "warn"],
+        "facts": facts,
+        "progress": None if run.finished or not whole else short((run.last_step or 0) / steps),
+    }
 
 
-def section(run: RunFolder) -> str:
-    return (
-        f'<div class="hero">{_against_baselines(run)}{_what_ran(run)}</div>{_tiles(run)}{_missing(run)}{_ledger(run)}'
-    )
+def section(run: RunFolder) -> list[Block]:
+    return [
+        columns([_against_baselines(run)], [_what_ran(run)]),
+        tiles([(f.label, f.text(f.of(run)), f.meaning) for f in _TILES]),
+        *_missing(run),
+        *_ledger(run),
+    ]
 
 
-def _against_baselines(run: RunFolder) -> str:
+def _against_baselines(run: RunFolder) -> Block:
     rows: list[tuple[Figure, float | None, str]] = [
         (figures.HELDOUT_FVU, figures.HELDOUT_FVU.of(run), "own"),
         (figures.LINEAR_BASELINE, figures.LINEAR_BASELINE.of(run), ""),
         (figures.MEAN_BASELINE, figures.MEAN_BASELINE.of(run), ""),
     ]
     own = rows[0][1]
-    longest = max((v for _, v, _ in rows if v is not None), default=0.0)
-    bars = []
-    for figure, value, kind in rows:
-        label = "This transcoder" if kind else figure.label
-        share = 0.0 if value is None or longest <= 0 else 100 * max(value, 0.0) / longest
-        bars.append(
-            f'<div class="bar-row {kind}" title="{escape(figure.meaning)}"><span>{escape(label)}</span>'
-            f'<span class="track"><i style="width:{share:.1f}%"></i></span><b>{number(value)}</b></div>'
-        )
+    bars = [
+        ["This transcoder" if k else f.label, None if v is None else short(v), number(v), f.meaning] for f, v, k in rows
+    ]
     if own is None:
         words = "No evaluation on held-out tokens was recorded."
     else:
@@ -70,13 +69,11 @@ def _against_baselines(run: RunFolder) -> str:
         if linear is not None:
             better = "below" if own < linear else "NOT below"
             words = f"The fraction of variance left unexplained is {better} the best linear map's. " + words
-    return (
-        f'<div class="panel fvu"><h3>{escape(figures.HELDOUT_FVU.label)}</h3><p class="big">{number(own)}</p>'
-        f'{"".join(bars)}<p class="note">{escape(words)}</p></div>'
-    )
+    shown = {"is": "bars", "big": number(own), "rows": bars}
+    return panel(figures.HELDOUT_FVU.label, [shown, text(words, "note")], "fvu")
 
 
-def _what_ran(run: RunFolder) -> str:
+def _what_ran(run: RunFolder) -> Block:
     def setting(name: str) -> str:
         value = run.setting(name)
         if value is None:
@@ -96,8 +93,7 @@ def _what_ran(run: RunFolder) -> str:
         *([] if run.data_source == "own batches" else [("Batch", f"{setting('training.batch_size')} tokens")]),
         ("Seed", setting("training.seed")),
     ]
-    items = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in rows)
-    return f'<div class="panel"><h3>What ran</h3><dl class="what">{items}</dl></div>'
+    return panel("What ran", [{"is": "facts", "rows": [list(row) for row in rows]}])
 
 
 def _data_rows(run: RunFolder, setting: Callable[[str], str]) -> list[tuple[str, str]]:
@@ -115,41 +111,33 @@ def _data_rows(run: RunFolder, setting: Callable[[str], str]) -> list[tuple[str,
     ]
 
 
-def _tiles(run: RunFolder) -> str:
-    tiles = "".join(
-        f'<div class="tile" title="{escape(f.meaning)}"><span>{escape(f.label)}</span><b>{escape(f.text(f.of(run)))}</b></div>'
-        for f in _TILES
-    )
-    return f'<div class="tiles">{tiles}</div>'
+def _missing(run: RunFolder) -> list[Block]:
+    missing = [*run.missing, *run.lacking]
+    if not missing:
+        return []
+    return [panel("What is missing", [{"is": "list", "rows": [[m.what, m.why] for m in missing]}], "missing")]
 
 
-def _missing(run: RunFolder) -> str:
-    if not run.missing:
-        return ""
-    items = "".join(f"<li><b>{escape(m.what)}</b> {escape(m.why)}</li>" for m in run.missing)
-    return f'<div class="panel missing" role="note"><h3>What is missing</h3><ul>{items}</ul></div>'
-
-
-def _ledger(run: RunFolder) -> str:
-    classes = {"used": "good", "off": "", "not proven": "bad", "unknown": "warn"}
-    rows = []
+def _ledger(run: RunFolder) -> list[Block]:
+    looks = {"used": "good", "off": "", "not proven": "bad", "unknown": "warn"}
+    rows: list[list[Cell]] = []
     for v in verdicts(run):
-        pill = f'<span class="pill {classes[v.state]}">{v.state}</span>'
-        why = f"<br><small>{escape(v.why)}</small>" if v.why else ""
-        calls = MISSING if v.state == "off" and not v.calls else number(v.calls)
-        effect = escape(v.effect) or MISSING
+        off = v.state == "off"
         rows.append(
             [
-                escape(v.title),
-                pill + why,
-                calls,
-                effect,
-                MISSING if v.state == "off" and not v.files else number(v.files),
+                v.title,
+                {"text": v.state, "pill": looks[v.state], "note": v.why},
+                MISSING if off and not v.calls else number(v.calls),
+                v.effect or MISSING,
+                MISSING if off and not v.files else number(v.files),
             ]
         )
-    return (
-        "<h3>Was each anti-duplication part really used?</h3>"
-        + table(["Part", "Verdict", "Calls", "Measured effect", "Files"], rows, numeric=[2, 4])
-        + '<p class="note">Used means: called, with an effect other than zero, and its files are in the run folder. '
-        "A penalty of zero is an effect where its terms were evaluated: there was nothing to penalise.</p>"
+    note = (
+        "Used means: called, with an effect other than zero, and its files are in the run folder. A penalty of zero is "
+        "an effect where its terms were evaluated: there was nothing to penalise."
     )
+    return [
+        heading("Was each anti-duplication part really used?"),
+        table(["Part", "Verdict", "Calls", "Measured effect", "Files"], rows, [2, 4], caption="Verdicts of the ledger"),
+        text(note, "note"),
+    ]

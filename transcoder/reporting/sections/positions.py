@@ -6,8 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transcoder.reporting import figures
-from transcoder.reporting.charts import bar_chart
-from transcoder.reporting.html import tiles
+from transcoder.reporting.blocks import Block, bar_chart, charts, real, text, tiles
 from transcoder.reporting.numbers import number, percent
 from transcoder.reporting.runfolder import RunFolder
 from transcoder.reporting.sample_table import SampleTable
@@ -18,12 +17,12 @@ ENOUGH = 4
 LISTED = 24
 
 
-def section(run: RunFolder) -> str:
-    parts = [_sinks(run)]
+def section(run: RunFolder) -> list[Block]:
+    sinks = _sinks(run)
+    parts = [sinks] if sinks["rows"] else []
     samples = run.samples
     if samples is None:
-        parts.append('<p class="empty">No activation samples, so positions cannot be shown.</p>')
-        return "".join(parts)
+        return [*parts, text("No activation samples, so it is not known where latents fire.", "empty")]
     length = run.setting("activations.sequence_length")
     longest = int(samples.position.max()) + 1
     length = max(int(length), longest) if isinstance(length, int) else longest
@@ -32,36 +31,64 @@ def section(run: RunFolder) -> str:
     for label, chosen, color in (("strongest", samples.top, "c0"), ("across positions", ~samples.top, "c1")):
         if chosen.any():
             counts = np.histogram(samples.position[chosen], edges)[0]
-            groups.append((label, list(100 * counts / counts.sum()), color))
-    charts = bar_chart(
-        "Where kept samples stand",
-        list(edges),
-        groups,
-        x_label="position in the sequence",
-        y_label="% of samples",
-        note="The second kind is drawn to cover all positions, so only the first shows a preference.",
-    )
+            groups.append((label, [float(c) for c in 100 * counts / counts.sum()], color))
+    drawn = [
+        bar_chart(
+            "Where kept samples stand",
+            list(edges),
+            groups,
+            x_label="position in the sequence",
+            y_label="% of samples",
+            note="The second kind is drawn to cover all positions, so only the first shows a preference.",
+        )
+    ]
     latents, shares = concentration(samples)
     if len(latents):
         counts = np.histogram(shares, np.linspace(0, 1, BINS + 1))[0]
-        charts += bar_chart(
-            "Do latents keep to one position?",
-            list(np.linspace(0, 1, BINS + 1)),
-            [("latents", [float(c) for c in counts], "c0")],
-            x_label="share of a latent's strongest samples at its commonest position",
-            y_label="latents",
-            note=f"{number(len(latents))} latents with at least {ENOUGH} strongest samples.",
+        drawn.append(
+            bar_chart(
+                "Do latents keep to one position?",
+                list(np.linspace(0, 1, BINS + 1)),
+                [("latents", [float(c) for c in counts], "c0")],
+                x_label="share of a latent's strongest samples at its commonest position",
+                y_label="latents",
+                note=f"{number(len(latents))} latents with at least {ENOUGH} strongest samples.",
+            )
         )
-    parts.append(f'<div class="charts">{charts}</div>')
+    drawn.append(_sampled(run))
+    parts.append(charts(drawn))
     locked = latents[shares == 1.0]
     if len(locked):
-        links = " ".join(f'<a class="chip" href="#latent-{i}" data-latent="{i}">{i}</a>' for i in locked[:LISTED])
         rest = f" and {number(len(locked) - LISTED)} more" if len(locked) > LISTED else ""
-        parts.append(
-            f"<p>{number(len(locked))} of them fire strongest at one position only, as latents do that follow a sink or a "
-            f"position rather than content: {links}{rest}</p>"
+        words = (
+            f"{number(len(locked))} of them fire strongest at one position only, as latents do that follow a sink or a "
+            "position rather than content:"
         )
-    return "".join(parts)
+        parts.append({"is": "chips", "text": words, "latents": [int(i) for i in locked[:LISTED]], "rest": rest})
+    return parts
+
+
+def _sampled(run: RunFolder) -> Block | None:
+    """How the position sampler shifted what training sees."""
+    book = run.positions
+    seen, drawn = book.get("seen"), book.get("drawn")
+    if not (isinstance(seen, list) and isinstance(drawn, list) and len(seen) == len(drawn) and seen):
+        return None
+    numbers = [[real(v) or 0.0 for v in values] for values in (seen, drawn)]
+    if not all(map(sum, numbers)):
+        return None
+    bins = len(seen)
+    groups = [
+        (label, [100 * v / sum(values) for v in values], color)
+        for label, values, color in zip(("in the text", "drawn for training"), numbers, ("c4", "c2"), strict=True)
+    ]
+    return bar_chart(
+        "What the position sampler chose",
+        [n / bins for n in range(bins + 1)],
+        groups,
+        x_label="position, as a share of the sequence",
+        y_label="% of tokens",
+    )
 
 
 def concentration(samples: SampleTable) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
@@ -76,11 +103,16 @@ def concentration(samples: SampleTable) -> tuple[NDArray[np.int64], NDArray[np.f
     return latents[enough], most[enough] / totals[enough]
 
 
-def _sinks(run: RunFolder) -> str:
-    fraction = run.sample_summary.get("sink_fraction")
-    facts = []
-    if isinstance(fraction, (int, float)):
-        facts.append(("Kept samples at sink tokens", percent(float(fraction))))
+def _sinks(run: RunFolder) -> Block:
+    fraction = real(run.sample_summary.get("sink_fraction"))
+    facts: list[tuple[str, str]] = []
+    if fraction is not None:
+        facts.append(("Kept samples at sink tokens", percent(fraction)))
+    book = run.positions
+    special, seen = real(book.get("special_seen")), book.get("seen")
+    total = sum(real(v) or 0.0 for v in seen) if isinstance(seen, list) else 0.0
+    if special is not None and total:
+        facts.append(("Special tokens in the text", percent(special / (total + special))))
     sink = figures.SINK_FVU.of(run)
     if sink is not None:
         facts.append(("FVU on masked sink tokens", number(sink)))
@@ -88,4 +120,4 @@ def _sinks(run: RunFolder) -> str:
         if name.startswith("data/"):
             words = name.removeprefix("data/").replace("_", " ").capitalize()
             facts.append((words, number(run.figure(name))))
-    return tiles(facts) if facts else ""
+    return tiles(facts)

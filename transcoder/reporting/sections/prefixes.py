@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 from transcoder.reporting import figures
-from transcoder.reporting.charts import Line, line_chart
-from transcoder.reporting.html import table
+from transcoder.reporting.blocks import Block, Line, charts, columns, line_chart, table, text
 from transcoder.reporting.numbers import MISSING, number, percent
 from transcoder.reporting.runfolder import RunFolder
 
 
-def section(run: RunFolder) -> str:
+def section(run: RunFolder) -> list[Block]:
     heldout = run.prefix_figures("evaluation/fvu_prefix")
     training = run.prefix_figures("metrics/fvu_prefix")
     found = heldout or training
     where = "held-out tokens" if heldout else "the last training batches (no evaluation was recorded)"
     if not found:
-        return '<p class="empty">No FVU per prefix was logged.</p>'
+        return [text("No FVU per prefix was logged.", "empty")]
     if len(found) == 1:
         ((width, value),) = found.items()
         only = f"One width only ({number(width)} latents, FVU {number(value)}): this run has no nested prefixes."
-        return f'<p class="empty">{only}</p>'
+        return [text(only, "empty")]
     linear = figures.LINEAR_BASELINE.of(run)
     lines = [Line("held-out" if heldout else "training", list(found), list(found.values()), "c0", markers=True)]
     chart = line_chart(
@@ -42,4 +41,8 @@ def section(run: RunFolder) -> str:
         rows.append([number(width), number(added), number(value), percent(1 - value), gain, each])
         before = (width, value)
     head = ["Width", "Latents added", "FVU", "Explained", "FVU gained", "per 1,000 latents"]
-    return f'<div class="beside"><div class="charts one">{chart}</div><div>{table(head, rows, numeric=range(6))}</div></div>'
+    lead = "Each prefix is a transcoder of its own; what a width adds is the FVU that its further latents take away."
+    return [
+        text(lead, "lead"),
+        columns([charts([chart])], [table(head, rows, numeric=range(6), caption="FVU by prefix")]),
+    ]

@@ -4,30 +4,30 @@ from __future__ import annotations
 
 import yaml
 
-from transcoder.reporting.html import escape, table
+from transcoder.reporting.blocks import Block, details, table, text
 from transcoder.reporting.numbers import number
 from transcoder.reporting.runfolder import RunFolder
 
+EVENTS = 50
 
-def section(run: RunFolder) -> str:
+
+def section(run: RunFolder) -> list[Block]:
     config = (
         yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True) if run.config else "config.yaml is not there."
     )
-    rows = [[f"<code>{escape(name)}</code>", number(run.figure(name))] for name in run.figure_names()]
-    logged = table(["Name", "Last value"], rows, numeric=[1]) if rows else '<p class="empty">Nothing was logged.</p>'
+    rows = [[name, number(run.figure(name))] for name in run.figure_names()]
+    logged = table(["Name", "Last value"], rows, [1]) if rows else text("Nothing was logged.", "empty")
     events = [
         [
             number(e.get("step") if isinstance(e.get("step"), int) else None),
-            escape(e.get("event")),
-            escape(", ".join(f"{k}: {v}" for k, v in p.items()) if isinstance(p := e.get("payload"), dict) else ""),
+            str(e.get("event")),
+            ", ".join(f"{k}: {v}" for k, v in p.items()) if isinstance(p := e.get("payload"), dict) else "",
         ]
-        for e in run.metrics.events[-50:]
+        for e in run.metrics.events[-EVENTS:]
     ]
-    happened = (
-        table(["Step", "Event", ""], events, numeric=[0]) if events else '<p class="empty">None were recorded.</p>'
-    )
-    return (
-        f"<details><summary>Settings (config.yaml)</summary><pre>{escape(config)}</pre></details>"
-        f"<details><summary>Every figure that was logged ({len(rows)})</summary>{logged}</details>"
-        f"<details><summary>Events ({len(run.metrics.events)})</summary>{happened}</details>"
-    )
+    happened = table(["Step", "Event", ""], events, [0]) if events else text("None were recorded.", "empty")
+    return [
+        details("Settings (config.yaml)", [text(config, "code")]),
+        details(f"Every figure that was logged ({len(rows)})", [logged]),
+        details(f"Events ({len(run.metrics.events)})", [happened]),
+    ]

@@ -1,0 +1,263 @@
+"""What the page's script shows of each latent: an index of all of them, and cards in packed chunks, bounded in bytes."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from transcoder.reporting.blocks import short
+from transcoder.reporting.runfolder import RunFolder
+from transcoder.reporting.sample_table import Contexts, SampleTable
+from transcoder.reporting.sections.duplicates import groups_of, ranked_pairs
+
+DEFAULT_LATENTS = 4096
+"""Where the config does not say `logging.report_latents`."""
+MAX_BYTES = 6_000_000
+"""Most that packed cards may take, whatever the settings say: with the script of the charts the page stays below 10 MB."""
+CHUNK = 128
+"""Latents in a chunk: the page unpacks a chunk when one of its latents is opened."""
+SAMPLES_OF_A_KIND = 12
+TOKENS_BEFORE, TOKENS_AFTER = 28, 12
+TOKEN_CHARACTERS = 48
+BYTES_A_ROW, BYTES_A_TOKEN = 16, 2
+"""A guess of what a context takes when packed, to choose how many latents are read at all."""
+BINS = 20
+
+
+@dataclass(eq=False)
+class LatentCards:
+    """`index`: columns over latents, see `build`. `chunks`: packed cards, gzip and base64."""
+
+    index: dict[str, Any]
+    chunks: list[str] = field(default_factory=list)
+    with_contexts: int = 0
+    """Latents whose contexts are in the chunks."""
+    sampled: int = 0
+    """Latents that have samples in the run's folder."""
+
+    @property
+    def packed_index(self) -> str:
+        return packed(self.index)
+
+
+def build(run: RunFolder) -> LatentCards:
+    """The latents of a run.
+
+    index: {"ids": [...] | null (null: 0 to count - 1), "count", "widths", "peak": [...], "density": [...] | null,
+        "samples": [...], "group": [...] (0: none), "chunk": [...] (-1: no card), "word": [...] (-1: none), "words": [...],
+        "partners": {id: [ids]}}
+    A chunk is {"words": [...], "cards": [[id, rows, facts], ...]}; a row of a card is [is top, activation, position,
+    sequence, column of the token, [word numbers], [[column, strength 0..1], ...]].
+    """
+    samples, facts = run.samples, run.latents
+    listed = run.setting("transcoder.widths")
+    widths = [w for w in listed if isinstance(w, int)] if isinstance(listed, list) else []
+    pairs = [(p["i"], p["j"]) for p in ranked_pairs(run.correlation)]
+    sampled = np.unique(samples.latent) if samples is not None else np.zeros(0, np.int64)
+    paired = np.asarray(sorted({i for pair in pairs for i in pair}), np.int64)
+    known = [sampled, paired, np.arange(0) if facts is None else facts.latent]
+    if run.checkpoint is not None and run.checkpoint.fired is not None:
+        known.append(np.arange(len(run.checkpoint.fired)))
+    ids = np.unique(np.concatenate(known)).astype(np.int64)
+    place = {int(i): n for n, i in enumerate(ids)}
+    peak = np.full(len(ids), np.nan)
+    count = np.zeros(len(ids), np.int64)
+    if samples is not None:
+        at = np.searchsorted(ids, samples.latent)
+        np.fmax.at(peak, at, samples.activation)
+        count = np.bincount(at, minlength=len(ids))
+    density = _density(run, ids)
+    if facts is not None:
+        at = np.searchsorted(ids, facts.latent)
+        peak[at] = np.fmax(peak[at], facts.peak)
+    group = np.zeros(len(ids), np.int64)
+    for number, members in enumerate(groups_of(run.correlation), 1):
+        for i in members:
+            if i in place:
+                group[place[i]] = number
+    partners: dict[str, list[int]] = {}
+    for i, j in pairs:
+        partners.setdefault(str(i), []).append(j)
+        partners.setdefault(str(j), []).append(i)
+    chunk, word = np.full(len(ids), -1), np.full(len(ids), -1)
+    cards = LatentCards({}, sampled=len(sampled))
+    words: list[str] = []
+    if samples is not None:
+        chosen = _choose(samples, pairs, peak, ids, _wanted(run))
+        words = _fill(cards, run, samples, chosen, place, chunk, word)
+    whole = bool(len(ids)) and int(ids[-1]) == len(ids) - 1
+    cards.index = {
+        "ids": None if whole else ids.tolist(),
+        "count": len(ids),
+        "widths": widths,
+        "peak": [None if np.isnan(p) else short(float(f"{p:.4g}")) for p in peak],
+        "density": None if density is None else [None if np.isnan(d) else short(float(f"{d:.3g}")) for d in density],
+        "samples": count.tolist(),
+        "group": group.tolist(),
+        "chunk": chunk.tolist(),
+        "word": word.tolist(),
+        "words": words,
+        "partners": {i: found[:8] for i, found in partners.items()},
+    }
+    return cards
+
+
+def _density(run: RunFolder, ids: NDArray[np.int64]) -> NDArray[np.float64] | None:
+    """Share of tokens on which each latent fires: held-out ones, or the last that the monitor saw before the checkpoint."""
+    density = np.full(len(ids), np.nan)
+    facts, checkpoint = run.latents, run.checkpoint
+    if checkpoint is not None and checkpoint.fired is not None:
+        inside = ids < len(checkpoint.fired)
+        density[inside] = checkpoint.fired[ids[inside]] / checkpoint.tokens
+    if facts is not None and facts.tokens:
+        density[np.searchsorted(ids, facts.latent)] = facts.fired / facts.tokens
+    return None if np.isnan(density).all() else density
+
+
+def packed(value: Any) -> str:
+    """JSON, gzip (without a time, so that the same page has the same bytes), base64: nothing in it can end an element."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return base64.b64encode(gzip.compress(text.encode("utf-8", errors="replace"), 6, mtime=0)).decode()
+
+
+def _wanted(run: RunFolder) -> int:
+    wanted = run.setting("logging.report_latents", DEFAULT_LATENTS)
+    return wanted if isinstance(wanted, int) and not isinstance(wanted, bool) else DEFAULT_LATENTS
+
+
+def _choose(
+    samples: SampleTable,
+    pairs: Sequence[tuple[int, int]],
+    peak: NDArray[np.float64],
+    ids: NDArray[np.int64],
+    wanted: int,
+) -> list[int]:
+    """At most `wanted` ids that have samples, as many as the bytes may hold: those of the strongest pairs, then the others
+    evenly over the dictionary, so that every prefix has its share."""
+    known, counts = np.unique(samples.latent, return_counts=True)
+    rows = dict(zip(known.tolist(), np.minimum(counts, 2 * SAMPLES_OF_A_KIND).tolist(), strict=True))
+    paired = list(dict.fromkeys(i for pair in pairs if rows.keys() >= set(pair) for i in pair))
+    paired = paired[: wanted - wanted % 2 if wanted > 1 else wanted]
+    cost = BYTES_A_ROW + BYTES_A_TOKEN * (min(int(samples.anchor.max(initial=0)), TOKENS_BEFORE) + TOKENS_AFTER // 2)
+    budget = MAX_BYTES // cost - sum(rows[i] for i in paired)
+    typical = max(1.0, float(np.mean(list(rows.values()))))
+    rest = np.setdiff1d(known, np.asarray(paired, np.int64))
+    room = int(min(wanted - len(paired), max(0.0, budget / typical), len(rest)))
+    if room < len(rest):
+        rest = rest[np.arange(room) * len(rest) // max(room, 1)] if room > 0 else rest[:0]
+    return [*paired, *rest.tolist()]
+
+
+def _fill(
+    cards: LatentCards,
+    run: RunFolder,
+    samples: SampleTable,
+    chosen: list[int],
+    place: dict[int, int],
+    chunk: NDArray[np.int64],
+    word: NDArray[np.int64],
+) -> list[str]:
+    """Pack the cards of the chosen latents; returns the words that the index's column `word` numbers."""
+    order = np.lexsort((-samples.activation, samples.latent))
+    known, starts, counts = np.unique(samples.latent[order], return_index=True, return_counts=True)
+    at = {int(i): n for n, i in enumerate(known)}
+    rows_of = {}
+    for latent in chosen:
+        n = at[latent]
+        rows = order[starts[n] : starts[n] + counts[n]]
+        top, rest = rows[samples.top[rows]], rows[~samples.top[rows]]
+        rows_of[latent] = (rows, np.concatenate([top[:SAMPLES_OF_A_KIND], rest[:SAMPLES_OF_A_KIND]]))
+    shown = [rows for _, rows in rows_of.values()]
+    contexts = samples.coded_contexts(np.concatenate(shown) if shown else np.zeros(0, np.int64))
+    facts = {} if run.latents is None else dict(run.latents.details(set(chosen)))
+    near = {} if run.checkpoint is None else run.checkpoint.neighbours(chosen)
+    peaks: dict[str, int] = {}
+    spent = first = 0
+    for begin in range(0, len(chosen), CHUNK):
+        part = chosen[begin : begin + CHUNK]
+        local: dict[int, int] = {}
+        entries = []
+        for latent in part:
+            every, rows = rows_of[latent]
+            found = _rows(samples, every, rows, contexts, first, local)
+            entries.append([latent, found, _facts(facts.get(latent), near.get(latent))])
+            if len(rows):
+                own = contexts.of(first)
+                anchor = int(samples.anchor[rows[0]])
+                if 0 <= anchor < len(own):
+                    word[place[latent]] = peaks.setdefault(_shorten(contexts.words[own[anchor]]), len(peaks))
+            first += len(rows)
+        text = packed({"words": [_shorten(contexts.words[c]) for c in local], "cards": entries})
+        spent += len(text)
+        if spent > MAX_BYTES:
+            break
+        for latent in part:
+            chunk[place[latent]] = len(cards.chunks)
+        cards.chunks.append(text)
+        cards.with_contexts += len(part)
+    return list(peaks)
+
+
+def _rows(
+    samples: SampleTable,
+    every: NDArray[np.int64],
+    rows: NDArray[np.int64],
+    contexts: Contexts,
+    first: int,
+    local: dict[int, int],
+) -> list[list[Any]]:
+    """`rows` of a latent, packed; `every` is all of its rows, strongest first. New words are added to `local`."""
+    peak = max(float(samples.activation[every[0]]), 1e-12)
+    # Two samples of one sequence shade each other's contexts.
+    strength = {
+        (int(samples.sequence[r]), int(samples.position[r])): float(samples.activation[r]) / peak
+        for r in every[::-1]
+        if samples.sequence[r] >= 0
+    }
+    found = []
+    for n, r in enumerate(rows):
+        context = contexts.of(first + n)
+        anchor, position, sequence = int(samples.anchor[r]), int(samples.position[r]), int(samples.sequence[r])
+        if not 0 <= anchor < len(context):
+            continue
+        begin = max(0, anchor - TOKENS_BEFORE)
+        while begin < anchor and context[begin] == 0:
+            begin += 1
+        window = context[begin : anchor + TOKENS_AFTER + 1]
+        shades = []
+        for column in range(len(window)):
+            at = strength.get((sequence, position - anchor + begin + column))
+            if column == anchor - begin:
+                at = float(samples.activation[r]) / peak
+            if at is not None:
+                shades.append([column, round(max(0.0, min(1.0, at)), 2)])
+        numbers = [local.setdefault(int(code), len(local)) for code in window]
+        activation = short(float(f"{samples.activation[r]:.4g}"))
+        found.append([int(samples.top[r]), activation, position, sequence, anchor - begin, numbers, shades])
+    return found
+
+
+def _facts(details: dict[str, Any] | None, near: list[tuple[int, float]] | None) -> dict[str, Any]:
+    """What latents.parquet and the checkpoint have of a latent, in the page's short names."""
+
+    def words(name: str) -> list[list[Any]]:
+        found = zip(details[name], details[f"{name}_logits"], strict=False) if details else ()
+        return [[_shorten(str(w)), short(float(f"{v:.3g}"))] for w, v in found]
+
+    return {
+        "histogram": [int(v) for v in details["histogram"]] if details else [],
+        "near": [[i, short(float(f"{c:.3g}"))] for i, c in near or ()],
+        "up": words("promoted"),
+        "down": words("suppressed"),
+    }
+
+
+def _shorten(token: str) -> str:
+    return token if len(token) <= TOKEN_CHARACTERS else token[: TOKEN_CHARACTERS - 1] + "…"

@@ -1,0 +1,78 @@
+"""latents.parquet: what the trained transcoder says of each latent on held-out tokens, written once at the end of a run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+FILE_NAME = "latents.parquet"
+NUMBERS = ("latent", "tokens_fired", "max_activation")
+LISTS = ("histogram", "promoted", "promoted_logits", "suppressed", "suppressed_logits")
+ABOUT = b"transcoder"
+"""Key of the file's own metadata: JSON with "tokens" (held-out tokens counted) and "why" (what is lacking: reason)."""
+
+
+@dataclass(frozen=True, eq=False)
+class LatentTable:
+    """Every latent's row, in order of ids.
+
+    Fields:
+        fired: int64, held-out tokens it fired on; peak: float64, its highest activation there.
+        tokens: held-out tokens in all.
+        why: what the file lacks, and the reason.
+    """
+
+    latent: NDArray[np.int64]
+    fired: NDArray[np.int64]
+    peak: NDArray[np.float64]
+    tokens: int
+    why: dict[str, str]
+    _path: Path
+
+    def details(self, wanted: set[int]) -> Iterator[tuple[int, dict[str, Any]]]:
+        """(id, lists) of the wanted latents, in order of ids; lists that a latent lacks are empty. Reads in batches."""
+        import pyarrow.parquet as pq
+
+        with pq.ParquetFile(self._path) as file:
+            for batch in file.iter_batches(batch_size=1024, columns=["latent", *LISTS]):
+                ids = batch.column("latent").to_pylist()
+                rows = [n for n, i in enumerate(ids) if i in wanted]
+                lists = {name: batch.column(name).take(rows).to_pylist() for name in LISTS} if rows else {}
+                for at, row in enumerate(rows):
+                    yield ids[row], {name: column[at] or [] for name, column in lists.items()}
+
+
+def read_latents(path: Path) -> LatentTable:
+    """Read latents.parquet; the lists only when they are asked for.
+
+    Raises:
+        ImportError: pyarrow is not installed.
+        ValueError: not Parquet, or columns are lacking; the message names them.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            lacking = [name for name in (*NUMBERS, *LISTS) if name not in file.schema_arrow.names]
+            if lacking:
+                raise ValueError(f"columns are lacking: {', '.join(lacking)}")
+            about = json.loads((file.schema_arrow.metadata or {}).get(ABOUT, b"{}"))
+            table = file.read(columns=list(NUMBERS))
+    except pa.ArrowException as error:
+        raise ValueError(f"not a Parquet file: {error}") from error
+    why = about.get("why")
+    return LatentTable(
+        latent=table.column("latent").to_numpy().astype(np.int64),
+        fired=table.column("tokens_fired").to_numpy().astype(np.int64),
+        peak=table.column("max_activation").to_numpy().astype(np.float64),
+        tokens=int(about.get("tokens", 0)),
+        why={str(k): str(v) for k, v in why.items()} if isinstance(why, Mapping) else {},
+        _path=path,
+    )

@@ -1,0 +1,241 @@
+"""`transcoder watch RUN`: the report of a run that is still going, served to this machine only."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import re
+import threading
+import time
+from collections.abc import Iterator
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+from transcoder.reporting.html import embedded_json
+from transcoder.reporting.latent_cards import LatentCards
+from transcoder.reporting.latent_table import FILE_NAME as LATENTS_FILE
+from transcoder.reporting.page import chunk_elements, render_page
+from transcoder.reporting.report import payload
+from transcoder.reporting.runfolder import RunFolder
+
+logger = logging.getLogger(__name__)
+
+HOST = "127.0.0.1"
+CONNECTIONS = 16
+"""Answered at a time; a page opens two or three."""
+IDLE_SECONDS = 20
+LEAST_SECONDS = 2.0
+SHARE = 10
+"""The files are read at most a tenth of the time: a long run's curves take seconds to read, and training needs the cores."""
+_PACKED = re.compile(r"/packed/(latent-index|chunk-\d{1,6})")
+
+
+class LiveReport:
+    """The newest page of a run folder, kept in memory: one, whatever was asked how often.
+
+    Reads files, writes none. Thread-safe.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self._path = run_dir
+        self._lock = threading.Lock()
+        self._seen: object = None
+        self._cards_seen: object = None
+        self._next = 0.0
+        self._version = 0
+        self._cards = LatentCards({})
+        self._packed: dict[str, str] = {}
+        self.core: dict[str, Any] = {}
+        self.data = b"{}"
+        self.tag = ""
+        self._render()
+
+    def refresh(self) -> None:
+        """Read the folder again if anything in it changed and the last reading was long enough ago."""
+        if time.monotonic() < self._next or not self._lock.acquire(blocking=False):
+            return
+        try:
+            if self._signature() != self._seen:
+                self._render()
+        except OSError as error:
+            # A folder that is being moved, a network share that is away: what was read last stays.
+            logger.warning("watch: %s cannot be read now: %s", self._path, error)
+            self._next = time.monotonic() + LEAST_SECONDS
+        finally:
+            self._lock.release()
+
+    def page(self) -> bytes:
+        return render_page(self.core, {}, live=True).encode("utf-8", errors="replace")
+
+    def packed(self, name: str) -> bytes | None:
+        found = self._packed.get(name)
+        return None if found is None else found.encode()
+
+    def _render(self) -> None:
+        began = time.monotonic()
+        self._seen = self._signature()
+        run = RunFolder(self._path)
+        heavy = self._signature(("activation_samples/samples.parquet", LATENTS_FILE))
+        cards = self._cards if heavy == self._cards_seen else None
+        core, cards = payload(run, cards)
+        if heavy != self._cards_seen:
+            self._cards_seen, self._cards = heavy, cards
+            self._version += 1
+            self._packed = chunk_elements(cards.packed_index, cards.chunks)
+            # What the chunks were made of is not needed any more.
+            cards.chunks.clear()
+        for section in core["sections"]:
+            for block in section["blocks"]:
+                if block["is"] == "latents":
+                    block["version"] = self._version
+        core["version"] = self._version
+        self.core = core
+        self.data = embedded_json(core).encode("utf-8", errors="replace")
+        self.tag = f'"{hashlib.sha256(self.data).hexdigest()[:32]}"'
+        took = time.monotonic() - began
+        self._next = time.monotonic() + max(LEAST_SECONDS, SHARE * took)
+
+    def _signature(self, names: tuple[str, ...] = ()) -> object:
+        """Names, sizes and times of what a page is made of."""
+        files = (
+            [self._path / n for n in names] if names else [p for p in self._path.iterdir() if p.name != "report.html"]
+        )
+        for folder in ("anti_duplication_logs", "checkpoints", *(() if names else ("activation_samples",))):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                files.extend((self._path / folder).iterdir())
+        return tuple(sorted(_facts(files)))
+
+
+def _facts(files: list[Path]) -> Iterator[tuple[str, int, int]]:
+    for file in files:
+        with contextlib.suppress(OSError):
+            stat = file.stat()
+            yield str(file), stat.st_size, stat.st_mtime_ns
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: _Server
+    timeout = IDLE_SECONDS
+    server_version, sys_version = "transcoder", ""
+
+    def do_GET(self) -> None:
+        self._answer(body=True)
+
+    def do_HEAD(self) -> None:
+        self._answer(body=False)
+
+    def _refuse(self) -> None:
+        self._send(HTTPStatus.METHOD_NOT_ALLOWED, b"read-only: GET and HEAD\n", extra={"Allow": "GET, HEAD"})
+
+    do_POST = do_PUT = do_DELETE = do_PATCH = do_OPTIONS = _refuse
+
+    def _answer(self, body: bool) -> None:
+        # A page elsewhere whose name was pointed at this machine would come with its own name.
+        if self.headers.get("Host", "") not in self.server.names:
+            self._send(HTTPStatus.FORBIDDEN, b"this report is for 127.0.0.1 only\n", body=body)
+            return
+        path = self.path.partition("?")[0]
+        report = self.server.report
+        report.refresh()
+        if path == "/":
+            self._send(HTTPStatus.OK, report.page(), "text/html; charset=utf-8", body)
+        elif path == "/data.json":
+            if self.headers.get("If-None-Match") == report.tag:
+                self._send(HTTPStatus.NOT_MODIFIED, b"", "application/json", body, {"ETag": report.tag})
+            else:
+                self._send(HTTPStatus.OK, report.data, "application/json", body, {"ETag": report.tag})
+        elif (wanted := _PACKED.fullmatch(path)) and (found := report.packed(wanted[1])) is not None:
+            self._send(HTTPStatus.OK, found, "text/plain", body)
+        else:
+            self._send(HTTPStatus.NOT_FOUND, b"not here\n", body=body)
+
+    def _send(
+        self,
+        status: HTTPStatus,
+        content: bytes,
+        kind: str = "text/plain; charset=utf-8",
+        body: bool = True,
+        extra: dict[str, str] | None = None,
+    ) -> None:
+        self.send_response(status)
+        headers = {
+            "Content-Type": kind,
+            "Content-Length": str(len(content)),
+            "Cache-Control": "no-store",
+            "X-Content-Type-Options": "nosniff",
+            "X-Frame-Options": "DENY",
+            "Referrer-Policy": "no-referrer",
+            "Cross-Origin-Resource-Policy": "same-origin",
+            **(extra or {}),
+        }
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        # A reader that went away in the middle of an answer is no fault of ours.
+        if body and status != HTTPStatus.NOT_MODIFIED:
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                self.wfile.write(content)
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        logger.debug("watch: " + format, *arguments)
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    allow_reuse_address = True
+
+    def __init__(self, report: LiveReport, port: int) -> None:
+        self.report = report
+        self._room = threading.BoundedSemaphore(CONNECTIONS)
+        super().__init__((HOST, port), _Handler)
+        self.names = {f"{name}:{self.server_port}" for name in ("127.0.0.1", "localhost")}
+
+    @property
+    def address(self) -> str:
+        return f"http://{HOST}:{self.server_port}/"
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if not self._room.acquire(timeout=1):
+            self.shutdown_request(request)
+            return
+        super().process_request(request, client_address)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._room.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        logger.debug("watch: a request failed", exc_info=True)
+
+
+def serve(run_dir: str | Path, port: int = 0) -> _Server:
+    """A server of the run's live report on 127.0.0.1, not yet answering: call `serve_forever`, and `server_close` at the end.
+
+    Read-only: GET and HEAD of four kinds of address, none of which names a file.
+
+    Args:
+        port: 0 takes a free one.
+
+    Raises:
+        FileNotFoundError: `run_dir` is no folder.
+        OSError: the port is taken.
+    """
+    return _Server(LiveReport(Path(run_dir)), port)
+
+
+def watch(run_dir: str | Path, port: int = 0) -> None:
+    """Serve until Ctrl-C."""
+    with contextlib.suppress(OSError, AttributeError):
+        os.nice(10)
+    with serve(run_dir, port) as server:
+        tunnel = f"ssh -L {server.server_port}:{HOST}:{server.server_port} HOST"
+        print(f"{server.address}  (this machine only; from another one: {tunnel})")
+        print("Ctrl-C ends it.", flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            server.serve_forever()

@@ -1,0 +1,142 @@
+"""latents.parquet: what a trained transcoder's latents do on held-out tokens, and which tokens each one promotes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from transcoder.activations import ActivationBatch
+from transcoder.model import Transcoder
+from transcoder.reporting.latent_table import ABOUT, FILE_NAME
+from transcoder.training.storage import replace_atomically
+
+BINS = 20
+TOKENS_SHOWN = 8
+"""Promoted and suppressed tokens of a latent, of each so many."""
+LOGITS = 1 << 25
+"""Logits in memory at a time: 128 MB."""
+MOST_PRODUCTS = 4e12
+"""Multiplications that the tokens may take on a CPU, about a minute; a GPU has more in a second."""
+
+
+@torch.no_grad()
+def write_latent_facts(
+    run_dir: Path,
+    transcoder: Transcoder,
+    heldout: Sequence[ActivationBatch],
+    shown: Tensor | None = None,
+    unembedding: Tensor | str = "the run had no language model at hand",
+    decode_tokens: Callable[[Sequence[int]], list[str]] | None = None,
+) -> Path:
+    """Write `run_dir/latents.parquet`, one row a latent, and return its path.
+
+    Columns: latent int32, tokens_fired int64 and max_activation float32 on the held-out tokens, histogram list<int32> (20 bins
+    of activation from 0 to its maximum), promoted and suppressed list<string> with their logits list<float32>. The logits are
+    a decoder row's direct effect through the final norm's weight and the unembedding, their mean over the vocabulary
+    taken away: a direction's, not a scale's. What could not be had is empty and named in the file's metadata.
+
+    Args:
+        heldout: what evaluation read; empty leaves the first columns 0.
+        shown: [n] int64 latents that get tokens; None is all of them.
+        unembedding: [d_model, vocabulary], the final norm's weight folded in; or the reason why there is none.
+
+    Raises:
+        OSError: the file could not be written.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    why: dict[str, str] = {} if heldout else {"activation histograms": "nothing was held out"}
+    fired, peak, histogram = _fired(transcoder, heldout)
+    d_sae = transcoder.config.d_sae
+    tokens: dict[str, list[Any]] = {
+        name: [[] for _ in range(d_sae)] for name in ("promoted", "promoted_logits", "suppressed", "suppressed_logits")
+    }
+    rows = torch.arange(d_sae) if shown is None else shown.cpu()
+    if isinstance(unembedding, Tensor) and decode_tokens is not None:
+        products = rows.numel() * unembedding.numel()
+        if unembedding.device.type == "cpu" and products > MOST_PRODUCTS:
+            rows = rows[: int(MOST_PRODUCTS // unembedding.numel())]
+            why["promoted and suppressed tokens of some latents"] = "they would take minutes on a CPU"
+        _promoted(transcoder, rows, unembedding, decode_tokens, tokens)
+    else:
+        why["promoted and suppressed tokens"] = str(unembedding)
+    about = {"tokens": sum(map(len, heldout)), "why": why}
+    schema = pa.schema(
+        [
+            ("latent", pa.int32()),
+            ("tokens_fired", pa.int64()),
+            ("max_activation", pa.float32()),
+            ("histogram", pa.list_(pa.int32())),
+            ("promoted", pa.list_(pa.string())),
+            ("promoted_logits", pa.list_(pa.float32())),
+            ("suppressed", pa.list_(pa.string())),
+            ("suppressed_logits", pa.list_(pa.float32())),
+        ],
+        metadata={ABOUT: json.dumps(about).encode()},
+    )
+    columns = {
+        "latent": list(range(d_sae)),
+        "tokens_fired": fired.tolist(),
+        "max_activation": peak.tolist(),
+        "histogram": histogram.tolist(),
+        **tokens,
+    }
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table(columns, schema=schema), sink)
+    path = run_dir / FILE_NAME
+    replace_atomically(path, sink.getvalue().to_pybytes())
+    return path
+
+
+def _fired(transcoder: Transcoder, heldout: Sequence[ActivationBatch]) -> tuple[Tensor, Tensor, Tensor]:
+    """(tokens fired on [d_sae] int64, highest activation [d_sae] fp32, histogram [d_sae, BINS] int64), on the CPU."""
+    d_sae, device = transcoder.config.d_sae, transcoder.W_dec.device
+    peak = torch.zeros(d_sae, device=device)
+    counts = torch.zeros(d_sae * BINS, dtype=torch.int64, device=device)
+    was_training = transcoder.training
+    transcoder.eval()
+    try:
+        # Twice over the tokens: the bins need the maximum.
+        for counting in (False, True):
+            for batch in heldout:
+                codes = transcoder.encode(batch.source)
+                live = codes.values > 0
+                values, latents = codes.values[live].float(), codes.indices[live].long()
+                if not counting:
+                    peak.scatter_reduce_(0, latents, values, "amax")
+                    continue
+                place = (values / peak[latents] * BINS).long().clamp_(0, BINS - 1)
+                counts += torch.bincount(latents * BINS + place, minlength=d_sae * BINS)
+    finally:
+        transcoder.train(was_training)
+    histogram = counts.view(d_sae, BINS).cpu()
+    return histogram.sum(1), peak.cpu(), histogram
+
+
+def _promoted(
+    transcoder: Transcoder,
+    rows: Tensor,
+    unembedding: Tensor,
+    decode_tokens: Callable[[Sequence[int]], list[str]],
+    found: dict[str, list[Any]],
+) -> None:
+    weight = unembedding.to(transcoder.W_dec.device, torch.float32)
+    weight = weight - weight.mean(1, keepdim=True)
+    count = min(TOKENS_SHOWN, weight.shape[1])
+    spelled: dict[int, str] = {}
+    for part in rows.split(max(1, LOGITS // weight.shape[1])):
+        logits = transcoder.W_dec[part.to(transcoder.W_dec.device)].float() @ weight
+        for name, largest in (("promoted", True), ("suppressed", False)):
+            values, ids = logits.topk(count, dim=1, largest=largest)
+            listed = ids.tolist()
+            fresh = sorted({i for row in listed for i in row} - spelled.keys())
+            spelled.update(zip(fresh, decode_tokens(fresh), strict=True))
+            for latent, row, numbers in zip(part.tolist(), listed, values.tolist(), strict=True):
+                found[name][latent] = [spelled[i] for i in row]
+                found[f"{name}_logits"][latent] = numbers
