@@ -46,6 +46,8 @@ class Size:
 SIZES = {
     "cuda": [Size(1024, 2304, 18432, 48), Size(4096, 2304, 18432, 48), Size(4096, 2304, 131072, 64)],
     "cpu": [Size(1024, 128, 2048, 16), Size(1024, 512, 8192, 32)],
+    # For a machine that is busy with other work, and for tests.
+    "small": [Size(1024, 128, 2048, 16)],
     "tiny": [Size(64, 16, 128, 4)],
 }
 

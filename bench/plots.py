@@ -156,6 +156,8 @@ def _curves(
         )
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
+    if axis.lines:
+        axis.legend(frameon=False, fontsize=7)
 
 
 def scaling(found: dict[str, Any]) -> Any:
@@ -174,7 +176,6 @@ def scaling(found: dict[str, Any]) -> Any:
         axis.set_title(f"{operation} ({', '.join(f'{n} {v}' for n, v in fixed.items())})", fontsize=8)
         axis.set_xlabel(AXES[along])
         axis.set_ylabel("ms")
-        axis.legend(frameon=False, fontsize=7)
     return figure
 
 
@@ -190,7 +191,6 @@ def memory(found: dict[str, Any]) -> Any:
         axis.set_title(operation, fontsize=8)
         axis.set_xlabel(AXES["d_sae"])
         axis.set_ylabel("peak MB beyond weights and moments")
-        axis.legend(frameon=False, fontsize=7)
     return figure
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import sys
 from typing import Any
 
 import torch
@@ -20,10 +21,19 @@ def missing() -> str | None:
     if importlib.util.find_spec("dictionary_learning") is None:
         return "dictionary-learning is not installed here: python -m bench.peers dictionary-learning"
     try:
+        _hide_broken_torchvision()
         import dictionary_learning  # noqa: F401
     except Exception as error:
         return f"dictionary-learning cannot be imported here: {type(error).__name__}: {error}"
     return None
+
+
+def _hide_broken_torchvision() -> None:
+    """It comes along with the library and may be built for another torch; transformers then fails, though nothing needs it."""
+    try:
+        import torchvision  # noqa: F401
+    except Exception:
+        sys.modules["torchvision"] = None  # type: ignore[assignment]
 
 
 def _trainer(case: Case) -> tuple[str, Any]:
