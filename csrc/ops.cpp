@@ -60,7 +60,8 @@ TORCH_LIBRARY(transcoder_cpp, m) {
   m.def("rows_in_zeros(Tensor values, Tensor rows, int total) -> Tensor");
   m.def(
       "adam_step(Tensor(a!)[] parameters, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
-      "Tensor(d!)[] steps, int unit, float lr, float beta1, float beta2, float eps, float max_norm) -> Tensor");
+      "Tensor(d!)[] steps, int unit, float lr, float beta1, float beta2, float eps, float max_norm, "
+      "Tensor(e!)? bad=None) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(transcoder_cpp, CPU, m) {

@@ -26,15 +26,18 @@ void check_parameter(const Tensor& p, const Tensor& other, const char* what) {
 
 // torch.optim.Adam's update after clipping by the global norm (in place). The parameter numbered `unit` (none: -1) is a matrix
 // whose rows have unit length: the part of its gradient along each row is taken away first, and rows are scaled to unit
-// length afterwards. Returns the norm before clipping; `max_norm` infinite does not clip.
+// length afterwards. Returns the norm before clipping; `max_norm` infinite does not clip. `bad` (0-dim bool) is set where the
+// norm is not finite, which a NaN or Inf in any gradient makes it; where it holds, nothing is updated.
 Tensor adam_step(at::TensorList parameters, at::TensorList grads, at::TensorList firsts, at::TensorList seconds,
-                 at::TensorList steps, int64_t unit, double lr, double beta1, double beta2, double eps, double max_norm) {
+                 at::TensorList steps, int64_t unit, double lr, double beta1, double beta2, double eps, double max_norm,
+                 const optional<Tensor>& bad) {
   const size_t count = parameters.size();
   TORCH_CHECK_VALUE(grads.size() == count && firsts.size() == count && seconds.size() == count && steps.size() == count,
                     "adam_step: expected lists of one length, ", count);
   TORCH_CHECK_VALUE(count > 0, "adam_step: expected at least one parameter");
   TORCH_CHECK_VALUE(unit < static_cast<int64_t>(count) && (unit < 0 || parameters[unit].dim() == 2),
                     "adam_step: unit: expected the number of a matrix or -1, got ", unit);
+  TORCH_CHECK_VALUE(!bad || (bad->scalar_type() == at::kBool && bad->numel() == 1), "adam_step: bad: expected one bool");
   std::vector<Piece> pieces;
   for (size_t i = 0; i < count; ++i) {
     const Tensor& p = parameters[i];
@@ -66,6 +69,11 @@ Tensor adam_step(at::TensorList parameters, at::TensorList grads, at::TensorList
     double total = 0;
     for (const double sum : sums) total += sum;
     const T norm = static_cast<T>(std::sqrt(total));
+    if (bad) {
+      bool& held = *out<bool>(*bad);
+      held = held || !std::isfinite(norm);
+      if (held) return at::scalar_tensor(norm, parameters[0].options());
+    }
     // As torch.nn.utils.clip_grad_norm_: a NaN passes on.
     const T clip = static_cast<T>(max_norm) / (norm + T(1e-6));
     std::vector<Adam<T>> by;

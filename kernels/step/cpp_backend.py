@@ -35,12 +35,6 @@ def adam_step(
     bad: Tensor | None,
 ) -> Tensor:
     """Bitwise the same for any number of threads."""
-    if bad is not None:
-        # The op clips and updates in one go, so that its own norm comes too late.
-        square = sum((g.view(-1).dot(g.view(-1)) for g in gradients), torch.zeros((), dtype=gradients[0].dtype))
-        bad |= ~torch.isfinite(square)
-        if bool(bad):
-            return square.sqrt()
     norm: Tensor = torch.ops.transcoder_cpp.adam_step(
         parameters,
         gradients,
@@ -52,5 +46,6 @@ def adam_step(
         *betas,
         eps,
         max_norm,
+        bad,
     )
     return norm
