@@ -25,6 +25,7 @@ TESTED = "circuit-tracer 0.4.1 (JumpReLU); its main branch at 4bb8c0e, tag v0.5.
 CONFIG_FILE = "config.yaml"
 _FILE = re.compile(r"layer_(\d+)\.safetensors")
 _THRESHOLD = "activation_function.threshold"
+_BY_LAYER = ("unpadded_widths", "training_k", "matryoshka_widths")
 
 
 def write_set(plains: Mapping[int, PlainWeights], folder: Path, record: Conversion, options: Mapping[str, Any]) -> None:
@@ -224,6 +225,11 @@ def _read_config(where: str, folder: Path) -> dict[str, Any]:
     activation = config.get("activation")
     if activation not in (None, "topk", "relu", "jump_relu", "jumprelu"):
         raise ValueError(f"{where}: {file}: activation: expected topk, relu, jumprelu or none, got {activation!r}")
+    for name in _BY_LAYER:
+        values = config.get(name)
+        if isinstance(values, dict):
+            # JSON, which is YAML too, has texts as keys.
+            config[name] = {int(key): value for key, value in values.items() if str(key).isdecimal()}
     return dict(config)
 
 

@@ -71,6 +71,8 @@ def write(plain: PlainWeights, folder: Path, record: Conversion, options: Mappin
         "layer": plain.hooks.layer,
         "lm_name": plain.hooks.model_name,
         "submodule_name": plain.hooks.source,
+        # Not read by dictionary_learning, which knows one place only.
+        "submodule_name_out": plain.hooks.target,
     }
     write_state_dict(folder / WEIGHTS_FILE, tensors)
     write_json(folder / CONFIG_FILE, {"trainer": trainer, "buffer": {"ctx_len": plain.hooks.context_size}})
@@ -148,6 +150,6 @@ def _k(where: str, found: Mapping[str, Tensor], trainer: Mapping[str, Any]) -> i
 
 
 def _hooks(trainer: Mapping[str, Any]) -> Hooks:
-    name, model = trainer.get("submodule_name"), trainer.get("lm_name")
-    source = name if isinstance(name, str) else None
-    return Hooks(source=source, target=source, model_name=model if isinstance(model, str) else None)
+    names = ("submodule_name", "submodule_name_out", "lm_name")
+    source, target, model = (trainer[name] if isinstance(trainer.get(name), str) else None for name in names)
+    return Hooks(source=source, target=target or source, model_name=model)

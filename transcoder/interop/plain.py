@@ -179,7 +179,9 @@ def to_transcoder(plain: PlainWeights, record: Conversion, *, k: int | None = No
     check_weights(f"{record.format} import", plain)
     if plain.activation == "topk" and k is not None and plain.k not in (None, k):
         record.change(f"TopK with k = {k}, the file's is {plain.k}")
-    k = k if k is not None else plain.k
+    if k is None and plain.k is not None:
+        # A mean L0 may be more than there are latents; TopK's own k may not.
+        k = plain.k if plain.activation == "topk" else min(plain.k, plain.d_sae)
     if k is None:
         if plain.activation == "topk":
             raise ValueError(f"{record.format} import: expected k of TopK in the file, found none; give k= (--k)")
