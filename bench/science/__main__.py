@@ -1,6 +1,7 @@
 """python -m bench.science [--quick] [--only s0,s2] [--seed N] [--json FILE] [--document FILE]: exit 1 when a target is short.
 
-Full: five seeds a stage (fourteen for recycling in S3), about a quarter of an hour on an idle core. Quick: one seed, fewer comparisons, under two minutes.
+Full: five seeds a stage (fourteen for recycling in S3), about a quarter of an hour on an idle core. Quick: one seed, fewer
+comparisons, under two minutes.
 """
 
 from __future__ import annotations
