@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import shutil
 import threading
@@ -51,15 +50,3 @@ def test_a_running_run_updates_by_itself(open_page: OpenPage, watched: tuple[Pat
     shutil.copy(whole / "summary.json", run / "summary.json")
     page.locator("header .pill", has_text="finished").wait_for()
     page.locator("#latent-card .ctx").first.wait_for()
-
-
-def answer(address: str, method: str, path: str, host: str | None = None) -> tuple[int, dict[str, str], bytes]:
-    place = address.removeprefix("http://").rstrip("/")
-    connection = http.client.HTTPConnection(place, timeout=10)
-    connection.putrequest(method, path, skip_host=True)
-    connection.putheader("Host", place if host is None else host)
-    connection.endheaders()
-    response = connection.getresponse()
-    found = response.status, {k.lower(): v for k, v in response.getheaders()}, response.read()
-    connection.close()
-    return found

@@ -1,0 +1,47 @@
+"""comparison.html: every figure, difference and interval that the comparison has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.reporting.test_report import blocks_of, read
+from transcoder.reporting import compare_runs
+from transcoder.reporting.compare_page import write_method_comparison, write_run_comparison
+from transcoder.reporting.compare_seeds import compare_methods
+
+
+def test_runs_beside_each_other(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    runs = [make_run(seed=n, interrupted=n == 2, overrides={"transcoder.k": 8 + n}) for n in range(3)]
+    comparison = compare_runs(*runs)
+    page = read(write_run_comparison(comparison, tmp_path / "new" / "both.html"))
+    assert [s["id"] for s in page.core["sections"]] == ["figures", "paired", "curves", "settings", "missing"]
+    (figures,) = blocks_of(page.blocks("figures"), "table")
+    assert [row[0]["text"] for row in figures["rows"]] == [row["label"].strip() for row in comparison["figures"]]
+    charts = blocks_of(page.blocks("paired"), "chart")
+    assert len(charts) == len(comparison["paired"]) > 1
+    for chart, row in zip(charts, comparison["paired"], strict=True):
+        for shown, d in zip(chart["rows"], row["differences"][1:], strict=True):
+            assert shown["mean"] == pytest.approx(d["mean"], rel=1e-4)
+            if d["low"] is not None:
+                assert (shown["low"], shown["high"]) == (
+                    pytest.approx(d["low"], rel=1e-4),
+                    pytest.approx(d["high"], rel=1e-4),
+                )
+    overlaid = {c["title"]: c for c in blocks_of(page.blocks("curves"), "chart")}
+    assert len(overlaid["Training FVU"]["series"]) == 3
+    assert "transcoder.k" in page.words
+    assert "summary.json" in page.words
+
+
+def test_methods_over_seeds(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    methods = {name: [make_run(seed=n, steps=200 + 20 * len(name)) for n in range(2)] for name in ("plain", "<b>ours")}
+    comparison = compare_methods(methods)
+    page = read(write_method_comparison(comparison, tmp_path / "methods.html"))
+    (chart,) = blocks_of(page.blocks("differences"), "chart")
+    known = [row for row in comparison["figures"] if row["relative"][1] is not None]
+    assert [r["label"] for r in chart["rows"]] == [row["label"].strip() for row in known]
+    assert chart["rows"][0]["mean"] == pytest.approx(100 * known[0]["relative"][1]["mean"], rel=1e-3)
+    assert "<b>ours" in page.words
