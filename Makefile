@@ -1,4 +1,4 @@
-.PHONY: check test bench demo sanitize
+.PHONY: check test bench measure demo sanitize
 
 check:  ## linters and type checker
 	ruff check
@@ -10,6 +10,9 @@ test:
 
 bench:
 	pytest bench/ --benchmark-only
+
+measure:  ## everything for this machine, on a quiet one: bench/results/<device>.json and docs/performance.md
+	python -m bench.measure
 
 demo:
 	transcoder demo

@@ -33,6 +33,11 @@ How to read it:
 - **Variants of a row take turns in the same rounds**, each on the next of several inputs that together do not fit the cache. A
   ratio is taken within each round; given are its median and quartiles. Peers that need an environment of their own ran there,
   with ours beside them: their ratio is to ours of that run.
+- **Peers.** `eager PyTorch` and `torch.compile` are the dense layer as anyone would write it. `original project` is its step
+  written anew from its description. SAELens, sparsify and dictionary_learning are the released libraries, called as their own
+  trainers call them; `python -m bench.peers saelens` (or `sparsify`, `dictionary-learning`) makes the library's environment
+  (`tests/interop/environment.py`) and times it there. SAELens and dictionary_learning train autoencoders only, so every step
+  here has the source as its target. A library that is installed beside us takes part in `pytest bench/` itself.
 - **Times** are medians with quartiles. `forward` and `backward` are two parts of one run, `both` is their sum. A step is
   everything from the batch to the updated weights. Times of another day or machine say little; ratios within a row say much.
 - **x floor** is the time as a multiple of what this very machine, in the same rounds, needs to copy as many bytes as any exact

@@ -11,7 +11,7 @@ import torch
 from bench import machine, results
 from bench.cases import SIZES, Case, Size
 from bench.operations import OPERATIONS
-from bench.peers import eager, original, ours
+from bench.peers import eager, ours
 from bench.race import Race, Variant, WrongResultError, peak_bytes, ratios, summary, verify
 from bench.rows import contestants, measure
 
@@ -127,12 +127,6 @@ def test_a_race_takes_turns_and_changes_its_inputs() -> None:
 def test_inputs_do_not_fit_the_cache() -> None:
     case = Case(Size(64, 16, 128, 4))
     assert sum(4 * x.numel() for x in case.pool) >= 2 * machine.cache_bytes()
-
-
-def test_the_original_step_s_pair_loop_is_scaled() -> None:
-    small, large = (original.pair_loop_seconds(Case(Size(16, 8, n, 2)), tokens=8) for n in (256, 2560))
-    # 100 times the pairs; the time of one is measured anew each time.
-    assert 10 * small < large < 1000 * small
 
 
 def test_device_names_make_file_names() -> None:
