@@ -285,6 +285,21 @@ def _watch(options: argparse.Namespace, _: dict[str, Any]) -> int:
     return EXIT_OK
 
 
+def _sync(options: argparse.Namespace, _: dict[str, Any]) -> int:
+    folder = _run_folder(options.run_folder)
+    from transcoder.reporting.wandb_sync import sync_run
+
+    try:
+        done = sync_run(folder)
+    except RuntimeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    for warning in done["warnings"]:
+        print(f"warning: {warning}", file=sys.stderr)
+    print(f"{done['lines']} lines sent to W&B: {done['url'] or folder / 'wandb'}")
+    return EXIT_OK
+
+
 def _doctor(options: argparse.Namespace, _: dict[str, Any]) -> int:
     from transcoder.doctor import examine
 
@@ -389,6 +404,8 @@ def _parser() -> _Parser:
     watch.add_argument("run_folder", metavar="RUN", help="a run folder")
     watch.add_argument("--terminal", action="store_true", help="in this terminal, as over ssh on a cluster")
     watch.add_argument("--port", type=int, default=0, metavar="N", help="port on 127.0.0.1 (default: a free one)")
+    sync = command("sync", _sync, "Send the figures of a run to W&B afterwards, from its metrics.jsonl.", False)
+    sync.add_argument("run_folder", metavar="RUN", help="a run folder")
     command("doctor", _doctor, "Say what this machine has and what is missing.", False)
     return parser
 

@@ -12,11 +12,13 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from transcoder.config import RunConfig
 from transcoder.reporting.background import BackgroundFeed
+from transcoder.reporting.files import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +28,36 @@ CLOSE_SECONDS = 10.0
 """How long the end of a run waits for W&B."""
 UPLOAD_CLOSE_SECONDS = 600.0
 """The same where the user asked for checkpoints to be uploaded."""
+
+
+WORKER_LOG, WORKER_LOG_BYTES = "worker.log", 10 << 20
+"""What W&B prints; emptied when it grows beyond this."""
+
+
+def run_id(folder: Path) -> str:
+    """One id a run folder, so that a resumed run continues the same W&B run. A file that holds no id is replaced."""
+    file = folder / "run_id"
+    with contextlib.suppress(FileNotFoundError, UnicodeDecodeError):
+        known = file.read_text(encoding="utf-8").strip()
+        if known.isascii() and known.isalnum():
+            return known
+    fresh = secrets.token_hex(4)
+    file.write_text(fresh + "\n", encoding="utf-8")
+    return fresh
+
+
+def without_secrets(text: str) -> str:
+    """`text`, which came from W&B, without the values of variables that are named like a secret."""
+    for name, value in os.environ.items():
+        if len(value) >= 8 and any(word in name.upper() for word in ("KEY", "TOKEN", "SECRET", "PASSWORD")):
+            text = text.replace(value, "***")
+    return text
+
+
+def worker_environment(folder: Path, present: Mapping[str, str]) -> dict[str, str]:
+    """The worker's variables: whatever W&B writes, its caches included, lies in the run's folder."""
+    names = {f"WANDB_{name.upper()}_DIR": str(folder / name) for name in ("cache", "data")}
+    return {**names, **present, "WANDB_DIR": str(folder.parent)}
 
 
 class WandbSink:
@@ -68,7 +100,7 @@ class WandbSink:
         }
         try:
             self._folder.mkdir(exist_ok=True)
-            settings["id"] = self._run_id()
+            settings["id"] = run_id(self._folder)
             self._start_worker()
         except OSError as error:
             self._feed.fail(f"the worker cannot start: {error}")
@@ -103,33 +135,19 @@ class WandbSink:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+        self._clean_log()
         # A feeder that was stuck in a write to a worker now gone wakes up with a broken pipe.
         self._feed.close(1.0)
         self._end_input()
 
-    def _run_id(self) -> str:
-        """One id a run folder, so that a resumed run continues the same W&B run."""
-        file = self._folder / "run_id"
-        with contextlib.suppress(FileNotFoundError):
-            known = file.read_text().strip()
-            if known:
-                return known
-        fresh = secrets.token_hex(4)
-        file.write_text(fresh + "\n")
-        return fresh
-
     def _start_worker(self) -> None:
-        environment = dict(os.environ)
-        environment["WANDB_DIR"] = str(self._folder.parent)
-        for name in ("cache", "data"):
-            environment.setdefault(f"WANDB_{name.upper()}_DIR", str(self._folder / name))
-        with open(self._folder / "worker.log", "ab") as log:
+        with open(self._folder / WORKER_LOG, "ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, str(Path(__file__).with_name("wandb_worker.py"))],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                env=environment,
+                env=worker_environment(self._folder, os.environ),
                 start_new_session=True,
             )
         threading.Thread(target=self._listen, args=(self._process,), name="transcoder-W&B-answers", daemon=True).start()
@@ -142,9 +160,9 @@ class WandbSink:
             except ValueError:
                 continue
             if message.get("status") == "failed":
-                self._feed.fail(message.get("reason", "no reason given"))
+                self._feed.fail(without_secrets(str(message.get("reason", "no reason given"))))
             elif message.get("status") == "warning":
-                logger.warning("W&B: %s", message.get("reason"))
+                logger.warning("W&B: %s", without_secrets(str(message.get("reason"))))
             elif message.get("status") == "ready":
                 self.url = message.get("url")
                 logger.info("W&B (%s): %s", message.get("mode"), self.url or message.get("directory"))
@@ -154,13 +172,26 @@ class WandbSink:
         process = self._process
         if process is None or process.stdin is None or self._feed.failed:
             return
+        self._bound_log()
         try:
             process.stdin.write(json.dumps(message).encode() + b"\n")
             process.stdin.flush()
         except (BrokenPipeError, ValueError):
             # An orderly failure has told its reason on the worker's stdout; give that a moment to be read.
             time.sleep(0.2)
-            self._feed.fail(f"the worker ended unasked (see {self._folder / 'worker.log'})")
+            self._feed.fail(f"the worker ended unasked (see {self._folder / WORKER_LOG})")
+
+    def _bound_log(self) -> None:
+        # The worker appends: what it writes next begins the file anew.
+        with contextlib.suppress(OSError):
+            if (self._folder / WORKER_LOG).stat().st_size > WORKER_LOG_BYTES:
+                os.truncate(self._folder / WORKER_LOG, 0)
+
+    def _clean_log(self) -> None:
+        with contextlib.suppress(OSError):
+            text = (self._folder / WORKER_LOG).read_text(encoding="utf-8", errors="replace")
+            if (shown := without_secrets(text)) != text:
+                write_text(self._folder / WORKER_LOG, shown)
 
     def _end_input(self) -> None:
         if self._process is not None and self._process.stdin is not None:
