@@ -95,10 +95,10 @@ def read_state(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: {STATE_FILE} is torn or corrupted: {error!r}") from error
     if not known or written != content_digest(body):
         raise ValueError(f"{path}: {STATE_FILE} is corrupted: its checksum does not match its content")
-    if body["version"] > VERSION:
+    if body["version"] not in range(1, VERSION + 1):
         raise CheckpointError(
-            f"{path}: written in checkpoint format {body['version']}, this version reads up to {VERSION}; "
-            f"upgrade transcoder"
+            f"{path}: written in checkpoint format {body['version']!r}, this version reads 1 to {VERSION}: "
+            "pip install --upgrade transcoder reads newer ones"
         )
     try:
         body["files"] = {name: WrittenFile(**body["files"][name]) for name in (MODEL_FILE, TRAINER_FILE)}

@@ -18,6 +18,8 @@ from transcoder.training.sources import Source
 
 logger = logging.getLogger(__name__)
 
+STATE_VERSION = 2
+"""Of what the parts keep. 1, or none given: before 2026-11-21; the monitor's evidence had no error of its own."""
 STATEFUL_PARTS = ("regularizer", "positions", "monitor", "samples", "recycler")
 ESSENTIAL_PARTS = ("regularizer", "positions", "recycler")
 """Those of a few bytes a latent at most. The others can begin anew: they watch."""
@@ -51,6 +53,7 @@ def trainer_tree(run: Parts) -> dict[str, Any]:
         "evaluation": run.evaluation,
         "tokens": run.tokens,
         "bad_steps": run.bad_steps.state_dict(),
+        "version": STATE_VERSION,
     }
     for name in STATEFUL_PARTS:
         part = getattr(run, name)
@@ -75,6 +78,16 @@ def essential_tree(tree: Mapping[str, Any]) -> dict[str, Any]:
     return {**kept, "source": source, "essential": True}
 
 
+def _restore_part(name: str, part: Any, tree: Mapping[str, Any]) -> None:
+    try:
+        part.load_state_dict(tree[name])
+    except ValueError as error:
+        # What watches can begin anew where an earlier version wrote down something else.
+        if int(tree.get("version", 1)) >= STATE_VERSION or name in ESSENTIAL_PARTS:
+            raise
+        logger.warning("%s begins anew: the checkpoint is of an earlier version (%s)", name, error)
+
+
 def restore(run: Parts, model: Mapping[str, Tensor], tree: Mapping[str, Any]) -> None:
     """Put back what `trainer_tree`, or `essential_tree`, gave."""
     essential = bool(tree.get("essential", False))
@@ -92,7 +105,7 @@ def restore(run: Parts, model: Mapping[str, Tensor], tree: Mapping[str, Any]) ->
     for name in ESSENTIAL_PARTS if essential else STATEFUL_PARTS:
         part = getattr(run, name)
         if part is not None:
-            part.load_state_dict(tree[name])
+            _restore_part(name, part, tree)
     if run.regularizer is not None:
         run.regularizer.set_metrics(tree.get("regularizer_metrics", {}))
     if essential:
