@@ -21,7 +21,7 @@ from transcoder.interop.plain import Hooks, PlainWeights, matrix, take_tensors
 from transcoder.interop.record import Conversion
 from transcoder.training.storage import write_durably
 
-TESTED = "circuit-tracer 0.4.1 (JumpReLU); its main branch at 4bb8c0e, tag v0.5.0 (TopK)"
+TESTED = "circuit-tracer 0.4.1 and PyPI's 0.5.0, a fork (JumpReLU); its main branch at 4bb8c0e, tag v0.5.0 (TopK too)"
 CONFIG_FILE = "config.yaml"
 _FILE = re.compile(r"layer_(\d+)\.safetensors")
 _THRESHOLD = "activation_function.threshold"
@@ -61,7 +61,7 @@ def write_set(plains: Mapping[int, PlainWeights], folder: Path, record: Conversi
             "layout",
         )
         record.add(
-            "TopK is read by circuit-tracer's main branch (tag v0.5.0) only: 0.4.1 would take it for ReLU", "note"
+            "TopK sets are read by circuit-tracer's main branch (tag v0.5.0) only: 0.4.1 takes them for ReLU", "note"
         )
     missing = [layer for layer in range(n_layers) if layer not in plains]
     if missing:
