@@ -246,10 +246,13 @@ class RegularizerSection:
     """Pair-targeted penalty: mean relu(c_ij - margin)^2 over the monitor's flagged and candidate pairs."""
     correlation_margin: float = 0.3
     adaptive: bool = True
-    """Bounded dual control of correlation_weight: it grows while more than `target_rate` of live latents are paired."""
+    """Bounded dual control: while more than `target_rate` of live latents are paired the weight grows, up to
+    correlation_weight_max; below, it falls back to correlation_weight."""
     target_rate: float = 0.002
-    adaptive_step: float = 0.1
-    correlation_weight_max: float = 0.1
+    adaptive_step: float | None = None
+    """null takes the weight from one bound to the other in a tenth of the run, when the rate is off by the target or more. A
+    number is the exponent a step and unit of rate, whatever the run's length; the lower bound is 0 then."""
+    correlation_weight_max: float = 0.05
     max_pairs: int = 4096
     orthogonality_weight: float = 0.01
     """Chunked hinged max-cosine of the decoder: mean relu(max_j cos_ij - tau)^2."""
@@ -290,7 +293,8 @@ class RegularizerSection:
         for name in ("orthogonality_chunk", "orthogonality_every", "max_pairs"):
             _require(getattr(self, name) >= 1, n + name, "at least 1", getattr(self, name))
         _require(self.target_rate >= 0, n + "target_rate", "at least 0", self.target_rate)
-        _require(self.adaptive_step > 0, n + "adaptive_step", "positive", self.adaptive_step)
+        ok = self.adaptive_step is None or self.adaptive_step > 0
+        _require(ok, n + "adaptive_step", "positive or null", self.adaptive_step)
 
 
 @dataclass(frozen=True)

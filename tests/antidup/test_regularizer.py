@@ -317,7 +317,7 @@ def test_loss_gains_the_weighted_penalty_and_its_gradient(
 
 
 def test_correlation_term_waits_for_pairs(tmp_path: Path) -> None:
-    part = regularizer(replace(OFF, correlation_weight=0.1), 6, tmp_path)
+    part = regularizer(replace(OFF, correlation_weight=0.04), 6, tmp_path)
     loss = torch.tensor(2.0, requires_grad=True)
     codes = SparseCodes.from_dense(dense(8, 6, 0.5, 12))
     empty = torch.empty(0, dtype=torch.int64)
@@ -369,6 +369,26 @@ def test_dual_control_grows_falls_and_stays_in_bounds(tmp_path: Path) -> None:
     assert float(fixed.state_dict()["weight"]) == 0.01
 
 
+@pytest.mark.parametrize("steps", [40, 4000])
+def test_dual_control_is_as_fast_as_the_run_is_long(steps: int, tmp_path: Path) -> None:
+    # A tenth of the run from one bound to the other, however far off the rate is, and back when there are no pairs.
+    section = replace(OFF, correlation_weight=0.01, correlation_weight_max=0.1, target_rate=0.002)
+    part = DiversityRegularizer(section, 500, "cpu", 0, ledger(tmp_path), tmp_path, steps=steps)
+    part._ledger.record_survey()
+    codes = SparseCodes.from_dense(dense(20, 500, 0.9, 15))
+    model, loss = SimpleNamespace(W_dec=torch.ones(500, 2)), torch.zeros((), requires_grad=True)
+    one = (torch.tensor([0]), torch.tensor([1]))  # 2 of 500 latents: off by the target itself
+    none = (torch.empty(0, dtype=torch.int64),) * 2
+    weights = []
+    for step in range(steps // 5 + 2):
+        part.apply_penalty(loss, model, codes=codes, pairs=one if step < steps // 10 else none, step=step)
+        weights.append(float(part.state_dict()["weight"]))
+    tenth = steps // 10
+    assert weights[tenth // 2 - 1] == pytest.approx(math.sqrt(0.01 * 0.1), rel=1e-6)
+    assert weights[tenth - 1] == pytest.approx(0.1, rel=1e-6)
+    assert weights[-1] == 0.01
+
+
 def test_chunks_cover_every_row_before_any_twice(tmp_path: Path) -> None:
     section = replace(OFF, orthogonality_weight=1.0, orthogonality_chunk=7, orthogonality_every=3)
     part = regularizer(section, 20, tmp_path)
@@ -390,7 +410,7 @@ def test_orthogonality_acts_every_few_steps_only(tmp_path: Path) -> None:
 
 
 def test_half_precision_codes_take_the_gradient_in_their_type(tmp_path: Path) -> None:
-    part = regularizer(replace(OFF, correlation_weight=0.1, adaptive=False), 6, tmp_path)
+    part = regularizer(replace(OFF, correlation_weight=0.04, adaptive=False), 6, tmp_path)
     codes = SparseCodes.from_dense(dense(40, 6, 0.8, 16))
     values = codes.values.bfloat16().requires_grad_()
     pairs = (torch.tensor([0]), torch.tensor([1]))
@@ -431,7 +451,7 @@ def test_terms_without_what_they_act_on_say_so(tmp_path: Path) -> None:
     loss, model = torch.zeros((), requires_grad=True), SimpleNamespace(W_dec=torch.ones(6, 2))
     pairs = (torch.tensor([0]), torch.tensor([1]))
     with pytest.raises(ValueError, match="correlation_weight is above 0, so expected codes"):
-        regularizer(replace(OFF, correlation_weight=0.1), 6, tmp_path).apply_penalty(loss, model, pairs=pairs)
+        regularizer(replace(OFF, correlation_weight=0.04), 6, tmp_path).apply_penalty(loss, model, pairs=pairs)
     codes = SparseCodes.from_dense(dense(8, 6, 0.5, 19))
     with pytest.raises(ValueError, match="expected batch"):
         regularizer(replace(OFF, position_entropy_weight=0.1), 6, tmp_path).apply_penalty(loss, model, codes=codes)

@@ -31,6 +31,10 @@ from transcoder.kernels.correlation.counter import hash_bits
 _NAME = "diversity_regularizer"
 _LIVE_STEPS = 100
 """A latent counts as live for the dual control if it fired within this many steps."""
+CROSSINGS = 10
+"""How often the adaptive weight could go from its lower to its upper bound in a run."""
+LEAST_RATE = 1e-4
+"""What the rate's distance from a target of 0 is measured in."""
 
 
 class HasDecoder(Protocol):
@@ -65,10 +69,12 @@ class DiversityRegularizer:
 
     Terms (formulas and their "Equivalent to" in transcoder.antidup.penalties):
         correlation: mean relu(c_ij - margin)^2 over the monitor's pairs, on the batch's own codes. With
-            `adaptive` its weight follows lambda <- clip(lambda exp(adaptive_step (rate - target)), 0, max) once a
-            step, from the step after on, where rate is the share of recently firing latents that are in some
-            pair (mean over the step's micro-batches): bounded dual control. It rests until the monitor has
-            searched for pairs: no pairs before that say nothing.
+            `adaptive` its weight follows lambda <- clip(lambda exp(g clip((rate - target) / target, -1, 1)), weight, max) once
+            a step, from the step after on, where rate is the share of recently firing latents that are in some
+            pair (mean over the step's micro-batches): bounded dual control. g is such that a tenth of the run takes it from
+            one bound to the other, so that short runs are controlled too. With `adaptive_step` the exponent is
+            adaptive_step (rate - target) and the lower bound 0. It rests until the monitor has searched for pairs: no
+            pairs before that say nothing.
         orthogonality: mean relu(max cos - threshold)^2 over a random chunk of decoder rows, each row once
             before any twice, every `orthogonality_every` steps, in the step's first micro-batch.
         all_pairs: mean r_ij^2 over all pairs of the batch.
@@ -88,6 +94,7 @@ class DiversityRegularizer:
         accumulation: micro-batches a step, when each one's loss is divided by their number: the orthogonality
             term, which only the first has, is multiplied by it.
         special_ids: token ids that count as sinks for sink_mass.
+        steps: of the run; the adaptive weight's speed is relative to it.
     """
 
     def __init__(
@@ -101,12 +108,16 @@ class DiversityRegularizer:
         scale: float = 1.0,
         accumulation: int = 1,
         special_ids: Sequence[int] = (),
+        steps: int = 1000,
     ) -> None:
         if not (scale > 0 and math.isfinite(scale)):
             raise ValueError(f"DiversityRegularizer: scale: expected a positive number, got {scale!r}")
         if accumulation < 1:
             raise ValueError(f"DiversityRegularizer: accumulation: expected at least 1, got {accumulation!r}")
+        if steps < 1:
+            raise ValueError(f"DiversityRegularizer: steps: expected at least 1, got {steps!r}")
         self._scale, self._accumulation = float(scale), accumulation
+        self._run_steps = steps
         self.section, self.d_sae, self.seed = section, d_sae, seed
         self.device = torch.empty(0, device=device).device
         self._ledger, self._out_dir = ledger, out_dir
@@ -336,6 +347,12 @@ class DiversityRegularizer:
             paired.index_fill_(0, side, True)
         self._rates.append(paired.sum().double() / live)
         rate = torch.stack(self._rates).mean()
+        low, high = section.correlation_weight, section.correlation_weight_max
+        off = rate - section.target_rate
+        if section.adaptive_step is None:
+            speed = math.log(high / low) * CROSSINGS / self._run_steps
+            exponent = speed * (off / max(section.target_rate, LEAST_RATE)).clamp(-1, 1)
+        else:
+            low, exponent = 0.0, section.adaptive_step * off
         # Not in place: the metric of this step and the graph of its loss hold the old tensor.
-        grown = self._weight * torch.exp(section.adaptive_step * (rate - section.target_rate))
-        self._next_weight = grown.clamp(0, section.correlation_weight_max)
+        self._next_weight = (self._weight * torch.exp(exponent)).clamp(low, high)

@@ -226,6 +226,7 @@ class _Run:
                 out_dir=logs,
                 accumulation=config.training.accumulation,
                 special_ids=special_ids,
+                steps=config.training.steps,
                 scale=penalty_scale(shape.loss, self.source.d_out, self.transcoder.config.prefix_weights or ()),
             )
             if anti.regularizer.enabled
