@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import os
+import pickle
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -152,3 +156,19 @@ def test_losses_are_the_models_and_follow_what_stands_in(model_folder: Path, tok
 def test_a_source_behind_its_target_in_the_layer_is_refused(model_folder: Path) -> None:
     with pytest.raises(ModelError, match="comes after target_hook"):
         load(model_folder, "blocks.1.hook_mlp_out", "blocks.1.hook_resid_mid")
+
+
+def test_a_pickle_in_a_models_folder_is_not_run(model_folder: Path, tmp_path: Path) -> None:
+    """The weights of a foreign model as a pickle that makes a file when it is loaded."""
+    folder, proof = tmp_path / "model", tmp_path / "ran"
+    shutil.copytree(model_folder, folder)
+    (folder / "model.safetensors").unlink()
+
+    class Hostile:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (os.mkdir, (str(proof),))
+
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"model.embed_tokens.weight": Hostile()}))
+    with pytest.raises(ModelError, match=r"model\.name"):
+        HookedModel(str(folder), "blocks.1.hook_resid_mid", "blocks.1.hook_mlp_out", torch.float32, torch.device("cpu"))
+    assert not proof.exists()

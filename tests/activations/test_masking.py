@@ -116,11 +116,25 @@ def test_padding_is_neither_row_nor_sink() -> None:
 
 @pytest.mark.parametrize("side", ["source", "target"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_numbers_that_are_none_are_an_error(side: str, value: float) -> None:
+def test_numbers_that_are_none_are_left_out_and_counted(
+    side: str, value: float, caplog: pytest.LogCaptureFixture
+) -> None:
     found = random_pass()
+    usual = RowMaker(masker(), 0, None).make(found)
     getattr(found, side)[7, 2] = value
-    with pytest.raises(DataError, match=r"test pass: NaN or infinity.*model\.dtype"):
-        RowMaker(masker(), 0, None).make(found)
+    maker = RowMaker(masker(), 0, None)
+    made = maker.make(found)
+    for batch, before in ((made.rows, usual.rows), (made.sinks, usual.sinks)):
+        assert bool(torch.isfinite(batch.source).all() & torch.isfinite(batch.target).all())
+        places = {(int(s), int(p)) for s, p in zip(batch.sequences, batch.positions, strict=True)}
+        all_places = {(int(s), int(p)) for s, p in zip(before.sequences, before.positions, strict=True)}
+        bad = (int(found.sequences[7]), int(found.positions[7]))
+        assert places == all_places - {bad}
+    assert maker.totals["not_finite"] == 1
+    assert "test pass: 1 of" in caplog.text
+    getattr(found, side)[: len(found.tokens) // 4, 0] = value
+    with pytest.raises(DataError, match=r"test pass: NaN or infinity.* tokens.*model\.dtype"):
+        maker.make(found)
 
 
 @pytest.mark.parametrize("width", [1, 2, 4, 7, 20])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -14,6 +15,8 @@ from transcoder.activations.buffer import batch_of
 from transcoder.activations.documents import DataError
 from transcoder.activations.masking import SinkMasker, context_anchor, context_windows
 from transcoder.activations.vocabulary import Vocabulary
+
+logger = logging.getLogger(__name__)
 
 Substitute = Callable[[Tensor, Tensor], Tensor]
 """(source [T, d_in], target [T, d_out]) -> what a language model goes on with in the place of target."""
@@ -114,6 +117,11 @@ class ActivationSource(Protocol):
     def heldout_losses(self, substitutes: Mapping[str, Substitute | None], tokens: int) -> dict[str, float] | None: ...
 
 
+MOST_NOT_FINITE = 0.1
+"""Share of a pass's tokens that may hold NaN or infinity. A few are a fault of the model at those tokens; many are a wrong
+dtype."""
+
+
 class RowMaker:
     """Turns passes into rows; one for training, one for evaluation, each with its own totals.
 
@@ -137,6 +145,7 @@ class RowMaker:
                 "masked_by_position",
                 "left_by_sampler",
                 "sink_ratio_sum",
+                "not_finite",
             ),
             0.0,
         )
@@ -145,11 +154,15 @@ class RowMaker:
     def make(self, found: Pass, allowed: Tensor | None = None, step: int = 0) -> Made:
         """The rows and the sinks of a pass. `allowed` [T] bool leaves tokens out of both. Reads the device.
 
+        A token with NaN or an infinity among its activations is in neither, and counted.
+
         Raises:
-            DataError: a NaN or an infinity among the activations.
+            DataError: more than `MOST_NOT_FINITE` of the pass's tokens are such.
         """
         sinks = self._masker.find(found.source, found.tokens, found.positions, found.valid)
-        usable = found.valid if allowed is None else found.valid & allowed
+        finite = torch.isfinite(found.source).all(1) & torch.isfinite(found.target).all(1)
+        allowed = found.valid if allowed is None else found.valid & allowed
+        usable = allowed & finite
         sink = sinks.any & usable
         keep = usable & ~sink
         kept_before = keep
@@ -158,25 +171,26 @@ class RowMaker:
             sample = self._sample(self._sampler, found, step)
             weights = sample.weights.reshape(-1).float()
             keep = keep & sample.keep.reshape(-1)
-        finite = torch.isfinite(found.source).all() & torch.isfinite(found.target).all()
         ratios = torch.where(sink & sinks.norm_ratio.isfinite(), sinks.norm_ratio, 0.0)
         # One read a pass; the producer's thread waits for it, the trainer does not.
-        by_id, by_norm, by_position, tokens, left, total, largest, ok = torch.stack(
+        by_id, by_norm, by_position, tokens, left, total, largest, bad = torch.stack(
             [
                 *((m & usable).sum().double() for m in (sinks.by_id, sinks.by_norm, sinks.by_position)),
-                usable.sum().double(),
+                allowed.sum().double(),
                 (kept_before & ~keep).sum().double(),
                 ratios.sum().double(),
                 ratios.max().double(),
-                finite.double(),
+                (allowed & ~finite).sum().double(),
             ]
         ).tolist()
-        if not ok:
+        if bad > MOST_NOT_FINITE * tokens:
             raise DataError(
-                f"{found.where}: NaN or infinity among the activations; float16 overflows on some models "
-                "(Gemma-2 is one): set model.dtype to bfloat16 or float32"
+                f"{found.where}: NaN or infinity among the activations of {bad:.0f} of {tokens:.0f} tokens; float16 overflows "
+                "on some models (Gemma-2 is one): set model.dtype to bfloat16 or float32"
             )
-        self._count(by_id, by_norm, by_position, tokens, left, total, largest)
+        if bad:
+            logger.warning("%s: %d of %d tokens have NaN or infinity and are left out", found.where, bad, tokens)
+        self._count(by_id, by_norm, by_position, tokens, left, total, largest, bad)
         return Made(self._rows(found, keep, weights), self._rows(found, sink, None), sample)
 
     def record(self, sample: PositionSample | None) -> None:
@@ -220,6 +234,7 @@ class RowMaker:
         left: float,
         total: float,
         largest: float,
+        not_finite: float,
     ) -> None:
         add = {
             "passes": 1.0,
@@ -229,9 +244,11 @@ class RowMaker:
             "masked_by_position": by_position,
             "left_by_sampler": left,
             "sink_ratio_sum": total,
+            "not_finite": not_finite,
         }
         for name, value in add.items():
-            self.totals[name] += value
+            # Totals of a checkpoint from before one of these was counted lack it.
+            self.totals[name] = self.totals.get(name, 0.0) + value
         self.totals["sink_ratio_max"] = max(self.totals["sink_ratio_max"], largest)
 
 
@@ -246,6 +263,7 @@ def counters_of(totals: dict[str, float], counts: dict[str, int]) -> dict[str, f
         "masked_by_norm": totals["masked_by_norm"],
         "masked_by_position": totals["masked_by_position"],
         "left_by_sampler": totals["left_by_sampler"],
+        "not_finite": totals.get("not_finite", 0.0),
         "sink_norm_ratio": totals["sink_ratio_sum"] / sinks if sinks else 0.0,
         "sink_norm_ratio_max": totals["sink_ratio_max"],
     }

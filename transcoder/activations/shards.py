@@ -152,11 +152,15 @@ def read_index(folder: Path) -> dict[str, Any]:
         )
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
-        shards = [(folder / entry["file"], int(entry["tokens"])) for entry in index["shards"]]
+        names = [str(entry["file"]) for entry in index["shards"]]
+        shards = [(folder / name, int(entry["tokens"])) for name, entry in zip(names, index["shards"], strict=True)]
         expected = (int(index["d_in"]), int(index["d_out"]), str(index["dtype"]))
         needed = {name: index[name] for name in ("tokens", "vocab_size", "special_ids")}
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: not an index of activation shards: {type(error).__name__}: {error}") from error
+    outside = [name for name in names if Path(name).name != name or name in ("", ".", "..")]
+    if outside:
+        raise DataError(f"{path}: expected the names of files beside it, got {outside[0]!r}")
     if not shards or needed["tokens"] < 1:
         raise DataError(f"{path}: names no shard with tokens")
     for shard, tokens in shards:

@@ -8,6 +8,7 @@ from typing import Any
 
 from transcoder.activations.documents import DataError, Record, Records, Source
 from transcoder.activations.fingerprint import files_digest
+from transcoder.activations.retry import PatientSource
 from transcoder.activations.text_files import RECORD_SUFFIXES, FilesSource
 from transcoder.activations.text_hub import HubSource
 from transcoder.config import ActivationsSection
@@ -46,6 +47,7 @@ def build_sources(section: ActivationsSection) -> tuple[Source, Source, float]:
             name.removeprefix("hf:"), section.dataset_config, section.dataset_split, section.text_column,
             section.tokens_column,
         )  # fmt: skip
+    source = PatientSource(source)
     return source, source, section.heldout_fraction
 
 

@@ -121,6 +121,20 @@ def _parquet(path: Path) -> Any:
 
 
 def _parquet_column(path: Path, column: str, skip: int) -> Iterator[Any]:
+    import pyarrow
+
+    try:
+        yield from _parquet_values(path, column, skip)
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError) as error:
+        raise DataError(f"activations.dataset: {path} is damaged in the middle: {error}") from error
+    except OSError as error:
+        # Arrow says so of pages that it cannot decompress, too: without an errno it is the file and not the disk.
+        if error.errno is not None:
+            raise
+        raise DataError(f"activations.dataset: {path} is damaged in the middle: {error}") from error
+
+
+def _parquet_values(path: Path, column: str, skip: int) -> Iterator[Any]:
     with _parquet(path) as file:
         for group in range(file.num_row_groups):
             rows = file.metadata.row_group(group).num_rows

@@ -17,9 +17,11 @@ class HubSource:
 
     def __init__(self, name: str, config: str | None, split: str, text_column: str, tokens_column: str | None) -> None:
         self._name, self._config, self._split = name, config, split
+        self._local = Path(name).expanduser().exists()
         self._column = tokens_column or text_column
         self._tokens = tokens_column is not None
         self._dataset = self._load()
+        self._listed = self.digest() if self._local else None
         names = self._dataset.column_names
         if names is None:
             names = list(next(iter(self._dataset), {}))
@@ -29,7 +31,17 @@ class HubSource:
     def open(self, state: dict[str, Any] | None) -> Records:
         # A dataset keeps the place of its one iterator, and readers may run in two threads: each gets its own.
         dataset, self._dataset = self._dataset, None
-        return _HubRecords(dataset or self._load(), self._name, self._column, self._tokens, state)
+        return _HubRecords(dataset or self._load_again(), self._name, self._column, self._tokens, state)
+
+    def _load_again(self) -> Any:
+        """As the first time. A folder's files are listed anew: one that is away for a moment must not be left out silently."""
+        dataset = self._load()
+        if self._local and self.digest() != self._listed:
+            raise FileNotFoundError(f"the files of {self._name} are not those that were there at first")
+        return dataset
+
+    def _load(self) -> Any:
+        return _load_streaming(self._name, self._config, self._split)
 
     def digest(self) -> str | None:
         """The repository's commit, or the files of a local folder; None where the hub was not asked."""
@@ -42,9 +54,6 @@ class HubSource:
         from huggingface_hub.constants import HF_HUB_OFFLINE
 
         return None if HF_HUB_OFFLINE else _check_hub_dataset(self._name)
-
-    def _load(self) -> Any:
-        return _load_streaming(self._name, self._config, self._split)
 
 
 class _HubRecords:
