@@ -135,6 +135,15 @@ def test_a_damaged_lock_file_says_nothing(unfinished: Path, content: str) -> Non
     assert process_of(unfinished).state == "unknown"
 
 
+def test_a_lock_without_its_owners_name_holds(unfinished: Path, trainer: Trainer) -> None:
+    # A full disk: the lock is taken, the name could not be written.
+    (unfinished / LOCK_FILE).write_text("")
+    if run_process.LOCK_TABLE.exists():
+        assert process_of(unfinished) == run_process.RunProcess("running", trainer.process.pid, socket.gethostname())
+    trainer.kill()
+    assert process_of(unfinished).state == "unknown"
+
+
 def test_looking_never_holds_the_lock(unfinished: Path) -> None:
     done = threading.Event()
 

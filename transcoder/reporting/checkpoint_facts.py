@@ -36,7 +36,7 @@ class CheckpointFacts:
 
         Of the first so many `latents` only where all would take too long (`MOST_PRODUCTS`).
         """
-        rows = _tensor(self._path / MODEL_FILE, "W_dec").astype(np.float32, copy=False)
+        rows = read_tensor(self._path / MODEL_FILE, "W_dec").astype(np.float32, copy=False)
         d_sae, d_out = rows.shape
         unit = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), np.finfo(np.float32).tiny)
         asked = [i for i in latents if 0 <= i < d_sae][: int(MOST_PRODUCTS // (d_sae * d_out))]
@@ -62,7 +62,7 @@ def read_checkpoint_facts(run_dir: Path) -> CheckpointFacts:
     for _, path in candidates([run_dir / "checkpoints"]):
         try:
             state = read_state(path)
-            fired, tokens = _firings(path, state["trainer"].get("monitor"))
+            fired, tokens = read_firings(path, state["trainer"].get("monitor"))
             return CheckpointFacts(int(state["step"]), fired, tokens, path)
         except (OSError, ValueError, KeyError, CheckpointError):
             # Of another version, half deleted by the run that goes on: an older one may do.
@@ -70,18 +70,25 @@ def read_checkpoint_facts(run_dir: Path) -> CheckpointFacts:
     raise ValueError("checkpoints/ holds none that can be read")
 
 
-def _firings(path: Path, monitor: Any) -> tuple[NDArray[np.int64] | None, int]:
+def read_firings(path: Path, monitor: Any) -> tuple[NDArray[np.int64] | None, int]:
+    """[d_sae] int64 tokens that each latent fired on, and the tokens looked at; (None, 0) where no monitor counted any.
+
+    Args:
+        path: the checkpoint's folder.
+        monitor: the monitor's part of its state.
+    """
     if not isinstance(monitor, Mapping):
         return None, 0
     parts = [name for name in ("block", "past") if name in monitor]
     tokens = sum(int(monitor[name]["tokens_offered"]) for name in parts)
     if tokens == 0:
         return None, 0
-    counts = [_tensor(path / TRAINER_FILE, f"monitor/{name}/moments/count").astype(np.int64) for name in parts]
+    counts = [read_tensor(path / TRAINER_FILE, f"monitor/{name}/moments/count").astype(np.int64) for name in parts]
     return np.sum(counts, axis=0), tokens
 
 
-def _tensor(file: Path, name: str) -> NDArray[Any]:
+def read_tensor(file: Path, name: str) -> NDArray[Any]:
+    """One tensor of a safetensors file. Raises: OSError, ValueError: the file or the tensor cannot be read."""
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from transcoder.checkpoint_folder import MODEL_FILE, TRAINER_FILE, CheckpointError, find_checkpoint, read_state
+from transcoder.checkpoint_folder import MODEL_FILE, CheckpointError, find_checkpoint, read_state
+from transcoder.reporting.checkpoint_facts import read_firings, read_tensor
 from transcoder.reporting.run_errors import RunPartMissingError
 from transcoder.reporting.runfolder import RunFolder
 
@@ -49,34 +49,28 @@ class RunCheckpoint:
     @cached_property
     def decoder(self) -> NDArray[np.float32]:
         """[d_sae, d_out] float32: a latent is a row."""
-        rows: NDArray[np.float32] = self._tensor(MODEL_FILE, "W_dec").float().numpy()
-        return rows
+        return self._read("decoder", lambda: read_tensor(self.path / MODEL_FILE, "W_dec")).astype(
+            np.float32, copy=False
+        )
 
     @cached_property
     def firings(self) -> Firings:
         """Raises: RunPartMissingError: the correlation monitor, which counts them, was off or saw no token."""
         monitor = self._state["trainer"].get("monitor")
-        if not isinstance(monitor, Mapping):
-            why = "the correlation monitor, which counts them, was switched off"
+        counts, tokens = self._read("firing counts", lambda: read_firings(self.path, monitor))
+        if counts is None:
+            off = "was switched off" if monitor is None else f"had seen no token yet at step {self.step}"
+            why = f"the correlation monitor, which counts them, {off}"
             raise RunPartMissingError(f"run {str(self._folder.path)!r} has no firing counts: {why}")
-        parts = [name for name in ("block", "past") if name in monitor]
-        tokens = sum(int(monitor[name]["tokens_offered"]) for name in parts)
-        if tokens == 0:
-            why = f"the monitor had seen no token yet at step {self.step}"
-            raise RunPartMissingError(f"run {str(self._folder.path)!r} has no firing counts: {why}")
-        counts = [self._tensor(TRAINER_FILE, f"monitor/{name}/moments/count") for name in parts]
-        return Firings(torch.stack(counts).sum(0).numpy().astype(np.int64), tokens)
+        return Firings(counts, tokens)
 
-    def _tensor(self, file: str, name: str) -> Any:
-        from safetensors import SafetensorError, safe_open
-
+    def _read(self, what: str, read: Callable[[], Any]) -> Any:
         try:
-            with safe_open(self.path / file, framework="pt") as tensors:
-                return tensors.get_tensor(name)
-        except (OSError, SafetensorError) as error:
+            return read()
+        except (OSError, ValueError) as error:
             # A run that goes on deletes its older checkpoints.
-            why = f"{self.path / file}: {error}; run.refresh() looks for the newest again"
-            raise RunPartMissingError(f"run {str(self._folder.path)!r}: {name} cannot be read: {why}") from error
+            why = f"{self.path}: {error}; run.refresh() looks for the newest again"
+            raise RunPartMissingError(f"run {str(self._folder.path)!r}: the {what} cannot be read: {why}") from error
 
     def _why(self, error: Exception) -> str:
         if not isinstance(error, FileNotFoundError):

@@ -31,30 +31,39 @@ def process_of(run_dir: Path) -> RunProcess:
     """
     path = Path(run_dir) / LOCK_FILE
     try:
+        found = path.stat()
+    except OSError:
+        return RunProcess("unknown")
+    here, table = socket.gethostname(), _locks(found)
+    try:
         owner = json.loads(path.read_text(encoding="utf-8"))
         pid, host = int(owner["pid"]), str(owner["host"])
-        inode = path.stat().st_ino
     except (OSError, ValueError, KeyError, TypeError):
-        return RunProcess("unknown")
-    if host != socket.gethostname():
+        # On a full disk the lock holds, and only the name of its owner is missing.
+        holder = next((p for p, same_device in table or () if same_device), None)
+        return RunProcess("unknown") if holder is None else RunProcess("running", holder, here)
+    if host != here:
         return RunProcess("elsewhere", pid, host)
-    held = _held(inode, pid)
-    if held is None:
-        held = _alive(pid)
+    held = _alive(pid) if table is None else any(p == pid or same_device for p, same_device in table)
     return RunProcess("running" if held else "gone", pid, host)
 
 
-def _held(inode: int, pid: int) -> bool | None:
-    """Whether process `pid` holds a flock on the file `inode`; None where the kernel has no table of locks."""
+def _locks(found: os.stat_result) -> list[tuple[int, bool]] | None:
+    """(process, whether the device is the file's too) of every flock on a file of this number; None where the kernel has no
+    table of locks. Overlays and network disks give the table another device than the file has."""
     try:
         lines = LOCK_TABLE.read_text().splitlines()
     except OSError:
         return None
-    # "3: FLOCK  ADVISORY  WRITE 14132 fe:00:1183 0 EOF"; the device is left out: overlays and network disks name others there.
+    device = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}"
+    holders = []
+    # "3: FLOCK  ADVISORY  WRITE 14132 fe:00:1183 0 EOF"
     for words in (line.split() for line in lines):
-        if len(words) >= 6 and words[1] == "FLOCK" and words[4] == str(pid) and words[5].endswith(f":{inode}"):
-            return True
-    return False
+        if len(words) >= 6 and words[1] == "FLOCK" and words[4].isdecimal():
+            at, _, inode = words[5].rpartition(":")
+            if inode == str(found.st_ino):
+                holders.append((int(words[4]), at == device))
+    return holders
 
 
 def _alive(pid: int) -> bool:
