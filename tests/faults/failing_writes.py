@@ -72,7 +72,11 @@ class Arming(Planted):  # type: ignore[misc]
 
 def run(folder: Path, fault: Fault, at: int, second: Path | None = None) -> dict[str, Any]:
     """One run whose operation number `at` fails; with a second location, every one from there on."""
-    settings = CONFIG.replace({"checkpoint.second_location": None if second is None else str(second)})
+    changed = {
+        "checkpoint.second_location": None if second is None else str(second),
+        "checkpoint.asynchronous": at % 2 == 1,
+    }
+    settings = CONFIG.replace(changed)
     fault.lasts = second is not None
     fault.folder, fault.at, fault.seen, fault.armed, fault.what = str(folder), at, 0, False, []
     try:

@@ -1,0 +1,80 @@
+"""What a checkpoint costs the step that saves it, written in the step and beside training: `python bench/checkpoint_cost.py`.
+
+One line of JSON a run: milliseconds that what follows each saving step took, on the clock and of the training thread's own CPU
+time (the latter hardly depends on what else the machine does).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from transcoder.activations import ActivationBatch
+from transcoder.config import RunConfig
+from transcoder.training import train_transcoder
+from transcoder.training.trainer import _Run
+
+WIDTH, LATENTS, TOKENS, EVERY = 512, 8192, 64, 10
+SAVES = 3
+
+
+def batches() -> Iterator[ActivationBatch]:
+    generator = torch.Generator().manual_seed(0)
+    while True:
+        x = torch.randn(TOKENS, WIDTH, generator=generator)
+        ids = torch.arange(TOKENS)
+        yield ActivationBatch(source=x, target=x.tanh(), tokens=ids, positions=ids)
+
+
+def measure(asynchronous: bool, out: Path) -> dict[str, Any]:
+    anti = {f"antidup.{part}.enabled": False for part in ("regularizer", "positions", "monitor", "samples")}
+    settings = RunConfig().replace(
+        {
+            **anti,
+            "model.device": "cpu",
+            "transcoder.d_sae": LATENTS,
+            "transcoder.normalization_tokens": TOKENS,
+            "training.steps": EVERY * SAVES + 1,
+            "training.batch_size": TOKENS,
+            "training.evaluation_tokens": TOKENS,
+            "checkpoint.every": EVERY,
+            "checkpoint.asynchronous": asynchronous,
+            "logging.every": 1000,
+            "logging.progress": False,
+        }
+    )
+    inside, took = _Run._between_steps, []
+
+    def timed(run: _Run) -> None:
+        clock, cpu = time.perf_counter(), time.thread_time()
+        inside(run)
+        if run.step % EVERY == 0:
+            took.append((1e3 * (time.perf_counter() - clock), 1e3 * (time.thread_time() - cpu)))
+
+    _Run._between_steps = timed  # type: ignore[method-assign]
+    try:
+        train_transcoder(settings, out, batches=batches())
+    finally:
+        _Run._between_steps = inside  # type: ignore[method-assign]
+    (newest, *_) = sorted((out / "checkpoints").iterdir(), reverse=True)
+    return {
+        "asynchronous": asynchronous,
+        "megabytes": round(sum(f.stat().st_size for f in newest.iterdir()) / 1e6, 1),
+        "clock_ms": [round(clock, 1) for clock, _ in took],
+        "cpu_ms": [round(cpu, 1) for _, cpu in took],
+    }
+
+
+if __name__ == "__main__":
+    logging.disable()
+    with tempfile.TemporaryDirectory() as folder:
+        for round_number in range(2):
+            for asynchronous in (False, True):
+                print(json.dumps(measure(asynchronous, Path(folder) / f"{round_number}{asynchronous}")), flush=True)
