@@ -6,6 +6,7 @@
 #include "count_ops.h"
 #include "encode_ops.h"
 #include "reduce_ops.h"
+#include "sample_ops.h"
 #include "screen_ops.h"
 #include "sketch_ops.h"
 #include "step_ops.h"
@@ -56,6 +57,11 @@ TORCH_LIBRARY(transcoder_cpp, m) {
   m.def(
       "add_by_group(Tensor values, Tensor order, Tensor row_of, Tensor latent_ptr, Tensor i, Tensor j, Tensor group, "
       "Tensor? token_weights, Tensor(a!) sums) -> ()");
+  m.def(
+      "offer_samples(Tensor group, Tensor score, Tensor activation, Tensor rows, Tensor tokens, Tensor positions, "
+      "Tensor? sequences, Tensor contexts, int step, int window, Tensor(a!) own_score, Tensor(b!) own_activation, "
+      "Tensor(c!) own_token, Tensor(d!) own_position, Tensor(e!) own_sequence, Tensor(f!) own_step, "
+      "Tensor(g!) own_context) -> int");
   m.def("nearest_above(Tensor W, Tensor own, float least) -> (Tensor, Tensor, Tensor)");
   m.def("rows_in_zeros(Tensor values, Tensor rows, int total) -> Tensor");
   m.def(
@@ -84,6 +90,7 @@ TORCH_LIBRARY_IMPL(transcoder_cpp, CPU, m) {
   m.impl("add_moments", add_moments);
   m.impl("mark_places", mark_places);
   m.impl("add_by_group", add_by_group);
+  m.impl("offer_samples", offer_samples);
   m.impl("nearest_above", nearest_above);
   m.impl("rows_in_zeros", rows_in_zeros);
   m.impl("adam_step", adam_step);

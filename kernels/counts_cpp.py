@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -44,3 +46,29 @@ def add_by_group(codes: SparseCodes, i: Tensor, j: Tensor, group: Tensor, weight
     torch.ops.transcoder_cpp.add_by_group(
         readable(codes), order.permutation, order.rows, order.latent_ptr, i, j, group, weights, sums
     )
+
+
+def offer_samples(
+    group: Tensor,
+    score: Tensor,
+    activation: Tensor,
+    rows: Tensor,
+    batch: tuple[Tensor, Tensor, Tensor | None, Tensor],
+    step: int,
+    window: int,
+    store: Sequence[Tensor],
+) -> int:
+    """Offer a batch's entries to a store of the best samples of each group, in place (`antidup.sample_store.merged`).
+
+    Args:
+        group, rows: [n] int64; group G is none.   score, activation: [n] fp32, scores >= 0.
+        batch: tokens, positions [B] int64, sequences [B] int64 or None, contexts [B, C] int32.
+        store: score, activation, token, position, sequence, step [G, k] and context [G, k, C], contiguous.
+
+    Returns: how many of the samples are new.
+    """
+    tokens, positions, sequences, contexts = (None if part is None else part.contiguous() for part in batch)
+    new: int = torch.ops.transcoder_cpp.offer_samples(
+        group, score, activation, rows, tokens, positions, sequences, contexts, step, window, *store
+    )
+    return new

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,8 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from transcoder.activations import ActivationBatch
+from transcoder.antidup import ActivationSampleCollector
 from transcoder.antidup.jackknife import PairJackknife
+from transcoder.antidup.ledger import REQUIRED_EFFECTS, UsageLedger
 from transcoder.antidup.sequence_counts import SequenceCounts
+from transcoder.config import SamplesSection
 from transcoder.kernels import SparseCodes, extension, use_backend
 from transcoder.kernels.correlation import cpp_backend
 from transcoder.kernels.correlation.torch_backend import entries_of
@@ -98,6 +103,47 @@ def test_sequences_and_followed_pairs(
     # At most 140 float64 terms, in another order.
     scale = float(found[1][1].abs().max()) if found[1][1].numel() else 1.0
     torch.testing.assert_close(found[0][1], found[1][1], rtol=0, atol=200 * 2.3e-16 * scale)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    **{**WORLD, "d_sae": st.sampled_from([1, 5, 40])},
+    per_latent=st.sampled_from([0, 1, 4]),
+    width=st.sampled_from([1, 6]),
+    known=st.booleans(),
+    sinks=st.sampled_from([0.0, 0.5]),
+)
+def test_samples(
+    tokens: int, d_sae: int, density: float, dtype: torch.dtype, zeros: bool, seed: int,
+    per_latent: int, width: int, known: bool, sinks: float,
+) -> None:  # fmt: skip
+    """Stores to the bit, also where values tie, contexts overlap and places stay empty."""
+    section = SamplesSection(
+        collect_every=1, top_per_latent=3, stratified_per_latent=per_latent, min_per_bin=1, position_bins=3,
+        max_latents=min(d_sae, 30), max_sink_fraction=sinks,
+    )  # fmt: skip
+    states, kept = [], []
+    for name in ("cpp", "torch"):
+        g = torch.Generator().manual_seed(seed)
+        ledger = UsageLedger({**dict.fromkeys(REQUIRED_EFFECTS, False), "activation_samples": True}, Path("unused"))
+        samples = ActivationSampleCollector(section, d_sae, CPU, 0, Path("unused"), [0], 30, ledger)
+        with use_backend(name):
+            for step in range(3):
+                codes = codes_of(seed + step, tokens, d_sae, density, dtype, zeros)
+                codes = codes.with_values((codes.values * 3).round() / 3)
+                batch = ActivationBatch(
+                    source=torch.zeros(tokens, 1), target=torch.zeros(tokens, 1),
+                    tokens=torch.randint(0, 9, (tokens,), generator=g), positions=torch.randint(0, 30, (tokens,), generator=g),
+                    sequences=torch.randint(0, 4, (tokens,), generator=g) if known else None,
+                    contexts=torch.randint(0, 9, (tokens, width), generator=g).int(), context_anchor=0,
+                )  # fmt: skip
+                samples.collect(codes, batch, step)
+        states.append(samples.state_dict())
+        kept.append(ledger.state_dict()["activation_samples"])
+    for store in ("top", "spread"):
+        for field, part in states[0][store].items():
+            assert torch.equal(part, states[1][store][field]), (store, field)
+    assert kept[0] == kept[1]
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from transcoder.antidup.sample_file import write_samples
 from transcoder.antidup.sample_store import Samples, best_entries, merged, without_overlap
 from transcoder.antidup.special_tokens import SpecialTokens
 from transcoder.config import SamplesSection
-from transcoder.kernels import SparseCodes
+from transcoder.kernels import SparseCodes, counts_cpp
 from transcoder.kernels.correlation.counter import uniform
 
 _NAME = "activation_samples"
@@ -133,18 +133,26 @@ class ActivationSampleCollector:
                 contexts[row],
             )
 
-        k = section.top_per_latent
-        top, new_top = merged(top, candidates(slot, value, followed, k), k, window)
+        def offered(store: Samples, group: Tensor, score: Tensor) -> tuple[Samples, Tensor]:
+            if not counts_cpp.runs(codes):
+                groups, k = store.score.shape
+                store, new = merged(store, candidates(group, score, groups, k), k, window)
+                return store, new.sum()
+            found = (batch.tokens, batch.positions, batch.sequences, contexts)
+            number = counts_cpp.offer_samples(group, score, value, rows, found, step, window, store)
+            return store, torch.tensor(number, device=self.device)
+
+        top, new_top = offered(top, slot, value)
         bin_of = (batch.positions * section.position_bins // self.sequence_length).clamp(0, section.position_bins - 1)
         stratum = torch.where(self._special.marked(batch.tokens), section.position_bins, bin_of)[rows]
         groups = followed * self._strata
         inside = (slot < followed) & (stratum < self._strata)
         group = torch.where(inside, slot * self._strata + stratum, groups)
         key = uniform(torch.arange(codes.nnz, device=self.device), self.seed, self._rank, step, micro).float()
-        spread, new_spread = merged(spread, candidates(group, key, groups, self._per_bin), self._per_bin, window)
+        spread, new_spread = offered(spread, group, key)
         self._stores = (top, spread)
         self._ledger.record_call(_NAME)
-        self._ledger.record_effect(_NAME, samples_kept=new_top.sum() + new_spread.sum())
+        self._ledger.record_effect(_NAME, samples_kept=new_top + new_spread)
 
     @property
     def opened(self) -> bool:
@@ -231,7 +239,7 @@ class ActivationSampleCollector:
                 raise ValueError(
                     f"ActivationSampleCollector.load_state_dict: {part}: expected a store of {size} samples, got {found}"
                 )
-            stores.append(Samples(**{name: state[part][name].to(self.device) for name in Samples._fields}))
+            stores.append(Samples(**{name: state[part][name].to(self.device, copy=True) for name in Samples._fields}))
         self._stores, self._anchor = (stores[0], stores[1]), anchor
 
     def _opened(self, context: int, anchor: int) -> tuple[Samples, Samples]:
