@@ -1,6 +1,6 @@
 """python -m bench.measure: everything for this device, into bench/results/<device>.json, then docs/performance.md.
 
-    python -m bench.measure [--only rows,peers,scaling,whole_run] [--steps 4882] [--seconds 6] [--no-report]
+    python -m bench.measure [--only rows,peers,scaling,whole_run] [--steps 4882] [--seconds 3] [--no-report]
 
 On a quiet machine. About twelve minutes on two cores. The file is replaced; what `--only` leaves out is kept from the one that
 was there, with the date and commit of its own.
@@ -77,7 +77,7 @@ def main(words: list[str] | None = None) -> int:
         "--only", type=lambda text: text.split(","), default=list(STAGES), help="stages, commas between"
     )
     parser.add_argument("--size", default=machine.device().type, help="as --bench-size")
-    parser.add_argument("--seconds", type=float, default=6.0, help="of rounds a row")
+    parser.add_argument("--seconds", type=float, default=3.0, help="of rounds a row (at least 5 rounds)")
     parser.add_argument("--steps", type=int, default=STEPS, help="of the whole run")
     parser.add_argument("--into", type=Path, help="folder of the peers' environments")
     parser.add_argument("--out", type=Path, help="result file (default: bench/results/<device>.json)")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 from bench import machine, results
 from bench.cases import Case, Size
 from bench.peers import eager, ours
-from bench.race import Race, Variant, ratios, summary
+from bench.race import Race, Variant, ratios, summary, verify
 
 MATRICES = 10
 """Dense [B, N] arrays that a dense step holds at its peak: activations, codes, their gradients, the selection."""
@@ -54,7 +55,10 @@ AXES: dict[str, dict[str, Any]] = {
     },
 }
 OPERATIONS = ("step", "encode", "nested_loss", "correlation")
+CODED = ("nested_loss", "correlation")
 LEAST, MOST = 3, 9
+SLOWEST = 2.0
+"""Seconds of one run beyond which another path than ours is no longer followed along an axis."""
 
 
 def points(kind: str) -> Iterator[tuple[str, Size]]:
@@ -75,27 +79,41 @@ def sparse_fits(size: Size, free: float) -> bool:
     return 4 * 2 * WEIGHTS * size.d_sae * size.d + 8 * 64 * size.d_sae < free
 
 
-def measure_point(size: Size, operation: str, seconds: float, free: float) -> dict[str, Any]:
-    """One operation at one size: {variant: seconds, ratio, peak bytes}. BatchTopK; the step and the loss with four prefixes."""
+def measure_point(
+    size: Size, operation: str, seconds: float, free: float, given_up: set[str]
+) -> dict[str, dict[str, Any]]:
+    """One operation at one size: {variant: seconds, ratio, peak bytes}. BatchTopK; the step and the loss with four prefixes.
+
+    A variant other than ours by default that takes longer than SLOWEST is left out, and joins `given_up`.
+    """
     case = Case(size, "batch_topk", nested=True)
     variants: list[Variant] = ours.variants(operation, case)
     if operation == "correlation":
         variants = variants[:1]
-    if operation in ("step", "encode") and dense_fits(size, free):
+    fits = dense_fits(size, free)
+    if operation in ("step", "encode") and fits:
         variants += getattr(eager, operation)(case)
-    inputs = len(case.coded) if operation in ("nested_loss", "correlation") else len(case.pool)
-    race = Race(variants, inputs, case.device)
-    once = race.warm_up()
-    race.run(max(LEAST, min(MOST, int(seconds / max(once, 1e-9)))))
-    first = race.seconds[variants[0].name]
-    directions = ("both", "forward")
-    found = {}
+    variants = [variant for variant in variants if variant.name not in given_up]
+    if operation == "step" and fits:
+        truth = case.expect_step()
+        for variant in variants:
+            verify(variant, truth)
+    race = Race(variants, len(case.coded) if operation in CODED else len(case.pool), case.device)
+    first = variants[0]
     for variant in variants:
+        race.time(variant)
+    slow = {v.name for v in variants[1:] if sum(race.seconds[v.name]["forward"]) * v.per > SLOWEST}
+    given_up |= slow
+    race.variants = [variant for variant in variants if variant.name not in slow]
+    race.seconds.clear()
+    race.run(max(LEAST, min(MOST, int(seconds / max(race.warm_up(), 1e-9)))))
+    found = {}
+    for variant in race.variants:
         times = race.seconds[variant.name]
-        direction = next(d for d in directions if d in times)
+        direction = "both" if "both" in times else "forward"
         found[variant.name] = {
             "seconds": summary(times[direction]),
-            "ratio": ratios(times[direction], first[direction]),
+            "ratio": ratios(times[direction], race.seconds[first.name][direction]),
             "peak_bytes": race.peak_bytes(variant),
             "note": variant.note,
         }
@@ -105,23 +123,20 @@ def measure_point(size: Size, operation: str, seconds: float, free: float) -> di
 def measure(kind: str, seconds: float) -> dict[str, Any]:
     """The scaling section of a result file."""
     free = 0.4 * machine.free_bytes()
-    found = []
+    about, found = results.about(), []
+    given_up: dict[tuple[str, str], set[str]] = defaultdict(set)
     for axis, size in points(kind):
         if not sparse_fits(size, free):
             continue
         # Only N and B reach sizes where the parts part ways; the others show the step.
         for operation in OPERATIONS if axis in ("d_sae", "rows") else ("step",):
+            variants = measure_point(size, operation, seconds, free, given_up[axis, operation])
+            value = getattr(size, axis)
             found.append(
-                {
-                    "axis": axis,
-                    "value": getattr(size, axis),
-                    "operation": operation,
-                    "size": asdict(size),
-                    "variants": measure_point(size, operation, seconds, free),
-                }
+                {"axis": axis, "value": value, "operation": operation, "size": asdict(size), "variants": variants}
             )
-            print(f"{axis} {getattr(size, axis)} {operation}: {said(found[-1]['variants'])}", flush=True)
-    return {**results.about(), "points": found}
+            print(f"{axis} {value} {operation}: {said(variants)}", flush=True)
+    return {**about, "points": found}
 
 
 def said(variants: dict[str, Any]) -> str:
