@@ -211,6 +211,31 @@ def test_overflow_of_bfloat16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert_same_state(tmp_path / "overflow", tmp_path / "left out")
 
 
+@pytest.mark.parametrize("name", ["W_enc", "b_enc", "W_dec"])
+def test_weights_beyond_bfloat16_stop_the_run_with_a_diagnosis(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Finite as fp32 masters, infinite in the products: every step from then on is bad, though batches and masters are not."""
+    inside = trainer_module._Run._train_step
+
+    def step(self: trainer_module._Run) -> None:
+        if self.step == BAD:
+            with torch.no_grad():
+                getattr(self.transcoder, name).fill_(torch.finfo(torch.float32).max)
+        inside(self)
+
+    monkeypatch.setattr(trainer_module._Run, "_train_step", step)
+    settings = config(training__compute_dtype="bfloat16", training__max_bad_steps=3, transcoder__normalize="none")
+    with pytest.raises(
+        TrainingDivergedError, match=r"max_bad_steps = 3.*finite batches and a loss or gradients that over"
+    ):
+        train_transcoder(settings, tmp_path / "run", batches=Poisoned())
+    events = [r["step"] for r in records(tmp_path / "run") if r.get("event") == "bad_step"]
+    assert events[:3] == [BAD + 1, BAD + 2, BAD + 3]
+    kept = load_checkpoint(tmp_path / "run" / "checkpoints" / "step_00000010").model
+    assert bool(kept[name].abs().max() < 100), "the checkpoint before is still there"
+
+
 def test_without_bad_numbers_both_ways_give_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with use_backend("torch"):
         train_transcoder(config(), tmp_path / "host", batches=Planted())
