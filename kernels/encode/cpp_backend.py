@@ -34,7 +34,7 @@ def screens(x: Tensor, W: Tensor) -> bool:
 def multiplies_bf16() -> bool:
     """Whether products in bf16 are fast here, and summed in fp32."""
     units = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return torch.backends.mkldnn.enabled and any(bool(getattr(torch.cpu, unit, bool)()) for unit in units)
+    return bool(torch.backends.mkldnn.enabled) and any(bool(getattr(torch.cpu, unit, bool)()) for unit in units)
 
 
 def select_topk(x: Tensor, W: Tensor, b: Tensor, k: int) -> Selection:
