@@ -61,6 +61,31 @@ def test_verdicts_are_those_of_the_merge_test_on_the_same_tokens(widths: tuple[i
     assert bool(wanted.mergeable()[0])
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+def test_both_ways_of_measuring_are_one(weighted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Latents in several pairs, one that never fires, stored zeros, and pages of a few entries.
+    monkeypatch.setattr("transcoder.antidup.merge_evidence.DOTS_AT_A_TIME", 37)
+    codes, residual, _, W = world(5)
+    values = codes.values.clone()
+    values[::7] = 0
+    values[codes.indices == 10] = 0
+    codes = codes.with_values(values)
+    left, right = torch.tensor([0, 0, 1, 3, 4]), torch.tensor([1, 2, 2, 10, 5])
+    evidence = MergeEvidence(D_SAE, CPU)
+    asked(evidence, left, right)
+    w = torch.rand(TOKENS, generator=torch.Generator().manual_seed(1)).double() if weighted else None
+    if w is not None:
+        w[::5] = 0
+    sums, fired = evidence._measure_firings(codes, residual, W, w)
+    every, all_fired = evidence._measure_all(codes, residual, W, w)
+    torch.testing.assert_close(sums, every, rtol=1e-4, atol=1e-4)
+    assert torch.equal(fired, all_fired)
+    assert int(fired[1, 3]) == 0
+    assert int(fired.sum()) > 500
+    silent = codes.with_values(torch.zeros_like(values))
+    assert not bool(torch.cat(evidence._measure_firings(silent, residual, W, w)).any())
+
+
 def test_weights_weigh_the_tokens_and_zero_is_not_there() -> None:
     codes, residual, target, W = world(0)
     weights = torch.ones(TOKENS)

@@ -19,6 +19,7 @@ from transcoder.kernels import SparseCodes
 MOST_PAIRS = 1024
 """Pairs followed at a time: a batch's residuals are multiplied by the decoder rows of both sides."""
 SUMS = ("square_i", "square_j", "along_i", "along_j", "cross_i", "cross_j", "product", "target")
+DOTS_AT_A_TIME = 4096
 ENOUGH = 4 * MIN_FIRINGS
 """Firings from which what is known of a pair counts half at every settling: the weights go on changing."""
 
@@ -69,6 +70,58 @@ class MergeEvidence:
         """
         if len(self) == 0:
             return None
+        w = None if weights is None else weights.detach().double()
+        target = target.detach().float()
+        spread = (target - target.mean(0)).square().sum(1).double()
+        spread = spread.sum() if w is None else (w * spread).sum()
+        # Where the host is the device, reading how many entries there are is free, and rare latents have few.
+        measure = self._measure_firings if codes.device.type == "cpu" else self._measure_all
+        sums, fired = measure(codes, residual.detach().float(), W_dec.detach(), w)
+        return Measured(self._round, torch.cat([sums, spread.expand(1, len(self))]), fired)
+
+    def _measure_firings(
+        self, codes: SparseCodes, residual: Tensor, W_dec: Tensor, w: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """(sums without the target's [7, P], fired [2, P]), at the cost of the firings of the pairs' latents."""
+        count = len(self)
+        latents, order = self._pairs.flatten().sort()
+        fires = torch.zeros(self.d_sae, dtype=torch.bool, device=self.device).index_fill_(0, latents, True)[
+            codes.indices
+        ]
+        fires &= codes.values.detach() > 0
+        latent, row, value = codes.indices[fires], codes.rows()[fires], codes.values.detach()[fires].double()
+        first = torch.searchsorted(latents, latent)
+        degree = torch.searchsorted(latents, latent, right=True) - first
+        # One place for each firing of a latent in one of its pairs.
+        entry = torch.repeat_interleave(torch.arange(latent.numel(), device=self.device), degree)
+        nth = torch.arange(entry.numel(), device=self.device) - (degree.cumsum(0) - degree)[entry]
+        place = order[first[entry] + nth]
+        pair, side = place % count, place // count
+        partner = self._pairs.flatten()[(place + count) % (2 * count)]
+        weight = torch.ones_like(value) if w is None else w[row]
+        z, weight = value[entry], weight[entry]
+        own, other = (_dots(residual, row[entry], W_dec, which) for which in (latent[entry], partner))
+        sums = torch.zeros(len(SUMS) - 1, count, dtype=torch.float64, device=self.device)
+        fired = torch.zeros(2, count, dtype=torch.int64, device=self.device)
+        # z_i (r . w_j) is `cross_j`: it is named by the row, not by the firing.
+        for here, names in (
+            (side == 0, ("square_i", "along_i", "cross_j")),
+            (side == 1, ("square_j", "along_j", "cross_i")),
+        ):
+            for name, column in zip(names, (z * z, z * own, z * other), strict=True):
+                sums[SUMS.index(name)].index_add_(0, pair[here], (weight * column)[here])
+        fired.view(-1).index_add_(0, place, (weight > 0).long())
+        key, wanted = row * self.d_sae + latent, row[entry] * self.d_sae + partner
+        if key.numel():
+            at = torch.searchsorted(key, wanted).clamp_(max=key.numel() - 1)
+            joint = torch.where((key[at] == wanted) & (side == 0), weight * z * value[at], 0.0)
+            sums[SUMS.index("product")].index_add_(0, pair, joint)
+        return sums, fired
+
+    def _measure_all(
+        self, codes: SparseCodes, residual: Tensor, W_dec: Tensor, w: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The same without reading the device: every token against every pair."""
         i, j = self._pairs
         batch = codes.shape[0]
         latents = torch.cat([i, j])
@@ -79,20 +132,12 @@ class MergeEvidence:
         z = torch.zeros(batch, n + 1, dtype=torch.float32, device=self.device)
         entry = slot[codes.indices]
         z[codes.rows(), entry] = torch.where(entry < n, codes.values.detach().float(), 0.0)
-        w = (
-            torch.ones(batch, 1, dtype=torch.float32, device=self.device)
-            if weights is None
-            else weights.detach().float()[:, None]
-        )
-        residual = residual.detach().float()
+        weight = torch.ones(batch, 1, dtype=torch.float32, device=self.device) if w is None else w.float()[:, None]
         z_i, z_j = z[:, slot[i]], z[:, slot[j]]
-        r_i, r_j = (residual @ W_dec.detach()[side].float().T for side in (i, j))
+        r_i, r_j = (residual @ W_dec[side].float().T for side in (i, j))
         parts = (z_i * z_i, z_j * z_j, z_i * r_i, z_j * r_j, z_j * r_i, z_i * r_j, z_i * z_j)
-        sums = [(w * part).sum(0, dtype=torch.float64) for part in parts]
-        wide = target.detach().double()
-        spread = (w * (wide - wide.mean(0)).square()).sum()
-        fired = torch.stack([((side > 0) & (w > 0)).sum(0) for side in (z_i, z_j)])
-        return Measured(self._round, torch.stack([*sums, spread.expand(len(self))]), fired)
+        sums = torch.stack([(weight * part).sum(0, dtype=torch.float64) for part in parts])
+        return sums, torch.stack([((side > 0) & (weight > 0)).sum(0) for side in (z_i, z_j)])
 
     def add(self, measured: Measured | None) -> None:
         """Count it."""
@@ -185,3 +230,12 @@ class MergeEvidence:
         self._sums.copy_(sums)
         self._fired.copy_(fired)
         self._round += 1
+
+
+def _dots(residual: Tensor, row: Tensor, W_dec: Tensor, latent: Tensor) -> Tensor:
+    """[E] float64: residual[row] . W_dec[latent], in tiles."""
+    parts = [
+        (residual[r] * W_dec[n].float()).sum(1, dtype=torch.float64)
+        for r, n in zip(row.split(DOTS_AT_A_TIME), latent.split(DOTS_AT_A_TIME), strict=True)
+    ]
+    return torch.cat(parts)
