@@ -6,6 +6,8 @@ import http.client
 import json
 import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -71,6 +73,21 @@ def test_what_is_new_is_shown(watched: tuple[Path, int]) -> None:
     assert status == 200
     assert headers["etag"] != before
     assert "555 of 600 steps" in json.loads(data)["header"]["facts"]
+
+
+def test_a_run_whose_process_is_gone_is_called_dead(watched: tuple[Path, int]) -> None:
+    run, port = watched
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        process.wait()
+    (run / ".lock").write_text(json.dumps({"pid": process.pid, "host": socket.gethostname()}))
+    words, look = json.loads(ask(port, "/data.json")[2])["header"]["pill"]
+    assert look == "bad"
+    assert words.startswith(f"dead: process {process.pid} is gone")
+
+
+def test_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        watch_server.serve(tmp_path / "none")
 
 
 def test_it_listens_on_this_machine_only(watched: tuple[Path, int]) -> None:

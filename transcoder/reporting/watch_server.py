@@ -18,9 +18,13 @@ from typing import Any
 from transcoder.reporting.html import embedded_json
 from transcoder.reporting.latent_cards import LatentCards
 from transcoder.reporting.latent_table import FILE_NAME as LATENTS_FILE
+from transcoder.reporting.numbers import clock
 from transcoder.reporting.page import chunk_elements, render_page
 from transcoder.reporting.report import payload
-from transcoder.reporting.runfolder import RunFolder
+from transcoder.reporting.run_frame import look
+from transcoder.reporting.run_process import process_of
+from transcoder.reporting.run_tail import MetricsTail
+from transcoder.reporting.series import FILE_NAME as METRICS_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -29,8 +33,10 @@ CONNECTIONS = 16
 """Answered at a time; a page opens two or three."""
 IDLE_SECONDS = 20
 LEAST_SECONDS = 2.0
-SHARE = 10
-"""The files are read at most a tenth of the time: a long run's curves take seconds to read, and training needs the cores."""
+SHARE = 4
+"""Between two readings at least so many times the processor time of one: a long run takes seconds, training needs the cores."""
+LOOKS = {"running": "good", "slow": "warn", "dead": "bad"}
+"""States that a run's files alone do not tell, and how they look."""
 _PACKED = re.compile(r"/packed/(latent-index|chunk-\d{1,6})")
 
 
@@ -42,6 +48,7 @@ class LiveReport:
 
     def __init__(self, run_dir: Path) -> None:
         self._path = run_dir
+        self._tail = MetricsTail(run_dir / METRICS_FILE)
         self._lock = threading.Lock()
         self._seen: object = None
         self._cards_seen: object = None
@@ -76,12 +83,16 @@ class LiveReport:
         return None if found is None else found.encode()
 
     def _render(self) -> None:
-        began = time.monotonic()
+        began = time.process_time()
         self._seen = self._signature()
-        run = RunFolder(self._path)
+        snapshot = look(self._path, self._tail)
         heavy = self._signature(("activation_samples/samples.parquet", LATENTS_FILE))
         cards = self._cards if heavy == self._cards_seen else None
-        core, cards = payload(run, cards)
+        core, cards = payload(snapshot.folder, cards)
+        if snapshot.state in LOOKS:
+            core["header"]["pill"] = [snapshot.words, LOOKS[snapshot.state]]
+        if snapshot.state == "running" and snapshot.left:
+            core["header"]["facts"].append(f"{clock(snapshot.left)} left")
         if heavy != self._cards_seen:
             self._cards_seen, self._cards = heavy, cards
             self._version += 1
@@ -96,18 +107,18 @@ class LiveReport:
         self.core = core
         self.data = embedded_json(core).encode("utf-8", errors="replace")
         self.tag = f'"{hashlib.sha256(self.data).hexdigest()[:32]}"'
-        took = time.monotonic() - began
+        took = time.process_time() - began
         self._next = time.monotonic() + max(LEAST_SECONDS, SHARE * took)
 
     def _signature(self, names: tuple[str, ...] = ()) -> object:
-        """Names, sizes and times of what a page is made of."""
+        """Names, sizes and times of what a page is made of, and whether its process is there."""
         files = (
             [self._path / n for n in names] if names else [p for p in self._path.iterdir() if p.name != "report.html"]
         )
         for folder in ("anti_duplication_logs", "checkpoints", *(() if names else ("activation_samples",))):
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 files.extend((self._path / folder).iterdir())
-        return tuple(sorted(_facts(files)))
+        return (None if names else process_of(self._path).state, *sorted(_facts(files)))
 
 
 def _facts(files: list[Path]) -> Iterator[tuple[str, int, int]]:

@@ -85,8 +85,11 @@ const tokenList = (title, tokens) => make("div", "logits", make("h5", "", title)
   return node;
 })));
 
-const contextsOf = (box, card, count) => {
+// `find`: what was searched for; the contexts that have it come first, under its own heading.
+const contextsOf = (box, card, count, find) => {
   const before = box.childElementCount;
+  const hits = find ? card.rows.filter((row) => row.tokens.join("").toLowerCase().includes(find)) : [];
+  if (hits.length) box.append(make("h5", "", `With “${find}”`), ...hits.slice(0, 5).map(contextRow));
   for (const [top, label] of [[true, "Strongest"], [false, "Across positions"]]) {
     const rows = card.rows.filter((row) => row.top === top);
     if (!rows.length) continue;
@@ -101,7 +104,7 @@ const contextsOf = (box, card, count) => {
 };
 
 // `full` adds what the side-by-side view of a pair has no room for.
-const fillCard = async (box, id, full) => {
+const fillCard = async (box, id, full, find = "") => {
   box.replaceChildren(make("p", "note", "…"));
   const index = store.index;
   const place = index ? index.place(id) : -1;
@@ -131,7 +134,7 @@ const fillCard = async (box, id, full) => {
     parts.push(make("div", "promoted", tokenList("Promotes", card.facts.up), tokenList("Suppresses", card.facts.down)));
   }
   box.replaceChildren(...parts);
-  if (card) contextsOf(box, card, full ? 8 : 5);
+  if (card) contextsOf(box, card, full ? 8 : 5, find);
   else box.append(make("p", "empty", place < 0 || !index.samples[place] ? "No context of this latent was kept." : "Its contexts are not in this page: logging.report_latents, or the page's size, is too small for all."));
   if (full && index) {
     const why = Object.entries(index.lacking).map(([what, reason]) => `${what}: ${reason}`);

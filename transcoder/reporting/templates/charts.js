@@ -16,8 +16,18 @@ const plotly = () => {
 };
 
 const SANS = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif';
+// A long title of an axis breaks where a phone would cut it.
+const broken = (text) => {
+  if (innerWidth > 560) return plain(text);
+  const lines = [""];
+  for (const word of text.split(" ")) {
+    if (lines[lines.length - 1].length + word.length > 36) lines.push("");
+    lines[lines.length - 1] += `${lines[lines.length - 1] ? " " : ""}${word}`;
+  }
+  return lines.map(plain).join("<br>");
+};
 const axis = (title, more) => ({
-  title: { text: title, standoff: 8, font: { size: 12, color: colour("muted") } },
+  title: { text: broken(title), standoff: 8, font: { size: 12, color: colour("muted") } },
   gridcolor: colour("grid"), linecolor: colour("line"), zerolinecolor: colour("line"), tickcolor: colour("line"),
   tickfont: { size: 11, color: colour("muted") }, automargin: true, fixedrange: true, ...more,
 });
@@ -112,7 +122,7 @@ const drawings = {
       high = Math.max(high, 2 * radius);
     }
     const link = (chosen, name, width) => ({
-      type: "scatter", mode: "lines", hoverinfo: "skip", line: { color: colour(name), width },
+      type: "scatter", mode: "lines", hoverinfo: "skip", line: { color: name === "muted" && width < 3 ? faint(name, 0.45) : colour(name), width },
       x: chosen.flatMap(([i, j]) => [place.get(i)[0], place.get(j)[0], null]), y: chosen.flatMap(([i, j]) => [place.get(i)[1], place.get(j)[1], null]),
     });
     const edges = (flagged, folds) => chart.edges.filter((e) => e[3] === flagged && e[4] === folds);
@@ -124,7 +134,7 @@ const drawings = {
     };
     const none = { visible: false, fixedrange: true };
     return [
-      [link(edges(0, 0), "line", 2), link(edges(0, 1), "c1", 2), link(edges(1, 0), "muted", 4.5), link(edges(1, 1), "c1", 4.5), dots],
+      [link(edges(0, 0), "muted", 2), link(edges(0, 1), "c1", 2), link(edges(1, 0), "muted", 4.5), link(edges(1, 1), "c1", 4.5), dots],
       layout(chart, { height: 560, hovermode: "closest", margin: { l: 14, r: 14, t: 18, b: 8 }, xaxis: none, yaxis: { ...none, scaleanchor: "x" } }),
     ];
   },

@@ -45,7 +45,8 @@ const latentsBlock = (b) => {
   const spacer = make("div", "spacer");
   const list = set(make("div", "list", spacer), { role: "listbox", tabindex: "0", "aria-label": "Latents", id: "latent-list" });
   const card = set(make("article", "card main-card", make("p", "note", "Choose a latent.")), { "aria-live": "polite", tabindex: "-1", id: "latent-card" });
-  const box = make("div", "latents", tools, make("div", "browser", list, card));
+  const names = set(make("div", "names", make("b", "", "id"), make("span", "peak", "strongest on"), make("span", "num", "density"), make("span", "num", "max")), { "aria-hidden": "true" });
+  const box = make("div", "latents", tools, make("div", "browser", make("div", "side", names, list), card));
 
   let index = null, found = [], chosen = -1, marked = new Set();
   const row = (at) => {
@@ -71,6 +72,11 @@ const latentsBlock = (b) => {
   const bands = { dead: [-1, 0], rare: [0, 0.001], some: [0.001, 0.01], often: [0.01, 0.1], dense: [0.1, 2] };
   const sorts = {
     id: null, peak: (n) => -(index.peak[n] ?? -1), density: (n) => -(index.density?.[n] ?? 0), rare: (n) => index.density?.[n] || 2, group: (n) => index.group[n] || 1e9,
+  };
+  // What a search is for, unless it is for an id.
+  const sought = () => {
+    const text = search.value.trim().toLowerCase();
+    return /^\d+$/.test(text) ? "" : text;
   };
   let asked = 0;
   const filter = async () => {
@@ -125,7 +131,7 @@ const latentsBlock = (b) => {
     if (at >= 0) show(at);
     paint();
     card.dataset.wanted = String(id);
-    fillCard(card, id, true);
+    fillCard(card, id, true, sought());
     try { history.replaceState(null, "", `#latent-${id}`); } catch { /* not everywhere from disk */ }
     if (jump) {
       const target = box.getBoundingClientRect().width < 800 ? card : box;
