@@ -77,9 +77,8 @@ def peers(found: dict[str, Any]) -> Any:
         place -= 0.5
     axis.set_yticks([p for p, _ in ticks], [n for _, n in ticks])
     axis.axvline(1, color="black", linewidth=0.8)
-    axis.set_xscale("log")
     axis.set_ylim(place, 1)
-    axis.set_xlabel("time of a step, multiples of ours (log; bars to the quartiles)")
+    axis.set_xlabel("time of a step, multiples of ours (lines to the quartiles)")
     return figure
 
 
@@ -95,10 +94,12 @@ def floor(found: dict[str, Any]) -> Any:
         direction = "both" if "both" in one["seconds"] else "forward"
         least = row["floor"][direction]["seconds"]
         middle, low, high = (one["seconds"][direction][n] / least for n in ("median", "low", "high"))
-        axis.barh(-place, middle, xerr=[[middle - low], [high - middle]], color=OURS, height=0.7, ecolor="black")
+        axis.errorbar(middle, -place, xerr=[[middle - low], [high - middle]], fmt="o", color=OURS, ecolor="black", ms=5)
     axis.set_yticks([-n for n in range(len(rows))], [label(row) for row in rows])
     axis.axvline(1, color="black", linewidth=0.8)
-    axis.set_xlabel("time, multiples of this machine's floor for the same bytes and operations")
+    axis.set_xscale("log")
+    axis.set_ylim(0.5 - len(rows), 0.5)
+    axis.set_xlabel("time, multiples of this machine's floor for the same bytes and operations (log)")
     return figure
 
 
