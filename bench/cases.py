@@ -52,6 +52,12 @@ SIZES = {
 }
 
 
+def dense_bytes(size: Size) -> int:
+    """What a dense step holds at its peak, roughly: ten arrays [B, N] (activations, codes, their gradients, the selection) and
+    six copies of both matrices (masters, gradients, moments, and what is in passing)."""
+    return 4 * (10 * size.rows * size.d_sae + 12 * size.d_sae * size.d)
+
+
 @dataclass(frozen=True)
 class Floor:
     """What any exact implementation must move and compute (bench.roofline), whatever the machine."""

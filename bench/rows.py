@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from bench import peers
-from bench.cases import Case, Floor
+from bench import machine, peers
+from bench.cases import Case, Floor, dense_bytes
 from bench.peers import ours
 from bench.race import Race, Variant, ratios, rounds_for, summary, verify
 
@@ -22,7 +22,12 @@ COPY, GEMM = "copy", "product"
 
 def contestants(operation: str, case: Case, names: Sequence[str]) -> tuple[list[Variant], dict[str, str]]:
     """(ours first, then the peers; what was skipped and why). Raises WrongResultError where one computes something else."""
-    others, skipped = peers.variants(operation, case, names)
+    needed, free = dense_bytes(case.size), machine.free_bytes()
+    if needed < 0.7 * free:
+        others, skipped = peers.variants(operation, case, names)
+    else:
+        why = f"dense codes need about {needed / 1e9:.0f} GB at {case.size}, {free / 1e9:.0f} GB are free"
+        others, skipped = [], dict.fromkeys(names, why)
     found = [*ours.variants(operation, case), *others]
     expected = getattr(case, f"expect_{operation}", None)
     if expected is not None:

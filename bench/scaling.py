@@ -16,14 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from bench import machine, results
-from bench.cases import Case, Size
+from bench.cases import Case, Size, dense_bytes
 from bench.peers import eager, ours
 from bench.race import Race, Variant, ratios, summary, verify
 
-MATRICES = 10
-"""Dense [B, N] arrays that a dense step holds at its peak: activations, codes, their gradients, the selection."""
-WEIGHTS = 6
-"""Copies of both matrices that a step holds: masters, gradients, moments, and what is in passing."""
 AXES: dict[str, dict[str, Any]] = {
     "cpu": {
         "base": Size(1024, 128, 8192, 32),
@@ -70,13 +66,12 @@ def points(kind: str) -> Iterator[tuple[str, Size]]:
 
 
 def dense_fits(size: Size, free: float) -> bool:
-    held = 4 * MATRICES * size.rows * size.d_sae + 8 * 2 * WEIGHTS * size.d_sae * size.d
-    return held < free
+    return dense_bytes(size) + ours_bytes(size) < free
 
 
-def sparse_fits(size: Size, free: float) -> bool:
-    """Ours, the weights of two runs and the reference's dense [B, N] of the small input."""
-    return 4 * 2 * WEIGHTS * size.d_sae * size.d + 8 * 64 * size.d_sae < free
+def ours_bytes(size: Size) -> int:
+    """Two backends' weights, gradients and moments, and the drawing of them."""
+    return 4 * 24 * size.d_sae * size.d
 
 
 def measure_point(
@@ -126,7 +121,7 @@ def measure(kind: str, seconds: float) -> dict[str, Any]:
     about, found = results.about(), []
     given_up: dict[tuple[str, str], set[str]] = defaultdict(set)
     for axis, size in points(kind):
-        if not sparse_fits(size, free):
+        if ours_bytes(size) > free:
             continue
         # Only N and B reach sizes where the parts part ways; the others show the step.
         for operation in OPERATIONS if axis in ("d_sae", "rows") else ("step",):

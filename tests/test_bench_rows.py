@@ -89,6 +89,14 @@ def test_a_row_has_what_the_report_reads() -> None:
         assert "sae-lens" in skipped["saelens"]
 
 
+def test_dense_peers_that_do_not_fit_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "free_bytes", lambda: 1000)
+    variants, skipped = contestants("step", Case(TINY), BUILT_IN)
+    assert all(variant.ours for variant in variants)
+    assert set(skipped) == set(BUILT_IN)
+    assert "dense codes need about" in skipped["eager"]
+
+
 def test_peak_memory_sees_what_is_freed_again() -> None:
     device = torch.device("cpu")
     held = 64 << 20

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
+import torch
 from torch import Tensor
 
 from bench.cases import CHECK_RATE, ENCODE, LEARNING_RATE, Case, answers
@@ -34,7 +36,20 @@ def variants(operation: str, case: Case) -> list[Variant]:
     found = [_on(backend, make, case) for backend in (default, *others)]
     if operation == "encode" and case.activation == "topk" and default == "cpp":
         found.append(_on("cpp", make, case, screen="bf16"))
+    if operation in ("encode", "step") and case.device.type == "cuda":
+        found.append(_in_bf16(_on(default, make, case)))
     return found
+
+
+def _in_bf16(variant: Variant) -> Variant:
+    """Products in bf16 under autocast, as training on a GPU does. Its selection is another one: its answer is not compared."""
+    forward = variant.forward
+
+    def run(i: int) -> Any:
+        with torch.autocast("cuda", torch.bfloat16):
+            return forward(i)
+
+    return replace(variant, name=f"{variant.name} bf16", forward=run, answer=None, note="bf16 products, not compared")
 
 
 def _on(backend: str, make: Callable[[Case], Variant], case: Case, screen: str | None = None) -> Variant:
