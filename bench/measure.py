@@ -51,7 +51,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         found["rows"] = rows
     if "peers" in options.only:
         found["peers"] = {}
-        for library in LIBRARIES:
+        for library in options.libraries:
             target = folder / f"{library}.json"
             words = [
                 "bench.peers",
@@ -79,18 +79,28 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--size", default=machine.device().type, help="as --bench-size")
     parser.add_argument("--seconds", type=float, default=3.0, help="of rounds a row (at least 5 rounds)")
     parser.add_argument("--steps", type=int, default=STEPS, help="of the whole run")
+    parser.add_argument(
+        "--libraries",
+        type=lambda text: text.split(","),
+        default=list(LIBRARIES),
+        help="peers with environments of their own",
+    )
     parser.add_argument("--into", type=Path, help="folder of the peers' environments")
     parser.add_argument("--out", type=Path, help="result file (default: bench/results/<device>.json)")
     parser.add_argument("--no-report", action="store_true", help="leave docs/performance.md as it is")
     options = parser.parse_args(words)
-    if unknown := sorted(set(options.only) - set(STAGES)):
-        parser.error(f"--only: expected among {', '.join(STAGES)}, got {', '.join(unknown)}")
+    for name, known in (("only", STAGES), ("libraries", LIBRARIES)):
+        if unknown := sorted(set(getattr(options, name)) - set(known)):
+            parser.error(f"--{name}: expected among {', '.join(known)}, got {', '.join(unknown)}")
     target = options.out or results.FOLDER / f"{machine.slug()}.json"
-    before = results.load(target) if target.is_file() and set(options.only) != set(STAGES) else {}
+    everything = set(options.only) == set(STAGES) and set(options.libraries) == set(LIBRARIES)
+    before = results.load(target) if target.is_file() and not everything else {}
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         sections = measure(options, Path(folder))
     kept = {name: before[name] for name in STAGES if name in before}
+    if "peers" in sections:
+        sections["peers"] = {**kept.get("peers", {}), **sections["peers"]}
     results.save({"format": results.FORMAT, "device": machine.describe(), **kept, **sections}, target)
     print(f"{target}: {time.monotonic() - start:.0f} s in all")
     if not options.no_report:
