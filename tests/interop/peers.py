@@ -23,7 +23,8 @@ def saelens(folder: Path, x: Tensor) -> Tensor:
     """`SAE.load_from_disk(folder)(x)` of the architectures with an encoder and a decoder."""
     config, w = _json(folder / "cfg.json"), _tensors(folder / "sae_weights.safetensors")
     kind = config["architecture"]
-    subtracts = "transcoder" not in kind and config.get("apply_b_dec_to_input", True)
+    subtracts = config.get("apply_b_dec_to_input", True)
+    assert not ("transcoder" in kind and subtracts), "SAELens refuses to load such a transcoder"
     pre = (x.double() - (w["b_dec"] if subtracts else 0)) @ w["W_enc"] + w["b_enc"]
     norms = w["W_dec"].norm(dim=-1) if config.get("rescale_acts_by_decoder_norm") else torch.ones(())
     pre = pre * norms

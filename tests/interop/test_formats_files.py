@@ -93,6 +93,24 @@ def test_saelens_of_the_layout_before_version_six(tmp_path: Path) -> None:
         read_transcoder("saelens", tmp_path)
 
 
+@torch.no_grad()
+def test_topk_leaves_as_saelens_sae_on_request(tmp_path: Path) -> None:
+    _, model = saved_run(tmp_path / "run", activation="topk")
+    with pytest.raises(ChangedFunctionError, match="--architecture topk"):
+        export_transcoder(model, "saelens", tmp_path / "out")
+    record = export_transcoder(model, "saelens", tmp_path / "out", architecture="topk")
+    assert record.function == "same up to rounding"
+    check(peers.saelens(tmp_path / "out", X), model(X))
+    check(read_transcoder("saelens", tmp_path / "out").transcoder(X), model(X))
+    for settings, message in (
+        ({"d_out": 4}, "one width"),
+        ({"activation": "batch_topk"}, "this transcoder is BatchTopK"),
+    ):
+        _, other = saved_run(tmp_path / message, **{"activation": "topk", "d_out": D} | settings)
+        with pytest.raises(ValueError, match=message):
+            export_transcoder(other, "saelens", tmp_path / "no", architecture="topk")
+
+
 @pytest.mark.parametrize("transcode", [False, True])
 @torch.no_grad()
 def test_sparsify(transcode: bool, tmp_path: Path) -> None:
@@ -250,7 +268,7 @@ def saved_run(folder: Path, **settings: Any) -> tuple[Path, Transcoder]:
     """A run's folder with one checkpoint, as the trainer lays it out (weights and config alone)."""
     values: dict[str, Any] = {"d_in": D, "d_out": D, "d_sae": N, "k": 3, "activation": "batch_topk", "widths": [5, N]}
     model = Transcoder(TranscoderConfig(**values | settings), seed=2).eval()
-    model.set_normalization(X, 3 * X + 1, "standardize")
+    model.set_normalization(X, 3 * X[:, : model.config.d_out] + 1, "standardize")
     model.threshold.fill_(0.4)
     checkpoint = folder / "checkpoints" / "step_00000100"
     model.save_pretrained(checkpoint)

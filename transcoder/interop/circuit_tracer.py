@@ -156,7 +156,7 @@ def read(path: Path, record: Conversion, options: Mapping[str, Any]) -> PlainWei
         (_THRESHOLD, "W_skip", "k"),
     )
     W_enc = matrix(where, "W_enc", found["W_enc"])
-    width = _by_layer(config, "unpadded_widths", layer) or W_enc.shape[0]
+    width = _whole(where, config, "unpadded_widths", layer) or W_enc.shape[0]
     activation, threshold, k = config.get("activation"), found.get(_THRESHOLD), config.get("k")
     if k is None and "k" in found:
         k = int(found["k"])
@@ -194,7 +194,7 @@ def read(path: Path, record: Conversion, options: Mapping[str, Any]) -> PlainWei
         # A set has skip connections everywhere or nowhere: zeros are the ones that were padded.
         W_skip=skip if skip is not None and bool(skip.any()) else None,
         activation="topk" if activation == "topk" else "threshold",
-        k=k if activation == "topk" else _by_layer(config, "training_k", layer),
+        k=k if activation == "topk" else _whole(where, config, "training_k", layer),
         threshold=threshold,
         widths=tuple(widths) if isinstance(widths, list) else None,
         hooks=_hooks(config, layer),
@@ -246,6 +246,15 @@ def _layer_file(where: str, folder: Path, config: Mapping[str, Any], layer: int 
     if layer not in real:
         raise ValueError(f"{where}: layer: expected one of {real}, got {layer}")
     return folder / f"layer_{layer}.safetensors"
+
+
+def _whole(where: str, config: Mapping[str, Any], name: str, layer: int | None) -> int | None:
+    value = _by_layer(config, name, layer)
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise ValueError(
+            f"{where}: {CONFIG_FILE}: {name}: expected a whole number of at least 1 for layer {layer}, got {value!r}"
+        )
+    return value
 
 
 def _by_layer(config: Mapping[str, Any], name: str, layer: int | None) -> Any:

@@ -137,9 +137,9 @@ def _class_of(where: str, state: Mapping[str, Any], trainer: Mapping[str, Any]) 
                 '{"trainer": {"dict_class": ...}}'
             )
         raise ValueError(f"{where}: the tensors {', '.join(sorted(map(str, state)))} fit none of {', '.join(_NAMES)}")
-    if name not in _NAMES:
+    if not isinstance(name, str) or name not in _NAMES:
         raise ValueError(f"{where}: dict_class: expected one of {', '.join(_NAMES)}, got {name!r}")
-    return str(name)
+    return name
 
 
 def _k(where: str, found: Mapping[str, Tensor], trainer: Mapping[str, Any]) -> int | None:
