@@ -30,7 +30,7 @@ def test_fifty_kills_change_no_bit(tmp_path: Path) -> None:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=290,
     )
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
