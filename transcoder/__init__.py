@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         UsageLedger,
     )
     from transcoder.config import ConfigError, RunConfig
+    from transcoder.interop.accelerate import accelerate
     from transcoder.interop.formats import export_transcoder, import_transcoder
     from transcoder.interop.hub import push_to_hub
     from transcoder.model import StepOutput, Transcoder, TranscoderConfig
@@ -39,6 +40,7 @@ _HOMES = {
     "Transcoder": "transcoder.model",
     "TranscoderConfig": "transcoder.model",
     "UsageLedger": "transcoder.antidup",
+    "accelerate": "transcoder.interop.accelerate",
     "export_transcoder": "transcoder.interop.formats",
     "import_transcoder": "transcoder.interop.formats",
     "push_to_hub": "transcoder.interop.hub",
@@ -60,6 +62,7 @@ __all__ = [
     "TranscoderConfig",
     "UsageLedger",
     "__version__",
+    "accelerate",
     "export_transcoder",
     "import_transcoder",
     "push_to_hub",

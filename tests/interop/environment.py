@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -37,6 +38,10 @@ PEERS = {
     # 0.4.1 was never on PyPI; this is the fork that is, with the same file format.
     "circuit-tracer": "circuit-tracer==0.5.0",
 }
+
+UNFIT = ("torchvision",)
+"""What a library pulls in and none of it needs here: PyPI's torchvision is built for GPUs and cannot load beside a CPU build of
+torch, and transformers takes a torchvision that is there and broken for one that works."""
 
 TOOLS = ("pytest>=8", "pytest-timeout>=2.3")
 
@@ -59,7 +64,7 @@ def environment(library: str, into: Path | None = None, torch_backend: str | Non
         "python": platform.python_version(),
         "checkout": str(ROOT),
         # What the checkout asks for is installed too, and an editable install shows new modules by itself.
-        "project": (ROOT / "pyproject.toml").read_text(encoding="utf-8"),
+        "project": re.findall(r"(?ms)^dependencies = \[.*?^\]", (ROOT / "pyproject.toml").read_text(encoding="utf-8")),
     }
     key = hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=6).hexdigest()
     home = folder / f"{library}-{key}"
@@ -75,6 +80,7 @@ def environment(library: str, into: Path | None = None, torch_backend: str | Non
     backend = ["--torch-backend", torch_backend] if torch_backend else []
     install = [uv, "pip", "install", "--quiet", "--python", str(python), *backend]
     _call([*install, TORCH, PEERS[library], "-e", str(ROOT), *TOOLS], settings)
+    _call([uv, "pip", "uninstall", "--quiet", "--python", str(python), *UNFIT], settings)
     done.write_text(json.dumps(parts, indent=1, sort_keys=True), encoding="utf-8")
     return python
 

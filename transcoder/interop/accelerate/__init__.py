@@ -1,0 +1,111 @@
+"""`accelerate(module)`: a live module of another library, running on our kernels."""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+import importlib
+import importlib.metadata
+from typing import Any, TypeVar
+
+from torch import nn
+
+from transcoder.interop.accelerate.activations import DenseView, LazyTensor, SparseActivations
+from transcoder.interop.accelerate.kinds import Kind
+
+__all__ = ["DenseView", "LazyTensor", "PeerVersionError", "SparseActivations", "accelerate"]
+
+M = TypeVar("M", bound=nn.Module)
+
+LIBRARIES = {"sae_lens": "saelens", "sparsify": "sparsify", "dictionary_learning": "dictionary_learning"}
+"""Top-level package of a library: the module here that knows it."""
+
+
+class PeerVersionError(ImportError):
+    """A library's version, or a part of it, that is not one this was tested with."""
+
+
+def accelerate(module: M, *, repair_auxk: bool = False, allow_untested: bool = False) -> M:
+    """The same module object, its encoder, selection and decoder running on `transcoder.kernels`.
+
+    Takes SAELens' TopK, BatchTopK and MatryoshkaBatchTopK training SAEs, its TopK and JumpReLU SAEs and JumpReLU transcoders;
+    sparsify's SparseCoder; dictionary_learning's AutoEncoderTopK, BatchTopKSAE and MatryoshkaBatchTopKSAE.
+
+    The object keeps its parameters (their storage, names, shapes), buffers, hooks and class (`isinstance` holds: it gets a
+    subclass of its own, nothing of the library is changed), so optimizers, trainers, saving and loading go on as they were,
+    also ones made before. Calling it again changes nothing.
+
+    Activations come back as `SparseActivations`: tensors of the usual shape that hold compressed codes and turn dense, once and
+    with a `DenseView` warning, where something needs it. Selections with ties may choose otherwise among equals; values and
+    gradients agree to fp32 rounding of a product of length d_in. Entries that the ReLU switched off get no gradient.
+
+    Args:
+        repair_auxk: sparsify's encoder loses the gradient of its AuxK loss (and of multi_topk): True gives it back. The other
+            libraries keep it, and for them this changes nothing.
+        allow_untested: go on with a version of the library that was not tested.
+
+    Raises:
+        TypeError: a module of another class, or of a subclass that replaces the very methods that are accelerated.
+        PeerVersionError: a library's version that was not tested, or one without the expected parts; names those tested.
+    """
+    if hasattr(type(module), "_transcoder_original"):
+        module.__dict__["_transcoder_repair_auxk"] = repair_auxk
+        return module
+    package = next((p for p in (c.__module__.split(".")[0] for c in type(module).__mro__) if p in LIBRARIES), None)
+    if package is None:
+        raise TypeError(
+            f"accelerate: expected a module of SAELens, sparsify or dictionary_learning, got {type(module).__module__}."
+            f"{type(module).__qualname__}"
+        )
+    library = importlib.import_module(f"{__name__}.{LIBRARIES[package]}")
+    if not allow_untested:
+        _check_version(library)
+    try:
+        kinds: list[Kind] = library.kinds()
+    except (ImportError, AttributeError) as error:
+        raise PeerVersionError(f"accelerate: {_versions(library)}: a part is missing: {error}") from error
+    kind = next((k for k in kinds if isinstance(module, k.theirs)), None)
+    if kind is None:
+        names = ", ".join(k.theirs.__name__ for k in kinds)
+        raise TypeError(f"accelerate: expected one of {names}, got {type(module).__qualname__}")
+    for name in kind.replaces:
+        if getattr(type(module), name, None) is not getattr(kind.theirs, name):
+            raise TypeError(
+                f"accelerate: {type(module).__qualname__} has its own {name}, which would be passed over; only "
+                f"{kind.theirs.__name__} and subclasses that leave {', '.join(kind.replaces)} alone can be accelerated"
+            )
+    theirs: Any = type(module)
+    module.__class__ = _accelerated(theirs, kind.ours)
+    module.__dict__["_transcoder_repair_auxk"] = repair_auxk
+    return module
+
+
+@functools.cache
+def _accelerated(theirs: type, ours: type) -> Any:
+    """A subclass under the library's own name, one for each class; pickles as that class, accelerated again."""
+    methods = {n: m for c in reversed(ours.__mro__[:-1]) for n, m in vars(c).items() if callable(m)}
+    own = {"_transcoder_original": theirs, "_transcoder_ours": ours, "__reduce_ex__": _reduce}
+    return type(theirs.__name__, (theirs,), {"__module__": theirs.__module__, **methods, **own})
+
+
+def _reduce(self: Any, protocol: Any) -> Any:
+    kind = type(self)
+    return _again, (kind._transcoder_original, kind._transcoder_ours), self.__getstate__()
+
+
+def _again(theirs: type, ours: type) -> Any:
+    return copyreg.__newobj__(_accelerated(theirs, ours))  # type: ignore[attr-defined]
+
+
+def _check_version(library: Any) -> None:
+    have = importlib.metadata.version(library.PACKAGE)
+    if have != library.TESTED and not have.startswith(f"{library.TESTED}."):
+        raise PeerVersionError(
+            f"accelerate: {_versions(library)}; install {library.PACKAGE}=={library.TESTED}.* or pass allow_untested=True and "
+            "compare a step with the library's own"
+        )
+
+
+def _versions(library: Any) -> str:
+    have = importlib.metadata.version(library.PACKAGE)
+    return f"tested with {library.PACKAGE} {library.TESTED}, found {have}"

@@ -1,0 +1,128 @@
+"""Selection on our kernels from a library's own parameters, whichever way round it keeps them."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from transcoder.kernels import (
+    SparseCodes,
+    active_backend,
+    batch_topk_encode,
+    threshold_encode,
+    topk_encode,
+    use_backend,
+)
+
+How = Literal["topk", "batch_topk", "threshold"]
+
+
+class _Select(torch.autograd.Function):
+    """Values of the selected entries; gradients by the kernels, handed back in the parameter's own layout."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        W: Tensor,
+        b: Tensor,
+        scale: Tensor | None,
+        rows: bool,
+        how: How,
+        argument: Any,
+        derived: dict[str, object],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        latents = W.detach() if rows else W.detach().T
+        if scale is None:
+            biases, latents = b.detach(), latents.contiguous()
+        else:
+            # Scaled and turned in one pass over the matrix.
+            biases = b.detach() * scale
+            latents = torch.mul(latents, scale[:, None], out=latents.new_empty(latents.shape))
+        if how == "topk":
+            codes = topk_encode(x, latents, biases, argument)
+        elif how == "batch_topk":
+            codes = _largest(x, latents, biases, argument)
+        else:
+            codes = threshold_encode(x, latents, biases, argument)
+        values, indices, row_ptr = codes.values.detach(), codes.indices, codes.row_ptr
+        derived.update(codes._derived)
+        ctx.mark_non_differentiable(indices, row_ptr)
+        ctx.save_for_backward(x, W if rows and scale is None else latents, scale, values, indices, row_ptr)
+        ctx.rows, ctx.derived, ctx.dtypes = rows, derived, (x.dtype, W.dtype, b.dtype)
+        ctx.backend = active_backend(x.device, "encode")
+        return values, indices, row_ptr
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
+        x, latents, scale, values, indices, row_ptr = ctx.saved_tensors
+        needs_x, needs_W, needs_b, needs_scale = ctx.needs_input_grad[:4]
+        codes = SparseCodes.trusted(values, indices, row_ptr, (x.shape[0], latents.shape[0]), ctx.derived)
+        with use_backend(ctx.backend):
+            order = list(codes.by_latent()) if needs_W or needs_b else []
+            found = iter(
+                torch.ops.transcoder.encode_gradients(
+                    *(grad, values, indices, row_ptr, order, x, latents if needs_x else None, latents.shape[0]),
+                    [needs_x, needs_W, needs_b],
+                    torch.promote_types(x.dtype, latents.dtype),
+                    ctx.backend,
+                )
+            )
+        grad_x, grad_W, grad_b = (next(found) if need else None for need in (needs_x, needs_W, needs_b))
+        grad_scale = None
+        if needs_scale:
+            inner = torch.where(values > 0, grad * values, 0).to(scale.dtype)
+            grad_scale = torch.zeros_like(scale).index_add_(0, indices, inner) / scale
+        x_dtype, W_dtype, b_dtype = ctx.dtypes
+        if grad_W is not None:
+            turned = grad_W if ctx.rows else grad_W.T
+            if scale is not None:
+                factor = scale[:, None] if ctx.rows else scale
+                grad_W = torch.mul(turned, factor, out=turned.new_empty(turned.shape))
+            else:
+                grad_W = turned.contiguous()
+            grad_W = grad_W.to(W_dtype)
+        if grad_b is not None:
+            grad_b = (grad_b if scale is None else grad_b * scale).to(b_dtype)
+        return (None if grad_x is None else grad_x.to(x_dtype)), grad_W, grad_b, grad_scale, None, None, None, None
+
+
+def _largest(x: Tensor, latents: Tensor, biases: Tensor, count: int) -> SparseCodes:
+    """The `count` largest activations of the batch: whole multiples of the batch by the kernel, then cut to size."""
+    codes = batch_topk_encode(x, latents, biases, -(-count // x.shape[0]))
+    if codes.nnz == count:
+        return codes
+    kept = codes.values.topk(count, sorted=False).indices.sort().values
+    chosen = torch.zeros(codes.nnz + 1, dtype=torch.int64, device=x.device)
+    chosen[kept + 1] = 1
+    row_ptr = chosen.cumsum(0)[codes.row_ptr]
+    return SparseCodes.trusted(codes.values[kept], codes.indices[kept], row_ptr, codes.shape)
+
+
+def select(
+    x: Tensor,
+    W: Tensor,
+    b: Tensor,
+    how: How,
+    argument: Any,
+    *,
+    scale: Tensor | None = None,
+    rows: bool = False,
+) -> SparseCodes:
+    """Codes of x [B, d_in] from a library's encoder, in its graph.
+
+    Args:
+        W: [d_in, d_sae], or [d_sae, d_in] with `rows`.   b: [d_sae].
+        how, argument: `topk` and k; `batch_topk` and the number of entries of the batch; `threshold` and a number at or above
+            0 or [d_sae].
+        scale: [d_sae] positive factors of the pre-activations (decoder norms), or None. In the graph.
+
+    Equivalent to: `relu((x @ W + b) * scale)` and its selection.
+    """
+    derived: dict[str, object] = {}
+    values, indices, row_ptr = _Select.apply(x, W, b, scale, rows, how, argument, derived)
+    return SparseCodes.trusted(values, indices, row_ptr, (x.shape[0], b.shape[0]), derived)

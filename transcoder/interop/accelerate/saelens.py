@@ -1,0 +1,146 @@
+"""SAELens: TopK, BatchTopK and Matryoshka training SAEs; TopK and JumpReLU SAEs (what those are saved as) and transcoders.
+
+Losses, hooks, normalisation and decoding stay the library's own code. What is replaced is the encoder (product, decoder-norm
+rescaling and selection in one) and the auxiliary loss, which encodes the dead latents alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from transcoder.interop.accelerate.activations import LazyTensor, SparseActivations, announce
+from transcoder.interop.accelerate.encode import How, select
+from transcoder.interop.accelerate.kinds import Kind, original
+
+PACKAGE = "sae-lens"
+TESTED = "6.54"
+
+
+def kinds() -> list[Kind]:
+    """In the order to look in: the most specific class first."""
+    from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE
+    from sae_lens.saes.jumprelu_sae import JumpReLUSAE
+    from sae_lens.saes.matryoshka_batchtopk_sae import MatryoshkaBatchTopKTrainingSAE
+    from sae_lens.saes.topk_sae import TopKSAE, TopKTrainingSAE
+    from sae_lens.saes.transcoder import JumpReLUTranscoder
+
+    training = ("encode_with_hidden_pre", "calculate_topk_aux_loss")
+    return [
+        Kind(MatryoshkaBatchTopKTrainingSAE, Training, training),
+        Kind(BatchTopKTrainingSAE, Training, training),
+        Kind(TopKTrainingSAE, Training, training),
+        Kind(TopKSAE, TopKInference, ("encode",)),
+        Kind(JumpReLUSAE, JumpReLUInference, ("encode",)),
+        Kind(JumpReLUTranscoder, JumpReLUInference, ("encode",)),
+    ]
+
+
+class _Encoder:
+    """What the classes below share; always in front of a SAELens class."""
+
+    def _selected(self: Any, x: Tensor, dense: str | None, threshold: Tensor | None) -> tuple[Any, Any] | None:
+        """(activations, hidden_pre), or None where the library's own code has to do it."""
+        if dense is None:
+            dense = _why_dense(self)
+        if dense is not None:
+            announce(self, f"{dense}: encoded by SAELens' own dense code")
+            return None
+        sae_in = self.process_sae_in(x)
+        flat = sae_in.reshape(-1, sae_in.shape[-1])
+        scale = self.W_dec.norm(dim=-1) if getattr(self.cfg, "rescale_acts_by_decoder_norm", False) else None
+        how, argument = _selection(self, flat.shape[0], threshold)
+        codes = select(flat, self.W_enc, self.b_enc, how, argument, scale=scale)
+        leading = sae_in.shape[:-1]
+
+        def pre(ids: Tensor | None = None) -> Tensor:
+            W, b, s = self.W_enc, self.b_enc, scale
+            if ids is not None:
+                W, b, s = W[:, ids], b[ids], None if s is None else s[ids]
+            hidden = sae_in @ W + b
+            return hidden if s is None else hidden * s
+
+        hidden_pre = LazyTensor.of(self, (*leading, self.b_enc.shape[0]), self.W_enc, pre, pre)
+        acts: Any = SparseActivations.over(self, codes, leading, self.W_enc.dtype)
+        if _hooked(self.hook_sae_acts_post):
+            announce(self, "hook_sae_acts_post has hooks, which get the dense activations")
+            acts = self.hook_sae_acts_post(acts.dense())
+        return acts, hidden_pre
+
+
+class Training(_Encoder):
+    def encode_with_hidden_pre(self: Any, x: Tensor) -> tuple[Any, Any]:
+        found = self._selected(x, None, None)
+        return original(self).encode_with_hidden_pre(self, x) if found is None else found
+
+    def calculate_topk_aux_loss(
+        self: Any, sae_in: Tensor, sae_out: Tensor, hidden_pre: Any, dead_neuron_mask: Tensor | None
+    ) -> Tensor:
+        """As the library's, from the pre-activations of the dead latents alone."""
+        theirs = original(self).calculate_topk_aux_loss
+        lazy = isinstance(hidden_pre, LazyTensor) and hidden_pre._dense is None
+        if dead_neuron_mask is None or not lazy or self.cfg.normalize_activations not in _PLAIN:
+            return theirs(self, sae_in, sae_out, hidden_pre, dead_neuron_mask)
+        ids = dead_neuron_mask.nonzero().squeeze(1)
+        if ids.numel() == 0:
+            return sae_out.new_tensor(0.0)
+        k_aux = sae_in.shape[-1] // 2
+        scale = min(ids.numel() / k_aux, 1.0)
+        acts = hidden_pre.columns(ids)
+        if k_aux < ids.numel():
+            kept = acts.topk(k_aux, sorted=False)
+            acts = torch.zeros_like(acts).scatter(-1, kept.indices, kept.values)
+        W_dec = self.W_dec[ids]
+        if self.cfg.rescale_acts_by_decoder_norm:
+            acts = acts / W_dec.norm(dim=-1)
+        recons = self.reshape_fn_out(acts @ W_dec, self.d_head)
+        loss = (recons - (sae_in - sae_out).detach()).pow(2).sum(dim=-1).mean()
+        return self.cfg.aux_loss_coefficient * scale * loss
+
+
+class TopKInference(_Encoder):
+    def encode(self: Any, x: Tensor) -> Any:
+        found = self._selected(x, None, None)
+        return original(self).encode(self, x) if found is None else found[0]
+
+
+class JumpReLUInference(_Encoder):
+    def encode(self: Any, x: Tensor) -> Any:
+        dense = None if type(self.activation_fn) is nn.ReLU else "an activation_fn other than ReLU"
+        found = self._selected(x, dense, self.threshold)
+        return original(self).encode(self, x) if found is None else found[0]
+
+
+_PLAIN = ("none", "expected_average_only_in", "covariance_whitening")
+"""Normalisations that SAELens' auxiliary loss takes; for the others it raises."""
+
+
+def _selection(sae: Any, rows: int, threshold: Tensor | None) -> tuple[How, Any]:
+    if threshold is not None:
+        return "threshold", threshold
+    k = sae.activation_fn.k
+    return ("topk", k) if type(sae.activation_fn).__name__ == "TopK" else ("batch_topk", int(k * rows))
+
+
+def _why_dense(sae: Any) -> str | None:
+    from sae_lens.saes.batchtopk_sae import BatchTopK
+    from sae_lens.saes.topk_sae import TopK
+
+    if torch.compiler.is_compiling():
+        return "torch.compile"
+    if _hooked(sae.hook_sae_acts_pre):
+        return "hook_sae_acts_pre has hooks"
+    kind = type(sae.activation_fn)
+    if kind is BatchTopK:
+        k = sae.activation_fn.k
+        return None if 1 <= k <= sae.b_enc.shape[0] else f"k = {k}"
+    return None if kind in (TopK, nn.ReLU) else f"activation_fn {kind.__name__}"
+
+
+def _hooked(point: nn.Module) -> bool:
+    return any(
+        bool(getattr(point, name, None))
+        for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    )
