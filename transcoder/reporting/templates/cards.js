@@ -6,28 +6,41 @@ const packedText = async (name) => {
   const held = $(name);
   if (held) return held.textContent;
   if (!data.live) return null;
-  const answer = await fetch(`packed/${name}?v=${store.version}`);
-  return answer.ok ? answer.text() : null;
-};
-const loadChunk = (n) => {
-  if (!store.chunks.has(n)) {
-    store.chunks.set(n, (async () => {
-      const text = await packedText(`chunk-${n}`);
-      if (text === null) return new Map();
-      const chunk = JSON.parse(await unpack(text));
-      return new Map(chunk.cards.map(([id, rows, facts]) => [id, { id, facts, rows: rows.map((row) => ({
-        top: row[0] === 1, activation: row[1], position: row[2], sequence: row[3], column: row[4],
-        tokens: row[5].map((w) => chunk.words[w]), strength: new Map(row[6]),
-      })) }]));
-    })());
+  try {
+    const answer = await fetch(`packed/${name}?v=${store.version}`);
+    return answer.ok ? answer.text() : null;
+  } catch {
+    return null; // the server was stopped: what is here stays
   }
-  return store.chunks.get(n);
+};
+const KEPT = 8;
+const readChunk = async (n) => {
+  const text = await packedText(`chunk-${n}`);
+  return text === null ? { words: [], cards: [] } : JSON.parse(await unpack(text));
+};
+// Only the chunks opened last stay unpacked.
+const loadChunk = (n) => {
+  const held = store.chunks.get(n) ?? readChunk(n);
+  store.chunks.delete(n);
+  store.chunks.set(n, held);
+  if (store.chunks.size > KEPT) store.chunks.delete(store.chunks.keys().next().value);
+  return held;
 };
 const loadCard = async (id) => {
   const place = store.index?.place(id) ?? -1;
-  if (place < 0) return null;
-  const chunk = store.index.chunk[place];
-  return chunk < 0 ? null : (await loadChunk(chunk)).get(id) ?? null;
+  const n = place < 0 ? -1 : store.index.chunk[place];
+  if (n < 0) return null;
+  const chunk = await loadChunk(n);
+  const found = chunk.cards.find((card) => card[0] === id);
+  if (!found) {
+    store.chunks.delete(n);
+    return null;
+  }
+  const [, rows, facts] = found;
+  return { id, facts, rows: rows.map((row) => ({
+    top: row[0] === 1, activation: row[1], position: row[2], sequence: row[3], column: row[4],
+    tokens: row[5].map((w) => chunk.words[w]), strength: new Map(row[6]),
+  })) };
 };
 
 // Line ends and tabs get a sign; the rest of a token is left as it is.

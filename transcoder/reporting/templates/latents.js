@@ -18,9 +18,11 @@ const readWords = () => {
   words.ready ??= (async () => {
     const chunks = Math.max(-1, ...store.index.chunk) + 1;
     for (let n = 0; n < chunks; n++) {
-      for (const [id, card] of await loadChunk(n)) {
-        const promoted = [...card.facts.up, ...card.facts.down].map(([word]) => word);
-        words.texts[store.index.place(id)] = [...card.rows.map((row) => row.tokens.join("")), ...promoted].join("\n").toLowerCase();
+      const chunk = await readChunk(n);
+      for (const [id, rows, facts] of chunk.cards) {
+        const contexts = rows.map((row) => row[5].map((w) => chunk.words[w]).join(""));
+        const promoted = [...facts.up, ...facts.down].map(([word]) => word);
+        words.texts[store.index.place(id)] = [...contexts, ...promoted].join("\n").toLowerCase();
       }
       await rest();
     }
@@ -187,6 +189,6 @@ const latentsBlock = (b) => {
     words.ready = words.done = null;
     load();
   };
-  store.ready = load();
+  load().catch((error) => card.replaceChildren(make("p", "warn", `The latents cannot be unpacked by this browser: ${error.message}`)));
   return box;
 };
