@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.reporting.test_report import blocks_of, read
+from transcoder.cli import main
 from transcoder.reporting import compare_runs
 from transcoder.reporting.compare_page import write_method_comparison, write_run_comparison
 from transcoder.reporting.compare_seeds import compare_methods
@@ -45,3 +46,14 @@ def test_methods_over_seeds(make_run: Callable[..., Path], tmp_path: Path) -> No
     assert [r["label"] for r in chart["rows"]] == [row["label"].strip() for row in known]
     assert chart["rows"][0]["mean"] == pytest.approx(100 * known[0]["relative"][1]["mean"], rel=1e-3)
     assert "<b>ours" in page.words
+
+
+def test_the_command_writes_the_page(
+    make_run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [str(make_run(seed=n, steps=100, latents=2)) for n in range(2)]
+    page = tmp_path / "page.html"
+    assert main(["compare", *runs, "--html", str(page)]) == 0
+    assert f"page: {page}" in capsys.readouterr().out
+    assert main(["compare", f"a={runs[0]}", f"b={runs[0]}", "--html", str(page)]) == 0
+    assert [s["id"] for s in read(page).core["sections"]] == ["figures", "differences"]

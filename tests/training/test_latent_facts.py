@@ -10,7 +10,7 @@ import torch
 from tests.training.test_trainer import Planted, config
 from transcoder.model import Transcoder, TranscoderConfig
 from transcoder.reporting.latent_table import read_latents
-from transcoder.training import latent_facts
+from transcoder.training import latent_facts, train_transcoder
 from transcoder.training.latent_facts import BINS, TOKENS_SHOWN, write_latent_facts
 
 
@@ -71,3 +71,14 @@ def test_a_cpu_is_not_given_minutes_of_work(
     table = read_latents(tmp_path / "latents.parquet")
     assert [latent for latent, lists in table.details(set(range(64))) if lists["promoted"]] == list(range(10))
     assert "minutes on a CPU" in table.why["promoted and suppressed tokens of some latents"]
+
+
+def test_a_run_that_cannot_write_its_report_is_not_lost(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Folders stand where the files must be."""
+    for name in ("report.html", "latents.parquet"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+    result = train_transcoder(config(logging__report=True), tmp_path / "run", batches=Planted())
+    assert result.finished
+    assert result.report is None
+    for name in ("report.html", "latents.parquet"):
+        assert f"{name} could not be written" in caplog.text
