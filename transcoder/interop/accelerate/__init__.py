@@ -75,13 +75,13 @@ def accelerate(module: M, *, repair_auxk: bool = False, allow_untested: bool = F
                 f"{kind.theirs.__name__} and subclasses that leave {', '.join(kind.replaces)} alone can be accelerated"
             )
     theirs: Any = type(module)
-    module.__class__ = _accelerated(theirs, kind.ours)
+    module.__class__ = accelerated_class(theirs, kind.ours)
     module.__dict__["_transcoder_repair_auxk"] = repair_auxk
     return module
 
 
 @functools.cache
-def _accelerated(theirs: type, ours: type) -> Any:
+def accelerated_class(theirs: type, ours: type) -> Any:
     """A subclass under the library's own name, one for each class; pickles as that class, accelerated again."""
     methods = {n: m for c in reversed(ours.__mro__[:-1]) for n, m in vars(c).items() if callable(m)}
     own = {"_transcoder_original": theirs, "_transcoder_ours": ours, "__reduce_ex__": _reduce}
@@ -94,7 +94,7 @@ def _reduce(self: Any, protocol: Any) -> Any:
 
 
 def _again(theirs: type, ours: type) -> Any:
-    return copyreg.__newobj__(_accelerated(theirs, ours))  # type: ignore[attr-defined]
+    return copyreg.__newobj__(accelerated_class(theirs, ours))  # type: ignore[attr-defined]
 
 
 def _check_version(library: Any) -> None:

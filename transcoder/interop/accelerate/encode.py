@@ -49,6 +49,8 @@ class _Select(torch.autograd.Function):
         else:
             codes = threshold_encode(x, latents, biases, argument)
         values, indices, row_ptr = codes.values.detach(), codes.indices, codes.row_ptr
+        if scale is not None:
+            values = values / scale[indices]
         derived.update(codes._derived)
         ctx.mark_non_differentiable(indices, row_ptr)
         ctx.save_for_backward(x, W if rows and scale is None else latents, scale, values, indices, row_ptr)
@@ -60,7 +62,10 @@ class _Select(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
         x, latents, scale, values, indices, row_ptr = ctx.saved_tensors
-        needs_x, needs_W, needs_b, needs_scale = ctx.needs_input_grad[:4]
+        needs_x, needs_W, needs_b = ctx.needs_input_grad[:3]
+        if scale is not None:
+            # `latents` are scaled: so, for x, these; for W and b the scale comes back below.
+            grad = grad / scale[indices]
         codes = SparseCodes.trusted(values, indices, row_ptr, (x.shape[0], latents.shape[0]), ctx.derived)
         with use_backend(ctx.backend):
             order = list(codes.by_latent()) if needs_W or needs_b else []
@@ -73,10 +78,6 @@ class _Select(torch.autograd.Function):
                 )
             )
         grad_x, grad_W, grad_b = (next(found) if need else None for need in (needs_x, needs_W, needs_b))
-        grad_scale = None
-        if needs_scale:
-            inner = torch.where(values > 0, grad * values, 0).to(scale.dtype)
-            grad_scale = torch.zeros_like(scale).index_add_(0, indices, inner) / scale
         x_dtype, W_dtype, b_dtype = ctx.dtypes
         if grad_W is not None:
             turned = grad_W if ctx.rows else grad_W.T
@@ -88,7 +89,7 @@ class _Select(torch.autograd.Function):
             grad_W = grad_W.to(W_dtype)
         if grad_b is not None:
             grad_b = (grad_b if scale is None else grad_b * scale).to(b_dtype)
-        return (None if grad_x is None else grad_x.to(x_dtype)), grad_W, grad_b, grad_scale, None, None, None, None
+        return (None if grad_x is None else grad_x.to(x_dtype)), grad_W, grad_b, None, None, None, None, None
 
 
 def _largest(x: Tensor, latents: Tensor, biases: Tensor, count: int) -> SparseCodes:
@@ -119,10 +120,12 @@ def select(
         W: [d_in, d_sae], or [d_sae, d_in] with `rows`.   b: [d_sae].
         how, argument: `topk` and k; `batch_topk` and the number of entries of the batch; `threshold` and a number at or above
             0 or [d_sae].
-        scale: [d_sae] positive factors of the pre-activations (decoder norms), or None. In the graph.
+        scale: [d_sae] positive factors that decide what is selected (decoder norms), or None. No gradient.
 
-    Equivalent to: `relu((x @ W + b) * scale)` and its selection.
+    Equivalent to: the selection among `relu((x @ W + b) * scale)`, with the values of `relu(x @ W + b)`.
     """
     derived: dict[str, object] = {}
-    values, indices, row_ptr = _Select.apply(x, W, b, scale, rows, how, argument, derived)
+    values, indices, row_ptr = _Select.apply(
+        x, W, b, None if scale is None else scale.detach(), rows, how, argument, derived
+    )
     return SparseCodes.trusted(values, indices, row_ptr, (x.shape[0], b.shape[0]), derived)

@@ -6,6 +6,7 @@ rescaling and selection in one) and the auxiliary loss, which encodes the dead l
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from transcoder.interop.accelerate.activations import LazyTensor, SparseActivations, announce
 from transcoder.interop.accelerate.encode import How, select
 from transcoder.interop.accelerate.kinds import Kind, original
+from transcoder.kernels import SparseCodes, sparse_decode
 
 PACKAGE = "sae-lens"
 TESTED = "6.54"
@@ -27,12 +29,12 @@ def kinds() -> list[Kind]:
     from sae_lens.saes.topk_sae import TopKSAE, TopKTrainingSAE
     from sae_lens.saes.transcoder import JumpReLUTranscoder
 
-    training = ("encode_with_hidden_pre", "calculate_topk_aux_loss")
+    training = ("encode_with_hidden_pre", "decode", "calculate_topk_aux_loss")
     return [
-        Kind(MatryoshkaBatchTopKTrainingSAE, Training, training),
+        Kind(MatryoshkaBatchTopKTrainingSAE, Matryoshka, (*training, "_iterable_decode")),
         Kind(BatchTopKTrainingSAE, Training, training),
         Kind(TopKTrainingSAE, Training, training),
-        Kind(TopKSAE, TopKInference, ("encode",)),
+        Kind(TopKSAE, TopKInference, ("encode", "decode")),
         Kind(JumpReLUSAE, JumpReLUInference, ("encode",)),
         Kind(JumpReLUTranscoder, JumpReLUInference, ("encode",)),
     ]
@@ -54,6 +56,9 @@ class _Encoder:
         how, argument = _selection(self, flat.shape[0], threshold)
         codes = select(flat, self.W_enc, self.b_enc, how, argument, scale=scale)
         leading = sae_in.shape[:-1]
+        plain = codes.values
+        if scale is not None:
+            codes = codes.with_values(plain * scale[codes.indices])
 
         def pre(ids: Tensor | None = None) -> Tensor:
             W, b, s = self.W_enc, self.b_enc, scale
@@ -64,13 +69,28 @@ class _Encoder:
 
         hidden_pre = LazyTensor.of(self, (*leading, self.b_enc.shape[0]), self.W_enc, pre, pre)
         acts: Any = SparseActivations.over(self, codes, leading, self.W_enc.dtype)
+        acts._plain = plain
         if _hooked(self.hook_sae_acts_post):
             announce(self, "hook_sae_acts_post has hooks, which get the dense activations")
             acts = self.hook_sae_acts_post(acts.dense())
         return acts, hidden_pre
 
 
-class Training(_Encoder):
+class _Decoder(_Encoder):
+    def decode(self: Any, feature_acts: Any) -> Any:
+        """As the library's, whose division by the decoder norms undoes the multiplication before: neither is done, and the
+        gradient through both, which is 0, is not computed either."""
+        plain = getattr(feature_acts, "_plain", None)
+        if plain is None or feature_acts._dense is not None:
+            return original(self).decode(self, feature_acts)
+        feature_acts._used = True
+        shape = (*feature_acts.shape[:-1], self.W_dec.shape[1])
+        out = _levels(self, feature_acts)[-1].to(self.W_dec.dtype).view(shape) + self.b_dec
+        out = self.run_time_activation_norm_fn_out(self.hook_sae_recons(out))
+        return self.reshape_fn_out(out, self.d_head)
+
+
+class Training(_Decoder):
     def encode_with_hidden_pre(self: Any, x: Tensor) -> tuple[Any, Any]:
         found = self._selected(x, None, None)
         return original(self).encode_with_hidden_pre(self, x) if found is None else found
@@ -100,7 +120,41 @@ class Training(_Encoder):
         return self.cfg.aux_loss_coefficient * scale * loss
 
 
-class TopKInference(_Encoder):
+class Matryoshka(Training):
+    def _iterable_decode(
+        self: Any, feature_acts: Any, include_outer_loss: bool = False
+    ) -> Iterator[tuple[int, Tensor]]:
+        """As the library's, from the one pass that `decode` made."""
+        levels = getattr(feature_acts, "_levels", None)
+        if levels is None or feature_acts._dense is not None:
+            yield from original(self)._iterable_decode(self, feature_acts, include_outer_loss)
+            return
+        widths = self.cfg.matryoshka_widths
+        for width, level in list(zip(widths, levels, strict=True))[: None if include_outer_loss else -1]:
+            yield width, self.run_time_activation_norm_fn_out(level.to(self.W_dec.dtype) + self.b_dec)
+
+
+def _levels(sae: Any, acts: SparseActivations) -> Tensor:
+    """[levels, rows, d_out]: what each prefix of the dictionary reconstructs, without the bias; one for the whole where there
+    are no prefixes. Kept with the activations."""
+    codes, widths = acts.codes.with_values(acts._plain), getattr(sae.cfg, "matryoshka_widths", None)  # type: ignore[attr-defined]
+    none = torch.zeros_like(sae.b_dec)
+    if not widths or len(widths) == 1 or acts.dim() != 2:
+        return sparse_decode(codes, sae.W_dec, none)[None]
+    # Each level's share of a row becomes a row of its own: one product gives the shares, their running sum the prefixes.
+    rows = codes.shape[0]
+    level = torch.bucketize(codes.indices, torch.tensor(widths, device=codes.device), right=True)
+    order = (level * rows + codes.rows()).sort(stable=True)
+    counts = torch.bincount(order.values, minlength=len(widths) * rows)
+    row_ptr = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    values, indices = codes.values[order.indices], codes.indices[order.indices]
+    shares = SparseCodes.trusted(values, indices, row_ptr, (len(widths) * rows, codes.shape[1]))
+    levels = sparse_decode(shares, sae.W_dec, none).view(len(widths), rows, -1).cumsum(0)
+    acts._levels = levels  # type: ignore[attr-defined]
+    return levels
+
+
+class TopKInference(_Decoder):
     def encode(self: Any, x: Tensor) -> Any:
         found = self._selected(x, None, None)
         return original(self).encode(self, x) if found is None else found[0]

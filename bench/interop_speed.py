@@ -1,0 +1,183 @@
+"""Full training steps of the peer libraries, their own against accelerated: run it in a library's environment.
+
+    $(python tests/interop/environment.py saelens) bench/interop_speed.py
+    $(python tests/interop/environment.py sparsify) bench/interop_speed.py --batch 256 --d 64 --latents 512 --k 16
+
+A step is what the library's trainer does: forward and loss, its own bookkeeping of fired latents, backward, gradient clipping,
+its Adam. Both sides run in turn in one process on the same inputs; a step's losses are compared before anything is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import importlib.util
+import json
+import os
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import transcoder
+
+Step = Callable[[torch.Tensor], float]
+
+
+def saelens(kind: str, d: int, latents: int, k: int, quick: bool) -> Step:
+    import sae_lens
+    from sae_lens.saes.sae import TrainStepInput
+
+    torch.manual_seed(0)
+    extra = {"matryoshka_widths": [latents // 16, latents // 4, latents // 2, latents]} if "Matryoshka" in kind else {}
+    sae = getattr(sae_lens, f"{kind}TrainingSAE")(
+        getattr(sae_lens, f"{kind}TrainingSAEConfig")(d_in=d, d_sae=latents, k=k, **extra)
+    )
+    if quick:
+        transcoder.accelerate(sae)
+    optimizer = torch.optim.Adam(sae.parameters(), lr=1e-4)
+    since, counts = torch.zeros(latents), torch.zeros(latents)
+
+    def step(x: torch.Tensor) -> float:
+        # SAETrainer._train_step, without its scheduler.
+        out = sae.training_forward_pass(
+            TrainStepInput(
+                sae_in=x, coefficients={}, dead_neuron_mask=since > 1000, n_training_steps=0, is_logging_step=False
+            )
+        )
+        with torch.no_grad():
+            fired = out.feature_acts.bool().float()
+            did_fire = fired.sum(-2).bool()
+            since.add_(1)
+            since[did_fire] = 0
+            counts.add_(fired.sum(0))
+        out.loss.backward()
+        torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(out.loss)
+
+    return step
+
+
+def sparsify(kind: str, d: int, latents: int, k: int, quick: bool) -> Step:
+    os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")  # its Triton decoder has no CPU side
+    import sparsify as library
+
+    torch.manual_seed(0)
+    coder = library.SparseCoder(d, library.SparseCoderConfig(num_latents=latents, k=k))
+    if quick:
+        transcoder.accelerate(coder)
+    optimizer = torch.optim.Adam(coder.parameters(), lr=1e-4)
+    fired = torch.zeros(latents, dtype=torch.bool)
+
+    def step(x: torch.Tensor) -> float:
+        coder.set_decoder_norm_to_unit_norm()
+        out = coder(x, x, dead_mask=torch.zeros(latents, dtype=torch.bool))
+        fired[out.latent_indices.flatten()] = True
+        out.fvu.backward()
+        coder.remove_gradient_parallel_to_decoder_directions()
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(out.fvu)
+
+    return step
+
+
+def dictionary_learning(kind: str, d: int, latents: int, k: int, quick: bool) -> Step:
+    from dictionary_learning.trainers import batch_top_k, matryoshka_batch_top_k, top_k
+
+    classes = {
+        "TopK": top_k.TopKTrainer,
+        "BatchTopK": batch_top_k.BatchTopKTrainer,
+        "MatryoshkaBatchTopK": matryoshka_batch_top_k.MatryoshkaBatchTopKTrainer,
+    }
+    extra = {"group_fractions": [1 / 16, 3 / 16, 1 / 4, 1 / 2]} if "Matryoshka" in kind else {}
+    trainer: Any = classes[kind](
+        steps=10**6,
+        activation_dim=d,
+        dict_size=latents,
+        k=k,
+        layer=0,
+        lm_name="none",
+        lr=1e-4,
+        seed=0,
+        device="cpu",
+        **extra,
+    )
+    if quick:
+        transcoder.accelerate(trainer.ae)
+    return lambda x: float(trainer.update(1001, x))
+
+
+LIBRARIES: dict[str, tuple[str, Callable[..., Step], tuple[str, ...]]] = {
+    "sae_lens": ("SAELens", saelens, ("TopK", "BatchTopK", "MatryoshkaBatchTopK")),
+    "sparsify": ("sparsify", sparsify, ("SparseCoder",)),
+    "dictionary_learning": ("dictionary_learning", dictionary_learning, ("TopK", "BatchTopK", "MatryoshkaBatchTopK")),
+}
+
+
+def inputs(rows: int, d: int) -> Iterator[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    while True:
+        yield torch.randn(rows, d, generator=generator)
+
+
+def measure(
+    make: Callable[..., Step], kind: str, rows: int, d: int, latents: int, k: int, repeats: int
+) -> dict[str, float]:
+    """Medians in milliseconds of both sides, in turn."""
+    theirs, ours = (make(kind, d, latents, k, quick) for quick in (False, True))
+    source = inputs(rows, d)
+    for _ in range(2):
+        x = next(source)
+        left, right = theirs(copy.copy(x)), ours(copy.copy(x))
+        if abs(left - right) > 1e-3 * abs(left):
+            raise SystemExit(f"{kind}: losses differ before anything is timed: {left} and {right}")
+    took: dict[str, list[float]] = {"theirs": [], "ours": []}
+    for _ in range(repeats):
+        x = next(source)
+        for name, step in (("theirs", theirs), ("ours", ours)):
+            began = time.perf_counter()
+            step(x)
+            took[name].append(1e3 * (time.perf_counter() - began))
+    found = {name: statistics.median(values) for name, values in took.items()}
+    return {**found, "ratio": found["theirs"] / found["ours"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="full steps of a peer library, its own against accelerated")
+    parser.add_argument("--batch", type=int, default=1024)
+    parser.add_argument("--d", type=int, default=512)
+    parser.add_argument("--latents", type=int, default=8192)
+    parser.add_argument("--k", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--kind", help="one class only")
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    warnings.simplefilter("ignore")
+    rows = []
+    for module, (name, make, kinds) in LIBRARIES.items():
+        with contextlib.suppress(ModuleNotFoundError):
+            if importlib.util.find_spec(module) is None:
+                continue
+            for kind in kinds:
+                if given.kind in (None, kind):
+                    sizes = {"batch": given.batch, "d": given.d, "latents": given.latents, "k": given.k}
+                    found = measure(make, kind, given.batch, given.d, given.latents, given.k, given.repeats)
+                    rows.append({"library": name, "class": kind, **sizes, **found, "threads": torch.get_num_threads()})
+                    print(
+                        f"{name} {kind}: {found['theirs']:.1f} ms, accelerated {found['ours']:.1f} ms: {found['ratio']:.2f}x",
+                        flush=True,
+                    )
+    if given.json:
+        given.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
