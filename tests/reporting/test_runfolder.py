@@ -129,3 +129,42 @@ def test_status_is_the_newest_truth(make_run: Callable[..., Path]) -> None:
     assert RunFolder(path).status == "stopped by SIGTERM"
     (path / "summary.json").write_text('{"step": 50, "finished": true}')
     assert RunFolder(path).status == "interrupted or still running", "the summary is older than the metrics"
+
+
+RESUME = '{"step": %d, "time": 1, "event": "resume", "payload": {"from_step": %d}}\n'
+LINE = '{"step": %d, "time": 2, "evaluation/fvu": 0.125, "details/n_training_samples": 7}\n'
+
+
+@pytest.mark.parametrize(
+    ("back_to", "now"), [(100, 110), (40, 60)], ids=["goes on", "went back to an older checkpoint"]
+)
+def test_the_summary_of_an_earlier_session_gives_no_figures(
+    make_run: Callable[..., Path], back_to: int, now: int
+) -> None:
+    path = make_run(steps=100, latents=1)
+    assert RunFolder(path).figure("evaluation/fvu") != 0.125
+    (path / "metrics.jsonl").write_text(RESUME % (back_to, back_to) + LINE % now)
+    run = RunFolder(path)
+    assert run.earlier_session == 100
+    assert run.figure("evaluation/fvu") == 0.125
+    assert run.figure("evaluation/baseline_linear_fvu") is None, (
+        "no figure of the earlier session is shown as this one's"
+    )
+    assert (run.status, run.last_step, run.tokens) == ("interrupted or still running", now, 7)
+    assert "ended at step 100" in missing(run)["summary.json"]
+
+
+def test_a_resumed_run_that_ended_has_its_summary_back(make_run: Callable[..., Path]) -> None:
+    path = make_run(steps=100, latents=1)
+    (path / "metrics.jsonl").write_text(RESUME % (40, 40) + LINE % 95)
+    run = RunFolder(path)
+    assert (run.earlier_session, run.status, run.last_step) == (None, "finished", 100)
+    assert run.figure("evaluation/fvu") != 0.125
+
+
+@pytest.mark.parametrize("step", ["null", '"x"', "[1]", "NaN", "1" + "0" * 400])
+def test_a_summary_without_a_step_is_no_reason_to_fail(make_run: Callable[..., Path], step: str) -> None:
+    path = make_run(steps=100, latents=1)
+    (path / "summary.json").write_text(f'{{"step": {step}, "finished": true, "tokens": {step}, "a/b": {step}}}')
+    run = RunFolder(path)
+    assert (run.status, run.last_step, run.figure("a/b")) == ("finished", 100, None)

@@ -90,6 +90,36 @@ def test_no_folder(tmp_path: Path) -> None:
         watch_server.serve(tmp_path / "none")
 
 
+def test_a_port_that_cannot_be_had_is_named(make_run: Callable[..., Path]) -> None:
+    run = make_run(steps=100, latents=1)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(OSError, match=f"port {port} of 127.0.0.1 is in use: choose another --port"):
+            watch_server.serve(run, port)
+    for port in (-1, 65536):
+        with pytest.raises(ValueError, match=r"from 0 .* to 65535"):
+            watch_server.serve(run, port)
+
+
+def test_a_resumed_run_shows_its_own_figures(watched: tuple[Path, int]) -> None:
+    run, port = watched
+    (run / "summary.json").write_text(
+        '{"step": 270, "interrupted_by": "SIGTERM", "evaluation/fvu": 0.77, "tokens": 276480}'
+    )
+    assert json.loads(ask(port, "/data.json")[2])["header"]["pill"][0] == "stopped by SIGTERM"
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write(
+            json.dumps({"step": 300, "time": 99.0, "evaluation/fvu": 0.33, "details/n_training_samples": 307200}) + "\n"
+        )
+    core = json.loads(ask(port, "/data.json")[2])
+    assert core["header"]["pill"][0] == "interrupted or still running"
+    assert "307,200 tokens" in core["header"]["facts"]
+    overview = json.dumps(core["sections"][0])
+    assert "0.33" in overview
+    assert "0.77" not in overview
+    assert "ended at step 270" in overview
+
+
 def test_it_listens_on_this_machine_only(watched: tuple[Path, int]) -> None:
     _, port = watched
     addresses = {i[4][0] for i in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)} - {"127.0.0.1"}

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from transcoder.reporting.numbers import number
+from transcoder.reporting.numbers import as_float, number
 
 Block = dict[str, Any]
 Cell = str | dict[str, Any]
@@ -204,8 +204,10 @@ def short(value: float) -> float | int | None:
 
 def real(value: object) -> float | None:
     """`value` where it is a finite number, else None."""
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if good and isinstance(value, (int, float)) else None
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return None
+    found = as_float(value)
+    return found if math.isfinite(found) else None
 
 
 def _series(line: Line) -> dict[str, Any]:

@@ -5,6 +5,20 @@ from __future__ import annotations
 import math
 
 MISSING = "–"
+MOST_STEPS = 1 << 62
+
+
+def as_float(value: float) -> float:
+    """`value` as a float; a whole number beyond floats (a damaged file) is infinite, of its sign."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+
+
+def whole(value: object) -> int | None:
+    """`value` where it is a number of steps or the like, else None: no bool, nothing that an int64 could not hold."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and abs(value) < MOST_STEPS else None
 
 
 def number(value: float | None) -> str:
@@ -15,6 +29,7 @@ def number(value: float | None) -> str:
     """
     if value is None:
         return MISSING
+    value = as_float(value)
     if not math.isfinite(value):
         return "not finite"
     if float(value).is_integer():

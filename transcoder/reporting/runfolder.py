@@ -18,6 +18,7 @@ from transcoder.reporting.checkpoint_facts import CheckpointFacts, read_checkpoi
 from transcoder.reporting.jsonl import read_records
 from transcoder.reporting.latent_table import FILE_NAME as LATENTS_FILE
 from transcoder.reporting.latent_table import LatentTable, read_latents
+from transcoder.reporting.numbers import as_float, whole
 from transcoder.reporting.sample_table import SampleTable, read_samples
 from transcoder.reporting.series import FILE_NAME, MetricsTable, collect
 
@@ -95,7 +96,7 @@ class RunFolder:
         except FileNotFoundError:
             self._missing[FILE_NAME] = "not in the folder: there are no curves"
             return collect(())
-        except OSError as error:
+        except (OSError, RecursionError) as error:
             self._missing[FILE_NAME] = f"cannot be read: {_first_line(error)}"
             return collect(())
         if table.unreadable:
@@ -223,6 +224,11 @@ class RunFolder:
             "checkpoint",
         ):
             getattr(self, part)
+        if self.earlier_session is not None:
+            self._missing["summary.json"] = (
+                f"is of an earlier session, which ended at step {self.earlier_session}: "
+                f"the figures shown are the last in {FILE_NAME}"
+            )
         return [Missing(what, why) for what, why in self._missing.items()]
 
     @property
@@ -240,15 +246,38 @@ class RunFolder:
     @property
     def last_step(self) -> int | None:
         """Optimizer steps done, as far as any file knows."""
-        stated = self.summary.get("step")
-        known = [s for s in (stated, self.metrics.last_step) if isinstance(s, int) and not isinstance(s, bool)]
+        known = [s for s in (whole(self.final.get("step")), self.metrics.last_step) if s is not None]
         return max(known, default=None)
+
+    @cached_property
+    def earlier_session(self) -> int | None:
+        """The step that summary.json is of where the run has gone on since, so that its figures are not this session's; else
+        None."""
+        stated, last = whole(self.summary.get("step")), self.metrics.last_step
+        if stated is None or last is None:
+            return None
+        begun = [whole(e["payload"].get("from_step")) for e in self.metrics.events if _is_resume(e)]
+        every = whole(self.setting("logging.every")) or 1
+        # A run that went back to an older checkpoint has yet to come to the step of its summary.
+        back = bool(begun) and begun[-1] is not None and begun[-1] < stated and last + every <= stated
+        return stated if last > stated or back else None
+
+    @property
+    def final(self) -> dict[str, Any]:
+        """`summary`, unless it is of an earlier session: then nothing."""
+        return self.summary if self.earlier_session is None else {}
+
+    @property
+    def tokens(self) -> float | None:
+        """Tokens trained on, as far as any file knows."""
+        stated = self.final.get("tokens")
+        known = isinstance(stated, (int, float)) and not isinstance(stated, bool)
+        return stated if known else self.metrics.get("details/n_training_samples").last()
 
     @property
     def finished(self) -> bool:
-        """Whether the run came to its last step; a summary older than the metrics is of an earlier session."""
-        newer = self.metrics.last_step is not None and self.metrics.last_step > self.summary.get("step", 0)
-        return bool(self.summary.get("finished")) and not newer
+        """Whether the run came to its last step."""
+        return bool(self.final.get("finished"))
 
     @property
     def data_source(self) -> str | None:
@@ -265,8 +294,8 @@ class RunFolder:
         """ "finished", "stopped by SIGTERM", or what can be said of a run that left no summary."""
         if self.finished:
             return "finished"
-        by = self.summary.get("interrupted_by")
-        if isinstance(by, str) and self.summary.get("step") == self.last_step:
+        by = self.final.get("interrupted_by")
+        if isinstance(by, str):
             return f"stopped by {by}"
         return "interrupted or still running"
 
@@ -280,8 +309,8 @@ class RunFolder:
         return value
 
     def figure(self, name: str, how: str = "last") -> float | None:
-        """A final figure by metric name: summary.json's, else from metrics.jsonl, else (duplicates) from the newest correlation
-        report; None where none has it.
+        """A final figure by metric name: summary.json's unless it is of an earlier session, else from metrics.jsonl, else
+        (duplicates) from the newest correlation report; None where none has it.
 
         Args:
             how: From metrics.jsonl take the "last" value, the "tail_mean" of the last ten, or the "median"
@@ -321,10 +350,10 @@ class RunFolder:
     @cached_property
     def _summary_numbers(self) -> dict[str, float]:
         found: dict[str, float] = {}
-        for name, value in self.summary.items():
+        for name, value in self.final.items():
             # Plain names ("step", "tokens") are the run's, not figures.
-            if "/" in name and isinstance(value, (int, float)) and math.isfinite(value):
-                found[name] = float(value)
+            if "/" in name and isinstance(value, (int, float)) and math.isfinite(as_float(value)):
+                found[name] = as_float(value)
         return found
 
     def _json(self, name: str, absent: str, quiet: bool = False) -> dict[str, Any]:
@@ -334,7 +363,7 @@ class RunFolder:
             if not quiet:
                 self._missing[name] = absent
             return {}
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             self._missing[name] = f"cannot be read: {_first_line(error)}"
             return {}
         if not isinstance(value, dict):
@@ -345,3 +374,7 @@ class RunFolder:
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _is_resume(event: Mapping[str, Any]) -> bool:
+    return event.get("event") == "resume" and isinstance(event.get("payload"), dict)

@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from transcoder.reporting.numbers import as_float, whole
+
 FILE_NAME = "metrics.jsonl"
 RESERVED = ("step", "time", "event", "nonfinite")
 """Names in a line of metrics.jsonl that are no metric."""
@@ -72,12 +74,12 @@ def collect(records: Iterable[dict[str, Any] | None]) -> MetricsTable:
             unreadable += 1
             continue
         if isinstance(record.get("time"), (int, float)):
-            seconds = float(record["time"])
+            seconds = as_float(record["time"])
         if "event" in record:
             events.append(record)
             continue
-        step = record.get("step")
-        if not isinstance(step, int) or isinstance(step, bool):
+        step = whole(record.get("step"))
+        if step is None:
             unreadable += 1
             continue
         last_step = step
@@ -97,7 +99,7 @@ def collect(records: Iterable[dict[str, Any] | None]) -> MetricsTable:
 
 def _number(value: object, spelled: object) -> float | None:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
+        return as_float(value)
     if value is None and spelled in ("nan", "inf", "-inf"):
         return float(str(spelled))
     return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import logging
 import os
@@ -235,9 +236,20 @@ def serve(run_dir: str | Path, port: int = 0) -> _Server:
 
     Raises:
         FileNotFoundError: `run_dir` is no folder.
-        OSError: the port is taken.
+        ValueError: no such port.
+        OSError: the port is taken, or not this user's to take.
     """
-    return _Server(LiveReport(Path(run_dir)), port)
+    if not 0 <= port <= 65535:
+        raise ValueError(f"watch: expected a port from 0 (a free one) to 65535, got {port}")
+    try:
+        return _Server(LiveReport(Path(run_dir)), port)
+    except OSError as error:
+        if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+            raise
+        why = "is in use" if error.errno == errno.EADDRINUSE else "needs rights that this user does not have"
+        raise OSError(
+            error.errno, f"watch: port {port} of {HOST} {why}: choose another --port, or 0 for a free one"
+        ) from error
 
 
 def watch(run_dir: str | Path, port: int = 0) -> None:

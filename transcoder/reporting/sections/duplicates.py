@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from transcoder.reporting.blocks import Block, bar_chart, charts, columns, heading, real, short, text, tiles
-from transcoder.reporting.numbers import number, percent
+from transcoder.reporting.numbers import number, percent, whole
 from transcoder.reporting.runfolder import RunFolder
 
 LISTED = 500
@@ -42,7 +42,9 @@ def ranked_pairs(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     good = [
         p
         for p in rows
-        if isinstance(p, dict) and all(type(p.get(n)) is int for n in "ij") and real(p.get("correlation")) is not None
+        if isinstance(p, dict)
+        and all(whole(p.get(n)) is not None for n in "ij")
+        and real(p.get("correlation")) is not None
     ]
     return sorted(good, key=lambda p: -p["correlation"])[:LISTED]
 

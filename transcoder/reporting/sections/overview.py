@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from transcoder.reporting import figures
-from transcoder.reporting.blocks import Block, Cell, columns, heading, panel, short, table, text, tiles
+from transcoder.reporting.blocks import Block, Cell, columns, heading, panel, real, short, table, text, tiles
 from transcoder.reporting.figures import Figure
 from transcoder.reporting.ledger_verdict import verdicts
 from transcoder.reporting.numbers import MISSING, clock, number
@@ -27,10 +27,10 @@ def header(run: RunFolder) -> dict[str, Any]:
     """The page's head: {"eyebrow", "title", "pill": [words, look], "facts", "progress": 0..1 | null}."""
     steps = run.setting("training.steps")
     last = number(run.last_step)
-    whole = isinstance(steps, (int, float)) and steps > 0
-    facts = [f"{last} of {number(steps)} steps" if whole else f"{last} steps"]
-    if isinstance(run.summary.get("tokens"), (int, float)):
-        facts.append(f"{number(run.summary['tokens'])} tokens")
+    total = real(steps) or 0.0
+    facts = [f"{last} of {number(total)} steps" if total > 0 else f"{last} steps"]
+    if run.tokens is not None:
+        facts.append(f"{number(run.tokens)} tokens")
     if run.metrics.seconds is not None:
         facts.append(clock(run.metrics.seconds))
     return {
@@ -38,7 +38,7 @@ def header(run: RunFolder) -> dict[str, Any]:
         "title": run.name,
         "pill": [run.status, "good" if run.finished else "warn"],
         "facts": facts,
-        "progress": None if run.finished or not whole else short((run.last_step or 0) / steps),
+        "progress": None if run.finished or total <= 0 else short((run.last_step or 0) / total),
     }
 
 

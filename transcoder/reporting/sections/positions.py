@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from transcoder.reporting import figures
 from transcoder.reporting.blocks import Block, bar_chart, charts, real, text, tiles
-from transcoder.reporting.numbers import number, percent
+from transcoder.reporting.numbers import number, percent, whole
 from transcoder.reporting.runfolder import RunFolder
 from transcoder.reporting.sample_table import SampleTable
 
@@ -23,9 +23,7 @@ def section(run: RunFolder) -> list[Block]:
     samples = run.samples
     if samples is None:
         return [*parts, text("No activation samples, so it is not known where latents fire.", "empty")]
-    length = run.setting("activations.sequence_length")
-    longest = int(samples.position.max()) + 1
-    length = max(int(length), longest) if isinstance(length, int) else longest
+    length = max(whole(run.setting("activations.sequence_length")) or 0, int(samples.position.max()) + 1)
     edges = np.linspace(0, length, BINS + 1)
     groups = []
     for label, chosen, color in (("strongest", samples.top, "c0"), ("across positions", ~samples.top, "c1")):

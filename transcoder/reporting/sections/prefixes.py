@@ -40,7 +40,7 @@ def section(run: RunFolder) -> list[Block]:
             each = number(1000 * (before[1] - value) / added)
         rows.append([number(width), number(added), number(value), percent(1 - value), gain, each])
         before = (width, value)
-    head = ["Width", "Latents added", "FVU", "Explained", "FVU gained", "per 1,000 latents"]
+    head = ["Width", "Added", "FVU", "Explained", "FVU gained", "per 1,000 latents"]
     lead = "Each prefix is a transcoder of its own; what a width adds is the FVU that its further latents take away."
     return [
         text(lead, "lead"),

@@ -126,7 +126,7 @@ const fillCard = async (box, id, full, find = "") => {
   const facts = make("p", "meta");
   const fact = (name, value) => facts.append(make("span", "", `${name} `, make("b", "", value)));
   if (place >= 0) {
-    if (index.density) fact("fires on", index.density[place] === null ? "–" : index.density[place] === 0 ? "no token seen" : `${share(index.density[place])} of tokens`);
+    if (index.density) fact("fires on", index.density[place] === null ? "–" : index.density[place] === 0 ? "none of the tokens counted" : `${share(index.density[place])} of tokens`);
     if (index.peak[place] !== null) fact("strongest", figure(index.peak[place]));
     if (index.widths.length > 1) fact("prefix", index.prefixes[index.prefix(id)] ?? "–");
     if (index.group[place]) fact("duplicate group", String(index.group[place]));
@@ -148,7 +148,7 @@ const fillCard = async (box, id, full, find = "") => {
   }
   box.replaceChildren(...parts);
   if (card) contextsOf(box, card, full ? 8 : 5, find);
-  else box.append(make("p", "empty", place < 0 || !index.samples[place] ? "No context of this latent was kept." : "Its contexts are not in this page: logging.report_latents, or the page's size, is too small for all."));
+  else box.append(make("p", "empty", index && place < 0 ? "This run has no latent of that id." : !index?.samples[place] ? "No context of this latent was kept." : "Its contexts are not in this page: logging.report_latents, or the page's size, is too small for all."));
   if (full && index) {
     const why = Object.entries(index.lacking).map(([what, reason]) => `${what}: ${reason}`);
     if (why.length) box.append(make("p", "note", `Not shown: ${why.join("; ")}.`));

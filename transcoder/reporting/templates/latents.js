@@ -31,6 +31,7 @@ const readWords = () => {
 };
 
 let openLatent = () => {};
+const LINK = /^#latent-(\d+)$/;
 const latentsBlock = (b) => {
   const count = set(make("span", "count"), { role: "status" });
   const search = set(make("input", ""), { type: "search", id: "latent-search", placeholder: "id, or text in a context", autocomplete: "off", spellcheck: "false" });
@@ -40,7 +41,7 @@ const latentsBlock = (b) => {
     return [node, make("label", "", label, node)];
   };
   const [prefix, prefixLabel] = select("latent-prefix", "Prefix", [["", "all"], ...b.prefixes.map((p, n) => [n, p])]);
-  const [density, densityLabel] = select("latent-density", "Density", [["", "any"], ["dead", "never fires"], ["rare", "below 0.1 %"], ["some", "0.1 % to 1 %"], ["often", "1 % to 10 %"], ["dense", "above 10 %"]]);
+  const [density, densityLabel] = select("latent-density", "Density", [["", "any"], ["dead", "0 %"], ["rare", "below 0.1 %"], ["some", "0.1 % to 1 %"], ["often", "1 % to 10 %"], ["dense", "above 10 %"]]);
   const [group, groupLabel] = select("latent-group", "Duplicate group", [["", "all latents"], ["any", "in any group"]]);
   const [order, orderLabel] = select("latent-order", "Order", [["id", "id"], ["peak", "strongest first"], ["density", "densest first"], ["rare", "rarest first"], ["group", "duplicate groups first"]]);
   const tools = set(make("div", "tools", make("label", "grow", "Search", search), prefixLabel, densityLabel, groupLabel, orderLabel, count), { role: "search", "aria-label": "Latents" });
@@ -165,7 +166,7 @@ const latentsBlock = (b) => {
     await filter();
     for (const act of store.waiting ?? []) act();
     store.waiting = null;
-    const linked = /^#latent-(\d+)$/.exec(location.hash);
+    const linked = LINK.exec(location.hash);
     if (chosen >= 0) fillCard(card, chosen, true);
     else if (linked) openLatent(Number(linked[1]));
     else if (found.length) { const first = found.find((n) => index.chunk[n] >= 0) ?? found[0]; chosen = index.ids[first]; card.dataset.wanted = String(chosen); paint(); fillCard(card, chosen, true); }
@@ -180,6 +181,11 @@ const latentsBlock = (b) => {
     }
     choose(id, true);
   };
+  // A link that was pasted into the page's own address, or the browser's way back.
+  addEventListener("hashchange", () => {
+    const linked = LINK.exec(location.hash);
+    if (linked) openLatent(Number(linked[1]));
+  });
   store.waiting = [];
   box.update = (fresh) => {
     b = fresh;
