@@ -130,6 +130,44 @@ def test_another_run_of_this_name_does_not_resume_from_the_second_location(tmp_p
     assert CheckpointStore(tmp_path / "run", section).latest() is None
 
 
+def test_a_damaged_later_one_takes_nobodys_place(tmp_path: Path) -> None:
+    """A run that went back behind it must not lose what it saves from then on."""
+    second = CheckpointSection(keep_last=1, keep_best=False, second_location=str(tmp_path / "second"))
+    store = CheckpointStore(tmp_path / "run", CheckpointSection(keep_last=2, keep_best=False))
+    for step in (2, 47):
+        store.save(step, *state(step, 256), {})
+    flip_bit(store.folder / "step_00000047" / "transcoder.safetensors", 5000)
+    store.section = second
+    with pytest.warns(UserWarning, match="step_00000047 is not usable"):
+        assert_holds(store.latest(), 2, 256)
+    store.save(3, *state(3, 256), {})
+    assert_holds(store.latest(), 3, 256)
+    assert names(store) == ["step_00000003"]
+
+    shutil.rmtree(store.folder)
+    store.folder.write_text("in the way")
+    with pytest.warns(UserWarning, match="second location"):
+        later = store.save(47, *state(47, 256), {})
+    flip_bit(later / "transcoder.safetensors", 5000)
+    with pytest.warns(UserWarning, match="second location"):
+        store.save(4, *state(4, 256), {})
+    assert_holds(store.latest(), 4, 256)
+
+
+def test_a_link_in_place_of_the_reserve_leads_nowhere(tmp_path: Path) -> None:
+    """A run folder from elsewhere may bring one: what it points at is not ours to truncate."""
+    (tmp_path / "run").mkdir()
+    precious = tmp_path / "precious"
+    precious.write_text("words")
+    for name in (".reserve", ".room"):
+        (tmp_path / "run" / name).symlink_to(precious)
+    store = CheckpointStore(tmp_path / "run")
+    store.check_space(1000, steps=3)
+    store.hold_reserve(1000)
+    assert store.reserve.held == 1000
+    assert precious.read_text() == "words"
+
+
 def test_a_read_only_disk(disk: SmallDisk) -> None:
     store = CheckpointStore(disk.folder / "run")
     store.save(1, *state(1), {})

@@ -113,6 +113,7 @@ class CheckpointStore:
         self.reserve = Reserve(self.run_dir, 0)
         self.degraded = False
         """The last `save` could keep the essential state only."""
+        self._run_id: str | None = None
 
     def hold_reserve(self, size: int) -> None:
         """Hold `size` bytes for the last state; given up when nothing else is left, and held again when there is room.
@@ -185,7 +186,7 @@ class CheckpointStore:
             except OSError as error:
                 failures.append(f"{place}: {error}")
                 return None
-            self._retain(place)
+            self._retain(place, step)
             self._hold_reserve_again()
             return path
 
@@ -277,18 +278,18 @@ class CheckpointStore:
         if self.section.second_location is None:
             return None
         marker = self.run_dir / ".run_id"
-        try:
-            run_id = marker.read_text(encoding="utf-8").strip()
-        except OSError:
+        written = _read_id(marker)
+        # Known from here on: a disk that stops to answer must not give the run a new name at each save.
+        self._run_id = self._run_id or written
+        if self._run_id is None:
             if not create:
                 return None
-            run_id = secrets.token_hex(8)
+            self._run_id = secrets.token_hex(8)
+        if create and written is None:
             with contextlib.suppress(OSError):
                 self.run_dir.mkdir(parents=True, exist_ok=True)
-                replace_atomically(marker, run_id.encode())
-        if not run_id.isalnum():
-            return None
-        return Path(self.section.second_location) / f"{self.run_dir.resolve().name}-{run_id}"
+                replace_atomically(marker, self._run_id.encode())
+        return Path(self.section.second_location) / f"{self.run_dir.resolve().name}-{self._run_id}"
 
     def _hold_reserve_again(self) -> None:
         # Where there is no room for it, the next checkpoint is the next occasion.
@@ -297,24 +298,30 @@ class CheckpointStore:
 
     def _let_go(self, step: int, metric: float | None) -> list[Path]:
         """What the retention will delete once this step is saved."""
-        metrics = {folder: _metric(folder) for _, folder in candidates([self.folder])}
-        keep = _kept(self.section, {**metrics, self.folder / _name(step): metric})
-        return [folder for folder in metrics if folder not in keep]
+        saved = self.folder / _name(step)
+        return _superfluous(self.section, {**_metrics(self.folder), saved: metric}, saved)
 
     def _fits_in_the_end(self, step: int, metric: float | None, size: int) -> bool:
         """Whether a checkpoint of `size` bytes and the reserve both fit once the retention has done its work."""
-        return free_bytes(self.folder) + sum(_size(folder) for folder in self._let_go(step, metric)) >= size
+        try:
+            return free_bytes(self.folder) + sum(_size(folder) for folder in self._let_go(step, metric)) >= size
+        except OSError:
+            # A disk that does not even answer takes no checkpoint.
+            return False
 
     def _make_room(self, step: int, metric: float | None) -> None:
         """Delete now what the retention would delete after this save; never the newest that verifies."""
-        good = next((folder for _, folder in candidates([self.folder]) if _verifies(folder)), None)
-        _delete(folder for folder in self._let_go(step, metric) if folder != good)
+        # A folder that cannot be listed (a network disk that is gone) must not keep the second location from being tried.
+        with contextlib.suppress(OSError):
+            good = next((folder for _, folder in candidates([self.folder]) if _verifies(folder)), None)
+            _delete(folder for folder in self._let_go(step, metric) if folder != good)
 
-    def _retain(self, place: Path) -> None:
+    def _retain(self, place: Path, step: int) -> None:
         section = self.section if place == self.folder else CheckpointSection(keep_last=1, keep_best=False)
-        metrics = {folder: _metric(folder) for _, folder in candidates([place])}
-        keep = _kept(section, metrics)
-        _delete(folder for folder in metrics if folder not in keep)
+        try:
+            _delete(_superfluous(section, _metrics(place), place / _name(step)))
+        except OSError as error:
+            _warn(f"{place}: old checkpoints could not be looked for: {error}")
 
 
 def load_checkpoint(path: Path | str) -> Loaded:
@@ -381,6 +388,15 @@ def _state_bytes(state: dict[str, Any], files: dict[str, WrittenFile]) -> bytes:
     return json.dumps({**body, "sha256": content_digest(body)}, indent=1).encode()
 
 
+def _read_id(marker: Path) -> str | None:
+    """What a run calls its folder in the second location; None where it has no such name yet, or none that is one."""
+    try:
+        written = marker.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return written if written.isalnum() else None
+
+
 def _verifies(folder: Path) -> bool:
     try:
         verify_checkpoint(folder)
@@ -389,18 +405,37 @@ def _verifies(folder: Path) -> bool:
     return True
 
 
-def _kept(section: CheckpointSection, metrics: dict[Path, float | None]) -> set[Path]:
-    def step(folder: Path) -> int:
-        match = FOLDER.fullmatch(folder.name)
-        return int(match[1]) if match else -1
+def _metrics(place: Path) -> dict[Path, float | None]:
+    """The checkpoints in a folder, and the metric of each."""
+    return {folder: _metric(folder) for _, folder in candidates([place])}
 
-    newest_first = sorted(metrics, key=step, reverse=True)
+
+def _superfluous(section: CheckpointSection, metrics: dict[Path, float | None], saved: Path) -> list[Path]:
+    """What the retention lets go where `saved` is the one just written, which is always kept.
+
+    A later one is of a run that went back behind it because it is damaged: it takes nobody's place, unless it verifies after
+    all.
+    """
+    counted = {
+        folder: metric for folder, metric in metrics.items() if _step(folder) <= _step(saved) or _verifies(folder)
+    }
+    keep = {saved, *_kept(section, counted)}
+    return [folder for folder in metrics if folder not in keep]
+
+
+def _step(folder: Path) -> int:
+    match = FOLDER.fullmatch(folder.name)
+    return int(match[1]) if match else -1
+
+
+def _kept(section: CheckpointSection, metrics: dict[Path, float | None]) -> set[Path]:
+    newest_first = sorted(metrics, key=_step, reverse=True)
     keep = set(newest_first[: section.keep_last])
-    scored = [(metric, -step(folder), folder) for folder, metric in metrics.items() if metric is not None]
+    scored = [(metric, -_step(folder), folder) for folder, metric in metrics.items() if metric is not None]
     if section.keep_best and scored:
         keep.add(min(scored)[2])
     if section.keep_every is not None:
-        keep.update(folder for folder in metrics if step(folder) % section.keep_every == 0)
+        keep.update(folder for folder in metrics if _step(folder) % section.keep_every == 0)
     return keep
 
 

@@ -46,7 +46,9 @@ class Reserve:
         if self.size == 0 or self.held >= self.size:
             return
         try:
-            with open(self.path, "wb") as file:
+            # Never through a link that a folder from elsewhere may bring along.
+            self.path.unlink(missing_ok=True)
+            with open(self.path, "xb") as file:
                 allocate(file.fileno(), self.size)
         except OSError:
             self.release()
@@ -112,7 +114,8 @@ def _fallocate() -> object | None:
 @contextlib.contextmanager
 def _unnamed_file(folder: Path) -> Iterator[int]:
     path = folder / ".room"
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    path.unlink(missing_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         # Without a name a kill leaves nothing behind.
         path.unlink()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -491,7 +492,7 @@ class _Run:
             self.writer.write(step, self.evaluation)
         if saving:
             self.saver.save(self.evaluation.get("evaluation/fvu") if evaluating else None)
-            if not (self.run_dir / "config.yaml").exists():
+            if not os.path.exists(self.run_dir / "config.yaml"):
                 # Somebody deleted the folder: the checkpoints that it gets from now on cannot be resumed without this.
                 self._write("config.yaml", self._write_config)
 
@@ -592,8 +593,9 @@ class _Run:
         """The ledger's proof. A part whose file the disk refused in this very step is looked at again later."""
         try:
             self.ledger.verify(self.step)
-        except LedgerError as error:
-            if self._same_folder() and self.unwritten_step != self.step:
+        except (LedgerError, OSError) as error:
+            # OSError: the disk does not say what is on it.
+            if isinstance(error, LedgerError) and self._same_folder() and self.unwritten_step != self.step:
                 raise
             self.verify_step = self.step + self.config.antidup.monitor.correlation_save_frequency
             logger.warning(
