@@ -70,6 +70,25 @@ def test_a_planted_pair_is_found_by_clicking(open_page: OpenPage, address: str, 
     assert page.url.endswith(f"#latent-{pair['i']}")
 
 
+def test_a_link_opens_its_latent_in_a_page_that_is_open(open_page: OpenPage, address: str) -> None:
+    page = open_page(address)
+    page.evaluate("location.hash = '#latent-5'")
+    page.locator("#latent-card h4", has_text="Latent 5").wait_for()
+    page.evaluate("location.hash = '#latent-999999'")
+    page.locator("#latent-card", has_text="This run has no latent of that id.").wait_for()
+
+
+def test_a_chart_of_zeros_has_a_plain_scale(open_page: OpenPage, tmp_path: Path) -> None:
+    run = synthetic_run(tmp_path / "run", steps=100, latents=1)
+    zeros = [json.dumps({"step": step, "time": 1, "sparsity/dead_share": 0.0}) for step in (10, 20)]
+    (run / "metrics.jsonl").write_text("\n".join(zeros) + "\n")
+    page = open_page(write_report(run).as_uri())
+    chart = page.locator("figure.chart", has_text="Dead latents")
+    chart.scroll_into_view_if_needed()
+    chart.locator(".ytick text").first.wait_for()
+    assert {float(tick) for tick in chart.locator(".ytick text").all_text_contents()} >= {0, 1}
+
+
 def test_search_and_filters(open_page: OpenPage, address: str, run_with_hostile_tokens: Path) -> None:
     page = open_page(address)
     count, search = page.locator(".latents .count"), page.locator("#latent-search")

@@ -21,12 +21,12 @@ const plotly = () => {
 };
 
 const SANS = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif';
-// A long title of an axis breaks where a phone would cut it.
+// A long title of an axis breaks where a narrow chart, or a phone, would cut it.
 const broken = (text) => {
-  if (innerWidth > 560) return plain(text);
+  const most = innerWidth > 560 ? 50 : 36;
   const lines = [""];
   for (const word of text.split(" ")) {
-    if (lines[lines.length - 1].length + word.length > 36) lines.push("");
+    if (lines[lines.length - 1].length + word.length > most) lines.push("");
     lines[lines.length - 1] += `${lines[lines.length - 1] ? " " : ""}${word}`;
   }
   return lines.map(plain).join("<br>");
@@ -64,7 +64,9 @@ const drawings = {
     const least = Math.min(...all), most = Math.max(...all);
     // Noise on a constant should look like it.
     const room = Math.max(0.06 * (most - least), 0.05 * Math.max(Math.abs(most), 1e-9) - (most - least) / 2);
-    const y = chart.log ? { type: "log", dtick: most / least < 30 ? "D2" : 1 }
+    // Nothing but zeros: a scale of billionths would say nothing.
+    const flat = least === 0 && most === 0;
+    const y = flat ? { range: [0, 1] } : chart.log ? { type: "log", dtick: most / least < 30 ? "D2" : 1 }
       : { range: [chart.zero ? Math.min(0, least) : least - room, most + room] };
     return [traces, layout(chart, {
       xaxis: axis(chart.x, { range: steps.length && Math.min(...steps) < Math.max(...steps) ? [Math.min(...steps), Math.max(...steps)] : undefined, separatethousands: true }),
