@@ -31,7 +31,8 @@ def watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[P
         thread.join()
 
 
-def test_a_running_run_updates_by_itself(open_page: OpenPage, watched: tuple[Path, str], tmp_path: Path) -> None:
+# `watched` first: the page is closed before its server is, or it would ask in vain and say so on the console.
+def test_a_running_run_updates_by_itself(watched: tuple[Path, str], open_page: OpenPage, tmp_path: Path) -> None:
     run, address = watched
     page = open_page(address)
     page.locator("header .live", has_text="live").wait_for()

@@ -6,6 +6,7 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -168,3 +169,16 @@ def test_a_summary_without_a_step_is_no_reason_to_fail(make_run: Callable[..., P
     (path / "summary.json").write_text(f'{{"step": {step}, "finished": true, "tokens": {step}, "a/b": {step}}}')
     run = RunFolder(path)
     assert (run.status, run.last_step, run.figure("a/b")) == ("finished", 100, None)
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"interrupted": True}, "written when a run finishes"),
+        ({}, "could not write it"),
+        ({"overrides": {"logging.report": False}}, "logging.report is off"),
+    ],
+)
+def test_why_there_are_no_heldout_facts(make_run: Callable[..., Path], options: dict[str, Any], why: str) -> None:
+    lacking = {m.what: m.why for m in RunFolder(make_run(steps=100, latents=1, **options)).lacking}
+    assert why in lacking["held-out facts of each latent"]

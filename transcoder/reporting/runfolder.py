@@ -188,9 +188,14 @@ class RunFolder:
         try:
             return read_latents(file)
         except FileNotFoundError:
+            if self.setting("logging.report") is False:
+                why = "logging.report is off, and it is made for the report"
+            elif self.finished:
+                why = "the run finished, but could not write it (its log says why), or is of an earlier version"
+            else:
+                why = "it is written when a run finishes"
             self._lacking[name] = (
-                f"{LATENTS_FILE} (activation histograms, promoted and suppressed tokens) is not in the folder: it is written "
-                "when a run finishes"
+                f"{LATENTS_FILE} (activation histograms, promoted and suppressed tokens) is not in the folder: {why}"
             )
         except ImportError:
             self._lacking[name] = f"pyarrow is not installed (pip install pyarrow): {LATENTS_FILE} cannot be read"
