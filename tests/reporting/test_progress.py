@@ -42,7 +42,7 @@ def test_numbers_for_people() -> None:
         "3G",
         "?",
     ]
-    values = (None, 0.123456, 18432.0, 1.2e9, 0.00001234, 0, 23456.7, float("inf"))
+    values = (None, 0.123456, 18432.0, 1.2e9, 0.00001234, 0, 23456.7, 1523.4, 10**400, float("inf"))
     assert [number(v) for v in values] == [
         "–",
         "0.1235",
@@ -51,6 +51,8 @@ def test_numbers_for_people() -> None:
         "1.23e-05",
         "0",
         "23,457",
+        "1,523",
+        "not finite",
         "not finite",
     ]
     assert [percent(v) for v in (None, 0.0213, 0, 1, 0.9999)] == ["–", "2.1 %", "0 %", "100 %", "100 %"]

@@ -133,6 +133,10 @@ def test_overview_tells_figures_baselines_and_verdicts(page: Page, finished_run:
     assert own is not None
     assert f"{own:.4g}" in page.words
     assert "is below the best linear map's" in page.words
+    (tiles,) = (block for block in page.core["sections"][0]["blocks"] if block["is"] == "tiles")
+    told = {name: value for name, value, _ in tiles["rows"]}
+    assert "Cross-entropy recovered" not in told, "no language model was at hand"
+    assert int(told["Mergeable pairs"]) == run.correlation["pairs_mergeable"]
     assert "it had no measured effect; anti_duplication_logs/positions.json is not there" in page.words
     for verdict in ("used", "not proven", "off"):
         assert verdict in page.words

@@ -33,6 +33,7 @@ _SECTIONS = dict(zip(COMPONENTS, ("regularizer", "positions", "monitor", "sample
 _REPORTED = {
     "duplicates/pairs": "pairs_total",
     "duplicates/flagged": "pairs_flagged",
+    "duplicates/mergeable": "pairs_mergeable",
     "duplicates/share_of_live": "share_of_live_with_neighbour",
     "duplicates/effective_dictionary_size": "effective_dictionary_size",
 }

@@ -18,6 +18,7 @@ _TILES = (
     figures.DEAD,
     figures.PAIRS,
     figures.FLAGGED,
+    figures.MERGEABLE,
     figures.DICTIONARY_SIZE,
     figures.TOKENS_PER_SECOND,
 )
@@ -45,10 +46,15 @@ def header(run: RunFolder) -> dict[str, Any]:
 def section(run: RunFolder) -> list[Block]:
     return [
         columns([_against_baselines(run)], [_what_ran(run)]),
-        tiles([(f.label, f.text(f.of(run)), f.meaning) for f in _TILES]),
+        tiles([(f.label, f.text(f.of(run)), f.meaning) for f in (*_recovered(run), *_TILES)]),
         *_missing(run),
         *_ledger(run),
     ]
+
+
+def _recovered(run: RunFolder) -> list[Figure]:
+    """What the transcoder is worth to the language model, where one was at hand."""
+    return [] if figures.CE_RECOVERED.of(run) is None else [figures.CE_RECOVERED]
 
 
 def _against_baselines(run: RunFolder) -> Block:

@@ -24,7 +24,7 @@ const figure = (value) => {
   if (value === null || value === undefined) return "–";
   if (Number.isInteger(value) && Math.abs(value) < 1e7) return value.toLocaleString("en");
   const size = Math.abs(value);
-  if (size >= 1e4) return size < 1e7 ? Math.round(value).toLocaleString("en") : value.toExponential(2);
+  if (size >= 1e3) return size < 1e7 ? Math.round(value).toLocaleString("en") : value.toExponential(2);
   return size < 1e-3 ? value.toExponential(1) : String(Number(value.toPrecision(4)));
 };
 const share = (value) => {
