@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -149,6 +152,39 @@ def test_a_write_that_never_ends_is_given_up_and_said(tmp_path: Path, monkeypatc
     (thread,) = [t for t in threading.enumerate() if t.name == "transcoder-checkpoint"]
     thread.join(60)
     assert find_checkpoint(tmp_path / "run").name == "step_00000010"
+
+
+INTERRUPTED = """
+import signal, sys, threading, time
+from pathlib import Path
+from planted_run import Planted, checkpoint, config
+from transcoder.training import train_transcoder
+
+def hang(path, tensors):
+    signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+    while signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        time.sleep(0.01)
+    # The first is noted, and obeyed by waiting for this write. The second comes meanwhile.
+    time.sleep(0.5)
+    signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+    time.sleep(1000)
+
+checkpoint.write_tensors = hang
+train_transcoder(config(training__steps=100_000, checkpoint__every=10), Path(sys.argv[1]), batches=Planted())
+"""
+
+
+def test_a_second_interrupt_ends_a_run_whose_write_hangs(tmp_path: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, str(tmp_path / "run")],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == -signal.SIGINT, run.stderr
+    assert run.stderr.rstrip().endswith("KeyboardInterrupt")
+    assert "the checkpoint of step 10 was still being written" in run.stderr
 
 
 def test_a_copy_does_not_follow_what_it_was_taken_of(device: torch.device) -> None:

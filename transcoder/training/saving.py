@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from types import TracebackType
 from typing import Protocol
 
 from transcoder.antidup import ActivationSampleCollector, CorrelationMonitor
@@ -118,9 +119,14 @@ class Saver:
             self._settle(lambda: self._beside.collect(FLUSH_SECONDS if seconds is None else seconds), False)
         return not self._beside.busy
 
-    def close(self) -> None:
-        """Nothing is left in writing, and no space is held."""
-        if not self.flush():
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Nothing is left in writing, and no space is held. A second Ctrl-C waits for nothing."""
+        if not self.flush(None if kind is None or issubclass(kind, Exception) else 0.0):
             logger.warning("the checkpoint of step %d was still being written when the run ended", self._step_in_flight)
         self._store.reserve.release()
 

@@ -298,7 +298,7 @@ class _Run:
             MetricsWriter(self.run_dir, self.config, self.step if loaded is not None else None)
         )
         # Before the log is closed: what became of the last write is in it.
-        self.stack.callback(self.saver.close)
+        self.stack.enter_context(self.saver)
         self.writer.write_event("data", {"source": "own batches" if self.own_batches else self.config.activations.kind})
         self.writer.write_event("checkpoint_budget", {"bytes_each_at_most": budget})
         self.bar = ProgressBar(self.config.training.steps, self.step, self.config.logging.progress)
