@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from transcoder.config import RunConfig
-from transcoder.reporting import MetricsWriter
+from transcoder.reporting import MetricsWriter, jsonl
 from transcoder.reporting.jsonl import JsonlFile, read_records
 
 CONFIG = RunConfig(name="metrics-test")
@@ -162,6 +163,35 @@ def test_a_file_does_not_grow_beyond_its_limit(tmp_path: Path, caplog: pytest.Lo
     file.append({"step": 3000})
     file.close()
     assert [r["step"] for r in read_records(tmp_path / "m.jsonl") if r][-1] == 3000
+
+
+def test_a_copy_that_finds_no_place_is_not_made_for_every_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each copy reads the whole file: at a gigabyte a logging interval would take seconds."""
+    tries, full = 0, True
+
+    def thinned(found: list[bytes]) -> list[bytes]:
+        nonlocal tries
+        tries += 1
+        if full:
+            raise OSError(errno.ENOSPC, "no room for the copy")
+        return right(found)
+
+    right = jsonl._thinned
+    monkeypatch.setattr(jsonl, "_thinned", thinned)
+    file = JsonlFile(tmp_path / "m.jsonl", max_bytes=4000)
+    for step in range(1000):
+        file.append({"step": step})
+    assert 2 <= tries <= 20
+    assert [r["step"] for r in read_records(tmp_path / "m.jsonl") if r] == list(range(1000))
+    full = False
+    while (tmp_path / "m.jsonl").stat().st_size > 4000:
+        file.append({"step": 1000})
+    file.close()
+
+
+def test_a_line_of_brackets_is_no_record(tmp_path: Path) -> None:
+    (tmp_path / "m.jsonl").write_bytes(b'{"step": 1}\n' + b"[" * 100_000 + b'\n{"step": 2}\n')
+    assert list(read_records(tmp_path / "m.jsonl")) == [{"step": 1}, None, {"step": 2}]
 
 
 def test_tensorboard_gets_the_same_figures(tmp_path: Path) -> None:

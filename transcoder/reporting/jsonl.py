@@ -37,6 +37,7 @@ class JsonlFile:
         self._size = os.fstat(self._file.fileno()).st_size
         self._backlog: deque[bytes] = deque(maxlen=BACKLOG_LINES)
         self._lost = 0
+        self._thin_beyond = 0
         self._warned = False
 
     def append(self, record: dict[str, Any]) -> None:
@@ -46,8 +47,9 @@ class JsonlFile:
             self._lost += 1
         self._backlog.append(line)
         self._drain()
-        if self._max_bytes is not None and self._size > self._max_bytes:
-            self._rewrite(_thinned)
+        if self._max_bytes is not None and self._size > max(self._max_bytes, self._thin_beyond):
+            # A copy that finds no room is not made again for every line: it reads the whole file.
+            self._thin_beyond = 0 if self._rewrite(_thinned) else self._size + self._size // 8
 
     def flush(self) -> None:
         """Bring what was written to the disk (fsync)."""
@@ -84,8 +86,8 @@ class JsonlFile:
             self._size += len(line)
         self._warned = False
 
-    def _rewrite(self, change: Callable[[list[bytes]], list[bytes]]) -> None:
-        """Put the file's lines, changed, in its place; a failure leaves it as it is and is tried again."""
+    def _rewrite(self, change: Callable[[list[bytes]], list[bytes]]) -> bool:
+        """Put the file's lines, changed, in its place; a failure leaves it as it is and is told."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file.seek(0)
@@ -95,11 +97,12 @@ class JsonlFile:
             again = open(self.path, "a+b", buffering=0)  # noqa: SIM115 - closed in close()
         except OSError as error:
             self._warn(error)
-            return
+            return False
         if (before := self._size) > (after := sum(map(len, lines))):
             logger.warning("%s: thinned from %d to %d bytes (logging.max_megabytes)", self.path, before, after)
         self._file.close()
         self._file, self._size = again, after
+        return True
 
     def _cut_back(self) -> None:
         try:
@@ -164,6 +167,6 @@ def parse_record(line: bytes) -> dict[str, Any] | None:
     """The object of one line; None where it is not one (a torn end)."""
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):  # thousands of brackets are no record either
         return None
     return record if isinstance(record, dict) else None
