@@ -45,6 +45,7 @@ def test_the_values_of_a_chart_are_there_as_a_table(open_page: OpenPage, address
     page = open_page(address)
     chart = page.locator("figure.chart", has=page.get_by_text("FVU per prefix", exact=True))
     chart.get_by_text("Values").click()
+    chart.locator("tbody tr").first.wait_for()
     assert chart.locator("th").all_inner_texts() == ["step", "64", "192", "448", "512"]
     assert chart.locator("tbody tr").count() == 24
 
@@ -153,6 +154,9 @@ def test_the_keyboard_reaches_latents(open_page: OpenPage, address: str) -> None
     page.keyboard.press("End")
     assert chosen.get_attribute("aria-posinset") == chosen.get_attribute("aria-setsize")
     page.locator("#latent-card h4", has_text=str(chosen.get_attribute("id")).replace("row-", "Latent ")).wait_for()
+    page.locator("#latent-search").fill("no such words anywhere")
+    page.get_by_text("No latent matches.").wait_for()
+    assert page.locator("#latent-list").get_attribute("aria-activedescendant") is None, "no row of that name is drawn"
 
 
 def test_a_phone_is_wide_enough(open_page: OpenPage, address: str) -> None:

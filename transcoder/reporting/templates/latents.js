@@ -68,6 +68,10 @@ const latentsBlock = (b) => {
     const from = Math.max(0, Math.floor(list.scrollTop / ROW) - 6);
     const to = Math.min(found.length, Math.ceil((list.scrollTop + list.clientHeight) / ROW) + 6);
     spacer.replaceChildren(...Array.from({ length: Math.max(0, to - from) }, (_, n) => row(from + n)));
+    if (!found.length) spacer.append(make("p", "empty", "No latent matches."));
+    // A row that is out of view is not there to be named.
+    if (list.querySelector(`#row-${chosen}`)) list.setAttribute("aria-activedescendant", `row-${chosen}`);
+    else list.removeAttribute("aria-activedescendant");
   };
   list.addEventListener("scroll", () => requestAnimationFrame(paint), { passive: true });
   new ResizeObserver(paint).observe(list);
@@ -108,7 +112,6 @@ const latentsBlock = (b) => {
       count.textContent = found.length === index.ids.length ? `${total} latents` : `${found.length.toLocaleString("en")} of ${total} latents`;
       list.scrollTop = 0;
       paint();
-      if (!found.length) spacer.replaceChildren(make("p", "empty", "No latent matches."));
     };
     pass();
     if (text && !words.done) {
@@ -129,7 +132,6 @@ const latentsBlock = (b) => {
   };
   const choose = (id, jump) => {
     chosen = id;
-    list.setAttribute("aria-activedescendant", `row-${id}`);
     const at = found.indexOf(index.place(id));
     if (at >= 0) show(at);
     paint();
