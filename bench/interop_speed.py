@@ -29,7 +29,7 @@ import transcoder
 Step = Callable[[torch.Tensor], float]
 
 
-def saelens(kind: str, d: int, latents: int, k: int, quick: bool) -> Step:
+def saelens(kind: str, d: int, latents: int, k: int, quick: bool, always: bool = False) -> Step:
     import sae_lens
     from sae_lens.saes.sae import TrainStepInput
 
@@ -39,7 +39,7 @@ def saelens(kind: str, d: int, latents: int, k: int, quick: bool) -> Step:
         getattr(sae_lens, f"{kind}TrainingSAEConfig")(d_in=d, d_sae=latents, k=k, **extra)
     )
     if quick:
-        transcoder.accelerate(sae)
+        transcoder.accelerate(sae, always=always)
     optimizer = torch.optim.Adam(sae.parameters(), lr=1e-4)
     since, counts = torch.zeros(latents), torch.zeros(latents)
 
@@ -65,14 +65,14 @@ def saelens(kind: str, d: int, latents: int, k: int, quick: bool) -> Step:
     return step
 
 
-def sparsify(kind: str, d: int, latents: int, k: int, quick: bool) -> Step:
+def sparsify(kind: str, d: int, latents: int, k: int, quick: bool, always: bool = False) -> Step:
     os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")  # its Triton decoder has no CPU side
     import sparsify as library
 
     torch.manual_seed(0)
     coder = library.SparseCoder(d, library.SparseCoderConfig(num_latents=latents, k=k))
     if quick:
-        transcoder.accelerate(coder)
+        transcoder.accelerate(coder, always=always)
     optimizer = torch.optim.Adam(coder.parameters(), lr=1e-4)
     fired = torch.zeros(latents, dtype=torch.bool)
 
@@ -89,7 +89,7 @@ def sparsify(kind: str, d: int, latents: int, k: int, quick: bool) -> Step:
     return step
 
 
-def dictionary_learning(kind: str, d: int, latents: int, k: int, quick: bool) -> Step:
+def dictionary_learning(kind: str, d: int, latents: int, k: int, quick: bool, always: bool = False) -> Step:
     from dictionary_learning.trainers import batch_top_k, matryoshka_batch_top_k, top_k
 
     classes = {
@@ -111,7 +111,7 @@ def dictionary_learning(kind: str, d: int, latents: int, k: int, quick: bool) ->
         **extra,
     )
     if quick:
-        transcoder.accelerate(trainer.ae)
+        transcoder.accelerate(trainer.ae, always=always)
     return lambda x: float(trainer.update(1001, x))
 
 
@@ -129,10 +129,10 @@ def inputs(rows: int, d: int) -> Iterator[torch.Tensor]:
 
 
 def measure(
-    make: Callable[..., Step], kind: str, rows: int, d: int, latents: int, k: int, repeats: int
+    make: Callable[..., Step], kind: str, rows: int, d: int, latents: int, k: int, repeats: int, always: bool
 ) -> dict[str, float]:
     """Medians in milliseconds of both sides, in turn."""
-    theirs, ours = (make(kind, d, latents, k, quick) for quick in (False, True))
+    theirs, ours = (make(kind, d, latents, k, quick, always) for quick in (False, True))
     source = inputs(rows, d)
     for _ in range(2):
         x = next(source)
@@ -140,14 +140,29 @@ def measure(
         if abs(left - right) > 1e-3 * abs(left):
             raise SystemExit(f"{kind}: losses differ before anything is timed: {left} and {right}")
     took: dict[str, list[float]] = {"theirs": [], "ours": []}
-    for _ in range(repeats):
+    turns = [("theirs", theirs), ("ours", ours)]
+    began_all = time.perf_counter()
+    # Small steps are repeated for a second at least: a median of nine of them says nothing on a machine with other work.
+    while len(took["ours"]) < repeats or (time.perf_counter() - began_all < 1 and len(took["ours"]) < 400):
         x = next(source)
-        for name, step in (("theirs", theirs), ("ours", ours)):
+        turns.reverse()
+        for name, step in turns:
             began = time.perf_counter()
             step(x)
             took[name].append(1e3 * (time.perf_counter() - began))
     found = {name: statistics.median(values) for name, values in took.items()}
     return {**found, "ratio": found["theirs"] / found["ours"]}
+
+
+def sizes(given: argparse.Namespace) -> list[tuple[int, int, int]]:
+    """(batch, latents, k) to measure."""
+    if not given.sweep:
+        return [(given.batch, given.latents, given.k)]
+    return [
+        (batch, latents, min(given.k, latents // 16))
+        for batch in (32, 64, 128, 512, 1024)
+        for latents in (128, 256, 512, 2048, 8192)
+    ]
 
 
 def main() -> None:
@@ -158,6 +173,10 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--kind", help="one class only")
+    parser.add_argument("--sweep", action="store_true", help="batches of 32 to 1024 and 128 to 8192 latents at --d")
+    parser.add_argument(
+        "--always", action="store_true", help="our kernels for batches too that are left to the library"
+    )
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -167,12 +186,15 @@ def main() -> None:
             if importlib.util.find_spec(module) is None:
                 continue
             for kind in kinds:
-                if given.kind in (None, kind):
-                    sizes = {"batch": given.batch, "d": given.d, "latents": given.latents, "k": given.k}
-                    found = measure(make, kind, given.batch, given.d, given.latents, given.k, given.repeats)
-                    rows.append({"library": name, "class": kind, **sizes, **found, "threads": torch.get_num_threads()})
+                if given.kind not in (None, kind):
+                    continue
+                for batch, latents, k in sizes(given):
+                    case = {"batch": batch, "d": given.d, "latents": latents, "k": k}
+                    found = measure(make, kind, batch, given.d, latents, k, given.repeats, given.always)
+                    rows.append({"library": name, "class": kind, **case, **found, "threads": torch.get_num_threads()})
                     print(
-                        f"{name} {kind}: {found['theirs']:.1f} ms, accelerated {found['ours']:.1f} ms: {found['ratio']:.2f}x",
+                        f"{name} {kind}, B {batch}, d {given.d}, N {latents}, k {k}: {found['theirs']:.2f} ms, accelerated "
+                        f"{found['ours']:.2f} ms: {found['ratio']:.2f}x",
                         flush=True,
                     )
     if given.json:

@@ -10,6 +10,7 @@
 #include "screen_ops.h"
 #include "sketch_ops.h"
 #include "step_ops.h"
+#include "turn_ops.h"
 
 namespace transcoder {
 namespace {
@@ -63,6 +64,7 @@ TORCH_LIBRARY(transcoder_cpp, m) {
       "Tensor(c!) own_token, Tensor(d!) own_position, Tensor(e!) own_sequence, Tensor(f!) own_step, "
       "Tensor(g!) own_context) -> int");
   m.def("nearest_above(Tensor W, Tensor own, float least) -> (Tensor, Tensor, Tensor)");
+  m.def("turned(Tensor W, Tensor? factors, bool back) -> Tensor");
   m.def("rows_in_zeros(Tensor values, Tensor rows, int total) -> Tensor");
   m.def(
       "adam_step(Tensor(a!)[] parameters, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
@@ -93,6 +95,7 @@ TORCH_LIBRARY_IMPL(transcoder_cpp, CPU, m) {
   m.impl("offer_samples", offer_samples);
   m.impl("nearest_above", nearest_above);
   m.impl("rows_in_zeros", rows_in_zeros);
+  m.impl("turned", turned);
   m.impl("adam_step", adam_step);
 }
 

@@ -20,7 +20,7 @@ from transcoder.kernels.codes import SparseCodes
 from transcoder.kernels.encode.torch_backend import Selection
 from transcoder.kernels.extension import usable
 
-__all__ = ["gradients", "select_batch_topk", "select_threshold", "select_topk", "usable"]
+__all__ = ["gradients", "select_batch_topk", "select_threshold", "select_topk", "turned", "usable"]
 
 
 def screens(x: Tensor, W: Tensor) -> bool:
@@ -66,6 +66,21 @@ def gradients(
     if needs[1] or needs[2]:
         grad_W, grad_b = segments.sums_by_latent(x, codes, grad, rows=needs[1], totals=needs[2])
     return grad_x, grad_W, grad_b
+
+
+def turned(W: Tensor, factors: Tensor | None = None, *, back: bool = False) -> Tensor:
+    """An encoder whose latents are columns, W [d_in, d_sae], as the ops take it: [d_sae, d_in], each latent times its factor.
+
+    Args:
+        W: float32 or float64; with `back` [d_sae, d_in], and the result is [d_in, d_sae].   factors: [d_sae] of W's dtype.
+
+    Equivalent to: `W.T.contiguous()`, or `W.T * factors[:, None]` (with `back` `W.T * factors`), to the bit.
+    """
+    matrix = W.detach().contiguous()
+    found: Tensor = torch.ops.transcoder_cpp.turned(
+        matrix, None if factors is None else factors.detach().contiguous(), back
+    )
+    return found
 
 
 def _wide(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -64,7 +64,7 @@ def data(seed: int = 1) -> torch.Tensor:
 def test_losses_and_gradients(kind: str) -> None:
     theirs, ours = make(kind), make(kind)
     before = {n: (p, p.data_ptr(), tuple(p.shape)) for n, p in ours.ae.named_parameters()}
-    assert transcoder.accelerate(ours.ae) is ours.ae
+    assert transcoder.accelerate(ours.ae, always=True) is ours.ae
     assert isinstance(ours.ae, KINDS[kind][1])
     assert {n: (p, p.data_ptr(), tuple(p.shape)) for n, p in ours.ae.named_parameters()} == before
     with warnings.catch_warnings():
@@ -85,7 +85,7 @@ def test_auxk(kind: str) -> None:
     for quick in (False, True):
         trainer = make(kind)
         if quick:
-            transcoder.accelerate(trainer.ae)
+            transcoder.accelerate(trainer.ae, always=True)
         trainer.num_tokens_since_fired[-30:] = trainer.dead_feature_threshold + 1
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DenseView)
@@ -100,7 +100,7 @@ def test_auxk(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_ten_updates_of_their_trainer_side_by_side(kind: str) -> None:
     theirs, ours = make(kind), make(kind)
-    transcoder.accelerate(ours.ae)
+    transcoder.accelerate(ours.ae, always=True)
     for n in range(10):
         left, right = theirs.update(n, data(n)), ours.update(n, data(n))
     assert right == pytest.approx(left, rel=1e-3)
@@ -112,7 +112,7 @@ def test_ten_updates_of_their_trainer_side_by_side(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_inference_saving_and_loading(kind: str, tmp_path: Path) -> None:
     theirs, ours = make(kind), make(kind)
-    transcoder.accelerate(ours.ae)
+    transcoder.accelerate(ours.ae, always=True)
     for n in range(5):
         theirs.update(n, data(n))
         ours.update(n, data(n))
@@ -121,7 +121,7 @@ def test_inference_saving_and_loading(kind: str, tmp_path: Path) -> None:
     torch.save(theirs.ae.state_dict(), tmp_path / "theirs.pt")
     plain = cls.from_pretrained(tmp_path / "ours.pt")
     assert type(plain) is cls
-    quick = transcoder.accelerate(cls.from_pretrained(tmp_path / "theirs.pt"))
+    quick = transcoder.accelerate(cls.from_pretrained(tmp_path / "theirs.pt"), always=True)
     reference = cls.from_pretrained(tmp_path / "theirs.pt")
     x = data(99)
     torch.testing.assert_close(quick(x), reference(x), **CLOSE)
@@ -132,10 +132,10 @@ def test_inference_saving_and_loading(kind: str, tmp_path: Path) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DenseView)
             fresh = make(kind).ae
-            torch.testing.assert_close(transcoder.accelerate(copy.deepcopy(fresh))(x), fresh(x), **CLOSE)
+            torch.testing.assert_close(transcoder.accelerate(copy.deepcopy(fresh), always=True)(x), fresh(x), **CLOSE)
 
 
 def test_an_untested_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.metadata.version", lambda name: "0.2.0")
     with pytest.raises(PeerVersionError, match=r"tested with dictionary-learning 0\.1\.0, found 0\.2\.0"):
-        transcoder.accelerate(make("topk").ae)
+        transcoder.accelerate(make("topk").ae, always=True)

@@ -16,7 +16,8 @@ sae_lens = pytest.importorskip("sae_lens", reason="SAELens is not installed here
 from sae_lens.saes.sae import SAE, TrainingSAE, TrainStepInput  # noqa: E402
 
 import transcoder  # noqa: E402
-from transcoder.interop.accelerate import DenseView, PeerVersionError  # noqa: E402
+from transcoder.interop.accelerate import DenseView, PeerVersionError, SparseActivations  # noqa: E402
+from transcoder.interop.accelerate.small import OWN_CODE_BELOW  # noqa: E402
 
 B, D, N, K = 33, 24, 96, 5
 KINDS = ("TopK", "BatchTopK", "MatryoshkaBatchTopK")
@@ -51,7 +52,7 @@ def data(rows: int = B, seed: int = 1) -> torch.Tensor:
 def quiet(sae: Any) -> Any:
     """Accelerated; a dense view is an error."""
     warnings.simplefilter("error", DenseView)
-    return transcoder.accelerate(sae)
+    return transcoder.accelerate(sae, always=True)
 
 
 @pytest.fixture(autouse=True)
@@ -112,12 +113,27 @@ def test_ten_optimizer_steps_side_by_side(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_small_batches_take_the_librarys_own_path(kind: str) -> None:
+    theirs = make(kind)
+    ours = transcoder.accelerate(copy.deepcopy(theirs))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DenseView)
+        left, right = (step(sae, data()) for sae in (theirs, ours))
+        assert type(right.feature_acts) is torch.Tensor
+        assert torch.equal(left.loss, right.loss)
+        enough = -(-OWN_CODE_BELOW // N)
+        for rows, path in ((enough - 1, torch.Tensor), (enough, SparseActivations)):
+            assert type(step(ours, data(rows)).feature_acts) is path
+    assert type(transcoder.accelerate(ours, always=True).encode(data())) is SparseActivations
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_it_stays_the_same_object(kind: str) -> None:
     sae = make(kind)
     before = {n: (p, p.data_ptr(), tuple(p.shape), p.stride()) for n, p in sae.named_parameters()}
     keys, cls = list(sae.state_dict()), type(sae)
-    assert transcoder.accelerate(sae) is sae
-    assert transcoder.accelerate(sae) is sae
+    assert transcoder.accelerate(sae, always=True) is sae
+    assert transcoder.accelerate(sae, always=True) is sae
     assert isinstance(sae, cls)
     assert type(make(kind)) is cls, "the library's class was changed"
     assert list(sae.state_dict()) == keys
@@ -140,7 +156,7 @@ def test_saved_by_one_and_loaded_by_the_other(kind: str, tmp_path: Path) -> None
     torch.testing.assert_close(step(loaded, data()).loss, step(theirs, data()).loss, **CLOSE)
     theirs.save_inference_model(tmp_path / "theirs")
     plain = SAE.load_from_disk(tmp_path / "theirs")
-    quick = transcoder.accelerate(SAE.load_from_disk(tmp_path / "theirs"))
+    quick = transcoder.accelerate(SAE.load_from_disk(tmp_path / "theirs"), always=True)
     torch.testing.assert_close(quick(data()), plain(data()), **CLOSE)
     acts = quick.encode(data())
     torch.testing.assert_close(acts.dense(), plain.encode(data()), **CLOSE)
@@ -165,7 +181,7 @@ def test_a_hook_on_the_activations_gets_them_dense_and_may_change_them() -> None
         return acts
 
     theirs = make("TopK")
-    ours = transcoder.accelerate(copy.deepcopy(theirs))
+    ours = transcoder.accelerate(copy.deepcopy(theirs), always=True)
     left = theirs.run_with_hooks(data(), fwd_hooks=[("hook_sae_acts_post", ablate)])
     with pytest.warns(DenseView, match="hook_sae_acts_post"):
         right = ours.run_with_hooks(data(), fwd_hooks=[("hook_sae_acts_post", ablate)])
@@ -178,7 +194,7 @@ def test_a_hook_on_the_activations_gets_them_dense_and_may_change_them() -> None
 
 def test_a_hook_on_the_pre_activations_decides_the_selection() -> None:
     theirs = make("TopK")
-    ours = transcoder.accelerate(copy.deepcopy(theirs))
+    ours = transcoder.accelerate(copy.deepcopy(theirs), always=True)
     hooks: Any = [("hook_sae_acts_pre", lambda pre, hook: pre.flip(-1))]
     with pytest.warns(DenseView, match="hook_sae_acts_pre"):
         right = ours.run_with_hooks(data(), fwd_hooks=hooks)
@@ -192,7 +208,7 @@ def test_a_hook_on_the_pre_activations_decides_the_selection() -> None:
 
 def test_what_needs_the_dense_tensor_gets_it_in_the_graph() -> None:
     theirs = make("TopK")
-    ours = transcoder.accelerate(copy.deepcopy(theirs))
+    ours = transcoder.accelerate(copy.deepcopy(theirs), always=True)
     grads = []
     for sae in (theirs, ours):
         acts = sae.encode(data())
@@ -212,7 +228,7 @@ def test_what_needs_the_dense_tensor_gets_it_in_the_graph() -> None:
 
 def test_the_matryoshka_auxiliary_loss() -> None:
     theirs = make("MatryoshkaBatchTopK", use_matryoshka_aux_loss=True)
-    ours = transcoder.accelerate(copy.deepcopy(theirs))
+    ours = transcoder.accelerate(copy.deepcopy(theirs), always=True)
     mask = torch.arange(N) % 3 == 0
     left = step(theirs, data(), mask)
     with pytest.warns(DenseView):
@@ -226,16 +242,16 @@ def test_what_cannot_be_accelerated_is_refused(monkeypatch: pytest.MonkeyPatch) 
             return super().encode_with_hidden_pre(2 * x)
 
     with pytest.raises(TypeError, match="its own encode_with_hidden_pre"):
-        transcoder.accelerate(Own(sae_lens.TopKTrainingSAEConfig(d_in=D, d_sae=N, k=K)))
+        transcoder.accelerate(Own(sae_lens.TopKTrainingSAEConfig(d_in=D, d_sae=N, k=K)), always=True)
     standard = sae_lens.StandardTrainingSAE(sae_lens.StandardTrainingSAEConfig(d_in=D, d_sae=N))
     with pytest.raises(TypeError, match="expected one of"):
-        transcoder.accelerate(standard)
+        transcoder.accelerate(standard, always=True)
     with pytest.raises(TypeError, match="SAELens, sparsify or dictionary_learning"):
-        transcoder.accelerate(torch.nn.Linear(2, 2))
+        transcoder.accelerate(torch.nn.Linear(2, 2), always=True)
     monkeypatch.setattr("importlib.metadata.version", lambda name: "7.0.0")
     with pytest.raises(PeerVersionError, match=r"tested with sae-lens 6\.54, found 7\.0\.0"):
-        transcoder.accelerate(make("TopK"))
-    assert isinstance(transcoder.accelerate(make("TopK"), allow_untested=True), sae_lens.TopKTrainingSAE)
+        transcoder.accelerate(make("TopK"), always=True)
+    assert isinstance(transcoder.accelerate(make("TopK"), allow_untested=True, always=True), sae_lens.TopKTrainingSAE)
 
 
 def tokens() -> Any:

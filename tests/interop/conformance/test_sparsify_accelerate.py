@@ -58,7 +58,7 @@ def loss(coder: Any, seed: int = 1, dead: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("case", CASES)
 def test_outputs_losses_and_gradients(case: str, dead: int) -> None:
     theirs = make(**CASES[case])
-    ours = transcoder.accelerate(copy.deepcopy(theirs))
+    ours = transcoder.accelerate(copy.deepcopy(theirs), always=True)
     assert isinstance(ours, sparsify.SparseCoder)
     x, y = batch()
     mask = torch.arange(N) >= N - dead
@@ -78,8 +78,8 @@ def test_outputs_losses_and_gradients(case: str, dead: int) -> None:
 
 def test_auxk_reaches_the_encoder_where_that_is_asked_for() -> None:
     kept, repaired = make(), make()
-    transcoder.accelerate(kept)
-    transcoder.accelerate(repaired, repair_auxk=True)
+    transcoder.accelerate(kept, always=True)
+    transcoder.accelerate(repaired, repair_auxk=True, always=True)
     x, y = batch()
     mask = torch.arange(N) >= N - 7
     grads = []
@@ -103,7 +103,7 @@ def test_ten_optimizer_steps_side_by_side() -> None:
     theirs = make(**CASES["skip"])
     ours = copy.deepcopy(theirs)
     optimizers = [torch.optim.Adam(c.parameters(), lr=1e-3) for c in (theirs, ours)]
-    transcoder.accelerate(ours)
+    transcoder.accelerate(ours, always=True)
     for seed in range(10):
         for coder, optimizer in zip((theirs, ours), optimizers, strict=True):
             optimizer.zero_grad()
@@ -115,7 +115,7 @@ def test_ten_optimizer_steps_side_by_side() -> None:
 
 
 def test_saved_by_one_and_loaded_by_the_other(tmp_path: Path) -> None:
-    ours, theirs = transcoder.accelerate(make(**CASES["skip"])), make(**CASES["skip"])
+    ours, theirs = transcoder.accelerate(make(**CASES["skip"]), always=True), make(**CASES["skip"])
     ours.save_to_disk(tmp_path / "ours")
     theirs.save_to_disk(tmp_path / "theirs")
     x, y = batch()
@@ -125,18 +125,18 @@ def test_saved_by_one_and_loaded_by_the_other(tmp_path: Path) -> None:
     again = pickle.loads(pickle.dumps(ours))
     assert type(again) is type(ours)
     torch.testing.assert_close(again(x, y).sae_out, theirs(x, y).sae_out, **CLOSE)
-    quick = transcoder.accelerate(sparsify.SparseCoder.load_from_disk(tmp_path / "theirs"))
+    quick = transcoder.accelerate(sparsify.SparseCoder.load_from_disk(tmp_path / "theirs"), always=True)
     torch.testing.assert_close(quick(x, y).sae_out, theirs(x, y).sae_out, **CLOSE)
 
 
 def test_what_is_dense_is_announced_and_right() -> None:
     theirs = _groupmax()
-    ours = transcoder.accelerate(copy.deepcopy(theirs))
+    ours = transcoder.accelerate(copy.deepcopy(theirs), always=True)
     x, y = batch()
     with pytest.warns(DenseView, match="groupmax"):
         right = ours(x, y)
     torch.testing.assert_close(right.sae_out, theirs(x, y).sae_out, **CLOSE)
-    coder = transcoder.accelerate(make())
+    coder = transcoder.accelerate(make(), always=True)
     with pytest.warns(DenseView):
         dense = coder.encode(x).pre_acts + 0
     torch.testing.assert_close(dense, torch.relu(coder.encoder(x - coder.b_dec)), **CLOSE)
@@ -150,4 +150,4 @@ def _groupmax() -> Any:
 def test_an_untested_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.metadata.version", lambda name: "9.0")
     with pytest.raises(PeerVersionError, match=r"tested with eai-sparsify 1\.3\.3, found 9\.0"):
-        transcoder.accelerate(make())
+        transcoder.accelerate(make(), always=True)

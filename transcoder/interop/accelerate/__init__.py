@@ -25,7 +25,7 @@ class PeerVersionError(ImportError):
     """A library's version, or a part of it, that is not one this was tested with."""
 
 
-def accelerate(module: M, *, repair_auxk: bool = False, allow_untested: bool = False) -> M:
+def accelerate(module: M, *, repair_auxk: bool = False, allow_untested: bool = False, always: bool = False) -> M:
     """The same module object, its encoder, selection and decoder running on `transcoder.kernels`.
 
     Takes SAELens' TopK, BatchTopK and MatryoshkaBatchTopK training SAEs, its TopK and JumpReLU SAEs and JumpReLU transcoders;
@@ -39,9 +39,12 @@ def accelerate(module: M, *, repair_auxk: bool = False, allow_untested: bool = F
     with a `DenseView` warning, where something needs it. Selections with ties may choose otherwise among equals; values and
     gradients agree to fp32 rounding of a product of length d_in. Entries that the ReLU switched off get no gradient.
 
+    Batches of fewer than 2**17 activations (rows times latents) run on the library's own code, which is faster there.
+
     Args:
         repair_auxk: sparsify's encoder loses the gradient of its AuxK loss (and of multi_topk): True gives it back. The other
             libraries keep it, and for them this changes nothing.
+        always: run small batches on our kernels too. `repair_auxk` does so by itself.
         allow_untested: go on with a version of the library that was not tested.
 
     Raises:
@@ -49,8 +52,7 @@ def accelerate(module: M, *, repair_auxk: bool = False, allow_untested: bool = F
         PeerVersionError: a library's version that was not tested, or one without the expected parts; names those tested.
     """
     if hasattr(type(module), "_transcoder_original"):
-        module.__dict__["_transcoder_repair_auxk"] = repair_auxk
-        return module
+        return _set(module, repair_auxk, always)
     package = next((p for p in (c.__module__.split(".")[0] for c in type(module).__mro__) if p in LIBRARIES), None)
     if package is None:
         raise TypeError(
@@ -76,7 +78,12 @@ def accelerate(module: M, *, repair_auxk: bool = False, allow_untested: bool = F
             )
     theirs: Any = type(module)
     module.__class__ = accelerated_class(theirs, kind.ours)
-    module.__dict__["_transcoder_repair_auxk"] = repair_auxk
+    return _set(module, repair_auxk, always)
+
+
+def _set(module: M, repair_auxk: bool, always: bool) -> M:
+    # The library's own code has no repaired gradient.
+    module.__dict__.update(_transcoder_repair_auxk=repair_auxk, _transcoder_always=always or repair_auxk)
     return module
 
 

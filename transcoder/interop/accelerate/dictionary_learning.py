@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transcoder.interop.accelerate.activations import LazyTensor, SparseActivations, announce
 from transcoder.interop.accelerate.encode import How, select
 from transcoder.interop.accelerate.kinds import Kind, original
+from transcoder.interop.accelerate.small import own_code
 from transcoder.kernels import SparseCodes
 
 PACKAGE = "dictionary-learning"
@@ -31,6 +32,8 @@ def kinds() -> list[Kind]:
 class TopK:
     def encode(self: Any, x: Tensor, return_topk: bool = False, use_threshold: bool = False) -> Any:
         """As the library's; the k entries of a row come by latent id, not by value."""
+        if own_code(self, x, self.dict_size):
+            return original(self).encode(self, x, return_topk=return_topk, use_threshold=use_threshold)
         why = _why_dense(self, x, use_threshold)
         if why is None and use_threshold and return_topk:
             why = "return_topk beside use_threshold"
@@ -47,6 +50,8 @@ class TopK:
 
 class BatchTopK:
     def encode(self: Any, x: Tensor, return_active: bool = False, use_threshold: bool = True) -> Any:
+        if own_code(self, x, self.dict_size):
+            return original(self).encode(self, x, return_active=return_active, use_threshold=use_threshold)
         why = _why_dense(self, x, use_threshold)
         if why is not None:
             announce(self, f"{why}: encoded by the library's own dense code")
@@ -58,6 +63,8 @@ class BatchTopK:
 
 class Matryoshka:
     def encode(self: Any, x: Tensor, return_active: bool = False, use_threshold: bool = True) -> Any:
+        if own_code(self, x, self.dict_size):
+            return original(self).encode(self, x, return_active=return_active, use_threshold=use_threshold)
         why = _why_dense(self, x, use_threshold)
         if why is None and self.active_groups != len(self.group_sizes):
             why = "active_groups below the number of groups"

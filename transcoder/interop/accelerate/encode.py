@@ -16,6 +16,7 @@ from transcoder.kernels import (
     topk_encode,
     use_backend,
 )
+from transcoder.kernels.backend import backend_module
 
 How = Literal["topk", "batch_topk", "threshold"]
 
@@ -35,13 +36,9 @@ class _Select(torch.autograd.Function):
         argument: Any,
         derived: dict[str, object],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        latents = W.detach() if rows else W.detach().T
-        if scale is None:
-            biases, latents = b.detach(), latents.contiguous()
-        else:
-            # Scaled and turned in one pass over the matrix.
-            biases = b.detach() * scale
-            latents = torch.mul(latents, scale[:, None], out=latents.new_empty(latents.shape))
+        ctx.backend = active_backend(x.device, "encode")
+        biases = b.detach() if scale is None else b.detach() * scale
+        latents = _scaled(W.detach(), scale) if rows else _turned(W.detach(), scale, ctx.backend)
         if how == "topk":
             codes = topk_encode(x, latents, biases, argument)
         elif how == "batch_topk":
@@ -55,7 +52,6 @@ class _Select(torch.autograd.Function):
         ctx.mark_non_differentiable(indices, row_ptr)
         ctx.save_for_backward(x, W if rows and scale is None else latents, scale, values, indices, row_ptr)
         ctx.rows, ctx.derived, ctx.dtypes = rows, derived, (x.dtype, W.dtype, b.dtype)
-        ctx.backend = active_backend(x.device, "encode")
         return values, indices, row_ptr
 
     @staticmethod
@@ -80,16 +76,28 @@ class _Select(torch.autograd.Function):
         grad_x, grad_W, grad_b = (next(found) if need else None for need in (needs_x, needs_W, needs_b))
         x_dtype, W_dtype, b_dtype = ctx.dtypes
         if grad_W is not None:
-            turned = grad_W if ctx.rows else grad_W.T
-            if scale is not None:
-                factor = scale[:, None] if ctx.rows else scale
-                grad_W = torch.mul(turned, factor, out=turned.new_empty(turned.shape))
-            else:
-                grad_W = turned.contiguous()
+            grad_W = _scaled(grad_W, scale) if ctx.rows else _turned(grad_W, scale, ctx.backend, back=True)
             grad_W = grad_W.to(W_dtype)
         if grad_b is not None:
             grad_b = (grad_b if scale is None else grad_b * scale).to(b_dtype)
         return (None if grad_x is None else grad_x.to(x_dtype)), grad_W, grad_b, None, None, None, None, None
+
+
+def _scaled(latents: Tensor, factors: Tensor | None) -> Tensor:
+    """[d_sae, d_in], each latent times its factor."""
+    return latents.contiguous() if factors is None else latents * factors[:, None]
+
+
+def _turned(W: Tensor, factors: Tensor | None, backend: str, back: bool = False) -> Tensor:
+    """[d_in, d_sae] as [d_sae, d_in], each latent times its factor; `back` the other way."""
+    same = factors is None or factors.dtype == W.dtype
+    if W.dtype in (torch.float32, torch.float64) and same and backend == "cpp":
+        found: Tensor = backend_module("encode", "cpp").turned(W, factors, back=back)
+        return found
+    if factors is None:
+        return W.T.contiguous()
+    # Scaled and turned in one pass over the matrix.
+    return torch.mul(W.T, factors if back else factors[:, None], out=W.T.new_empty(W.T.shape))
 
 
 def _largest(x: Tensor, latents: Tensor, biases: Tensor, count: int) -> SparseCodes:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transcoder.interop.accelerate.activations import LazyTensor, SparseActivations, announce
 from transcoder.interop.accelerate.encode import How, select
 from transcoder.interop.accelerate.kinds import Kind, original
+from transcoder.interop.accelerate.small import own_code
 from transcoder.kernels import SparseCodes, sparse_decode
 
 PACKAGE = "sae-lens"
@@ -44,7 +45,9 @@ class _Encoder:
     """What the classes below share; always in front of a SAELens class."""
 
     def _selected(self: Any, x: Tensor, dense: str | None, threshold: Tensor | None) -> tuple[Any, Any] | None:
-        """(activations, hidden_pre), or None where the library's own code has to do it."""
+        """(activations, hidden_pre), or None where the library's own code has to do it, or does it faster."""
+        if own_code(self, x, self.b_enc.shape[0]):
+            return None
         if dense is None:
             dense = _why_dense(self)
         if dense is not None:
