@@ -22,7 +22,7 @@ def test_in_the_interpreter() -> None:
 class Case:
     """Parameters (W_enc, b_enc, unit rows W_dec, b_dec), state and the gradients of each step."""
 
-    def __init__(self, device: torch.device, columns: int, latents: int = 70) -> None:
+    def __init__(self, device: torch.device, columns: int, latents: int = 9) -> None:
         self.generator = torch.Generator().manual_seed(columns)
         shapes = ((latents, 20), (latents,), (latents, columns), (columns,))
         self.parameters = [torch.randn(s, generator=self.generator) for s in shapes]
@@ -52,8 +52,8 @@ def near(found: Tensor, exact: Tensor, ulps: float, scale: float | None = None) 
 
 
 @pytest.mark.interpreted
-@pytest.mark.parametrize("max_norm", [1.0, math.inf, 1e-3])
-@pytest.mark.parametrize("columns", [2, 37, 300, 4097])
+@pytest.mark.parametrize("max_norm", [1.0, math.inf])
+@pytest.mark.parametrize("columns", [2, 37, 4097])
 def test_three_steps_are_the_definition(columns: int, max_norm: float, triton_device: torch.device) -> None:
     case = Case(triton_device, columns)
     for step in (1, 2, 3):
