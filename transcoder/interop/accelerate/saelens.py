@@ -6,6 +6,7 @@ rescaling and selection in one) and the auxiliary loss, which encodes the dead l
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -137,13 +138,13 @@ class Matryoshka(Training):
             yield width, self.run_time_activation_norm_fn_out(level.to(self.W_dec.dtype) + self.b_dec)
 
 
-def _levels(sae: Any, acts: SparseActivations) -> Tensor:
-    """[levels, rows, d_out]: what each prefix of the dictionary reconstructs, without the bias; one for the whole where there
-    are no prefixes. Kept with the activations."""
+def _levels(sae: Any, acts: SparseActivations) -> tuple[Tensor, ...]:
+    """Of each level [rows, d_out]: what each prefix of the dictionary reconstructs, without the bias; one for the whole where
+    there are no prefixes. Kept with the activations."""
     codes, widths = acts.codes.with_values(acts._plain), getattr(sae.cfg, "matryoshka_widths", None)  # type: ignore[attr-defined]
     none = torch.zeros_like(sae.b_dec)
     if not widths or len(widths) == 1 or acts.dim() != 2:
-        return sparse_decode(codes, sae.W_dec, none)[None]
+        return (sparse_decode(codes, sae.W_dec, none),)
     # Each level's share of a row becomes a row of its own: one product gives the shares, their running sum the prefixes.
     rows = codes.shape[0]
     level = torch.bucketize(codes.indices, torch.tensor(widths, device=codes.device), right=True)
@@ -152,7 +153,8 @@ def _levels(sae: Any, acts: SparseActivations) -> Tensor:
     row_ptr = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     values, indices = codes.values[order.indices], codes.indices[order.indices]
     shares = SparseCodes.trusted(values, indices, row_ptr, (len(widths) * rows, codes.shape[1]))
-    levels = sparse_decode(shares, sae.W_dec, none).view(len(widths), rows, -1).cumsum(0)
+    # Added one by one: the gradient of `cumsum` reverses all of it twice.
+    levels = tuple(itertools.accumulate(sparse_decode(shares, sae.W_dec, none).view(len(widths), rows, -1).unbind(0)))
     acts._levels = levels  # type: ignore[attr-defined]
     return levels
 
