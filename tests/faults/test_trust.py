@@ -157,7 +157,7 @@ def test_a_whole_run_leaves_no_secret_in_its_folder(tmp_path: Path) -> None:
         "import sys; sys.path.insert(0, sys.argv[1])\n"
         "from planted_run import Planted, config\n"
         "from transcoder.training import train_transcoder\n"
-        "settings = config(training__steps=4, antidup__verify_at_step=4, logging__wandb='offline')\n"
+        "settings = config(training__steps=4, antidup__verify_at_step=4, logging__wandb='offline', logging__report=True)\n"
         "train_transcoder(settings, sys.argv[2], batches=Planted())\n"
     )
     environment = {n: v for n, v in os.environ.items() if not n.startswith("WANDB_")} | SECRETS
