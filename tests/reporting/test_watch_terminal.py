@@ -328,6 +328,7 @@ def test_a_terminal_is_drawn_in_place_and_left_as_it_was(unfinished: Path, train
     # A real terminal and the real command, left as a person leaves it.
     pid, master = pty.fork()
     if pid == 0:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background job would hand on that it ignores Ctrl-C
         os.environ.update(TERM="xterm", PYTHONUTF8="1", OMP_NUM_THREADS="1")
         os.execv(sys.executable, [sys.executable, "-m", "transcoder", "watch", str(unfinished), "--terminal"])
     seen = b""
