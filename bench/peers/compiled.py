@@ -25,6 +25,8 @@ def missing() -> str | None:
 
 def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     # A size each: a shape that may vary would be slower code.
+    # Rows of other sizes and settings count against one limit of compilations of the same code.
+    torch._dynamo.reset()
     return torch.compile(function, dynamic=False, fullgraph=True)
 
 
