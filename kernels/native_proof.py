@@ -14,9 +14,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import importlib.metadata
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -31,6 +31,8 @@ from transcoder.kernels.triton_support import interpreted
 
 SECONDS = 600.0
 """A check that has not ended by then has failed. Compiling takes nearly all of it: about a minute is expected."""
+_OF_THE_MOMENT = ("out of memory", "busy or unavailable")
+"""Says a GPU that others fill or hold: nothing about the kernels, so it is not kept for the next process."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,8 @@ def proof(family: str, device: torch.device, seconds: float = SECONDS, small: bo
                     flush=True,
                 )
                 kept = _check(family, device, name, seconds, small, file)
-                _write(file, kept)
+                if not any(words in (kept.problem or "") for words in _OF_THE_MOMENT):
+                    _write(file, kept)
     except OSError as error:
         # No cache to write to. Without a verdict nothing is trusted, and a check by every process would cost too much.
         kept = Verdict(family, name, 0, f"no place to keep a verdict: {error}", 0.0)
@@ -101,8 +104,10 @@ def _device_name(device: torch.device) -> str:
 
 def _key(name: str, small: bool) -> str:
     """Everything that the verdict depends on."""
+    import triton  # its package has other names beside a torch for AMD, this one everywhere
+
     digest = hashlib.sha256()
-    for part in (name, torch.__version__, importlib.metadata.version("triton"), sys.version, str(small)):
+    for part in (name, torch.__version__, triton.__version__, sys.version, str(small)):
         digest.update(part.encode() + b"\0")
     here = Path(__file__).resolve().parent
     for source in sorted(here.rglob("*.py")):
@@ -152,13 +157,15 @@ def _check(family: str, device: torch.device, name: str, seconds: float, small: 
                 if said["problem"] is not None and problem is None:
                     problem = f"{said['check']}: {said['problem']}"
     if problem is None and not ended:
-        problem = f"the process ended with {child.returncode} after {last}: {_last_line(log)}"
+        problem = f"the process ended with {child.returncode} after {last}: {_last_words(log)}"
     return Verdict(family, name, passed, problem, time.monotonic() - start, str(file))
 
 
-def _last_line(log: Path) -> str:
+def _last_words(log: Path) -> str:
+    """The exception that ended the child (CUDA's go on for lines of advice after it), else its last line."""
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    return lines[-1][:300] if lines else "no message"
+    said = [line for line in lines if re.match(r"[\w.]*Error: ", line)] or lines
+    return said[-1][:300] if said else "no message"
 
 
 def _read(file: Path) -> Verdict | None:

@@ -9,13 +9,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from transcoder.kernels import CorrelatedPairs, FeatureCorrelation, active_backend, backend, conformance, native_proof
 from transcoder.kernels.decode import torch_backend
 from transcoder.kernels.native_proof import Verdict
+from transcoder.kernels.step.reference import AdamStep
 
 CPU = torch.device("cpu")
 check_again = native_proof.proof.__wrapped__  # type: ignore[attr-defined]
@@ -81,6 +84,22 @@ def test_a_child_that_crashes_or_hangs_is_no_proof(tmp_path: Path, monkeypatch: 
     assert hung.seconds < 30
 
 
+@pytest.mark.parametrize(
+    "said", ["CUDA error: out of memory", "CUDA error: all CUDA-capable devices are busy or unavailable"]
+)
+def test_a_gpu_that_others_fill_is_not_remembered(said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = tmp_path / "site"
+    site.mkdir()
+    advice = "Compile with `TORCH_USE_CUDA_DSA` to enable device-side assertions."
+    words = f"torch.AcceleratorError: {said}\\nCUDA kernel errors might be reported later.\\n{advice}\\n"
+    (site / "sitecustomize.py").write_text(f"import os\nos.write(2, b'{words}')\nos._exit(1)\n")
+    monkeypatch.setenv("PYTHONPATH", str(site))
+    verdict = check_again("encode", CPU)
+    assert not verdict.good
+    assert verdict.problem.endswith(said)
+    assert not Path(verdict.file).exists()
+
+
 @pytest.mark.parametrize("torn", ["", "{", "[]", '{"family": "encode"}', "null"])
 def test_a_torn_verdict_is_checked_again(tmp_path: Path, torn: str) -> None:
     file = tmp_path / "verdict.json"
@@ -126,6 +145,30 @@ def test_a_wrong_kernel_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FeatureCorrelation, "pairs", one_short)
     found = dict(conformance.op_checks("torch", CPU, conformance.SMALL[1:], 0, ("correlation",)))
     assert all("is missing" in (problem or "") for problem in found.values()), found
+
+
+@pytest.mark.parametrize("which", [1, 2])
+def test_a_small_wrong_moment_of_the_step_is_seen(which: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Moments of a wide matrix are far below 1, and each step of the check starts from the op's own."""
+    exact = conformance.adam_step_reference
+
+    def inexact(*given: Any, **by: Any) -> AdamStep:
+        found = exact(*given, **by)
+        return found._replace(**{AdamStep._fields[which]: [1.001 * t for t in found[which]]})
+
+    def step(module: Any, ps: list[Tensor], first: list[Tensor], second: list[Tensor], steps: Any, **by: Any) -> Tensor:
+        by.pop("bad")
+        found = exact(ps, [p.grad for p in ps], first, second, 1, **by)
+        for mine, new in zip((ps, first, second), found[:3], strict=True):
+            for a, b in zip(mine, new, strict=True):
+                a.copy_(b)
+        return found.norm
+
+    monkeypatch.setattr(conformance, "one_op_for", lambda parameters: "a module")
+    monkeypatch.setattr(conformance, "adam_step", step)
+    monkeypatch.setattr(conformance, "adam_step_reference", inexact)
+    with pytest.raises(conformance.Mismatch, match=AdamStep._fields[which]):
+        conformance.check_step([torch.full((3000, 2), 0.5)] * 3)
 
 
 def test_the_child_says_what_it_found_line_by_line() -> None:
