@@ -17,12 +17,13 @@ from transcoder.config import TrainingSection
 from transcoder.kernels import FeatureCorrelation, SparseCodes, sparse_decode, use_backend
 from transcoder.kernels import nested_loss as nested_loss_op
 from transcoder.kernels.backend import active_backend, has_backend
+from transcoder.kernels.correlation.cpp_backend import WaitingPairs
 from transcoder.kernels.correlation.op import EXACT_LIMIT
 from transcoder.model import Transcoder, TranscoderConfig
 from transcoder.training.optimizer import make_optimizer, optimizer_step
 
 UPDATES = 32
-"""Correlation updates in one measurement: pairs of many batches are added together."""
+"""Correlation updates in one measurement, at least: pairs of many batches are added together."""
 SKETCH = 128
 
 
@@ -132,12 +133,22 @@ def _decoding(case: Case, nested: bool) -> Variant:
     )
 
 
-def correlation(case: Case) -> Variant:
+def updates_timed(case: Case) -> int:
+    """Correlation updates in one measurement: at least UPDATES. On the CPU pairs wait for those of later batches; there it is
+    a multiple of the updates after which they are added: each round does so. Every entry of these codes fires."""
     size = case.size
+    if case.device.type != "cpu" or size.d_sae > EXACT_LIMIT:
+        return UPDATES
+    period = max(1, -(-WaitingPairs(size.d_sae).limit // (size.rows * size.k)))
+    return period * -(-UPDATES // period)
+
+
+def correlation(case: Case) -> Variant:
+    size, updates = case.size, updates_timed(case)
     monitor = FeatureCorrelation(size.d_sae, None if size.d_sae <= EXACT_LIMIT else SKETCH, device=case.device)
 
     def forward(i: int) -> None:
-        for n in range(UPDATES):
+        for n in range(updates):
             monitor.update(case.coded[(i + n) % len(case.coded)][0])
 
     def answer() -> dict[str, Tensor]:
@@ -145,8 +156,8 @@ def correlation(case: Case) -> Variant:
         exact.update(case.head_codes)
         return {"correlation": exact.correlation(*case.busiest)}
 
-    note = f"mean of {UPDATES} updates" + ("" if size.d_sae <= EXACT_LIMIT else f"; sketch of {SKETCH}")
-    return Variant("ours", forward, answer=answer if size.d_sae <= EXACT_LIMIT else None, note=note, per=UPDATES)
+    note = f"mean of {updates} updates" + ("" if size.d_sae <= EXACT_LIMIT else f"; sketch of {SKETCH}")
+    return Variant("ours", forward, answer=answer if size.d_sae <= EXACT_LIMIT else None, note=note, per=updates)
 
 
 def _model(case: Case) -> Transcoder:
