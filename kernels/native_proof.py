@@ -31,6 +31,8 @@ from transcoder.kernels.triton_support import interpreted
 
 SECONDS = 600.0
 """A check that has not ended by then has failed. Compiling takes nearly all of it: about a minute is expected."""
+GRACE = 10.0
+"""Seconds that a killed check is given to end; then it is left behind."""
 _OF_THE_MOMENT = ("out of memory", "busy or unavailable")
 """Says a GPU that others fill or hold: nothing about the kernels, so it is not kept for the next process."""
 
@@ -144,7 +146,11 @@ def _check(family: str, device: torch.device, name: str, seconds: float, small: 
             out, _ = child.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
             child.kill()
-            out, _ = child.communicate()
+            try:
+                out, _ = child.communicate(timeout=GRACE)
+            except subprocess.TimeoutExpired:  # held in the driver, or what it started keeps the pipe open
+                out = ""
+                child.stdout.close()  # type: ignore[union-attr]
             problem = f"not ended after {seconds:.0f} s"
     for line in out.splitlines():
         with contextlib.suppress(ValueError):

@@ -62,9 +62,8 @@ def adam_step(
             bad |= ~torch.isfinite(norm)
         guarded = bad is not None
         flag = norm if bad is None else bad
-        rate = (
-            lr.to(torch.float64) if isinstance(lr, Tensor) else torch.full((), lr, dtype=torch.float64, device=device)
-        )
+        rate = torch.full((), lr, dtype=torch.float64, device=device) if not isinstance(lr, Tensor) else lr
+        rate = rate.to(device, torch.float64)
         # Four columns: each row begins at a multiple of 16 bytes, which kernels are compiled for.
         scalars = torch.zeros(len(parameters), 4, dtype=torch.float32, device=device)
         weights = (betas[0], 1 - betas[0], betas[1], 1 - betas[1], eps)

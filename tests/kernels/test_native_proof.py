@@ -84,6 +84,18 @@ def test_a_child_that_crashes_or_hangs_is_no_proof(tmp_path: Path, monkeypatch: 
     assert hung.seconds < 30
 
 
+def test_what_a_killed_check_leaves_running_holds_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = tmp_path / "site"
+    site.mkdir()
+    words = "import subprocess, time\nsubprocess.Popen(['sleep', '25'])\ntime.sleep(60)\n"
+    (site / "sitecustomize.py").write_text(words)
+    monkeypatch.setenv("PYTHONPATH", str(site))
+    monkeypatch.setattr(native_proof, "GRACE", 0.5)
+    left = check_again("correlation", CPU, seconds=2.0)
+    assert left.problem == "not ended after 2 s"
+    assert left.seconds < 20
+
+
 @pytest.mark.parametrize(
     "said", ["CUDA error: out of memory", "CUDA error: all CUDA-capable devices are busy or unavailable"]
 )
