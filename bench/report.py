@@ -44,6 +44,12 @@ How to read it:
   implementation must move, or to do as many operations as the encoder's bare product does a second, whichever is longer
   (`bench/roofline.py` counts both). Small sizes live in the cache and are ruled by the cost of calls.
 - **Memory** is the most that one run holds beyond what was held before it (weights and moments are there already).
+- **What the first edition gets wrong** (files measured up to 2026-11-21, until they are measured again): a correlation
+  row of 8192 latents and more does not hold, in its median, the flush of waiting pairs every 64 updates (by its
+  quartiles about 3.2 ms an update, 236x and not 2745x below the dense product); short training rows hide what happens
+  every 25 to 100 steps in their median (the whole run does not); eager PyTorch's Adam ran as a plain loop instead of
+  fused, about 28 of its 360 ms a step; rows of peers with an environment of their own are beside ours of that run,
+  which is not shown; inputs are Gaussian noise.
 """
 
 

@@ -133,7 +133,7 @@ def normalise(W: Tensor) -> None:
 def optimizer(case: Case) -> list[Variant]:
     weights = {name: case.leaf(name) for name in WEIGHTS}
     grads = {name: 1e-3 * case.draw(*w.shape) for name, w in weights.items()}
-    adam = torch.optim.Adam(weights.values(), lr=LEARNING_RATE, betas=(0.9, 0.99))
+    adam = torch.optim.Adam(weights.values(), lr=LEARNING_RATE, betas=(0.9, 0.99), fused=True)
 
     def forward(i: int) -> None:
         for name, w in weights.items():
@@ -148,7 +148,7 @@ def optimizer(case: Case) -> list[Variant]:
         finish(checked, torch.optim.Adam(checked.values(), lr=CHECK_RATE, betas=(0.9, 0.99)))
         return case.steps_of(checked)
 
-    note = "projection, norm, clipping, Adam (foreach), unit rows"
+    note = "projection, norm, clipping, Adam (fused), unit rows"
     return [Variant("eager PyTorch", forward, answer=answer, note=note)]
 
 
@@ -163,7 +163,7 @@ def finish(weights: dict[str, Tensor], adam: torch.optim.Optimizer) -> None:
 
 def step(case: Case, name: str = "eager PyTorch", wrap: Wrap = lambda f: f) -> list[Variant]:
     weights = {n: case.leaf(n) for n in WEIGHTS}
-    adam = torch.optim.Adam(weights.values(), lr=LEARNING_RATE, betas=(0.9, 0.99))
+    adam = torch.optim.Adam(weights.values(), lr=LEARNING_RATE, betas=(0.9, 0.99), fused=True)
     k, batch, widths, d = case.size.k, case.activation == "batch_topk", case.widths, case.size.d
 
     def loss(x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
