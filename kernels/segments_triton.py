@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from transcoder.kernels.gather_config import SPLIT, gather
-from transcoder.kernels.triton_support import cdiv
+from transcoder.kernels.triton_support import cdiv, on_its_device
 
 ACCUMULATOR = {
     torch.float64: tl.float64,
@@ -162,6 +162,7 @@ def segment_sums(values, ptr, out, ACC: tl.constexpr, ENTRIES: tl.constexpr):
     tl.store(out + m, tl.sum(total, axis=0))
 
 
+@on_its_device
 def weighted_row_sum(
     table: Tensor,
     ids: Tensor,
@@ -209,6 +210,7 @@ def weighted_row_sum(
     return out
 
 
+@on_its_device
 def row_dots(left: Tensor, table: Tensor, ids: Tensor, ptr: Tensor) -> Tensor:
     """out[j] = <left[m], table[ids[j]]> for j in ptr[m] .. ptr[m + 1], without storing [n, d].
 
@@ -233,6 +235,7 @@ def row_dots(left: Tensor, table: Tensor, ids: Tensor, ptr: Tensor) -> Tensor:
     return (partial[0] if tiles == 1 else partial.sum(0)).to(left.dtype)
 
 
+@on_its_device
 def segment_sum(values: Tensor, ptr: Tensor) -> Tensor:
     """out[m] = sum of values[ptr[m] .. ptr[m + 1]] for values [n], ptr [M + 1]. Returns: [M]."""
     out = values.new_empty(ptr.numel() - 1)

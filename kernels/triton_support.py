@@ -5,8 +5,14 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ParamSpec, TypeVar
 
 import torch
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @functools.cache
@@ -30,6 +36,23 @@ def check_device(op: str, device: torch.device) -> None:
     """Backend `triton` was asked for by name with tensors that it cannot reach: say so instead of crashing in a launch."""
     if device.type != "cuda" and not interpreted():
         raise RuntimeError(f"{op}: backend 'triton' runs on CUDA tensors, got {device}; use 'auto' or move the tensors")
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be the tensors': make it theirs inside the block."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def on_its_device(launcher: Callable[P, R]) -> Callable[P, R]:
+    """The launcher, run on the device of its first argument."""
+
+    @functools.wraps(launcher)
+    def run(*given: P.args, **named: P.kwargs) -> R:
+        first: Any = given[0] if given else next(iter(named.values()))
+        with on_device(first.device):
+            return launcher(*given, **named)
+
+    return run
 
 
 def cdiv(a: int, b: int) -> int:

@@ -17,7 +17,7 @@ from transcoder.kernels.correlation.counter import FIRST, GOLDEN, SECOND, key_st
 from transcoder.kernels.correlation.exact import PackedTriangle
 from transcoder.kernels.correlation.moments import Moments
 from transcoder.kernels.correlation.sketch import Sketch, best_candidates, candidates, directions
-from transcoder.kernels.triton_support import cdiv, check_device, usable
+from transcoder.kernels.triton_support import cdiv, check_device, on_device, on_its_device, usable
 
 if usable():
     from transcoder.kernels.correlation import kernel
@@ -27,6 +27,7 @@ __all__ = ["add_moments", "add_pairs", "add_to_sketch", "similar", "usable"]
 NAME = "FeatureCorrelation"
 
 
+@on_its_device
 def add_moments(codes: SparseCodes, weight: Tensor | None, moments: Moments, triangle: PackedTriangle | None) -> None:
     """Add n, sum w z, sum w z^2 and firing counts; settle the units of a triangle's latents that fire for the first time."""
     check_device(f"{NAME}.update", codes.device)
@@ -50,6 +51,7 @@ def add_moments(codes: SparseCodes, weight: Tensor | None, moments: Moments, tri
     )  # fmt: skip
 
 
+@on_its_device
 def add_pairs(codes: SparseCodes, weight: Tensor | None, triangle: PackedTriangle) -> None:
     """Add every pair of latents that fire on one token. After `add_moments` of the same codes, which settles the units."""
     if codes.nnz == 0:
@@ -61,6 +63,7 @@ def add_pairs(codes: SparseCodes, weight: Tensor | None, triangle: PackedTriangl
     )  # fmt: skip
 
 
+@on_its_device
 def add_to_sketch(codes: SparseCodes, weight: Tensor | None, sketch: Sketch, *keys: int) -> None:
     """Add the tokens' signs, weighted, to the sketch of every latent that fires on them and to that of the constant."""
     rows, words_a_token = codes.shape[0], cdiv(sketch.dim, 32)
@@ -102,10 +105,11 @@ def similar(sketches: list[Sketch], moments: Moments, above: float) -> tuple[Ten
     i, j = (torch.empty(capacity, dtype=torch.int32, device=live.device) for _ in range(2))
     estimate = torch.empty(capacity, dtype=torch.float32, device=live.device)
     found = torch.zeros((), dtype=torch.int64, device=live.device)
-    kernel.similar_pairs[(tiles * tiles,)](
-        unit, i, j, estimate, found, latents, depth, above - config.SLACK, tiles, capacity,
-        TILE=config.TILE, DEPTH=config.DEPTH, GROUP=config.TILE_GROUP, num_warps=config.TILE_WARPS,
-    )  # fmt: skip
+    with on_device(live.device):
+        kernel.similar_pairs[(tiles * tiles,)](
+            unit, i, j, estimate, found, latents, depth, above - config.SLACK, tiles, capacity,
+            TILE=config.TILE, DEPTH=config.DEPTH, GROUP=config.TILE_GROUP, num_warps=config.TILE_WARPS,
+        )  # fmt: skip
     count = int(found)
     if count > capacity:
         return candidates(sketches, moments, above)

@@ -23,7 +23,7 @@ from torch import Tensor
 from transcoder.kernels.codes import SparseCodes
 from transcoder.kernels.decode import config
 from transcoder.kernels.gather_config import gather
-from transcoder.kernels.triton_support import cdiv, check_device, usable
+from transcoder.kernels.triton_support import cdiv, check_device, on_its_device, usable
 
 if usable():
     from transcoder.kernels.decode import kernel
@@ -32,6 +32,7 @@ if usable():
 __all__ = ["decode", "decode_gradients", "prefix_errors", "prefix_gradients", "usable"]
 
 
+@on_its_device
 def decode(values: Tensor, codes: SparseCodes, W_dec: Tensor, b_dec: Tensor) -> Tensor:
     """[B, d_out] = codes @ W_dec + b_dec, in the dtype of `values`."""
     check_device("sparse_decode", values.device)
@@ -39,6 +40,7 @@ def decode(values: Tensor, codes: SparseCodes, W_dec: Tensor, b_dec: Tensor) -> 
     return weighted_row_sum(W_dec, codes.indices, codes.row_ptr, values, bias=b_dec, split=False)
 
 
+@on_its_device
 def decode_gradients(
     grad: Tensor, values: Tensor, codes: SparseCodes, W_dec: Tensor, needs: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -55,6 +57,7 @@ def decode_gradients(
     return grad_values, grad_W, grad_b
 
 
+@on_its_device
 def prefix_errors(
     values: Tensor,
     codes: SparseCodes,
@@ -86,6 +89,7 @@ def prefix_errors(
     return totals, residual
 
 
+@on_its_device
 def prefix_gradients(
     values: Tensor,
     codes: SparseCodes,

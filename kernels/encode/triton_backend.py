@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from transcoder.kernels.codes import SparseCodes
 from transcoder.kernels.encode import config
 from transcoder.kernels.encode.torch_backend import Selection
-from transcoder.kernels.triton_support import cdiv, check_device, interpreted, usable
+from transcoder.kernels.triton_support import cdiv, check_device, interpreted, on_device, usable
 
 if usable():
     from transcoder.kernels.encode import batch_kernel, kernel
@@ -177,7 +177,7 @@ def gradients(
     """
     check_device("encode", grad.device)
     grad_x = grad_W = grad_b = None
-    with _on_device(grad.device):
+    with on_device(grad.device):
         if needs[0] and W is not None:
             grad_x = weighted_row_sum(W, codes.indices, codes.row_ptr, grad)
         if needs[1] or needs[2]:
@@ -282,7 +282,7 @@ class Product:
         return 2 * _multiprocessors(self.x.device)
 
     def on_device(self) -> AbstractContextManager[Any]:
-        return _on_device(self.x.device)
+        return on_device(self.x.device)
 
     def narrow(self, start: int, length: int) -> Product:
         part = Product.__new__(Product)
@@ -304,11 +304,6 @@ class Product:
                 *self.strides, GROUP=self.launch.group, **self.tile_options,
             )  # fmt: skip
         return kept_key, kept_place
-
-
-def _on_device(device: torch.device) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be the tensors'."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _numbers(length: int, device: torch.device) -> Tensor:
