@@ -30,7 +30,7 @@ from transcoder.kernels.extension import RETRY_AFTER, cache_folder, only_one
 from transcoder.kernels.triton_support import interpreted
 
 SECONDS = 600.0
-"""A check that has not ended by then has failed. Compiling takes nearly all of it: about a minute is expected."""
+"""A check that has not ended by then has failed. Compiling takes nearly all of it: about a minute is expected, not measured."""
 GRACE = 10.0
 """Seconds that a killed check is given to end; then it is left behind."""
 _OF_THE_MOMENT = ("out of memory", "busy or unavailable")
@@ -85,7 +85,7 @@ def proof(family: str, device: torch.device, seconds: float = SECONDS, small: bo
             kept = _read(file)
             if kept is None:
                 print(
-                    f"transcoder: checking the Triton kernels of {family} natively on {name} (once, about a minute)",
+                    f"transcoder: checking the Triton kernels of {family} natively on {name} (once)",
                     file=sys.stderr,
                     flush=True,
                 )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from transcoder.kernels.step import config
-from transcoder.kernels.triton_support import cdiv, check_device, usable
+from transcoder.kernels.triton_support import cdiv, check_device, on_device, usable
 
 if usable():
     from transcoder.kernels.step import kernel
@@ -45,7 +45,7 @@ def adam_step(
 ) -> Tensor:
     device = parameters[0].device
     check_device(NAME, device)
-    with torch.cuda.device_of(parameters[0]):  # Triton launches on the current device, which need not be the tensors'
+    with on_device(device):
         sizes = [p.shape[0] if i == unit_rows else cdiv(p.numel(), config.BLOCK) for i, p in enumerate(parameters)]
         partial = torch.empty(sum(sizes), dtype=torch.float32, device=device)
         along = torch.empty(0 if unit_rows is None else sizes[unit_rows], dtype=torch.float32, device=device)
