@@ -20,7 +20,7 @@ def top_k(activations: Tensor, k: int) -> Tensor:
 
 
 def saelens(folder: Path, x: Tensor) -> Tensor:
-    """`SAE.load_from_disk(folder)(x)` of the architectures with an encoder and a decoder."""
+    """`SAE.load_from_disk(folder)(x)` of the architectures with an encoder and a decoder, and of our training classes there."""
     config, w = _json(folder / "cfg.json"), _tensors(folder / "sae_weights.safetensors")
     kind = config["architecture"]
     subtracts = config.get("apply_b_dec_to_input", True)
@@ -28,7 +28,7 @@ def saelens(folder: Path, x: Tensor) -> Tensor:
     pre = (x.double() - (w["b_dec"] if subtracts else 0)) @ w["W_enc"] + w["b_enc"]
     norms = w["W_dec"].norm(dim=-1) if config.get("rescale_acts_by_decoder_norm") else torch.ones(())
     pre = pre * norms
-    if kind == "topk":
+    if kind in ("topk", "topk_transcoder"):
         acts = top_k(pre, config["k"]).relu()
     elif "topk_threshold" in w:
         acts = torch.where(pre.relu() > w["topk_threshold"], pre, 0.0)

@@ -44,6 +44,15 @@ SAELENS: dict[str, tuple[dict[str, Any], dict[str, Tensor]]] = {
         {"k": 3.0, "matryoshka_widths": [5, N], "rescale_acts_by_decoder_norm": True, "use_matryoshka_aux_loss": False},
         {"topk_threshold": torch.tensor(0.6, dtype=torch.float64)},
     ),
+    # Checkpoints that SAELens' trainer writes of our classes in its registry.
+    "topk_transcoder": (
+        {"k": 3, "apply_b_dec_to_input": False, "rescale_acts_by_decoder_norm": True, "skip": True},
+        {"topk_threshold": torch.tensor(0.6, dtype=torch.float64), "W_skip": draw(4, D)},
+    ),
+    "matryoshka_batchtopk_transcoder": (
+        {"k": 3.0, "matryoshka_widths": [5, N], "apply_b_dec_to_input": False, "rescale_acts_by_decoder_norm": True},
+        {"topk_threshold": torch.tensor(0.6, dtype=torch.float64)},
+    ),
 }
 
 
@@ -66,6 +75,8 @@ def test_saelens(architecture: str, tmp_path: Path) -> None:
     save_file({name: tensor.clone() for name, tensor in weights.items()}, tmp_path / "sae_weights.safetensors")
     found = read_transcoder("saelens", tmp_path)
     check(found.transcoder(X), peers.saelens(tmp_path, X))
+    if "topk_threshold" in extra:
+        assert float(found.transcoder.threshold) == pytest.approx(0.6)
     assert found.hooks.source == "blocks.4.hook_resid_pre"
     assert (found.hooks.model_name, found.hooks.context_size) == ("gpt2", 128)
     assert found.transcoder.config.k == (3 if "topk" in architecture else 7)
@@ -109,6 +120,41 @@ def test_topk_leaves_as_saelens_sae_on_request(tmp_path: Path) -> None:
         _, other = saved_run(tmp_path / message, **{"activation": "topk", "d_out": D} | settings)
         with pytest.raises(ValueError, match=message):
             export_transcoder(other, "saelens", tmp_path / "no", architecture="topk")
+
+
+@pytest.mark.parametrize("activation", ["topk", "batch_topk"])
+@pytest.mark.parametrize("skip", [False, True])
+@torch.no_grad()
+def test_a_plain_relu_of_saelens_is_refused_unless_asked_for(activation: str, skip: bool, tmp_path: Path) -> None:
+    model = Transcoder(TranscoderConfig(D, 4, N, 3, activation=activation, skip=skip), seed=2)  # type: ignore[arg-type]
+    model.b_enc.copy_(draw(N))
+    model.threshold.fill_(0.5)
+    model.eval()
+    kind = "skip_transcoder" if skip else "transcoder"
+    with pytest.raises(ChangedFunctionError):
+        export_transcoder(model, "saelens", tmp_path / "no", architecture=kind)
+    record = export_transcoder(model, "saelens", tmp_path / "out", architecture=kind, allow_changed_function=True)
+    assert record.function == "changed"
+    assert sum(effect == "changed" for _, effect in record.steps) == (2 if activation == "topk" else 1)
+    assert any("subtracted from b_enc" in what for what, effect in record.steps if effect == "changed")
+    # The latents above the threshold act, each by 0.5 less.
+    acts = ((X @ model.W_enc.T + model.b_enc) - 0.5).relu()
+    dense = acts @ model.W_dec + model.b_dec + (X @ model.W_skip.T if model.W_skip is not None else 0)
+    check(peers.saelens(tmp_path / "out", X), dense)
+    check(read_transcoder("saelens", tmp_path / "out").transcoder(X), dense)
+    if activation == "batch_topk":
+        # With a threshold of 0 a ReLU is the same function.
+        model.threshold.fill_(0)
+        assert export_transcoder(model, "saelens", tmp_path / "same", architecture=kind).function == "same"
+
+
+@torch.no_grad()
+def test_a_skip_form_asked_for_without_a_skip_connection_has_one_of_zeros(tmp_path: Path) -> None:
+    _, model = saved_run(tmp_path / "run")
+    record = export_transcoder(model, "saelens", tmp_path / "out", architecture="jumprelu_skip_transcoder")
+    assert json.loads((tmp_path / "out" / "cfg.json").read_text())["architecture"] == "jumprelu_skip_transcoder"
+    assert ("a skip connection of zeros added", "layout") in record.steps
+    check(peers.saelens(tmp_path / "out", X), model(X))
 
 
 @pytest.mark.parametrize("transcode", [False, True])

@@ -28,7 +28,11 @@ def add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--n-layers", type=int, help="circuit-tracer: layers of the model; those without a run are zeros"
     )
-    parser.add_argument("--architecture", metavar="NAME", help="saelens: topk writes a TopK transcoder as its SAE")
+    parser.add_argument(
+        "--architecture",
+        metavar="NAME",
+        help="saelens: topk writes a TopK transcoder as its SAE; transcoder, skip_transcoder a plain ReLU",
+    )
     parser.add_argument(
         "--threshold", type=float, help="for TopK as thresholds: the one to use (default: the tracked one)"
     )

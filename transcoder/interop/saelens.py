@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,21 +21,23 @@ _VERSION = "6.54.12"
 """Written into the metadata: below 6 the reader would take the config for one of an older layout."""
 
 _TRANSCODERS = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder")
+_TRAINED = ("topk_transcoder", "batchtopk_transcoder", "matryoshka_batchtopk_transcoder")
+"""Checkpoints of `transcoder.interop.saelens_training`'s classes."""
 _SAES = ("standard", "jumprelu", "topk", "batchtopk", "matryoshka_batchtopk")
 _RUNTIME_IDENTITY = ("none", "expected_average_only_in", "covariance_whitening", None, False)
 """Values of normalize_activations that do nothing in a saved SAE: SAELens folds them into the weights when it saves."""
 
 
 def write(plain: PlainWeights, folder: Path, record: Conversion, options: Mapping[str, Any]) -> None:
-    """Thresholds become `jumprelu_transcoder` (or its skip form); TopK only `topk`, on request, or thresholds where allowed.
+    """Thresholds become `jumprelu_transcoder` (or its skip form); TopK only `topk`, on request, or thresholds where allowed;
+    a ReLU (`transcoder`, `skip_transcoder`) on request and where allowed.
 
-    Options: architecture ("topk"), threshold, extra metadata comes from the hooks.
+    Options: architecture ("topk", or one of SAELens' transcoders), threshold.
     """
     architecture = options.get("architecture")
-    if architecture not in (None, "topk", "jumprelu_transcoder", "jumprelu_skip_transcoder"):
+    if architecture not in (None, "topk", *_TRANSCODERS):
         raise ValueError(
-            "saelens export: architecture: expected none, 'topk', 'jumprelu_transcoder' or 'jumprelu_skip_transcoder', "
-            f"got {architecture!r}"
+            f"saelens export: architecture: expected none, 'topk', {', '.join(map(repr, _TRANSCODERS))}, got {architecture!r}"
         )
     if architecture == "topk":
         plain = _as_topk_sae(plain, record)
@@ -46,24 +49,30 @@ def write(plain: PlainWeights, folder: Path, record: Conversion, options: Mappin
             "Its TopK is an SAE: where d_in equals d_out and there is no skip connection, architecture='topk' "
             "(--architecture topk) keeps the function.",
         )
-        if architecture == "jumprelu_transcoder":
-            plain = plain.without_skip(record, "jumprelu_transcoder has no skip connection")
+        architecture = architecture or ("jumprelu_transcoder" if plain.W_skip is None else "jumprelu_skip_transcoder")
+        if not architecture.startswith("jumprelu"):
+            plain = plain.as_relu(record, f"SAELens' {architecture} is a ReLU")
+        if "skip" not in architecture:
+            plain = plain.without_skip(record, f"{architecture} has no skip connection")
+        elif plain.W_skip is None:
+            record.add("a skip connection of zeros added", "layout")
+            plain = replace(plain, W_skip=torch.zeros(plain.d_out, plain.d_in))
     plain = plain.with_input_bias(None, record)
-    skip = plain.W_skip is not None
-    kind = "topk" if plain.activation == "topk" else "jumprelu_skip_transcoder" if skip else "jumprelu_transcoder"
+    thresholds = architecture.startswith("jumprelu")
     tensors = {
         "W_enc": plain.W_enc.T.contiguous(),
         "b_enc": plain.b_enc,
         "W_dec": plain.W_dec,
         "b_dec": plain.b_dec,
         **({} if plain.W_skip is None else {"W_skip": plain.W_skip}),
-        **({} if kind == "topk" else {"threshold": plain.latent_thresholds()}),
+        **({"threshold": plain.latent_thresholds()} if thresholds else {}),
     }
-    record.add(f"architecture {kind}; W_enc transposed to [d_in, d_sae]", "layout")
-    if kind != "topk":
+    record.add(f"architecture {architecture}; W_enc transposed to [d_in, d_sae]", "layout")
+    if thresholds:
         record.add("the threshold is written once a latent", "layout")
     if plain.widths and len(plain.widths) > 1:
         record.add("SAELens' inference SAEs know no Matryoshka widths: kept in the metadata only", "note")
+    sae = {"k": plain.k, "rescale_acts_by_decoder_norm": False}
     config = {
         "d_in": plain.d_in,
         "d_sae": plain.d_sae,
@@ -72,9 +81,9 @@ def write(plain: PlainWeights, folder: Path, record: Conversion, options: Mappin
         "apply_b_dec_to_input": False,
         "normalize_activations": "none",
         "reshape_activations": "none",
-        **({"k": plain.k, "rescale_acts_by_decoder_norm": False} if kind == "topk" else {"d_out": plain.d_out}),
+        **(sae if architecture == "topk" else {"d_out": plain.d_out}),
         "metadata": _metadata(plain),
-        "architecture": kind,
+        "architecture": architecture,
     }
     write_safetensors(folder / WEIGHTS_FILE, tensors)
     write_json(folder / CONFIG_FILE, config)
@@ -113,23 +122,24 @@ def _metadata(plain: PlainWeights) -> dict[str, Any]:
 
 
 def read(path: Path, record: Conversion, options: Mapping[str, Any]) -> PlainWeights:
-    """A folder that `SAE.save_model`, `TrainingSAE.save_model` or `save_inference_model` wrote."""
+    """A folder that `SAE.save_model`, `TrainingSAE.save_model` or `save_inference_model` wrote, or a checkpoint of SAELens'
+    trainer; of our classes in its registry too."""
     where = "saelens import"
     config = read_json(where, path / CONFIG_FILE)
     architecture = _architecture(config)
-    if architecture not in (*_TRANSCODERS, *_SAES):
+    known = (*_TRANSCODERS, *_SAES, *_TRAINED)
+    if architecture not in known:
         raise ValueError(
-            f"{where}: {path / CONFIG_FILE}: architecture: expected one of {', '.join((*_TRANSCODERS, *_SAES))}, "
-            f"got {architecture!r}"
+            f"{where}: {path / CONFIG_FILE}: architecture: expected one of {', '.join(known)}, got {architecture!r}"
         )
     tensors = dict(read_safetensors(where, path / WEIGHTS_FILE))
     _drop_scaling_factor(where, tensors, record)
     required = ["W_enc", "W_dec", "b_enc", "b_dec"]
-    if "skip" in architecture:
+    if "skip" in architecture or (architecture in _TRAINED and config.get("skip")):
         required.append("W_skip")
     if architecture.startswith("jumprelu"):
         required.append("threshold")
-    if architecture in ("batchtopk", "matryoshka_batchtopk"):
+    if architecture in ("batchtopk", "matryoshka_batchtopk", *_TRAINED):
         required.append("topk_threshold")
     found = take_tensors(f"{where}: {path / WEIGHTS_FILE}", tensors, required)
     W_enc, W_dec = matrix(where, "W_enc", found["W_enc"]).T.contiguous(), matrix(where, "W_dec", found["W_dec"])
@@ -140,7 +150,8 @@ def read(path: Path, record: Conversion, options: Mapping[str, Any]) -> PlainWei
     if config.get("reshape_activations", "none") not in ("none", None):
         record.add(f"reads the heads of {config['reshape_activations']} flattened", "note")
     threshold, k = _selection(where, architecture, config, found)
-    if (config.get("rescale_acts_by_decoder_norm", False) and threshold is None) or _rescaled(architecture, config):
+    topk = architecture in ("topk", "topk_transcoder")
+    if (config.get("rescale_acts_by_decoder_norm", False) and topk) or _rescaled(architecture, config):
         norms = torch.linalg.vector_norm(W_dec.double(), dim=1)
         record.add(
             "rescale_acts_by_decoder_norm: the decoder's norms were folded into W_enc, b_enc and W_dec", "rounding"
@@ -160,7 +171,7 @@ def read(path: Path, record: Conversion, options: Mapping[str, Any]) -> PlainWei
         b_dec=found["b_dec"],
         W_skip=found.get("W_skip"),
         input_bias=found["b_dec"].clone() if subtracts else None,
-        activation="topk" if threshold is None else "threshold",
+        activation="topk" if topk else "threshold",
         k=k if k is not None else ours.get("k"),
         threshold=threshold,
         widths=_widths(config, ours, W_enc.shape[0]),
@@ -209,15 +220,17 @@ def _check_normalization(config: Mapping[str, Any], record: Conversion) -> None:
 def _selection(
     where: str, architecture: str, config: Mapping[str, Any], found: Mapping[str, Tensor]
 ) -> tuple[Tensor | None, int | None]:
-    """(threshold or None for TopK, k or None)."""
-    if architecture == "topk":
+    """(threshold, of TopK the tracked one or None; k or None)."""
+    if architecture in ("topk", "topk_transcoder"):
         arguments = config.get("activation_fn_kwargs")
         k = config.get("k", arguments.get("k") if isinstance(arguments, dict) else None)
         if not isinstance(k, int) or k < 1:
             raise ValueError(
-                f"{where}: {CONFIG_FILE}: k: expected a whole number of latents a token for topk, got {k!r}"
+                f"{where}: {CONFIG_FILE}: k: expected a whole number of latents a token for {architecture}, got {k!r}"
             )
-        return None, k
+        tracked = found.get("topk_threshold")
+        # 0 is where SAELens starts: no batch was trained.
+        return (tracked.float().reshape(()) if tracked is not None and bool(tracked > 0) else None), k
     if architecture.startswith("jumprelu"):
         return found["threshold"], None
     if "topk_threshold" in found:
@@ -228,7 +241,7 @@ def _selection(
 
 
 def _rescaled(architecture: str, config: Mapping[str, Any]) -> bool:
-    return architecture in ("batchtopk", "matryoshka_batchtopk") and bool(
+    return architecture in ("batchtopk", "matryoshka_batchtopk", *_TRAINED) and bool(
         config.get("rescale_acts_by_decoder_norm", True)
     )
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copyreg
 import functools
 import importlib
 import importlib.metadata
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 from torch import nn
@@ -61,11 +63,9 @@ def accelerate(module: M, *, repair_auxk: bool = False, allow_untested: bool = F
         )
     library = importlib.import_module(f"{__name__}.{LIBRARIES[package]}")
     if not allow_untested:
-        _check_version(library)
-    try:
+        check_version("accelerate", library, "pass allow_untested=True and compare a step with the library's own")
+    with missing_parts_named("accelerate", library):
         kinds: list[Kind] = library.kinds()
-    except (ImportError, AttributeError) as error:
-        raise PeerVersionError(f"accelerate: {_versions(library)}: a part is missing: {error}") from error
     kind = next((k for k in kinds if isinstance(module, k.theirs)), None)
     if kind is None:
         names = ", ".join(k.theirs.__name__ for k in kinds)
@@ -104,15 +104,31 @@ def _again(theirs: type, ours: type) -> Any:
     return copyreg.__newobj__(accelerated_class(theirs, ours))  # type: ignore[attr-defined]
 
 
-def _check_version(library: Any) -> None:
-    have = importlib.metadata.version(library.PACKAGE)
-    if have != library.TESTED and not have.startswith(f"{library.TESTED}."):
+def check_version(where: str, library: Any, otherwise: str = "") -> None:
+    """PeerVersionError unless the library's version is the tested one (`TESTED`, or that and a further number)."""
+    have = _version(library)
+    if have != library.TESTED and not (have or "").startswith(f"{library.TESTED}."):
         raise PeerVersionError(
-            f"accelerate: {_versions(library)}; install {library.PACKAGE}=={library.TESTED}.* or pass allow_untested=True and "
-            "compare a step with the library's own"
+            f"{where}: {_versions(library)}; install {library.PACKAGE}=={library.TESTED}.*"
+            + (f" or {otherwise}" if otherwise else "")
         )
 
 
+@contextlib.contextmanager
+def missing_parts_named(where: str, library: Any) -> Iterator[None]:
+    """What the library does not have becomes a PeerVersionError."""
+    try:
+        yield
+    except (ImportError, AttributeError) as error:
+        raise PeerVersionError(f"{where}: {_versions(library)}: a part is missing: {error}") from error
+
+
 def _versions(library: Any) -> str:
-    have = importlib.metadata.version(library.PACKAGE)
-    return f"tested with {library.PACKAGE} {library.TESTED}, found {have}"
+    return f"tested with {library.PACKAGE} {library.TESTED}, found {_version(library) or 'none installed'}"
+
+
+def _version(library: Any) -> str | None:
+    try:
+        return importlib.metadata.version(library.PACKAGE)
+    except importlib.metadata.PackageNotFoundError:
+        return None
