@@ -21,9 +21,10 @@ natively there (`native_proof`); asked for by name it runs unchecked."""
 
 class _Chosen(local):
     """A thread's own choice. An attribute, because torch.compile guards on what it reads: code compiled under one choice is
-    compiled again under another."""
+    compiled again under another. Set for each thread: of a class attribute behind it the compiler would read that one only."""
 
-    name: str | None = None
+    def __init__(self) -> None:
+        self.name: str | None = None
 
 
 _chosen = _Chosen()

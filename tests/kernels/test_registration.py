@@ -6,6 +6,7 @@ import collections
 import contextlib
 import copy
 import itertools
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +27,7 @@ from transcoder.kernels import (
     topk_encode,
     use_backend,
 )
-from transcoder.kernels.backend import has_backend
+from transcoder.kernels.backend import active_backend, has_backend
 from transcoder.kernels.decode import op as decode
 from transcoder.kernels.encode import op as encode
 from transcoder.kernels.encode import torch_backend
@@ -326,6 +327,25 @@ def test_compiled_code_follows_use_backend_and_its_gradient_the_forward(monkeypa
     monkeypatch.setenv("TRANSCODER_BACKEND", "torch")
     step()
     assert asked == ["select_topk"]
+
+
+def test_compiled_code_follows_the_first_choice_of_its_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled in a thread that has chosen nothing yet, as every program begins."""
+    ran: list[str] = []
+    inside = encode.backend_module
+    monkeypatch.setattr(encode, "backend_module", lambda family, name: (ran.append(name), inside(family, name))[1])
+    x, W, b = inputs(torch.float32, ROWS, False)
+    step = compiled(lambda: topk_encode(x, W, b, K).values.sum())
+
+    def outside_then_inside() -> None:
+        step()
+        with use_backend("torch"):
+            step()
+
+    thread = threading.Thread(target=outside_then_inside)
+    thread.start()
+    thread.join()
+    assert ran == [active_backend("cpu", "encode"), "torch"]
 
 
 def test_the_feature_major_order_is_sorted_once_a_step() -> None:
