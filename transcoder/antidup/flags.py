@@ -24,6 +24,7 @@ class FlagBook:
     """Flags a pair when its lower bound was above the threshold in `needed` of the last `remembered` closed
     blocks and, where its own standard error is known in some of those, also the lower bound over all of these blocks
     together; releases it when its upper bound in a closed block falls below the release threshold, or one of the two died.
+    A released pair begins anew: what spoke for it before the release counts no more.
 
     Why both: bounds of single blocks by the rule of thumb are too narrow for amplitudes of heavy tails, and honest bounds of
     single blocks are so wide that three of four hardly ever clear the threshold. Together the blocks do.
@@ -41,10 +42,15 @@ class FlagBook:
         """Evidence of one block: pairs whose lower bound exceeds the threshold, and flagged pairs that no
         longer hold; what is known of the pairs that were followed, those below the threshold included. Of more than
         `MAX_PAIRS` in `above` the first are taken, and new flags only while there is room."""
-        self._blocks.append(set(itertools.islice(above, MAX_PAIRS)))
-        self._evidence.append(dict(evidence or {}))
         gone = set(released)
         self.flagged -= gone
+        for block in self._blocks:
+            block -= gone
+        for measured in self._evidence:
+            for pair in gone & measured.keys():
+                del measured[pair]
+        self._blocks.append(set(itertools.islice(above, MAX_PAIRS)))
+        self._evidence.append(dict(evidence or {}))
         known = self.remembered() - self.flagged - gone
         enough = sorted(p for p in known if self.blocks_above(p) >= self._needed and self._together(p))
         self.flagged.update(enough[: MAX_PAIRS - len(self.flagged)])
