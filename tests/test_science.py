@@ -9,13 +9,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import Tensor
 
 from bench.science import __main__ as science
 from bench.science import stages
+from bench.science import toy as toy_module
 from bench.science.planted import RHOS, Stream, batches
 from bench.science.s0_monitor import two_pass
 from bench.science.table import Line, at_least, at_most, render
-from bench.science.toy import Sinks, Toy, independent
+from bench.science.toy import D_SAE, D, Sinks, Toy, examine, independent, unmasked
+from transcoder import Transcoder, TranscoderConfig
+from transcoder.activations.masking import SinkMask, SinkMasker
 
 
 def test_planted_pairs_have_their_correlation_and_support() -> None:
@@ -51,6 +55,26 @@ def test_a_masked_toy_drops_its_sinks_and_no_other_token() -> None:
     rows = torch.cat([next(stream).source for _ in range(4)])
     whole = torch.cat([toy.tokens(1024, key)[0].source[~toy.tokens(1024, key)[2]] for key in range(3)])
     assert torch.equal(rows, whole[: len(rows)])
+
+
+def test_a_sink_that_the_mask_misses_counts_against_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toy_module, "HELDOUT_TOKENS", 4096)
+    toy = Toy(independent(40, 3), 40, seed=1, sinks=Sinks(bos_every=0.05, norm_share=0.02))
+    model = Transcoder(TranscoderConfig(d_in=D, d_out=D, d_sae=D_SAE, k=4), seed=0).eval()
+    batch, _, sink = toy.heldout()
+    assert torch.equal(toy.let_through(batch), ~sink)
+    masked, bare = examine(model, toy), examine(model, unmasked(toy))
+    assert bare.sink_only > 0
+    assert bare.pairs > masked.pairs
+    assert masked.sink_only == 0
+
+    def finds_nothing(self: SinkMasker, source: Tensor, *_: Tensor) -> SinkMask:
+        nothing = torch.zeros(len(source), dtype=torch.bool)
+        return SinkMask(nothing, nothing, nothing, nothing.float())
+
+    monkeypatch.setattr(SinkMasker, "find", finds_nothing)
+    broken = examine(model, toy)
+    assert (broken.sink_only, broken.pairs) == (bare.sink_only, bare.pairs)
 
 
 def test_the_table_says_pass_short_or_nothing() -> None:

@@ -85,22 +85,26 @@ class Toy:
 
     def batches(self) -> Iterator[ActivationBatch]:
         """Endless training batches of BATCH rows."""
-        section = ActivationsSection()
-        masker = SinkMasker(section, [BOS], VOCABULARY, None, torch.device("cpu"))
         held: list[ActivationBatch] = []
         rows, key = 0, 0
         while True:
             batch, _, _ = self.tokens(2 * BATCH, key)
             key += 1
-            if self.masked:
-                valid = torch.ones(len(batch), dtype=torch.bool)
-                batch = select(batch, ~masker.find(batch.source, batch.tokens, batch.positions, valid).any)
+            batch = select(batch, self.let_through(batch))
             held.append(batch)
             rows += len(batch)
             while rows >= BATCH:
                 whole = join(held)
                 yield select(whole, slice(0, BATCH))
                 held, rows = [select(whole, slice(BATCH, None))], rows - BATCH
+
+    def let_through(self, batch: ActivationBatch) -> Tensor:
+        """[tokens] bool: what the transcoder gets to see, in training and at inference: all but what the mask finds."""
+        valid = torch.ones(len(batch), dtype=torch.bool)
+        if not self.masked:
+            return valid
+        masker = SinkMasker(ActivationsSection(), [BOS], VOCABULARY, None, torch.device("cpu"))
+        return ~masker.find(batch.source, batch.tokens, batch.positions, valid).any
 
     def heldout(self) -> tuple[ActivationBatch, Tensor, Tensor]:
         return self.tokens(HELDOUT_TOKENS, 1 << 20)
@@ -172,9 +176,10 @@ class Found:
 
 @torch.no_grad()
 def examine(model: Transcoder, toy: Toy, min_correlation: float = 0.8, min_support: int = 100) -> Found:
-    """Measures on held-out tokens. A masked toy's sinks pass the transcoder by, as they do at inference."""
+    """Measures on held-out tokens. What the mask of a masked toy finds passes the transcoder by, as it does at inference; a
+    sink that it misses counts."""
     batch, amplitude, sink = toy.heldout()
-    seen = ~sink if toy.masked else torch.ones_like(sink)
+    seen = toy.let_through(batch)
     codes = model.encode(batch.source[seen])
     error = model.decode(codes) - batch.target[seen]
     ordinary = ~sink[seen]
