@@ -1,8 +1,10 @@
-"""What a row of the benchmark is about: sizes, weights and inputs drawn from one seed, and the floor under its time."""
+"""What a row of the benchmark is about: sizes, weights and inputs drawn from one seed, what is right, and the floor under its
+time."""
 
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -12,7 +14,10 @@ from torch import Tensor
 from bench import machine
 from bench.race import pool_size
 from bench.roofline import Shape, floors
+from bench.selection import clear
 from transcoder.kernels import SparseCodes, batch_topk_encode, topk_encode
+from transcoder.kernels.correlation.counter import signs
+from transcoder.kernels.correlation.op import EXACT_LIMIT
 from transcoder.kernels.decode.reference import nested_loss_reference, sparse_decode_reference
 from transcoder.kernels.encode.reference import batch_topk_encode_reference, topk_encode_reference
 
@@ -20,11 +25,19 @@ Activation = Literal["topk", "batch_topk"]
 ENCODE = {"topk": topk_encode, "batch_topk": batch_topk_encode}
 ENCODE_REFERENCE = {"topk": topk_encode_reference, "batch_topk": batch_topk_encode_reference}
 HEAD = 64
-"""Rows of the small input on which results are compared."""
+"""Rows of the small probe."""
+CHECKED = 1 << 24
+"""Entries of dense codes up to which the other probe has as many rows as the row that is timed: the reference builds several
+such arrays in float64."""
 LEARNING_RATE = 1e-4
 CHECK_RATE = 1e-2
 """Learning rate where an optimizer is checked: a step that is not lost in the rounding of the weights."""
+BETAS = (0.9, 0.99)
 WEIGHTS = ("W_enc", "b_enc", "W_dec", "b_dec")
+ENCODED = 8
+"""Inputs whose codes the encoder itself makes."""
+SKETCH = 128
+"""Signs a token in the statistics of dictionaries that are too wide for exact ones."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +85,28 @@ class Floor:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Probe:
+    """An input on which results are compared, one that rounding cannot turn into another selection."""
+
+    x: Tensor
+    """[rows, d], source and target."""
+    codes: SparseCodes
+
+    @functools.cached_property
+    def dense(self) -> Tensor:
+        """[rows, N] codes."""
+        return self.codes.to_dense()
+
+    @functools.cached_property
+    def busiest(self) -> tuple[Tensor, Tensor]:
+        """Pairs (i, j) of the latents that fire most."""
+        counts = (self.dense > 0).sum(0)
+        ids = counts.topk(min(8, len(counts))).indices
+        i, j = torch.triu_indices(len(ids), len(ids), 1, device=ids.device)
+        return ids[i], ids[j]
+
+
 class Case:
     """One size and activation. Latents are rows; weights as at initialisation: unit decoder rows, biases 0."""
 
@@ -85,7 +120,6 @@ class Case:
         self.W_enc = self.W_dec.clone()
         self.b_enc = torch.zeros(size.d_sae, device=self.device)
         self.b_dec = torch.zeros(size.d, device=self.device)
-        self.head = self.draw(min(HEAD, size.rows), size.d)
 
     def draw(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self._generator).to(self.device)
@@ -94,6 +128,10 @@ class Case:
     def pool(self) -> list[Tensor]:
         """[B, d] inputs, together more than the cache holds."""
         return [self.draw(self.size.rows, self.size.d) for _ in range(pool_size(4 * self.size.rows * self.size.d))]
+
+    def x(self, i: int) -> Tensor:
+        """The i-th input; they come round again."""
+        return self.pool[i % len(self.pool)]
 
     def leaf(self, name: str) -> Tensor:
         """A copy of a weight that collects gradients."""
@@ -105,90 +143,128 @@ class Case:
 
     @functools.cached_property
     def coded(self) -> list[tuple[SparseCodes, Tensor]]:
-        """(codes, targets) to decode, as many as keep dense codes [B, N] out of the cache."""
-        count = min(len(self.pool), pool_size(4 * self.size.rows * self.size.d_sae) + 2)
-        return [(self.encode(x).detach(), x) for x in self.pool[:count]]
+        """(codes, targets) to decode, together more than the cache holds."""
+        bytes_each = 12 * self.size.rows * self.size.k + 4 * self.size.rows * self.size.d
+        return [(self._codes(n), self.pool[n % len(self.pool)]) for n in range(pool_size(bytes_each))]
+
+    @functools.cached_property
+    def codes(self) -> list[SparseCodes]:
+        """Codes alone, together more than the cache holds."""
+        return [self._codes(n) for n in range(pool_size(12 * self.size.rows * self.size.k))]
 
     @functools.cached_property
     def dense(self) -> list[Tensor]:
-        """The same codes as [B, N], for those who need them dense."""
-        return [codes.to_dense() for codes, _ in self.coded]
+        """[B, N] codes for those who need them so, together more than the cache holds."""
+        return [self._codes(n).to_dense() for n in range(pool_size(4 * self.size.rows * self.size.d_sae))]
+
+    def _codes(self, n: int) -> SparseCodes:
+        """The n-th input's codes. The encoder made the first ones; of the others each is one of those with every latent's
+        number moved up: as many entries a row and the same values, at other places of every matrix."""
+        made = self._encoded[n % len(self._encoded)]
+        moved = (made.indices + 7919 * (n // len(self._encoded))) % self.size.d_sae
+        rows = torch.arange(made.shape[0], device=self.device).repeat_interleave(made.row_ptr.diff())
+        order = (rows * self.size.d_sae + moved).argsort()
+        return SparseCodes.trusted(made.values[order], moved[order], made.row_ptr.clone(), made.shape)
 
     @functools.cached_property
-    def head_codes(self) -> SparseCodes:
-        return self.encode(self.head).detach()
+    def _encoded(self) -> list[SparseCodes]:
+        return [self.encode(x).detach() for x in self.pool[:ENCODED]]
 
     # What is right, dense and obvious.
 
-    def expect_encode(self) -> dict[str, Tensor]:
+    @functools.cached_property
+    def probes(self) -> list[Probe]:
+        """A small input, and one of the size that is timed (fewer rows where the reference would be too large): the number of
+        rows decides which code runs."""
+        rows = min(self.size.rows, max(HEAD, CHECKED // self.size.d_sae))
+        found = []
+        for x in (self.draw(min(HEAD, rows), self.size.d), self.pool[0][:rows]):
+            x = clear(x, self.W_enc, self.size.k, self.activation == "batch_topk", self.draw)
+            found.append(Probe(x, self.encode(x).detach()))
+        return found
+
+    def expect(self, operation: str, probe: Probe) -> dict[str, Tensor]:
+        """{answer: what is right} of an operation."""
+        expected: dict[str, Tensor] = getattr(self, f"_expect_{operation}")(probe)
+        return expected
+
+    def _expect_encode(self, probe: Probe) -> dict[str, Tensor]:
         weights = [self.leaf(name) for name in ("W_enc", "b_enc")]
-        z = ENCODE_REFERENCE[self.activation](self.head, *weights, self.size.k)
+        z = ENCODE_REFERENCE[self.activation](probe.x, *weights, self.size.k)
         z.sum().backward()
         return {"codes": z, **_gradients(weights, ("W_enc", "b_enc"))}
 
-    def expect_decode(self) -> dict[str, Tensor]:
-        z = self.head_codes.to_dense().requires_grad_()
+    def _expect_decode(self, probe: Probe) -> dict[str, Tensor]:
+        z = probe.dense.clone().requires_grad_()
         weights = [self.leaf(name) for name in ("W_dec", "b_dec")]
         y = sparse_decode_reference(z, *weights)
         y.square().sum().backward()
-        return {"reconstruction": y, "codes.grad": _selected(z), **_gradients(weights, ("W_dec", "b_dec"))}
+        return {"reconstruction": y, "codes.grad": selected(z), **_gradients(weights, ("W_dec", "b_dec"))}
 
-    def expect_nested_loss(self) -> dict[str, Tensor]:
-        z = self.head_codes.to_dense().requires_grad_()
+    def _expect_nested_loss(self, probe: Probe) -> dict[str, Tensor]:
+        z = probe.dense.clone().requires_grad_()
         weights = [self.leaf(name) for name in ("W_dec", "b_dec")]
-        losses, _ = nested_loss_reference(z, *weights, self.head, self.widths)
+        losses, _ = nested_loss_reference(z, *weights, probe.x, self.widths)
         losses.sum().backward()
-        return {"losses": losses, "codes.grad": _selected(z), **_gradients(weights, ("W_dec", "b_dec"))}
+        return {"losses": losses, "codes.grad": selected(z), **_gradients(weights, ("W_dec", "b_dec"))}
 
-    def expect_step(self) -> dict[str, Tensor]:
+    def _expect_step(self, probe: Probe) -> dict[str, Tensor]:
         """Loss (sum of squares over d, mean over tokens, sum over prefixes) and its gradients for y = x."""
-        names = ("W_enc", "b_enc", "W_dec", "b_dec")
-        weights = dict(zip(names, map(self.leaf, names), strict=True))
-        z = ENCODE_REFERENCE[self.activation](self.head, weights["W_enc"], weights["b_enc"], self.size.k)
-        losses, _ = nested_loss_reference(z, weights["W_dec"], weights["b_dec"], self.head, self.widths)
+        weights = {name: self.leaf(name) for name in WEIGHTS}
+        z = ENCODE_REFERENCE[self.activation](probe.x, weights["W_enc"], weights["b_enc"], self.size.k)
+        losses, _ = nested_loss_reference(z, weights["W_dec"], weights["b_dec"], probe.x, self.widths)
         loss = losses.sum() * self.size.d
         loss.backward()
-        return {"loss": loss, **_gradients(list(weights.values()), names)}
-
-    def gradients(self) -> dict[str, Tensor]:
-        """One for each weight, the same each time, of a norm that is clipped."""
-        g = torch.Generator().manual_seed(7)
-        return {name: torch.randn(getattr(self, name).shape, generator=g).to(self.device) for name in WEIGHTS}
-
-    def expect_optimizer(self) -> dict[str, Tensor]:
-        """What the first step of Adam adds to each weight: along the sphere for the decoder, gradients clipped to norm 1."""
-        before = {name: getattr(self, name).double() for name in WEIGHTS}
-        grads = {name: grad.double() for name, grad in self.gradients().items()}
-        W = before["W_dec"]
-        grads["W_dec"] = grads["W_dec"] - (grads["W_dec"] * W).sum(1, keepdim=True) * W
-        norm = torch.stack([grad.square().sum() for grad in grads.values()]).sum().sqrt()
-        after = {}
-        for name, grad in grads.items():
-            clipped = grad / norm
-            # Both moments are corrected for their start: the first step is g / (|g| + eps).
-            after[name] = before[name] - CHECK_RATE * clipped / (clipped.abs() + 1e-8)
-        after["W_dec"] = torch.nn.functional.normalize(after["W_dec"], dim=1)
-        return {f"{name} step": after[name] - before[name] for name in WEIGHTS}
-
-    def steps_of(self, after: dict[str, Tensor]) -> dict[str, Tensor]:
-        """As `expect_optimizer`, from weights after the step."""
-        return {f"{n} step": after[n].detach().double() - getattr(self, n).double() for n in WEIGHTS}
+        return {"loss": loss, **_gradients(list(weights.values()), WEIGHTS)}
 
     @functools.cached_property
-    def busiest(self) -> tuple[Tensor, Tensor]:
-        """Pairs (i, j) of the latents that fire most on the small input."""
-        counts = torch.bincount(self.head_codes.indices[self.head_codes.values > 0], minlength=self.size.d_sae)
-        ids = counts.topk(min(8, self.size.d_sae)).indices
-        i, j = torch.triu_indices(len(ids), len(ids), 1, device=ids.device)
-        return ids[i], ids[j]
+    def given_gradients(self) -> dict[str, Tensor]:
+        """One for each weight: where an optimizer is timed, they are its input."""
+        return {name: 1e-3 * self.draw(*getattr(self, name).shape) for name in WEIGHTS}
 
-    def expect_correlation(self) -> dict[str, Tensor]:
-        i, j = self.busiest
-        return {
-            "correlation": torch.corrcoef(self.head_codes.to_dense().double().T[torch.cat([i, j])])[
-                torch.arange(len(i)), len(i) + torch.arange(len(i))
-            ]
-        }
+    def gradients(self) -> list[dict[str, Tensor]]:
+        """Those of STEPS steps, one for each weight, the same each time. The first step's norm is clipped, the second's is not:
+        moments that are not kept as they should be end elsewhere."""
+        g = torch.Generator().manual_seed(7)
+        norm = math.sqrt(sum(getattr(self, name).numel() for name in WEIGHTS))
+        scales = (1.0, 0.3 / norm)
+        draw = functools.partial(torch.randn, generator=g)
+        return [{n: scale * draw(getattr(self, n).shape).to(self.device) for n in WEIGHTS} for scale in scales]
+
+    def _expect_optimizer(self, probe: Probe) -> dict[str, Tensor]:
+        """What two steps of Adam add to each weight: along the sphere for the decoder, gradients clipped to norm 1."""
+        now = {name: getattr(self, name).double() for name in WEIGHTS}
+        first = {name: torch.zeros_like(value) for name, value in now.items()}
+        second = {name: torch.zeros_like(value) for name, value in now.items()}
+        a, b = BETAS
+        for step, given in enumerate(self.gradients(), start=1):
+            grads = {name: grad.double() for name, grad in given.items()}
+            W = now["W_dec"]
+            grads["W_dec"] = grads["W_dec"] - (grads["W_dec"] * W).sum(1, keepdim=True) * W
+            norm = torch.stack([grad.square().sum() for grad in grads.values()]).sum().sqrt()
+            for name, grad in grads.items():
+                clipped = grad * (1 / norm).clamp(max=1)
+                first[name] = a * first[name] + (1 - a) * clipped
+                second[name] = b * second[name] + (1 - b) * clipped.square()
+                size = (second[name] / (1 - b**step)).sqrt() + 1e-8
+                now[name] = now[name] - CHECK_RATE * first[name] / (1 - a**step) / size
+            now["W_dec"] = torch.nn.functional.normalize(now["W_dec"], dim=1)
+        return self.steps_of(now)
+
+    def steps_of(self, after: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What was added to each weight."""
+        return {f"{n} step": after[n].detach().double() - getattr(self, n).double() for n in WEIGHTS}
+
+    def _expect_correlation(self, probe: Probe) -> dict[str, Tensor]:
+        """Of the busiest pairs: exact, or beyond EXACT_LIMIT what the sketch's own definition makes of them."""
+        i, j = probe.busiest
+        z = probe.dense.double()
+        if self.size.d_sae <= EXACT_LIMIT:
+            left, right = (z[:, ids] - z[:, ids].mean(0) for ids in (i, j))
+        else:
+            drawn = signs(len(z), SKETCH, self.device, 0, 0, 0).double()
+            left, right = (drawn.T @ z[:, ids] - drawn.sum(0)[:, None] * z[:, ids].mean(0) for ids in (i, j))
+        return {"correlation": (left * right).sum(0) / (left.norm(dim=0) * right.norm(dim=0))}
 
     # The floors.
 
@@ -222,7 +298,7 @@ def _gradients(weights: list[Tensor], names: tuple[str, ...]) -> dict[str, Tenso
     return {name: grad for name, grad in found.items() if grad is not None}
 
 
-def _selected(z: Tensor) -> Tensor:
+def selected(z: Tensor) -> Tensor:
     """Gradients of the entries that are on: sparse implementations have no others."""
     assert z.grad is not None
     return z.grad[z.detach() > 0]

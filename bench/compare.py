@@ -1,21 +1,33 @@
 """Two result files: what became slower or needs more memory, beyond their spread.
 
-Times are compared as multiples of the floor that the same rounds measured, so that a slower hour of the machine is no
-regression. What counts is that the quartiles no longer touch and that the medians are further apart than SLACK.
+- Rows are compared as multiples of the floor that the same rounds measured, the trainer as a multiple of itself with its parts
+  off: a slower hour of the machine is no regression.
+- Such ratios are blind to what slows all of ours alike, the trainer without its parts above all. Of one machine, seconds are
+  therefore compared too, after both files' rates of a copy and of a product have said how fast it was just then: slower is what
+  neither explains. Of two machines only ratios are, and that is said.
+- What each figure's spread covers may still lie on one side everywhere: all times together have a verdict of their own.
+
+A single figure counts when its ranges no longer touch and its middles are further apart than SLACK.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from bench.results import label
+from bench.spread import mean
 
 SLACK = 1.05
 MEMORY_SLACK = 1.10
 MEMORY_NOISE = 4 << 20
 """Bytes that an allocator may add or leave away."""
+TOGETHER_SLACK = 1.02
+TOGETHER = "all times together"
+MACHINE = ("name", "cores", "threads", "instructions", "capability")
+RATES = ("copy_bytes_per_second", "product_operations_per_second")
 
 
 @dataclass(frozen=True)
@@ -32,60 +44,140 @@ class Change:
         return self.verdict in ("slower", "more memory", "missing")
 
 
+@dataclass(frozen=True)
+class Figure:
+    middle: float
+    low: float
+    high: float
+    unit: str
+    speed: tuple[float, float] = (1.0, 1.0)
+    """Of seconds: what the machine did a second when they were taken, copied bytes and operations of a product."""
+
+
 def compare(before: dict[str, Any], after: dict[str, Any]) -> list[Change]:
-    """Our own rows of two result files. A row that is no longer there is a change for the worse."""
-    old, new = _measured(before), _measured(after)
+    """Our own figures of two result files. One that is no longer there is a change for the worse."""
+    seconds = same_machine(before, after)
+    old, new = (dict(_figures(found, seconds)) for found in (before, after))
     found = []
     for what in [*old, *(name for name in new if name not in old)]:
         if what not in new:
-            found.append(Change(what, old[what][0]["median"], float("nan"), old[what][1], "missing"))
+            found.append(Change(what, old[what].middle, math.nan, old[what].unit, "missing"))
         elif what not in old:
-            found.append(Change(what, float("nan"), new[what][0]["median"], new[what][1], "new"))
+            found.append(Change(what, math.nan, new[what].middle, new[what].unit, "new"))
         else:
             found.append(_change(what, old[what], new[what]))
-    return found
+    return [*found, *_together(old, new)]
 
 
-Measured = tuple[dict[str, float], str]
+def same_machine(before: dict[str, Any], after: dict[str, Any]) -> bool:
+    return all(before["device"].get(name) == after["device"].get(name) for name in MACHINE)
 
 
-def _change(what: str, old: Measured, new: Measured) -> Change:
-    (a, unit), (b, _) = old, new
-    if unit == "bytes":
-        grown = b["median"] > MEMORY_SLACK * a["median"] and b["median"] > a["median"] + MEMORY_NOISE
-        shrunk = a["median"] > MEMORY_SLACK * b["median"] and a["median"] > b["median"] + MEMORY_NOISE
+def machines(before: dict[str, Any], after: dict[str, Any]) -> Iterator[str]:
+    """What has to be known of the machines before the figures are read."""
+    if not same_machine(before, after):
+        for device in (before["device"], after["device"]):
+            yield f"machine: {', '.join(f'{name} {device[name]}' for name in MACHINE if device.get(name))}"
+        yield "Two machines: only ratios to the floor, to the parts switched off, and memory are compared, no seconds."
+        return
+    yield f"one machine: {before['device']['name']}"
+    for name, section in _sections(before):
+        other = dict(_sections(after)).get(name)
+        if other is not None:
+            speed = [other["machine_rates"][rate] / section["machine_rates"][rate] for rate in RATES]
+            yield f"  when {name} was measured: a copy at {speed[0]:.2f}x of the speed before, a product at {speed[1]:.2f}x"
+
+
+def _sections(found: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for name in ("rows", "scaling", "whole_run"):
+        if "machine_rates" in found.get(name, {}):
+            yield name, found[name]
+
+
+def _change(what: str, old: Figure, new: Figure) -> Change:
+    if old.unit == "bytes":
+        grown = new.middle > MEMORY_SLACK * old.middle and new.middle > old.middle + MEMORY_NOISE
+        shrunk = old.middle > MEMORY_SLACK * new.middle and old.middle > new.middle + MEMORY_NOISE
         verdict = "more memory" if grown else "less memory" if shrunk else "same"
     else:
-        slower = b["low"] > a["high"] and b["median"] > SLACK * a["median"]
-        faster = b["high"] < a["low"] and SLACK * b["median"] < a["median"]
+        least, most = _speeds(old, new)
+        slower = least * new.low > old.high and least * new.middle > SLACK * old.middle
+        faster = most * new.high < old.low and SLACK * most * new.middle < old.middle
         verdict = "slower" if slower else "faster" if faster else "same"
-    return Change(what, a["median"], b["median"], unit, verdict)
+    return Change(what, old.middle, new.middle, old.unit, verdict)
 
 
-def _measured(found: dict[str, Any]) -> dict[str, Measured]:
-    return dict(_each(found))
+def _speeds(old: Figure, new: Figure) -> tuple[float, float]:
+    """(least, most) by which the machine's own speed may have changed: we do not know how much of each a figure is."""
+    speeds = [b / a for a, b in zip(old.speed, new.speed, strict=True)]
+    return min(speeds), max(speeds)
 
 
-def _each(found: dict[str, Any]) -> Iterator[tuple[str, Measured]]:
+def _together(old: Mapping[str, Figure], new: Mapping[str, Figure]) -> Iterator[Change]:
+    """The geometric mean of all times, with the interval that they give as so many measurements of one slowdown."""
+    slower, faster = [], []
+    for what, a in old.items():
+        if what in new and a.unit in ("x floor", "s"):
+            least, most = _speeds(a, new[what])
+            slower.append(math.log(least * new[what].middle / a.middle))
+            faster.append(math.log(most * new[what].middle / a.middle))
+    if len(slower) < 2:
+        return
+    worst, best = mean(slower), mean(faster)
+    verdict, middle = "same", math.exp((worst["total"] + best["total"]) / 2)
+    if worst["low"] > 0 and worst["total"] > math.log(TOGETHER_SLACK):
+        verdict, middle = "slower", math.exp(worst["total"])
+    elif best["high"] < 0 and best["total"] < -math.log(TOGETHER_SLACK):
+        verdict, middle = "faster", math.exp(best["total"])
+    yield Change(TOGETHER, 1.0, middle, "x before", verdict)
+
+
+def _figures(found: dict[str, Any], seconds: bool) -> Iterator[tuple[str, Figure]]:
     for row in found.get("rows", {}).get("rows", []):
-        if row["operation"] == "training":
-            size = row["size"]
-            for kind, one in row["kinds"].items():
-                if one["ratio"]["low"] != one["ratio"]["high"]:
-                    yield f"trainer, {kind}, N{size['d_sae']}", (one["ratio"], "x off")
+        yield from _trainer(row, found["rows"], seconds) if row["operation"] == "training" else _row(row)
+    run = found.get("whole_run", {})
+    for kind, one in run.get("kinds", {}).items():
+        yield from _kind(f"whole run, {kind}", one, run, seconds)
+    for point in found.get("scaling", {}).get("points", []) if seconds else ():
+        name, one = next(iter(point["variants"].items()))
+        what = f"{point['operation']} at {point['axis']} {point['value']}, {name}"
+        yield what, _of(one["seconds"], "s", "median", speed=_speed(found["scaling"]))
+
+
+def _row(row: dict[str, Any]) -> Iterator[tuple[str, Figure]]:
+    for name, one in row["variants"].items():
+        if not one["ours"] or one.get("environment"):
             continue
-        for name, one in row["variants"].items():
-            if not one["ours"]:
-                continue
-            for direction, seconds in one["seconds"].items():
-                floor = row["floor"][direction]["seconds"]
-                times = {key: value / floor for key, value in seconds.items()}
-                yield f"{label(row)}, {name}, {direction}", (times, "x floor")
-            if one["peak_bytes"] is not None:
-                yield f"{label(row)}, {name}, memory", ({"median": float(one["peak_bytes"])}, "bytes")
-    for kind, one in found.get("whole_run", {}).get("kinds", {}).items():
-        if one["ratio"]["low"] != one["ratio"]["high"]:
-            yield f"whole run, {kind}", (one["ratio"], "x off")
+        for direction, times in one["seconds"].items():
+            floor = row["floor"][direction]["seconds"]
+            yield f"{label(row)}, {name}, {direction}", _of(times, "x floor", "median", 1 / floor)
+        for kind in ("peak", "held"):
+            size = one[f"{kind}_bytes"]
+            if size is not None:
+                yield f"{label(row)}, {name}, {kind} memory", Figure(size, size, size, "bytes")
+
+
+def _trainer(row: dict[str, Any], section: dict[str, Any], seconds: bool) -> Iterator[tuple[str, Figure]]:
+    for kind, one in row["kinds"].items():
+        yield from _kind(f"trainer, {kind}, N{row['size']['d_sae']}", one, section, seconds)
+
+
+def _kind(what: str, one: dict[str, Any], section: dict[str, Any], seconds: bool) -> Iterator[tuple[str, Figure]]:
+    if one["ratio"]["low"] != one["ratio"]["high"]:
+        yield what, _of(one["ratio"], "x off", "total")
+    if seconds:
+        yield f"{what}, a step", _of(one["seconds_per_step"], "s", "total", speed=_speed(section))
+
+
+def _of(
+    values: dict[str, float], unit: str, middle: str, scale: float = 1.0, speed: tuple[float, float] = (1.0, 1.0)
+) -> Figure:
+    return Figure(scale * values[middle], scale * values["low"], scale * values["high"], unit, speed)
+
+
+def _speed(section: dict[str, Any]) -> tuple[float, float]:
+    rates = section["machine_rates"]
+    return rates[RATES[0]], rates[RATES[1]]
 
 
 def said(changes: list[Change]) -> str:
@@ -99,4 +191,6 @@ def said(changes: list[Change]) -> str:
 def _number(value: float, unit: str) -> str:
     if value != value:
         return "none"
-    return f"{value / 1e6:.1f} MB" if unit == "bytes" else f"{value:.2f} {unit}"
+    if unit == "s":
+        return f"{1e3 * value:.3g} ms"
+    return f"{value / 1e6:.1f} MB" if unit == "bytes" else f"{value:.3f} {unit}"

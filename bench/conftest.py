@@ -26,11 +26,12 @@ if not getattr(sys.modules.get("bench"), "__path__", None):
 
 from bench import machine, peers, results  # noqa: E402
 from bench.cases import SIZES, Activation, Case, Size  # noqa: E402
-from bench.race import rounds_for  # noqa: E402
-from bench.rows import prepare, row  # noqa: E402
+from bench.race import WrongResultError, rounds_for  # noqa: E402
+from bench.rows import Contest  # noqa: E402
 
 _rows: list[dict[str, Any]] = []
 _skipped: dict[str, str] = {}
+_failed: dict[str, str] = {}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -47,41 +48,58 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture
-def compare(benchmark, request: pytest.FixtureRequest) -> Callable[..., None]:  # type: ignore[no-untyped-def]
+def compare(benchmark, record_row, request: pytest.FixtureRequest) -> Callable[..., None]:  # type: ignore[no-untyped-def]
     """compare(operation, size, activation, nested): check, time and note one row."""
 
     def run(operation: str, size: Size, activation: Activation = "topk", nested: bool = False) -> None:
         options = request.config.option
         names = [name for name in options.bench_peers.split(",") if name]
-        case = Case(size, activation, nested)
-        race, floors, skipped = prepare(operation, case, names)
-        rounds = rounds_for(race.warm_up(), options.bench_seconds)
+        contest = Contest(operation, Case(size, activation, nested), names)
+        rounds = rounds_for(contest.race.warm_up(), options.bench_seconds)
         # pytest-benchmark times ours; the others run in the same rounds, just before it.
+        race = contest.race
         benchmark.pedantic(race.first, setup=race.others, rounds=rounds, iterations=1, warmup_rounds=0)
-        found = row(operation, case, race, floors)
-        benchmark.extra_info.update(floor=found["floor"], to_floor=found["to_floor"])
-        record(found, skipped)
+        found = contest.row()
+        benchmark.extra_info.update(floor=found["floor"])
+        record_row(found)
+        _skipped.update(contest.skipped)
+        if contest.wrong:
+            # The others' times stand, in a row that says so.
+            raise WrongResultError("; ".join(contest.wrong.values()))
 
     return run
 
 
 @pytest.fixture
-def record_row() -> Callable[[dict[str, Any]], None]:
-    return lambda found: record(found, {})
+def record_row(pytestconfig: pytest.Config) -> Callable[[dict[str, Any]], None]:
+    """Notes a row for the file and the end of the session, and shows it at once."""
+    reporter = pytestconfig.pluginmanager.getplugin("terminalreporter")
+    capture = pytestconfig.pluginmanager.getplugin("capturemanager")
+
+    def record(found: dict[str, Any]) -> None:
+        _rows.append(found)
+        if pytestconfig.option.bench_json is not None:
+            # `bench.measure` runs for many minutes: whoever waits for it wants to see them pass.
+            with capture.global_and_fixture_disabled():
+                reporter.write_line("\n".join(results.table([found])))
+
+    return record
 
 
-def record(found: dict[str, Any], skipped: dict[str, str]) -> None:
-    _rows.append(found)
-    _skipped.update(skipped)
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.failed and report.longrepr is not None:
+        crash = getattr(report.longrepr, "reprcrash", None)
+        _failed[report.nodeid.rpartition("::")[2]] = crash.message if crash is not None else str(report.longrepr)
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     target = session.config.option.bench_json
-    if target is not None and _rows:
+    if target is not None:
         section = {
             **results.about(),
             "exit_status": int(exitstatus),
             "skipped": dict(sorted(_skipped.items())),
+            "failed": _failed,
             "rows": _rows,
         }
         target.write_text(json.dumps(section, indent=1) + "\n", encoding="utf-8")

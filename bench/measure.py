@@ -2,8 +2,9 @@
 
     python -m bench.measure [--only rows,peers,scaling,whole_run] [--steps 4882] [--seconds 3] [--no-report]
 
-On a quiet machine. About twelve minutes on two cores. The file is replaced; what `--only` leaves out is kept from the one that
-was there, with the date and commit of its own.
+On a quiet machine. Under twenty minutes on two cores with `--seconds 2`. The file is replaced, and written after every stage: a
+stage that fails, or ends this command, costs the others nothing. What failed is in the file and on the page, and the exit code
+is 1. What `--only` leaves out is kept from the file that was there, with the date and commit of its own.
 """
 
 from __future__ import annotations
@@ -14,60 +15,73 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from bench import machine, results
 from bench.peers import LIBRARIES
+from bench.peers.__main__ import NO_ENVIRONMENT
 from bench.whole_run import STEPS
 
 STAGES = ("rows", "peers", "scaling", "whole_run")
 
 
-def _run(words: Sequence[str], target: Path) -> dict[str, Any] | None:
-    """The section that a command of ours wrote, None where it failed and wrote nothing."""
+def _run(words: Sequence[str], target: Path) -> dict[str, Any]:
+    """The section that a command of ours wrote; {"failed": why} where it wrote none."""
     start = time.monotonic()
+    print(f"-- {' '.join(words[:2])} begins", flush=True)
     code = subprocess.run([sys.executable, "-m", *words], cwd=machine.ROOT, check=False).returncode
-    print(f"-- {' '.join(words[:2])}: {time.monotonic() - start:.0f} s, exit {code}", flush=True)
+    took = round(time.monotonic() - start)
+    print(f"-- {' '.join(words[:2])}: {took} s, exit {code}", flush=True)
     if not target.is_file():
-        return None
+        return {"failed": f"python -m {' '.join(words[:2])}: exit code {code}, nothing was written"}
     section: dict[str, Any] = json.loads(target.read_text(encoding="utf-8"))
-    section["seconds"] = round(time.monotonic() - start)
-    return section
+    if code not in (0, NO_ENVIRONMENT) and not section.get("failed"):
+        section["failed"] = {"the command": f"exit code {code}"}
+    return {**section, "seconds": took}
 
 
-def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """The sections that were asked for."""
-    found: dict[str, Any] = {}
+def stages(options: argparse.Namespace, folder: Path) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
+    """(where it belongs, the section) of each part that was asked for, as it is done."""
     size = ["--size", options.size]
     if "rows" in options.only:
         target = folder / "rows.json"
         words = ["pytest", str(machine.ROOT / "bench"), "-q", "--benchmark-disable-gc", f"--bench-json={target}"]
         words += [f"--bench-size={options.size}", f"--bench-seconds={options.seconds}", "-p", "no:cacheprovider"]
-        rows = _run(words, target)
-        if rows is None or rows["exit_status"] != 0:
-            raise SystemExit("bench.measure: pytest bench/ failed: nothing was written")
-        found["rows"] = rows
-    if "peers" in options.only:
-        found["peers"] = {}
-        for library in options.libraries:
-            target = folder / f"{library}.json"
-            words = [
-                "bench.peers",
-                library.replace("_", "-"),
-                *size,
-                f"--seconds={options.seconds}",
-                f"--json={target}",
-            ]
-            section = _run(words + ([] if options.into is None else [f"--into={options.into}"]), target)
-            found["peers"][library] = section or {"skipped": "its environment could not be made or run"}
+        yield ("rows",), _run(words, target)
+    for library in options.libraries if "peers" in options.only else ():
+        target = folder / f"{library}.json"
+        words = ["bench.peers", library.replace("_", "-"), *size, f"--seconds={options.seconds}", f"--json={target}"]
+        yield ("peers", library), _run(words + ([] if options.into is None else [f"--into={options.into}"]), target)
     if "scaling" in options.only:
         target = folder / "scaling.json"
-        found["scaling"] = _run(["bench.scaling", *size, f"--json={target}"], target)
+        words = ["bench.scaling", *size, f"--seconds={options.scaling_seconds}", f"--json={target}"]
+        yield ("scaling",), _run(words, target)
     if "whole_run" in options.only:
         target = folder / "whole_run.json"
-        found["whole_run"] = _run(["bench.whole_run", f"--steps={options.steps}", f"--json={target}"], target)
+        yield ("whole_run",), _run(["bench.whole_run", f"--steps={options.steps}", f"--json={target}"], target)
+
+
+def put(found: dict[str, Any], place: tuple[str, ...], section: dict[str, Any]) -> None:
+    for name in place[:-1]:
+        found = found.setdefault(name, {})
+    found[place[-1]] = section
+
+
+def kept(target: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """What the file that is there says of the parts that are not measured now. Nothing of another format."""
+    if not target.is_file():
+        return {}
+    try:
+        before = results.load(target)
+    except results.OtherFormatError as error:
+        print(f"bench.measure: nothing is kept of it: {error}", flush=True)
+        return {}
+    found = {name: before[name] for name in STAGES if name in before and name not in options.only}
+    if "peers" in options.only:
+        others = {n: s for n, s in before.get("peers", {}).items() if n not in options.libraries}
+        found |= {"peers": others} if others else {}
     return found
 
 
@@ -78,6 +92,9 @@ def main(words: list[str] | None = None) -> int:
     )
     parser.add_argument("--size", default=machine.device().type, help="as --bench-size")
     parser.add_argument("--seconds", type=float, default=3.0, help="of rounds a row (at least 5 rounds)")
+    parser.add_argument(
+        "--scaling-seconds", type=float, default=0.4, help="of rounds a scaling point (at least 3 rounds)"
+    )
     parser.add_argument("--steps", type=int, default=STEPS, help="of the whole run")
     parser.add_argument(
         "--libraries",
@@ -93,21 +110,24 @@ def main(words: list[str] | None = None) -> int:
         if unknown := sorted(set(getattr(options, name)) - set(known)):
             parser.error(f"--{name}: expected among {', '.join(known)}, got {', '.join(unknown)}")
     target = options.out or results.FOLDER / f"{machine.slug()}.json"
-    everything = set(options.only) == set(STAGES) and set(options.libraries) == set(LIBRARIES)
-    before = results.load(target) if target.is_file() and not everything else {}
-    start = time.monotonic()
+    found = {"format": results.FORMAT, "device": machine.describe(), **kept(target, options)}
+    start, failed = time.monotonic(), []
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        sections = measure(options, Path(folder))
-    kept = {name: before[name] for name in STAGES if name in before}
-    if "peers" in sections:
-        sections["peers"] = {**kept.get("peers", {}), **sections["peers"]}
-    results.save({"format": results.FORMAT, "device": machine.describe(), **kept, **sections}, target)
-    print(f"{target}: {time.monotonic() - start:.0f} s in all")
+        for place, section in stages(options, Path(folder)):
+            put(found, place, section)
+            results.save(found, target)
+            if section.get("failed"):
+                failed.append("/".join(place))
+            print(f"-- {time.monotonic() - start:.0f} s in all; {target}", flush=True)
     if not options.no_report:
         from bench.report import write
 
         print(write())
-    return 0
+    if failed:
+        print(
+            f"bench.measure: FAILED, in whole or in part: {', '.join(failed)}; the other figures stand", file=sys.stderr
+        )
+    return int(bool(failed))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,10 @@
-"""The trainer itself with its anti-duplication parts on and off: runs side by side, their steps taken in turn."""
+"""The trainer itself with its anti-duplication parts on and off: runs side by side, their steps taken in turn.
+
+Much of what these parts do is due every so many steps: reports every 100, the adding of waiting pairs every 64 or so (at 8192
+latents), sample files and checkpoints every 500. A round is therefore PERIOD steps of each run, from one report to the next,
+what is written beside training waited for; the figure is the ratio of total times, over as many rounds as hold the rarest of
+them at its true rate.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +19,7 @@ import torch
 
 from bench import machine, synthetic
 from bench.cases import Size
+from bench.spread import mean, whole_ratio
 from transcoder.activations import ActivationBatch
 from transcoder.config import RunConfig
 from transcoder.training.profile import QUIET, opened_run
@@ -24,7 +31,8 @@ KINDS: dict[str, tuple[str, ...]] = {
     "monitor and samples": ("monitor", "samples"),
     "all": ("monitor", "samples", "regularizer"),
 }
-"""Position sampling chooses tokens before they become batches: with batches that are there already it has no place."""
+"""The first is what the others are compared with. Position sampling chooses tokens before they become batches: with batches
+that are there already it has no place."""
 
 
 def config(size: Size, parts: Sequence[str], settings: Mapping[str, Any]) -> RunConfig:
@@ -41,6 +49,7 @@ def config(size: Size, parts: Sequence[str], settings: Mapping[str, Any]) -> Run
             "training.evaluation_tokens": 4096,
             **{f"antidup.{part}.enabled": part in parts for part in PARTS},
             **QUIET,
+            **DUE,
             **settings,
         },
     )
@@ -66,14 +75,45 @@ def runs(
         }
 
 
+PERIOD = 100
+"""Steps of a round: `antidup.monitor.correlation_save_frequency`."""
+RARE = 500
+"""Steps in which everything comes at least once: `antidup.samples.save_frequency`, `checkpoint.every`."""
+DUE = {
+    "antidup.monitor.correlation_save_frequency": PERIOD,
+    "antidup.samples.save_frequency": RARE,
+    "checkpoint.every": RARE,
+    "antidup.verify_at_step": PERIOD,
+    # The end of a run (evaluation, its page) is not among the steps.
+    "training.steps": 10_000,
+}
+"""The defaults, said again: a round that no longer holds them would measure something else."""
+
+
 def seconds_of(run: Any, steps: int) -> float:
-    """Seconds of `steps` steps and all that is due between them, what the device owes included."""
+    """Seconds of `steps` steps and all that is due between them: what the device owes, and what is written beside training,
+    are waited for."""
     _wait()
     start = time.perf_counter()
     for _ in range(steps):
         run.advance()
     _wait()
+    run.saver.flush()
     return time.perf_counter() - start
+
+
+def compared(taken: Mapping[str, Sequence[float]], steps: int, rows: int) -> dict[str, dict[str, Any]]:
+    """{kind: what is said of it}, from its seconds in each round of `steps` steps, the same rounds for all."""
+    base = next(iter(taken.values()))
+    return {
+        kind: {
+            "seconds": sum(samples),
+            "seconds_per_step": mean([sample / steps for sample in samples]),
+            "tokens_per_second": rows * steps * len(samples) / sum(samples),
+            "ratio": whole_ratio(samples, base),
+        }
+        for kind, samples in taken.items()
+    }
 
 
 def _wait() -> None:

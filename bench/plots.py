@@ -62,6 +62,8 @@ def peers(found: dict[str, Any]) -> Any:
         axis.text(0.0, place, label(row), fontweight="bold", va="center", transform=axis.get_yaxis_transform())
         place -= 1
         for name, one in row["variants"].items():
+            if "wrong" in one or (one["ours"] and "environment" in one):
+                continue
             ratio = one["ratio"]["forward"]
             spread = [[ratio["median"] - ratio["low"]], [ratio["high"] - ratio["median"]]]
             axis.barh(
@@ -72,13 +74,15 @@ def peers(found: dict[str, Any]) -> Any:
                 height=0.7,
                 ecolor="black",
             )
-            ticks.append((place, name))
+            ticks.append((place, f"{name} *" if "environment" in one else name))
             place -= 1
         place -= 0.5
     axis.set_yticks([p for p, _ in ticks], [n for _, n in ticks])
     axis.axvline(1, color="black", linewidth=0.8)
     axis.set_ylim(place, 1)
-    axis.set_xlabel("time of a step, multiples of ours (lines to the quartiles)")
+    axis.set_xlabel(
+        "time of a step, multiples of ours (lines to the quartiles; *: of ours in the environment of its own)"
+    )
     return figure
 
 
@@ -99,7 +103,9 @@ def floor(found: dict[str, Any]) -> Any:
     axis.axvline(1, color="black", linewidth=0.8)
     axis.set_xscale("log")
     axis.set_ylim(0.5 - len(rows), 0.5)
-    axis.set_xlabel("time, multiples of this machine's floor for the same bytes and operations (log)")
+    axis.set_xlabel(
+        "time, multiples of this machine's floor for the same bytes and operations (log; lines to the quartiles)"
+    )
     return figure
 
 
@@ -115,10 +121,10 @@ def monitoring(found: dict[str, Any]) -> Any:
         size = row["size"]
         places = [n + 0.8 * number / len(rows) for n in range(len(kinds))]
         ratio = [row["kinds"][kind]["ratio"] for kind in kinds]
-        spread = [[r["median"] - r["low"] for r in ratio], [r["high"] - r["median"] for r in ratio]]
+        spread = [[r["total"] - r["low"] for r in ratio], [r["high"] - r["total"] for r in ratio]]
         axis.bar(
             places,
-            [r["median"] for r in ratio],
+            [r["total"] for r in ratio],
             yerr=spread,
             width=0.7 / len(rows),
             color=[OURS, *OTHERS][number],
@@ -126,7 +132,7 @@ def monitoring(found: dict[str, Any]) -> Any:
         )
     axis.set_xticks([n + 0.4 * (1 - 1 / len(rows)) for n in range(len(kinds))], kinds)
     axis.axhline(1, color="black", linewidth=0.8)
-    axis.set_ylabel("time, multiples of off")
+    axis.set_ylabel("time of all steps, multiples of off (95 %)")
     axis.legend(frameon=False)
     return figure
 

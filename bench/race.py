@@ -1,26 +1,25 @@
-"""Variants of one computation, timed in turn within the same rounds: ratios mean something where absolute times do not.
+"""Variants of one computation, checked, then timed in turn within the same rounds: ratios mean something where absolute times
+do not.
 
-A round runs every variant once, each on the next of several inputs that together do not fit the cache. A ratio is taken within
+A round runs every variant once, each on another of several inputs that together do not fit the cache. A ratio is taken within
 each round and then summarised, so that what slows a machine for a second slows both sides of it.
 """
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench import machine
+from bench import machine, memory
 
 LEAST_ROUNDS, MOST_ROUNDS = 5, 25
+MOST_INPUTS = 1024
+"""Only the sizes of tests would need more to leave the cache."""
 
 
 class WrongResultError(AssertionError):
@@ -29,15 +28,19 @@ class WrongResultError(AssertionError):
 
 @dataclass
 class Variant:
-    """One way to do it. `forward(i)` works on input i; `backward` takes what it returned."""
+    """One way to do it. `forward(i)` works on input i modulo its number of inputs; `backward` takes what it returned."""
 
     name: str
     forward: Callable[[int], Any]
     backward: Callable[[Any], object] | None = None
     tidy: Callable[[], object] = lambda: None
     """Untimed, after each run: drops gradients."""
-    answer: Callable[[], dict[str, Tensor]] | None = None
-    """What it computes from the small input that every variant is checked on."""
+    answer: Callable[[Any], dict[str, Tensor]] | None = None
+    """What it computes from a probe (`bench.cases.Probe`), on which every variant is checked."""
+    lacks: Mapping[str, str] = field(default_factory=dict)
+    """{an answer that it does not give: why}. All others are asked for."""
+    unchecked: str = ""
+    """Why it has no `answer`: without one of the two it is refused."""
     note: str = ""
     """What it computes differently from ours."""
     tolerance: float = 1e-4
@@ -46,16 +49,25 @@ class Variant:
     per: int = 1
     """Times are divided by this: repetitions within one run."""
 
+    def said(self) -> str:
+        """The note, with what was not compared."""
+        apart = [f"not compared: {self.unchecked}"] if self.unchecked else []
+        apart += [f"{name} not compared ({why})" for name, why in self.lacks.items()]
+        return "; ".join(filter(None, [self.note, *apart]))
 
-def verify(variant: Variant, expected: dict[str, Tensor]) -> None:
-    """Raises WrongResultError where an answer is missing, of another shape, no number, or off by more than the tolerance."""
+
+def verify(variant: Variant, probe: Any, expected: Mapping[str, Tensor]) -> None:
+    """Raises WrongResultError where an answer is missing, unknown, of another shape, no number, or off by more than the
+    tolerance. `lacks` must say exactly which are missing."""
     if variant.answer is None:
+        if not variant.unchecked:
+            raise WrongResultError(f"{variant.name}: gives no answer to check, and does not say why")
         return
-    found = variant.answer()
+    found = variant.answer(probe)
     variant.tidy()
-    unknown = sorted(set(found) - set(expected))
-    if unknown or not found:
-        raise WrongResultError(f"{variant.name}: expected answers among {sorted(expected)}, got {sorted(found)}")
+    asked = sorted(set(expected) - set(variant.lacks))
+    if sorted(found) != asked:
+        raise WrongResultError(f"{variant.name}: expected the answers {asked}, got {sorted(found)}")
     for name, value in found.items():
         want, got = expected[name].detach().double(), value.detach().double()
         if got.shape != want.shape:
@@ -63,7 +75,8 @@ def verify(variant: Variant, expected: dict[str, Tensor]) -> None:
         error = float((got - want).norm() / want.norm().clamp_min(1e-30))
         if not error <= variant.tolerance:
             raise WrongResultError(
-                f"{variant.name}: {name}: off by {error:.3g} of its norm, allowed {variant.tolerance:.3g}"
+                f"{variant.name}: {name}: off by {error:.3g} of its norm, allowed {variant.tolerance:.3g}, "
+                f"on {len(probe.x)} rows"
             )
 
 
@@ -72,22 +85,28 @@ class Race:
     """Times of every variant by direction. Where a variant has a backward pass, `both` is the sum of the two of one run."""
 
     variants: Sequence[Variant]
-    inputs: int
     device: torch.device
     seconds: dict[str, dict[str, list[float]]] = field(default_factory=dict)
-    _turn: int = 0
+    _round: int = 0
+
+    def __post_init__(self) -> None:
+        self._place = {variant.name: place for place, variant in enumerate(self.variants)}
+        # Odd, where every number of inputs is a power of two: each variant comes past each input, whatever their numbers are.
+        self._stride = len(self.variants) | 1
 
     def warm_up(self) -> float:
-        """One run of each, unrecorded. Returns the seconds of another round."""
-        for variant in self.variants:
-            self._run(variant)
-        return sum(sum(self._run(variant).values()) * variant.per for variant in self.variants)
+        """Two unrecorded rounds. Returns the seconds of the second."""
+        taken = 0.0
+        for _ in range(2):
+            self._round += 1
+            taken = sum(sum(self._run(variant).values()) * variant.per for variant in self.variants)
+        return taken
 
     def others(self) -> None:
-        """All but the first, from another one on each time."""
-        self._turn += 1
+        """Begins a round: all but the first, from another one on each time."""
+        self._round += 1
         rest = list(self.variants[1:])
-        start = self._turn % len(rest) if rest else 0
+        start = self._round % len(rest) if rest else 0
         for variant in rest[start:] + rest[:start]:
             self.time(variant)
 
@@ -108,8 +127,8 @@ class Race:
             kept.setdefault("both", []).append(sum(taken.values()))
 
     def _run(self, variant: Variant) -> dict[str, float]:
-        self._turn += 1
-        i = self._turn % self.inputs
+        # Another input than the others of this round have, and in the next round another one than in this.
+        i = self._round * self._stride + self._place[variant.name]
         start = self._now()
         out = variant.forward(i)
         middle = self._now()
@@ -134,54 +153,21 @@ class Race:
             if variant.backward is not None:
                 variant.backward(out)
 
-        found = peak_bytes(once, self.device)
+        found = memory.peak_bytes(once, self.device)
         variant.tidy()
         return found
+
+
+def held_bytes(variant: Variant, case: Any) -> int:
+    """What a variant keeps between runs: weights, moments, statistics. The case's own inputs and weights are not counted."""
+    return memory.held_bytes([variant.forward, variant.backward], [case])
 
 
 def rounds_for(round_seconds: float, budget: float) -> int:
     return max(LEAST_ROUNDS, min(MOST_ROUNDS, int(budget / max(round_seconds, 1e-9))))
 
 
-def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
-    """Most memory that `call` holds at once beyond what the process held before: CUDA's own count, or the resident set."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        torch.cuda.synchronize()
-        return int(torch.cuda.max_memory_allocated()) - before
-    try:
-        # Freed memory that the allocator keeps would be used again unseen.
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-        before = _status("VmRSS")
-    except (OSError, AttributeError, KeyError):
-        return None
-    call()
-    return max(0, _status("VmHWM") - before)
-
-
-def _status(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith(f"{name}:")).split()[1])
-
-
-def summary(samples: Sequence[float]) -> dict[str, float]:
-    """Median and quartiles."""
-    if len(samples) < 2:
-        return {"median": samples[0], "low": samples[0], "high": samples[0]}
-    low, middle, high = statistics.quantiles(samples, n=4, method="inclusive")
-    return {"median": middle, "low": low, "high": high}
-
-
-def ratios(samples: Sequence[float], to: Sequence[float]) -> dict[str, float]:
-    """Median and quartiles of the ratio taken round by round."""
-    return summary([a / b for a, b in zip(samples, to, strict=True)])
-
-
 def pool_size(bytes_each: int) -> int:
-    """Inputs that together are twice the cache, at least 2."""
-    return max(2, -(-2 * machine.cache_bytes() // max(1, bytes_each)))
+    """Inputs that together are at least twice the cache: a power of two from 2 to MOST_INPUTS."""
+    least = max(2, -(-2 * machine.cache_bytes() // max(1, bytes_each)))
+    return min(MOST_INPUTS, 1 << (least - 1).bit_length())

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import machine, results
-from bench.compare import compare, said
+from bench.compare import compare, machines, said
 from bench.results import label
 
 DOCUMENT = machine.ROOT / "docs" / "performance.md"
@@ -23,33 +23,41 @@ PLOTS = "performance"
 INTRODUCTION = """# Performance
 
 Written by `python -m bench.report` from `bench/results/*.json`; `python -m bench.measure` makes such a file for the machine
-it runs on (about twelve minutes on two cores). `python -m bench.report A.json B.json` compares two. No figure here is typed
+it runs on (under twenty minutes on two cores). `python -m bench.report A.json B.json` compares two. No figure here is typed
 by hand.
 
 How to read it:
 
-- **Every variant was checked first**: the same weights and the same small input must give the same codes, losses and gradients
-  (relative error below 1e-4 in fp32), or the row fails. What a variant computes differently is said beside it.
-- **Variants of a row take turns in the same rounds**, each on the next of several inputs that together do not fit the cache. A
-  ratio is taken within each round; given are its median and quartiles. Peers that need an environment of their own ran there,
-  with ours beside them: their ratio is to ours of that run.
+- **Every variant was checked first**, on 64 rows and on as many as are timed (fewer where dense codes would be too large): the
+  same weights and inputs must give the same codes, losses, gradients and two optimizer steps, all of them (relative error below
+  1e-4 in fp32). One that does not is shown as wrong, without a time. What a variant computes differently, or what of it could
+  not be compared, stands in its row.
+- **Variants of a row take turns in the same rounds**, each on another of several inputs that together are twice the last cache.
+  A ratio is taken within each round; given are its median and quartiles.
 - **Peers.** `eager PyTorch` and `torch.compile` are the dense layer as anyone would write it. `original project` is its step
   written anew from its description. SAELens, sparsify and dictionary_learning are the released libraries, called as their own
   trainers call them; `python -m bench.peers saelens` (or `sparsify`, `dictionary-learning`) makes the library's environment
-  (`tests/interop/environment.py`) and times it there. SAELens and dictionary_learning train autoencoders only, so every step
-  here has the source as its target. A library that is installed beside us takes part in `pytest bench/` itself.
+  (`tests/interop/environment.py`) and times it there, with ours in the same rounds: `ours (cpp), in the saelens run` is that
+  time, and what the rows below it are ratios to. SAELens and dictionary_learning train autoencoders only, so every step here
+  has the source as its target. A library that is installed beside us takes part in `pytest bench/` itself.
 - **Times** are medians with quartiles. `forward` and `backward` are two parts of one run, `both` is their sum. A step is
   everything from the batch to the updated weights. Times of another day or machine say little; ratios within a row say much.
 - **x floor** is the time as a multiple of what this very machine, in the same rounds, needs to copy as many bytes as any exact
-  implementation must move, or to do as many operations as the encoder's bare product does a second, whichever is longer
-  (`bench/roofline.py` counts both). Small sizes live in the cache and are ruled by the cost of calls.
-- **Memory** is the most that one run holds beyond what was held before it (weights and moments are there already).
-- **What the first edition gets wrong** (files measured up to 2026-11-21, until they are measured again): a correlation
-  row of 8192 latents and more does not hold, in its median, the flush of waiting pairs every 64 updates (by its
-  quartiles about 3.2 ms an update, 236x and not 2745x below the dense product); short training rows hide what happens
-  every 25 to 100 steps in their median (the whole run does not); eager PyTorch's Adam ran as a plain loop instead of
-  fused, about 28 of its 360 ms a step; rows of peers with an environment of their own are beside ours of that run,
-  which is not shown; inputs are Gaussian noise.
+  implementation must move, or to do as many operations at the rate of the fastest product it was seen to do (in fp32 or bf16),
+  whichever is longer. Both are counted in `bench/roofline.py`. **x product** is a yardstick, not a floor: PyTorch's fp32
+  product of the batch with the encoder alone, into memory that is there. What screens candidates, or keeps only what it
+  selects, may be faster than that.
+- **Peak MB** is the most that one run holds beyond what was held before it; **held MB** what a variant keeps between runs:
+  weights, moments, statistics. The inputs are in neither.
+
+What these figures do not say:
+
+- Inputs are Gaussian noise and weights those of the beginning: codes spread evenly over the latents, where those of a trained
+  dictionary do not. The trainer's rows and the whole run learn sparse sums of planted directions.
+- Small sizes live in the cache and are ruled by the cost of calls. A row's size stands in its title; what it says of another
+  size, look up under Scaling.
+- SAELens, sparsify and dictionary_learning are made for GPUs. Where a device below is a CPU, nothing here compares us on a GPU.
+- On fewer activations than a batch here has, or with a model whose forward pass is the larger part, a training run gains less.
 """
 
 
@@ -68,14 +76,22 @@ def read(folder: Path = results.FOLDER) -> list[dict[str, Any]]:
     files = sorted(folder.glob("*.json"))
     if not files:
         raise FileNotFoundError(f"{folder}: expected result files, found none; python -m bench.measure makes one")
-    return [merged(results.load(file)) for file in files]
+    return [_read(file) for file in files]
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return merged(results.load(file))
+    except results.OtherFormatError as error:
+        return {"device": error.found["device"], "format": error.found["format"]}
 
 
 def merged(found: dict[str, Any]) -> dict[str, Any]:
-    """With the peers' variants in their rows."""
+    """With the peers' variants in their rows. Where our own rows failed, theirs stand alone."""
     for library, section in found.get("peers", {}).items():
-        if "rows" in section and "rows" in found:
-            results.merge_rows(found["rows"]["rows"], section["rows"], library)
+        if section.get("rows"):
+            rows = found.setdefault("rows", {}).setdefault("rows", [])
+            results.merge_rows(rows, section["rows"], library)
     return found
 
 
@@ -92,12 +108,19 @@ def _device(found: dict[str, Any]) -> Iterator[str]:
     yield ""
     yield _machine_line(about)
     yield ""
+    if found["format"] != results.FORMAT:
+        yield (
+            f"Measured by an earlier edition of the benchmark (format {found['format']}), whose figures mean something else: "
+            "they are not shown. `python -m bench.measure` measures again."
+        )
+        yield ""
+        return
     yield from _sections(found)
-    if "rows" in found:
+    if found.get("rows", {}).get("rows"):
         yield from _rows(found)
-    if "whole_run" in found:
+    if "kinds" in found.get("whole_run", {}):
         yield from _whole_run(found["whole_run"])
-    if "scaling" in found:
+    if found.get("scaling", {}).get("points"):
         yield from _scaling(found)
 
 
@@ -118,13 +141,19 @@ def _sections(found: dict[str, Any]) -> Iterator[str]:
     sections |= {f"peer: {name}": section for name, section in found.get("peers", {}).items()}
     for name, section in sections.items():
         if "date" not in section:
-            yield _line(name, "skipped", "", "", section.get("skipped", ""))
+            word = "failed" if "failed" in section else "skipped"
+            yield _line(name, word, "", "", _cell(section.get(word, "")))
             continue
         commit = section["commit"]
         dirty = "" if commit["clean"] else " and changes"
         versions = ", ".join(f"{k} {v}" for k, v in section["versions"].items() if k != "pytest-benchmark")
         yield _line(name, section["date"], f"`{(commit['hash'] or 'none')[:10]}`{dirty}", section["load"], versions)
     yield ""
+    for name, section in sections.items():
+        if "date" in section:
+            for what, why in section.get("failed", {}).items():
+                yield f"**Failed** ({name}): {what}: {_cell(why)}"
+                yield ""
     busy = [n for n, s in sections.items() if s.get("load") and s["load"] > 1.25 * found["device"]["threads"]]
     if busy:
         yield f"**The machine was busy with other work** while these were measured: {', '.join(busy)}. The spread shows it."
@@ -151,27 +180,47 @@ def _rows(found: dict[str, Any]) -> Iterator[str]:
     for row in rows:
         if row["operation"] != "step":
             yield from _table(row)
-    for name, why in {**found["rows"]["skipped"]}.items():
+    for name, why in found["rows"].get("skipped", {}).items():
         if name not in found.get("peers", {}):
             yield f"Skipped: {name}: {why}."
     yield ""
 
 
 def _table(row: dict[str, Any]) -> Iterator[str]:
-    yield f"**{label(row)}**: {_floor_line(row)}"
+    there = f", in the {row['environment']} run" if "environment" in row else ""
+    yield f"**{label(row)}{there}**: {_floor_line(row)}"
     yield ""
-    yield from _head("variant", "part", "ms [quartiles]", "x ours [quartiles]", "x floor", "peak MB", "differs in")
+    # Of what does not multiply the batch with the encoder, its product is no yardstick.
+    product = ["x product"] if row["operation"] in ("step", "encode") else []
+    yield from _head(
+        "variant",
+        "part",
+        "ms [quartiles]",
+        "x ours [quartiles]",
+        "x floor",
+        *product,
+        "peak MB",
+        "held MB",
+        "differs in",
+    )
     for name, one in row["variants"].items():
+        if "wrong" in one:
+            yield _line(name, "**wrong**", "", "", "", *("" for _ in product), "", "", _cell(one["wrong"]))
+            continue
+        # Of a peer's own run: its floor and product too.
+        source = one if "environment" in one else row
         for n, (direction, seconds) in enumerate(one["seconds"].items()):
-            ratio, floor = one["ratio"].get(direction), row["floor"][direction]["seconds"]
-            own = one.get("environment") is None
+            ratio, floor = one["ratio"].get(direction), source["floor"][direction]["seconds"]
+            timed = direction in ("forward", "both")
             yield _line(
                 name if n == 0 else "",
                 direction if len(one["seconds"]) > 1 else "",
                 _spread(seconds, 1e3),
                 "" if ratio is None else _spread(ratio, 1.0),
-                f"{seconds['median'] / floor:.2f}" if own else "",
+                f"{seconds['median'] / floor:.2f}",
+                *(f"{seconds['median'] / source['product_seconds']:.2f}" if timed else "" for _ in product),
                 "" if one["peak_bytes"] is None or n else f"{one['peak_bytes'] / 1e6:.1f}",
+                "" if n else f"{one['held_bytes'] / 1e6:.1f}",
                 one["note"] if n == 0 else "",
             )
     yield ""
@@ -186,28 +235,36 @@ def _floor_line(row: dict[str, Any]) -> str:
         )
     rates = row["rates"]
     return (
-        f"{'; '.join(parts)} (copy {rates['copy_bytes_per_second'] / 1e9:.1f} GB/s, product "
-        f"{rates['product_operations_per_second'] / 1e9:.0f} Gop/s)."
+        f"{'; '.join(parts)} (copy {rates['copy_bytes_per_second'] / 1e9:.1f} GB/s, fastest product "
+        f"{rates['fastest_operations_per_second'] / 1e9:.0f} Gop/s, {rates['fastest']}; the encoder's fp32 product "
+        f"{1e3 * row['product_seconds']:.3f} ms, {rates['product_operations_per_second'] / 1e9:.0f} Gop/s)."
     )
 
 
 def _training(rows: list[dict[str, Any]], slug: str) -> Iterator[str]:
     yield "### The trainer with its anti-duplication parts on and off"
     yield ""
-    yield "Steps of the trainer itself on batches that lie ready, logs and reports included. `all`: monitor, samples, penalty."
+    first = rows[0]
+    yield (
+        "Steps of the trainer itself on batches that lie ready, logs and reports included, in turns of "
+        f"{first['steps_per_round']} steps from one report to the next; sample files and checkpoints come at their default "
+        "rate. A figure is that of all steps together; in brackets the 95 % interval that the turns give. `all`: monitor, "
+        "samples, penalty."
+    )
     yield ""
     yield f"![Overhead of anti-duplication]({PLOTS}/{slug}-monitoring.svg)"
     yield ""
-    yield from _head("size", "parts", "ms a step [quartiles]", "tokens/s", "x off [quartiles]")
+    yield from _head("size", "parts", "steps", "ms a step [95 %]", "tokens/s", "x off [95 %]")
     for row in rows:
         size = row["size"]
         for kind, one in row["kinds"].items():
             yield _line(
                 f"B{size['rows']}-d{size['d']}-N{size['d_sae']}-k{size['k']}",
                 kind,
-                _spread(one["seconds_per_step"], 1e3),
+                row["rounds"] * row["steps_per_round"],
+                _interval(one["seconds_per_step"], 1e3),
                 f"{one['tokens_per_second']:,.0f}",
-                _spread(one["ratio"], 1.0),
+                _interval(one["ratio"], 1.0),
             )
     yield ""
 
@@ -225,19 +282,18 @@ def _whole_run(section: dict[str, Any]) -> Iterator[str]:
             if scaled
             else " at its shape."
         )
-        + f" Products in {section['compute_dtype']}; logs, reports and checkpoints included."
+        + f" Products in {section['compute_dtype']}; logs, reports, sample files and checkpoints included. The two runs take "
+        f"turns of {section['chunk']} steps; in brackets the 95 % interval that these give."
     )
     yield ""
-    yield from _head(
-        "", "seconds", "tokens/s", f"seconds per {section['chunk']} steps [quartiles]", "x off [quartiles]"
-    )
+    yield from _head("", "seconds", "tokens/s", "ms a step [95 %]", "x off [95 %]")
     for kind, one in section["kinds"].items():
         yield _line(
             kind,
             f"{one['seconds']:.1f}",
             f"{one['tokens_per_second']:,.0f}",
-            _spread(one["seconds_per_chunk"], 1.0),
-            _spread(one["ratio"], 1.0),
+            _interval(one["seconds_per_step"], 1e3),
+            _interval(one["ratio"], 1.0),
         )
     yield ""
 
@@ -250,7 +306,15 @@ def _scaling(found: dict[str, Any]) -> Iterator[str]:
         yield f"![{what}]({PLOTS}/{slug}-{name}.svg)"
         yield ""
     yield from _head(
-        "axis", "value", "operation", "ours ms", "best other", "its ms", "x ours [quartiles]", "ours peak MB"
+        "axis",
+        "value",
+        "operation",
+        "ours ms",
+        "best other",
+        "its ms",
+        "x ours [quartiles]",
+        "ours peak MB",
+        "ours held MB",
     )
     beaten = []
     for point in points:
@@ -267,6 +331,7 @@ def _scaling(found: dict[str, Any]) -> Iterator[str]:
             "" if best is None else f"{1e3 * best[1]['seconds']['median']:.2f}",
             "" if best is None else _spread(best[1]["ratio"], 1.0),
             "" if peak is None else f"{peak / 1e6:.1f}",
+            f"{first[1]['held_bytes'] / 1e6:.1f}",
         )
         if best is not None and best[1]["ratio"]["high"] < 1:
             shape = f"B {size['rows']}, d {size['d']}, N {size['d_sae']}, k {size['k']}"
@@ -298,6 +363,16 @@ def _spread(values: dict[str, float], scale: float) -> str:
     return middle if middle == low == high else f"{middle} [{low}, {high}]"
 
 
+def _interval(values: dict[str, float], scale: float) -> str:
+    middle, low, high = (f"{scale * values[name]:.{2 if scale > 1 else 3}f}" for name in ("total", "low", "high"))
+    return middle if middle == low == high or low == "nan" else f"{middle} [{low}, {high}]"
+
+
+def _cell(text: str) -> str:
+    """On one line of a table."""
+    return " ".join(text.replace("|", "/").split())
+
+
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
     parser.add_argument("files", nargs="*", type=Path, help="two result files to compare, or none to write the page")
@@ -307,8 +382,9 @@ def main(words: list[str] | None = None) -> int:
         return 0
     if len(options.files) != 2:
         parser.error(f"expected two result files to compare, or none, got {len(options.files)}")
-    before, after = (merged(results.load(file)) for file in options.files)
+    before, after = (results.load(file) for file in options.files)
     changes = compare(before, after)
+    print("\n".join(machines(before, after)))
     print(said(changes))
     return int(any(change.worse for change in changes))
 

@@ -9,30 +9,46 @@ from pathlib import Path
 from typing import Any
 
 from bench import machine
+from bench.machine_rates import rates
 
 FOLDER = Path(__file__).resolve().parent / "results"
-FORMAT = 1
+FORMAT = 2
 SECTIONS = ("rows", "scaling", "whole_run")
 
 
 def about() -> dict[str, Any]:
-    """What every section says of itself: when, by which code and versions, beside how much other work."""
+    """What every section says of itself: when, by which code and versions, beside how much other work, on how fast a machine
+    just then."""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": machine.commit(),
         "versions": machine.versions(),
         "load": machine.load(),
+        "machine_rates": rates(),
     }
 
 
+class OtherFormatError(ValueError):
+    """A result file of another edition of the benchmark: its figures mean something else."""
+
+    def __init__(self, path: Path, found: dict[str, Any]) -> None:
+        super().__init__(
+            f"{path}: expected a result file of format {FORMAT}, got format {found.get('format')}; measure again, "
+            f"or compare by the commit that wrote it"
+        )
+        self.found = found
+
+
 def load(path: Path) -> dict[str, Any]:
-    """Raises ValueError naming the file where it is no result file."""
+    """Raises ValueError naming the file where it is no result file, OtherFormatError where it is one of another format."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: expected a result file of bench.measure, got no JSON ({error})") from error
-    if not isinstance(found, dict) or found.get("format") != FORMAT or "device" not in found:
-        raise ValueError(f"{path}: expected a result file of bench.measure, format {FORMAT}, with a device")
+    if not isinstance(found, dict) or not isinstance(found.get("format"), int) or not found.get("device"):
+        raise ValueError(f"{path}: expected a result file of bench.measure, with a format and a device")
+    if found["format"] != FORMAT:
+        raise OtherFormatError(path, found)
     return found
 
 
@@ -62,15 +78,22 @@ def label(row: dict[str, Any]) -> str:
 
 
 def merge_rows(rows: list[dict[str, Any]], more: Iterable[dict[str, Any]], environment: str) -> None:
-    """Adds the variants of `more` that `rows` lack, each with the ratio to ours of its own run. Changes `rows`."""
+    """Adds the variants of `more` that `rows` lack, each with the ratio to ours of its own run, and before them what ours took
+    there; and whole rows that `rows` lack. Changes `rows`."""
     by_label = {label(row): row for row in rows}
     for row in more:
         known = by_label.get(label(row))
-        if known is None or "variants" not in known:
+        if known is None:
+            rows.append({**row, "environment": environment})
+            by_label[label(row)] = rows[-1]
             continue
-        for name, variant in row["variants"].items():
-            if name not in known["variants"]:
-                known["variants"][name] = {**variant, "environment": environment}
+        variants = known["variants"]
+        there = {"environment": environment, "floor": row["floor"], "product_seconds": row["product_seconds"]}
+        added = {n: {**one, **there} for n, one in row["variants"].items() if not one["ours"] and n not in variants}
+        if added:
+            ours, first = next(iter(row["variants"].items()))
+            variants[f"{ours}, in the {environment} run"] = {**first, **there}
+            variants.update(added)
 
 
 def table(rows: Iterable[dict[str, Any]]) -> Iterator[str]:
@@ -79,24 +102,24 @@ def table(rows: Iterable[dict[str, Any]]) -> Iterator[str]:
         yield ""
         yield label(row)
         for kind, one in row.get("kinds", {}).items():
-            middle, low, high = (1e3 * one["seconds_per_step"][name] for name in ("median", "low", "high"))
-            ratio = one["ratio"]
+            step, ratio = one["seconds_per_step"], one["ratio"]
             yield (
-                f"  {kind:<40} step     {middle:10.3f} ms [{low:.2f}, {high:.2f}]  {ratio['median']:.2f} x off "
-                f"[{ratio['low']:.2f}, {ratio['high']:.2f}]  {one['tokens_per_second']:,.0f} tokens/s"
+                f"  {kind:<40} step     {1e3 * step['total']:10.3f} ms [{1e3 * step['low']:.2f}, {1e3 * step['high']:.2f}]"
+                f"  {ratio['total']:.3f} x off [{ratio['low']:.3f}, {ratio['high']:.3f}]  "
+                f"{one['tokens_per_second']:,.0f} tokens/s"
             )
         for name, variant in row.get("variants", {}).items():
+            if "wrong" in variant:
+                yield f"  {name:<40} WRONG: {variant['wrong']}"
+                continue
             for direction, seconds in variant["seconds"].items():
-                ratio, spread = (
-                    variant["ratio"][direction],
-                    f"[{1e3 * seconds['low']:.2f}, {1e3 * seconds['high']:.2f}]",
-                )
+                ratio, floor = variant["ratio"][direction], row["floor"][direction]["seconds"]
+                spread = f"[{1e3 * seconds['low']:.2f}, {1e3 * seconds['high']:.2f}]"
                 peak = variant["peak_bytes"]
-                held = "" if peak is None else f"  {peak / 1e6:8.1f} MB"
-                to_floor = (
-                    f"  {row['to_floor'][direction]:6.2f} x floor" if ratio["median"] == 1 == ratio["low"] else ""
-                )
+                memory = "" if peak is None else f"  peak {peak / 1e6:.1f} MB"
+                memory += f", holds {variant['held_bytes'] / 1e6:.1f} MB"
                 yield (
                     f"  {name:<40} {direction:<9}{1e3 * seconds['median']:10.3f} ms {spread:<20}"
-                    f"{ratio['median']:7.2f} x ours [{ratio['low']:.2f}, {ratio['high']:.2f}]{held}{to_floor}"
+                    f"{ratio['median']:7.2f} x ours [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+                    f"{seconds['median'] / floor:8.2f} x floor{memory}"
                 )

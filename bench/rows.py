@@ -7,113 +7,83 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-import torch
-
 from bench import machine, peers
-from bench.cases import Case, Floor, dense_bytes
+from bench.cases import Case, dense_bytes
 from bench.peers import ours
-from bench.race import Race, Variant, ratios, rounds_for, summary, verify
-
-COPY_BYTES = 256 << 20
-"""Longest copy that is timed; a longer one is worked out from it."""
-GEMM_COLUMNS = 32768
-COPY, GEMM = "copy", "product"
+from bench.race import Race, Variant, WrongResultError, held_bytes, rounds_for, verify
+from bench.spread import ratios, summary
+from bench.yardsticks import Yardsticks
 
 
-def contestants(operation: str, case: Case, names: Sequence[str]) -> tuple[list[Variant], dict[str, str]]:
-    """(ours first, then the peers; what was skipped and why). Raises WrongResultError where one computes something else."""
-    needed, free = dense_bytes(case.size), machine.free_bytes()
-    if needed < 0.7 * free:
-        others, skipped = peers.variants(operation, case, names)
-    else:
-        why = f"dense codes need about {needed / 1e9:.0f} GB at {case.size}, {free / 1e9:.0f} GB are free"
-        others, skipped = [], dict.fromkeys(names, why)
-    found = [*ours.variants(operation, case), *others]
-    expected = getattr(case, f"expect_{operation}", None)
-    if expected is not None:
-        truth = expected()
-        for variant in found:
-            verify(variant, truth)
-    return found, skipped
+class Contest:
+    """The variants of one row that gave the right answer, ready to be timed.
 
+    Raises WrongResultError where one of ours did not: there is nothing to compare with. A peer that did not is left out and
+    named in `wrong`.
+    """
 
-def floor_variants(case: Case, floors: dict[str, Floor]) -> list[Variant]:
-    """A copy that moves as many bytes as the longest direction must, and the encoder's product into memory that is there."""
-    moved = min(max(f.bytes for f in floors.values()), COPY_BYTES)
-    source, target = torch.empty(2, max(1, int(moved) // 8), device=case.device).zero_().unbind()
-    W = case.W_enc[:GEMM_COLUMNS]
-    there = case.pool[0] @ W.T
-    return [
-        Variant(COPY, lambda i: target.copy_(source)),
-        Variant(GEMM, lambda i: torch.mm(case.pool[i], W.T, out=there)),
-    ]
+    def __init__(self, operation: str, case: Case, names: Sequence[str]) -> None:
+        needed, free = dense_bytes(case.size), machine.free_bytes()
+        if needed < 0.7 * free:
+            others, self.skipped = peers.variants(operation, case, names)
+        else:
+            why = f"dense codes need about {needed / 1e9:.0f} GB at {case.size}, {free / 1e9:.0f} GB are free"
+            others, self.skipped = [], dict.fromkeys(names, why)
+        self.operation, self.case = operation, case
+        self.wrong: dict[str, str] = {}
+        self.variants = right(operation, case, [*ours.variants(operation, case), *others], self.wrong)
+        for variant in self.variants:
+            if not variant.ours and not variant.note:
+                raise ValueError(f"{variant.name}: expected a note of what it computes differently, got none")
+        self.yardsticks = Yardsticks(case, case.floors()[operation])
+        self.race = Race([*self.variants, *self.yardsticks.variants], case.device)
 
-
-def floor_seconds(race: Race, case: Case, floors: dict[str, Floor]) -> dict[str, dict[str, Any]]:
-    """{direction: bytes, operations, and the seconds this machine needs to copy so many bytes or do so many operations}."""
-    copied = 8 * max(1, int(min(max(f.bytes for f in floors.values()), COPY_BYTES)) // 8)
-    done = 2 * case.size.rows * case.size.d * min(case.size.d_sae, GEMM_COLUMNS)
-    copy, product = (summary(race.seconds[name]["forward"])["median"] for name in (COPY, GEMM))
-    return {
-        direction: {
-            **floor.to_dict(),
-            "copy_seconds": copy * floor.bytes / copied,
-            "product_seconds": product * floor.operations / done,
-            "seconds": max(copy * floor.bytes / copied, product * floor.operations / done),
+    def row(self) -> dict[str, Any]:
+        """What is written down of the race that was run. Ratios are to the first variant, taken round by round."""
+        race, mine = self.race, self.race.seconds[self.variants[0].name]
+        variants: dict[str, Any] = {}
+        for variant in self.variants:
+            times = race.seconds[variant.name]
+            variants[variant.name] = {
+                "ours": variant.ours,
+                "note": variant.said(),
+                "rounds": len(times["forward"]),
+                "seconds": {direction: summary(samples) for direction, samples in times.items()},
+                "ratio": {d: ratios(samples, mine[d]) for d, samples in times.items() if d in mine},
+                "peak_bytes": race.peak_bytes(variant),
+                "held_bytes": held_bytes(variant, self.case),
+            }
+        variants |= {name: {"ours": False, "wrong": why} for name, why in self.wrong.items()}
+        return {
+            "operation": self.operation,
+            "activation": self.case.activation,
+            "widths": list(self.case.widths),
+            "size": asdict(self.case.size),
+            "floor": self.yardsticks.floors(race.seconds),
+            "product_seconds": self.yardsticks.product_seconds(race.seconds),
+            "rates": self.yardsticks.rates(race.seconds),
+            "variants": variants,
         }
-        for direction, floor in floors.items()
-    }
 
 
-def rates(race: Race, case: Case, floors: dict[str, Floor]) -> dict[str, float]:
-    """Bytes a second of the copy (read and written), operations a second of the product."""
-    one = floor_seconds(race, case, {"_": Floor(1, 1), **floors})["_"]
-    return {
-        "copy_bytes_per_second": 1 / one["copy_seconds"],
-        "product_operations_per_second": 1 / one["product_seconds"],
-    }
-
-
-def row(operation: str, case: Case, race: Race, floors: dict[str, Floor], memory: bool = True) -> dict[str, Any]:
-    """What is written down of a race that was run. Ratios are to the first variant, taken round by round."""
-    first = race.variants[0]
-    mine = race.seconds[first.name]
-    variants = {}
-    for variant in race.variants:
-        if variant.name in (COPY, GEMM):
-            continue
-        times = race.seconds[variant.name]
-        variants[variant.name] = {
-            "ours": variant.ours,
-            "note": variant.note,
-            "rounds": len(times["forward"]),
-            "seconds": {direction: summary(samples) for direction, samples in times.items()},
-            "ratio": {d: ratios(samples, mine[d]) for d, samples in times.items() if d in mine},
-            "peak_bytes": race.peak_bytes(variant) if memory else None,
-        }
-    at_floor = floor_seconds(race, case, floors)
-    return {
-        "operation": operation,
-        "activation": case.activation,
-        "widths": list(case.widths),
-        "size": asdict(case.size),
-        "floor": at_floor,
-        "rates": rates(race, case, floors),
-        "to_floor": {d: summary(mine[d])["median"] / f["seconds"] for d, f in at_floor.items() if d in mine},
-        "variants": variants,
-    }
-
-
-def prepare(operation: str, case: Case, names: Sequence[str]) -> tuple[Race, dict[str, Floor], dict[str, str]]:
-    """A race that is ready to be run: every variant gave the right answer."""
-    variants, skipped = contestants(operation, case, names)
-    floors = case.floors()[operation]
-    inputs = len(case.pool) if operation in ("encode", "step", "optimizer") else len(case.coded)
-    return Race([*variants, *floor_variants(case, floors)], inputs, case.device), floors, skipped
+def right(operation: str, case: Case, variants: Sequence[Variant], wrong: dict[str, str]) -> list[Variant]:
+    """Those whose answers to every probe are right; of the others `wrong` says why. Raises WrongResultError for one of ours."""
+    found = list(variants)
+    for probe in case.probes:
+        expected = case.expect(operation, probe)
+        for variant in list(found):
+            try:
+                verify(variant, probe, expected)
+            except WrongResultError as error:
+                if variant.ours:
+                    raise
+                wrong[variant.name] = str(error)
+                found.remove(variant)
+    return found
 
 
 def measure(operation: str, case: Case, names: Sequence[str], budget: float) -> tuple[dict[str, Any], dict[str, str]]:
     """A row without pytest. Returns (row, skipped)."""
-    race, floors, skipped = prepare(operation, case, names)
-    race.run(rounds_for(race.warm_up(), budget))
-    return row(operation, case, race, floors), skipped
+    contest = Contest(operation, case, names)
+    contest.race.run(rounds_for(contest.race.warm_up(), budget))
+    return contest.row(), contest.skipped

@@ -1,7 +1,8 @@
 """python -m bench.scaling [--seconds 0.4] [--json FILE]: cost of a step and of its parts against N, B, k and d.
 
-One axis at a time, the others fixed. Beside ours (by default and on each backend) runs the same step in dense PyTorch, as far
-as it fits: where another curve is the lowest, our default is not the right path there, and the report says so.
+One axis at a time, the others fixed. Every operation of every point is checked before it is timed. Beside ours (by default
+and on each backend) runs the same step in dense PyTorch, as far as it fits: where another curve is the lowest, our default is
+not the right path there, and the report says so.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from typing import Any
 from bench import machine, results
 from bench.cases import Case, Size, dense_bytes
 from bench.peers import eager, ours
-from bench.race import Race, Variant, ratios, summary, verify
+from bench.race import Race, Variant, WrongResultError, held_bytes
+from bench.rows import right
+from bench.spread import ratios, summary
 
 AXES: dict[str, dict[str, Any]] = {
     "cpu": {
@@ -51,7 +54,6 @@ AXES: dict[str, dict[str, Any]] = {
     },
 }
 OPERATIONS = ("step", "encode", "nested_loss", "correlation")
-CODED = ("nested_loss", "correlation")
 LEAST, MOST = 3, 9
 SLOWEST = 2.0
 """Seconds of one run beyond which another path than ours is no longer followed along an axis."""
@@ -77,7 +79,8 @@ def ours_bytes(size: Size) -> int:
 def measure_point(
     size: Size, operation: str, seconds: float, free: float, given_up: set[str]
 ) -> dict[str, dict[str, Any]]:
-    """One operation at one size: {variant: seconds, ratio, peak bytes}. BatchTopK; the step and the loss with four prefixes.
+    """One operation at one size: {variant: seconds, ratio, bytes}. BatchTopK; the step and the loss with four prefixes. Raises
+    WrongResultError where one computes something else.
 
     A variant other than ours by default that takes longer than SLOWEST is left out, and joins `given_up`.
     """
@@ -89,11 +92,11 @@ def measure_point(
     if operation in ("step", "encode") and fits:
         variants += getattr(eager, operation)(case)
     variants = [variant for variant in variants if variant.name not in given_up]
-    if operation == "step" and fits:
-        truth = case.expect_step()
-        for variant in variants:
-            verify(variant, truth)
-    race = Race(variants, len(case.coded) if operation in CODED else len(case.pool), case.device)
+    wrong: dict[str, str] = {}
+    variants = right(operation, case, variants, wrong)
+    if wrong:
+        raise WrongResultError("; ".join(wrong.values()))
+    race = Race(variants, case.device)
     first = variants[0]
     for variant in variants:
         race.time(variant)
@@ -110,28 +113,35 @@ def measure_point(
             "seconds": summary(times[direction]),
             "ratio": ratios(times[direction], race.seconds[first.name][direction]),
             "peak_bytes": race.peak_bytes(variant),
-            "note": variant.note,
+            "held_bytes": held_bytes(variant, case),
+            "note": variant.said(),
         }
     return found
 
 
 def measure(kind: str, seconds: float) -> dict[str, Any]:
-    """The scaling section of a result file."""
+    """The scaling section of a result file. What was wrong is in `failed`, by point: it has no times."""
     free = 0.4 * machine.free_bytes()
-    about, found = results.about(), []
+    found, failed = [], {}
     given_up: dict[tuple[str, str], set[str]] = defaultdict(set)
     for axis, size in points(kind):
         if ours_bytes(size) > free:
             continue
+        value = getattr(size, axis)
         # Only N and B reach sizes where the parts part ways; the others show the step.
         for operation in OPERATIONS if axis in ("d_sae", "rows") else ("step",):
-            variants = measure_point(size, operation, seconds, free, given_up[axis, operation])
-            value = getattr(size, axis)
+            name = f"{axis} {value} {operation}"
+            try:
+                variants = measure_point(size, operation, seconds, free, given_up[axis, operation])
+            except WrongResultError as error:
+                failed[name] = str(error)
+                print(f"{name}: WRONG: {error}", flush=True)
+                continue
             found.append(
                 {"axis": axis, "value": value, "operation": operation, "size": asdict(size), "variants": variants}
             )
-            print(f"{axis} {value} {operation}: {said(variants)}", flush=True)
-    return {**about, "points": found}
+            print(f"{name}: {said(variants)}", flush=True)
+    return {**results.about(), "points": found, "failed": failed}
 
 
 def said(variants: dict[str, Any]) -> str:
@@ -149,7 +159,7 @@ def main(words: list[str] | None = None) -> int:
     found = measure(options.size, options.seconds)
     if options.json is not None:
         options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    return 0
+    return int(bool(found["failed"]))
 
 
 if __name__ == "__main__":

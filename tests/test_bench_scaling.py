@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
-from bench import scaling, whole_run
+from bench import race, scaling, whole_run
 from bench.cases import Size
+from bench.peers import ours
 
 TINY = Size(32, 16, 128, 4)
+
+
+@pytest.fixture(autouse=True)
+def few_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(race, "MOST_INPUTS", 8)
 
 
 @pytest.mark.parametrize("kind", sorted(scaling.AXES))
@@ -49,12 +57,39 @@ def test_the_dense_step_is_left_out_where_it_does_not_fit() -> None:
     assert scaling.ours_bytes(huge) < 8 << 30
 
 
+@pytest.mark.parametrize("operation", scaling.OPERATIONS)
+def test_every_operation_of_a_point_is_checked(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is wrong is named and has no times; the other operations have theirs."""
+    make = getattr(ours, operation)
+
+    def broken(case):
+        variant = make(case)
+        answer = variant.answer
+
+        def scaled(probe):
+            first, *rest = answer(probe).items()
+            return {first[0]: 1.001 * first[1], **dict(rest)}
+
+        return dataclasses.replace(variant, answer=scaled)
+
+    monkeypatch.setattr(ours, operation, broken)
+    monkeypatch.setitem(scaling.AXES, "one", {"base": TINY, "rows": {"values": [32]}})
+    found = scaling.measure("one", 0.0)
+    assert list(found["failed"]) == [f"rows 32 {operation}"]
+    assert "off by 0.001" in found["failed"][f"rows 32 {operation}"]
+    assert {point["operation"] for point in found["points"]} == set(scaling.OPERATIONS) - {operation}
+
+
 def test_the_whole_run_takes_its_steps_with_monitoring_on_and_off() -> None:
     found = whole_run.measure(Size(64, 16, 128, 4), steps=7, chunk=3)
     assert found["steps"] == 7
     assert list(found["kinds"]) == ["monitoring off", "monitoring on"]
-    for one in found["kinds"].values():
+    off, on = found["kinds"].values()
+    for one in (off, on):
         assert one["tokens_per_second"] == pytest.approx(7 * 64 / one["seconds"])
+        assert one["seconds_per_step"]["low"] <= one["seconds_per_step"]["total"]
+        # Of all steps, the last ones included, which make no whole chunk.
+        assert one["ratio"]["total"] == pytest.approx(one["seconds"] / off["seconds"])
     assert whole_run.STEPS == 4882
     size = whole_run.shape()
     assert size.d_sae / size.d == whole_run.LOST.d_sae / whole_run.LOST.d

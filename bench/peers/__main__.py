@@ -3,6 +3,9 @@
 The libraries pin versions that exclude each other and us, so each runs in an environment of its own, made once by
 tests/interop/environment.py: there ours and theirs take turns in the same rounds. `--here` runs them in this interpreter, for a
 library that is installed beside us.
+
+Exit codes: 0 measured; 1 a result was wrong or something broke (what could be measured is in FILE, with what went wrong);
+3 there is no environment.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import json
 import os
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -21,32 +25,48 @@ from bench.operations import OPERATIONS
 from bench.peers import LIBRARIES, module
 from bench.rows import measure
 
+NO_ENVIRONMENT = 3
 MAKE = machine.ROOT / "tests" / "interop" / "environment.py"
 
 
+class NoEnvironmentError(RuntimeError):
+    """The library is not here, and could not be brought here."""
+
+
 def rows_of(peer: str, kind: str, seconds: float) -> dict[str, Any]:
-    """The section of one peer: as that of `pytest bench/`, its own rows only. Raises SystemExit where it is not here."""
+    """The section of one peer: as that of `pytest bench/`, its own rows only. `failed` says what was wrong or broke, by row.
+    Raises NoEnvironmentError where it is not here."""
     why = module(peer).missing()
     if why is not None:
-        raise SystemExit(f"bench.peers: {why}")
-    found = []
+        raise NoEnvironmentError(why)
+    found, failed = [], {}
     for size in SIZES[kind]:
         for operation, activation, nested in OPERATIONS:
-            case = Case(size, activation, nested)
-            if not getattr(module(peer), operation, lambda _: [])(case):
+            name = f"{operation} {activation}{' nested' if nested else ''}, {size}"
+            if not hasattr(module(peer), operation):
                 continue
-            row, _ = measure(operation, case, [peer], seconds)
+            try:
+                case = Case(size, activation, nested)
+                if not getattr(module(peer), operation)(case):
+                    continue
+                row, _ = measure(operation, case, [peer], seconds)
+            except Exception as error:
+                # A release that calls something otherwise must not cost the other rows.
+                traceback.print_exc()
+                failed[name] = f"{type(error).__name__}: {error}"
+                continue
+            failed.update({f"{name}, {n}": one["wrong"] for n, one in row["variants"].items() if "wrong" in one})
             found.append(row)
             print("\n".join(results.table([row])), flush=True)
-    return {**results.about(), "peer": peer, "rows": found}
+    return {**results.about(), "peer": peer, "rows": found, "failed": failed}
 
 
 def python_of(library: str, into: Path | None) -> str:
-    """The interpreter of the library's environment, made where it is not there."""
+    """The interpreter of the library's environment, made where it is not there. Raises NoEnvironmentError."""
     where = [] if into is None else ["--into", str(into)]
     done = subprocess.run([sys.executable, str(MAKE), library, *where], capture_output=True, text=True, check=False)
     if done.returncode:
-        raise SystemExit(f"bench.peers: no environment for {library}: {(done.stderr or done.stdout).strip()}")
+        raise NoEnvironmentError((done.stderr or done.stdout).strip() or f"exit {done.returncode} of {MAKE.name}")
     return done.stdout.strip().splitlines()[-1]
 
 
@@ -59,14 +79,26 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=6.0, help="of rounds a row (at least 5 rounds)")
     parser.add_argument("--json", type=Path, help="write the section to this file")
     options = parser.parse_args(words)
-    if options.here:
-        found = rows_of(options.library.replace("-", "_"), options.size, options.seconds)
-        if options.json is not None:
-            options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        return 0
+    try:
+        if options.here:
+            found = rows_of(options.library.replace("-", "_"), options.size, options.seconds)
+        else:
+            return _there(options, python_of(options.library, options.into))
+    except NoEnvironmentError as error:
+        print(f"bench.peers: no environment for {options.library}: {error}", file=sys.stderr)
+        found, code = {"skipped": str(error)}, NO_ENVIRONMENT
+    else:
+        code = int(bool(found["failed"]))
+        for name, why in found["failed"].items():
+            print(f"bench.peers: {name}: {why}", file=sys.stderr)
+    if options.json is not None:
+        options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return code
+
+
+def _there(options: argparse.Namespace, python: str) -> int:
     again = ["--here", "--size", options.size, "--seconds", str(options.seconds)]
     again += [] if options.json is None else ["--json", str(options.json.resolve())]
-    python = python_of(options.library, options.into)
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
     command = [python, "-m", "bench.peers", options.library, *again]
     return subprocess.run(command, cwd=machine.ROOT, env=environment, check=False).returncode

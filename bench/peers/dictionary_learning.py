@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.cases import LEARNING_RATE, Case
+from bench.cases import LEARNING_RATE, Case, Probe
 from bench.race import Variant
 
 NAME = "dictionary_learning"
@@ -74,15 +74,16 @@ def _trainer(case: Case) -> tuple[str, Any]:
     return f"{NAME} {name}", trainer
 
 
+OTHER_BIAS = {"b_dec.grad": "it is subtracted from x too, so its gradient is another one"}
+
+
 def _grads(ae: Any) -> dict[str, Tensor]:
     if hasattr(ae, "W_enc"):
-        found = {"W_enc": ae.W_enc.grad, "b_enc": ae.b_enc.grad, "W_dec": ae.W_dec.grad, "b_dec": ae.b_dec.grad}
+        found = {"W_enc": ae.W_enc.grad, "b_enc": ae.b_enc.grad, "W_dec": ae.W_dec.grad}
         flipped: tuple[str, ...] = ("W_enc",)
     else:
         found = {"W_enc": ae.encoder.weight.grad, "b_enc": ae.encoder.bias.grad, "W_dec": ae.decoder.weight.grad}
         flipped = ("W_dec",)
-    # b_dec is also subtracted from the input here, so that its gradient is another one.
-    found.pop("b_dec", None)
     return {f"{n}.grad": g.T if n in flipped else g for n, g in found.items() if g is not None}
 
 
@@ -94,19 +95,19 @@ def encode(case: Case) -> list[Variant]:
         found: Tensor = ae.encode(x, use_threshold=False)
         return found
 
-    def answer() -> dict[str, Tensor]:
-        z = acts(case.head)
+    def answer(probe: Probe) -> dict[str, Tensor]:
+        z = acts(probe.x)
         z.sum().backward()
         return {"codes": z, **_grads(ae)}
 
     return [
         Variant(
             name,
-            lambda i: acts(case.pool[i]).sum(),
+            lambda i: acts(case.x(i)).sum(),
             lambda s: s.backward(),
             lambda: ae.zero_grad(set_to_none=True),
             answer,
-            "subtracts b_dec from x and trains it through the encoder",
+            note="dense codes [B, N]; subtracts b_dec from x and trains it through the encoder",
         )
     ]
 
@@ -118,19 +119,21 @@ def step(case: Case) -> list[Variant]:
     # It weighs prefixes by 1/P and then takes their mean.
     scale = len(case.widths) ** 2
 
-    def answer() -> dict[str, Tensor]:
+    def answer(probe: Probe) -> dict[str, Tensor]:
         # Dead counts and threshold change; neither is read before 10 million tokens or 1000 steps.
-        loss = trainer.loss(case.head, step=1) * scale
+        loss = trainer.loss(probe.x, step=1) * scale
         loss.backward()
         return {"loss": loss, **_grads(trainer.ae)}
 
     return [
         Variant(
             name,
-            lambda i: trainer.update(2, case.pool[i]),
+            lambda i: trainer.update(2, case.x(i)),
             None,
             lambda: trainer.ae.zero_grad(set_to_none=True),
             answer,
-            "an autoencoder: it cannot train a transcoder; subtracts b_dec from x; reads the loss back each step",
+            lacks=OTHER_BIAS,
+            note="an autoencoder: it cannot train a transcoder; dense codes; subtracts b_dec from x; reads the loss back each "
+            f"step{'; prefixes weigh 1/P and are averaged: scaled for the check' if len(case.widths) > 1 else ''}",
         )
     ]

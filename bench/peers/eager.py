@@ -7,10 +7,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from bench.cases import CHECK_RATE, LEARNING_RATE, WEIGHTS, Case, answers
+from bench.cases import BETAS, CHECK_RATE, LEARNING_RATE, WEIGHTS, Case, Probe, answers, selected
 from bench.race import Variant
 
 Wrap = Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
+PRODUCTS = "Z^T Z of dense codes [B, N], whose making is not timed; sums in fp32, ours in fp64; no joint counts"
+GIVEN_DENSE = "is given dense codes [B, N], whose making is not timed; their gradient is dense"
 
 
 def missing() -> str | None:
@@ -45,21 +47,24 @@ def encode(case: Case, name: str = "eager PyTorch", wrap: Wrap = lambda f: f) ->
     def tidy() -> None:
         W.grad = b.grad = None
 
-    def answer() -> dict[str, Tensor]:
-        z = function(case.head, W, b)
+    def answer(probe: Probe) -> dict[str, Tensor]:
+        z = function(probe.x, W, b)
         z.sum().backward()
         return {"codes": z, **answers(("W_enc", "b_enc"), W, b)}
 
-    return [Variant(name, lambda i: function(case.pool[i], W, b).sum(), lambda s: s.backward(), tidy, answer)]
+    def forward(i: int) -> Tensor:
+        return function(case.x(i), W, b).sum()
+
+    return [Variant(name, forward, lambda s: s.backward(), tidy, answer, note="its codes are dense [B, N]")]
 
 
 def decode(case: Case) -> list[Variant]:
-    return [decoding(case, "eager PyTorch", lambda z, y, W, b: z @ W + b, "reconstruction")]
+    return [decoding(case, "eager PyTorch", lambda z, y, W, b: z @ W + b, "reconstruction", GIVEN_DENSE)]
 
 
 def nested_loss(case: Case, name: str = "eager PyTorch", wrap: Wrap = lambda f: f) -> list[Variant]:
     function = wrap(lambda z, y, W, b: prefix_losses(z, W, b, y, case.widths))
-    return [decoding(case, name, function, "losses")]
+    return [decoding(case, name, function, "losses", GIVEN_DENSE)]
 
 
 def decoding(
@@ -76,7 +81,8 @@ def decoding(
     `weights` are the leaves that collect the gradients where `function` holds its own; `transposed` says that W is [d, N].
     """
     W, b = (case.leaf("W_dec"), case.leaf("b_dec")) if weights is None else weights
-    dense = [z.clone().requires_grad_() for z in case.dense]
+    # Leaves that share the case's memory.
+    dense = [z.detach().requires_grad_() for z in case.dense]
 
     def scalar(out: Tensor) -> Tensor:
         return out.sum() if result == "losses" else out.square().sum()
@@ -85,18 +91,18 @@ def decoding(
         for leaf in (W, b, *dense):
             leaf.grad = None
 
-    def answer() -> dict[str, Tensor]:
-        z = case.head_codes.to_dense().requires_grad_()
-        out = function(z, case.head, W, b)
+    def forward(i: int) -> Tensor:
+        return scalar(function(dense[i % len(dense)], case.x(i), W, b))
+
+    def answer(probe: Probe) -> dict[str, Tensor]:
+        z = probe.dense.clone().requires_grad_()
+        out = function(z, probe.x, W, b)
         scalar(out).backward()
-        found = {result: out, **answers(("codes", "W_dec", "b_dec"), z, W, b)}
-        found["codes.grad"] = found["codes.grad"][z.detach() > 0]
+        found = {result: out, "codes.grad": selected(z), **answers(("W_dec", "b_dec"), W, b)}
         found["W_dec.grad"] = found["W_dec.grad"].T if transposed else found["W_dec.grad"]
         return found
 
-    return Variant(
-        name, lambda i: scalar(function(dense[i], case.coded[i][1], W, b)), lambda s: s.backward(), tidy, answer, note
-    )
+    return Variant(name, forward, lambda s: s.backward(), tidy, answer, note=note)
 
 
 def correlation(case: Case) -> list[Variant]:
@@ -106,19 +112,19 @@ def correlation(case: Case) -> list[Variant]:
     products, sums = torch.zeros(n, n, device=case.device), torch.zeros(2, n, device=case.device)
 
     def forward(i: int) -> None:
-        z = case.dense[i]
+        z = case.dense[i % len(case.dense)]
         products.addmm_(z.T, z)
         sums[0] += z.sum(0)
         sums[1] += z.square().sum(0)
 
-    def answer() -> dict[str, Tensor]:
-        z, (i, j) = case.head_codes.to_dense(), case.busiest
+    def answer(probe: Probe) -> dict[str, Tensor]:
+        z, (i, j) = probe.dense, probe.busiest
         mean = z.mean(0)
         covariance = z.T @ z / len(z) - mean[:, None] * mean
         deviation = covariance.diagonal().sqrt()
         return {"correlation": covariance[i, j] / (deviation[i] * deviation[j])}
 
-    return [Variant("eager PyTorch", forward, answer=answer, note="dense Z^T Z in fp32, no joint counts")]
+    return [Variant("eager PyTorch", forward, answer=answer, note=PRODUCTS)]
 
 
 def project(W: Tensor) -> None:
@@ -132,23 +138,24 @@ def normalise(W: Tensor) -> None:
 
 def optimizer(case: Case) -> list[Variant]:
     weights = {name: case.leaf(name) for name in WEIGHTS}
-    grads = {name: 1e-3 * case.draw(*w.shape) for name, w in weights.items()}
-    adam = torch.optim.Adam(weights.values(), lr=LEARNING_RATE, betas=(0.9, 0.99), fused=True)
+    adam = torch.optim.Adam(weights.values(), lr=LEARNING_RATE, betas=BETAS, fused=True)
 
     def forward(i: int) -> None:
         for name, w in weights.items():
             # Projection and clipping write into the gradient, whose copy is no part of what is timed.
-            w.grad = grads[name]
+            w.grad = case.given_gradients[name]
         finish(weights, adam)
 
-    def answer() -> dict[str, Tensor]:
+    def answer(probe: Probe) -> dict[str, Tensor]:
         checked = {name: case.leaf(name) for name in WEIGHTS}
-        for name, grad in case.gradients().items():
-            checked[name].grad = grad
-        finish(checked, torch.optim.Adam(checked.values(), lr=CHECK_RATE, betas=(0.9, 0.99)))
+        optimizer = torch.optim.Adam(checked.values(), lr=CHECK_RATE, betas=BETAS, fused=True)
+        for grads in case.gradients():
+            for name, grad in grads.items():
+                checked[name].grad = grad
+            finish(checked, optimizer)
         return case.steps_of(checked)
 
-    note = "projection, norm, clipping, Adam (fused), unit rows"
+    note = "projection, norm, clipping, Adam (fused) and unit rows one after another"
     return [Variant("eager PyTorch", forward, answer=answer, note=note)]
 
 
@@ -163,7 +170,7 @@ def finish(weights: dict[str, Tensor], adam: torch.optim.Optimizer) -> None:
 
 def step(case: Case, name: str = "eager PyTorch", wrap: Wrap = lambda f: f) -> list[Variant]:
     weights = {n: case.leaf(n) for n in WEIGHTS}
-    adam = torch.optim.Adam(weights.values(), lr=LEARNING_RATE, betas=(0.9, 0.99), fused=True)
+    adam = torch.optim.Adam(weights.values(), lr=LEARNING_RATE, betas=BETAS, fused=True)
     k, batch, widths, d = case.size.k, case.activation == "batch_topk", case.widths, case.size.d
 
     def loss(x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
@@ -172,16 +179,15 @@ def step(case: Case, name: str = "eager PyTorch", wrap: Wrap = lambda f: f) -> l
     function = wrap(loss)
 
     def forward(i: int) -> None:
-        function(case.pool[i], *weights.values()).backward()
+        function(case.x(i), *weights.values()).backward()
         finish(weights, adam)
 
     def tidy() -> None:
         adam.zero_grad(set_to_none=True)
 
-    def answer() -> dict[str, Tensor]:
-        value = function(case.head, *weights.values())
+    def answer(probe: Probe) -> dict[str, Tensor]:
+        value = function(probe.x, *weights.values())
         value.backward()
         return {"loss": value, **answers(WEIGHTS, *weights.values())}
 
-    note = "no dead counts, no threshold"
-    return [Variant(name, forward, None, tidy, answer, note)]
+    return [Variant(name, forward, None, tidy, answer, note="dense codes; no dead counts, no threshold")]

@@ -14,7 +14,7 @@ from collections import deque
 import torch
 from torch import Tensor
 
-from bench.cases import LEARNING_RATE, WEIGHTS, Case, answers
+from bench.cases import BETAS, LEARNING_RATE, WEIGHTS, Case, Probe, answers
 from bench.peers.eager import encoded, finish
 from bench.race import Variant
 
@@ -39,7 +39,7 @@ def step(case: Case) -> list[Variant]:
 def _step(case: Case, monitored: bool) -> Variant:
     size = case.size
     weights = {name: case.leaf(name) for name in WEIGHTS}
-    adam = torch.optim.Adam(weights.values(), lr=LEARNING_RATE, betas=(0.9, 0.99))
+    adam = torch.optim.Adam(weights.values(), lr=LEARNING_RATE, betas=BETAS)
     kept: deque[Tensor] = deque(maxlen=max(2, min(KEPT, HELD_BYTES // (4 * size.rows * size.d_sae))))
 
     def loss(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,18 +48,18 @@ def _step(case: Case, monitored: bool) -> Variant:
         return torch.stack(parts).sum() * size.d, z
 
     def forward(i: int) -> None:
-        value, z = loss(case.pool[i])
+        value, z = loss(case.x(i))
         value.backward()
         finish(weights, adam)
         if monitored:
             kept.append(z.detach().cpu().clone())
 
-    def answer() -> dict[str, Tensor]:
-        value, _ = loss(case.head)
+    def answer(probe: Probe) -> dict[str, Tensor]:
+        value, _ = loss(probe.x)
         value.backward()
         return {"loss": value, **answers(WEIGHTS, *weights.values())}
 
-    note = "dense prefixes, each from its first latent on"
+    note = "dense codes and prefixes, each from its first latent on; Adam as PyTorch does it by default"
     if monitored:
         note += (
             f"; a dense copy [B, N] a step to the host, {KEPT * 4 * size.rows * size.d_sae / 1e9:.1f} GB when full; "
@@ -72,7 +72,7 @@ def _step(case: Case, monitored: bool) -> Variant:
         None,
         lambda: adam.zero_grad(set_to_none=True),
         answer,
-        note,
+        note=note,
     )
 
 

@@ -11,7 +11,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from bench.cases import CHECK_RATE, ENCODE, LEARNING_RATE, Case, answers
+from bench.cases import CHECK_RATE, ENCODE, LEARNING_RATE, SKETCH, WEIGHTS, Case, Probe, answers
 from bench.race import Variant
 from transcoder.config import TrainingSection
 from transcoder.kernels import FeatureCorrelation, SparseCodes, sparse_decode, use_backend
@@ -24,7 +24,6 @@ from transcoder.training.optimizer import make_optimizer, optimizer_step
 
 UPDATES = 32
 """Correlation updates in one measurement, at least: pairs of many batches are added together."""
-SKETCH = 128
 
 
 def variants(operation: str, case: Case) -> list[Variant]:
@@ -50,7 +49,8 @@ def _in_bf16(variant: Variant) -> Variant:
         with torch.autocast("cuda", torch.bfloat16):
             return forward(i)
 
-    return replace(variant, name=f"{variant.name} bf16", forward=run, answer=None, note="bf16 products, not compared")
+    why = "bf16 products select other latents"
+    return replace(variant, name=f"{variant.name} bf16", forward=run, answer=None, unchecked=why)
 
 
 def _on(backend: str, make: Callable[[Case], Variant], case: Case, screen: str | None = None) -> Variant:
@@ -80,12 +80,12 @@ def encode(case: Case) -> Variant:
     def tidy() -> None:
         W.grad = b.grad = None
 
-    def answer() -> dict[str, Tensor]:
-        codes = op(case.head, W, b, k)
+    def answer(probe: Probe) -> dict[str, Tensor]:
+        codes = op(probe.x, W, b, k)
         codes.values.sum().backward()
         return {"codes": codes.to_dense(), **answers(("W_enc", "b_enc"), W, b)}
 
-    return Variant("ours", lambda i: op(case.pool[i], W, b, k).values.sum(), lambda loss: loss.backward(), tidy, answer)
+    return Variant("ours", lambda i: op(case.x(i), W, b, k).values.sum(), lambda loss: loss.backward(), tidy, answer)
 
 
 def _fresh(codes: SparseCodes, values: Tensor) -> SparseCodes:
@@ -103,7 +103,8 @@ def nested_loss(case: Case) -> Variant:
 
 def _decoding(case: Case, nested: bool) -> Variant:
     W, b = case.leaf("W_dec"), case.leaf("b_dec")
-    values = [codes.values.clone().requires_grad_() for codes, _ in case.coded]
+    # Leaves that share the case's memory.
+    values = [codes.values.detach().requires_grad_() for codes, _ in case.coded]
 
     def result(codes: SparseCodes, v: Tensor, y: Tensor) -> Tensor:
         codes = _fresh(codes, v)
@@ -116,21 +117,20 @@ def _decoding(case: Case, nested: bool) -> Variant:
     def scalar(out: Tensor) -> Tensor:
         return out.sum() if nested else out.square().sum()
 
-    def answer() -> dict[str, Tensor]:
-        v = case.head_codes.values.clone().requires_grad_()
-        out = result(case.head_codes, v, case.head)
+    def forward(i: int) -> Tensor:
+        n = i % len(case.coded)
+        codes, y = case.coded[n]
+        return scalar(result(codes, values[n], y))
+
+    def answer(probe: Probe) -> dict[str, Tensor]:
+        v = probe.codes.values.clone().requires_grad_()
+        out = result(probe.codes, v, probe.x)
         scalar(out).backward()
         assert v.grad is not None
         name = "losses" if nested else "reconstruction"
         return {name: out, "codes.grad": v.grad[v.detach() > 0], **answers(("W_dec", "b_dec"), W, b)}
 
-    return Variant(
-        "ours",
-        lambda i: scalar(result(case.coded[i][0], values[i], case.coded[i][1])),
-        lambda loss: loss.backward(),
-        tidy,
-        answer,
-    )
+    return Variant("ours", forward, lambda loss: loss.backward(), tidy, answer)
 
 
 def updates_timed(case: Case) -> int:
@@ -145,19 +145,27 @@ def updates_timed(case: Case) -> int:
 
 def correlation(case: Case) -> Variant:
     size, updates = case.size, updates_timed(case)
-    monitor = FeatureCorrelation(size.d_sae, None if size.d_sae <= EXACT_LIMIT else SKETCH, device=case.device)
+
+    def statistics() -> FeatureCorrelation:
+        return FeatureCorrelation(size.d_sae, None if size.d_sae <= EXACT_LIMIT else SKETCH, device=case.device)
+
+    monitor = statistics()
 
     def forward(i: int) -> None:
         for n in range(updates):
-            monitor.update(case.coded[(i + n) % len(case.coded)][0])
+            monitor.update(case.codes[(i * updates + n) % len(case.codes)])
+        # Whoever looks finds every update in the sums: nothing of this round's work is left to the next.
+        monitor.correlation(0, 1)
 
-    def answer() -> dict[str, Tensor]:
-        exact = FeatureCorrelation(size.d_sae, device=case.device)
-        exact.update(case.head_codes)
-        return {"correlation": exact.correlation(*case.busiest)}
+    def answer(probe: Probe) -> dict[str, Tensor]:
+        fresh = statistics()
+        fresh.update(probe.codes)
+        return {"correlation": fresh.correlation(*probe.busiest)}
 
-    note = f"mean of {updates} updates" + ("" if size.d_sae <= EXACT_LIMIT else f"; sketch of {SKETCH}")
-    return Variant("ours", forward, answer=answer if size.d_sae <= EXACT_LIMIT else None, note=note, per=updates)
+    note = f"mean of {updates} updates, the adding of what waits included"
+    if size.d_sae > EXACT_LIMIT:
+        note = f"mean of {updates} updates; a sketch of {SKETCH} signs a token"
+    return Variant("ours", forward, answer=answer, note=note, per=updates)
 
 
 def _model(case: Case) -> Transcoder:
@@ -174,18 +182,19 @@ def _model(case: Case) -> Transcoder:
 def optimizer(case: Case) -> Variant:
     model = _model(case)
     adam = make_optimizer(model, TrainingSection(), LEARNING_RATE)
-    grads = [1e-3 * case.draw(*p.shape) for p in model.parameters()]
 
     def forward(i: int) -> None:
-        for p, grad in zip(model.parameters(), grads, strict=True):
-            p.grad = grad
+        for name, p in model.named_parameters():
+            p.grad = case.given_gradients[name]
         optimizer_step(model, adam, LEARNING_RATE, 1.0)
 
-    def answer() -> dict[str, Tensor]:
+    def answer(probe: Probe) -> dict[str, Tensor]:
         checked = _model(case)
-        for name, grad in case.gradients().items():
-            getattr(checked, name).grad = grad
-        optimizer_step(checked, make_optimizer(checked, TrainingSection(), CHECK_RATE), CHECK_RATE, 1.0)
+        optimizer = make_optimizer(checked, TrainingSection(), CHECK_RATE)
+        for grads in case.gradients():
+            for name, grad in grads.items():
+                getattr(checked, name).grad = grad
+            optimizer_step(checked, optimizer, CHECK_RATE, 1.0)
         return case.steps_of(dict(checked.named_parameters()))
 
     return Variant("ours", forward, answer=answer, note="projection, norm, clipping, Adam, unit rows")
@@ -196,13 +205,13 @@ def step(case: Case) -> Variant:
     adam = make_optimizer(model, TrainingSection(), LEARNING_RATE)
 
     def forward(i: int) -> None:
-        model.training_step(case.pool[i], case.pool[i]).loss.backward()
+        x = case.x(i)
+        model.training_step(x, x).loss.backward()
         optimizer_step(model, adam, LEARNING_RATE, 1.0)
 
-    def answer() -> dict[str, Tensor]:
-        loss = model.training_step(case.head, case.head).loss
+    def answer(probe: Probe) -> dict[str, Tensor]:
+        loss = model.training_step(probe.x, probe.x).loss
         loss.backward()
-        names = ("W_enc", "b_enc", "W_dec", "b_dec")
-        return {"loss": loss, **answers(names, *(getattr(model, n) for n in names))}
+        return {"loss": loss, **answers(WEIGHTS, *(getattr(model, n) for n in WEIGHTS))}
 
     return Variant("ours", forward, tidy=lambda: model.zero_grad(set_to_none=True), answer=answer)

@@ -11,13 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.cases import LEARNING_RATE, Case
-from bench.peers.eager import decoding
+from bench.cases import LEARNING_RATE, Case, Probe
+from bench.peers.eager import GIVEN_DENSE, decoding
 from bench.race import Variant
 
 NAME = "SAELens"
 AUTOENCODES = "an autoencoder: it cannot train a transcoder"
-PLAIN = "rescale_acts_by_decoder_norm off (its default is on, which costs more), no projection, no unit rows"
+PREFIXES = "decodes each prefix from its first latent on"
+PLAIN = (
+    "rescale_acts_by_decoder_norm off (its default is on, which costs more); no projection, no unit rows; Adam as PyTorch does "
+    "it by default"
+)
 
 
 @functools.cache
@@ -97,18 +101,19 @@ def encode(case: Case) -> list[Variant]:
     found = []
     for name, sae in _layouts(case):
 
-        def answer(sae: Any = sae) -> dict[str, Tensor]:
-            acts, _ = sae.encode_with_hidden_pre(case.head)
+        def answer(probe: Probe, sae: Any = sae) -> dict[str, Tensor]:
+            acts, _ = sae.encode_with_hidden_pre(probe.x)
             _total(acts).backward()
             return {"codes": _dense(acts), **_grads(sae, ("W_enc", "b_enc"))}
 
         found.append(
             Variant(
                 name,
-                lambda i, sae=sae: _total(sae.encode_with_hidden_pre(case.pool[i])[0]),
+                lambda i, sae=sae: _total(sae.encode_with_hidden_pre(case.x(i))[0]),
                 lambda s: s.backward(),
                 lambda sae=sae: sae.zero_grad(set_to_none=True),
                 answer,
+                note=f"{'COO codes' if 'COO' in name else 'dense codes [B, N]'}; returns the pre-activations [B, N] too",
             )
         )
     return found
@@ -117,7 +122,7 @@ def encode(case: Case) -> list[Variant]:
 def decode(case: Case) -> list[Variant]:
     _, sae = next(_layouts(case))
     weights = sae.W_dec, sae.b_dec
-    return [decoding(case, NAME, lambda z, y, W, b: sae.decode(z), "reconstruction", "", weights)]
+    return [decoding(case, NAME, lambda z, y, W, b: sae.decode(z), "reconstruction", GIVEN_DENSE, weights)]
 
 
 def nested_loss(case: Case) -> list[Variant]:
@@ -132,7 +137,9 @@ def nested_loss(case: Case) -> list[Variant]:
         made = [*(out for _, out in sae._iterable_decode(z, include_outer_loss=False)), outer]
         return torch.stack([sae.mse_loss_fn(out, y).sum(dim=-1).mean() for out in made]) / case.size.d
 
-    return [decoding(case, f"{NAME} Matryoshka", losses, "losses", "", (sae.W_dec, sae.b_dec))]
+    return [
+        decoding(case, f"{NAME} Matryoshka", losses, "losses", f"{GIVEN_DENSE}; {PREFIXES}", (sae.W_dec, sae.b_dec))
+    ]
 
 
 def step(case: Case) -> list[Variant]:
@@ -151,9 +158,9 @@ def step(case: Case) -> list[Variant]:
         )
         trainer = SAETrainer(config, sae, iter(()))
 
-        def answer(sae: Any = sae) -> dict[str, Tensor]:
+        def answer(probe: Probe, sae: Any = sae) -> dict[str, Tensor]:
             given = TrainStepInput(
-                sae_in=case.head, coefficients={}, dead_neuron_mask=None, n_training_steps=0, is_logging_step=False
+                sae_in=probe.x, coefficients={}, dead_neuron_mask=None, n_training_steps=0, is_logging_step=False
             )
             out = sae.training_forward_pass(given)
             out.loss.backward()
@@ -162,11 +169,11 @@ def step(case: Case) -> list[Variant]:
         found.append(
             Variant(
                 name,
-                lambda i, trainer=trainer: trainer.step(case.pool[i]),
+                lambda i, trainer=trainer: trainer.step(case.x(i)),
                 None,
                 lambda sae=sae: sae.zero_grad(set_to_none=True),
                 answer,
-                f"{AUTOENCODES}; {PLAIN}",
+                note=f"{AUTOENCODES}; {PLAIN}{f'; {PREFIXES}' if len(case.widths) > 1 else ''}",
             )
         )
     return found

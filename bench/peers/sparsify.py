@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.cases import LEARNING_RATE, Case
+from bench.cases import LEARNING_RATE, Case, Probe
 from bench.race import Variant
 
 NAME = "sparsify"
-NO_MASK = "TopK only; backward without the ReLU mask, no projection, no unit rows"
+NO_MASK = "TopK only; backward without the ReLU mask; no projection, clipping or unit rows; Adam as PyTorch does it by default"
 
 
 @functools.cache
@@ -88,19 +88,19 @@ def encode(case: Case) -> list[Variant]:
         return []
     coder = _coder(case)
 
-    def answer() -> dict[str, Tensor]:
-        acts, ids, pre = coder.encode(case.head)
+    def answer(probe: Probe) -> dict[str, Tensor]:
+        acts, ids, pre = coder.encode(probe.x)
         acts.sum().backward()
         return {"codes": torch.zeros_like(pre).scatter(1, ids, acts), **_grads(coder)}
 
     return [
         Variant(
             NAME,
-            lambda i: coder.encode(case.pool[i]).top_acts.sum(),
+            lambda i: coder.encode(case.x(i)).top_acts.sum(),
             lambda s: s.backward(),
             lambda: coder.zero_grad(set_to_none=True),
             answer,
-            "its fused encoder; backward without the ReLU mask",
+            note="codes [B, k]; its fused encoder returns the pre-activations [B, N] too; backward without the ReLU mask",
         )
     ]
 
@@ -112,7 +112,8 @@ def decode(case: Case) -> list[Variant]:
     k = case.size.k
     for name, decoder in _decoders(case).items():
         coder = _coder(case)
-        acts = [codes.values.view(-1, k).clone().requires_grad_() for codes, _ in case.coded]
+        # Leaves that share the case's memory.
+        acts = [codes.values.detach().view(-1, k).requires_grad_() for codes, _ in case.coded]
         ids = [codes.indices.view(-1, k) for codes, _ in case.coded]
 
         def tidy(coder: Any = coder, acts: list[Tensor] = acts) -> None:
@@ -120,10 +121,14 @@ def decode(case: Case) -> list[Variant]:
             for leaf in acts:
                 leaf.grad = None
 
-        def answer(coder: Any = coder) -> dict[str, Tensor]:
-            head = case.head_codes
-            v = head.values.view(-1, k).clone().requires_grad_()
-            out = coder.decode(v, head.indices.view(-1, k))
+        def forward(i: int, coder: Any = coder, acts: list[Tensor] = acts, ids: list[Tensor] = ids) -> Tensor:
+            n = i % len(acts)
+            total: Tensor = coder.decode(acts[n], ids[n]).square().sum()
+            return total
+
+        def answer(probe: Probe, coder: Any = coder) -> dict[str, Tensor]:
+            v = probe.codes.values.view(-1, k).clone().requires_grad_()
+            out = coder.decode(v, probe.codes.indices.view(-1, k))
             out.square().sum().backward()
             assert v.grad is not None
             return {"reconstruction": out, "codes.grad": v.grad[v.detach() > 0], **_grads(coder)}
@@ -131,10 +136,11 @@ def decode(case: Case) -> list[Variant]:
         found.append(
             Variant(
                 name,
-                _with(decoder, lambda i, c=coder, a=acts, n=ids: c.decode(a[i], n[i]).square().sum()),
+                _with(decoder, forward),
                 lambda s: s.backward(),
                 tidy,
                 _with(decoder, answer),
+                note="codes [B, k]; PyTorch's embedding_bag" if "eager" in name else "codes [B, k]; atomic sums",
             )
         )
     return found
@@ -151,7 +157,7 @@ def step(case: Case) -> list[Variant]:
         fired = torch.zeros(case.size.d_sae, dtype=torch.bool, device=case.device)
 
         def forward(i: int, coder: Any = coder, adam: Any = adam, since: Tensor = since, fired: Tensor = fired) -> None:
-            x = case.pool[i]
+            x = case.x(i)
             out = coder(x=x, y=x, total_variance=(x - x.mean(0)).pow(2).sum())
             fired[out.latent_indices.flatten()] = True
             out.fvu.backward()
@@ -162,8 +168,8 @@ def step(case: Case) -> list[Variant]:
                 since[fired] = 0
                 fired.zero_()
 
-        def answer(coder: Any = coder) -> dict[str, Tensor]:
-            x = case.head
+        def answer(probe: Probe, coder: Any = coder) -> dict[str, Tensor]:
+            x = probe.x
             # FVU in place of the mean of squared errors: the same up to this factor.
             scale = (x - x.mean(0)).pow(2).sum() / len(x)
             # Without the bf16 autocast that it turns on for CUDA: what is compared is the mathematics.
@@ -179,7 +185,7 @@ def step(case: Case) -> list[Variant]:
                 None,
                 lambda coder=coder: coder.zero_grad(set_to_none=True),
                 _with(decoder, answer),
-                f"FVU loss; {NO_MASK}{'; bf16 products' if case.device.type == 'cuda' else ''}",
+                note=f"FVU loss; {NO_MASK}{'; bf16 products' if case.device.type == 'cuda' else ''}",
             )
         )
     return found
