@@ -202,7 +202,8 @@ def similar_pairs(
         hit = (estimate > above) & (i[:, None] < j[None, :]) & (j < latents)[None, :]
         one = hit.to(tl.int32)
         in_row = tl.sum(one, axis=1)
-        count = tl.sum(in_row, axis=0)
+        # Not the sum of in_row: triton 3.6 dies of that on Blackwell.
+        count = tl.sum(one)
         if count > 0:
             base = tl.atomic_add(found, count.to(tl.int64), sem="relaxed")
             # 32-bit ranks within the tile: 64-bit places would not fit into the registers beside the sums.
