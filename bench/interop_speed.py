@@ -2,15 +2,16 @@
 
     $(python tests/interop/environment.py saelens) bench/interop_speed.py
     $(python tests/interop/environment.py sparsify) bench/interop_speed.py --batch 256 --d 64 --latents 512 --k 16
+    $(python tests/interop/environment.py sparsify) bench/interop_speed.py --sweep   # every size; the worst ratio at the end
 
 A step is what the library's trainer does: forward and loss, its own bookkeeping of fired latents, backward, gradient clipping,
-its Adam. Both sides run in turn in one process on the same inputs; a step's losses are compared before anything is timed.
+its Adam. Both sides run in turn in one process on the same inputs; a step's losses are compared before anything is timed. On a
+machine with other work: `--processor`, which counts the processor's time of one thread instead of the clock's.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import importlib.util
 import json
@@ -25,6 +26,7 @@ from typing import Any
 import torch
 
 import transcoder
+from transcoder.interop.accelerate.small import FEWEST_ROWS, OWN_CODE_BELOW
 
 Step = Callable[[torch.Tensor], float]
 
@@ -129,10 +131,12 @@ def inputs(rows: int, d: int) -> Iterator[torch.Tensor]:
 
 
 def measure(
-    make: Callable[..., Step], kind: str, rows: int, d: int, latents: int, k: int, repeats: int, always: bool
+    make: Callable[..., Step], kind: str, size: tuple[int, int, int, int], given: argparse.Namespace
 ) -> dict[str, float]:
-    """Medians in milliseconds of both sides, in turn."""
-    theirs, ours = (make(kind, d, latents, k, quick, always) for quick in (False, True))
+    """Medians in milliseconds of both sides, in turn; the ratio is the median of the turns' own."""
+    rows, d, latents, k = size
+    theirs, ours = (make(kind, d, latents, k, quick, given.always) for quick in (False, True))
+    clock = time.process_time if given.processor else time.perf_counter
     source = inputs(rows, d)
     for _ in range(2):
         x = next(source)
@@ -143,26 +147,42 @@ def measure(
     turns = [("theirs", theirs), ("ours", ours)]
     began_all = time.perf_counter()
     # Small steps are repeated for a second at least: a median of nine of them says nothing on a machine with other work.
-    while len(took["ours"]) < repeats or (time.perf_counter() - began_all < 1 and len(took["ours"]) < 400):
+    while len(took["ours"]) < given.repeats or (time.perf_counter() - began_all < 1 and len(took["ours"]) < 400):
         x = next(source)
         turns.reverse()
         for name, step in turns:
-            began = time.perf_counter()
+            began = clock()
             step(x)
-            took[name].append(1e3 * (time.perf_counter() - began))
+            took[name].append(1e3 * (clock() - began))
     found = {name: statistics.median(values) for name, values in took.items()}
-    return {**found, "ratio": found["theirs"] / found["ours"]}
+    ratio = statistics.median(a / b for a, b in zip(took["theirs"], took["ours"], strict=True))
+    return {**found, "ratio": ratio, "turns": len(took["ours"])}
 
 
-def sizes(given: argparse.Namespace) -> list[tuple[int, int, int]]:
-    """(batch, latents, k) to measure."""
+def sizes(given: argparse.Namespace) -> list[tuple[int, int, int, int]]:
+    """(batch, d, latents, k) to measure."""
     if not given.sweep:
-        return [(given.batch, given.latents, given.k)]
+        return [(given.batch, given.d, given.latents, given.k)]
     return [
-        (batch, latents, min(given.k, latents // 16))
+        (batch, d, latents, min(given.k, latents // 16))
+        for d in (64, given.d)
         for batch in (32, 64, 128, 512, 1024)
         for latents in (128, 256, 512, 2048, 8192)
     ]
+
+
+def worst(rows: list[dict[str, Any]]) -> str:
+    """One line for the sizes that our kernels ran and one for those left to the library's own code."""
+    lines = []
+    for name, which in (("on our kernels", "ours"), ("left to the library's own code", "own")):
+        found = sorted((row for row in rows if row["path"] == which), key=lambda row: row["ratio"])
+        if found:
+            low = found[0]
+            lines.append(
+                f"{name}: {len(found)} sizes, worst {low['ratio']:.2f}x ({low['class']}, B {low['batch']}, d {low['d']}, "
+                f"N {low['latents']}), median {found[len(found) // 2]['ratio']:.2f}x"
+            )
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -173,30 +193,41 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--kind", help="one class only")
-    parser.add_argument("--sweep", action="store_true", help="batches of 32 to 1024 and 128 to 8192 latents at --d")
+    parser.add_argument(
+        "--sweep",
+        action="store_true",
+        help="batches of 32 to 1024, 128 to 8192 latents, d 64 and --d; ends with the worst",
+    )
+    parser.add_argument("--processor", action="store_true", help="the processor's time of one thread, not the clock's")
     parser.add_argument(
         "--always", action="store_true", help="our kernels for batches too that are left to the library"
     )
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     warnings.simplefilter("ignore")
+    if given.processor:
+        torch.set_num_threads(1)
     rows = []
     for module, (name, make, kinds) in LIBRARIES.items():
-        with contextlib.suppress(ModuleNotFoundError):
-            if importlib.util.find_spec(module) is None:
+        if importlib.util.find_spec(module) is None:
+            continue
+        for kind in kinds:
+            if given.kind not in (None, kind):
                 continue
-            for kind in kinds:
-                if given.kind not in (None, kind):
-                    continue
-                for batch, latents, k in sizes(given):
-                    case = {"batch": batch, "d": given.d, "latents": latents, "k": k}
-                    found = measure(make, kind, batch, given.d, latents, k, given.repeats, given.always)
-                    rows.append({"library": name, "class": kind, **case, **found, "threads": torch.get_num_threads()})
-                    print(
-                        f"{name} {kind}, B {batch}, d {given.d}, N {latents}, k {k}: {found['theirs']:.2f} ms, accelerated "
-                        f"{found['ours']:.2f} ms: {found['ratio']:.2f}x",
-                        flush=True,
-                    )
+            for size in sizes(given):
+                batch, d, latents, k = size
+                case = {"batch": batch, "d": d, "latents": latents, "k": k, "threads": torch.get_num_threads()}
+                few = batch * latents < OWN_CODE_BELOW or (batch < FEWEST_ROWS and name != "SAELens")
+                path = "own" if few and not given.always else "ours"
+                found = measure(make, kind, size, given)
+                rows.append({"library": name, "class": kind, **case, **found, "path": path})
+                print(
+                    f"{name} {kind}, B {batch}, d {d}, N {latents}, k {k}: {found['theirs']:.2f} ms, accelerated "
+                    f"{found['ours']:.2f} ms: {found['ratio']:.2f}x" + (" (own code)" if path == "own" else ""),
+                    flush=True,
+                )
+    if given.sweep:
+        print(worst(rows))
     if given.json:
         given.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
 

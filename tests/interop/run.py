@@ -4,7 +4,7 @@
     python tests/interop/run.py saelens sparsify     # these
 
 The environments are made first where they are missing (environment.py). In each run the files named for its library,
-`test_<library>*.py`; a library of which no test ran fails.
+`test_<library>*.py`; what is skipped there is listed with its reason, and a library of which no test ran fails.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def run(library: str, into: Path | None, torch_backend: str | None) -> bool:
     settings = {**os.environ, "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
     files = sorted(map(str, TESTS.glob(f"test_{library.replace('-', '_')}*.py")))
     done = subprocess.run(
-        [str(python), "-m", "pytest", "-q", *(files or [str(TESTS)])],
+        [str(python), "-m", "pytest", "-q", "-rs", "--no-fold-skipped", *(files or [str(TESTS)])],
         cwd=ROOT,
         env=settings,
         capture_output=True,
@@ -49,6 +49,8 @@ def run(library: str, into: Path | None, torch_backend: str | None) -> bool:
     found = ", ".join(f"{counts.get(name, 0)} {name}" for name in ("passed", "failed", "skipped"))
     seconds = f"environment {made - began:.0f} s, tests {time.monotonic() - made:.0f} s"
     print(f"{library} ({PEERS[library]}): {found}; {seconds}", flush=True)
+    for name, why in re.findall(r"(?m)^SKIPPED \S*::(\S+) - (?:Skipped: )?(.*)$", done.stdout):
+        print(f"  skipped {name}: {why}", flush=True)
     return good
 
 

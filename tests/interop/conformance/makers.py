@@ -1,7 +1,8 @@
-"""What the conformance tests of the formats share: transcoders with every part at work, and inputs. Imports no peer."""
+"""What the conformance tests share: transcoders with every part at work, inputs, a library's global state. Imports no peer."""
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -38,3 +39,19 @@ def check_same(ours: Tensor, theirs: Tensor, x: Tensor, steps: int = 256) -> Non
     scale = float(x.abs().max())
     bound = 8 * torch.finfo(torch.float32).eps * steps**0.5
     torch.testing.assert_close(theirs, ours, rtol=bound, atol=bound * scale)
+
+
+def global_state(package: str) -> dict[tuple[str, ...], int]:
+    """The identity of all that the package's modules and torch.nn.Module's hold: names, classes' attributes, entries of dicts.
+    What is imported later adds to it; nothing in it may become another."""
+    found: dict[tuple[str, ...], int] = {}
+    for name, module in list(sys.modules.items()):
+        if name.split(".")[0] != package and name != "torch.nn.modules.module":
+            continue
+        for key, value in list(vars(module).items()):
+            found[name, key] = id(value)
+            if isinstance(value, type):
+                found |= {(name, key, attribute): id(held) for attribute, held in vars(value).items()}
+            elif isinstance(value, dict) and not key.startswith("__"):
+                found |= {(name, key, str(entry)): id(held) for entry, held in value.items()}
+    return found

@@ -23,7 +23,10 @@ from dictionary_learning.trainers.matryoshka_batch_top_k import (
 from dictionary_learning.trainers.top_k import AutoEncoderTopK, TopKTrainer
 
 import transcoder
-from transcoder.interop.accelerate import DenseView, PeerVersionError
+from transcoder.interop.accelerate import DenseView, PeerVersionError, SparseActivations
+from transcoder.interop.accelerate.small import FEWEST_ROWS
+
+from .makers import global_state
 
 B, D, N, K = 33, 24, 96, 5
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -135,7 +138,58 @@ def test_inference_saving_and_loading(kind: str, tmp_path: Path) -> None:
             torch.testing.assert_close(transcoder.accelerate(copy.deepcopy(fresh), always=True)(x), fresh(x), **CLOSE)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_stays_the_same_object_and_the_library_as_it_was(kind: str) -> None:
+    trainer = make(kind)
+    keys, cls, state = list(trainer.ae.state_dict()), type(trainer.ae), global_state("dictionary_learning")
+    transcoder.accelerate(trainer.ae, always=True)
+    trainer.update(5, data())
+    after = global_state("dictionary_learning")
+    assert {name: after.get(name) for name in state} == state
+    assert type(make(kind).ae) is cls
+    assert list(trainer.ae.state_dict()) == keys
+
+
+@pytest.mark.parametrize("kind", ["topk", "batch_topk"])
+def test_hooks_on_the_encoder_and_the_decoder_are_heard(kind: str) -> None:
+    theirs, ours = make(kind).ae, make(kind).ae
+    transcoder.accelerate(ours, always=True)
+    settings = {} if kind == "topk" else {"use_threshold": False}
+    for sae in (theirs, ours):
+        sae.encoder.register_forward_hook(lambda module, args, out: out.flip(-1))
+        sae.decoder.register_forward_hook(lambda module, args, out: 2 * out)
+    with pytest.warns(DenseView, match="hooks on the encoder"):
+        acts = ours.encode(data(), **settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DenseView)
+        ours.encode(data(), **settings)  # announced once
+    torch.testing.assert_close(acts, theirs.encode(data(), **settings), **CLOSE)
+    torch.testing.assert_close(ours.decode(acts), theirs.decode(acts), **CLOSE)
+    ours.encoder._forward_hooks.clear()
+    theirs.encoder._forward_hooks.clear()
+    left, right = (sae.decode(sae.encode(data(), **settings)) for sae in (theirs, ours))
+    torch.testing.assert_close(right, left, **CLOSE)
+
+
+def test_few_rows_take_the_librarys_own_path() -> None:
+    sae = AutoEncoderTopK(D, 2048, K)
+    transcoder.accelerate(sae)
+    x = torch.randn(FEWEST_ROWS, D)
+    assert type(sae.encode(x[1:])) is torch.Tensor
+    assert type(sae.encode(x)) is SparseActivations
+    assert type(transcoder.accelerate(sae, always=True).encode(x[1:])) is SparseActivations
+
+
 def test_an_untested_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.metadata.version", lambda name: "0.2.0")
     with pytest.raises(PeerVersionError, match=r"tested with dictionary-learning 0\.1\.0, found 0\.2\.0"):
         transcoder.accelerate(make("topk").ae, always=True)
+
+
+def test_a_missing_part_is_named_with_the_tested_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dictionary_learning.trainers import top_k
+
+    sae = make("topk").ae
+    monkeypatch.delattr(top_k, "AutoEncoderTopK")
+    with pytest.raises(PeerVersionError, match=r"tested with dictionary-learning 0\.1\.0, found .*AutoEncoderTopK"):
+        transcoder.accelerate(sae)

@@ -19,6 +19,8 @@ import transcoder  # noqa: E402
 from transcoder.interop.accelerate import DenseView, PeerVersionError, SparseActivations  # noqa: E402
 from transcoder.interop.accelerate.small import OWN_CODE_BELOW  # noqa: E402
 
+from .makers import global_state  # noqa: E402
+
 B, D, N, K = 33, 24, 96, 5
 KINDS = ("TopK", "BatchTopK", "MatryoshkaBatchTopK")
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -131,9 +133,13 @@ def test_small_batches_take_the_librarys_own_path(kind: str) -> None:
 def test_it_stays_the_same_object(kind: str) -> None:
     sae = make(kind)
     before = {n: (p, p.data_ptr(), tuple(p.shape), p.stride()) for n, p in sae.named_parameters()}
-    keys, cls = list(sae.state_dict()), type(sae)
+    keys, cls, state = list(sae.state_dict()), type(sae), global_state("sae_lens")
     assert transcoder.accelerate(sae, always=True) is sae
     assert transcoder.accelerate(sae, always=True) is sae
+    step(sae, data(), torch.arange(N) >= N - 7).loss.backward()
+    sae.zero_grad()
+    after = global_state("sae_lens")
+    assert {name: after.get(name) for name in state} == state
     assert isinstance(sae, cls)
     assert type(make(kind)) is cls, "the library's class was changed"
     assert list(sae.state_dict()) == keys
@@ -252,6 +258,15 @@ def test_what_cannot_be_accelerated_is_refused(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(PeerVersionError, match=r"tested with sae-lens 6\.54, found 7\.0\.0"):
         transcoder.accelerate(make("TopK"), always=True)
     assert isinstance(transcoder.accelerate(make("TopK"), allow_untested=True, always=True), sae_lens.TopKTrainingSAE)
+
+
+def test_a_missing_part_is_named_with_the_tested_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sae_lens.saes import topk_sae
+
+    sae = make("TopK")
+    monkeypatch.delattr(topk_sae, "TopKSAE")
+    with pytest.raises(PeerVersionError, match=r"tested with sae-lens 6\.54, found .*a part is missing: .*TopKSAE"):
+        transcoder.accelerate(sae)
 
 
 def tokens() -> Any:

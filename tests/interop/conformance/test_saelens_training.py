@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,10 @@ from safetensors.torch import load_file  # noqa: E402
 
 from transcoder import RunConfig, train_transcoder  # noqa: E402
 from transcoder.interop import saelens_training as ours  # noqa: E402
+from transcoder.interop.accelerate import PeerVersionError  # noqa: E402
 from transcoder.interop.formats import ChangedFunctionError, read_transcoder  # noqa: E402
+
+from .makers import global_state  # noqa: E402
 
 D_IN, D_OUT, N, K = 24, 20, 96, 5
 SOURCE, TARGET = "blocks.0.ln2.hook_normalized", "blocks.0.hook_mlp_out"
@@ -253,3 +258,27 @@ def test_settings_that_a_transcoder_cannot_have_are_refused() -> None:
     sae.use_error_term = True
     with pytest.raises(ValueError, match="use_error_term"):
         sae(torch.zeros(2, D_IN))
+
+
+def test_the_registry_has_three_more_and_nothing_else_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
+    from sae_lens.saes.topk_sae import TopKTrainingSAE
+
+    mine = {name for name, (cls, _) in SAE_TRAINING_CLASS_REGISTRY.items() if cls.__module__.startswith("transcoder")}
+    assert mine == {"topk_transcoder", "batchtopk_transcoder", "matryoshka_batchtopk_transcoder"}
+    assert SAE_TRAINING_CLASS_REGISTRY["topk"][0] is TopKTrainingSAE
+    assert not any(cls.__module__.startswith("transcoder") for cls, _ in SAE_CLASS_REGISTRY.values())
+    before = global_state("sae_lens")
+    # Imported once more: the same entries. With another version or without a part: which ones were tested.
+    monkeypatch.delitem(sys.modules, ours.__name__)
+    importlib.import_module(ours.__name__)
+    assert global_state("sae_lens") == before
+    for target, value in (("importlib.metadata.version", lambda name: "7.0.0"), ("sae_lens.saes.transcoder", None)):
+        with monkeypatch.context() as broken:
+            broken.delitem(sys.modules, ours.__name__)
+            if value is None:
+                broken.delattr(f"{target}.SkipTranscoderConfig")
+            else:
+                broken.setattr(target, value)
+            with pytest.raises(PeerVersionError, match=r"saelens_training: tested with sae-lens 6\.54, found"):
+                importlib.import_module(ours.__name__)

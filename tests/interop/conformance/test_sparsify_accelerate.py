@@ -20,6 +20,9 @@ sparsify = pytest.importorskip(
 
 import transcoder  # noqa: E402
 from transcoder.interop.accelerate import DenseView, PeerVersionError  # noqa: E402
+from transcoder.interop.accelerate.small import FEWEST_ROWS  # noqa: E402
+
+from .makers import global_state  # noqa: E402
 
 B, D, N, K = 33, 24, 96, 5
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -142,6 +145,43 @@ def test_what_is_dense_is_announced_and_right() -> None:
     torch.testing.assert_close(dense, torch.relu(coder.encoder(x - coder.b_dec)), **CLOSE)
 
 
+def test_it_stays_the_same_object_and_the_library_as_it_was() -> None:
+    coder = make(**CASES["skip"])
+    before = {n: (p, p.data_ptr(), tuple(p.shape)) for n, p in coder.named_parameters()}
+    keys, cls = list(coder.state_dict()), type(coder)
+    seen: list[tuple[int, ...]] = []
+    coder.register_forward_hook(lambda module, args, out: seen.append(tuple(out.sae_out.shape)))
+    state = global_state("sparsify")
+    assert transcoder.accelerate(coder, always=True) is coder
+    assert transcoder.accelerate(coder, always=True) is coder
+    loss(coder, dead=7).backward()
+    after = global_state("sparsify")
+    assert {name: after.get(name) for name in state} == state
+    assert isinstance(coder, cls)
+    assert type(make()) is cls
+    assert list(coder.state_dict()) == keys
+    assert {n: (p, p.data_ptr(), tuple(p.shape)) for n, p in coder.named_parameters()} == before
+    assert seen == [(B, D)], "a forward hook made before acceleration"
+
+
+def test_a_dense_view_is_announced_once() -> None:
+    coder = transcoder.accelerate(make(), always=True)
+    with pytest.warns(DenseView):
+        assert bool((coder.encode(batch()[0]).pre_acts + 0).isfinite().all())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DenseView)
+        assert bool((coder.encode(batch()[0]).pre_acts + 0).isfinite().all())
+
+
+def test_few_rows_take_the_librarys_own_path() -> None:
+    coder = sparsify.SparseCoder(D, sparsify.SparseCoderConfig(num_latents=2048, k=K))
+    transcoder.accelerate(coder)
+    x = torch.randn(FEWEST_ROWS, D)
+    assert not hasattr(coder.encode(x[1:]).top_indices, "_transcoder_codes")
+    assert hasattr(coder.encode(x).top_indices, "_transcoder_codes")
+    assert hasattr(transcoder.accelerate(coder, always=True).encode(x[1:]).top_indices, "_transcoder_codes")
+
+
 def _groupmax() -> Any:
     torch.manual_seed(0)
     return sparsify.SparseCoder(D, sparsify.SparseCoderConfig(num_latents=N, k=8, activation="groupmax"))
@@ -151,3 +191,14 @@ def test_an_untested_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr("importlib.metadata.version", lambda name: "9.0")
     with pytest.raises(PeerVersionError, match=r"tested with eai-sparsify 1\.3\.3, found 9\.0"):
         transcoder.accelerate(make(), always=True)
+
+
+def test_a_missing_part_is_named_with_the_tested_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sparsify.fused_encoder as encoder
+
+    coder = make()
+    monkeypatch.delattr(encoder, "EncoderOutput")
+    with pytest.raises(
+        PeerVersionError, match=r"tested with eai-sparsify 1\.3\.3, found .*a part is missing: .*EncoderOutput"
+    ):
+        transcoder.accelerate(coder)

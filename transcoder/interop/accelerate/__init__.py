@@ -41,7 +41,8 @@ def accelerate(module: M, *, repair_auxk: bool = False, allow_untested: bool = F
     with a `DenseView` warning, where something needs it. Selections with ties may choose otherwise among equals; values and
     gradients agree to fp32 rounding of a product of length d_in. Entries that the ReLU switched off get no gradient.
 
-    Batches of fewer than 2**17 activations (rows times latents) run on the library's own code, which is faster there.
+    Batches of fewer than 2**17 activations (rows times latents) run on the library's own code, which is faster there; those of
+    sparsify and dictionary_learning with fewer than 128 rows too.
 
     Args:
         repair_auxk: sparsify's encoder loses the gradient of its AuxK loss (and of multi_topk): True gives it back. The other

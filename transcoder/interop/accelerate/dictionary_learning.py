@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transcoder.interop.accelerate.activations import LazyTensor, SparseActivations, announce
 from transcoder.interop.accelerate.encode import How, select
 from transcoder.interop.accelerate.kinds import Kind, original
-from transcoder.interop.accelerate.small import own_code
+from transcoder.interop.accelerate.small import FEWEST_ROWS, own_code
 from transcoder.kernels import SparseCodes
 
 PACKAGE = "dictionary-learning"
@@ -32,7 +32,7 @@ def kinds() -> list[Kind]:
 class TopK:
     def encode(self: Any, x: Tensor, return_topk: bool = False, use_threshold: bool = False) -> Any:
         """As the library's; the k entries of a row come by latent id, not by value."""
-        if own_code(self, x, self.dict_size):
+        if own_code(self, x, self.dict_size, FEWEST_ROWS):
             return original(self).encode(self, x, return_topk=return_topk, use_threshold=use_threshold)
         why = _why_dense(self, x, use_threshold)
         if why is None and use_threshold and return_topk:
@@ -50,7 +50,7 @@ class TopK:
 
 class BatchTopK:
     def encode(self: Any, x: Tensor, return_active: bool = False, use_threshold: bool = True) -> Any:
-        if own_code(self, x, self.dict_size):
+        if own_code(self, x, self.dict_size, FEWEST_ROWS):
             return original(self).encode(self, x, return_active=return_active, use_threshold=use_threshold)
         why = _why_dense(self, x, use_threshold)
         if why is not None:
@@ -63,7 +63,7 @@ class BatchTopK:
 
 class Matryoshka:
     def encode(self: Any, x: Tensor, return_active: bool = False, use_threshold: bool = True) -> Any:
-        if own_code(self, x, self.dict_size):
+        if own_code(self, x, self.dict_size, FEWEST_ROWS):
             return original(self).encode(self, x, return_active=return_active, use_threshold=use_threshold)
         why = _why_dense(self, x, use_threshold)
         if why is None and self.active_groups != len(self.group_sizes):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transcoder.interop.accelerate.activations import LazyTensor, announce, fresh
 from transcoder.interop.accelerate.encode import select
 from transcoder.interop.accelerate.kinds import Kind, original
-from transcoder.interop.accelerate.small import own_code
+from transcoder.interop.accelerate.small import FEWEST_ROWS, own_code
 from transcoder.kernels import sparse_decode
 
 PACKAGE = "eai-sparsify"
@@ -43,7 +43,7 @@ class Coder:
         """As the library's; entries of a row come by latent id, not by value. `pre_acts` is computed where it is read."""
         from sparsify.fused_encoder import EncoderOutput
 
-        if own_code(self, x, self.num_latents):
+        if own_code(self, x, self.num_latents, FEWEST_ROWS):
             return original(self).encode(self, x)
         why = _why_dense(self, x)
         if why is not None:
@@ -85,7 +85,7 @@ class Coder:
         total_variance: Tensor | None = None,
     ) -> Any:
         """As the library's; AuxK encodes the dead latents alone."""
-        if own_code(self, x, self.num_latents):
+        if own_code(self, x, self.num_latents, FEWEST_ROWS):
             return original(self).forward(self, x, y, dead_mask=dead_mask, total_variance=total_variance)
         dead = None if dead_mask is None else dead_mask.nonzero().squeeze(1)
         if dead is None or dead.numel() == 0 or self.W_dec is None or _why_dense(self, x) is not None:
