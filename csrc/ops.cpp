@@ -5,6 +5,7 @@
 #include "cosine_ops.h"
 #include "count_ops.h"
 #include "encode_ops.h"
+#include "pair_ops.h"
 #include "reduce_ops.h"
 #include "sample_ops.h"
 #include "screen_ops.h"
@@ -37,8 +38,12 @@ TORCH_LIBRARY(transcoder_cpp, m) {
       "prefix_gradients(Tensor values, Tensor ids, Tensor row_ptr, Tensor order, Tensor row_of, Tensor latent_ptr, "
       "int[] widths, Tensor W, Tensor residual, Tensor scales, Tensor? token_weights) -> (Tensor, Tensor, Tensor)");
   m.def(
-      "add_pairs(Tensor[] latent, Tensor[] local, Tensor[] value, Tensor[] weighted, Tensor[] tally, int latents, "
-      "Tensor(a!) product, Tensor(b!) joint) -> ()");
+      "keep_entries(Tensor values, Tensor ids, Tensor row_ptr, Tensor? token_weights, Tensor? token_tally, Tensor(a!) total, "
+      "Tensor(b!) square, Tensor(c!) count, Tensor(d!) partners, Tensor(e!) starts, Tensor(f!)? kept_weights, "
+      "Tensor(g!)? kept_tally, int entries, int tokens) -> (int, int)");
+  m.def(
+      "add_kept(Tensor partners, Tensor starts, Tensor? weights, Tensor? tallies, int entries, int tokens, bool wide, "
+      "int latents, Tensor(a!) product, Tensor(b!) joint) -> ()");
   m.def(
       "survey_pairs(Tensor[] products, Tensor[] joints, Tensor apart, Tensor inverse, float least, Tensor? edges) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
@@ -84,7 +89,8 @@ TORCH_LIBRARY_IMPL(transcoder_cpp, CPU, m) {
   m.impl("row_dots", row_dots);
   m.impl("prefix_errors", prefix_errors);
   m.impl("prefix_gradients", prefix_gradients);
-  m.impl("add_pairs", add_pairs);
+  m.impl("keep_entries", keep_entries);
+  m.impl("add_kept", add_kept);
   m.impl("survey_pairs", survey_pairs);
   m.impl("sketch_add", sketch_add);
   m.impl("similar_rows", similar_rows);

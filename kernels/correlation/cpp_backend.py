@@ -1,16 +1,16 @@
 """Backend `cpp` of the correlation statistics: the entries of a batch and the moments of each latent (csrc/count_ops.h), the
-pair update of the packed triangle and the walk over all its pairs (csrc/correlation_ops.h), the sketch's update and its search
-for pairs (csrc/sketch_ops.h); everything else is backend `torch`'s.
+pair update of the packed triangle (csrc/pair_ops.h), the walk over all its pairs (csrc/correlation_ops.h), the sketch's update
+and its search for pairs (csrc/sketch_ops.h); everything else is backend `torch`'s.
 
-A batch touches each line of the triangle's memory about once, at the price of a miss. Batches are therefore kept until a row
-of the triangle meets as many pairs as it has lines, and added row by row, each cell in the order of the tokens: the sums are
+A batch touches each line of the triangle's memory about once, at the price of a miss. Entries are therefore kept until a row
+of the triangle meets as many pairs as it has cells, and added row by row, each cell in the order of the tokens: the sums are
 those of adding each batch at once, bit for bit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,14 +21,16 @@ from transcoder.kernels.correlation.torch_backend import Entries
 from transcoder.kernels.counts_cpp import readable
 from transcoder.kernels.extension import usable
 
+if TYPE_CHECKING:
+    from transcoder.kernels.correlation.moments import Moments
+
 __all__ = ["Mined", "WaitingPairs", "add_moments", "firing_entries", "mine", "similar_rows", "sketch_add", "usable"]
 
-PAIRS_PER_WAITING_ENTRY = 16
-"""Entries may wait until there is one for so many pairs of the triangle: 24 bytes for 192, and about 32 more while they are
-added. At d_sae = 8192, k = 32 and 1024 tokens those are 64 batches; an update was measured at 10 ms alone, 7 by 8, 4 by 32 and
-3 by 64 (one core; encoder product: 110 ms)."""
-MOST_WAITING = 1 << 22
-"""And never more than these, 100 MB."""
+PAIRS_PER_WAITING_ENTRY = 8
+"""Entries may wait until there is one for so many pairs of the triangle: 8 bytes (of float64 codes 16) for 96, and 8 more while
+they are added. At d_sae = 8192, k = 32 and 1024 tokens those are 128 batches; measured (LOG.md)."""
+MOST_WAITING = 1 << 23
+"""And never more than these, 64 MiB."""
 
 
 def firing_entries(
@@ -51,39 +53,91 @@ def add_moments(entries: Entries, total: Tensor, square: Tensor, count: Tensor) 
     )
 
 
-class _Update(NamedTuple):
-    latent: Tensor
-    local: Tensor
-    value: Tensor
-    weighted: Tensor
-    tally: Tensor
-
-
 class WaitingPairs:
     """Entries whose pairs are still to be added to a packed triangle, oldest first."""
 
     def __init__(self, d_sae: int) -> None:
         self.d_sae = d_sae
         self.limit = min(d_sae * (d_sae - 1) // 2 // PAIRS_PER_WAITING_ENTRY, MOST_WAITING)
-        self._updates: list[_Update] = []
-        self._entries = 0
+        self._entries = self._tokens = 0
+        self._kind = (False, False, False)
+        """Of what waits: whether values are float64, and whether tokens have a weight, and a tally, of their own."""
+        self._partners, self._starts = torch.empty(0, dtype=torch.uint8), torch.zeros(1, dtype=torch.int32)
+        self._weights, self._tallies = torch.empty(0, dtype=torch.float64), torch.empty(0, dtype=torch.float64)
 
-    def add(self, entries: Entries) -> bool:
-        """Keep the entries of one batch, all of which fire. Returns whether it is time to settle."""
-        # Copies: the caller may write over his codes.
-        value = entries.value.clone()
-        weighted = value if entries.weighted is entries.value else entries.weighted
-        tally = entries.tally[:1] if entries.tally.stride(0) == 0 else entries.tally
-        self._updates.append(_Update(entries.latent.int(), entries.local, value, weighted, tally))
-        self._entries += entries.latent.numel()
+    def takes(self, codes: SparseCodes, weight: Tensor | None, tally: Tensor | None) -> bool:
+        """Whether these can wait beside what waits."""
+        return self._entries == 0 or self._kind == _kind(codes, weight, tally)
+
+    def add(self, codes: SparseCodes, weight: Tensor | None, tally: Tensor | None, moments: Moments) -> bool:
+        """Keep the entries that fire of codes that `takes`, and add them to the sums of their latents. Returns whether it is
+        time to settle.
+
+        Args:
+            weight, tally: [B] float64, as in `torch_backend.entries_of`.
+        """
+        wide, weighted, tallied = self._kind = _kind(codes, weight, tally)
+        entries, tokens = self._entries + codes.nnz, self._tokens + codes.shape[0]
+        # All of it at once: memory that nobody touched costs nothing, and comes in large pages.
+        size = 16 if wide else 8
+        self._partners = _with_room(
+            self._partners, self._entries * size, entries * size, (self.limit + codes.nnz) * size
+        )
+        self._starts = _with_room(self._starts, self._tokens + 1, tokens + 1)
+        if weighted:
+            self._weights = _with_room(self._weights, self._tokens, tokens)
+        if tallied:
+            self._tallies = _with_room(self._tallies, self._tokens, tokens)
+        self._entries, self._tokens = torch.ops.transcoder_cpp.keep_entries(
+            readable(codes),
+            codes.indices.contiguous(),
+            codes.row_ptr.contiguous(),
+            None if weight is None else weight.contiguous(),
+            None if tally is None else tally.contiguous(),
+            moments.total,
+            moments.square,
+            moments.count,
+            self._partners,
+            self._starts,
+            self._weights if weighted else None,
+            self._tallies if tallied else None,
+            self._entries,
+            self._tokens,
+        )
         return self._entries >= self.limit
 
     def settle(self, product: Tensor, joint: Tensor) -> None:
         """Add everything that waits to the triangle's sums, in place."""
-        if self._updates:
-            columns = ([part.contiguous() for part in column] for column in zip(*self._updates, strict=True))
-            torch.ops.transcoder_cpp.add_pairs(*columns, self.d_sae, product, joint)
-            self._updates, self._entries = [], 0
+        if self._entries:
+            wide, weighted, tallied = self._kind
+            weights, tallies = self._weights if weighted else None, self._tallies if tallied else None
+            torch.ops.transcoder_cpp.add_kept(
+                self._partners,
+                self._starts,
+                weights,
+                tallies,
+                self._entries,
+                self._tokens,
+                wide,
+                self.d_sae,
+                product,
+                joint,
+            )
+        self._entries = self._tokens = 0
+
+
+def _kind(codes: SparseCodes, weight: Tensor | None, tally: Tensor | None) -> tuple[bool, bool, bool]:
+    return codes.values.dtype == torch.float64, weight is not None, tally is not None
+
+
+def _with_room(kept: Tensor, used: int, needed: int, wanted: int = 0) -> Tensor:
+    """`kept`, or a longer one that begins with its first `used` numbers, with room for `needed`, and `wanted` or twice as many
+    as before."""
+    if kept.numel() >= needed:
+        return kept
+    longer = torch.empty(max(needed, wanted or 2 * kept.numel()), dtype=kept.dtype, device="cpu")
+    longer[:used] = kept[:used]
+    return longer
 
 
 class Mined(NamedTuple):

@@ -13,8 +13,9 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from transcoder.kernels.backend import active_backend
+from transcoder.kernels.codes import SparseCodes
 from transcoder.kernels.correlation.cpp_backend import WaitingPairs
+from transcoder.kernels.correlation.moments import Moments
 from transcoder.kernels.correlation.saved import check_fields, check_tensor, refuse
 from transcoder.kernels.correlation.torch_backend import Entries, add_at, pair_pages, pair_products
 
@@ -81,11 +82,15 @@ class PackedTriangle:
         if self._joint.dtype == torch.int32 and tokens > torch.iinfo(torch.int32).max:
             self.joint = self.joint.long()
 
+    def keep(self, codes: SparseCodes, weight: Tensor | None, tally: Tensor | None, moments: Moments) -> None:
+        """Backend `cpp`: add codes to the sums of their latents now, and their pairs to the triangle when it is worth it.
+        `weight` and `tally` [B] float64 as in `torch_backend.entries_of`."""
+        if not self._waiting.takes(codes, weight, tally):
+            self._settle()
+        if self._waiting.add(codes, weight, tally, moments):
+            self._settle()
+
     def add(self, entries: Entries, total: int | None) -> None:
-        if entries.fires is None and active_backend(self._product.device, "correlation") == "cpp":
-            if self._waiting.add(entries):
-                self._settle()
-            return
         base = entries.latent * (entries.latent - 1) >> 1
         for earlier, later in pair_pages(entries.local, total):
             # Latents ascend within a row, so the earlier entry is the smaller one.

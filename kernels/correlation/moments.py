@@ -44,13 +44,16 @@ class Moments:
         count = vector(d_sae, dtype=torch.float64 if decayed else torch.int64)
         return cls(vector(()), vector(()), vector(d_sae), vector(d_sae), count)  # type: ignore[arg-type]
 
-    def add(self, entries: Entries, tokens: int, weight: Tensor | None) -> None:
+    def add_tokens(self, tokens: int, weight: Tensor | None) -> None:
         if weight is None:
             self.weight += tokens
             self.weight_squared += tokens
         else:
             self.weight += weight.sum()
             self.weight_squared += weight.square().sum()
+
+    def add(self, entries: Entries, tokens: int, weight: Tensor | None) -> None:
+        self.add_tokens(tokens, weight)
         if entries.fires is None and active_backend(self.total.device, "correlation") == "cpp":
             cpp_backend.add_moments(entries, self.total, self.square, self.count)
             return

@@ -144,6 +144,12 @@ class FeatureCorrelation:
         if backend == "triton" and self.halflife is None:
             self._update_triton(codes, plain)
             return
+        if backend == "cpp" and self._exact is not None:
+            self._exact.keep(codes, weight, tally, self._moments)
+            # Only then: refused codes have changed nothing.
+            self._moments.add_tokens(batch, weight)
+            self._count_update(batch)
+            return
         count_dtype = torch.float64 if self.halflife is not None else torch.int64
         on_cpu = self.device.type == "cpu"  # where reading a size is free
         if backend == "cpp":

@@ -309,31 +309,105 @@ def test_pairs_that_wait_are_in_every_look_and_counts_may_widen_meanwhile() -> N
 
 @pytest.mark.skipif(CPP == "torch", reason="no compiler")
 def test_the_pair_update_refuses_what_would_leave_the_triangle() -> None:
-    def call(latent: list[int], local: list[int], room: int = 6, values: int | None = None, tally: int = 1) -> Tensor:
-        value = torch.ones(len(latent) if values is None else values, dtype=torch.float64)
+    """Entries that wait: (latent, value) in 8 bytes each; where each token's begin."""
+
+    def call(
+        latents: list[int], starts: list[int], *, room: int = 6, entries: int | None = None, tokens: int | None = None,
+        weights: int | None = None, tally: bool = False, wide: bool = False,
+    ) -> Tensor:  # fmt: skip
+        packed = torch.stack([torch.tensor(latents, dtype=torch.int32), torch.ones(len(latents)).view(torch.int32)], 1)
         product, joint = torch.zeros(room, dtype=torch.float64), torch.zeros(room, dtype=torch.int32)
-        torch.ops.transcoder_cpp.add_pairs(
-            [torch.tensor(latent, dtype=torch.int32)], [torch.tensor(local)], [value], [value], [torch.ones(tally)], 4,
-            product, joint,
+        torch.ops.transcoder_cpp.add_kept(
+            packed.view(torch.uint8).view(-1), torch.tensor(starts, dtype=torch.int32),
+            None if weights is None else torch.ones(weights, dtype=torch.float64),
+            torch.ones(9, dtype=torch.float64) if tally else None, len(latents) if entries is None else entries,
+            len(starts) - 1 if tokens is None else tokens, wide, 4, product, joint,
         )  # fmt: skip
+        assert torch.equal(product, joint.double())
         return joint
 
-    assert call([0, 1, 3, 2], [0, 1, 2, 0]).tolist() == [1, 0, 0, 1, 1, 0]
-    for wrong in (
-        {"latent": [0, 4], "local": [0, 1]},
-        {"latent": [-1, 2], "local": [0, 1]},
-        {"latent": [2, 1], "local": [0, 1]},
-        {"latent": [1, 1], "local": [0, 1]},
-        {"latent": [1, 2], "local": [1, 2]},
-        {"latent": [1, 2], "local": [0, 2]},
-        {"latent": [1, 2], "local": [0, -1]},
-        {"latent": [1, 2], "local": [0]},
-        {"latent": [1, 2], "local": [0, 1], "room": 5},
-        {"latent": [1, 2], "local": [0, 1], "values": 3},
-        {"latent": [1, 2, 3], "local": [0, 1, 2], "tally": 2},
-    ):
+    assert call([0, 1, 3, 2], [0, 3, 4]).tolist() == [1, 0, 0, 1, 1, 0]
+    wrong: list[tuple[list[int], list[int], dict]] = [
+        ([0, 4], [0, 2], {}),
+        ([-1, 2], [0, 2], {}),
+        ([2, 1], [0, 2], {}),
+        ([1, 1], [0, 2], {}),
+        ([1, 2], [1, 2], {}),
+        ([1, 2], [0, 1], {}),
+        ([1, 2], [0, 3, 2], {}),
+        ([1, 2], [0, 2], {"entries": 3}),
+        ([1, 2], [0, 2], {"tokens": 2}),
+        ([1, 2], [0, 2], {"tokens": -1}),
+        ([1, 2], [0, 2], {"room": 5}),
+        ([1, 2], [0, 2], {"wide": True}),
+        ([1, 2], [0, 1, 2], {"weights": 1}),
+    ]
+    for latents, starts, options in wrong:
         with pytest.raises(ValueError, match="expected"):
-            call(**wrong)  # type: ignore[arg-type]
+            call(latents, starts, **options)
+    with pytest.raises(TypeError, match="joint: expected integers"):
+        call([1, 2], [0, 2], tally=True)
+
+
+@pytest.mark.skipif(CPP == "torch", reason="no compiler")
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"partners": torch.empty(31, dtype=torch.uint8)},
+        {"starts": torch.zeros(2, dtype=torch.int32)},
+        {"total": torch.zeros(3, dtype=torch.float64)},
+        {"ids": torch.tensor([0, 4, 1, 2])},
+        {"ids": torch.tensor([2, 1, 1, 2])},
+        {"row_ptr": torch.tensor([0, 2, 5])},
+        {"token_weights": torch.ones(2, dtype=torch.float64)},
+        {"token_weights": torch.ones(2, dtype=torch.float64), "kept_weights": torch.empty(1, dtype=torch.float64)},
+        {"token_weights": torch.ones(3, dtype=torch.float64), "kept_weights": torch.empty(9, dtype=torch.float64)},
+        {"entries": 2**31},
+    ],
+)
+def test_entries_that_do_not_fit_are_not_kept(change: dict) -> None:
+    given = {
+        "values": torch.ones(4), "ids": torch.tensor([0, 1, 1, 2]), "row_ptr": torch.tensor([0, 2, 4]),
+        "token_weights": None, "token_tally": None, "total": torch.zeros(4, dtype=torch.float64),
+        "square": torch.zeros(4, dtype=torch.float64), "count": torch.zeros(4, dtype=torch.int64),
+        "partners": torch.empty(32, dtype=torch.uint8), "starts": torch.zeros(3, dtype=torch.int32), "kept_weights": None,
+        "kept_tally": None, "entries": 0, "tokens": 0,
+    }  # fmt: skip
+    assert torch.ops.transcoder_cpp.keep_entries(*given.values()) == (4, 2)
+    assert given["count"].tolist() == [1, 2, 1, 0]
+    with pytest.raises(ValueError, match="expected"):
+        torch.ops.transcoder_cpp.keep_entries(*{**given, **change}.values())
+    assert given["count"].tolist() == [1, 2, 1, 0]
+
+
+def test_codes_of_other_kinds_take_turns() -> None:
+    """What waits is of one kind: dtype, weights. The sums are those of backend torch to the bit."""
+    narrow, wide = batches(torch.float32), batches(torch.float64)
+    found = []
+    for name in (CPP, "torch"):
+        with use_backend(name):
+            statistics = FeatureCorrelation(90)
+            for n in range(9):
+                mask = None if n % 3 else torch.arange(40) % 3 / 7
+                statistics.update((narrow if n % 4 < 2 else wide)[n], mask)
+            pairs, moments = (statistics.state_dict()[part] for part in ("pairs", "moments"))
+        found.append([*(pairs[name] for name in sorted(pairs)), *(moments[name] for name in sorted(moments))])
+    assert_same(*found)
+
+
+@pytest.mark.skipif(CPP == "torch", reason="no compiler")
+def test_a_latent_may_fire_more_often_than_a_narrow_count_holds() -> None:
+    tokens = 70_000
+    z = torch.rand(tokens, 3, generator=torch.Generator().manual_seed(0)) + 0.1
+    both = []
+    for name in (CPP, "torch"):
+        with use_backend(name):
+            statistics = FeatureCorrelation(3)
+            statistics.update(SparseCodes.from_dense(z))
+            assert statistics._exact is not None
+            both.append([statistics._exact.product, statistics._exact.joint])
+    assert both[0][1].tolist() == [tokens] * 3
+    assert_same(*both)
 
 
 @pytest.mark.parametrize("halflife", [None, 300.0])
