@@ -150,6 +150,14 @@ def test_any_two_positions_can_be_drawn_together(tmp_path: Path) -> None:
     assert bool((together[other_bin] > 0).all())
 
 
+def test_sequences_draw_apart(tmp_path: Path) -> None:
+    # One special token each, drawn three times in twenty: all together or none would be one draw and not four hundred.
+    tokens = torch.full((400, 10), 5)
+    tokens[:, 0] = BOS
+    sample = sampler(SECTION, tmp_path).sample_positions(tokens, 0)
+    assert 30 < int(sample.keep[:, 0].sum()) < 100
+
+
 def test_the_draw_is_a_function_of_seed_and_step(tmp_path: Path) -> None:
     tokens = tokens_with_specials(seed=5)
     first, second = sampler(SECTION, tmp_path), sampler(SECTION, tmp_path)

@@ -345,6 +345,22 @@ def test_micro_batches_draw_apart_and_are_counted_once(tmp_path: Path) -> None:
     assert kept == [2 * d_sae, 2 * d_sae + late]
 
 
+def test_replicas_draw_apart(tmp_path: Path) -> None:
+    section = replace(SECTION, position_bins=1, stratified_per_latent=1, min_per_bin=0, context_tokens=1)
+    nothing, places = torch.zeros(8, 1), torch.arange(8)
+    drawn = []
+    for rank in (0, 1):
+        part = collector(tmp_path, section, 300)
+        part._rank = rank  # what a process of that rank has
+        part.collect(
+            SparseCodes.from_dense(torch.ones(8, 300)), ActivationBatch(nothing, nothing, places + 1, places), 1
+        )
+        assert part._stores is not None
+        drawn.append(part._stores[1].token[::2, 0])
+    # Equal keys would draw the same of eight tokens for every latent; apart they agree on an eighth.
+    assert float((drawn[0] == drawn[1]).double().mean()) < 0.25
+
+
 def tree_bytes(tree: object) -> int:
     """Bytes of a state: tensors as they are, everything else as text."""
     if isinstance(tree, Tensor):
