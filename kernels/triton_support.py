@@ -18,7 +18,27 @@ R = TypeVar("R")
 @functools.cache
 def interpreted() -> bool:
     """Whether Triton's interpreter runs the kernels (TRITON_INTERPRET=1, set before triton is first imported)."""
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+    asked = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+    if asked and installed():
+        _mend_interpreter()
+    return asked
+
+
+def _mend_interpreter() -> None:
+    """Triton 3.6 (torch 2.11's) interprets a loop's bound as an array of one element, which NumPy no longer takes for a number
+    from 2.4 on. Later versions do what this does."""
+    import triton
+    from triton.runtime import interpreter
+
+    if not triton.__version__.startswith("3.6."):
+        return
+    patch = interpreter._patch_lang_tensor
+
+    def with_an_index(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = with_an_index
 
 
 @functools.cache

@@ -4,7 +4,6 @@ runs itself again in a process of its own (`interpreted_again`)."""
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 from collections.abc import Callable, Iterator
@@ -15,8 +14,9 @@ import pytest
 import torch
 
 from transcoder.kernels import active_backend, backend, extension
+from transcoder.kernels.triton_support import interpreted
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = interpreted()
 
 
 def pytest_configure(config: pytest.Config) -> None:
