@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -46,7 +47,9 @@ def small() -> Transcoder:
 
 def run(code: str, *words: str, hub: str, cache: Path) -> str:
     settings = {"HF_ENDPOINT": hub, "HF_HOME": str(cache), "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_OFFLINE": "0"}
-    environment = {**os.environ, **settings, "OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+    settings |= {"HF_HUB_DISABLE_XET": "1"}
+    local = "127.0.0.1,localhost"
+    environment = {**os.environ, **settings, "OMP_NUM_THREADS": "1", "NO_PROXY": local, "no_proxy": local}
     # The endpoint is read when huggingface_hub is first imported, so a process of its own.
     done = subprocess.run(
         [sys.executable, "-c", code, *words], capture_output=True, text=True, env=environment, cwd=cache, timeout=240
@@ -66,6 +69,9 @@ def test_what_was_pushed_is_fetched_bit_for_bit(tmp_path: Path) -> None:
         assert set(files) == {"transcoder.safetensors", "config.json", "hooks.json", "README.md"}
         assert address.endswith(hub.commit("some-org/some-name"))
         assert hub.private["some-org/some-name"]
+        # huggingface.co takes weights of any size as large files.
+        weights = hashlib.sha256(files["transcoder.safetensors"]).hexdigest()
+        assert (set(hub.stored), hub.verified) == ({weights}, {weights})
         assert "Bearer hf_secret" in hub.tokens
         # The cache is empty of it: the fetch reads the server, by name and by commit.
         run(FETCH, str(tmp_path / "fetched.pt"), hub.commit("some-org/some-name"), hub=hub.address, cache=cache)
