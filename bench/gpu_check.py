@@ -1,59 +1,92 @@
 """One command for a machine with a GPU: every op natively against its reference, then the benchmarks, one JSON.
 
-    python -m bench.gpu_check [--out FILE] [--quick] [--seed N]
+    python -m bench.gpu_check [--only checks,verdicts,checker,benchmarks] [--minutes 9] [--out FILE] [--quick] [--seed N]
 
-1. Each op, each backend that this device has, each dtype, fresh inputs (the seed is printed and recorded), forward and
-   gradients against the float64 reference, and twice for bitwise equality.
-2. Whole training steps, each backend: compiled in one graph they are the eager step bit for bit; on a GPU they run without
-   one wait for it, and captured in a CUDA graph and replayed on new batches they are again the eager step bit for bit.
-3. The memory and race checker (`compute-sanitizer`, where it is installed) over the same checks on small shapes.
-4. `pytest bench/`, its figures taken into the JSON.
+checks      Each op, each backend that this device has, each dtype, fresh inputs (the seed is printed and recorded), forward and
+            gradients against the float64 reference, and twice for bitwise equality. Then whole training steps: compiled in one
+            graph they are the eager step bit for bit; on a GPU they run without one wait for it, and captured in a CUDA graph
+            and replayed on new batches they are again the eager step bit for bit.
+verdicts    What `auto` will run on this GPU (`transcoder.kernels.native_proof`).
+checker     The memory and race checker (`compute-sanitizer`, where it is installed) over the Triton checks on small shapes.
+benchmarks  `pytest bench/`, its rows taken into the JSON; after green checks, or where they alone are asked for.
 
-Writes bench/results/<device>.json. Exit status 1 if any check failed; benchmarks run only after green checks. Without a GPU
-it does the same on the CPU (no checker), so that the command itself stays tested.
+Every part is a process of its own with a time limit, several at a time on a GPU: most of their time is the compiler's. A crash
+or a hang costs its own part, and what was seen before it is kept. The JSON (bench/results/native/<device>.json) is written
+after every part, so that a machine that is taken away leaves what it had; stages that `--only` leaves out stay in it where code
+and versions are the same. Exit status 1 if any check failed or did not end. Without a GPU it does the same on the CPU (no
+verdicts, no checker), so that the command itself stays tested.
+
+On a bare machine with PyTorch: `pip install --no-deps --no-build-isolation -e .` first; nothing is downloaded.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
-import platform
-import re
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bench import machine
 from transcoder.config import TrainingSection
 from transcoder.kernels.backend import NAMES, has_backend
-from transcoder.kernels.conformance import SHAPES, SMALL, Mismatch, op_checks, outcome, same_bits
+from transcoder.kernels.conformance import FAMILIES, SHAPES, SMALL, Mismatch, op_checks, outcome, same_bits
+from transcoder.kernels.native_proof import proof
 from transcoder.model import Transcoder, TranscoderConfig
 from transcoder.training.optimizer import make_optimizer, optimizer_step
 
 ROOT = Path(__file__).resolve().parent.parent
+STAGES = ("checks", "verdicts", "checker", "benchmarks")
+LIMITS = {"checks": 240.0, "verdicts": 120.0, "checker": 120.0}
+"""Seconds of a part at most, and never more than what is left of `--minutes`: one hang must not cost the whole loan of a
+machine. Guesses, no GPU has run this yet; the benchmarks take the rest."""
+GRACE = 20.0
+"""Seconds that a stopped process is given to write what it has; then it is left behind."""
+
+
+def parts(device: torch.device) -> list[str]:
+    """What is checked in a process of its own: on a GPU each family of the kernels that were written for it."""
+    if device.type == "cuda":
+        triton = [f"triton {what}" for what in (*FAMILIES, "steps")] if has_backend("triton", "encode") else []
+        return [*triton, "torch ops", "torch steps"]
+    return [n for n in NAMES[1:] if all(has_backend(n, family) for family in ("encode", "decode"))]
+
+
+def part_checks(
+    part: str, device: torch.device, shapes: list[tuple[int, int, int, int]], seed: int
+) -> Iterator[tuple[str, str | None]]:
+    """(name, None or what went wrong) of each check of a part."""
+    backend, _, what = part.partition(" ")
+    if what != "steps":
+        yield from op_checks(backend, device, shapes, seed, (what,) if what in FAMILIES else FAMILIES)
+    if what in ("steps", ""):
+        for activation, (name, check) in itertools.product(("topk", "batch_topk"), step_checks(device).items()):
+            yield (
+                f"{name} {backend} {activation}",
+                outcome(backend, lambda c=check, a=activation: c(device, a, seed)),
+            )
 
 
 def checks(
-    device: torch.device, shapes: list[tuple[int, int, int, int]], seed: int, steps: bool = True
+    device: torch.device, shapes: list[tuple[int, int, int, int]], seed: int
 ) -> Iterator[tuple[str, str | None]]:
-    """(name, None or what went wrong) of each check."""
-    backends = [n for n in NAMES[1:] if all(has_backend(n, family) for family in ("encode", "decode"))]
-    if device.type == "cuda":
-        backends = [n for n in backends if n != "cpp"]
-    for backend in backends:
-        yield from op_checks(backend, device, shapes, seed)
-    for backend, activation in itertools.product(backends, ("topk", "batch_topk") if steps else ()):
-        for part, check_step in step_checks(device).items():
-            name = f"{part} {backend} {activation}"
-            yield name, outcome(backend, lambda c=check_step, a=activation: c(device, a, seed))
+    """All parts, in this process."""
+    for part in parts(device):
+        yield from part_checks(part, device, shapes, seed)
 
 
 Step = Callable[[Tensor, Tensor], Tensor]
@@ -155,78 +188,196 @@ def check_capture(device: torch.device, activation: Any, seed: int) -> None:
         same_state("replayed step", model, eager)
 
 
-def sanitizer(seed: int) -> dict[str, Any]:
-    """compute-sanitizer over the checks on small shapes, one entry a tool."""
-    program = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
-    if program is None:
-        return {"skipped": "compute-sanitizer is not installed"}
-    found = {}
-    for tool in ("memcheck", "racecheck"):
-        command = [program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "bench.gpu_check"]
-        run = subprocess.run(
-            [*command, "--checks-only", "--quick", "--ops-only", "--seed", str(seed)],
+def tell(part: str, device: torch.device, shapes: list[tuple[int, int, int, int]], seed: int) -> None:
+    """The process of one part: a JSON object a line as each check ends."""
+    start = time.monotonic()
+    for name, problem in part_checks(part, device, shapes, seed):
+        seconds, start = time.monotonic() - start, time.monotonic()
+        print(json.dumps({"check": name, "problem": problem, "seconds": round(seconds, 2)}), flush=True)
+        if problem is not None and "CUDA error" in problem:
+            break  # nothing after it can be believed
+    print(json.dumps({"ended": True}), flush=True)
+
+
+def ended(process: subprocess.Popen[Any], limit: float, ask: int | None = None) -> bool:
+    """Wait for it. At its limit the process, with all that it started, is asked by a signal, then killed, then left behind."""
+    for number, seconds in ((ask, limit), (signal.SIGKILL, GRACE), (None, GRACE)):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(seconds)
+            return seconds is limit
+        if number is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
+    return False
+
+
+def run_part(words: list[str], limit: float, **environment: str) -> dict[str, Any]:
+    """A process that `tell`s: what passed, what failed, the slowest three, and how it ended where that was not well."""
+    start = time.monotonic()
+    with tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(
+            words,
             cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=300,
+            stdin=subprocess.DEVNULL,
+            stdout=said,
+            stderr=errors,
+            env={**os.environ, **environment},
+            start_new_session=True,
         )
-        found[tool] = {"exit": run.returncode, "tail": run.stdout[-1000:]}
-    return found
+        in_time = ended(process, limit)
+        lines, log = (file.seek(0) or file.read().splitlines() for file in (said, errors))
+    found: list[dict[str, Any]] = []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    done = [f for f in found if "check" in f]
+    result: dict[str, Any] = {
+        "passed": sum(f["problem"] is None for f in done),
+        "failed": {f["check"]: f["problem"] for f in done if f["problem"] is not None},
+        "seconds": round(time.monotonic() - start, 1),
+        "slowest": {f["check"]: f["seconds"] for f in sorted(done, key=lambda f: -f["seconds"])[:3]},
+        "exit": process.returncode,
+    }
+    if not (found and "ended" in found[-1]):
+        how = f"exit {process.returncode}" if in_time else f"stopped after {limit:.0f} s"
+        result["unfinished"] = f"{how}, after {done[-1]['check'] if done else 'its start'}"
+        result["log"] = "\n".join([*log, *lines])[-2000:]
+    return result
 
 
-def benchmarks() -> list[dict[str, Any]]:
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "bench.json"
-        command = [sys.executable, "-m", "pytest", "bench", "-q", f"--benchmark-json={file}", "-p", "no:cacheprovider"]
-        run = subprocess.run(command, cwd=ROOT, text=True)
-        if not file.is_file():
-            raise RuntimeError(f"pytest bench/ ended with {run.returncode} and wrote no figures")
-        rows = json.loads(file.read_text())["benchmarks"]
-    keep = ("min", "median", "max", "stddev", "rounds")
-    return [{"name": r["name"], **{k: r["stats"][k] for k in keep}, **r["extra_info"]} for r in rows]
+def green(results: dict[str, Any]) -> bool:
+    """Whether every part of a stage ended and nothing failed."""
+    return "skipped" in results or all(
+        not r["failed"] and "unfinished" not in r and r["exit"] == 0 for r in results.values()
+    )
+
+
+class Check:
+    """One run of the command: what it found so far, and until when it may go on."""
+
+    def __init__(self, device: torch.device, args: argparse.Namespace) -> None:
+        self.device, self.args = device, args
+        self.deadline = time.monotonic() + 60 * args.minutes
+        self.out = args.out or ROOT / "bench" / "results" / "native" / f"{machine.slug()}.json"
+        about = {"device": machine.describe(), "versions": machine.versions(), "commit": machine.commit()}
+        before: dict[str, Any] = {}
+        with contextlib.suppress(OSError, ValueError):
+            before = json.loads(self.out.read_text(encoding="utf-8"))
+        same = all(before.get(key) == value for key, value in about.items())
+        kept = {s: before[s] for s in STAGES if same and s in before and s not in args.only}
+        self.found: dict[str, Any] = {**about, "seed": args.seed, **kept}
+
+    def limit(self, stage: str) -> float:
+        """Seconds that a part of this stage has."""
+        return max(1.0, min(LIMITS.get(stage, 1e9), self.deadline - time.monotonic()))
+
+    def note(self, stage: str, name: str | None, result: Any) -> None:
+        """Keep a result; on disk at once."""
+        if name is None:
+            self.found[stage] = result
+        else:
+            self.found.setdefault(stage, {})[name] = result
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.out.with_name(self.out.name + ".partial")
+        partial.write_text(json.dumps(self.found, indent=1) + "\n", encoding="utf-8")
+        partial.replace(self.out)
+
+    def run(self, stage: str, commands: dict[str, list[str]], **environment: str) -> None:
+        """Parts side by side; each is told and kept as it ends."""
+        side_by_side = max(1, min(8, (os.cpu_count() or 1) // 2)) if self.device.type == "cuda" else 1
+        with ThreadPoolExecutor(side_by_side) as pool:
+            running = {
+                pool.submit(lambda w=words: run_part(w, self.limit(stage), **environment)): name
+                for name, words in commands.items()
+            }
+            for future in as_completed(running):
+                name, result = running[future], future.result()
+                for check, problem in result["failed"].items():
+                    print(f"FAILED {check}: {problem}")
+                count = result["passed"] + len(result["failed"])
+                how = result.get("unfinished", "done")
+                print(
+                    f"{stage} {name}: {result['passed']} of {count} passed, {result['seconds']} s, {how}",
+                    flush=True,
+                )
+                self.note(stage, name, result)
+
+    def words(self, part: str, *prefix: str, small: bool = False) -> list[str]:
+        command = [*prefix, sys.executable, "-m", "bench.gpu_check", "--part", part, "--seed", str(self.args.seed)]
+        return [*command, *(["--quick"] if small or self.args.quick else [])]
+
+    def checks(self) -> None:
+        self.run("checks", {part: self.words(part) for part in parts(self.device)})
+
+    def verdicts(self) -> None:
+        """Each family's, side by side; the checks have filled Triton's cache on disk."""
+        if self.device.type != "cuda":
+            return self.note("verdicts", None, {"skipped": "no GPU"})
+        device = torch.device("cuda", torch.cuda.current_device())
+        with ThreadPoolExecutor(len(FAMILIES)) as pool:
+            limit = self.limit("verdicts")
+            for family, verdict in zip(FAMILIES, pool.map(lambda f: proof(f, device, limit), FAMILIES), strict=True):
+                print(f"verdict {verdict}", flush=True)
+                self.note("verdicts", family, asdict(verdict))
+        return None
+
+    def checker(self) -> None:
+        program = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+        if self.device.type != "cuda" or program is None:
+            why = "no GPU" if self.device.type != "cuda" else "compute-sanitizer is not installed"
+            return self.note("checker", None, {"skipped": why})
+        commands = {
+            f"{tool} triton {family}": self.words(
+                f"triton {family}", program, "--tool", tool, "--error-exitcode", "9", small=True
+            )
+            for tool, family in itertools.product(("memcheck", "racecheck"), FAMILIES)
+        }
+        # One allocation a tensor: inside the caching allocator's blocks no access is out of bounds.
+        return self.run("checker", commands, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+
+    def benchmarks(self) -> None:
+        bad = [s for s in ("checks", "checker") if not green(self.found.get(s, {}))]
+        if bad and len(self.args.only) > 1:
+            why = f"not after {' and '.join(bad)} that failed; --only benchmarks runs them all the same"
+            return self.note("benchmarks", None, {"skipped": why})
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "rows.json"
+            words = [sys.executable, "-m", "pytest", "bench", "-q", f"--bench-json={file}", "-p", "no:cacheprovider"]
+            process = subprocess.Popen(words, cwd=ROOT, stdin=subprocess.DEVNULL, start_new_session=True)
+            # Interrupted, pytest still writes the rows that it has.
+            in_time = ended(process, self.limit("benchmarks"), signal.SIGINT)
+            rows = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        how = f"exit {process.returncode}" if in_time else "stopped at the time limit"
+        return self.note("benchmarks", None, {"ended": how, **rows})
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.gpu_check", description=__doc__.splitlines()[0] if __doc__ else None
+        prog="python -m bench.gpu_check",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--out", type=Path, help="JSON file (default bench/results/<device>.json)")
+    parser.add_argument("--only", type=lambda words: words.split(","), default=STAGES, help="stages, commas between")
+    parser.add_argument("--minutes", type=float, default=9.0, help="what has not ended by then is stopped")
+    parser.add_argument("--out", type=Path, help="JSON file (default bench/results/native/<device>.json)")
     parser.add_argument("--quick", action="store_true", help="small shapes only")
-    parser.add_argument("--checks-only", action="store_true", help="no checker, no benchmarks, no file")
-    parser.add_argument(
-        "--ops-only", action="store_true", help="no whole steps (they compile, which a checker slows down)"
-    )
     parser.add_argument("--seed", type=int, default=time.time_ns() % 2**31)
+    parser.add_argument("--part", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if not set(args.only) <= set(STAGES):
+        parser.error(f"--only: expected of {', '.join(STAGES)}, got {', '.join(args.only)}")
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
-    title = torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU {torch.get_num_threads()} threads"
-    print(f"{title}, torch {torch.__version__}, seed {args.seed}")
-    failures, count = {}, 0
-    for name, problem in checks(device, SMALL if args.quick or not cuda else SHAPES, args.seed, not args.ops_only):
-        count += 1
-        if problem is not None:
-            failures[name] = problem
-            print(f"FAILED {name}: {problem}")
-    print(f"{count - len(failures)} of {count} checks passed")
-    if args.checks_only:
-        return bool(failures)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    result = {
-        "device": title,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": commit.stdout.strip() or None,
-        "seed": args.seed,
-        "checks": {"passed": count - len(failures), "failed": failures},
-        "sanitizer": sanitizer(args.seed) if cuda else {"skipped": "no GPU"},
-        "benchmarks": [] if failures else benchmarks(),
-    }
-    out = args.out or ROOT / "bench" / "results" / f"{re.sub('[^a-z0-9]+', '-', title.lower()).strip('-')}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(f"written: {out}")
-    return bool(failures)
+    if args.part is not None:
+        tell(args.part, device, SMALL if args.quick or not cuda else SHAPES, args.seed)
+        return 0
+    print(f"{machine.name()}, {machine.versions()}, seed {args.seed}", flush=True)
+    check = Check(device, args)
+    for stage in STAGES:
+        if stage in args.only:
+            getattr(check, stage)()
+    print(f"written: {check.out}")
+    return int(not all(green(check.found.get(stage, {})) for stage in ("checks", "checker")))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
+import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -77,3 +82,68 @@ def test_a_compiled_step_that_differs_is_seen(gpu_check: ModuleType, monkeypatch
     monkeypatch.setattr(torch_backend, "gradients", other_the_second_time)
     check = lambda: gpu_check.check_compiled(torch.device("cpu"), "topk", 0)  # noqa: E731
     assert "compiled gradients: result 1 differs" in gpu_check.outcome("torch", check)
+
+
+def program(*checks: str, then: str = "") -> list[str]:
+    """A part that says its checks, then does something else."""
+    lines = [json.dumps({"check": name, "problem": None, "seconds": 0.1}) for name in checks]
+    return [sys.executable, "-c", "\n".join([*(f"print({line!r}, flush=True)" for line in lines), then])]
+
+
+ENDED = """print('{"ended": true}')"""
+
+
+@pytest.mark.parametrize(
+    ("then", "how"),
+    [
+        ("import time; time.sleep(60)", "stopped after 3 s, after second"),
+        ("import os; os.abort()", "exit -6, after second"),
+        ("", "exit 0, after second"),
+        (ENDED, None),
+    ],
+    ids=["hangs", "crashes", "leaves", "ends"],
+)
+def test_a_part_keeps_what_it_said_and_how_it_ended(gpu_check: ModuleType, then: str, how: str | None) -> None:
+    found = gpu_check.run_part(program("first", "second", then=then), 3.0 if how and "stopped" in how else 60.0)
+    assert (found["passed"], found["failed"], found.get("unfinished")) == (2, {}, how)
+    assert gpu_check.green({"part": found}) == (how is None)
+
+
+def test_a_process_that_is_asked_to_end_may_write_first(gpu_check: ModuleType, tmp_path: Path) -> None:
+    words = "import time, sys\nprint('.', flush=True)\ntry: time.sleep(60)\nexcept KeyboardInterrupt: open(sys.argv[1], 'w')"
+    process = subprocess.Popen(
+        [sys.executable, "-c", words, str(tmp_path / "rows")], stdout=subprocess.PIPE, start_new_session=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.read(1) == b"."
+    assert not gpu_check.ended(process, 0.5, signal.SIGINT)
+    assert (tmp_path / "rows").exists()
+
+
+def test_each_part_is_on_the_disk_before_the_next_has_ended(gpu_check: ModuleType, tmp_path: Path) -> None:
+    out = tmp_path / "check.json"
+    looks = f"""
+import pathlib, time
+file = pathlib.Path({str(out)!r})
+while not (file.exists() and '"first"' in file.read_text()):
+    time.sleep(0.05)
+{ENDED}
+"""
+    arguments = argparse.Namespace(minutes=1.0, out=out, seed=0, only=["checks"], quick=True)
+    check = gpu_check.Check(torch.device("cpu"), arguments)
+    check.run("checks", {"first": program("one", then=ENDED), "second": program("two", then=looks)})
+    assert gpu_check.green(check.found["checks"])
+    # Another stage keeps them: the code and the versions are the same.
+    arguments.only = ["checker"]
+    later = gpu_check.Check(torch.device("cpu"), arguments)
+    later.checker()
+    kept = json.loads(out.read_text())
+    assert set(kept["checks"]) == {"first", "second"}
+    assert kept["checker"] == {"skipped": "no GPU"}
+
+
+def test_a_part_tells_each_check(gpu_check: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    gpu_check.tell("torch decode", torch.device("cpu"), gpu_check.SMALL[:1], 0)
+    *checks, last = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [c["check"].split()[:2] for c in checks] == [["decode", "torch"]] * 3
+    assert last == {"ended": True}
