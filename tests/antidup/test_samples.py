@@ -19,7 +19,7 @@ from transcoder.antidup import ActivationSampleCollector, UsageLedger
 from transcoder.antidup.ledger import REQUIRED_EFFECTS
 from transcoder.antidup.sample_store import Samples, best_entries, merged, without_overlap
 from transcoder.config import SamplesSection
-from transcoder.kernels import SparseCodes
+from transcoder.kernels import SparseCodes, use_backend
 
 pq = pytest.importorskip("pyarrow.parquet")
 
@@ -343,6 +343,27 @@ def test_micro_batches_draw_apart_and_are_counted_once(tmp_path: Path) -> None:
     assert 100 < late < 200
     assert not bool((top.token > 100).any())
     assert kept == [2 * d_sae, 2 * d_sae + late]
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_a_forgotten_latent_has_the_samples_of_its_new_life_alone(backend: str, tmp_path: Path) -> None:
+    text = Text(20, 5)
+    with use_backend(backend):
+        part = collected(tmp_path / "old", text)
+        part.forget(torch.tensor([3]))
+        part.save(1, words)
+        before = rows_of(tmp_path / "old")
+        assert {row["latent"] for row in before} == set(part.latents.tolist()) - {3}
+        for codes, batch in text.batches(100):
+            part.collect(codes.with_values(codes.values / 2), batch, 99)
+        part.save(2, words)
+        fresh = collector(tmp_path / "fresh")
+        for codes, batch in text.batches(100):
+            fresh.collect(codes.with_values(codes.values / 2), batch, 99)
+        fresh.save(2, words)
+    mine, theirs = ([r for r in rows_of(tmp_path / name) if r["latent"] == 3] for name in ("old", "fresh"))
+    assert mine
+    assert mine == theirs
 
 
 def test_replicas_draw_apart(tmp_path: Path) -> None:

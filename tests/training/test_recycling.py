@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import Tensor
@@ -158,7 +159,6 @@ def recycling(**settings: Any) -> RunConfig:
             "training.lr": 3e-3,
             "training.evaluation_tokens": 4 * BATCH,
             "antidup.positions.enabled": False,
-            "antidup.samples.enabled": False,
             "antidup.regularizer.enabled": False,
             "antidup.monitor.block_tokens": 20 * BATCH,
             "antidup.monitor.correlation_save_frequency": 25,
@@ -185,6 +185,11 @@ def test_a_run_recycles_and_resumes_exactly(tmp_path: Path) -> None:
     totals = [line["duplicates/recycled"] for line in figures if "duplicates/recycled" in line]
     assert totals[-1] == len(recycled)
     assert all(abs(line["round_fvu_after"] / line["round_fvu_before"] - 1) < 0.2 for line in recycled)
+    samples = pq.read_table(tmp_path / "whole" / "activation_samples" / "samples.parquet").to_pylist()
+    began = {line["dropped"]: line["step"] for line in recycled}
+    of_freed = [(began[row["latent"]], row["step"]) for row in samples if row["latent"] in began]
+    assert of_freed
+    assert all(step >= begin for begin, step in of_freed)  # none of what the latent was before
     # The same run, lost after its checkpoint of step 400.
     cut = tmp_path / "cut"
     train_transcoder(recycling(), cut, batches=Stream())

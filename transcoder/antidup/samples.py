@@ -15,7 +15,7 @@ from transcoder.activations.batch import ActivationBatch
 from transcoder.antidup.ledger import UsageLedger
 from transcoder.antidup.replicas import Replicas
 from transcoder.antidup.sample_file import write_samples
-from transcoder.antidup.sample_store import Samples, best_entries, merged, without_overlap
+from transcoder.antidup.sample_store import EMPTY, Samples, best_entries, merged, without_overlap
 from transcoder.antidup.special_tokens import SpecialTokens
 from transcoder.config import SamplesSection
 from transcoder.kernels import SparseCodes, counts_cpp
@@ -153,6 +153,15 @@ class ActivationSampleCollector:
         self._stores = (top, spread)
         self._ledger.record_call(_NAME)
         self._ledger.record_effect(_NAME, samples_kept=new_top + new_spread)
+
+    def forget(self, latents: Tensor) -> None:
+        """These latents [n] int64 have become others (recycled ones): the samples of what they were are dropped."""
+        if self._stores is None:
+            return
+        slot = self._slot[latents]
+        slot = slot[slot < self.latents.numel()]
+        for store in self._stores:
+            store.score.view(self.latents.numel(), -1).index_fill_(0, slot, EMPTY)
 
     @property
     def opened(self) -> bool:

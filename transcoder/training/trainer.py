@@ -581,6 +581,10 @@ class _Run:
             if self.recycler is not None and self.recycler.due(step):
                 recycler = self.recycler
                 lines = recycler.act(step, self.transcoder, self.optimizer, monitor, self._heldout_fvu)
+                if self.samples is not None:
+                    self.samples.forget(
+                        torch.tensor([int(line["dropped"]) for line in lines], device=self.device).long()
+                    )
                 self._write("recycled.jsonl", lambda: recycler.log(step, lines))
         if self.regularizer is not None:
             regularizer = self.regularizer
