@@ -128,6 +128,48 @@ def test_a_latent_of_a_narrow_prefix_is_never_the_one_that_goes() -> None:
     assert kept["[4, 8]"][1] == kept["[8]"][1]  # of one prefix, nothing changes
 
 
+@pytest.mark.parametrize(("i", "j"), [(3, 4), (4, 3), (0, 7), (7, 0)])
+def test_the_first_latent_of_a_wider_prefix_is_of_the_wider_one(i: int, j: int) -> None:
+    # Wherever the narrow one fires the wide one does, and elsewhere too; prefixes are [0, 4) and [4, 8), pairs in any order.
+    narrow, wide = min(i, j), max(i, j)
+    z, W = dense_codes(400, 8, 10), torch.randn(8, 5, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    W = torch.nn.functional.normalize(W, dim=1)
+    z[:, wide] = torch.where(z[:, narrow] > 0, 1.2 * z[:, narrow], z[:, wide])
+    noise = 0.01 * torch.randn(400, 5, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    for widths, expected in ((None, wide), ([4, 8], narrow)):
+        test = MergeTest(torch.tensor([i]), torch.tensor([j]), W, widths)
+        test.update(SparseCodes.from_dense(z), noise, z @ W)
+        assert int(test.result().kept) == expected
+
+
+@pytest.mark.parametrize(("i", "j"), [(1, 2), (2, 1)])
+def test_of_equal_latents_the_lower_is_kept(i: int, j: int) -> None:
+    z, W = dense_codes(40, 4, 5), torch.eye(4, dtype=torch.float64)
+    z[:, 2] = z[:, 1]
+    W[2] = W[1]
+    assert int(streamed(z, W, z @ W, [i], [j], batch=40).kept) == 1
+
+
+def test_no_fold_turns_a_row_around() -> None:
+    # Whatever the residual would like: the kept latent's row becomes W[kept] + a W[dropped] with a >= 0.
+    z, W = dense_codes(60, 2, 6), torch.eye(2, 3, dtype=torch.float64)
+    z[:, 1] *= z[:, 0] == 0
+    y = z @ W - z[:, :1] * W[1]
+    found = streamed(z, W, y, [0], [1])
+    assert int(found.dropped) == 1
+    assert float(found.scale) == 0
+    assert float(found.fvu_change) == pytest.approx(fold_by_hand(z, W, y, 0, 1, 0.0), rel=1e-9)
+
+
+@pytest.mark.parametrize(("firings", "known"), [(module.MIN_FIRINGS - 1, False), (module.MIN_FIRINGS, True)])
+def test_a_verdict_needs_so_many_firings(firings: int, known: bool) -> None:
+    z, W = torch.ones(40, 2, dtype=torch.float64), torch.eye(2, dtype=torch.float64)
+    z[firings:, 1] = 0
+    found = streamed(z, W, z @ W, [0], [1])
+    assert int(found.dropped) == 1
+    assert bool(found.known) == known
+
+
 @pytest.mark.parametrize("level", [0.0, 3.0])
 def test_constant_targets_give_finite_costs(level: float) -> None:
     z, W = dense_codes(60, 4, 11), torch.randn(4, 3, generator=torch.Generator().manual_seed(12), dtype=torch.float64)
