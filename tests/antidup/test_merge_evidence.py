@@ -77,13 +77,52 @@ def test_both_ways_of_measuring_are_one(weighted: bool, monkeypatch: pytest.Monk
     if w is not None:
         w[::5] = 0
     sums, fired = evidence._measure_firings(codes, residual, W, w)
-    every, all_fired = evidence._measure_all(codes, residual, W, w)
-    torch.testing.assert_close(sums, every, rtol=1e-4, atol=1e-4)
+    monkeypatch.setattr("transcoder.antidup.merge_evidence.MOST_FIRINGS", 5000)
+    every, all_fired, looked_at = evidence._measure_some(codes, residual, W, w)
+    assert bool(looked_at.all())
+    torch.testing.assert_close(sums, every, rtol=1e-12, atol=1e-12)
     assert torch.equal(fired, all_fired)
     assert int(fired[1, 3]) == 0
     assert int(fired.sum()) > 500
     silent = codes.with_values(torch.zeros_like(values))
     assert not bool(torch.cat(evidence._measure_firings(silent, residual, W, w)).any())
+    assert not bool(torch.cat(evidence._measure_some(silent, residual, W, w)[:2]).any())
+
+
+@pytest.mark.parametrize("room", [0, 1, 300, 301, 302, 303])
+def test_a_batch_of_too_many_firings_says_what_its_first_tokens_say(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As much as fits, whole tokens only; the target is that of the same tokens."""
+    monkeypatch.setattr("transcoder.antidup.merge_evidence.MOST_FIRINGS", room)
+    codes, residual, _, W = world(5)
+    evidence = MergeEvidence(D_SAE, CPU)
+    asked(evidence)
+    residual[-1] = torch.nan
+    sums, fired, looked_at = evidence._measure_some(codes, residual, W, None)
+    told = int(looked_at.sum())
+    assert bool(looked_at[:told].all())
+    assert told < TOKENS
+    followed = torch.isin(codes.indices, torch.cat([LEFT, RIGHT])) & (codes.values > 0)
+    assert int(fired.sum()) == int(followed[: codes.row_ptr[told]].sum()) <= room
+    assert int(followed[: codes.row_ptr[told + 1]].sum()) > room
+    wanted, all_fired = evidence._measure_firings(
+        SparseCodes.from_dense(codes.to_dense()[:told]), residual[:told], W, None
+    )
+    torch.testing.assert_close(sums, wanted, rtol=1e-12, atol=1e-12)
+    assert torch.equal(fired, all_fired)
+
+
+def test_a_device_that_is_not_read_gives_the_same_verdicts() -> None:
+    found = []
+    for reads in (True, False):
+        evidence = MergeEvidence(D_SAE, CPU)
+        evidence._reads = reads
+        asked(evidence)
+        for seed in range(3):
+            codes, residual, target, W = world(seed)
+            evidence.add(evidence.measure(codes, residual, target, W))
+        found.append(evidence.completed(MergeResult.untested(LEFT, RIGHT), W, None))
+    torch.testing.assert_close(found[0].fvu_change, found[1].fvu_change, rtol=1e-9, atol=0)
+    assert torch.equal(found[0].firings, found[1].firings)
 
 
 def test_weights_weigh_the_tokens_and_zero_is_not_there() -> None:
