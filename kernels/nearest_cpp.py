@@ -1,6 +1,6 @@
-"""The rows of a matrix that point most the same way as some others, by backend `cpp` (csrc/cosine_ops.h).
+"""The rows of a matrix that point most the same way as some others, by backend `cpp` (csrc/cosine_ops.h, csrc/screen_ops.h).
 
-Products in bf16 propose what may have a cosine above the bound, fp32 dot products decide: the answer is that of the dot
+Where the CPU has units for it, products in bf16 propose what may have a cosine above the bound, fp32 dot products decide: the answer is that of the dot
 products, whatever the bf16 units do, and bitwise the same for any number of threads.
 """
 
@@ -28,6 +28,22 @@ def nearest_above(W: Tensor, rows: Tensor, least: float) -> tuple[Tensor, Tensor
     """
     cosine, partner, length = torch.ops.transcoder_cpp.nearest_above(W, rows.contiguous(), least)
     return (cosine, partner, length) if length.numel() == W.shape[0] else None
+
+
+def nearest(unit: Tensor, rows: Tensor) -> Tensor | None:
+    """[R]: the largest inner product of each of `rows` [R] of `unit` [n, d] with another row, n >= 2. None where backend `cpp`
+    does not run, or where some row has none above 0.
+
+    Equivalent to: `c = unit[rows] @ unit.T; c[arange(R), rows] = -inf; c.max(1).values`.
+    """
+    if not (unit.is_cpu and unit.dtype == torch.float32 and active_backend("cpu", "encode") == "cpp"):
+        return None
+    ops = torch.ops.transcoder_cpp
+    select = ops.topk_screened if multiplies_bf16() else ops.topk
+    # A row is most often its own nearest: of the best two one is another.
+    values, ids = select(unit[rows].contiguous(), unit.contiguous(), unit.new_zeros(unit.shape[0]), 2)
+    best: Tensor = torch.where(ids == rows[:, None], -torch.inf, values).amax(1)
+    return None if bool((best <= 0).any()) else best
 
 
 def rows_in_zeros(values: Tensor, rows: Tensor, total: int) -> Tensor:

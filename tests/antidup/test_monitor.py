@@ -25,7 +25,7 @@ from transcoder.antidup.merge_test import MergeResult
 from transcoder.antidup.sequence_counts import SequenceCounts
 from transcoder.antidup.state_size import correlation_state_bytes
 from transcoder.config import MonitorSection
-from transcoder.kernels import FeatureCorrelation, SparseCodes
+from transcoder.kernels import FeatureCorrelation, SparseCodes, use_backend
 from transcoder.kernels.correlation.reference import correlation_reference
 
 SECTION = MonitorSection(block_tokens=4000, min_support=100, min_sequences=30, correlation_save_frequency=1)
@@ -432,15 +432,21 @@ def test_sequence_counts_estimate_the_union() -> None:
     assert merged.tolist() == pytest.approx([80, 80], abs=7)
 
 
-def test_decoder_cosine_tail_is_the_dense_one() -> None:
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_decoder_cosine_tail_is_the_dense_one(backend: str) -> None:
     w = torch.randn(50, 6, generator=torch.Generator().manual_seed(17))
+    w[3], w[4], w[40] = w[20] * 2, w[20] * 3, w[20]  # a row need not be the first of those like it
     u = torch.nn.functional.normalize(w, dim=1)
     best = (u @ u.T).fill_diagonal_(-1).max(1).values.sort().values
-    tail = decoder_cosine_tail(w)
-    assert tail is not None
-    assert tail["median"] == pytest.approx(float(best[24]), abs=1e-6)
-    assert tail["p999"] == pytest.approx(float(best[-1]), abs=1e-6)
-    assert decoder_cosine_tail(w[:1]) is None
+    with use_backend(backend):
+        tail = decoder_cosine_tail(w)
+        assert tail is not None
+        assert tail["median"] == pytest.approx(float(best[24]), abs=1e-6)
+        assert tail["p999"] == pytest.approx(float(best[-1]), abs=1e-6)
+        assert decoder_cosine_tail(w[:1]) is None
+        opposite = decoder_cosine_tail(torch.tensor([[1.0, 0], [-2, 0]]))
+    assert opposite is not None
+    assert opposite["median"] == pytest.approx(-1, abs=1e-6)
 
 
 def good_report(tmp_path: Path) -> dict:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from transcoder.kernels import nearest_cpp
+
 TILE_ROWS = 1024
 MOST_ROWS = 8192
 """Rows whose nearest neighbour is sought, evenly spread over the dictionary: all pairs of 131,072 rows would take longer than
@@ -27,18 +29,9 @@ def decoder_cosine_tail(decoder: Tensor) -> dict[str, float] | None:
     unit = torch.nn.functional.normalize(decoder.detach().float(), dim=1)
     total = unit.shape[0]
     some = torch.arange(min(total, MOST_ROWS), device=unit.device) * total // min(total, MOST_ROWS)
-    best = unit.new_full(some.shape, -1.0)
-    for a in range(0, some.numel(), TILE_ROWS):
-        mine = some[a : a + TILE_ROWS]
-        rows = unit[mine]
-        for b in range(0, total, TILE_ROWS):
-            cosine = rows @ unit[b : b + TILE_ROWS].T
-            own = mine - b
-            inside = (own >= 0) & (own < cosine.shape[1])
-            column = torch.where(inside, own, 0)[:, None]
-            # A row is no neighbour of its own.
-            cosine.scatter_(1, column, torch.where(inside[:, None], -1.0, cosine.gather(1, column)))
-            best[a : a + TILE_ROWS] = torch.maximum(best[a : a + TILE_ROWS], cosine.max(1).values)
+    best = nearest_cpp.nearest(unit, some)
+    if best is None:
+        best = _nearest(unit, some)
     ordered = best.sort().values
 
     def quantile(q: float) -> float:
@@ -46,3 +39,20 @@ def decoder_cosine_tail(decoder: Tensor) -> dict[str, float] | None:
         return float(ordered[min(ordered.numel() - 1, round(q * (ordered.numel() - 1)))])
 
     return {"median": quantile(0.5), "p99": quantile(0.99), "p999": quantile(0.999)}
+
+
+def _nearest(unit: Tensor, some: Tensor) -> Tensor:
+    """[R]: the largest cosine of each of the rows `some` [R] with another."""
+    best = unit.new_full(some.shape, -1.0)
+    for a in range(0, some.numel(), TILE_ROWS):
+        mine = some[a : a + TILE_ROWS]
+        rows = unit[mine]
+        for b in range(0, unit.shape[0], TILE_ROWS):
+            cosine = rows @ unit[b : b + TILE_ROWS].T
+            own = mine - b
+            inside = (own >= 0) & (own < cosine.shape[1])
+            column = torch.where(inside, own, 0)[:, None]
+            # A row is no neighbour of its own.
+            cosine.scatter_(1, column, torch.where(inside[:, None], -1.0, cosine.gather(1, column)))
+            best[a : a + TILE_ROWS] = torch.maximum(best[a : a + TILE_ROWS], cosine.max(1).values)
+    return best

@@ -591,9 +591,13 @@ def _distinct(live: int, components: list[list[int]]) -> int:
 
 def _pairs_in(codes: SparseCodes) -> Tensor:
     """0-dim: pairs of latents that fire on the same token, summed over tokens."""
-    fired = torch.zeros(codes.nnz + 1, dtype=torch.int64, device=codes.device)
-    torch.cumsum(codes.values.detach() > 0, 0, out=fired[1:])
-    active = fired[codes.row_ptr].diff()
+    fires = codes.values.detach() > 0
+    if codes.device.type == "cpu" and bool(fires.all()):
+        active = codes.row_ptr.diff()
+    else:
+        fired = torch.zeros(codes.nnz + 1, dtype=torch.int64, device=codes.device)
+        torch.cumsum(fires, 0, out=fired[1:])
+        active = fired[codes.row_ptr].diff()
     return (active * (active - 1)).sum() // 2
 
 
