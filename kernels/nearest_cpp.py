@@ -1,7 +1,7 @@
 """The rows of a matrix that point most the same way as some others, by backend `cpp` (csrc/cosine_ops.h, csrc/screen_ops.h).
 
-Where the CPU has units for it, products in bf16 propose what may have a cosine above the bound, fp32 dot products decide: the answer is that of the dot
-products, whatever the bf16 units do, and bitwise the same for any number of threads.
+Where the CPU has units for it, products in bf16 propose and fp32 dot products decide: the answer is that of the dot products,
+whatever the bf16 units do, and bitwise the same for any number of threads.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from transcoder.antidup.decoder_cosine import decoder_cosine_tail
 from transcoder.antidup.flags import FlagBook
 from transcoder.antidup.ledger import REQUIRED_EFFECTS
 from transcoder.antidup.merge_test import MergeResult
+from transcoder.antidup.monitor import _pairs_in
 from transcoder.antidup.sequence_counts import SequenceCounts
 from transcoder.antidup.state_size import correlation_state_bytes
 from transcoder.config import MonitorSection
@@ -430,6 +431,16 @@ def test_sequence_counts_estimate_the_union() -> None:
     merged = counts.distinct(i, j)
     assert merged is not None
     assert merged.tolist() == pytest.approx([80, 80], abs=7)
+
+
+@pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("zeros", [False, True])
+def test_pairs_seen_are_those_that_fire_together(density: float, zeros: bool) -> None:
+    g = torch.Generator().manual_seed(3)
+    z = torch.rand(20, 9, generator=g) * (torch.rand(20, 9, generator=g) < density)
+    codes = SparseCodes.from_dense(z + 1.0).with_values(z.flatten()) if zeros else SparseCodes.from_dense(z)
+    fired = (z > 0).sum(1)
+    assert int(_pairs_in(codes)) == int((fired * (fired - 1) // 2).sum())
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])
