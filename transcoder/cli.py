@@ -34,6 +34,7 @@ _CODES: dict[str, int] = {
     "CheckpointError": EXIT_FAILED,
     "TrainingDivergedError": EXIT_FAILED,
     "RunLockedError": EXIT_INPUT,
+    "SweepStopped": EXIT_STOPPED,
     "ValueError": EXIT_INPUT,
     "TypeError": EXIT_INPUT,
     "FileNotFoundError": EXIT_INPUT,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -50,6 +51,17 @@ def test_a_sweep_measures_each_k_and_trains_once(tmp_path: Path, monkeypatch: py
     assert sweep_k(config, [2, 8], tmp_path) == found
     with pytest.raises(ConfigError, match=r"k2 was trained with other settings \(training.lr\)"):
         sweep_k(config.replace({"training.lr": 1e-4}), [2, 8], tmp_path)
+
+
+def test_a_stopped_sweep_says_so_and_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stopped = SimpleNamespace(finished=False, interrupted_by="SIGTERM")
+    monkeypatch.setattr(module, "train_transcoder", lambda *_, **__: stopped)
+    assert cli.main(["sweep", "demo", "--k", "2,8", "--out", str(tmp_path)]) == cli.EXIT_STOPPED
+    said = capsys.readouterr().err
+    assert "stopped by SIGTERM in the run of k = 2; the same command goes on" in said
+    assert "Traceback" not in said
 
 
 def test_random_rows_are_the_floor_of_decoder_cosines() -> None:

@@ -31,6 +31,10 @@ COLUMNS = (
 )
 
 
+class SweepStopped(RuntimeError):
+    """A signal stopped one of the runs; the same call goes on with it."""
+
+
 def sweep_k(config: RunConfig, ks: Sequence[int], out: Path | str) -> dict[str, Any]:
     """Train once a k into out/k<k> and write out/sweep.json. Runs that are finished already are not trained again.
 
@@ -47,8 +51,7 @@ def sweep_k(config: RunConfig, ks: Sequence[int], out: Path | str) -> dict[str, 
 
     Returns: {"schema_version": 1, "runs": [{"k", figure: number | null, ...}, ...], "random": {"median", "p99", "p999"}}.
 
-    Raises: ConfigError for a k that cannot be; others as `train_transcoder`. RuntimeError: a run was stopped by a signal; the
-    same call goes on with it.
+    Raises: ConfigError for a k that cannot be; others as `train_transcoder`. SweepStopped.
     """
     if not ks or len(set(ks)) != len(ks):
         raise ConfigError(f"sweep: k: expected one or more different numbers, got {list(ks)}")
@@ -62,7 +65,7 @@ def sweep_k(config: RunConfig, ks: Sequence[int], out: Path | str) -> dict[str, 
         else:
             result = train_transcoder(run, out / f"k{k}", resume=(out / f"k{k}" / "config.yaml").is_file())
             if not result.finished:
-                raise RuntimeError(
+                raise SweepStopped(
                     f"sweep: stopped by {result.interrupted_by} in the run of k = {k}; the same command goes on"
                 )
             figures = {
