@@ -26,7 +26,9 @@ ENCODE = {"topk": topk_encode, "batch_topk": batch_topk_encode}
 ENCODE_REFERENCE = {"topk": topk_encode_reference, "batch_topk": batch_topk_encode_reference}
 HEAD = 64
 """Rows of the small probe."""
-CHECKED = 1 << 24
+LEAST = 8
+"""Rows of a probe, however wide the dictionary."""
+CHECKED = 1 << 23
 """Entries of dense codes up to which the other probe has as many rows as the row that is timed: the reference builds several
 such arrays in float64."""
 LEARNING_RATE = 1e-4
@@ -110,8 +112,11 @@ class Probe:
 class Case:
     """One size and activation. Latents are rows; weights as at initialisation: unit decoder rows, biases 0."""
 
-    def __init__(self, size: Size, activation: Activation = "topk", nested: bool = False, seed: int = 0) -> None:
-        self.size, self.activation = size, activation
+    def __init__(
+        self, size: Size, activation: Activation = "topk", nested: bool = False, seed: int = 0, checked: int = CHECKED
+    ) -> None:
+        """`checked`: entries of the dense codes of a probe, at most (but for LEAST rows)."""
+        self.size, self.activation, self._checked = size, activation, checked
         self.widths = size.prefixes if nested else [size.d_sae]
         self.device = machine.device()
         self._generator = torch.Generator().manual_seed(seed)
@@ -176,9 +181,10 @@ class Case:
     def probes(self) -> list[Probe]:
         """A small input, and one of the size that is timed (fewer rows where the reference would be too large): the number of
         rows decides which code runs."""
-        rows = min(self.size.rows, max(HEAD, CHECKED // self.size.d_sae))
+        rows = min(self.size.rows, max(LEAST, self._checked // self.size.d_sae))
+        small = [self.draw(HEAD, self.size.d)] if rows > HEAD else []
         found = []
-        for x in (self.draw(min(HEAD, rows), self.size.d), self.pool[0][:rows]):
+        for x in (*small, self.pool[0][:rows]):
             x = clear(x, self.W_enc, self.size.k, self.activation == "batch_topk", self.draw)
             found.append(Probe(x, self.encode(x).detach()))
         return found

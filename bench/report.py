@@ -28,10 +28,10 @@ by hand.
 
 How to read it:
 
-- **Every variant was checked first**, on 64 rows and on as many as are timed (fewer where dense codes would be too large): the
-  same weights and inputs must give the same codes, losses, gradients and two optimizer steps, all of them (relative error below
-  1e-4 in fp32). One that does not is shown as wrong, without a time. What a variant computes differently, or what of it could
-  not be compared, stands in its row.
+- **Every variant was checked first**, on 64 rows and on as many as are timed (fewer, 8 at least, where dense codes would be
+  large): the same weights and inputs must give the same codes, losses, gradients and two optimizer steps, all of them (relative
+  error below 1e-4 in fp32). One that does not is shown as wrong, without a time. What a variant computes differently, or what
+  of it could not be compared, stands in its row.
 - **Variants of a row take turns in the same rounds**, each on another of several inputs that together are twice the last cache.
   A ratio is taken within each round; given are its median and quartiles.
 - **Peers.** `eager PyTorch` and `torch.compile` are the dense layer as anyone would write it. `original project` is its step

@@ -334,7 +334,7 @@ def test_a_round_of_the_correlation_adds_all_that_waits(monkeypatch: pytest.Monk
     """Whole periods: the last update of a round is the one that has the waiting pairs added."""
     due: list[bool] = []
     add = WaitingPairs.add
-    monkeypatch.setattr(WaitingPairs, "add", lambda self, entries: due.append(add(self, entries)) or due[-1])
+    monkeypatch.setattr(WaitingPairs, "add", lambda self, *parts: due.append(add(self, *parts)) or due[-1])
     case = Case(Size(64, 16, 512, 4), "batch_topk")
     variant = ours.variants("correlation", case)[0]
     if "cpp" not in variant.name:
