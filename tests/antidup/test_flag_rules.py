@@ -13,6 +13,7 @@ from torch import Tensor
 from transcoder.antidup import CorrelationMonitor, UsageLedger
 from transcoder.antidup.flags import FlagBook
 from transcoder.antidup.ledger import REQUIRED_EFFECTS
+from transcoder.antidup.merge_test import MergeResult
 from transcoder.config import MonitorSection
 from transcoder.kernels import SparseCodes
 
@@ -107,6 +108,62 @@ def test_the_noise_of_independent_latents_is_taken_off_the_effective_size(tmp_pa
     report = block(part, 0, torch.rand(128, n, generator=g) * (torch.rand(128, n, generator=g) < 0.5))
     # Without it about n / (1 + n / 128): 43.
     assert report["effective_dictionary_size"] == pytest.approx(n, rel=0.06)
+
+
+def passes(i: Tensor, j: Tensor) -> MergeResult:
+    """A merge test that everything passes."""
+    one = torch.ones(i.shape, dtype=torch.float64)
+    return MergeResult(i, j, one, 0 * one, one, torch.full_like(i, 100))
+
+
+def test_only_flagged_pairs_are_folded(tmp_path: Path) -> None:
+    part = monitor(tmp_path, replace(SECTION, blocks_to_flag=2, blocks_remembered=2))
+    for step, flagged in ((0, 0), (1, 1)):
+        part.update_correlations(SparseCodes.from_dense(copies()), step)
+        report = part.report(step, judge=passes)
+        assert (report["pairs_mergeable"], report["pairs_flagged"]) == (1, flagged)
+        assert part.foldable().kept.numel() == flagged
+
+
+def test_what_training_tokens_said_of_a_forgotten_latent_is_dropped(tmp_path: Path) -> None:
+    part = monitor(tmp_path, SECTION)
+    part.update_correlations(SparseCodes.from_dense(copies()), 0)
+    part.report(0, judge=lambda i, j: part.evidence.completed(MergeResult.untested(i, j), torch.eye(4), None))
+    assert len(part.evidence) == 1
+    part.forget(torch.tensor([1]))
+    assert len(part.evidence) == 0
+
+
+def test_the_fading_view_forgets_a_latent_too(tmp_path: Path) -> None:
+    part = monitor(tmp_path, replace(SECTION, halflife_tokens=10_000))
+    assert block(part, 0, copies())["live_latents"] == 4
+    part.forget(torch.tensor([1]))
+    report = part.report(1)
+    assert report["live_latents"] == 3
+    assert report["pairs_total"] == 0
+
+
+def test_a_book_forgets_flags_counts_and_evidence_of_a_latent() -> None:
+    others = (2, 3)
+    book = FlagBook(needed=1, remembered=4, threshold=0.8)
+    low, high = (0.5, 0.05, 1000.0), (0.99, 0.001, 100.0)
+    book.close_block([PAIR, others], [], {PAIR: high, others: high})
+    book.close_block([], [], {PAIR: low, others: low})
+    assert book.flagged == {PAIR, others}
+    book.forget({1})
+    assert book.flagged == {others}
+    assert (book.blocks_above(PAIR), book.blocks_above(others)) == (0, 1)
+    # Its one block is all that is known of the new latent: with the old ones' evidence the mean would be 0.53.
+    book.close_block([PAIR], [], {PAIR: high})
+    assert book.flagged == {PAIR, others}
+
+
+def test_all_remembered_blocks_are_pooled() -> None:
+    for before, flagged in (({PAIR: (0.5, 0.05, 100.0)}, set()), ({}, {PAIR})):
+        book = FlagBook(needed=1, remembered=2, threshold=0.8)
+        book.close_block([], [], before)
+        book.close_block([PAIR], [], {PAIR: (0.82, 0.001, 100.0)})
+        assert book.flagged == flagged
 
 
 def test_a_released_pair_begins_anew() -> None:
