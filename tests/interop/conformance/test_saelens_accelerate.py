@@ -85,6 +85,25 @@ def test_outputs_losses_and_gradients(kind: str, rescale: bool, dead: int) -> No
     torch.testing.assert_close(right.hidden_pre.dense(), left.hidden_pre, **CLOSE)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_under_autocast_and_in_16_bit(kind: str) -> None:
+    """To 16-bit rounding: theirs multiplies in bf16 there, ours accumulates in fp32."""
+    mask = torch.arange(N) >= N - 20
+    for dtype, autocast in (("float32", True), ("bfloat16", False)):
+        theirs = make(kind, dtype=dtype)
+        ours = quiet(copy.deepcopy(theirs))
+        losses = []
+        for sae in (theirs, ours):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+                out = step(sae, data(), mask)
+            out.loss.backward()
+            losses.append(out.loss)
+            assert sae.W_enc.grad.dtype == sae.W_enc.dtype
+        assert losses[1].dtype == losses[0].dtype
+        torch.testing.assert_close(losses[1], losses[0], rtol=1e-2, atol=0.0)
+        torch.testing.assert_close(ours.W_dec.grad.norm(), theirs.W_dec.grad.norm(), rtol=5e-2, atol=0.0)
+
+
 @pytest.mark.parametrize("k", [4.5, 1.03])
 def test_a_fractional_k(k: float) -> None:
     theirs = make("BatchTopK", k=k)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 sae_lens = pytest.importorskip("sae_lens", reason="SAELens is not installed here: python tests/interop/run.py saelens")
 
 from sae_lens.saes.sae import SAE, TrainingSAE, TrainStepInput  # noqa: E402
+from sae_lens.training.sae_trainer import SAETrainer  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 from transcoder import RunConfig, train_transcoder  # noqa: E402
@@ -225,9 +227,15 @@ def test_what_changes_the_function_is_refused_before_training(tmp_path: Path) ->
         assert not (tmp_path / "no").exists()
 
 
-def test_their_store_feeds_our_trainer(tmp_path: Path) -> None:
-    cfg = runner_config(config("BatchTopK", d_out=D_IN), tmp_path)
-    store = ours.PairedActivationsStore.reading(tiny_model(), cfg, TARGET, dataset())
+@pytest.mark.parametrize("hooks", ["two", "one"])
+def test_their_store_feeds_our_trainer(hooks: str, tmp_path: Path) -> None:
+    """Two hooks through ours, and SAELens' own ActivationsStore, whose rows are source and target both."""
+    if hooks == "two":
+        cfg = runner_config(config("BatchTopK", d_out=D_IN), tmp_path)
+        store: Any = ours.PairedActivationsStore.reading(tiny_model(), cfg, TARGET, dataset())
+    else:
+        cfg = runner_config(sae_lens.TopKTrainingSAEConfig(d_in=D_IN, d_sae=N, k=K), tmp_path)
+        store = sae_lens.ActivationsStore.from_config(tiny_model(), cfg, override_dataset=dataset())
     settings = {
         "transcoder.d_sae": N,
         "transcoder.k": K,
@@ -240,6 +248,26 @@ def test_their_store_feeds_our_trainer(tmp_path: Path) -> None:
     run = RunConfig.load("demo", settings)
     result = train_transcoder(run, tmp_path / "run", batches=ours.activation_batches(store, D_IN))
     assert result.summary["finished"]
+
+
+def test_their_trainer_takes_pairs_from_anywhere(tmp_path: Path) -> None:
+    """SAETrainer without a language model: batches of pairs, or dicts by hook name as its multi-hook loader gives them."""
+    generator = torch.Generator().manual_seed(0)
+    mix = 0.1 * torch.randn(D_IN, D_OUT, generator=generator)
+
+    def batches() -> Iterator[Any]:
+        while True:
+            x = torch.randn(64, D_IN, generator=generator)
+            yield {"in": x, "out": x @ mix}
+
+    torch.manual_seed(0)
+    sae = TrainingSAE.from_dict(config("MatryoshkaBatchTopK", skip=True).to_dict())
+    cfg = runner_config(sae.cfg, tmp_path, training_tokens=64 * 120, output_path=None).to_sae_trainer_config()
+    trainer: Any = SAETrainer(cfg, sae, ours.paired(batches(), "in", "out"))
+    trainer.fit()
+    # The target is linear in the source: the skip connection learns it.
+    pair = next(batches())
+    assert (sae(pair["in"]) - pair["out"]).square().mean() < 0.2 * pair["out"].square().mean()
 
 
 def test_settings_that_a_transcoder_cannot_have_are_refused() -> None:
