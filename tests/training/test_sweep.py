@@ -40,6 +40,7 @@ def test_a_sweep_measures_each_k_and_trains_once(tmp_path: Path, monkeypatch: py
         assert row["evaluation/l0"] == pytest.approx(row["k"], rel=0.5)
         assert row["heldout_duplicates/mergeable"] <= row["heldout_duplicates/pairs"]
         assert summary["name"] == f"demo-k{row['k']}"
+        assert summary["evaluation/sink_tokens"] > 0  # what is masked is reported apart
     table = format_sweep(found)
     assert len(table.splitlines()) == 4
     assert table.splitlines()[-1].split()[0] == "random"

@@ -3,6 +3,7 @@ configured and called none."""
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -114,3 +115,31 @@ def test_every_part_is_given_what_the_batch_says(tmp_path: Path, monkeypatch: py
     (_, decoder, judge), _ = calls["report"][0]
     assert decoder.shape == (32, D)
     assert judge is not None
+
+
+def test_special_tokens_are_known_to_every_part(tmp_path: Path) -> None:
+    """On the shipped language model, whose tokenizer says which they are."""
+    settings = {
+        "transcoder.d_sae": 64,
+        "transcoder.widths": None,
+        "activations.buffer_tokens": 4096,
+        "activations.prefetch": 0,
+        # Else nothing but ordinary tokens would come to training.
+        "activations.mask_bos": False,
+        "training.steps": 4,
+        "training.batch_size": 256,
+        "training.evaluation_tokens": 512,
+        "training.evaluation_ce_tokens": 0,
+        "antidup.regularizer.sink_mass_weight": 1.0,
+        "antidup.regularizer.sink_mass_allowed": 0.0,
+        "antidup.samples.collect_every": 1,
+        "logging.report": False,
+        "logging.progress": False,
+    }
+    train_transcoder(RunConfig.load("demo", settings), tmp_path / "run")
+    drawn = json.loads((tmp_path / "run" / "anti_duplication_logs" / "positions.json").read_text())
+    assert 0 < drawn["special_drawn"] < 0.5 * drawn["special_seen"]
+    samples = json.loads((tmp_path / "run" / "activation_samples" / "summary.json").read_text())
+    assert 0 < samples["sink_fraction"] <= 0.2
+    figures = (tmp_path / "run" / "anti_duplication_logs" / "regularizer.jsonl").read_text().splitlines()
+    assert json.loads(figures[-1])["regularizer/sink_mass_penalty"] > 0
