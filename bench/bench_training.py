@@ -7,13 +7,14 @@ import torch
 from bench.monitored import KINDS, PERIOD, RARE, compared, runs, seconds_of
 
 
-def bench_training(size, benchmark, request, record_row):  # type: ignore[no-untyped-def]
+def bench_training(size, benchmark, record_row):  # type: ignore[no-untyped-def]
     """Steps of the trainer itself, batches and logs included, with the anti-duplication parts on and off. A warm-up of one
-    round, then at least as many as hold everything once."""
+    round, then as many as hold everything once."""
     with runs(size, KINDS, {}) as opened:
-        spent = sum(seconds_of(run, PERIOD) for run in opened.values())
-        # Twice the rounds where they are cheap: whole multiples of what comes most rarely.
-        rounds = RARE // PERIOD * (2 if spent < 4 * request.config.option.bench_seconds else 1)
+        for run in opened.values():
+            seconds_of(run, PERIOD)
+        # Whole multiples of what comes most rarely: at the larger size once is minutes.
+        rounds = RARE // PERIOD
         taken: dict[str, list[float]] = {kind: [] for kind in opened}
 
         def others() -> None:

@@ -30,12 +30,13 @@ STAGES = ("rows", "peers", "scaling", "whole_run")
 def _run(words: Sequence[str], target: Path) -> dict[str, Any]:
     """The section that a command of ours wrote; {"failed": why} where it wrote none."""
     start = time.monotonic()
-    print(f"-- {' '.join(words[:2])} begins", flush=True)
+    name = " ".join(word for word in words[:2] if not word.startswith(("-", "/")))
+    print(f"-- {name} begins", flush=True)
     code = subprocess.run([sys.executable, "-m", *words], cwd=machine.ROOT, check=False).returncode
     took = round(time.monotonic() - start)
-    print(f"-- {' '.join(words[:2])}: {took} s, exit {code}", flush=True)
+    print(f"-- {name}: {took} s, exit {code}", flush=True)
     if not target.is_file():
-        return {"failed": f"python -m {' '.join(words[:2])}: exit code {code}, nothing was written"}
+        return {"failed": f"python -m {name}: exit code {code}, nothing was written"}
     section: dict[str, Any] = json.loads(target.read_text(encoding="utf-8"))
     if code not in (0, NO_ENVIRONMENT) and not section.get("failed"):
         section["failed"] = {"the command": f"exit code {code}"}

@@ -22,7 +22,8 @@ class Contest:
     named in `wrong`.
     """
 
-    def __init__(self, operation: str, case: Case, names: Sequence[str]) -> None:
+    def __init__(self, operation: str, case: Case, names: Sequence[str], only_default: bool = False) -> None:
+        """`only_default`: of ours, the backend that runs by default and no other."""
         needed, free = dense_bytes(case.size), machine.free_bytes()
         if needed < 0.7 * free:
             others, self.skipped = peers.variants(operation, case, names)
@@ -31,7 +32,8 @@ class Contest:
             others, self.skipped = [], dict.fromkeys(names, why)
         self.operation, self.case = operation, case
         self.wrong: dict[str, str] = {}
-        self.variants = right(operation, case, [*ours.variants(operation, case), *others], self.wrong)
+        mine = ours.variants(operation, case)[: 1 if only_default else None]
+        self.variants = right(operation, case, [*mine, *others], self.wrong)
         for variant in self.variants:
             if not variant.ours and not variant.note:
                 raise ValueError(f"{variant.name}: expected a note of what it computes differently, got none")
@@ -83,7 +85,7 @@ def right(operation: str, case: Case, variants: Sequence[Variant], wrong: dict[s
 
 
 def measure(operation: str, case: Case, names: Sequence[str], budget: float) -> tuple[dict[str, Any], dict[str, str]]:
-    """A row without pytest. Returns (row, skipped)."""
-    contest = Contest(operation, case, names)
+    """A peer's row: beside ours by default, without pytest. Returns (row, skipped)."""
+    contest = Contest(operation, case, names, only_default=True)
     contest.race.run(rounds_for(contest.race.warm_up(), budget))
     return contest.row(), contest.skipped

@@ -54,7 +54,7 @@ AXES: dict[str, dict[str, Any]] = {
     },
 }
 OPERATIONS = ("step", "encode", "nested_loss", "correlation")
-CHECKED = 1 << 22
+CHECKED = 1 << 21
 """As `bench.cases.CHECKED`, for many points."""
 LEAST, MOST = 3, 9
 SLOWEST = 1.0
