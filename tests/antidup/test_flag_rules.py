@@ -15,7 +15,7 @@ from transcoder.antidup.flags import FlagBook
 from transcoder.antidup.ledger import REQUIRED_EFFECTS
 from transcoder.antidup.merge_test import MergeResult
 from transcoder.config import MonitorSection
-from transcoder.kernels import SparseCodes
+from transcoder.kernels import SparseCodes, use_backend
 
 TOKENS = 400
 """Of a block."""
@@ -90,6 +90,30 @@ def test_a_release_rests_on_the_pairs_own_error_where_it_is_known(tmp_path: Path
     z[loud, 0], z[loud, 1] = 3.0, 0.0
     report = block(part, 1, z, sequences)
     assert report["pairs_flagged"] == 1
+
+
+def test_a_flag_rests_on_the_pairs_own_error_where_it_is_known(tmp_path: Path) -> None:
+    part = monitor(tmp_path, replace(SECTION, blocks_to_flag=2, blocks_remembered=4))
+    sequences = torch.arange(TOKENS) // 20
+    for step in range(4):
+        g = torch.Generator().manual_seed(step)
+        z = (torch.rand(TOKENS, 4, generator=g) < 0.5).float()
+        z[sequences == 3, :2] = 20.0 * torch.rand(20, 1, generator=g)  # one sequence carries the correlation
+        report = block(part, step, z, sequences)
+        (entry,) = [p for p in report["pairs"] if (p["i"], p["j"]) == PAIR]
+        assert entry["blocks_above"] == step + 1
+        assert not entry["flagged"]
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_sequences_of_tokens_without_weight_do_not_count(backend: str, tmp_path: Path) -> None:
+    with use_backend(backend):
+        part = monitor(tmp_path, replace(SECTION, min_sequences=1))
+        weights = (torch.arange(TOKENS) < 20).float()
+        z = torch.rand(TOKENS, 2, generator=torch.Generator().manual_seed(3)).repeat_interleave(2, 1)
+        part.update_correlations(SparseCodes.from_dense(z), 0, torch.arange(TOKENS) // 4, weights)
+        report = part.report(0)
+    assert {(p["i"], p["j"]): p["sequences"] for p in report["pairs"]}[PAIR] == 5
 
 
 @pytest.mark.parametrize("dead", [[0], [1], [0, 1]])
