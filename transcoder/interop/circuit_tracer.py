@@ -19,6 +19,7 @@ from torch import Tensor
 from transcoder.interop.files import read_safetensors, write_safetensors
 from transcoder.interop.plain import Hooks, PlainWeights, matrix, take_tensors
 from transcoder.interop.record import Conversion
+from transcoder.interop.settings import rising, section, text, whole
 from transcoder.training.storage import write_durably
 
 TESTED = "circuit-tracer 0.4.1 and PyPI's 0.5.0, a fork (JumpReLU); its main branch at 4bb8c0e, tag v0.5.0 (TopK too)"
@@ -153,39 +154,44 @@ def read(path: Path, record: Conversion, options: Mapping[str, Any]) -> PlainWei
         f"{where}: {file}",
         read_safetensors(where, file),
         ("W_enc", "W_dec", "b_enc", "b_dec"),
-        (_THRESHOLD, "W_skip", "k"),
+        record,
+        optional=(_THRESHOLD, "W_skip", "k"),
+        whole=("k",),
     )
+    settings = f"{where}: {folder / CONFIG_FILE}"
     W_enc = matrix(where, "W_enc", found["W_enc"])
-    width = _whole(where, config, "unpadded_widths", layer) or W_enc.shape[0]
-    activation, threshold, k = config.get("activation"), found.get(_THRESHOLD), config.get("k")
-    if k is None and "k" in found:
-        k = int(found["k"])
+    width = _whole(settings, config, "unpadded_widths", layer) or W_enc.shape[0]
+    activation, threshold, k = config.get("activation"), found.get(_THRESHOLD), whole(settings, config, "k")
     if activation == "topk":
-        if not isinstance(k, int) or k < 1:
+        # The number is in the weights too where circuit-tracer's own class wrote them.
+        k = int(found["k"]) if k is None and "k" in found and found["k"].numel() == 1 else k
+        if k is None or not 0 < k <= W_enc.shape[0]:
             raise ValueError(
-                f"{where}: {folder / CONFIG_FILE}: k: expected a whole number beside activation topk, got {k!r}"
+                f"{settings}: k: expected a whole number of the {W_enc.shape[0]} latents beside activation topk, got {k}"
             )
+    if activation in ("topk", "relu") and threshold is not None:
+        raise ValueError(
+            f"{where}: {file} has thresholds, {CONFIG_FILE} says activation {activation}: which one is it?"
+        )
+    if activation == "topk" and k is not None:
         _check_relu(W_enc, found["b_enc"], k, record)
-        threshold = None
-    elif threshold is None:
+    if activation in ("jump_relu", "jumprelu") and threshold is None:
+        raise ValueError(f"{where}: {file}: expected {_THRESHOLD}, since {CONFIG_FILE} says activation {activation}")
+    if threshold is None and activation != "topk":
         threshold = torch.tensor(0.0)
-    elif activation == "relu":
-        raise ValueError(f"{where}: {file} has thresholds, {CONFIG_FILE} says activation relu: which one is it?")
-    elif bool((threshold < 0).any()):
+    if threshold is not None and bool((threshold < 0).any()):
         record.change("its JumpReLU lets negative values above a negative threshold through, ours never does")
     record.add("weights as they are", "layout")
     if width != W_enc.shape[0]:
         if not 0 < width < W_enc.shape[0] or bool(W_enc[width:].any()) or bool(found["b_enc"][width:].any()):
-            raise ValueError(
-                f"{where}: {CONFIG_FILE}: unpadded_widths: expected zeros after latent {width} of {file.name}"
-            )
+            raise ValueError(f"{settings}: unpadded_widths: expected zeros after latent {width} of {file.name}")
         record.add(f"padding of zeros taken off: {width} latents", "layout")
     if threshold is not None and threshold.dim() == 1 and threshold.shape[0] == W_enc.shape[0]:
         threshold = threshold[:width].clone()
     if threshold is not None and threshold.numel() == 1:
         threshold = threshold.reshape(())
     skip = found.get("W_skip")
-    widths = _by_layer(config, "matryoshka_widths", layer)
+    widths = rising(settings, "matryoshka_widths", section(settings, config, "matryoshka_widths").get(layer))
     return PlainWeights(
         W_enc=W_enc[:width].clone(),
         b_enc=found["b_enc"][:width].clone(),
@@ -194,10 +200,10 @@ def read(path: Path, record: Conversion, options: Mapping[str, Any]) -> PlainWei
         # A set has skip connections everywhere or nowhere: zeros are the ones that were padded.
         W_skip=skip if skip is not None and bool(skip.any()) else None,
         activation="topk" if activation == "topk" else "threshold",
-        k=k if activation == "topk" else _whole(where, config, "training_k", layer),
+        k=k if activation == "topk" else _whole(settings, config, "training_k", layer),
         threshold=threshold,
-        widths=tuple(widths) if isinstance(widths, list) else None,
-        hooks=_hooks(config, layer),
+        widths=tuple(widths) or None,
+        hooks=_hooks(settings, config, layer),
     )
 
 
@@ -249,27 +255,17 @@ def _layer_file(where: str, folder: Path, config: Mapping[str, Any], layer: int 
 
 
 def _whole(where: str, config: Mapping[str, Any], name: str, layer: int | None) -> int | None:
-    value = _by_layer(config, name, layer)
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise ValueError(
-            f"{where}: {CONFIG_FILE}: {name}: expected a whole number of at least 1 for layer {layer}, got {value!r}"
-        )
-    return value
+    """Of the layer, in an object by layer."""
+    return whole(f"{where}: {name}", {f"layer {layer}": section(where, config, name).get(layer)}, f"layer {layer}")
 
 
-def _by_layer(config: Mapping[str, Any], name: str, layer: int | None) -> Any:
-    values = config.get(name)
-    return values.get(layer) if isinstance(values, dict) else None
+def _hooks(where: str, config: Mapping[str, Any], layer: int | None) -> Hooks:
+    def inside(name: str) -> str | None:
+        hook = text(where, config, name)
+        return f"blocks.{layer}.{hook}" if hook is not None and layer is not None else None
 
-
-def _hooks(config: Mapping[str, Any], layer: int | None) -> Hooks:
-    def whole(name: str) -> str | None:
-        hook = config.get(name)
-        return f"blocks.{layer}.{hook}" if isinstance(hook, str) and layer is not None else None
-
-    model = config.get("model_name")
     return Hooks(
-        source=whole("feature_input_hook"),
-        target=whole("feature_output_hook"),
-        model_name=model if isinstance(model, str) else None,
+        source=inside("feature_input_hook"),
+        target=inside("feature_output_hook"),
+        model_name=text(where, config, "model_name"),
     )

@@ -12,6 +12,7 @@ from torch import Tensor
 from transcoder.interop.files import read_json, read_pickle, write_json, write_state_dict
 from transcoder.interop.plain import Hooks, PlainWeights, cumulative, group_sizes, matrix, take_tensors
 from transcoder.interop.record import Conversion
+from transcoder.interop.settings import check_size, section, text, whole
 
 TESTED = "dictionary-learning 0.1.0"
 WEIGHTS_FILE, CONFIG_FILE = "ae.pt", "config.json"
@@ -83,45 +84,48 @@ def read(path: Path, record: Conversion, options: Mapping[str, Any]) -> PlainWei
     where = "dictionary-learning import"
     file = path / WEIGHTS_FILE if path.is_dir() else path
     state = read_pickle(where, file, bool(options.get("allow_pickle")))
+    settings = f"{where}: {file.parent / CONFIG_FILE}: trainer"
     trainer = _trainer(where, file.parent)
     name = _class_of(where, state, trainer)
-    found = take_tensors(f"{where}: {file} ({name})", state, _NAMES[name])
+    found = take_tensors(f"{where}: {file} ({name})", state, _NAMES[name], record, whole=("k", "group_sizes"))
     record.add(f"class {name}", "layout")
     if "encoder.weight" in found:
-        W_enc, W_dec = found["encoder.weight"], matrix(where, "decoder.weight", found["decoder.weight"]).T.contiguous()
-        b_enc = found["encoder.bias"]
+        W_enc, W_dec = (matrix(where, key, found[key]) for key in ("encoder.weight", "decoder.weight"))
+        W_dec, b_enc = W_dec.T.contiguous(), found["encoder.bias"]
     else:
-        W_enc, W_dec, b_enc = matrix(where, "W_enc", found["W_enc"]).T.contiguous(), found["W_dec"], found["b_enc"]
+        W_enc, W_dec = (matrix(where, key, found[key]) for key in ("W_enc", "W_dec"))
+        W_enc, b_enc = W_enc.T.contiguous(), found["b_enc"]
+    check_size(settings, trainer, "activation_dim", W_enc.shape[1])
+    check_size(settings, trainer, "dict_size", W_enc.shape[0])
     b_dec = next(found[key] for key in ("b_dec", "bias", "decoder.bias") if key in found)
     subtracts = name not in ("AutoEncoderNew", "JumpReluAutoEncoder")
     threshold = torch.tensor(0.0) if name in ("AutoEncoder", "AutoEncoderNew") else found["threshold"]
-    widths = cumulative(found["group_sizes"].tolist()) if "group_sizes" in found else None
-    if widths and (widths[-1] != W_enc.shape[0] or min(found["group_sizes"].tolist()) < 1):
-        sizes = found["group_sizes"].tolist()
-        raise ValueError(f"{where}: group_sizes: expected positive sizes that sum to {W_enc.shape[0]}, got {sizes}")
+    sizes = found["group_sizes"].flatten().tolist() if "group_sizes" in found else []
+    widths = cumulative(sizes)
+    if "group_sizes" in found and (sum(sizes) != W_enc.shape[0] or min(sizes) < 1):
+        raise ValueError(
+            f"{where}: {file}: group_sizes: expected positive sizes that sum to {W_enc.shape[0]}, got {sizes}"
+        )
     if widths:
         record.add("group sizes became cumulative widths", "layout")
     return PlainWeights(
-        W_enc=matrix(where, "encoder weights", W_enc),
+        W_enc=W_enc,
         b_enc=b_enc,
-        W_dec=matrix(where, "decoder weights", W_dec),
+        W_dec=W_dec,
         b_dec=b_dec,
         input_bias=b_dec.clone() if subtracts else None,
         activation="topk" if name == "AutoEncoderTopK" else "threshold",
-        k=_k(where, found, trainer),
+        k=_k(f"{where}: {file}", found, settings, trainer),
         threshold=threshold,
-        widths=widths if widths and len(widths) > 1 else None,
-        hooks=_hooks(trainer),
+        widths=widths if len(widths) > 1 else None,
+        hooks=_hooks(settings, trainer),
     )
 
 
 def _trainer(where: str, folder: Path) -> dict[str, Any]:
     if not (folder / CONFIG_FILE).is_file():
         return {}
-    trainer = read_json(where, folder / CONFIG_FILE).get("trainer", {})
-    if not isinstance(trainer, dict):
-        raise ValueError(f"{where}: {folder / CONFIG_FILE}: trainer: expected an object, got {type(trainer).__name__}")
-    return trainer
+    return section(f"{where}: {folder / CONFIG_FILE}", read_json(where, folder / CONFIG_FILE), "trainer")
 
 
 def _class_of(where: str, state: Mapping[str, Any], trainer: Mapping[str, Any]) -> str:
@@ -138,18 +142,26 @@ def _class_of(where: str, state: Mapping[str, Any], trainer: Mapping[str, Any]) 
             )
         raise ValueError(f"{where}: the tensors {', '.join(sorted(map(str, state)))} fit none of {', '.join(_NAMES)}")
     if not isinstance(name, str) or name not in _NAMES:
-        raise ValueError(f"{where}: dict_class: expected one of {', '.join(_NAMES)}, got {name!r}")
+        raise ValueError(
+            f"{where}: {CONFIG_FILE}: trainer: dict_class: expected one of {', '.join(_NAMES)}, got {name!r}"
+        )
     return name
 
 
-def _k(where: str, found: Mapping[str, Tensor], trainer: Mapping[str, Any]) -> int | None:
-    k = int(found["k"]) if "k" in found and found["k"].numel() == 1 else trainer.get("k")
-    if k is not None and (not isinstance(k, int) or k < 1):
-        raise ValueError(f"{where}: k: expected a whole number of latents a token, got {k!r}")
+def _k(where: str, found: Mapping[str, Tensor], settings: str, trainer: Mapping[str, Any]) -> int | None:
+    """Of the weights, which the config may not contradict (the library refuses that too); else of the config."""
+    named = whole(settings, trainer, "k")
+    if "k" not in found:
+        return named
+    if found["k"].numel() != 1 or int(found["k"]) < 1:
+        raise ValueError(f"{where}: k: expected a whole number of latents a token, got {found['k'].tolist()}")
+    k = int(found["k"])
+    if named not in (None, k):
+        raise ValueError(f"{settings}: says k = {named}, the weights have {k}")
     return k
 
 
-def _hooks(trainer: Mapping[str, Any]) -> Hooks:
+def _hooks(where: str, trainer: Mapping[str, Any]) -> Hooks:
     names = ("submodule_name", "submodule_name_out", "lm_name")
-    source, target, model = (trainer[name] if isinstance(trainer.get(name), str) else None for name in names)
+    source, target, model = (text(where, trainer, name) for name in names)
     return Hooks(source=source, target=target or source, model_name=model)

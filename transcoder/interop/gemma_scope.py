@@ -28,6 +28,7 @@ from transcoder.training.storage import write_durably
 TESTED = "the files of google/gemma-scope-2b-pt-transcoders as circuit-tracer 0.4.1 and sae-lens 6.54.12 read them"
 WEIGHTS_FILE = "params.npz"
 _NAMES = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
+_FLOATING = ("float32", "float16", "float64")
 READ, READ_BEHIND, WRITTEN = "ln2.hook_normalized", "mlp.hook_in", "hook_mlp_out"
 
 
@@ -80,7 +81,7 @@ def read(path: Path, record: Conversion, options: Mapping[str, Any]) -> PlainWei
     """
     where = "gemma-scope import"
     file = existing(where, path / WEIGHTS_FILE if path.is_dir() else path, WEIGHTS_FILE)
-    found = take_tensors(f"{where}: {file}", _read_npz(where, file), _NAMES)
+    found = take_tensors(f"{where}: {file}", _read_npz(where, file), _NAMES, record)
     W_enc = matrix(where, "W_enc", found["W_enc"]).T.contiguous()
     layer = options.get("layer")
     if layer is None and (match := re.search(r"layer_(\d+)", str(file))) is not None:
@@ -121,10 +122,11 @@ def _read_npz(where: str, file: Path) -> dict[str, Tensor]:
             arrays = {name: archive[name] for name in archive.files}
     except (OSError, ValueError, EOFError, KeyError, AttributeError, TypeError, zipfile.BadZipFile) as error:
         raise ValueError(f"{where}: {file} is not an .npz of plain arrays, or a torn one: {error}") from error
-    wrong = [name for name, array in arrays.items() if array.dtype.kind != "f"]
-    if wrong:
-        kinds = ", ".join(f"{name} of {arrays[name].dtype}" for name in wrong)
-        raise ValueError(f"{where}: {file}: expected floating numbers, got {kinds}")
+    for name, array in arrays.items():
+        if array.dtype not in _FLOATING:
+            raise ValueError(
+                f"{where}: {file}: {name}: expected {', '.join(_FLOATING)} of this machine, got {array.dtype}"
+            )
     return {name: torch.from_numpy(numpy.ascontiguousarray(array)) for name, array in arrays.items()}
 
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from transcoder.interop.files import read_json, read_pickle, write_json, write_state_dict
-from transcoder.interop.plain import Hooks, PlainWeights, cumulative, group_sizes, matrix, take_tensors
+from transcoder.interop.plain import Hooks, PlainWeights, cumulative, matrix, take_tensors
 from transcoder.interop.record import Conversion
+from transcoder.interop.settings import check_size, flag, text, whole
 
 TESTED = "its source at commit 888d820"
 CONFIG_FILE = "config.json"
+_TRANSCODERS = ("matryoshka-transcoder", "matryoshka-cross-layer-transcoder")
 _WEIGHTS = ("checkpoint.pt", "checkpoints/final.pt", "final.pt", "sae.pt")
 
 
@@ -25,7 +29,7 @@ def write(plain: PlainWeights, folder: Path, record: Conversion, options: Mappin
     if plain.threshold is None or plain.threshold.dim():
         raise ValueError("original export: its checkpoint holds one threshold for all latents, these have one each")
     widths = plain.widths or (plain.d_sae,)
-    record.add("weights transposed to W_enc [d_in, d_sae]; cumulative widths became prefix_sizes", "layout")
+    record.add("weights transposed to W_enc [d_in, d_sae]; the widths are prefix_sizes, cumulative", "layout")
     tensors = {
         "b_enc": plain.b_enc,
         "W_enc": plain.W_enc.T.contiguous(),
@@ -38,7 +42,7 @@ def write(plain: PlainWeights, folder: Path, record: Conversion, options: Mappin
         "source_act_size": plain.d_in,
         "target_act_size": plain.d_out,
         "dict_size": plain.d_sae,
-        "prefix_sizes": group_sizes(widths),
+        "prefix_sizes": list(widths),
         "top_k": plain.k,
         "input_unit_norm": False,
         "sae_type": "matryoshka-transcoder",
@@ -64,7 +68,8 @@ def read(path: Path, record: Conversion, options: Mapping[str, Any]) -> PlainWei
     where = "original import"
     file = path if path.is_file() else _weights_in(where, path)
     state: dict[str, Any] = read_pickle(where, file, bool(options.get("allow_pickle")))
-    config = _config(where, file)
+    config_file = _config_file(where, file)
+    config, settings = read_json(where, config_file), f"{where}: {config_file}"
     for key in ("model_state_dict", "state_dict"):
         # Some of its scripts wrapped the state with the optimizer's.
         if isinstance(state.get(key), Mapping):
@@ -73,26 +78,36 @@ def read(path: Path, record: Conversion, options: Mapping[str, Any]) -> PlainWei
         f"{where}: {file}",
         state,
         ("W_enc", "b_enc", "W_dec", "b_dec", "threshold"),
+        record,
         ignored=("num_batches_not_active",),
     )
-    if config.get("input_unit_norm", False):
+    _check_transcoder(settings, config)
+    # Its own default is true, and the model reads a missing one as false.
+    if flag(settings, config, "input_unit_norm", None):
         record.change("input_unit_norm centres and scales each token by itself, which a Transcoder does not do")
     W_enc = matrix(where, "W_enc", found["W_enc"]).T.contiguous()
+    W_dec = matrix(where, "W_dec", found["W_dec"])
+    for name, size in (("source_act_size", W_enc.shape[1]), ("target_act_size", W_dec.shape[1])):
+        check_size(settings, config, name if config.get(name) is not None else "act_size", size)
+    check_size(settings, config, "dict_size", W_enc.shape[0])
     threshold = found["threshold"]
     if threshold.numel() != 1:
         raise ValueError(f"{where}: {file}: threshold: expected one number, got shape {list(threshold.shape)}")
     record.add("weights transposed to a latent a row; prefix_sizes became cumulative widths", "layout")
-    k = config.get("top_k")
     return PlainWeights(
         W_enc=W_enc,
         b_enc=found["b_enc"],
-        W_dec=found["W_dec"],
+        W_dec=W_dec,
         b_dec=found["b_dec"],
         activation="threshold",
-        k=k if isinstance(k, int) and k > 0 else None,
+        k=whole(settings, config, "top_k"),
         threshold=threshold.reshape(()),
-        widths=_widths(where, config, W_enc.shape[0]),
-        hooks=_hooks(config),
+        widths=_widths(settings, config, W_enc.shape[0]),
+        hooks=Hooks(
+            source=text(settings, config, "source_hook_point") or text(settings, config, "hook_point"),
+            target=text(settings, config, "target_hook_point"),
+            model_name=text(settings, config, "model_name"),
+        ),
     )
 
 
@@ -104,38 +119,43 @@ def _weights_in(where: str, folder: Path) -> Path:
     return found if found is not None else steps[-1]
 
 
-def _config(where: str, file: Path) -> dict[str, Any]:
+def _config_file(where: str, file: Path) -> Path:
     for folder in (file.parent, file.parent.parent):
         if (folder / CONFIG_FILE).is_file():
-            return read_json(where, folder / CONFIG_FILE)
+            return folder / CONFIG_FILE
     raise FileNotFoundError(
         f"{where}: expected {CONFIG_FILE} beside {file} or one folder up: without it nothing says whether each token "
         "was normalised (input_unit_norm) and what the prefixes are"
     )
 
 
+def _check_transcoder(where: str, config: Mapping[str, Any]) -> None:
+    """Its SAEs (BatchTopK, until October 2025) have tensors of the same names and subtract b_dec from the input."""
+    kind = config.get("sae_type")
+    # Its scripts leave the default, "topk", for a MatryoshkaTranscoder as well: only that one has two sides.
+    two_sides = isinstance(config.get("source_hook_point"), str) and isinstance(config.get("target_hook_point"), str)
+    if kind not in _TRANSCODERS and not (kind in (None, "topk") and two_sides):
+        raise ValueError(
+            f"{where}: sae_type: expected {' or '.join(_TRANSCODERS)}, or none or 'topk' beside source_hook_point and "
+            f"target_hook_point, got {kind!r}"
+        )
+
+
 def _widths(where: str, config: Mapping[str, Any], d_sae: int) -> tuple[int, ...] | None:
     sizes = config.get("prefix_sizes", config.get("group_sizes"))
     if isinstance(sizes, str):
         # Its artifacts hold lists as text.
-        sizes = json.loads(sizes)
+        with contextlib.suppress(ValueError, RecursionError):
+            sizes = json.loads(sizes)
     if sizes is None:
         return None
-    if (
-        not isinstance(sizes, list)
-        or not all(isinstance(size, int) and size > 0 for size in sizes)
-        or sum(sizes) != d_sae
-    ):
-        raise ValueError(
-            f"{where}: {CONFIG_FILE}: prefix_sizes: expected positive sizes that sum to {d_sae}, got {sizes!r}"
-        )
-    return cumulative(sizes)
-
-
-def _hooks(config: Mapping[str, Any]) -> Hooks:
-    def text(*names: str) -> str | None:
-        return next((config[name] for name in names if isinstance(config.get(name), str)), None)
-
-    return Hooks(
-        source=text("source_hook_point", "hook_point"), target=text("target_hook_point"), model_name=text("model_name")
+    plain = isinstance(sizes, list) and all(type(size) is int and size > 0 for size in sizes)
+    # Since October 2025 each is a prefix from the first latent on; before, a group after the last one.
+    if plain and sizes and sizes[-1] == d_sae and all(before < size for before, size in pairwise(sizes)):
+        return tuple(sizes)
+    if plain and sum(sizes) == d_sae:
+        return cumulative(sizes)
+    raise ValueError(
+        f"{where}: prefix_sizes: expected rising sizes that end with {d_sae}, or positive sizes that sum to {d_sae}, got "
+        f"{sizes!r}"
     )

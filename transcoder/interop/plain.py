@@ -14,6 +14,8 @@ from transcoder.interop.record import Conversion
 from transcoder.model import Transcoder, TranscoderConfig
 
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
+_FLOATING = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
+_WHOLE = {getattr(torch, name): name for name in ("uint8", "int8", "int16", "int32", "int64")}
 
 
 @dataclass(frozen=True)
@@ -201,6 +203,10 @@ def to_transcoder(plain: PlainWeights, record: Conversion, *, k: int | None = No
             raise ValueError(f"{record.format} import: expected k of TopK in the file, found none; give k= (--k)")
         k = min(32, plain.d_sae)
         record.add(f"the file does not say k; {k} is what further training would use (--k changes it)", "note")
+    if k > plain.d_sae:
+        raise ValueError(
+            f"{record.format} import: {record.path}: k: expected at most the {plain.d_sae} latents, got {k}"
+        )
     threshold = torch.tensor(-1.0) if plain.threshold is None else plain.threshold.detach().float()
     if plain.activation == "threshold" and bool((threshold < 0).any()):
         record.add("thresholds below 0 act as 0 (the ReLU): written as 0", "layout")
@@ -261,7 +267,7 @@ def check_weights(where: str, plain: PlainWeights) -> None:
         tensor = getattr(plain, name)
         if tensor is not None and not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"{where}: {name}: expected finite numbers, found NaN or Inf")
-    if plain.widths is not None and plain.widths and plain.widths[-1] != d_sae:
+    if plain.widths and plain.widths[-1] != d_sae:
         raise ValueError(f"{where}: widths: expected the last to be d_sae = {d_sae}, got {list(plain.widths)}")
 
 
@@ -269,12 +275,23 @@ def take_tensors(
     where: str,
     tensors: Mapping[str, Any],
     required: Sequence[str],
+    record: Conversion,
     optional: Sequence[str] = (),
     ignored: Sequence[str] = (),
+    whole: Sequence[str] = (),
 ) -> dict[str, Tensor]:
-    """The named tensors as contiguous fp32 (integers as they are), or a ValueError that names what is missing or unknown."""
+    """The named tensors, contiguous on the CPU: fp32 of fp32, bf16, fp16 or fp64 (recorded where that rounds it).
+
+    Args:
+        where: begins the errors: the conversion and the file.
+        optional: taken where they are there.   ignored: not taken.
+        whole: those of them that are integers; they stay as they are.
+
+    Raises:
+        ValueError: a tensor is missing, unknown, of another type, or not a dense one whose numbers are all in the file.
+    """
     missing = [name for name in required if name not in tensors]
-    unknown = sorted(set(tensors) - {*required, *optional, *ignored})
+    unknown = sorted(map(str, set(tensors) - {*required, *optional, *ignored}))
     if missing or unknown:
         parts = [f"missing {', '.join(missing)}"] * bool(missing) + [f"unknown {', '.join(unknown)}"] * bool(unknown)
         raise ValueError(
@@ -283,15 +300,39 @@ def take_tensors(
             + f"; {'; '.join(parts)}. Is this the right format?"
         )
     found: dict[str, Tensor] = {}
+    rounded = []
     for name in (*required, *optional):
         if name not in tensors:
             continue
-        tensor = tensors[name]
-        if not isinstance(tensor, Tensor):
-            raise ValueError(f"{where}: {name}: expected a tensor, got {type(tensor).__name__}")
-        tensor = tensor.detach().cpu()
-        found[name] = tensor.float().contiguous() if tensor.is_floating_point() else tensor
+        tensor = _dense(where, name, tensors[name], _WHOLE if name in whole else _FLOATING)
+        if name in whole:
+            found[name] = tensor
+            continue
+        found[name] = tensor.float().contiguous()
+        if tensor.dtype == torch.float64 and not torch.equal(found[name].double(), tensor):
+            rounded.append(name)
+            if bool((found[name].isinf() & tensor.isfinite()).any()):
+                raise ValueError(
+                    f"{where}: {name}: expected numbers that fp32 holds, got fp64 up to {tensor.abs().max():.3g}"
+                )
+    if rounded:
+        record.add(f"{', '.join(rounded)}: fp64, rounded to fp32", "rounding")
     return found
+
+
+def _dense(where: str, name: str, tensor: object, kinds: Mapping[torch.dtype, str]) -> Tensor:
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{where}: {name}: expected a tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in kinds:
+        # Integers and 8-bit floats belong with a scale that this format does not hold.
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise ValueError(f"{where}: {name}: expected {', '.join(kinds.values())}, got {kind}")
+    strided = tensor.layout == torch.strided and not tensor.is_nested and tensor.device.type != "meta"
+    # An expanded one holds few numbers and stands for any size.
+    if not strided or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
+        what = "expanded" if strided else f"{tensor.layout} on {tensor.device}"
+        raise ValueError(f"{where}: {name}: expected a dense tensor with all its numbers in the file, got {what}")
+    return tensor.detach().cpu()
 
 
 def matrix(where: str, name: str, tensor: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,8 @@ from torch import Tensor
 from transcoder.interop.files import read_json, read_safetensors, write_json, write_safetensors
 from transcoder.interop.plain import Hooks, PlainWeights, matrix, take_tensors
 from transcoder.interop.record import Conversion
+from transcoder.interop.saelens_scale import fold_scale
+from transcoder.interop.settings import check_size, flag, mean_number, rising, section, text, whole
 
 TESTED = "sae-lens 6.54.12"
 CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"
@@ -24,8 +25,6 @@ _TRANSCODERS = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprel
 _TRAINED = ("topk_transcoder", "batchtopk_transcoder", "matryoshka_batchtopk_transcoder")
 """Checkpoints of `transcoder.interop.saelens_training`'s classes."""
 _SAES = ("standard", "jumprelu", "topk", "batchtopk", "matryoshka_batchtopk")
-_RUNTIME_IDENTITY = ("none", "expected_average_only_in", "covariance_whitening", None, False)
-"""Values of normalize_activations that do nothing in a saved SAE: SAELens folds them into the weights when it saves."""
 
 
 def write(plain: PlainWeights, folder: Path, record: Conversion, options: Mapping[str, Any]) -> None:
@@ -134,24 +133,35 @@ def read(path: Path, record: Conversion, options: Mapping[str, Any]) -> PlainWei
         )
     tensors = dict(read_safetensors(where, path / WEIGHTS_FILE))
     _drop_scaling_factor(where, tensors, record)
+    settings = f"{where}: {path / CONFIG_FILE}"
     required = ["W_enc", "W_dec", "b_enc", "b_dec"]
-    if "skip" in architecture or (architecture in _TRAINED and config.get("skip")):
+    if "skip" in architecture or (architecture in _TRAINED and flag(settings, config, "skip", False)):
         required.append("W_skip")
     if architecture.startswith("jumprelu"):
         required.append("threshold")
-    if architecture in ("batchtopk", "matryoshka_batchtopk", *_TRAINED):
+    tracked = architecture in ("batchtopk", "matryoshka_batchtopk", *_TRAINED)
+    if tracked:
         required.append("topk_threshold")
-    found = take_tensors(f"{where}: {path / WEIGHTS_FILE}", tensors, required)
+    found = take_tensors(f"{where}: {path / WEIGHTS_FILE}", tensors, required, record)
+    rescaled = flag(settings, config, "rescale_acts_by_decoder_norm", tracked) and (tracked or architecture == "topk")
+    # Only the configurations of training SAEs have this key.
+    trained = tracked or "decoder_init_norm" in config
+    found = fold_scale(where, path / CONFIG_FILE, config, found, record, trained=trained, rescaled=rescaled)
     W_enc, W_dec = matrix(where, "W_enc", found["W_enc"]).T.contiguous(), matrix(where, "W_dec", found["W_dec"])
     b_enc = found["b_enc"]
     record.add(f"architecture {architecture}; W_enc transposed to a latent a row", "layout")
-    _check_sizes(where, config, W_enc, W_dec)
-    _check_normalization(config, record)
-    if config.get("reshape_activations", "none") not in ("none", None):
-        record.add(f"reads the heads of {config['reshape_activations']} flattened", "note")
-    threshold, k = _selection(where, architecture, config, found)
-    topk = architecture in ("topk", "topk_transcoder")
-    if (config.get("rescale_acts_by_decoder_norm", False) and topk) or _rescaled(architecture, config):
+    for name, size in (("d_sae", W_enc.shape[0]), ("d_in", W_enc.shape[1]), ("d_out", W_dec.shape[1])):
+        check_size(settings, config, name, size)
+    reshape = config.get("reshape_activations")
+    if reshape not in ("none", "hook_z", None):
+        raise ValueError(f"{settings}: reshape_activations: expected none or hook_z, got {reshape!r}")
+    if reshape == "hook_z":
+        record.add("reads the heads of hook_z flattened", "note")
+    if tracked and found["topk_threshold"].numel() != 1:
+        shape = list(found["topk_threshold"].shape)
+        raise ValueError(f"{where}: {path / WEIGHTS_FILE}: topk_threshold: expected one number, got shape {shape}")
+    threshold, k = _selection(settings, architecture, config, found)
+    if rescaled:
         norms = torch.linalg.vector_norm(W_dec.double(), dim=1)
         record.add(
             "rescale_acts_by_decoder_norm: the decoder's norms were folded into W_enc, b_enc and W_dec", "rounding"
@@ -162,8 +172,12 @@ def read(path: Path, record: Conversion, options: Mapping[str, Any]) -> PlainWei
         b_enc = (b_enc.double() * norms).float()
         W_dec = (W_dec.double() / norms[:, None]).float()
     # Transcoders never subtract b_dec; SAEs do unless told otherwise.
-    subtracts = architecture in _SAES and config.get("apply_b_dec_to_input", True) is not False
-    ours, metadata = _own_metadata(config), config.get("metadata")
+    subtracts = flag(settings, config, "apply_b_dec_to_input", architecture in _SAES)
+    if subtracts and architecture not in _SAES:
+        raise ValueError(
+            f"{settings}: apply_b_dec_to_input: expected false of a {architecture}, as SAELens does, got true"
+        )
+    ours = _own_metadata(settings, config)
     return PlainWeights(
         W_enc=W_enc,
         b_enc=b_enc,
@@ -171,11 +185,11 @@ def read(path: Path, record: Conversion, options: Mapping[str, Any]) -> PlainWei
         b_dec=found["b_dec"],
         W_skip=found.get("W_skip"),
         input_bias=found["b_dec"].clone() if subtracts else None,
-        activation="topk" if topk else "threshold",
-        k=k if k is not None else ours.get("k"),
+        activation="topk" if architecture in ("topk", "topk_transcoder") else "threshold",
+        k=k if k is not None else ours["k"],
         threshold=threshold,
-        widths=_widths(config, ours, W_enc.shape[0]),
-        hooks=_hooks(metadata if isinstance(metadata, dict) else config),
+        widths=_widths(settings, config, ours["widths"], W_enc.shape[0]),
+        hooks=_hooks(settings, section(settings, config, "metadata") or config),
     )
 
 
@@ -200,86 +214,50 @@ def _drop_scaling_factor(where: str, tensors: dict[str, Tensor], record: Convers
         record.add("scaling_factor of ones left out", "layout")
 
 
-def _check_sizes(where: str, config: Mapping[str, Any], W_enc: Tensor, W_dec: Tensor) -> None:
-    sizes = {"d_sae": W_enc.shape[0], "d_in": W_enc.shape[1], "d_out": W_dec.shape[1]}
-    for name, size in sizes.items():
-        if config.get(name, size) != size:
-            raise ValueError(f"{where}: {CONFIG_FILE} says {name} = {config[name]!r}, the weights have {size}")
-
-
-def _check_normalization(config: Mapping[str, Any], record: Conversion) -> None:
-    mode = config.get("normalize_activations", "none")
-    if mode in ("layer_norm", "constant_norm_rescale"):
-        record.change(f"normalize_activations {mode!r} rescales each token by itself, which a Transcoder does not do")
-    elif mode not in _RUNTIME_IDENTITY and mode is not True:
-        raise ValueError(f"saelens import: normalize_activations: expected a mode of SAELens, got {mode!r}")
-    elif mode not in ("none", None, False):
-        record.add(f"normalize_activations {mode!r}: does nothing in a saved SAE, as in SAELens", "note")
-
-
 def _selection(
     where: str, architecture: str, config: Mapping[str, Any], found: Mapping[str, Tensor]
 ) -> tuple[Tensor | None, int | None]:
     """(threshold, of TopK the tracked one or None; k or None)."""
     if architecture in ("topk", "topk_transcoder"):
-        arguments = config.get("activation_fn_kwargs")
-        k = config.get("k", arguments.get("k") if isinstance(arguments, dict) else None)
-        if not isinstance(k, int) or k < 1:
-            raise ValueError(
-                f"{where}: {CONFIG_FILE}: k: expected a whole number of latents a token for {architecture}, got {k!r}"
-            )
+        k = whole(where, config, "k") or whole(where, section(where, config, "activation_fn_kwargs"), "k")
+        if k is None:
+            raise ValueError(f"{where}: k: expected a whole number of latents a token for {architecture}, found none")
         tracked = found.get("topk_threshold")
         # 0 is where SAELens starts: no batch was trained.
-        return (tracked.float().reshape(()) if tracked is not None and bool(tracked > 0) else None), k
+        return (tracked.reshape(()) if tracked is not None and bool(tracked > 0) else None), k
     if architecture.startswith("jumprelu"):
         return found["threshold"], None
     if "topk_threshold" in found:
-        k = config.get("k")
         # SAELens allows a mean that is no whole number.
-        return found["topk_threshold"].float().reshape(()), max(1, round(k)) if isinstance(k, (int, float)) else None
+        return found["topk_threshold"].reshape(()), mean_number(where, "k", config.get("k"))
     return torch.tensor(0.0), None
 
 
-def _rescaled(architecture: str, config: Mapping[str, Any]) -> bool:
-    return architecture in ("batchtopk", "matryoshka_batchtopk", *_TRAINED) and bool(
-        config.get("rescale_acts_by_decoder_norm", True)
-    )
-
-
-def _own_metadata(config: Mapping[str, Any]) -> dict[str, Any]:
+def _own_metadata(where: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """k and widths from our own note in the metadata, or from SAELens' note on how it was trained."""
-    metadata = config.get("metadata")
-    metadata = metadata if isinstance(metadata, dict) else {}
-    ours, details = metadata.get("transcoder"), metadata.get("training_architecture_details")
-    values = {
-        **({"k": details.get("k"), "widths": details.get("matryoshka_widths")} if isinstance(details, dict) else {}),
-        **(ours if isinstance(ours, dict) else {}),
-    }
-    k = values.get("k")
-    whole = max(1, round(k)) if isinstance(k, (int, float)) and not isinstance(k, bool) else None
-    return {"k": whole, "widths": values.get("widths")}
+    metadata = section(where, config, "metadata")
+    found: dict[str, Any] = {"k": None, "widths": []}
+    for note, widths in (("training_architecture_details", "matryoshka_widths"), ("transcoder", "widths")):
+        values, name = section(f"{where}: metadata", metadata, note), f"metadata.{note}"
+        found["k"] = mean_number(where, f"{name}.k", values.get("k")) or found["k"]
+        found["widths"] = rising(where, f"{name}.{widths}", values.get(widths)) or found["widths"]
+    return found
 
 
-def _widths(config: Mapping[str, Any], ours: Mapping[str, Any], d_sae: int) -> tuple[int, ...] | None:
-    widths = config.get("matryoshka_widths") or ours.get("widths")
-    if not isinstance(widths, list) or not all(isinstance(width, int) for width in widths):
-        return None
+def _widths(where: str, config: Mapping[str, Any], noted: list[int], d_sae: int) -> tuple[int, ...] | None:
+    widths = rising(where, "matryoshka_widths", config.get("matryoshka_widths")) or noted
     widths = [width for width in widths if width <= d_sae]
-    rising = all(a < b for a, b in pairwise(widths)) and (not widths or widths[0] > 0)
     # SAELens adds the full width itself where it is missing.
-    return tuple(widths if widths[-1] == d_sae else [*widths, d_sae]) if widths and rising else None
+    return tuple(widths if widths[-1] == d_sae else [*widths, d_sae]) if widths else None
 
 
-def _hooks(metadata: Mapping[str, Any]) -> Hooks:
-    def text(*names: str) -> str | None:
-        return next((metadata[name] for name in names if isinstance(metadata.get(name), str)), None)
-
-    source, target = text("hook_name", "hook_point"), text("hook_name_out")
-    size, bos = metadata.get("context_size"), metadata.get("prepend_bos")
+def _hooks(where: str, metadata: Mapping[str, Any]) -> Hooks:
+    source = text(where, metadata, "hook_name") or text(where, metadata, "hook_point")
+    known = metadata.get("prepend_bos") is not None
     return Hooks(
         source=source,
-        target=target or source,
-        model_name=text("model_name"),
-        context_size=size if isinstance(size, int) else None,
-        prepend_bos=bos if isinstance(bos, bool) else None,
+        target=text(where, metadata, "hook_name_out") or source,
+        model_name=text(where, metadata, "model_name"),
+        context_size=whole(where, metadata, "context_size", least=0),
+        prepend_bos=flag(where, metadata, "prepend_bos", None) if known else None,
     )

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from transcoder.interop.files import read_json, read_safetensors, write_json, write_safetensors
 from transcoder.interop.plain import PlainWeights, matrix, take_tensors
 from transcoder.interop.record import Conversion
+from transcoder.interop.settings import check_size, flag, whole
 
 TESTED = "eai-sparsify 1.3.3"
 CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae.safetensors"
@@ -54,22 +56,29 @@ def read(path: Path, record: Conversion, options: Mapping[str, Any]) -> PlainWei
     """A folder that `SparseCoder.save_to_disk` wrote."""
     where = "sparsify import"
     config = read_json(where, path / CONFIG_FILE)
-    activation, k = config.get("activation", "topk"), config.get("k")
+    settings = f"{where}: {path / CONFIG_FILE}"
+    activation, k = config.get("activation", "topk"), whole(settings, config, "k")
     if activation == "groupmax":
         record.change("activation groupmax keeps one latent a group, TopK the k largest")
-    elif activation != "topk" or config.get("signed"):
-        raise ValueError(f"{where}: {CONFIG_FILE}: activation: expected 'topk' unsigned, got {activation!r}")
-    if not isinstance(k, int) or k < 1:
-        raise ValueError(f"{where}: {CONFIG_FILE}: k: expected a whole number of latents a token, got {k!r}")
-    required = ["encoder.weight", "encoder.bias", "W_dec", "b_dec"] + ["W_skip"] * bool(config.get("skip_connection"))
-    tensors = read_safetensors(where, path / WEIGHTS_FILE)
-    found = take_tensors(f"{where}: {path / WEIGHTS_FILE}", tensors, required)
+    elif activation != "topk" or flag(settings, config, "signed", False):
+        raise ValueError(f"{settings}: activation: expected 'topk' unsigned, got {activation!r}")
+    if k is None:
+        raise ValueError(f"{settings}: k: expected a whole number of latents a token, found none")
+    skip, transcode = flag(settings, config, "skip_connection", False), flag(settings, config, "transcode", False)
+    required = ["encoder.weight", "encoder.bias", "W_dec", "b_dec"] + ["W_skip"] * skip
+    found = take_tensors(
+        f"{where}: {path / WEIGHTS_FILE}", read_safetensors(where, path / WEIGHTS_FILE), required, record
+    )
     W_enc = matrix(where, "encoder.weight", found["encoder.weight"])
-    for name, size in (("d_in", W_enc.shape[1]), ("num_latents", W_enc.shape[0])):
-        # num_latents 0 means "expansion_factor times d_in".
-        if config.get(name, size) not in (size, 0):
-            raise ValueError(f"{where}: {CONFIG_FILE} says {name} = {config[name]!r}, the weights have {size}")
-    transcode = bool(config.get("transcode", False))
+    _check_sizes(settings, config, W_enc)
+    if k > W_enc.shape[0]:
+        raise ValueError(f"{settings}: k: expected at most the {W_enc.shape[0]} latents, got {k}")
+    if flag(settings, config, "multi_topk", False):
+        record.change(
+            f"with multi_topk the library's forward returns the reconstruction of 4 k = {4 * k} latents "
+            f"(and no skip connection); imported is k = {k}, which its encode and decode compute",
+            "With multi_topk: false in cfg.json its forward is that function too.",
+        )
     if not transcode:
         record.add("a sparse autoencoder: b_dec is subtracted from the input first", "note")
     return PlainWeights(
@@ -82,3 +91,12 @@ def read(path: Path, record: Conversion, options: Mapping[str, Any]) -> PlainWei
         activation="topk",
         k=k,
     )
+
+
+def _check_sizes(where: str, config: Mapping[str, Any], W_enc: Tensor) -> None:
+    d_sae, d_in = W_enc.shape
+    check_size(where, config, "d_in", d_in)
+    if whole(where, config, "num_latents", least=0):
+        check_size(where, config, "num_latents", d_sae)
+    elif (factor := whole(where, config, "expansion_factor")) is not None and factor * d_in != d_sae:
+        raise ValueError(f"{where}: says expansion_factor = {factor}, the weights have {d_sae} / {d_in}")
