@@ -27,7 +27,9 @@ class PeerVersionError(ImportError):
     """A library's version, or a part of it, that is not one this was tested with."""
 
 
-def accelerate(module: M, *, repair_auxk: bool = False, allow_untested: bool = False, always: bool = False) -> M:
+def accelerate(
+    module: M, *, repair_auxk: bool | None = None, allow_untested: bool = False, always: bool | None = None
+) -> M:
     """The same module object, its encoder, selection and decoder running on `transcoder.kernels`.
 
     Takes SAELens' TopK, BatchTopK and MatryoshkaBatchTopK training SAEs, its TopK and JumpReLU SAEs and JumpReLU transcoders;
@@ -35,19 +37,21 @@ def accelerate(module: M, *, repair_auxk: bool = False, allow_untested: bool = F
 
     The object keeps its parameters (their storage, names, shapes), buffers, hooks and class (`isinstance` holds: it gets a
     subclass of its own, nothing of the library is changed), so optimizers, trainers, saving and loading go on as they were,
-    also ones made before. Calling it again changes nothing.
+    also ones made before. Calling it again changes what is given and leaves the rest.
 
     Activations come back as `SparseActivations`: tensors of the usual shape that hold compressed codes and turn dense, once and
-    with a `DenseView` warning, where something needs it. Selections with ties may choose otherwise among equals; values and
-    gradients agree to fp32 rounding of a product of length d_in. Entries that the ReLU switched off get no gradient.
+    with a `DenseView` warning, where something needs it. Autograd, hooks, views and changes in place are followed. What is
+    computed only where it is read (pre-activations) refuses that once the parameters have changed: RuntimeError. Selections
+    with ties may choose otherwise among equals; values and gradients agree to fp32 rounding of a product of length d_in.
+    Entries that the ReLU switched off get no gradient.
 
     Batches of fewer than 2**17 activations (rows times latents) run on the library's own code, which is faster there; those of
     sparsify and dictionary_learning with fewer than 128 rows too.
 
     Args:
         repair_auxk: sparsify's encoder loses the gradient of its AuxK loss (and of multi_topk): True gives it back. The other
-            libraries keep it, and for them this changes nothing.
-        always: run small batches on our kernels too. `repair_auxk` does so by itself.
+            libraries keep it, and for them this changes nothing. None: as before, at first False.
+        always: run small batches on our kernels too. `repair_auxk` does so by itself. None: as before, at first False.
         allow_untested: go on with a version of the library that was not tested.
 
     Raises:
@@ -82,9 +86,12 @@ def accelerate(module: M, *, repair_auxk: bool = False, allow_untested: bool = F
     return _set(module, repair_auxk, always)
 
 
-def _set(module: M, repair_auxk: bool, always: bool) -> M:
+def _set(module: M, repair_auxk: bool | None, always: bool | None) -> M:
+    had = module.__dict__
+    repair = had.get("_transcoder_repair_auxk", False) if repair_auxk is None else repair_auxk
+    asked = had.get("_transcoder_always", False) if always is None else always
     # The library's own code has no repaired gradient.
-    module.__dict__.update(_transcoder_repair_auxk=repair_auxk, _transcoder_always=always or repair_auxk)
+    had.update(_transcoder_repair_auxk=repair, _transcoder_always=asked or repair)
     return module
 
 

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from transcoder.interop.accelerate.activations import LazyTensor, SparseActivations, announce
-from transcoder.interop.accelerate.encode import How, select
-from transcoder.interop.accelerate.kinds import Kind, original
+from transcoder.interop.accelerate.activations import SparseActivations
+from transcoder.interop.accelerate.encode import How, product_dtype, select
+from transcoder.interop.accelerate.kinds import Kind, hooked, original
+from transcoder.interop.accelerate.lazy import Computed, LazyTensor, announce
 from transcoder.interop.accelerate.small import FEWEST_ROWS, own_code
+from transcoder.interop.accelerate.unchanged import Unchanged
 from transcoder.kernels import SparseCodes
 
 PACKAGE = "dictionary-learning"
@@ -34,7 +36,7 @@ class TopK:
         """As the library's; the k entries of a row come by latent id, not by value."""
         if own_code(self, x, self.dict_size, FEWEST_ROWS):
             return original(self).encode(self, x, return_topk=return_topk, use_threshold=use_threshold)
-        why = _why_dense(self, x, use_threshold)
+        why = _why_dense(self, x, use_threshold, return_topk)
         if why is None and use_threshold and return_topk:
             why = "return_topk beside use_threshold"
         if why is not None:
@@ -45,14 +47,16 @@ class TopK:
         if not return_topk:
             return acts
         k = int(self.k)
-        return acts, codes.values.view(-1, k), codes.indices.view(-1, k), post_relu
+        # Theirs to change, as in the library.
+        values, indices = codes.values.view(-1, k).to(acts.dtype, copy=True), codes.indices.view(-1, k).clone()
+        return acts, values, indices, post_relu
 
 
 class BatchTopK:
     def encode(self: Any, x: Tensor, return_active: bool = False, use_threshold: bool = True) -> Any:
         if own_code(self, x, self.dict_size, FEWEST_ROWS):
             return original(self).encode(self, x, return_active=return_active, use_threshold=use_threshold)
-        why = _why_dense(self, x, use_threshold)
+        why = _why_dense(self, x, use_threshold, return_active)
         if why is not None:
             announce(self, f"{why}: encoded by the library's own dense code")
             return original(self).encode(self, x, return_active=return_active, use_threshold=use_threshold)
@@ -65,7 +69,7 @@ class Matryoshka:
     def encode(self: Any, x: Tensor, return_active: bool = False, use_threshold: bool = True) -> Any:
         if own_code(self, x, self.dict_size, FEWEST_ROWS):
             return original(self).encode(self, x, return_active=return_active, use_threshold=use_threshold)
-        why = _why_dense(self, x, use_threshold)
+        why = _why_dense(self, x, use_threshold, return_active)
         if why is None and self.active_groups != len(self.group_sizes):
             why = "active_groups below the number of groups"
         if why is not None:
@@ -76,16 +80,20 @@ class Matryoshka:
         return (acts, _active(codes), post_relu) if return_active else acts
 
 
-def _why_dense(sae: Any, x: Tensor, use_threshold: bool) -> str | None:
+def _why_dense(sae: Any, x: Tensor, use_threshold: bool, beside: bool) -> str | None:
     if torch.compiler.is_compiling():
         return "torch.compile"
     encoder = getattr(sae, "encoder", None)
     if encoder is not None and type(encoder) is not nn.Linear:
         return f"an encoder of type {type(encoder).__name__}"
-    if encoder is not None and (encoder._forward_hooks or encoder._forward_pre_hooks or encoder._backward_hooks):
+    if encoder is not None and hooked(encoder):
         return "hooks on the encoder"
-    if x.dim() != 2 and not use_threshold:
+    if encoder is not None and encoder.bias is None:
+        return "an encoder without a bias"
+    if x.dim() != 2 and (beside or not use_threshold):
         return f"input of {x.dim()} dimensions"
+    if use_threshold and not bool(x.isfinite().all()):
+        return "input that is not finite"
     # Before the first update every positive activation is above it: nothing is sparse about that.
     return "a threshold below 0 (not set yet)" if use_threshold and float(sae.threshold) < 0 else None
 
@@ -101,14 +109,13 @@ def _encoded(
     flat = read.reshape(-1, read.shape[-1])
     codes = select(flat, W, b, how, argument, rows=rows)
 
-    def post_relu(ids: Tensor | None = None) -> Tensor:
-        weight = W if rows else W.T
-        weight, bias = (weight, b) if ids is None else (weight[ids], b[ids])
-        return torch.relu(nn.functional.linear(read, weight, bias))
+    def pre(read: Tensor, W: Tensor, b: Tensor) -> Tensor:
+        return nn.functional.linear(read, W if rows else W.T, b)
 
-    leading = read.shape[:-1]
-    acts = SparseActivations.over(sae, codes, leading, torch.promote_types(read.dtype, W.dtype))
-    return codes, acts, LazyTensor.of(sae, (*leading, b.shape[0]), acts.kept, post_relu, post_relu)
+    leading, dtype, inputs = read.shape[:-1], product_dtype(read, W), (read, W, b)
+    acts = SparseActivations.over(sae, codes, leading, dtype)
+    source = Computed("post_relu", pre, inputs, Unchanged(W_enc=W, b_enc=b), relu=True)
+    return codes, acts, LazyTensor.born(acts._owner, acts.shape, dtype, source, inputs)
 
 
 def _active(codes: SparseCodes) -> Tensor:

@@ -47,7 +47,7 @@ class _Select(torch.autograd.Function):
             codes = threshold_encode(x, latents, biases, argument)
         values, indices, row_ptr = codes.values.detach(), codes.indices, codes.row_ptr
         if scale is not None:
-            values = values / scale[indices]
+            values = values / _divisors(scale)[indices]
         derived.update(codes._derived)
         ctx.mark_non_differentiable(indices, row_ptr)
         ctx.save_for_backward(x, W if rows and scale is None else latents, scale, values, indices, row_ptr)
@@ -61,7 +61,7 @@ class _Select(torch.autograd.Function):
         needs_x, needs_W, needs_b = ctx.needs_input_grad[:3]
         if scale is not None:
             # `latents` are scaled: so, for x, these; for W and b the scale comes back below.
-            grad = grad / scale[indices]
+            grad = grad / _divisors(scale)[indices]
         codes = SparseCodes.trusted(values, indices, row_ptr, (x.shape[0], latents.shape[0]), ctx.derived)
         with use_backend(ctx.backend):
             order = list(codes.by_latent()) if needs_W or needs_b else []
@@ -81,6 +81,11 @@ class _Select(torch.autograd.Function):
         if grad_b is not None:
             grad_b = (grad_b if scale is None else grad_b * scale).to(b_dtype)
         return (None if grad_x is None else grad_x.to(x_dtype)), grad_W, grad_b, None, None, None, None, None
+
+
+def _divisors(scale: Tensor) -> Tensor:
+    """What undoes the scale: of a latent whose scale is 0, all values are 0."""
+    return scale.masked_fill(scale == 0, torch.inf)
 
 
 def _scaled(latents: Tensor, factors: Tensor | None) -> Tensor:
@@ -110,6 +115,14 @@ def _largest(x: Tensor, latents: Tensor, biases: Tensor, count: int) -> SparseCo
     chosen[kept + 1] = 1
     row_ptr = chosen.cumsum(0)[codes.row_ptr]
     return SparseCodes.trusted(codes.values[kept], codes.indices[kept], row_ptr, codes.shape)
+
+
+def product_dtype(x: Tensor, W: Tensor) -> torch.dtype:
+    """Of x @ W in a library's code: autocast's, or what the two promote to."""
+    wide = torch.promote_types(x.dtype, W.dtype)
+    if wide != torch.float64 and torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return wide
 
 
 def select(

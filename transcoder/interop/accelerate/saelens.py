@@ -6,6 +6,7 @@ rescaling and selection in one) and the auxiliary loss, which encodes the dead l
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -13,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from transcoder.interop.accelerate.activations import LazyTensor, SparseActivations, announce
+from transcoder.interop.accelerate.activations import SparseActivations
 from transcoder.interop.accelerate.encode import How, select
-from transcoder.interop.accelerate.kinds import Kind, original
+from transcoder.interop.accelerate.kinds import Kind, hooked, original
+from transcoder.interop.accelerate.lazy import Computed, LazyTensor, announce
 from transcoder.interop.accelerate.small import own_code
+from transcoder.interop.accelerate.unchanged import Unchanged
 from transcoder.kernels import SparseCodes, sparse_decode
 
 PACKAGE = "sae-lens"
@@ -55,6 +58,9 @@ class _Encoder:
             announce(self, f"{dense}: encoded by SAELens' own dense code")
             return None
         sae_in = self.process_sae_in(x)
+        if threshold is not None and not bool(sae_in.isfinite().all()):
+            announce(self, "input that is not finite: encoded by SAELens' own dense code")
+            return None
         flat = sae_in.reshape(-1, sae_in.shape[-1])
         scale = self.W_dec.norm(dim=-1) if getattr(self.cfg, "rescale_acts_by_decoder_norm", False) else None
         how, argument = _selection(self, flat.shape[0], threshold)
@@ -64,32 +70,68 @@ class _Encoder:
         if scale is not None:
             codes = codes.with_values(plain * scale[codes.indices])
 
-        def pre(ids: Tensor | None = None) -> Tensor:
-            W, b, s = self.W_enc, self.b_enc, scale
-            if ids is not None:
-                W, b, s = W[:, ids], b[ids], None if s is None else s[ids]
-            hidden = sae_in @ W + b
-            return hidden if s is None else hidden * s
-
-        hidden_pre = LazyTensor.of(self, (*leading, self.b_enc.shape[0]), self.W_enc, pre, pre)
         acts: Any = SparseActivations.over(self, codes, leading, self.W_enc.dtype)
-        acts._plain = plain
-        if _hooked(self.hook_sae_acts_post):
+        acts._plain = _Plain(plain, scale, self.W_dec, Unchanged(W_dec=self.W_dec))
+        hidden_pre = _hidden_pre(acts, (sae_in, self.W_enc, self.b_enc, *([] if scale is None else [scale])))
+        if _active(self.hook_sae_acts_post):
             announce(self, "hook_sae_acts_post has hooks, which get the dense activations")
             acts = self.hook_sae_acts_post(acts.dense())
         return acts, hidden_pre
 
 
+@dataclasses.dataclass
+class _Plain:
+    """Beside activations: what `decode` needs to leave out their division by the decoder's norms."""
+
+    values: Tensor
+    """[nnz] before the multiplication by the norms."""
+    scale: Tensor | None
+    """[d_sae] those norms, or None where the SAE has none of it."""
+    W_dec: Tensor
+    unchanged: Unchanged
+    levels: tuple[Tensor, ...] = ()
+    """What `decode` found, in the mode `levels_grad`, from a decoder that has not changed while `levels_of` holds."""
+    levels_grad: bool = False
+    levels_of: Unchanged | None = None
+
+
+def _hidden_pre(acts: SparseActivations, inputs: tuple[Tensor, ...]) -> _HiddenPre:
+    source = Computed("hidden_pre", _affine, inputs, Unchanged(W_enc=inputs[1], b_enc=inputs[2]), relu=False)
+    new: _HiddenPre = _HiddenPre.born(acts._owner, acts.shape, acts.dtype, source, inputs)
+    return new
+
+
+def _affine(x: Tensor, W: Tensor, b: Tensor, scale: Tensor | None = None) -> Tensor:
+    hidden = x @ W + b
+    return hidden if scale is None else hidden * scale
+
+
+class _HiddenPre(LazyTensor):
+    def columns(self, ids: Tensor) -> Tensor:
+        """self[..., ids]; computed alone where nothing else was."""
+        source = self._source
+        if not self.untouched() or not isinstance(source, Computed):
+            return self.dense()[..., ids]
+        source.reads.check(source.what)
+        x, W, b, *scale = source.inputs
+        with source.modes(source.grad and torch.is_grad_enabled()):
+            part = _affine(x, W[:, ids], b[ids], *(s[ids] for s in scale))
+        if part.requires_grad:
+            self.use()
+        return part
+
+
 class _Decoder(_Encoder):
     def decode(self: Any, feature_acts: Any) -> Any:
         """As the library's, whose division by the decoder norms undoes the multiplication before: neither is done, and the
-        gradient through both, which is 0, is not computed either."""
-        plain = getattr(feature_acts, "_plain", None)
-        if plain is None or feature_acts._dense is not None:
+        gradient through both, which is 0, is not computed either. Norms that are others by now are divided by."""
+        values = _undone(self, feature_acts)
+        if values is None:
             return original(self).decode(self, feature_acts)
-        feature_acts._used = True
         shape = (*feature_acts.shape[:-1], self.W_dec.shape[1])
-        out = _levels(self, feature_acts)[-1].to(self.W_dec.dtype).view(shape) + self.b_dec
+        out = _levels(self, feature_acts, values)[-1].to(self.W_dec.dtype).view(shape) + self.b_dec
+        if values.requires_grad and torch.is_grad_enabled():
+            feature_acts.use()
         out = self.run_time_activation_norm_fn_out(self.hook_sae_recons(out))
         return self.reshape_fn_out(out, self.d_head)
 
@@ -104,7 +146,7 @@ class Training(_Decoder):
     ) -> Tensor:
         """As the library's, from the pre-activations of the dead latents alone."""
         theirs = original(self).calculate_topk_aux_loss
-        lazy = isinstance(hidden_pre, LazyTensor) and hidden_pre._dense is None
+        lazy = isinstance(hidden_pre, _HiddenPre) and hidden_pre.untouched()
         if dead_neuron_mask is None or not lazy or self.cfg.normalize_activations not in _PLAIN:
             return theirs(self, sae_in, sae_out, hidden_pre, dead_neuron_mask)
         ids = dead_neuron_mask.nonzero().squeeze(1)
@@ -129,19 +171,45 @@ class Matryoshka(Training):
         self: Any, feature_acts: Any, include_outer_loss: bool = False
     ) -> Iterator[tuple[int, Tensor]]:
         """As the library's, from the one pass that `decode` made."""
-        levels = getattr(feature_acts, "_levels", None)
-        if levels is None or feature_acts._dense is not None:
+        plain, widths = getattr(feature_acts, "_plain", None), self.cfg.matryoshka_widths
+        fits = (
+            plain is not None
+            and plain.levels_of is not None
+            and plain.W_dec is self.W_dec
+            and feature_acts.untouched()
+            and len(plain.levels) == len(widths)
+            and plain.levels_grad == torch.is_grad_enabled()
+            and plain.levels_of.holds()
+        )
+        if not fits:
             yield from original(self)._iterable_decode(self, feature_acts, include_outer_loss)
             return
-        widths = self.cfg.matryoshka_widths
-        for width, level in list(zip(widths, levels, strict=True))[: None if include_outer_loss else -1]:
+        for width, level in list(zip(widths, plain.levels, strict=True))[: None if include_outer_loss else -1]:
             yield width, self.run_time_activation_norm_fn_out(level.to(self.W_dec.dtype) + self.b_dec)
 
 
-def _levels(sae: Any, acts: SparseActivations) -> tuple[Tensor, ...]:
+def _undone(sae: Any, acts: Any) -> Tensor | None:
+    """[nnz] the activations over the decoder's norms of now; None where they are not `sae`'s own, untouched, with the decoder
+    that they were encoded with."""
+    plain = getattr(acts, "_plain", None)
+    if plain is None or plain.W_dec is not sae.W_dec or not acts.untouched() or not plain.unchanged.holds():
+        return None
+    if (plain.scale is not None) != bool(sae.cfg.rescale_acts_by_decoder_norm):
+        return None
+    values: Tensor = plain.values
+    if plain.scale is not None:
+        # Changes through `.data` are seen by nothing else.
+        ratio = plain.scale.detach() / sae.W_dec.detach().norm(dim=-1)
+        if not bool(ratio.isfinite().all()):
+            return None
+        values = values * ratio[acts.codes.indices]
+    return values
+
+
+def _levels(sae: Any, acts: Any, values: Tensor) -> tuple[Tensor, ...]:
     """Of each level [rows, d_out]: what each prefix of the dictionary reconstructs, without the bias; one for the whole where
     there are no prefixes. Kept with the activations."""
-    codes, widths = acts.codes.with_values(acts._plain), getattr(sae.cfg, "matryoshka_widths", None)  # type: ignore[attr-defined]
+    codes, widths = acts.codes.with_values(values), getattr(sae.cfg, "matryoshka_widths", None)
     none = torch.zeros_like(sae.b_dec)
     if not widths or len(widths) == 1 or acts.dim() != 2:
         return (sparse_decode(codes, sae.W_dec, none),)
@@ -155,7 +223,8 @@ def _levels(sae: Any, acts: SparseActivations) -> tuple[Tensor, ...]:
     shares = SparseCodes.trusted(values, indices, row_ptr, (len(widths) * rows, codes.shape[1]))
     # Added one by one: the gradient of `cumsum` reverses all of it twice.
     levels = tuple(itertools.accumulate(sparse_decode(shares, sae.W_dec, none).view(len(widths), rows, -1).unbind(0)))
-    acts._levels = levels  # type: ignore[attr-defined]
+    plain = acts._plain
+    plain.levels, plain.levels_grad, plain.levels_of = levels, torch.is_grad_enabled(), Unchanged(W_dec=sae.W_dec)
     return levels
 
 
@@ -189,8 +258,10 @@ def _why_dense(sae: Any) -> str | None:
 
     if torch.compiler.is_compiling():
         return "torch.compile"
-    if _hooked(sae.hook_sae_acts_pre):
+    if _active(sae.hook_sae_acts_pre):
         return "hook_sae_acts_pre has hooks"
+    if hooked(sae.activation_fn):
+        return "activation_fn has hooks"
     kind = type(sae.activation_fn)
     if kind is BatchTopK:
         k = sae.activation_fn.k
@@ -198,8 +269,9 @@ def _why_dense(sae: Any) -> str | None:
     return None if kind in (TopK, nn.ReLU) else f"activation_fn {kind.__name__}"
 
 
-def _hooked(point: nn.Module) -> bool:
-    return any(
-        bool(getattr(point, name, None))
-        for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    )
+def _active(point: nn.Module) -> bool:
+    """Whether a hook point does more than hand on."""
+    from sae_lens.saes.topk_sae import SparseHookPoint
+    from transformer_lens.hook_points import HookPoint
+
+    return type(point) not in (HookPoint, SparseHookPoint, nn.Identity) or hooked(point)

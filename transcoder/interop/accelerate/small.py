@@ -19,7 +19,7 @@ thread, at 8192 latents 0.7 to 0.98 of the library's speed with 32 rows, 0.9 to 
 
 def own_code(module: nn.Module, x: Tensor, latents: int, fewest_rows: int = 0) -> bool:
     """Whether the library's own code encodes x [..., d_in]."""
-    if module.__dict__.get("_transcoder_always", False):
-        return False
     rows = x.numel() // max(x.shape[-1], 1)
+    if rows > 0 and module.__dict__.get("_transcoder_always", False):
+        return False
     return rows < fewest_rows or rows * latents < OWN_CODE_BELOW

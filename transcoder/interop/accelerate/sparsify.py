@@ -2,23 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import weakref
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from transcoder.interop.accelerate.activations import LazyTensor, announce, fresh
-from transcoder.interop.accelerate.encode import select
+from transcoder.interop.accelerate.encode import product_dtype, select
 from transcoder.interop.accelerate.kinds import Kind, original
+from transcoder.interop.accelerate.lazy import Computed, LazyTensor, announce
 from transcoder.interop.accelerate.small import FEWEST_ROWS, own_code
-from transcoder.kernels import sparse_decode
+from transcoder.interop.accelerate.unchanged import Unchanged
+from transcoder.kernels import SparseCodes, sparse_decode
 
 PACKAGE = "eai-sparsify"
 TESTED = "1.3.3"
 
 _CODES = "_transcoder_codes"
-"""Attribute of the indices that `encode` hands out: the codes that they and the activations beside them are."""
+"""Attribute of the indices that `encode` hands out: a `_Pattern`."""
+
+
+class _Pattern(NamedTuple):
+    """The codes that indices and the activations beside them are, while the indices are as they were handed out."""
+
+    codes: SparseCodes
+    indices: weakref.ref[Tensor]
+    count: int
+
+    @staticmethod
+    def of(top_indices: Tensor) -> SparseCodes | None:
+        found: _Pattern | None = getattr(top_indices, _CODES, None)
+        if found is None or found.indices() is not top_indices:
+            return None
+        if top_indices.is_inference():
+            # Which counts no changes.
+            same = found.codes.indices.equal(top_indices.flatten())
+        else:
+            same = found.count == top_indices._version
+        return found.codes if same else None
 
 
 _DECODED = "_transcoder_decoded"
@@ -49,26 +71,20 @@ class Coder:
         if why is not None:
             announce(self, f"{why}: encoded by sparsify's own dense code")
             return original(self).encode(self, x)
-        read, repair = self._read(x), self._transcoder_repair_auxk
-        acts, indices = _topk(self, read, self.cfg.k)
-
-        def graph() -> Any:
-            # Their fused encoder gives no gradient to what is read from pre_acts.
-            return torch.set_grad_enabled(torch.is_grad_enabled() and repair)
-
-        def pre() -> Tensor:
-            with graph():
-                return torch.relu(nn.functional.linear(read, self.encoder.weight, self.encoder.bias))
-
-        def strongest(k: int) -> tuple[Tensor, Tensor]:
-            with graph():
-                return _topk(self, read, k)
-
-        shape = (*read.shape[:-1], self.num_latents)
-        return EncoderOutput(acts, indices, PreActivations.reading(self, shape, acts, pre, strongest))
+        W, b = self.encoder.weight, self.encoder.bias
+        read = self._read(x)
+        acts, indices = _topk(read, W, b, self.cfg.k)
+        # Their fused encoder gives no gradient to what is read from pre_acts.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._transcoder_repair_auxk):
+            kept = read.clone() if read is x and x.is_inference() else read
+            watched = Unchanged(encoder_weight=W, encoder_bias=b, **({"x": x} if kept is x else {}))
+            source = Computed("pre_acts", nn.functional.linear, (kept, W, b), watched, relu=True)
+            shape, dtype = (*read.shape[:-1], self.num_latents), product_dtype(read, W)
+            pre = PreActivations.born(weakref.ref(self), shape, dtype, source, source.inputs)
+        return EncoderOutput(acts, indices, pre)
 
     def decode(self: Any, top_acts: Tensor, top_indices: Tensor) -> Any:
-        codes = getattr(top_indices, _CODES, None)
+        codes = _Pattern.of(top_indices)
         if codes is None or self.W_dec is None or top_acts.shape != top_indices.shape:
             return original(self).decode(self, top_acts, top_indices)
         y = sparse_decode(codes.with_values(top_acts.reshape(-1).to(codes.dtype)), self.W_dec, self.b_dec)
@@ -126,39 +142,31 @@ def _why_dense(coder: Any, x: Tensor) -> str | None:
     return None if x.dim() == 2 else f"input of {x.dim()} dimensions"
 
 
-def _topk(coder: Any, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    weight, bias = coder.encoder.weight, coder.encoder.bias
-    codes = select(x, weight, bias, "topk", k, rows=True)
-    indices = codes.indices.view(x.shape[0], k)
-    setattr(indices, _CODES, codes)
-    return codes.values.view(x.shape[0], k).to(torch.promote_types(x.dtype, weight.dtype)), indices
+def _topk(x: Tensor, W: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    codes = select(x, W, b, "topk", k, rows=True)
+    # The caller's to change, as in the library: copies.
+    indices = codes.indices.view(x.shape[0], k).clone()
+    count = 0 if indices.is_inference() else indices._version
+    setattr(indices, _CODES, _Pattern(codes, weakref.ref(indices), count))
+    return codes.values.view(x.shape[0], k).to(torch.promote_types(x.dtype, W.dtype), copy=True), indices
 
 
 class PreActivations(LazyTensor):
     """All of relu(x W + b), computed where it is read; `topk` of it selects by the kernel."""
 
-    _strongest: Callable[[int], tuple[Tensor, Tensor]]
-
-    @staticmethod
-    def reading(
-        owner: nn.Module,
-        shape: Sequence[int],
-        like: Tensor,
-        make: Callable[[], Tensor],
-        strongest: Callable[[int], tuple[Tensor, Tensor]],
-    ) -> PreActivations:
-        new: PreActivations = fresh(
-            PreActivations, owner, shape, like.dtype, like.device, make, like.requires_grad, None
-        )
-        new._strongest = strongest
-        return new
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        mine = args[0] if args else None
-        plain = len(args) == 2 and (kwargs or {}) in ({}, {"sorted": False})
-        if func is Tensor.topk and plain and isinstance(mine, PreActivations) and mine._dense is None:
-            return mine._strongest(args[1])
-        return super().__torch_function__(func, types, args, kwargs)
+    def _shortcut(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        source = self._source
+        plain = len(args) == 2 and type(args[1]) is int and kwargs in ({}, {"sorted": False})
+        if (
+            func is not Tensor.topk
+            or not plain
+            or not 0 < args[1] <= self.shape[-1]
+            or not isinstance(source, Computed)
+        ):
+            return NotImplemented
+        source.reads.check(source.what)
+        with torch.set_grad_enabled(source.grad and torch.is_grad_enabled()):
+            found = _topk(*source.inputs, args[1])
+        if found[0].requires_grad:
+            self.use()
+        return found
