@@ -36,7 +36,7 @@ CHECK_RATE = 1e-2
 """Learning rate where an optimizer is checked: a step that is not lost in the rounding of the weights."""
 BETAS = (0.9, 0.99)
 WEIGHTS = ("W_enc", "b_enc", "W_dec", "b_dec")
-ENCODED = 8
+ENCODED = 4
 """Inputs whose codes the encoder itself makes."""
 SKETCH = 128
 """Signs a token in the statistics of dictionaries that are too wide for exact ones."""

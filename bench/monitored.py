@@ -83,7 +83,6 @@ DUE = {
     "antidup.monitor.correlation_save_frequency": PERIOD,
     "antidup.samples.save_frequency": RARE,
     "checkpoint.every": RARE,
-    "antidup.verify_at_step": PERIOD,
     # The end of a run (evaluation, its page) is not among the steps.
     "training.steps": 10_000,
 }

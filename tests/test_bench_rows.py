@@ -8,7 +8,7 @@ import functools
 import pytest
 import torch
 
-from bench import machine, memory, race, results
+from bench import cases, machine, memory, race, results
 from bench.cases import SIZES, Case, Size
 from bench.operations import OPERATIONS
 from bench.peers import eager, ours
@@ -322,7 +322,7 @@ def test_inputs_do_not_fit_the_cache() -> None:
 @pytest.mark.parametrize("activation", ["topk", "batch_topk"])
 def test_codes_that_were_moved_are_codes(activation) -> None:
     case = Case(Size(32, 16, 100, 4), activation)
-    first, moved = case.codes[0], case.codes[8 * 3]
+    first, moved = case.codes[0], case.codes[cases.ENCODED * 3]
     moved = dataclasses.replace(moved, _derived={})
     moved.validate()
     assert torch.equal(moved.row_ptr, first.row_ptr)
