@@ -363,3 +363,35 @@ def test_a_transcoder_of_the_original_by_its_default_sae_type(tmp_path: Path) ->
             edit("original", folder, {}, gone=("sae_type",))
         with pytest.raises(ValueError, match="sae_type: expected matryoshka-transcoder"):
             read_transcoder("original", folder)
+
+
+def test_hooks_given_by_hand_tell_a_transcoder_of_the_original(tmp_path: Path) -> None:
+    folder = written("original", tmp_path)
+    edit("original", folder, {"source_hook_point": None, "target_hook_point": None, "sae_type": "topk"})
+    found = read_transcoder("original", folder, **HOOKS)
+    assert (found.hooks.source, found.hooks.target) == (HOOKS["source_hook"], HOOKS["target_hook"])
+
+
+# --- options that have nothing to do ---
+
+
+def test_a_norm_weight_that_is_not_needed_is_looked_at_and_said_to_be_unused(tmp_path: Path) -> None:
+    model = Transcoder(TranscoderConfig(D, D, N, 3, activation="batch_topk")).eval()
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        export_transcoder(model, "gemma-scope", tmp_path / "out", norm_weight=tmp_path / "nowhere.npy", **HOOKS)
+    for weight in (torch.ones(D), tmp_path / "w.npy"):
+        numpy.save(tmp_path / "w.npy", numpy.ones(D))
+        out = tmp_path / type(weight).__name__
+        record = export_transcoder(model, "gemma-scope", out, norm_weight=weight, **HOOKS)
+        assert any(what.startswith("norm_weight is not used") for what, _ in record.steps)
+        assert any(
+            what.startswith("norm_weight is not used")
+            for what, _ in read_transcoder("gemma-scope", out, layer=0, norm_weight=weight).record.steps
+        )
+
+
+@pytest.mark.parametrize("name", ["saelens", "gemma-scope", "original"])
+def test_a_threshold_that_is_not_needed_is_said_to_be_unused(name: str, tmp_path: Path) -> None:
+    model = Transcoder(TranscoderConfig(D, D, N, 3, activation="batch_topk")).eval()
+    record = export_transcoder(model, name, tmp_path / "out", threshold=0.3, **HOOKS)
+    assert any(what.startswith("threshold 0.3 is not used") for what, _ in record.steps)

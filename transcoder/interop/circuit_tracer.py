@@ -159,7 +159,7 @@ def read(path: Path, record: Conversion, options: Mapping[str, Any]) -> PlainWei
         whole=("k",),
     )
     settings = f"{where}: {folder / CONFIG_FILE}"
-    W_enc = matrix(where, "W_enc", found["W_enc"])
+    W_enc = matrix(f"{where}: {file}", "W_enc", found["W_enc"])
     width = _whole(settings, config, "unpadded_widths", layer) or W_enc.shape[0]
     activation, threshold, k = config.get("activation"), found.get(_THRESHOLD), whole(settings, config, "k")
     if activation == "topk":
@@ -195,7 +195,7 @@ def read(path: Path, record: Conversion, options: Mapping[str, Any]) -> PlainWei
     return PlainWeights(
         W_enc=W_enc[:width].clone(),
         b_enc=found["b_enc"][:width].clone(),
-        W_dec=matrix(where, "W_dec", found["W_dec"])[:width].clone(),
+        W_dec=matrix(f"{where}: {file}", "W_dec", found["W_dec"])[:width].clone(),
         b_dec=found["b_dec"],
         # A set has skip connections everywhere or nowhere: zeros are the ones that were padded.
         W_skip=skip if skip is not None and bool(skip.any()) else None,

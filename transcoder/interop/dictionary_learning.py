@@ -90,10 +90,10 @@ def read(path: Path, record: Conversion, options: Mapping[str, Any]) -> PlainWei
     found = take_tensors(f"{where}: {file} ({name})", state, _NAMES[name], record, whole=("k", "group_sizes"))
     record.add(f"class {name}", "layout")
     if "encoder.weight" in found:
-        W_enc, W_dec = (matrix(where, key, found[key]) for key in ("encoder.weight", "decoder.weight"))
+        W_enc, W_dec = (matrix(f"{where}: {file}", key, found[key]) for key in ("encoder.weight", "decoder.weight"))
         W_dec, b_enc = W_dec.T.contiguous(), found["encoder.bias"]
     else:
-        W_enc, W_dec = (matrix(where, key, found[key]) for key in ("W_enc", "W_dec"))
+        W_enc, W_dec = (matrix(f"{where}: {file}", key, found[key]) for key in ("W_enc", "W_dec"))
         W_enc, b_enc = W_enc.T.contiguous(), found["b_enc"]
     check_size(settings, trainer, "activation_dim", W_enc.shape[1])
     check_size(settings, trainer, "dict_size", W_enc.shape[0])

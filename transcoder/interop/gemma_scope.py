@@ -57,6 +57,8 @@ def _to_normalized(plain: PlainWeights, record: Conversion, options: Mapping[str
         )
     if target != WRITTEN:
         record.change(f"it writes {target}, and whoever reads this format adds it at {WRITTEN}")
+    if source != READ_BEHIND:
+        _unused_weight(options, plain.d_in, plain.hooks.layer, record)
     if source == READ:
         return plain
     if source != READ_BEHIND:
@@ -82,7 +84,7 @@ def read(path: Path, record: Conversion, options: Mapping[str, Any]) -> PlainWei
     where = "gemma-scope import"
     file = existing(where, path / WEIGHTS_FILE if path.is_dir() else path, WEIGHTS_FILE)
     found = take_tensors(f"{where}: {file}", _read_npz(where, file), _NAMES, record)
-    W_enc = matrix(where, "W_enc", found["W_enc"]).T.contiguous()
+    W_enc = matrix(f"{where}: {file}", "W_enc", found["W_enc"]).T.contiguous()
     layer = options.get("layer")
     if layer is None and (match := re.search(r"layer_(\d+)", str(file))) is not None:
         layer = int(match[1])
@@ -97,7 +99,9 @@ def read(path: Path, record: Conversion, options: Mapping[str, Any]) -> PlainWei
             raise ValueError(f"{where}: norm_weight: expected no zeros to read behind it, got {int((w == 0).sum())}")
         record.add(f"1 / w of the RMSNorm was folded into W_enc: {READ} = {READ_BEHIND} / w", "rounding")
         W_enc = (W_enc.double() / w).float()
-    elif wanted != READ:
+    else:
+        _unused_weight(options, W_enc.shape[1], layer, record)
+    if wanted not in (READ, READ_BEHIND):
         record.change(f"to read {wanted} instead of {READ} leaves out the RMSNorm's division")
     # The folders are called average_l0_N: the nearest thing to a k that there is.
     l0 = re.search(r"average_l0_(\d+)", str(file))
@@ -107,7 +111,7 @@ def read(path: Path, record: Conversion, options: Mapping[str, Any]) -> PlainWei
     return PlainWeights(
         W_enc=W_enc,
         b_enc=found["b_enc"],
-        W_dec=matrix(where, "W_dec", found["W_dec"]),
+        W_dec=matrix(f"{where}: {file}", "W_dec", found["W_dec"]),
         b_dec=found["b_dec"],
         activation="threshold",
         k=k,
@@ -128,6 +132,13 @@ def _read_npz(where: str, file: Path) -> dict[str, Tensor]:
                 f"{where}: {file}: {name}: expected {', '.join(_FLOATING)} of this machine, got {array.dtype}"
             )
     return {name: torch.from_numpy(numpy.ascontiguousarray(array)) for name, array in arrays.items()}
+
+
+def _unused_weight(options: Mapping[str, Any], d_in: int, layer: int | None, record: Conversion) -> None:
+    if options.get("norm_weight") is not None:
+        # Read all the same: a path that is wrong here is wrong.
+        norm_weight(options["norm_weight"], d_in, layer)
+        record.add(f"norm_weight is not used: only what reads {READ_BEHIND} has it to fold", "note")
 
 
 def norm_weight(given: Tensor | str | Path, d_in: int, layer: int | None) -> Tensor:

@@ -81,12 +81,12 @@ def read(path: Path, record: Conversion, options: Mapping[str, Any]) -> PlainWei
         record,
         ignored=("num_batches_not_active",),
     )
-    _check_transcoder(settings, config)
+    _check_transcoder(settings, config, options)
     # Its own default is true, and the model reads a missing one as false.
     if flag(settings, config, "input_unit_norm", None):
         record.change("input_unit_norm centres and scales each token by itself, which a Transcoder does not do")
-    W_enc = matrix(where, "W_enc", found["W_enc"]).T.contiguous()
-    W_dec = matrix(where, "W_dec", found["W_dec"])
+    W_enc = matrix(f"{where}: {file}", "W_enc", found["W_enc"]).T.contiguous()
+    W_dec = matrix(f"{where}: {file}", "W_dec", found["W_dec"])
     for name, size in (("source_act_size", W_enc.shape[1]), ("target_act_size", W_dec.shape[1])):
         check_size(settings, config, name if config.get(name) is not None else "act_size", size)
     check_size(settings, config, "dict_size", W_enc.shape[0])
@@ -129,15 +129,18 @@ def _config_file(where: str, file: Path) -> Path:
     )
 
 
-def _check_transcoder(where: str, config: Mapping[str, Any]) -> None:
+def _check_transcoder(where: str, config: Mapping[str, Any], options: Mapping[str, Any]) -> None:
     """Its SAEs (BatchTopK, until October 2025) have tensors of the same names and subtract b_dec from the input."""
     kind = config.get("sae_type")
     # Its scripts leave the default, "topk", for a MatryoshkaTranscoder as well: only that one has two sides.
-    two_sides = isinstance(config.get("source_hook_point"), str) and isinstance(config.get("target_hook_point"), str)
+    two_sides = all(
+        isinstance(config.get(f"{side}_hook_point"), str) or options.get(f"{side}_hook") is not None
+        for side in ("source", "target")
+    )
     if kind not in _TRANSCODERS and not (kind in (None, "topk") and two_sides):
         raise ValueError(
             f"{where}: sae_type: expected {' or '.join(_TRANSCODERS)}, or none or 'topk' beside source_hook_point and "
-            f"target_hook_point, got {kind!r}"
+            f"target_hook_point, got {kind!r}. A transcoder that does not say so: give both (--source-hook, --target-hook)"
         )
 
 

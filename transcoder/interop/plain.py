@@ -97,6 +97,10 @@ class PlainWeights:
             why: begins the refusal, such as "SAELens' jumprelu_transcoder knows thresholds only".
         """
         if self.activation == "threshold":
+            if threshold is not None:
+                record.add(
+                    f"threshold {threshold:g} is not used: it is for TopK, and this transcoder has its own", "note"
+                )
             return self
         record.change(f"{why}, and TopK keeps k = {self.k} latents a token whatever their values", instead)
         if threshold is not None:
@@ -192,7 +196,7 @@ def to_transcoder(plain: PlainWeights, record: Conversion, *, k: int | None = No
         k: for BatchTopK training, instead of what the format says; without both, the smaller of 32 and d_sae. For TopK it
             decides the function, so another than the file's is refused unless the record allows it.
     """
-    check_weights(f"{record.format} import", plain)
+    check_weights(f"{record.format} import: {record.path}", plain)
     if plain.activation == "topk" and k is not None and plain.k not in (None, k):
         record.change(f"TopK with k = {k}, the file's is {plain.k}")
     if k is None and plain.k is not None:

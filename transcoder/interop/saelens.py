@@ -133,7 +133,7 @@ def read(path: Path, record: Conversion, options: Mapping[str, Any]) -> PlainWei
         )
     tensors = dict(read_safetensors(where, path / WEIGHTS_FILE))
     _drop_scaling_factor(where, tensors, record)
-    settings = f"{where}: {path / CONFIG_FILE}"
+    settings, weights = f"{where}: {path / CONFIG_FILE}", f"{where}: {path / WEIGHTS_FILE}"
     required = ["W_enc", "W_dec", "b_enc", "b_dec"]
     if "skip" in architecture or (architecture in _TRAINED and flag(settings, config, "skip", False)):
         required.append("W_skip")
@@ -142,12 +142,12 @@ def read(path: Path, record: Conversion, options: Mapping[str, Any]) -> PlainWei
     tracked = architecture in ("batchtopk", "matryoshka_batchtopk", *_TRAINED)
     if tracked:
         required.append("topk_threshold")
-    found = take_tensors(f"{where}: {path / WEIGHTS_FILE}", tensors, required, record)
+    found = take_tensors(weights, tensors, required, record)
     rescaled = flag(settings, config, "rescale_acts_by_decoder_norm", tracked) and (tracked or architecture == "topk")
     # Only the configurations of training SAEs have this key.
     trained = tracked or "decoder_init_norm" in config
     found = fold_scale(where, path / CONFIG_FILE, config, found, record, trained=trained, rescaled=rescaled)
-    W_enc, W_dec = matrix(where, "W_enc", found["W_enc"]).T.contiguous(), matrix(where, "W_dec", found["W_dec"])
+    W_enc, W_dec = matrix(weights, "W_enc", found["W_enc"]).T.contiguous(), matrix(weights, "W_dec", found["W_dec"])
     b_enc = found["b_enc"]
     record.add(f"architecture {architecture}; W_enc transposed to a latent a row", "layout")
     for name, size in (("d_sae", W_enc.shape[0]), ("d_in", W_enc.shape[1]), ("d_out", W_dec.shape[1])):
@@ -159,7 +159,7 @@ def read(path: Path, record: Conversion, options: Mapping[str, Any]) -> PlainWei
         record.add("reads the heads of hook_z flattened", "note")
     if tracked and found["topk_threshold"].numel() != 1:
         shape = list(found["topk_threshold"].shape)
-        raise ValueError(f"{where}: {path / WEIGHTS_FILE}: topk_threshold: expected one number, got shape {shape}")
+        raise ValueError(f"{weights}: topk_threshold: expected one number, got shape {shape}")
     threshold, k = _selection(settings, architecture, config, found)
     if rescaled:
         norms = torch.linalg.vector_norm(W_dec.double(), dim=1)
@@ -167,7 +167,9 @@ def read(path: Path, record: Conversion, options: Mapping[str, Any]) -> PlainWei
             "rescale_acts_by_decoder_norm: the decoder's norms were folded into W_enc, b_enc and W_dec", "rounding"
         )
         if bool((norms == 0).any()):
-            raise ValueError(f"{where}: W_dec: expected no row of zeros with rescale_acts_by_decoder_norm, found some")
+            raise ValueError(
+                f"{weights}: W_dec: expected no row of zeros with rescale_acts_by_decoder_norm, found some"
+            )
         W_enc = (W_enc.double() * norms[:, None]).float()
         b_enc = (b_enc.double() * norms).float()
         W_dec = (W_dec.double() / norms[:, None]).float()

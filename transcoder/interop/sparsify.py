@@ -56,7 +56,7 @@ def read(path: Path, record: Conversion, options: Mapping[str, Any]) -> PlainWei
     """A folder that `SparseCoder.save_to_disk` wrote."""
     where = "sparsify import"
     config = read_json(where, path / CONFIG_FILE)
-    settings = f"{where}: {path / CONFIG_FILE}"
+    settings, weights = f"{where}: {path / CONFIG_FILE}", f"{where}: {path / WEIGHTS_FILE}"
     activation, k = config.get("activation", "topk"), whole(settings, config, "k")
     if activation == "groupmax":
         record.change("activation groupmax keeps one latent a group, TopK the k largest")
@@ -66,10 +66,8 @@ def read(path: Path, record: Conversion, options: Mapping[str, Any]) -> PlainWei
         raise ValueError(f"{settings}: k: expected a whole number of latents a token, found none")
     skip, transcode = flag(settings, config, "skip_connection", False), flag(settings, config, "transcode", False)
     required = ["encoder.weight", "encoder.bias", "W_dec", "b_dec"] + ["W_skip"] * skip
-    found = take_tensors(
-        f"{where}: {path / WEIGHTS_FILE}", read_safetensors(where, path / WEIGHTS_FILE), required, record
-    )
-    W_enc = matrix(where, "encoder.weight", found["encoder.weight"])
+    found = take_tensors(weights, read_safetensors(where, path / WEIGHTS_FILE), required, record)
+    W_enc = matrix(weights, "encoder.weight", found["encoder.weight"])
     _check_sizes(settings, config, W_enc)
     if k > W_enc.shape[0]:
         raise ValueError(f"{settings}: k: expected at most the {W_enc.shape[0]} latents, got {k}")
@@ -84,7 +82,7 @@ def read(path: Path, record: Conversion, options: Mapping[str, Any]) -> PlainWei
     return PlainWeights(
         W_enc=W_enc,
         b_enc=found["encoder.bias"],
-        W_dec=matrix(where, "W_dec", found["W_dec"]),
+        W_dec=matrix(weights, "W_dec", found["W_dec"]),
         b_dec=found["b_dec"],
         W_skip=found.get("W_skip"),
         input_bias=None if transcode else found["b_dec"].clone(),
