@@ -16,6 +16,7 @@ from bench.science import stages
 from bench.science import toy as toy_module
 from bench.science.planted import RHOS, Stream, batches
 from bench.science.s0_monitor import two_pass
+from bench.science.spread import of_mean, of_share, of_two
 from bench.science.table import Line, at_least, at_most, render
 from bench.science.toy import D_SAE, D, Sinks, Toy, examine, independent, unmasked
 from transcoder import Transcoder, TranscoderConfig
@@ -81,6 +82,19 @@ def test_the_table_says_pass_short_or_nothing() -> None:
     lines = [at_most("S", "a", 1.0, 2.0), at_least("S", "b", 1.0, 2.0, " %"), Line("S", "c", "3", "", None)]
     assert [line.met for line in lines] == [True, False, None]
     assert [row.split()[-1] for row in render(lines).splitlines()[1:]] == ["pass", "SHORT", "3"]
+
+
+def test_intervals_behind_shares_means_and_ratios() -> None:
+    assert of_share(0, 0) == ""
+    assert of_share(0, 20) == " [0, 0.1611]"  # Wilson's, by hand: z^2 / (n + z^2)
+    assert of_share(10, 20, 100, 3) == " [29.9, 70.1]"
+    assert of_mean([1.0]) == ""
+    assert of_mean([1.0, 2.0, 3.0]) == "+-2.5"  # 4.303 / sqrt(3)
+    down = lambda before, after: 100 * (1 - after / before)  # noqa: E731
+    assert of_two([40.0, 38.0], [4.0, 5.0], down) == ""
+    assert of_two([40.0, 40.0, 40.0], [4.0, 4.0, 4.0], down) == " [90, 90]"
+    # A difference of means: the pseudo-values are the paired differences themselves.
+    assert of_two([1.0, 2.0, 4.0], [2.0, 4.0, 7.0], lambda a, b: b - a) == " [-0.4843, 4.484]"
 
 
 def test_a_short_line_is_an_exit_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

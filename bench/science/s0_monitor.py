@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bench.science.planted import Stream, batches
+from bench.science.spread import of_share
 from bench.science.table import Line, at_least, at_most, holds, told
 from transcoder.antidup import CorrelationMonitor, UsageLedger
 from transcoder.antidup.confidence import correlation_bounds
@@ -78,9 +79,7 @@ def _heavy(stream: Stream) -> list[Line]:
         flagged, _ = _monitored(stream, blocks, Path(folder))
     rho, support, _ = stream.truth()
     got = torch.tensor([(2 * p, 2 * p + 1) in flagged for p in range(stream.pairs)])
-    cells = [
-        f"{at:.2f}: {100 * got[(rho == at) & (support >= 100)].float().mean():.1f} %" for at in rho.unique().tolist()
-    ]
+    cells = [f"{at:.2f}: {_percent(got[(rho == at) & (support >= 100)].tolist())}" for at in rho.unique().tolist()]
     low = {pair for pair in flagged if pair[0] + 1 != pair[1] or pair[0] >= 2 * stream.pairs}
     wrong = int((got & (rho <= torch.tensor(0.7))).sum()) + len(low)
     return [
@@ -177,18 +176,21 @@ def _flags(
             100 * false / max(1, len(flagged)),
             1,
             " %",
+            of_share(false, len(flagged), 100),
         ),
         at_least(
             "S0",
             f"{prefix}recall at rho >= 0.95, support >= 100 ({int(high.sum())})",
             float(hit[high].float().mean()),
             0.99,
+            span=of_share(int(hit[high].sum()), int(high.sum())),
         ),
         at_least(
             "S0",
             f"{prefix}recall at rho >= 0.90, support >= 300 ({int(middle.sum())})",
             float(hit[middle].float().mean()),
             0.99,
+            span=of_share(int(hit[middle].sum()), int(middle.sum())),
         ),
     ]
 
@@ -208,14 +210,15 @@ def _sketch(blocks: list[Any], r: Tensor, stream: Stream) -> list[Line]:
     _, support, _ = stream.truth()
     # What the stream really holds, not what was aimed at: a planted 0.85 may come out at 0.79.
     wanted = ((r >= 0.85) & (support >= 100)).nonzero().flatten().tolist()
-    recall = sum((2 * p, 2 * p + 1) in seen for p in wanted) / max(1, len(wanted))
+    hits = sum((2 * p, 2 * p + 1) in seen for p in wanted)
+    recall, span = hits / max(1, len(wanted)), of_share(hits, len(wanted))
     error = 0.0
     for newest in found.weight.unique().tolist():
         over = found.weight == newest
         exact = two_pass(blocks, found.i[over], found.j[over], int(newest))
         error = max(error, float((found.correlation[over] - exact).abs().max()))
     return [
-        at_least("S0", f"sketch: recall at r >= 0.85, support >= 100 ({len(wanted)} pairs)", recall, 0.99),
+        at_least("S0", f"sketch: recall at r >= 0.85, support >= 100 ({len(wanted)} pairs)", recall, 0.99, span=span),
         at_most("S0", f"sketch: largest error of r over the tokens it rests on ({len(found)} pairs)", error, 1e-9),
     ]
 
@@ -245,7 +248,11 @@ def _calibration(blocks: list[Any], stream: Stream, amplitudes: str) -> list[Lin
         told(
             "S0",
             f"{amplitudes}: 95 % bounds of a block by {kind} hold rho, by rho",
-            ", ".join(f"{at:.2f}: {100 * sum(v) / len(v):.0f} %" for (k, at), v in sorted(inside.items()) if k == kind),
+            ", ".join(f"{at:.2f}: {_percent(v)}" for (k, at), v in sorted(inside.items()) if k == kind),
         )
         for kind in ("the rule of thumb", "the pair's own error")
     ]
+
+
+def _percent(cases: list[bool]) -> str:
+    return f"{100 * sum(cases) / len(cases):.0f} %{of_share(sum(cases), len(cases), 100, 2)}"

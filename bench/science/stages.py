@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.science.spread import of_mean, of_share, of_two
 from bench.science.table import Line, at_least, at_most, told
 from bench.science.toy import D_SAE, Found, Sinks, Toy, examine, independent, train, unmasked
 from transcoder.reporting.compare_seeds import interval
@@ -32,13 +33,24 @@ def _runs(quick: bool, seed: int) -> tuple[int, list[int]]:
     return STEPS, [seed] if quick else [seed + n for n in range(5)]
 
 
+def _each(found: list[Found], name: str) -> list[float]:
+    return [float(getattr(one, name)) for one in found]
+
+
 def _mean(found: list[Found], name: str) -> float:
-    return fmean(float(getattr(one, name)) for one in found)
+    return fmean(_each(found, name))
 
 
-def _change(base: list[Found], other: list[Found], name: str) -> float:
-    """Mean over seeds of the paired difference."""
-    return fmean(float(getattr(b, name)) - float(getattr(a, name)) for a, b in zip(base, other, strict=True))
+def _both(
+    base: list[Found], other: list[Found], name: str, figure: Callable[[float, float], float]
+) -> tuple[float, str]:
+    """figure(mean of base, mean of other) and its interval over the seeds, which pair them."""
+    a, b = _each(base, name), _each(other, name)
+    return figure(fmean(a), fmean(b)), of_two(a, b, figure)
+
+
+def _percent_down(before: float, after: float) -> float:
+    return 100 * (1 - after / max(1.0, before))
 
 
 NOISE = 0.01
@@ -48,7 +60,7 @@ NOISE = 0.01
 def _not_lowered(stage: str, what: str, base: list[Found], other: list[Found], name: str) -> Line:
     """No worse by more than NOISE: of several seeds all of the 95 % interval of the paired change; one seed may be twice as far
     off."""
-    changes = [float(getattr(b, name)) - float(getattr(a, name)) for a, b in zip(base, other, strict=True)]
+    changes = [b - a for a, b in zip(_each(base, name), _each(other, name), strict=True)]
     mean, low, high = (interval(changes)[part] for part in ("mean", "low", "high"))
     assert mean is not None
     if low is None or high is None:
@@ -58,7 +70,7 @@ def _not_lowered(stage: str, what: str, base: list[Found], other: list[Found], n
 
 def _row(stage: str, name: str, found: list[Found]) -> Line:
     names = ("fvu", "l0", "dead", "mcc", "uniqueness", "f1", "pairs", "mergeable", "sink_only")
-    return told(stage, name, "  ".join(f"{n} {_mean(found, n):.3g}" for n in names))
+    return told(stage, name, "  ".join(f"{n} {_mean(found, n):.3g}{of_mean(_each(found, n))}" for n in names))
 
 
 def s1_sinks(quick: bool, seed: int) -> list[Line]:
@@ -73,14 +85,15 @@ def s1_sinks(quick: bool, seed: int) -> list[Line]:
         settings = {"transcoder__k": TRUE_L0 + 1}
         masked = [examine(train(toy, steps, **settings), toy) for toy in toys]
         bare = [examine(train(unmasked(toy), steps, **settings), unmasked(toy)) for toy in toys]
-        before, after = _mean(bare, "pairs"), _mean(masked, "pairs")
+        down, down_span = _both(bare, masked, "pairs", _percent_down)
+        fvu, fvu_span = _both(bare, masked, "fvu", lambda without, with_mask: with_mask / without)
         lines += [
             _row("S1", f"{name}, not masked", bare),
             _row("S1", f"{name}, masked", masked),
             at_most("S1", f"{name}: latents that fire on sinks only", max(f.sink_only for f in masked), 1),
-            at_least("S1", f"{name}: pairs without the mask", before, 20),
-            at_least("S1", f"{name}: pairs down", 100 * (1 - after / max(1.0, before)), 99, " %"),
-            at_most("S1", f"{name}: non-sink FVU, masked over not", _mean(masked, "fvu") / _mean(bare, "fvu"), 1),
+            at_least("S1", f"{name}: pairs without the mask", _mean(bare, "pairs"), 20),
+            at_least("S1", f"{name}: pairs down", down, 99, " %", down_span),
+            at_most("S1", f"{name}: non-sink FVU, masked over not", fvu, 1, span=fvu_span),
         ]
     return lines
 
@@ -104,18 +117,19 @@ def s2_k_too_large(quick: bool, seed: int) -> list[Line]:
 
 
 def _remedy(name: str, base: list[Found], other: list[Found]) -> list[Line]:
-    def down(what: str) -> float:
-        return 100 * (1 - _mean(other, what) / max(1.0, _mean(base, what)))
-
+    pairs, pairs_span = _both(base, other, "pairs", _percent_down)
+    mergeable, mergeable_span = _both(base, other, "mergeable", _percent_down)
+    cost, cost_span = _both(base, other, "fvu", lambda before, after: 100 * (after / before - 1))
+    dying, dying_span = _both(base, other, "dead", lambda before, after: after - before)
     # One seed, on another processor with other roundings, is not the mean of five.
     least, fvu, dead = (80, 2, 0.02) if len(base) > 1 else (65, 3.5, 0.06)
     return [
         at_least("S2", f"{name}: mergeable pairs there were to take away", _mean(base, "mergeable"), 8),
-        at_least("S2", f"{name}: pairs down", down("pairs"), least, " %"),
-        at_least("S2", f"{name}: mergeable pairs down", down("mergeable"), least, " %"),
-        at_most("S2", f"{name}: FVU", 100 * (_mean(other, "fvu") / _mean(base, "fvu") - 1), fvu, " %"),
+        at_least("S2", f"{name}: pairs down", pairs, least, " %", pairs_span),
+        at_least("S2", f"{name}: mergeable pairs down", mergeable, least, " %", mergeable_span),
+        at_most("S2", f"{name}: FVU", cost, fvu, " %", cost_span),
         _not_lowered("S2", f"{name}: MCC, change", base, other, "mcc"),
-        at_most("S2", f"{name}: dead latents, change", _change(base, other, "dead"), dead * D_SAE),
+        at_most("S2", f"{name}: dead latents, change", dying, dead * D_SAE, span=dying_span),
     ]
 
 
@@ -168,6 +182,7 @@ def s3_correlated(quick: bool, seed: int) -> list[Line]:
             100 * passed / max(1, seen),
             2 if len(many) > 1 else 10,
             " %",
+            of_share(passed, seen, 100),
         ),
         *(
             _not_lowered("S3", f"{name}: MCC, change, {len(found)} seeds", base[: len(found)], found, "mcc")
@@ -194,6 +209,7 @@ def s4_hierarchy(quick: bool, seed: int) -> list[Line]:
     flat = [] if quick else [examine(train(toy, steps, transcoder__k=6), toy) for toy in toys]
     base = [examine(train(toy, steps, **nested), toy) for toy in toys]
     pair = [examine(train(toy, steps, **nested, **PAIR), toy) for toy in toys]
+    share, span = _both(base, pair, "pairs", lambda without, with_penalty: with_penalty / max(1.0, without))
     return [
         *([_row("S4", "one width", flat)] if flat else []),
         _row("S4", "Matryoshka", base),
@@ -202,7 +218,7 @@ def s4_hierarchy(quick: bool, seed: int) -> list[Line]:
             _not_lowered("S4", f"{name}, change by the pair penalty", base, pair, name)
             for name in ("uniqueness", "mcc", "f1")
         ),
-        at_most("S4", "pairs with the penalty over without", _mean(pair, "pairs") / max(1.0, _mean(base, "pairs")), 1),
+        at_most("S4", "pairs with the penalty over without", share, 1, span=span),
     ]
 
 

@@ -21,12 +21,12 @@ class Line:
         return asdict(self)
 
 
-def at_most(stage: str, what: str, value: float, limit: float, unit: str = "") -> Line:
-    return Line(stage, what, f"{value:.4g}{unit}", f"at most {limit:.4g}{unit}", value <= limit)
+def at_most(stage: str, what: str, value: float, limit: float, unit: str = "", span: str = "") -> Line:
+    return Line(stage, what, f"{value:.4g}{unit}{span}", f"at most {limit:.4g}{unit}", value <= limit)
 
 
-def at_least(stage: str, what: str, value: float, limit: float, unit: str = "") -> Line:
-    return Line(stage, what, f"{value:.4g}{unit}", f"at least {limit:.4g}{unit}", value >= limit)
+def at_least(stage: str, what: str, value: float, limit: float, unit: str = "", span: str = "") -> Line:
+    return Line(stage, what, f"{value:.4g}{unit}{span}", f"at least {limit:.4g}{unit}", value >= limit)
 
 
 def holds(stage: str, what: str, found: bool, target: str) -> Line:
