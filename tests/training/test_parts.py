@@ -89,6 +89,31 @@ def test_evaluation_of_targets_that_do_not_vary_is_finite(target: torch.Tensor) 
     assert figures["evaluation/baseline_mean_fvu"] == pytest.approx(0, abs=1e-9)
 
 
+def test_evaluation_says_where_latents_are_active() -> None:
+    """Two latents read one input each: the first is on everywhere, the second in the first tenth of the sequence only."""
+    model = Transcoder(TranscoderConfig(2, 2, 2, 2))
+    with torch.no_grad():
+        model.W_enc.copy_(torch.eye(2))
+        model.b_enc.zero_()
+    positions = torch.arange(100)
+    x = torch.stack([torch.ones(100), (positions < 10).float() * 5], 1)
+    # Two batches of other positions: neither holds the whole sequence, and the bins are the same all the same.
+    held = [ActivationBatch(x[a], x[a] + 1, positions[a], positions[a]) for a in (slice(0, 60), slice(60, 100))] * 4
+    sinks = ActivationBatch(torch.tensor([[400.0, 0]]), torch.zeros(1, 2), positions[:1], positions[:1])
+    figures = evaluate(model, held, sinks)
+    assert figures["evaluation/position_judged"] == 2
+    assert figures["evaluation/position_entropy_p01"] == pytest.approx(0, abs=1e-6)
+    assert figures["evaluation/position_entropy_median"] == pytest.approx(0, abs=1e-6)
+    assert figures["evaluation/sink_mass_p99"] == pytest.approx(0.5)  # 400 of 4 * 100 * 1 + 400
+    assert figures["evaluation/sink_mass_median"] == 0
+    flat = [ActivationBatch(torch.ones(100, 2), torch.randn(100, 2), positions, positions)]
+    assert evaluate(model, flat)["evaluation/position_entropy_p01"] == pytest.approx(1)
+    rare = [ActivationBatch(torch.ones(20, 2), torch.randn(20, 2), positions[:20], positions[:20])]
+    figures = evaluate(model, rare)
+    assert figures["evaluation/position_judged"] == 0
+    assert "evaluation/position_entropy_median" not in figures
+
+
 def test_evaluation_is_the_formula_on_raw_targets() -> None:
     model = Transcoder(TranscoderConfig(6, 4, 20, 3, widths=[5, 20], skip=True))
     held = [batch(64, 1), batch(40, 2)]

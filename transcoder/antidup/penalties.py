@@ -12,16 +12,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from transcoder.antidup.position_mass import POSITION_BINS, PositionMass
+from transcoder.antidup.position_mass import MIN_FIRINGS, POSITION_BINS, PositionMass
 from transcoder.antidup.sink_mass import SinkMass
 from transcoder.kernels import SparseCodes, nearest_cpp
 from transcoder.kernels.correlation.torch_backend import add_at
 
 TILE_NUMBERS = 1 << 22
 """Numbers in the largest temporary (16 MiB of fp32)."""
-MIN_FIRINGS = 30.0
-"""Remembered firings from which a latent's entropy over positions is judged: of 30 even ones the estimate is
-about 9 / (2 * 30) nats, 0.07 of log(10), too low."""
 
 
 class Penalty(NamedTuple):
@@ -251,17 +248,9 @@ def position_penalty(codes: SparseCodes, bin_of: Tensor, running: PositionMass, 
         floor: in [0, 1).
     """
     values = _wide(codes.values)
-    rate = 1 / running.offered.clamp(min=1)
-    mass = running.mass * rate
-    whole = mass.sum(1, keepdim=True)
-    judged = (running.firings >= MIN_FIRINGS) & (whole.squeeze(1) > 0)
-    whole = torch.where(judged[:, None], whole, 1)
-    q = mass / whole
-    log_q = torch.where(q > 0, q, 1).log()
-    scale = 1 / (running.offered > 0).sum().clamp(min=2).to(mass.dtype).log()
-    entropy = -(q * log_q).sum(1) * scale
+    entropy, judged, log_share, slope = running.shares()
     excess = (floor - entropy).relu() * judged
     number = judged.sum().clamp(min=1)
-    slope = (log_q + 1) * scale * rate / whole * (excess > 0)[:, None] / number
+    slope = (log_share + 1) * slope * (excess > 0)[:, None] / number
     gradient = slope.view(-1)[codes.indices * POSITION_BINS + bin_of[codes.rows()]].to(values.dtype)
     return Penalty(excess.sum() / number, torch.where(values > 0, gradient, 0))

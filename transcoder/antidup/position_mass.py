@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,21 +15,48 @@ DECAY = 0.99
 """Factor on everything remembered, each batch: a memory of about 100 batches."""
 
 
+MIN_FIRINGS = 30.0
+"""Remembered firings from which a latent's entropy over positions is judged: of 30 even ones the estimate is
+about 9 / (2 * 30) nats, 0.07 of log(10), too low."""
+
+
+class PositionShares(NamedTuple):
+    """q_ip = (M_ip / O_p) / sum_p (M_ip / O_p): M_ip the mass of latent i in bin p, O_p the tokens that the bin offered."""
+
+    entropy: Tensor
+    """[d_sae]: -sum_p q log q / log(bins offered), in [0, 1]: 1 is flat, 0 a single bin."""
+    judged: Tensor
+    """[d_sae] bool: has fired `MIN_FIRINGS` times, so that its entropy says something."""
+    log_share: Tensor
+    """[d_sae, bins]: log q, 0 where q is 0."""
+    slope: Tensor
+    """[d_sae, bins]: d entropy / d M_ip = -(log q + 1) * slope, the denominators held constant."""
+
+
 class PositionMass:
     """Decayed sums over batches, on the device: each latent's activation per position bin, the tokens that each
     bin offered, and each latent's firings.
 
-    The positions 0 .. the largest ever seen are cut into 10 equal bins. Memory: 44 bytes a latent in fp32.
+    The positions 0 .. the largest ever seen (at least `length` - 1) are cut into 10 equal bins. Memory: 44 bytes a latent in
+    fp32. `decay` 1 forgets nothing.
     """
 
-    def __init__(self, d_sae: int, device: torch.device | str, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        d_sae: int,
+        device: torch.device | str,
+        dtype: torch.dtype = torch.float32,
+        decay: float = DECAY,
+        length: int = 0,
+    ) -> None:
         def zeros(*size: int, dtype: torch.dtype = dtype) -> Tensor:
             return torch.zeros(*size, dtype=dtype, device=device)
 
         self.mass = zeros(d_sae, POSITION_BINS)
         self.offered = zeros(POSITION_BINS)
         self.firings = zeros(d_sae)
-        self._length = zeros((), dtype=torch.int64)  # type: ignore[arg-type]
+        self._length = zeros((), dtype=torch.int64) + length  # type: ignore[arg-type]
+        self._decay = decay
 
     @torch.no_grad()
     def add(self, codes: SparseCodes, positions: Tensor) -> Tensor:
@@ -38,7 +65,7 @@ class PositionMass:
         Returns: [B] int64, the bin of each token.
         """
         for part in (self.mass, self.offered, self.firings):
-            part *= DECAY
+            part *= self._decay
         if codes.shape[0] == 0:
             return positions
         self._length = torch.maximum(self._length, positions.max() + 1)
@@ -48,6 +75,18 @@ class PositionMass:
         add_at(self.mass.view(-1), codes.indices * POSITION_BINS + bin_of[codes.rows()], values)
         add_at(self.firings, codes.indices, (values > 0).to(self.firings.dtype))
         return bin_of
+
+    def shares(self) -> PositionShares:
+        """Each latent's mass per bin, divided by what the bin offered, as shares with their entropy."""
+        rate = 1 / self.offered.clamp(min=1)
+        mass = self.mass * rate
+        whole = mass.sum(1, keepdim=True)
+        judged = (self.firings >= MIN_FIRINGS) & (whole.squeeze(1) > 0)
+        whole = torch.where(judged[:, None], whole, 1)
+        q = mass / whole
+        log_q = torch.where(q > 0, q, 1).log()
+        scale = 1 / (self.offered > 0).sum().clamp(min=2).to(mass.dtype).log()
+        return PositionShares(-(q * log_q).sum(1) * scale, judged, log_q, scale * rate / whole)
 
     def state_dict(self) -> dict[str, Any]:
         return {name: part.clone() for name, part in self._tensors().items()}

@@ -11,6 +11,7 @@ from torch import Tensor
 from transcoder.activations import ActivationBatch
 from transcoder.activations.passes import Substitute
 from transcoder.antidup.merge_test import MergeResult, MergeTest
+from transcoder.antidup.position_mass import PositionMass
 from transcoder.kernels import SparseCodes, nested_loss, sparse_decode
 from transcoder.model import Transcoder
 from transcoder.training.baselines import LinearBaseline
@@ -33,7 +34,10 @@ def evaluate(
 
     Returns: {"evaluation/fvu", "evaluation/fvu_prefix_<w>", "evaluation/explained_variance", "evaluation/l0",
     "evaluation/tokens", "evaluation/live_share", and with a baseline "evaluation/baseline_mean_fvu",
-    "evaluation/baseline_linear_fvu"}.
+    "evaluation/baseline_linear_fvu"}; over the latents that fired at least 30 times, the entropy of where in the sequence they
+    are active, divided by what each tenth of it offered, 1 being everywhere alike: "evaluation/position_entropy_median",
+    "evaluation/position_entropy_p01", "evaluation/position_judged" (how many); with sinks, the share of a latent's activation
+    that falls on them: "evaluation/sink_mass_median", "evaluation/sink_mass_p99".
     """
     if not heldout:
         raise ValueError("evaluate: expected at least one held-out batch, got none")
@@ -131,8 +135,11 @@ def _evaluate(
     rivals = torch.zeros(2, dtype=torch.float64, device=device)
     active = torch.zeros((), dtype=torch.int64, device=device)
     fired = torch.zeros(transcoder.config.d_sae, dtype=torch.bool, device=device)
+    longest = max((int(batch.positions.max()) + 1 for batch in heldout if len(batch)), default=0)
+    where = PositionMass(transcoder.config.d_sae, device, torch.float64, decay=1.0, length=longest)
     for batch in heldout:
         sums, codes = _prefix_sums(transcoder, batch)
+        where.add(codes, batch.positions)
         errors += sums
         total += (batch.target.double() - mean).square().sum()
         size += batch.target.double().square().sum()
@@ -152,6 +159,9 @@ def _evaluate(
         "evaluation/tokens": float(tokens),
         "evaluation/live_share": float(fired.float().mean()),
     }
+    entropy, judged, _, _ = where.shares()
+    figures["evaluation/position_judged"] = float(judged.sum())
+    figures |= _quantiles("evaluation/position_entropy", entropy[judged], {"median": 0.5, "p01": 0.01})
     if solution is not None:
         figures["evaluation/baseline_mean_fvu"], figures["evaluation/baseline_linear_fvu"] = (rivals / total).tolist()
     if sinks is not None and len(sinks) > 0:
@@ -160,10 +170,20 @@ def _evaluate(
         only = torch.zeros_like(fired).index_fill_(0, on_sinks, True) & ~fired
         figures["evaluation/sink_l0"] = on_sinks.numel() / len(sinks)
         figures["evaluation/sink_only_latents"] = float(only.sum())
+        on_sink = torch.zeros_like(entropy).index_add_(0, codes.indices, codes.values.double())
+        share = on_sink / (on_sink + where.mass.sum(1))
+        figures |= _quantiles("evaluation/sink_mass", share[share.isfinite()], {"median": 0.5, "p99": 0.99})
         around, size = (part.square().sum() for part in (sinks.target.double() - mean, sinks.target.double()))
         figures["evaluation/sink_fvu"] = float(sums[-1] / _denominator(around, size, sinks.target.numel()))
         figures["evaluation/sink_tokens"] = float(len(sinks))
     return figures
+
+
+def _quantiles(name: str, values: Tensor, wanted: Mapping[str, float]) -> dict[str, float]:
+    """Of no values, none. The nearest rank: torch.quantile refuses more than 16M values."""
+    ordered = values.sort().values
+    last = ordered.numel() - 1
+    return {f"{name}_{told}": float(ordered[round(q * last)]) for told, q in wanted.items()} if last >= 0 else {}
 
 
 def _denominator(around: Tensor, size: Tensor, numbers: int) -> Tensor:
