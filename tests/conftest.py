@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,25 +26,40 @@ sys.modules.setdefault("bench", module_from_spec(_bench))
 Finished = subprocess.CompletedProcess[str]
 
 
+FOLDER = "{folder}"
+LIMIT = 900.0
+"""Seconds after which a command is killed: by far the longest takes a tenth of that on an idle core."""
+WAIT = 3 * LIMIT
+"""Seconds that a test may wait for its command's turn and end."""
+
+
 class Beside:
     """Commands of tests marked `beside(*words, **environment)`: Python processes of their own that take minutes. They start
-    when the first test does, one after another, on a core that the other tests leave idle."""
+    when the first test does, one after another, on a core that the other tests leave idle; their tests come last. Tests of
+    one and the same command share its process. A word `{folder}` becomes an empty folder of the command's own, which the
+    finished process names in its `args`."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(max_workers=1)
-        self._jobs: dict[str, Future[Finished]] = {}
+        self._jobs: dict[tuple[object, ...], Future[Finished]] = {}
         self._lock = threading.Lock()
         self._running: subprocess.Popen[str] | None = None
         self._ended = False
+        self._folders: list[str] = []
 
-    def start(self, item: pytest.Item) -> None:
+    def start(self, item: pytest.Item) -> Future[Finished] | None:
         mark = item.get_closest_marker("beside")
-        if mark is not None and item.nodeid not in self._jobs:
-            self._jobs[item.nodeid] = self._pool.submit(self._run, list(mark.args), dict(mark.kwargs))
+        if mark is None:
+            return None
+        command = (mark.args, tuple(sorted(mark.kwargs.items())))
+        if command not in self._jobs:
+            self._jobs[command] = self._pool.submit(self._run, list(mark.args), dict(mark.kwargs))
+        return self._jobs[command]
 
     def result(self, item: pytest.Item) -> Finished:
-        self.start(item)
-        return self._jobs[item.nodeid].result()
+        job = self.start(item)
+        assert job is not None, "the fixture `beside` needs the mark of this name"
+        return job.result()
 
     def end(self) -> None:
         with self._lock:
@@ -50,10 +67,15 @@ class Beside:
             if self._running is not None:
                 self._running.kill()
         self._pool.shutdown(cancel_futures=True)
+        for folder in self._folders:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _run(self, words: list[str], environment: dict[str, str]) -> Finished:
         variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
         variables.pop("PYTEST_ADDOPTS", None)
+        if FOLDER in words:
+            self._folders.append(tempfile.mkdtemp(prefix="transcoder-beside-"))
+            words = [self._folders[-1] if word == FOLDER else word for word in words]
         with self._lock:
             if self._ended:
                 raise RuntimeError("the session has ended")
@@ -65,7 +87,12 @@ class Beside:
                 env=variables,
                 cwd=Path(__file__).resolve().parent.parent,
             )
-        out, _ = self._running.communicate()
+        try:
+            out, _ = self._running.communicate(timeout=LIMIT)
+        except subprocess.TimeoutExpired:
+            self._running.kill()
+            out, _ = self._running.communicate()
+            out += f"\nkilled after {LIMIT:.0f} s"
         return subprocess.CompletedProcess(words, self._running.returncode, out, "")
 
 
@@ -75,6 +102,17 @@ _beside = pytest.StashKey[Beside]()
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "beside(*words, **environment): its command runs beside the other tests")
     config.stash[_beside] = Beside()
+    # Two cores: one for the tests, one for what runs beside them. Threads that wait for each other there take both.
+    torch.set_num_threads(1)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Who waits for a command comes last: until then nothing waits."""
+    items.sort(key=lambda item: item.get_closest_marker("beside") is not None)
+    for item in items:
+        if item.get_closest_marker("beside") is not None:
+            item.add_marker(pytest.mark.timeout(WAIT), append=False)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -43,19 +43,25 @@ CONFIG = config(
 
 
 class Told(Planted):  # type: ignore[misc]
-    """Says at each batch that it was taken."""
+    """Says at each batch that it was taken, and goes no further than it may."""
 
-    def __init__(self, pipe: int) -> None:
+    def __init__(self, pipe: int, batches: int | None) -> None:
         super().__init__()
-        self.pipe = pipe
+        self.pipe, self.left = pipe, batches
 
     def __next__(self) -> Any:
+        if self.left is not None:
+            if self.left == 0:
+                # On a busy machine the kill may come late: not at a later step, or the run would end before fifty of them.
+                time.sleep(3600)
+            self.left -= 1
         os.write(self.pipe, b".")
         return super().__next__()
 
 
-def start(run_dir: Path) -> tuple[int, int]:
-    """Fork a child that trains to the end, resuming what is there. Returns its process id and what tells of its batches."""
+def start(run_dir: Path, batches: int | None = None) -> tuple[int, int]:
+    """Fork a child that trains to the end, or for so many batches, resuming what is there. Returns its process id and what
+    tells of its batches."""
     heard, told = os.pipe()
     child = os.fork()
     if child:
@@ -65,7 +71,7 @@ def start(run_dir: Path) -> tuple[int, int]:
     try:
         logging.disable()
         warnings.simplefilter("ignore")
-        train_transcoder(CONFIG, run_dir, resume=True, batches=Told(told))
+        train_transcoder(CONFIG, run_dir, resume=True, batches=Told(told, batches))
         code = 0
     except BaseException:
         sys.excepthook(*sys.exc_info())
@@ -97,8 +103,9 @@ def main(folder: Path, kills: int, seed: int) -> dict[str, Any]:
     assert ending(folder / "whole") == 0
     killed, steps, in_a_write, ended = folder / "killed", [], 0, False
     while len(steps) < kills and not ended:
-        child, heard = start(killed)
-        for _ in range(draw.randrange(BATCHES)):
+        taken = draw.randrange(BATCHES)
+        child, heard = start(killed, taken + 1)
+        for _ in range(taken):
             os.read(heard, 1)
         time.sleep(draw.uniform(0, MOMENT))
         os.kill(child, signal.SIGKILL)

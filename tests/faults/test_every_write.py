@@ -3,32 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 PROGRAM = Path(__file__).with_name("failing_writes.py")
+pytestmark = [pytest.mark.slow, pytest.mark.beside(str(PROGRAM), "{folder}")]
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
-    done = subprocess.run(
-        [sys.executable, str(PROGRAM), str(tmp_path_factory.mktemp("writes"))],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr
-    found: dict[str, list[dict[str, Any]]] = json.loads(done.stdout)
+@pytest.fixture
+def results(beside: subprocess.CompletedProcess[str]) -> dict[str, list[dict[str, Any]]]:
+    assert beside.returncode == 0, beside.stdout
+    found: dict[str, list[dict[str, Any]]] = json.loads(beside.stdout.splitlines()[-1])
     return found
 
 
-@pytest.mark.slow
 def test_one_failure_costs_no_run(results: dict[str, list[dict[str, Any]]]) -> None:
     whole, *others = results["once"]
     assert len(others) == whole["operations"] > 40
@@ -40,7 +31,6 @@ def test_one_failure_costs_no_run(results: dict[str, list[dict[str, Any]]]) -> N
         assert other["leftovers"] == [], other
 
 
-@pytest.mark.slow
 def test_a_disk_that_stays_full_leaves_the_last_state_in_the_second_location(
     results: dict[str, list[dict[str, Any]]],
 ) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,23 +23,17 @@ def figures(run_dir: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_fifty_kills_change_no_bit(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, str(PROGRAM), str(tmp_path), str(KILLS), "6"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=290,
-    )
-    assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout)
+@pytest.mark.beside(str(PROGRAM), "{folder}", str(KILLS), "6")
+def test_fifty_kills_change_no_bit(beside: subprocess.CompletedProcess[str]) -> None:
+    assert beside.returncode == 0, beside.stdout
+    folder, said = Path(beside.args[1]), json.loads(beside.stdout.splitlines()[-1])
     print(said)
-    assert said["last_status"] == 0, done.stderr
+    assert said["last_status"] == 0, beside.stdout
     assert len(said["steps"]) == KILLS
     assert not said["ended_early"], "every kill met a run that was still going"
     assert said["steps"] == sorted(said["steps"]), "no kill loses a checkpoint"
     assert said["in_a_write"] > 0, "some kills hit the writing of a checkpoint"
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole, killed = folder / "whole", folder / "killed"
     names = sorted(p.name for p in (whole / "checkpoints").iterdir())
     assert sorted(p.name for p in (killed / "checkpoints").iterdir()) == names
     for file in ("transcoder.safetensors", "trainer.safetensors"):

@@ -1,9 +1,10 @@
 """Tests marked `interpreted` launch Triton kernels: on a GPU where there is one, else in Triton's interpreter, which must be
-asked for before triton is first imported. So in an ordinary run without a GPU they are left out here and each such file
-runs itself again in a process of its own (`interpreted_again`)."""
+asked for before triton is first imported. So in an ordinary run without a GPU they are left out here and these files
+run again in a process of its own (`interpreted_again`)."""
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 from collections.abc import Callable, Iterator
@@ -25,23 +26,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    for item in items:
-        if "interpreted_again" in getattr(item, "fixturenames", ()):
-            words = (
-                "-m",
-                "pytest",
-                "-q",
-                "-x",
-                "-m",
-                "interpreted",
-                "-p",
-                "no:cacheprovider",
-                "-p",
-                "no:xdist",
-                str(item.path),
-            )
-            item.add_marker(pytest.mark.beside(*words, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES=""))
-            item.add_marker(pytest.mark.timeout(900))  # it may have to wait for its turn
+    again = [item for item in items if "interpreted_again" in getattr(item, "fixturenames", ())]
+    files = sorted({str(item.path) for item in again})
+    options = ("-m", "pytest", "-q", "-m", "interpreted", "-p", "no:cacheprovider", "-p", "no:xdist")
+    for item in again:
+        # One process for all files: each would import torch and triton anew. A worker of xdist has few of them.
+        mine = [str(item.path)] if "PYTEST_XDIST_WORKER" in os.environ else files
+        item.add_marker(pytest.mark.beside(*options, *mine, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES=""))
     if INTERPRETED or torch.cuda.is_available():
         return
     left_out = [item for item in items if item.get_closest_marker("interpreted")]
@@ -56,9 +47,12 @@ def triton_device() -> torch.device:
 
 
 @pytest.fixture
-def interpreted_again(beside: subprocess.CompletedProcess[str]) -> None:
+def interpreted_again(beside: subprocess.CompletedProcess[str], request: pytest.FixtureRequest) -> None:
     """Every `interpreted` test of the file passed in Triton's interpreter."""
-    assert beside.returncode == 0, beside.stdout[-8000:]
+    broken = [line for line in beside.stdout.splitlines() if line.startswith(("FAILED ", "ERROR "))]
+    others = all(request.path.name not in line for line in broken)
+    # Another file's failure is told there. A process that said of nothing that it failed must have ended well.
+    assert beside.returncode == 0 or (broken and others), beside.stdout[-8000:]
 
 
 @pytest.fixture(scope="module", params=["torch", "cpp"])
