@@ -18,7 +18,7 @@ from transcoder.antidup import CorrelationMonitor, UsageLedger, validate_correla
 from transcoder.antidup import flags as flags_module
 from transcoder.antidup.components import connected_components
 from transcoder.antidup.confidence import correlation_bounds
-from transcoder.antidup.decoder_cosine import decoder_cosine_tail
+from transcoder.antidup.cosine_tail import cosine_tail, random_cosine_tail
 from transcoder.antidup.flags import FlagBook
 from transcoder.antidup.ledger import REQUIRED_EFFECTS
 from transcoder.antidup.merge_test import MergeResult
@@ -444,20 +444,55 @@ def test_pairs_seen_are_those_that_fire_together(density: float, zeros: bool) ->
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])
-def test_decoder_cosine_tail_is_the_dense_one(backend: str) -> None:
+def test_the_cosine_tail_is_the_dense_one(backend: str) -> None:
     w = torch.randn(50, 6, generator=torch.Generator().manual_seed(17))
     w[3], w[4], w[40] = w[20] * 2, w[20] * 3, w[20]  # a row need not be the first of those like it
     u = torch.nn.functional.normalize(w, dim=1)
     best = (u @ u.T).fill_diagonal_(-1).max(1).values.sort().values
     with use_backend(backend):
-        tail = decoder_cosine_tail(w)
+        tail = cosine_tail(w)
         assert tail is not None
         assert tail["median"] == pytest.approx(float(best[24]), abs=1e-6)
         assert tail["p999"] == pytest.approx(float(best[-1]), abs=1e-6)
-        assert decoder_cosine_tail(w[:1]) is None
-        opposite = decoder_cosine_tail(torch.tensor([[1.0, 0], [-2, 0]]))
+        assert cosine_tail(w[:1]) is None
+        opposite = cosine_tail(torch.tensor([[1.0, 0], [-2, 0]]))
     assert opposite is not None
     assert opposite["median"] == pytest.approx(-1, abs=1e-6)
+
+
+@pytest.mark.parametrize(("count", "width"), [(300, 2), (300, 3), (1000, 24), (64, 512), (2, 8)])
+def test_the_random_cosine_tail_is_that_of_random_rows(count: int, width: int) -> None:
+    g = torch.Generator().manual_seed(3)
+    tails = [cosine_tail(torch.randn(count, width, generator=g)) for _ in range(40)]
+    found = random_cosine_tail(count, width)
+    assert found is not None
+    # Of two rows the "quantiles" are one number, and of few the highest rank is a maximum: the median is the fair one there.
+    for name in ("median", "p99") if count > 200 else ("median",):
+        seen = torch.tensor([tail[name] for tail in tails if tail is not None])
+        error = float(seen.std()) / 40**0.5
+        assert abs(float(seen.mean()) - found[name]) < 5 * error + 0.004
+    assert found["median"] < found["p99"] < found["p999"] <= 1
+    assert random_cosine_tail(1, 8) is None
+    assert random_cosine_tail(5, 1) == {"median": 1.0, "p99": 1.0, "p999": 1.0}
+
+
+def test_cosines_of_both_sides_wait_for_a_block_where_asked(tmp_path: Path) -> None:
+    part = monitor(tmp_path, 32, replace(SECTION, block_tokens=1500))
+    g = torch.Generator().manual_seed(5)
+    W_dec, W_enc = torch.randn(32, 8, generator=g), torch.randn(32, 6, generator=g)
+    z = planted(1000, 18, rate=0.3)
+    seen = []
+    for step in (1, 2, 3):
+        part.update_correlations(SparseCodes.from_dense(z), step)
+        report = part.report(step, W_dec, W_enc=W_enc, cosines_by_block=True)
+        validate_correlation_report(report)
+        seen.append(report["decoder_cosine"] is not None)
+        assert (report["encoder_cosine"] is not None) == seen[-1]
+    assert seen == [False, True, False]
+    report = part.report(4, W_dec, W_enc=W_enc)
+    assert report["decoder_cosine"] == {**(cosine_tail(W_dec) or {}), "random": random_cosine_tail(32, 8)}
+    assert report["encoder_cosine"] == {**(cosine_tail(W_enc) or {}), "random": random_cosine_tail(32, 6)}
+    assert "duplicates/encoder_cosine_p99" in part.metrics()
 
 
 def good_report(tmp_path: Path) -> dict:
@@ -469,7 +504,7 @@ def good_report(tmp_path: Path) -> dict:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (("schema_version",), 3, "schema_version: expected 4"),
+        (("schema_version",), 4, "schema_version: expected 5"),
         (("pairs", 0, "bounds"), "exact", "bounds: expected one of"),
         (("step",), "7", r"report.step"),
         (("pairs", 0, "i"), 31, "expected 0 <= i < j"),
@@ -485,6 +520,7 @@ def good_report(tmp_path: Path) -> dict:
         (("distinct_latents_candidates",), None, "distinct_latents_candidates"),
         (("histogram",), {"edges": [0], "counts": [1]}, "histogram"),
         (("decoder_cosine",), {"median": 1}, "lacking p99"),
+        (("encoder_cosine",), {"median": 1, "p99": 1, "p999": 1, "random": {}}, "lacking median"),
         (("extra",), 1, "unknown extra"),
     ],
 )
@@ -773,12 +809,12 @@ def test_flagged_pairs_are_judged_first_and_in_parts(tmp_path: Path, monkeypatch
 
 def test_the_cosine_tail_of_many_rows_is_that_of_some_against_all(monkeypatch: pytest.MonkeyPatch) -> None:
     W = torch.randn(301, 16, generator=torch.Generator().manual_seed(4))
-    monkeypatch.setattr("transcoder.antidup.decoder_cosine.MOST_ROWS", 43)
-    monkeypatch.setattr("transcoder.antidup.decoder_cosine.TILE_ROWS", 20)
+    monkeypatch.setattr("transcoder.antidup.cosine_tail.MOST_ROWS", 43)
+    monkeypatch.setattr("transcoder.antidup.cosine_tail.TILE_ROWS", 20)
     unit = torch.nn.functional.normalize(W, dim=1)
     nearest = (unit @ unit.T).fill_diagonal_(-1).max(1).values
     some = nearest[torch.arange(43) * 301 // 43].sort().values
-    found = decoder_cosine_tail(W)
+    found = cosine_tail(W)
     assert found is not None
     assert found["median"] == pytest.approx(float(some[21]), abs=1e-6)
     assert found["p99"] == pytest.approx(float(some[42]), abs=1e-6)

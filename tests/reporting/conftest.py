@@ -34,6 +34,8 @@ LENGTH = 128
 
 MakeRun = Callable[..., Path]
 
+RANDOM_COSINES = {"median": 0.1, "p99": 0.14, "p999": 0.16}
+
 
 @pytest.fixture(scope="session")
 def make_run(tmp_path_factory: pytest.TempPathFactory) -> MakeRun:
@@ -184,7 +186,7 @@ def _correlation(path: Path, done: int, draw: random.Random) -> list[tuple[int, 
                 }
             )
         report = {
-            "schema_version": 4,
+            "schema_version": 5,
             "step": step,
             "tokens": step * 1024,
             "block_tokens": 102400,
@@ -203,7 +205,8 @@ def _correlation(path: Path, done: int, draw: random.Random) -> list[tuple[int, 
             "distinct_latents_candidates": 505 - found,
             "share_of_live_with_neighbour": 2 * found / 505,
             "effective_dictionary_size": 430 + step / 10,
-            "decoder_cosine": {"median": 0.11, "p99": 0.31, "p999": 0.52},
+            "decoder_cosine": {"median": 0.11, "p99": 0.31, "p999": 0.52, "random": RANDOM_COSINES},
+            "encoder_cosine": {"median": 0.12, "p99": 0.33, "p999": 0.55, "random": RANDOM_COSINES},
             "histogram": {
                 "edges": [round(-0.2 + 0.1 * b, 1) for b in range(13)],
                 "counts": [40, 5200, 98000, 21000, 2600, 700, 210, 90, 35, 20, found, found // 4],

@@ -7,12 +7,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from transcoder import RunConfig, cli
 from transcoder.config import ConfigError
 from transcoder.training import sweep as module
-from transcoder.training.sweep import format_sweep, random_cosines, sweep_k
+from transcoder.training.sweep import format_sweep, sweep_k
 
 SMALL = {
     "transcoder.d_sae": 64,
@@ -63,14 +62,6 @@ def test_a_stopped_sweep_says_so_and_how_to_go_on(
     said = capsys.readouterr().err
     assert "stopped by SIGTERM in the run of k = 2; the same command goes on" in said
     assert "Traceback" not in said
-
-
-def test_random_rows_are_the_floor_of_decoder_cosines() -> None:
-    found = random_cosines(200, 32)
-    assert found is not None
-    unit = torch.nn.functional.normalize(torch.randn(200, 32, generator=torch.Generator().manual_seed(0)), dim=1)
-    nearest = (unit @ unit.T).fill_diagonal_(-1).max(1).values.sort().values
-    assert found["median"] == pytest.approx(float(nearest[100]), abs=0.01)
 
 
 def test_what_cannot_be_swept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from transcoder.antidup.components import connected_components
 from transcoder.antidup.confidence import correlation_bounds
-from transcoder.antidup.decoder_cosine import decoder_cosine_tail
+from transcoder.antidup.cosine_tail import cosine_tail, random_cosine_tail
 from transcoder.antidup.files import replace_text
 from transcoder.antidup.flags import MAX_PAIRS, Evidence, FlagBook, Pair
 from transcoder.antidup.jackknife import LEAST_SHARE, PairErrors, PairJackknife, most_pairs
@@ -143,13 +143,22 @@ class CorrelationMonitor:
         self._set_targets(pairs, self._verdicts(pairs, judge))
         return self._targets[0].numel()
 
-    def report(self, step: int, W_dec: Tensor | None = None, judge: Judge | None = None) -> dict[str, Any]:
+    def report(
+        self,
+        step: int,
+        W_dec: Tensor | None = None,
+        judge: Judge | None = None,
+        *,
+        W_enc: Tensor | None = None,
+        cosines_by_block: bool = False,
+    ) -> dict[str, Any]:
         """Close a full block, mine the live view, write `correlation_step_%08d.json` and return its content
-        (schema version 4, see `validate_correlation_report`). Reads the device.
+        (schema version 5, see `validate_correlation_report`). Reads the device.
 
         Args:
             step: the training step, in the file's name.
-            W_dec: [d_sae, d_out], adds the tail of decoder cosines.
+            W_dec, W_enc: [d_sae, d_out] and [d_sae, d_in], add the tails of their rows' cosines, beside those of random rows.
+            cosines_by_block: leave them out where this report closes no block: all pairs of rows are a large product.
             judge: (i, j), each [P] int64 -> the merge test on held-out tokens. `MOST_JUDGED` pairs are put before it, flagged
                 ones first; what it refuses (`merge_share_to_act`), or has no verdict for (`act_on_untested`), is no
                 target. None tests nothing, and every candidate is one.
@@ -160,9 +169,11 @@ class CorrelationMonitor:
         """
         section = self.section
         seen = self._seen()
-        if seen.block.statistics.tokens_offered >= section.block_tokens:
+        closes = seen.block.statistics.tokens_offered >= section.block_tokens
+        if closes:
             self._close_block(seen.block)
             seen = self._seen()
+        with_cosines = closes or not cosines_by_block
         edges = torch.linspace(-1, 1, HISTOGRAM_BINS + 1, dtype=torch.float64, device=self.device)
         live_view, beside = seen.view()
         survey = live_view.survey(section.correlation_threshold, section.min_support, edges, beside=beside)
@@ -201,7 +212,8 @@ class CorrelationMonitor:
             "distinct_latents_candidates": _distinct(live, wider),
             "share_of_live_with_neighbour": min(1.0, paired / live) if live else 0.0,
             "effective_dictionary_size": _effective_size(live, survey, live_view.effective_tokens(beside=beside)),
-            "decoder_cosine": None if W_dec is None else decoder_cosine_tail(W_dec),
+            "decoder_cosine": _cosines(W_dec) if with_cosines else None,
+            "encoder_cosine": _cosines(W_enc) if with_cosines else None,
             "histogram": _histogram(survey, edges),
         }
         self._set_targets(pairs, verdicts)
@@ -638,6 +650,14 @@ def _metrics(report: dict[str, Any]) -> dict[str, float]:
             metrics[f"duplicates/{name}"] = float(report[f"pairs_{name}"])
     if report["effective_dictionary_size"] is not None:
         metrics["duplicates/effective_dictionary_size"] = float(report["effective_dictionary_size"])
-    if report["decoder_cosine"] is not None:
-        metrics.update({f"duplicates/decoder_cosine_{k}": v for k, v in report["decoder_cosine"].items()})
+    for side in ("decoder_cosine", "encoder_cosine"):
+        if report[side] is not None:
+            metrics.update({f"duplicates/{side}_{k}": v for k, v in report[side].items() if k != "random"})
     return metrics
+
+
+def _cosines(rows: Tensor | None) -> dict[str, Any] | None:
+    tail = None if rows is None else cosine_tail(rows)
+    if rows is None or tail is None:
+        return None
+    return {**tail, "random": random_cosine_tail(*rows.shape)}

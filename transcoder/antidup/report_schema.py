@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 """Version 1 had candidates in `components` until the first flag, and no fields of candidates; version 2 no merge test;
 version 3 did not say where a pair's bounds are from."""
 
@@ -34,6 +34,7 @@ _TOP: dict[str, Any] = {
     "share_of_live_with_neighbour": _NUMBER,
     "effective_dictionary_size": (*_NUMBER, type(None)),
     "decoder_cosine": (dict, type(None)),
+    "encoder_cosine": (dict, type(None)),
     "histogram": dict,
 }
 _THRESHOLDS = {"correlation": _NUMBER, "release": _NUMBER, "min_support": int, "min_sequences": int}
@@ -58,7 +59,7 @@ _COSINE = {"median": _NUMBER, "p99": _NUMBER, "p999": _NUMBER}
 
 
 def validate_correlation_report(report: Any) -> None:
-    """Raise ValueError, naming the place, unless `report` is a correlation report of schema version 4.
+    """Raise ValueError, naming the place, unless `report` is a correlation report of schema version 5.
 
     `components` joins latents by flagged pairs, `candidate_components` by candidate or flagged ones; the distinct
     latents of each count a component once.
@@ -67,8 +68,10 @@ def validate_correlation_report(report: Any) -> None:
     if report["schema_version"] != SCHEMA_VERSION:
         raise ValueError(f"report.schema_version: expected {SCHEMA_VERSION}, got {report['schema_version']}")
     _fields(report["thresholds"], _THRESHOLDS, "report.thresholds")
-    if report["decoder_cosine"] is not None:
-        _fields(report["decoder_cosine"], _COSINE, "report.decoder_cosine")
+    for name in ("decoder_cosine", "encoder_cosine"):
+        if report[name] is not None:
+            _fields(report[name], {**_COSINE, "random": dict}, f"report.{name}")
+            _fields(report[name]["random"], _COSINE, f"report.{name}.random")
     d_sae = report["d_sae"]
     before: tuple[float, int, int] | None = None
     for n, pair in enumerate(report["pairs"]):

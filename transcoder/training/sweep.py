@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from transcoder.antidup.decoder_cosine import decoder_cosine_tail
+from transcoder.antidup.cosine_tail import cosine_tail, random_cosine_tail
 from transcoder.config import ConfigError, RunConfig
 from transcoder.training.heldout_duplicates import heldout_duplicates
 from transcoder.training.storage import replace_atomically
@@ -71,7 +69,7 @@ def sweep_k(config: RunConfig, ks: Sequence[int], out: Path | str) -> dict[str, 
             figures = {
                 **result.summary,
                 **heldout_duplicates(result.transcoder, result.heldout, run.antidup.monitor),
-                **{f"decoder_cosine/{n}": v for n, v in (decoder_cosine_tail(result.transcoder.W_dec) or {}).items()},
+                **{f"decoder_cosine/{n}": v for n, v in (cosine_tail(result.transcoder.W_dec) or {}).items()},
                 "d_out": result.transcoder.config.d_out,
             }
             kept = {name: figures.get(name) for name, _ in COLUMNS}
@@ -80,7 +78,7 @@ def sweep_k(config: RunConfig, ks: Sequence[int], out: Path | str) -> dict[str, 
         shape = (config.transcoder.d_sae, row.pop("d_out"))
         rows.append(row)
     assert shape is not None
-    found = {"schema_version": 1, "runs": rows, "random": random_cosines(*shape)}
+    found = {"schema_version": 1, "runs": rows, "random": random_cosine_tail(*shape)}
     replace_atomically(out / "sweep.json", json.dumps(found, indent=2).encode())
     return found
 
@@ -93,12 +91,6 @@ def _check_same(run: RunConfig, saved: Path) -> None:
         raise ConfigError(
             f"sweep: {saved.parent} was trained with other settings ({', '.join(changed)}): choose another --out, or delete it"
         )
-
-
-def random_cosines(d_sae: int, d_out: int) -> dict[str, float] | None:
-    """`decoder_cosine_tail` of random directions: the curve beside which a dictionary's is to be read."""
-    rows = torch.randn(d_sae, d_out, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
-    return decoder_cosine_tail(rows)
 
 
 def format_sweep(found: dict[str, Any]) -> str:

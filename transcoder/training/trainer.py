@@ -576,8 +576,13 @@ class _Run:
         step = self.step
         if self.monitor is not None:
             monitor = self.monitor
-            judge = self._judge()
-            self._write("correlation report", lambda: monitor.report(step, self.transcoder.W_dec.detach(), judge))
+            judge, weights, last = self._judge(), self.transcoder, step >= self.config.training.steps
+            self._write(
+                "correlation report",
+                lambda: monitor.report(
+                    step, weights.W_dec.detach(), judge, W_enc=weights.W_enc.detach(), cosines_by_block=not last
+                ),
+            )
             if self.recycler is not None and self.recycler.due(step):
                 recycler = self.recycler
                 lines = recycler.act(step, self.transcoder, self.optimizer, monitor, self._heldout_fvu)

@@ -65,10 +65,18 @@ def _facts(report: Mapping[str, Any]) -> list[Block]:
         ("With a neighbour", percent(share)),
         ("Effective dictionary size", number(real(report.get("effective_dictionary_size")))),
     ]
-    cosine = report.get("decoder_cosine")
-    if isinstance(cosine, dict):
-        facts.append(("Nearest decoder cosine, median", number(real(cosine.get("median")))))
-        facts.append(("Nearest decoder cosine, 99th percentile", number(real(cosine.get("p99")))))
+    for side in ("decoder", "encoder"):
+        cosine = report.get(f"{side}_cosine")
+        if isinstance(cosine, dict):
+            random = cosine.get("random")
+            for key, told in (("median", "median"), ("p99", "99th percentile")):
+                of_random = number(real(random.get(key))) if isinstance(random, dict) else ""
+                facts.append(
+                    (
+                        f"Nearest {side} cosine, {told}",
+                        number(real(cosine.get(key))) + (f" (random {of_random})" if of_random else ""),
+                    )
+                )
     correlation, support, sequences = (
         number(real(limits.get(n))) for n in ("correlation", "min_support", "min_sequences")
     )

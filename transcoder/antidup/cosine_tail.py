@@ -1,6 +1,8 @@
-"""How close decoder directions stand, for the report."""
+"""How close a dictionary's directions stand, beside how close random ones would, for the report."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -13,8 +15,11 @@ MOST_ROWS = 8192
 the steps between two reports."""
 
 
+QUANTILES = {"median": 0.5, "p99": 0.99, "p999": 0.999}
+
+
 @torch.no_grad()
-def decoder_cosine_tail(decoder: Tensor) -> dict[str, float] | None:
+def cosine_tail(rows: Tensor) -> dict[str, float] | None:
     """Median, 99th and 99.9th percentile over latents of max_{j != i} cos(w_i, w_j), in tiles; beyond `MOST_ROWS` latents over
     so many of them, each against all others. None below two latents.
 
@@ -22,11 +27,11 @@ def decoder_cosine_tail(decoder: Tensor) -> dict[str, float] | None:
     c.max(1).values.quantile(...)`.
 
     Args:
-        decoder: [d_sae, d_out].
+        rows: [d_sae, d], a latent's direction each: the decoder, or the encoder.
     """
-    if decoder.shape[0] < 2:
+    if rows.shape[0] < 2:
         return None
-    unit = torch.nn.functional.normalize(decoder.detach().float(), dim=1)
+    unit = torch.nn.functional.normalize(rows.detach().float(), dim=1)
     total = unit.shape[0]
     some = torch.arange(min(total, MOST_ROWS), device=unit.device) * total // min(total, MOST_ROWS)
     best = nearest_cpp.nearest(unit, some)
@@ -34,11 +39,32 @@ def decoder_cosine_tail(decoder: Tensor) -> dict[str, float] | None:
         best = _nearest(unit, some)
     ordered = best.sort().values
 
-    def quantile(q: float) -> float:
-        # torch.quantile refuses more than 16M values; the nearest rank needs no interpolation.
-        return float(ordered[min(ordered.numel() - 1, round(q * (ordered.numel() - 1)))])
+    # torch.quantile refuses more than 16M values; the nearest rank needs no interpolation.
+    return {name: float(ordered[round(q * (ordered.numel() - 1))]) for name, q in QUANTILES.items()}
 
-    return {"median": quantile(0.5), "p99": quantile(0.99), "p999": quantile(0.999)}
+
+def random_cosine_tail(count: int, width: int) -> dict[str, float] | None:
+    """What `cosine_tail` is, in expectation, of `count` independent random directions in `width` dimensions: the curve beside
+    which a dictionary's is to be read. None below two.
+
+    The angle between two has the density sin(t)^(width - 2); all of count - 1 are beyond the angle t with probability
+    (1 - F(t))^(count - 1), which is the quantile q of the largest cosine at t.
+    """
+    if count < 2:
+        return None
+    if width == 1:
+        return dict.fromkeys(QUANTILES, 1.0)
+    angle = torch.linspace(0, math.pi, 1 << 17, dtype=torch.float64)
+    # The middle of each stretch: at the ends, sin is 0.
+    middle = (angle[1:] + angle[:-1]) / 2
+    within = torch.exp((width - 2) * middle.sin().log()).cumsum(0)
+    within /= within[-1].clone()
+    found = {}
+    for name, q in QUANTILES.items():
+        one = -math.expm1(math.log(q) / (count - 1))
+        place = int(torch.searchsorted(within, one))
+        found[name] = math.cos(float(angle[min(place + 1, angle.numel() - 1)]))
+    return found
 
 
 def _nearest(unit: Tensor, some: Tensor) -> Tensor:
