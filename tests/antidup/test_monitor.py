@@ -495,6 +495,20 @@ def test_cosines_of_both_sides_wait_for_a_block_where_asked(tmp_path: Path) -> N
     assert "duplicates/encoder_cosine_p99" in part.metrics()
 
 
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_sequence_ids_may_be_narrow(backend: str) -> None:
+    codes = SparseCodes.from_dense(planted(200, 3, rate=0.3))
+    ids = torch.arange(200) // 4
+    found = []
+    with use_backend(backend):
+        for kind in (torch.int64, torch.int32):
+            counts = SequenceCounts(codes.shape[1], torch.device("cpu"))
+            counts.update(codes, ids.to(kind))
+            found.append(counts.state_dict()["map"])
+    assert torch.equal(*found)
+    assert int(found[0].sum()) > 0
+
+
 def good_report(tmp_path: Path) -> dict:
     part = monitor(tmp_path, 32)
     feed(part, planted(1000, 18, rate=0.3))

@@ -283,6 +283,29 @@ def test_mismatches_are_refused(tmp_path: Path) -> None:
         part.save(1, lambda ids: ["one"])
 
 
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_contexts_of_another_width_are_refused_by_name(backend: str, tmp_path: Path) -> None:
+    text = Text(4, 3)
+    codes, batch = text.batches(100)[0]
+    assert batch.contexts is not None
+    with use_backend(backend):
+        part = collector(tmp_path)
+        part.collect(codes, batch, 1)
+        before = copy.deepcopy(part.state_dict())
+        for other in (replace(batch, contexts=batch.contexts[:, :-1]), replace(batch, context_anchor=ANCHOR - 1)):
+            with pytest.raises(
+                ValueError, match=r"batch.contexts: expected the first batch's width 6 and anchor 4, got"
+            ):
+                part.collect(codes, other, 2)
+    assert all(torch.equal(before["top"][n], t) for n, t in part.state_dict()["top"].items())
+
+
+def test_words_that_are_no_utf8_are_written_all_the_same(tmp_path: Path) -> None:
+    paths = collected(tmp_path, Text(4, 3)).save(7, lambda ids: [chr(0xD800) + "ab"] * len(ids))
+    found = {w for row in pq.read_table(paths[0]).column("tokens").to_pylist() for w in row}
+    assert found == {"?ab"}
+
+
 def test_best_entries_are_a_loop_over_groups() -> None:
     g = torch.Generator().manual_seed(12)
     group = torch.randint(0, 9, (200,), generator=g)  # group 8 takes no part

@@ -42,7 +42,8 @@ def write_samples(
     used = np.zeros(int(ids.max(initial=-1)) + 1, dtype=bool)
     used[ids] = True
     distinct, place = np.flatnonzero(used), (np.cumsum(used) - 1)[ids]
-    words = decode_tokens(distinct.tolist())
+    # Half of a surrogate pair, which a byte-level vocabulary may hold, is no UTF-8.
+    words = [w.encode("utf-8", "replace").decode("utf-8") for w in decode_tokens(distinct.tolist())]
     if len(words) != len(distinct):
         raise ValueError(f"decode_tokens: expected {len(distinct)} strings, got {len(words)}")
     offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))

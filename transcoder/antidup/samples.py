@@ -111,6 +111,11 @@ class ActivationSampleCollector:
         contexts = batch.tokens.int()[:, None] if batch.contexts is None else batch.contexts.int()
         anchor = 0 if batch.contexts is None else batch.context_anchor
         top, spread = self._opened(contexts.shape[1], anchor)
+        if (contexts.shape[1], anchor) != (top.context.shape[2], self._anchor):
+            raise ValueError(
+                "ActivationSampleCollector.collect: batch.contexts: expected the first batch's width "
+                f"{top.context.shape[2]} and anchor {self._anchor}, got width {contexts.shape[1]} and anchor {anchor}"
+            )
         section, window = self.section, max(1, contexts.shape[1])
         value, rows = codes.values.detach().float(), codes.rows()
         followed = self.latents.numel()

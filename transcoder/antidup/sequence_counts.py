@@ -28,12 +28,12 @@ class SequenceCounts:
         """Whether any update said which sequences its tokens come from."""
 
     def update(self, codes: SparseCodes, sequences: Tensor | None, weights: Tensor | None = None) -> None:
-        """`sequences` [B] int64 ids. Tokens of unknown sequences, or of weight 0 in `weights` [B], leave the
+        """`sequences` [B] ids, whole numbers. Tokens of unknown sequences, or of weight 0 in `weights` [B], leave the
         counts as they are."""
         if sequences is None:
             return
         self.known = True
-        place = hash_bits(sequences) & (self.bits - 1)
+        place = hash_bits(sequences.long()) & (self.bits - 1)
         if counts_cpp.runs(codes):
             counts_cpp.mark_places(codes, place, weights, self.bits, self._map)
             return
