@@ -280,10 +280,6 @@ def _itself(z: SparseActivations) -> Any:
     return z
 
 
-def _to_dense(z: SparseActivations) -> Any:
-    return z.dense()
-
-
 _FACTORS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 _ON_CODES: dict[Any, Callable[..., Any]] = {
@@ -304,7 +300,7 @@ _ON_CODES: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((Tensor.any, torch.any), _any),
     Tensor.detach: _detach,
     Tensor.contiguous: _itself,
-    Tensor.to_dense: _to_dense,
+    Tensor.to_dense: _itself,
 }
 """Parameters have PyTorch's names: what does not bind to them is dense."""
 

@@ -116,6 +116,15 @@ class _View(Source):
         self, parent: LazyTensor, func: Any, args: Sequence[Any], kwargs: dict[str, Any], part: int | None
     ) -> None:
         self.parent, self.func, self.args, self.kwargs, self.part = parent, func, args, kwargs, part
+        self.grad = torch.is_grad_enabled()
+        self.version = 0 if parent.is_inference() else parent._version
+
+    def again(self) -> Tensor:
+        """The view of what the other is by now, in the graph if this one was taken in it."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.grad):
+            found: Any = self.func(self.parent.dense(), *self.args, **self.kwargs)
+        made: Tensor = found if self.part is None else found[self.part]
+        return made
 
     def contents(self) -> Tensor:
         found: Any = self.func(self.parent.contents(), *self.args, **self.kwargs)
@@ -193,13 +202,13 @@ class LazyTensor(torch.Tensor):
 
     def untouched(self) -> bool:
         """Whether what it was born from says all about it: contents not made, graph its own, gradient not watched."""
-        at: LazyTensor | None = self
+        chain = [self]
+        while chain[-1]._parent is not None:
+            chain.append(chain[-1]._parent)
+        if any(at._raw is not None or at._watched for at in chain):
+            return False
         with torch._C.DisableTorchFunctionSubclass():
-            while at is not None:
-                if at._raw is not None or at._watched or at.requires_grad != at._needs or at.grad_fn is not at._node:
-                    return False
-                at = at._parent
-        return True
+            return all(at.requires_grad == at._needs and at.grad_fn is at._node for at in chain)
 
     def contents(self) -> Tensor:
         if self._raw is None:
@@ -210,6 +219,17 @@ class LazyTensor(torch.Tensor):
         """The same as a plain tensor: a view, in its graph. Changing either changes both."""
         self.contents()
         with torch._C.DisableTorchFunctionSubclass():
+            if isinstance(self._source, _View):
+                if not self._watched and self.requires_grad == self._needs:
+                    again = self._source.again()
+                    # Past this one's own place in the graph, not past the other's.
+                    self._used = self._used or again.requires_grad
+                    return again
+                if not self.is_inference() and self._version != self._source.version:
+                    raise RuntimeError(
+                        "transcoder.accelerate: a part of activations whose gradient is asked for was changed in place: take "
+                        "the part of `activations.dense()`"
+                    )
             view: Tensor = torch.ops.aten.alias.default(self)
         return view
 
@@ -254,7 +274,7 @@ class LazyTensor(torch.Tensor):
             mine._watch(func)
         elif func in _ENGINE:
             tree_map_only(LazyTensor, lambda t: t._watch(func), _inputs(func, args, kwargs))
-        elif func is _GRAD and mine is not None:
+        elif func == _GRAD and mine is not None:
             # Reading `.grad` watches nothing, but there is none of what was used past it.
             mine._watch(func) if mine._used else None
         elif func not in _AS_IT_IS:
@@ -273,7 +293,7 @@ class LazyTensor(torch.Tensor):
 
 
 def _read(func: Any, args: Sequence[Any], kwargs: dict[str, Any], mine: LazyTensor | None) -> Any:
-    if func is _SET_DATA and mine is not None:
+    if func == _SET_DATA and mine is not None:
         raise RuntimeError(
             "transcoder.accelerate: `.data =` on activations is not supported; use `copy_` under no_grad"
         )
@@ -310,9 +330,10 @@ def _views(parent: LazyTensor, func: Any, args: Sequence[Any], kwargs: dict[str,
     many = isinstance(found, (list, tuple))
     new = []
     for part, meta in enumerate(found if many else [found]):
-        view = _shell(
-            parent._view_kind(), _View(parent, func, args, kwargs, part if many else None), meta, parent.device
-        )
+        # A view of an inference tensor is one.
+        with torch.inference_mode(parent.is_inference()):
+            source = _View(parent, func, args, kwargs, part if many else None)
+            view = _shell(parent._view_kind(), source, meta, parent.device)
         view._parent, view._owner = parent, parent._owner
         new.append(view)
     return new if many else new[0]
@@ -354,8 +375,8 @@ _AS_IT_IS = {
     *_getters("is_nested", "is_meta", "is_cpu", "is_mps", "requires_grad", "is_leaf", "retains_grad", "output_nr"),
     *_getters("_version", "_backward_hooks"),
     Tensor.requires_grad.__set__,  # type: ignore[attr-defined]
-    Tensor.grad.__set__,  # type: ignore[attr-defined]
-    Tensor.grad.__delete__,  # type: ignore[attr-defined]
+    Tensor.grad.__set__,  # type: ignore[union-attr]
+    Tensor.grad.__delete__,  # type: ignore[union-attr]
     Tensor.requires_grad_,
     Tensor.size,
     Tensor.stride,

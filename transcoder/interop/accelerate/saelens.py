@@ -171,7 +171,8 @@ class Matryoshka(Training):
         self: Any, feature_acts: Any, include_outer_loss: bool = False
     ) -> Iterator[tuple[int, Tensor]]:
         """As the library's, from the one pass that `decode` made."""
-        plain, widths = getattr(feature_acts, "_plain", None), self.cfg.matryoshka_widths
+        plain: Any = getattr(feature_acts, "_plain", None)
+        widths = self.cfg.matryoshka_widths
         fits = (
             plain is not None
             and plain.levels_of is not None

@@ -28,7 +28,7 @@ class _Pattern(NamedTuple):
 
     codes: SparseCodes
     indices: weakref.ref[Tensor]
-    count: int
+    changes: int
 
     @staticmethod
     def of(top_indices: Tensor) -> SparseCodes | None:
@@ -39,7 +39,7 @@ class _Pattern(NamedTuple):
             # Which counts no changes.
             same = found.codes.indices.equal(top_indices.flatten())
         else:
-            same = found.count == top_indices._version
+            same = found.changes == top_indices._version
         return found.codes if same else None
 
 
@@ -166,7 +166,8 @@ class PreActivations(LazyTensor):
             return NotImplemented
         source.reads.check(source.what)
         with torch.set_grad_enabled(source.grad and torch.is_grad_enabled()):
-            found = _topk(*source.inputs, args[1])
+            read, W, b = source.inputs
+            found = _topk(read, W, b, args[1])
         if found[0].requires_grad:
             self.use()
         return found
