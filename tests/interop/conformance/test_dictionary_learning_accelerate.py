@@ -193,3 +193,36 @@ def test_a_missing_part_is_named_with_the_tested_version(monkeypatch: pytest.Mon
     monkeypatch.delattr(top_k, "AutoEncoderTopK")
     with pytest.raises(PeerVersionError, match=r"tested with dictionary-learning 0\.1\.0, found .*AutoEncoderTopK"):
         transcoder.accelerate(sae)
+
+
+@pytest.mark.parametrize("kind", ["batch_topk", "matryoshka"])
+def test_input_that_is_not_finite_stays_visible(kind: str) -> None:
+    theirs, ours = make(kind).ae, transcoder.accelerate(make(kind).ae, always=True)
+    x = data()
+    x[3, 5] = torch.nan
+    for ae in (theirs, ours):
+        ae.threshold.fill_(0.5)
+    with pytest.warns(DenseView, match="not finite"):
+        right = ours(x)
+    torch.testing.assert_close(right, theirs(x), **CLOSE, equal_nan=True)
+
+
+def test_what_encode_hands_out_can_be_changed() -> None:
+    theirs, ours = make("topk").ae, transcoder.accelerate(make("topk").ae, always=True)
+    found = []
+    for ae in (theirs, ours):
+        with torch.no_grad():
+            acts, values, indices, _ = ae.encode(data(), return_topk=True)
+            values.zero_()
+            indices.zero_()
+            found.append(ae.decode(acts))
+    torch.testing.assert_close(found[1], found[0], **CLOSE)
+
+
+def test_hooks_on_the_encoders_gradient_are_run() -> None:
+    grads = []
+    for ae in (make("topk").ae, transcoder.accelerate(make("topk").ae, always=True)):
+        ae.encoder.register_full_backward_pre_hook(lambda module, grad: (2 * grad[0],))
+        ae(data()).square().sum().backward()
+        grads.append(ae.encoder.weight.grad)
+    torch.testing.assert_close(grads[1], grads[0], **CLOSE)

@@ -344,3 +344,56 @@ def test_a_real_run_of_their_trainer(tmp_path: Path) -> None:
     torch.testing.assert_close(saes["ours"](x), saes["theirs"](x), rtol=1e-2, atol=1e-3)
     plain = SAE.load_from_disk(tmp_path / "ours" / "final")
     assert type(plain) is sae_lens.JumpReLUSAE
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_decode_takes_the_decoder_of_now(kind: str) -> None:
+    base = make(kind)
+    found = []
+    for quick in (False, True):
+        one, other, folded, stepped = (copy.deepcopy(base) for _ in range(4))
+        with torch.no_grad():
+            other.W_dec.data.mul_(torch.linspace(0.3, 3, N)[:, None])
+            if quick:
+                for sae in (one, other, folded, stepped):
+                    transcoder.accelerate(sae, always=True)
+            outs = [other.decode(one.encode(data()))]
+            acts = folded.encode(data())
+            folded.fold_W_dec_norm()
+            outs.append(folded.decode(acts))
+            acts = stepped.encode(data())
+            stepped.W_dec.data.mul_(torch.linspace(0.3, 3, N)[:, None])
+            outs.append(stepped.decode(acts))
+        found.append(outs)
+    torch.testing.assert_close(found[1], found[0], **CLOSE)
+
+
+def test_modules_and_hooks_in_the_way_are_run() -> None:
+    class Twice(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * x
+
+    def post(sae: Any) -> None:
+        sae.hook_sae_acts_post = Twice()
+
+    def pre(sae: Any) -> None:
+        sae.hook_sae_acts_pre = Twice()
+
+    def activation(sae: Any) -> None:
+        sae.activation_fn.register_forward_hook(lambda module, given, out: 2 * out)
+
+    for change in (post, pre, activation):
+        theirs = make("TopK")
+        ours = transcoder.accelerate(copy.deepcopy(theirs), always=True)
+        change(theirs)
+        change(ours)
+        torch.testing.assert_close(ours(data()), theirs(data()), **CLOSE)
+
+
+def test_a_latent_without_a_decoder_and_no_rows() -> None:
+    theirs = make("BatchTopK")
+    theirs.W_dec.data[:60] = 0
+    ours = transcoder.accelerate(copy.deepcopy(theirs), always=True)
+    torch.testing.assert_close(ours.encode(data()).dense(), theirs.encode(data()), **CLOSE)
+    torch.testing.assert_close(ours(data()), theirs(data()), **CLOSE, equal_nan=True)
+    assert ours.encode(data(0)).shape == (0, N)

@@ -202,3 +202,26 @@ def test_a_missing_part_is_named_with_the_tested_version(monkeypatch: pytest.Mon
         PeerVersionError, match=r"tested with eai-sparsify 1\.3\.3, found .*a part is missing: .*EncoderOutput"
     ):
         transcoder.accelerate(coder)
+
+
+def test_calling_again_leaves_what_is_not_given() -> None:
+    coder = transcoder.accelerate(make(), repair_auxk=True)
+    transcoder.accelerate(coder)
+    x, y = batch()
+    coder(x, y, dead_mask=torch.arange(N) >= N - 7).auxk_loss.backward()
+    assert coder.encoder.weight.grad.abs().sum() > 0
+
+
+def test_indices_changed_in_place_are_decoded_as_they_are() -> None:
+    grads = []
+    for coder in (make(), transcoder.accelerate(make(), always=True)):
+        with torch.no_grad():
+            acts, indices, _ = coder.encode(batch()[0])
+            order = indices.sort(1)
+            acts = acts.gather(1, order.indices)
+        coder.decode(acts, indices.copy_(order.values)).square().sum().backward()
+        indices.copy_((indices + 1) % N)
+        coder.W_dec.grad = None
+        coder.decode(acts, indices).square().sum().backward()
+        grads.append(coder.W_dec.grad)
+    torch.testing.assert_close(grads[1], grads[0], **CLOSE)
