@@ -50,6 +50,9 @@ def config(size: Size, parts: Sequence[str], settings: Mapping[str, Any]) -> Run
             **{f"antidup.{part}.enabled": part in parts for part in PARTS},
             **QUIET,
             **DUE,
+            # The demo's blocks are for a run of 1200 steps. By default one closes every 4,000,000 tokens; here often enough to
+            # be among the steps.
+            "antidup.monitor.block_tokens": RARE * size.rows,
             **settings,
         },
     )

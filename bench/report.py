@@ -248,8 +248,9 @@ def _training(rows: list[dict[str, Any]], slug: str) -> Iterator[str]:
     yield (
         "Steps of the trainer itself on batches that lie ready, logs and reports included, in turns of "
         f"{first['steps_per_round']} steps from one report to the next; sample files and checkpoints come at their default "
-        "rate. A figure is that of all steps together; in brackets the 95 % interval that the turns give. `all`: monitor, "
-        "samples, penalty."
+        "rate, every 500 steps, and as often the monitor closes a block (by default every 4,000,000 tokens). A "
+        "figure is that of all steps together; in brackets the 95 % interval that the turns give. `all`: monitor, samples, "
+        "penalty."
     )
     yield ""
     yield f"![Overhead of anti-duplication]({PLOTS}/{slug}-monitoring.svg)"

@@ -53,6 +53,8 @@ def measure(size: Size, steps: int, chunk: int = CHUNK) -> dict[str, Any]:
         # The schedule of the lost run. Its last step is not taken: the end of a run (evaluation, its page) is not counted.
         "training.steps": steps + 1,
         "training.compute_dtype": "bfloat16" if cuda else "float32",
+        # As in the preset for that model.
+        "antidup.monitor.block_tokens": 1_000_000,
     }
     kinds = {"monitoring off": KINDS["off"], "monitoring on": KINDS["all"]}
     taken: dict[str, list[float]] = {kind: [] for kind in kinds}
