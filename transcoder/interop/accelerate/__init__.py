@@ -45,8 +45,8 @@ def accelerate(
     with ties may choose otherwise among equals; values and gradients agree to fp32 rounding of a product of length d_in.
     Entries that the ReLU switched off get no gradient.
 
-    Batches of fewer than 2**17 activations (rows times latents) run on the library's own code, which is faster there; those of
-    sparsify and dictionary_learning with fewer than 128 rows too.
+    Batches of fewer than 2**18 activations (rows times latents) run on the library's own code, which is faster there; those of
+    sparsify and dictionary_learning with fewer than 256 rows too.
 
     Args:
         repair_auxk: sparsify's encoder loses the gradient of its AuxK loss (and of multi_topk): True gives it back. The other
