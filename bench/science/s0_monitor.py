@@ -255,4 +255,4 @@ def _calibration(blocks: list[Any], stream: Stream, amplitudes: str) -> list[Lin
 
 
 def _percent(cases: list[bool]) -> str:
-    return f"{100 * sum(cases) / len(cases):.0f} %{of_share(sum(cases), len(cases), 100, 2)}"
+    return f"{100 * sum(cases) / len(cases):.0f} %{of_share(sum(cases), len(cases), 100, 3)}"
