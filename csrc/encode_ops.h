@@ -6,6 +6,7 @@
 #include <ATen/ops/mm.h>
 #include <c10/core/InferenceMode.h>
 
+#include <atomic>
 #include <cmath>
 
 #include "common.h"
@@ -276,26 +277,42 @@ tuple<Tensor, Tensor, Tensor> compressed(const Pool<T>& all, int64_t rows) {
   return {values, ids, ptr};
 }
 
-// A gate that about 1.5 times `share` of all entries pass, from 128 rows and 8 runs of 64 latents spread over the batch.
+// How often a guess was too high, so that a batch was looked at again: for tests.
+inline std::atomic<int64_t>& looked_again() {
+  static std::atomic<int64_t> count{0};
+  return count;
+}
+
+// A gate that somewhat more than `share` of all entries pass, from 128 rows and 512 latents: one of each of 512 equal stretches
+// of the dictionary, at a scattered place, since neighbours are alike (the first latents of a Matryoshka dictionary fire most).
+// The margin covers the sample's own noise; `wider` asks for that many times as many entries.
 template <typename T>
-T guess_gate(const Tensor& x, const Tensor& W, const Tensor& b, double share) {
-  constexpr int64_t ROWS = 128, RUNS = 8, RUN = 64;
+T guess_gate(const Tensor& x, const Tensor& W, const Tensor& b, double share, double wider) {
+  constexpr int64_t ROWS = 128, LATENTS = 512, RUN = 64;
   const int64_t rows = std::min<int64_t>(x.size(0), ROWS), d = x.size(1);
-  const int64_t run = std::min<int64_t>(W.size(0), RUN), runs = W.size(0) <= RUN ? 1 : std::min(RUNS, W.size(0) / RUN);
-  std::vector<T> part(rows * d), tiles(rows * run * runs), values(rows * run * runs + SLACK);
+  const int64_t sampled = std::min<int64_t>(W.size(0), LATENTS), runs = (sampled + RUN - 1) / RUN;
+  std::vector<T> part(rows * d), weights(sampled * d), biases(sampled), tiles(rows * sampled), values(rows * sampled + SLACK);
   std::vector<int32_t> ids(values.size()), passed(rows);
   for (int64_t i = 0; i < rows; ++i) std::copy_n(in<T>(x) + i * x.size(0) / rows * d, d, part.data() + i * d);
-  const auto latent = [&](int64_t i) { return runs == 1 ? 0 : i * (W.size(0) - run) / (runs - 1); };
-  for_each_task<Nothing>(runs, [&](int64_t i, Nothing&) {
-    product<T>(part.data(), in<T>(W) + latent(i) * d, rows, run, d, tiles.data() + i * rows * run);
+  for (int64_t i = 0; i < sampled; ++i) {
+    const int64_t first = i * W.size(0) / sampled, length = (i + 1) * W.size(0) / sampled - first;
+    const uint64_t scattered = (static_cast<uint64_t>(i + 1) * 0x9E3779B97F4A7C15ull) >> 33;
+    const int64_t latent = first + static_cast<int64_t>(scattered % static_cast<uint64_t>(length));
+    std::copy_n(in<T>(W) + latent * d, d, weights.data() + i * d);
+    biases[i] = in<T>(b)[latent];
+  }
+  const auto width = [&](int64_t run) { return std::min(RUN, sampled - run * RUN); };
+  for_each_task<Nothing>(runs, [&](int64_t run, Nothing&) {
+    product<T>(part.data(), weights.data() + run * RUN * d, rows, width(run), d, tiles.data() + run * RUN * rows);
   });
   int64_t positive = 0;
-  for (int64_t i = 0; i < runs; ++i) {
-    positive += kernels<T>().filter_above(tiles.data() + i * rows * run, rows, run, in<T>(b) + latent(i), latent(i), T(0),
+  for (int64_t run = 0; run < runs; ++run) {
+    positive += kernels<T>().filter_above(tiles.data() + run * RUN * rows, rows, width(run), biases.data() + run * RUN, 0, T(0),
                                           nullptr, values.data() + positive, ids.data() + positive, passed.data());
   }
-  const int64_t rank = static_cast<int64_t>(std::ceil(1.5 * share * static_cast<double>(rows * run * runs)));
-  if (rank < 1 || rank >= positive) return T(0);
+  const double expected = wider * share * static_cast<double>(rows * sampled);
+  const int64_t rank = static_cast<int64_t>(std::ceil(1.25 * expected + 4 * std::sqrt(expected) + 4));
+  if (rank >= positive) return T(0);
   const T gate = kernels<T>().keep_top(values.data(), ids.data(), nullptr, positive, rank);
   return std::isfinite(gate) ? gate : T(0);
 }
@@ -318,21 +335,31 @@ Pool<T> padded(const Pool<T>& all, int64_t wanted, int64_t latents) {
   return full;
 }
 
-tuple<Tensor, Tensor, Tensor> batch_topk(const Tensor& x, const Tensor& W, const Tensor& b, int64_t k) {
-  check_encoder(x, W, b, k);
+// `missed`: the first guess is known to be too high.
+tuple<Tensor, Tensor, Tensor> batch_topk_from(const Tensor& x, const Tensor& W, const Tensor& b, int64_t k, bool missed) {
   const int64_t rows = x.size(0), latents = W.size(0), wanted = rows * k;
   return with_type(x, [&](auto type) {
     using T = decltype(type);
     if (rows == 0) return compressed<T>(Pool<T>{}, 0);
     const Plan plan(rows, latents);
-    const T gate = guess_gate<T>(x, W, b, static_cast<double>(k) / static_cast<double>(latents));
-    Pool<T> all = join<T>(plan, collect<T>(plan, x, W, b, gate, nullptr, wanted));
-    // The guess was too high for this batch: nothing is lost, everything is looked at again.
-    if (all.count() < wanted && gate > 0) all = join<T>(plan, collect<T>(plan, x, W, b, T(0), nullptr, wanted));
+    const double share = static_cast<double>(k) / static_cast<double>(latents);
+    Pool<T> all;
+    // A guess too high for this batch loses nothing: everything is looked at again, at last without a gate.
+    for (int look = missed ? 1 : 0; look < 3; ++look) {
+      const T gate = look < 2 ? guess_gate<T>(x, W, b, share, look == 0 ? 1 : 4) : T(0);
+      if (look > 0) ++looked_again();
+      all = join<T>(plan, collect<T>(plan, x, W, b, gate, nullptr, wanted));
+      if (all.count() >= wanted || !(gate > 0)) break;
+    }
     all.keep_top(wanted);
     if (all.count() < wanted) all = padded<T>(all, wanted, latents);
     return compressed<T>(all, rows);
   });
+}
+
+tuple<Tensor, Tensor, Tensor> batch_topk(const Tensor& x, const Tensor& W, const Tensor& b, int64_t k) {
+  check_encoder(x, W, b, k);
+  return batch_topk_from(x, W, b, k, false);
 }
 
 tuple<Tensor, Tensor, Tensor> above(const Tensor& x, const Tensor& W, const Tensor& b, const Tensor& limits) {

@@ -75,6 +75,7 @@ TORCH_LIBRARY(transcoder_cpp, m) {
       "adam_step(Tensor(a!)[] parameters, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
       "Tensor(d!)[] steps, int unit, float lr, float beta1, float beta2, float eps, float max_norm, "
       "Tensor(e!)? bad=None) -> Tensor");
+  m.def("looked_again() -> int", [] { return looked_again().load(); });
 }
 
 TORCH_LIBRARY_IMPL(transcoder_cpp, CPU, m) {

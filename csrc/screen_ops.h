@@ -271,13 +271,13 @@ tuple<Tensor, Tensor, Tensor> batch_topk_screened(const Tensor& x, const Tensor&
   const Screened screened(x, W, b);
   if (!bounds_every(screened, rows)) return batch_topk(x, W, b, k);
   const Plan plan(rows, latents);
-  const float gate = guess_gate<float>(x, W, b, static_cast<double>(k) / static_cast<double>(latents));
+  const float gate = guess_gate<float>(x, W, b, static_cast<double>(k) / static_cast<double>(latents), 1);
   optional<std::vector<Pool<float>>> pools = proposals(plan, screened, in<float>(b), std::vector<double>(rows, gate).data(), most);
   if (!pools) return batch_topk(x, W, b, k);
   decide(plan, screened, x, W, b, sure_gate(plan, screened, *pools, wanted), gate, nullptr, *pools);
   Pool<float> all = join<float>(plan, *pools);
   // The guess was too high: what is wanted may be below it, unseen.
-  if (all.count() < wanted && gate > 0) return batch_topk(x, W, b, k);
+  if (all.count() < wanted && gate > 0) return batch_topk_from(x, W, b, k, true);
   all.keep_top(wanted);
   if (all.count() < wanted) all = padded<float>(all, wanted, latents);
   return compressed<float>(all, rows);

@@ -128,3 +128,36 @@ def test_the_public_ops_use_it_where_it_is_asked_for(monkeypatch: pytest.MonkeyP
             assert torch.equal(codes.values, want[0])
             assert torch.equal(codes.indices, want[1])
             assert torch.equal(codes.row_ptr, want[2])
+
+
+@pytest.mark.parametrize("op", ["batch_topk", "batch_topk_screened"])
+@pytest.mark.parametrize(("d_sae", "hot", "k"), [(8192, 64, 16), (4096, 512, 16), (65536, 0, 2), (300, 10, 4)])
+def test_the_gate_is_guessed_right_where_the_first_latents_fire_most(op: str, d_sae: int, hot: int, k: int) -> None:
+    """As those of a Matryoshka dictionary do; and in wide dictionaries, where a sample holds few of what is wanted."""
+    g = torch.Generator().manual_seed(7)
+    W, b = torch.randn(d_sae, 16, generator=g), torch.zeros(d_sae)
+    W[:hot] *= 2.5
+    before = OPS.looked_again()
+    for _ in range(6):
+        values, ids, _ = getattr(OPS, op)(torch.randn(192, 16, generator=g), W, b, k)
+        assert values.numel() == 192 * k
+        if hot:
+            assert float((ids < hot).float().mean()) > 2 * hot / d_sae
+    assert OPS.looked_again() == before
+
+
+@pytest.mark.parametrize("op", ["batch_topk", "batch_topk_screened"])
+def test_a_guess_that_is_too_high_costs_another_look_and_nothing_else(op: str) -> None:
+    """The rows that are sampled fire far stronger than the others."""
+    g = torch.Generator().manual_seed(8)
+    x, W, b = torch.randn(1024, 16, generator=g), torch.randn(1100, 16, generator=g), torch.zeros(1100)
+    x[::8] *= 50
+    x, W = x.round(), (8 * W).round()  # sums that are exact in any order
+    before = OPS.looked_again()
+    values, ids, row_ptr = getattr(OPS, op)(x, W, b, 200)
+    assert OPS.looked_again() > before
+    pre = (x @ W.T).relu()
+    cut = pre.flatten().topk(1024 * 200).values[-1]
+    assert float(values.min()) == float(cut)
+    rows = torch.repeat_interleave(torch.arange(1024), row_ptr.diff())
+    assert torch.equal(values, pre[rows, ids])
