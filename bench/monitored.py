@@ -1,9 +1,9 @@
 """The trainer itself with its anti-duplication parts on and off: runs side by side, their steps taken in turn.
 
-Much of what these parts do is due every so many steps: reports every 100, the adding of waiting pairs every 64 or so (at 8192
-latents), sample files and checkpoints every 500. A round is therefore PERIOD steps of each run, from one report to the next,
-what is written beside training waited for; the figure is the ratio of total times, over as many rounds as hold the rarest of
-them at its true rate.
+Much of what these parts do is due every so many steps: reports every 100 (and with them the adding of waiting pairs), sample
+files and checkpoints every 500. A round is therefore PERIOD steps of each run, from one report to the next, what is written
+beside training waited for; the figure is the ratio of total times, over as many rounds as hold the rarest of them at its true
+rate.
 """
 
 from __future__ import annotations

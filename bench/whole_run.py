@@ -4,7 +4,7 @@ On a CUDA GPU the shape is the lost run's own (d 2304, 18432 latents, k 48, batc
 k are divided by SCALE, every ratio between them as it was. The trainer's own steps run, with its logs, reports and a checkpoint
 every 500 steps; the activations are synthetic and lie ready, so this is the transcoder's part of a run, the language model's
 forward passes not counted. The runs take their steps in turn, CHUNK at a time: what slows the machine slows both. A chunk ends
-where a checkpoint is due, so that each holds whatever comes rarely at its true rate.
+where a checkpoint is due, so that each holds one, sample files and five reports; every second one holds a block's close.
 """
 
 from __future__ import annotations

@@ -531,3 +531,28 @@ print(torch.ops.transcoder_cpp.instruction_set())
     assert done.stdout.strip() in ("base", name)
     for a, b in zip(torch.load(path), step(), strict=True):
         assert_near(a, b)
+
+
+@pytest.mark.parametrize("kind", ["plain", "weighted", "half-life"])
+def test_so_many_waiting_pairs_that_threads_share_their_sorting(kind: str) -> None:
+    """More than 2 * 4096 entries a thread: the sums are backend torch's, whatever the number of threads."""
+    g = torch.Generator().manual_seed(0)
+    latents, rows = 500, 1200
+    z = torch.rand(2, rows, latents, generator=g) * (torch.rand(2, rows, latents, generator=g) < 0.03)
+    weights = torch.arange(rows) % 3 / 7 if kind == "weighted" else None
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads, backend in ((1, "torch"), (1, "cpp"), (2, "cpp"), (4, "cpp")):
+            torch.set_num_threads(threads)
+            with use_backend(backend):
+                statistics = FeatureCorrelation(latents, halflife=900.0 if kind == "half-life" else None)
+                for batch in z:
+                    codes = SparseCodes.from_dense(batch)
+                    assert codes.nnz > 16_000
+                    statistics.update(codes, weights)
+                found.append(statistics.state_dict()["pairs"])
+    finally:
+        torch.set_num_threads(before)
+    for one in found[1:]:
+        assert all(torch.equal(one[name], part) for name, part in found[0].items())
+    assert float(found[0]["product"].sum()) > 0
