@@ -199,6 +199,12 @@ def tell(part: str, device: torch.device, shapes: list[tuple[int, int, int, int]
     print(json.dumps({"ended": True}), flush=True)
 
 
+def hear_interrupts() -> None:
+    """A process that a shell started behind it ignores SIGINT, and so do those that it starts: the benchmarks would lose their
+    rows where they are asked to end."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def ended(process: subprocess.Popen[Any], limit: float, ask: int | None = None) -> bool:
     """Wait for it. At its limit the process, with all that it started, is asked by a signal, then killed, then left behind."""
     for number, seconds in ((ask, limit), (signal.SIGKILL, GRACE), (None, GRACE)):
@@ -371,6 +377,7 @@ def main() -> int:
     if args.part is not None:
         tell(args.part, device, SMALL if args.quick or not cuda else SHAPES, args.seed)
         return 0
+    hear_interrupts()
     print(f"{machine.name()}, {machine.versions()}, seed {args.seed}", flush=True)
     check = Check(device, args)
     for stage in STAGES:

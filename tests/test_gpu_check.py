@@ -111,9 +111,14 @@ def test_a_part_keeps_what_it_said_and_how_it_ended(gpu_check: ModuleType, then:
 
 def test_a_process_that_is_asked_to_end_may_write_first(gpu_check: ModuleType, tmp_path: Path) -> None:
     words = "import time, sys\nprint('.', flush=True)\ntry: time.sleep(60)\nexcept KeyboardInterrupt: open(sys.argv[1], 'w')"
-    process = subprocess.Popen(
-        [sys.executable, "-c", words, str(tmp_path / "rows")], stdout=subprocess.PIPE, start_new_session=True
-    )
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell starts what runs behind it
+    try:
+        gpu_check.hear_interrupts()
+        process = subprocess.Popen(
+            [sys.executable, "-c", words, str(tmp_path / "rows")], stdout=subprocess.PIPE, start_new_session=True
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert process.stdout is not None
     assert process.stdout.read(1) == b"."
     assert not gpu_check.ended(process, 0.5, signal.SIGINT)
