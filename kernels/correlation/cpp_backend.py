@@ -62,8 +62,11 @@ class WaitingPairs:
         self._entries = self._tokens = 0
         self._kind = (False, False, False)
         """Of what waits: whether values are float64, and whether tokens have a weight, and a tally, of their own."""
-        self._partners, self._starts = torch.empty(0, dtype=torch.uint8), torch.zeros(1, dtype=torch.int32)
-        self._weights, self._tallies = torch.empty(0, dtype=torch.float64), torch.empty(0, dtype=torch.float64)
+        # By name: the process's default device may be another.
+        self._partners = torch.empty(0, dtype=torch.uint8, device="cpu")
+        self._starts = torch.zeros(1, dtype=torch.int32, device="cpu")
+        self._weights = torch.empty(0, dtype=torch.float64, device="cpu")
+        self._tallies = torch.empty(0, dtype=torch.float64, device="cpu")
 
     def takes(self, codes: SparseCodes, weight: Tensor | None, tally: Tensor | None) -> bool:
         """Whether these can wait beside what waits."""

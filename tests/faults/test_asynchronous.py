@@ -157,6 +157,7 @@ def test_a_write_that_never_ends_is_given_up_and_said(tmp_path: Path, monkeypatc
 INTERRUPTED = """
 import signal, sys, threading, time
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell runs the tests behind itself
 from planted_run import Planted, checkpoint, config
 from transcoder.training import train_transcoder
 

@@ -54,7 +54,7 @@ def random_cosine_tail(count: int, width: int) -> dict[str, float] | None:
         return None
     if width == 1:
         return dict.fromkeys(QUANTILES, 1.0)
-    angle = torch.linspace(0, math.pi, 1 << 17, dtype=torch.float64)
+    angle = torch.linspace(0, math.pi, 1 << 17, dtype=torch.float64, device="cpu")
     # The middle of each stretch: at the ends, sin is 0.
     middle = (angle[1:] + angle[:-1]) / 2
     within = torch.exp((width - 2) * middle.sin().log()).cumsum(0)
