@@ -18,25 +18,10 @@ from transcoder import Transcoder, TranscoderConfig, export_transcoder, import_t
 from transcoder.interop.formats import FORMATS, ChangedFunctionError, read_transcoder
 
 from . import peers
+from .test_formats_refusals import CONFIGS, HOOKS, WEIGHTS
 
 D, N = 6, 20
 X = 2 * torch.randn(64, D, generator=torch.Generator().manual_seed(1)) + 1
-HOOKS = {"source_hook": "blocks.0.ln2.hook_normalized", "target_hook": "blocks.0.hook_mlp_out"}
-WEIGHTS = {
-    "saelens": "sae_weights.safetensors",
-    "sparsify": "sae.safetensors",
-    "dictionary-learning": "ae.pt",
-    "circuit-tracer": "layer_0.safetensors",
-    "gemma-scope": "params.npz",
-    "original": "checkpoints/final.pt",
-}
-CONFIGS = {
-    "saelens": "cfg.json",
-    "sparsify": "cfg.json",
-    "dictionary-learning": "config.json",
-    "circuit-tracer": "config.yaml",
-    "original": "config.json",
-}
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
