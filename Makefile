@@ -21,7 +21,7 @@ demo:
 # cache; about 2 minutes of one core). Python is not instrumented, so the runtime is loaded first; leaks are Python's own.
 SANITIZED = tests/kernels/test_cpp_backend.py tests/kernels/test_decode.py tests/kernels/test_encode.py \
 	tests/kernels/test_screened_encode.py tests/kernels/test_screened_batch.py tests/kernels/test_cpp_sketch.py \
-	tests/kernels/test_nearest.py tests/kernels/test_counts.py tests/kernels/test_cpp_step.py \
+	tests/kernels/test_nearest.py tests/kernels/test_counts.py tests/kernels/test_cpp_adam.py \
 	tests/kernels/test_correlation.py tests/training/test_optimizer.py
 sanitize: export CXX = g++ -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=all \
 	-fno-omit-frame-pointer -g

@@ -4,7 +4,7 @@ from dataclasses import asdict
 
 import torch
 
-from bench.monitored import KINDS, PERIOD, RARE, compared, runs, seconds_of
+from bench.monitoring_overhead import KINDS, PERIOD, RARE, compared, runs, seconds_of
 
 
 def bench_training(size, benchmark, record_row):  # type: ignore[no-untyped-def]

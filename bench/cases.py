@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from bench import machine
-from bench.race import pool_size
+from bench.interleaved_timing import pool_size
 from bench.roofline import Shape, floors
 from bench.selection import clear
 from transcoder.kernels import SparseCodes, batch_topk_encode, topk_encode
-from transcoder.kernels.correlation.counter import signs
+from transcoder.kernels.correlation.counter_rng import signs
 from transcoder.kernels.correlation.op import EXACT_LIMIT
 from transcoder.kernels.decode.reference import nested_loss_reference, sparse_decode_reference
 from transcoder.kernels.encode.reference import batch_topk_encode_reference, topk_encode_reference

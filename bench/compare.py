@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.results import label
-from bench.spread import mean
+from bench.statistics import mean
 
 SLACK = 1.05
 MEMORY_SLACK = 1.10

@@ -26,7 +26,7 @@ if not getattr(sys.modules.get("bench"), "__path__", None):
 
 from bench import machine, peers, results  # noqa: E402
 from bench.cases import SIZES, Activation, Case, Size  # noqa: E402
-from bench.race import WrongResultError, rounds_for  # noqa: E402
+from bench.interleaved_timing import WrongResultError, rounds_for  # noqa: E402
 from bench.rows import Contest  # noqa: E402
 
 _rows: list[dict[str, Any]] = []

@@ -6,7 +6,7 @@ checks      Each op, each backend that this device has, each dtype, fresh inputs
             gradients against the float64 reference, and twice for bitwise equality. Then whole training steps: compiled in one
             graph they are the eager step bit for bit; on a GPU they run without one wait for it, and captured in a CUDA graph
             and replayed on new batches they are again the eager step bit for bit.
-verdicts    What `auto` will run on this GPU (`transcoder.kernels.native_proof`).
+verdicts    What `auto` will run on this GPU (`transcoder.kernels.gpu_selftest`).
 checker     The memory and race checker (`compute-sanitizer`, where it is installed) over the Triton checks on small shapes.
 benchmarks  `pytest bench/`, its rows taken into the JSON; after green checks, or where they alone are asked for.
 
@@ -45,7 +45,7 @@ from bench import machine
 from transcoder.config import TrainingSection
 from transcoder.kernels.backend import NAMES, has_backend
 from transcoder.kernels.conformance import FAMILIES, SHAPES, SMALL, Mismatch, op_checks, outcome, same_bits
-from transcoder.kernels.native_proof import proof
+from transcoder.kernels.gpu_selftest import proof
 from transcoder.model import Transcoder, TranscoderConfig
 from transcoder.training.optimizer import make_optimizer, optimizer_step
 

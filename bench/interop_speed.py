@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 import transcoder
-from transcoder.interop.accelerate.small import FEWEST_ROWS, OWN_CODE_BELOW
+from transcoder.interop.accelerate.dispatch import FEWEST_ROWS, OWN_CODE_BELOW
 
 Step = Callable[[torch.Tensor], float]
 

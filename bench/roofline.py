@@ -5,8 +5,8 @@
 Three columns a kernel and shape:
 - floor: bytes and operations that any exact implementation behind the same interface must move and do, at the achievable
   rates below. Inputs are read once, results written once, gradients are dense tensors.
-- planned: what this version launches. The real launchers run on fake tensors and are taken down (bench/recorder.py): grids,
-  tiles, rounds and scratch are theirs. Each launch is then costed from its own arguments (bench/traffic.py).
+- planned: what this version launches. The real launchers run on fake tensors and are taken down (bench/launch_trace.py): grids,
+  tiles, rounds and scratch are theirs. Each launch is then costed from its own arguments (bench/launch_cost.py).
 - predicted: the planned launches one after the other, each as long as its busiest unit (memory, second-level cache, matrix
   units, fp32 units) takes at the achievable rate, and GAP between two launches. The host is assumed to keep ahead.
 
@@ -27,8 +27,8 @@ from unittest import mock
 
 import torch
 
-from bench.recorder import Call, Launch, Recorder, recording
-from bench.traffic import Cost, distinct, total
+from bench.launch_cost import Cost, distinct, total
+from bench.launch_trace import Call, Launch, Recorder, recording
 
 GAP = 2e-6
 """Seconds between dependent launches on one stream: an assumption, not a measurement."""

@@ -9,10 +9,10 @@ from typing import Any
 
 from bench import machine, peers
 from bench.cases import Case, dense_bytes
+from bench.interleaved_timing import Race, Variant, WrongResultError, held_bytes, rounds_for, verify
 from bench.peers import ours
-from bench.race import Race, Variant, WrongResultError, held_bytes, rounds_for, verify
-from bench.spread import ratios, summary
-from bench.yardsticks import Yardsticks
+from bench.reference_rates import Yardsticks
+from bench.statistics import ratios, summary
 
 
 class Contest:

@@ -18,10 +18,10 @@ from typing import Any
 
 from bench import machine, results
 from bench.cases import Case, Size, dense_bytes
+from bench.interleaved_timing import Race, Variant, WrongResultError, held_bytes
 from bench.peers import eager, ours
-from bench.race import Race, Variant, WrongResultError, held_bytes
 from bench.rows import right
-from bench.spread import ratios, summary
+from bench.statistics import ratios, summary
 
 AXES: dict[str, dict[str, Any]] = {
     "cpu": {

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import torch
 
-from bench.race import pool_size
+from bench.interleaved_timing import pool_size
 from transcoder.activations import ActivationBatch
 
 SEQUENCE = 64

@@ -18,8 +18,8 @@ from typing import Any
 
 from bench import machine, results
 from bench.cases import Size
-from bench.monitored import KINDS, RARE, runs, seconds_of
-from bench.spread import mean, whole_ratio
+from bench.monitoring_overhead import KINDS, RARE, runs, seconds_of
+from bench.statistics import mean, whole_ratio
 
 LOST = Size(1024, 2304, 18432, 48)
 STEPS = 4882

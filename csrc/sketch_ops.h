@@ -8,7 +8,7 @@
 namespace transcoder {
 namespace {
 
-// kernels/correlation/counter.py: hash_bits. The low 32 bits are signs.
+// kernels/correlation/counter_rng.py: hash_bits. The low 32 bits are signs.
 inline uint32_t sign_bits(uint64_t index, uint64_t key) {
   uint64_t x = index * 0x9E3779B97F4A7C15u + key;
   x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;

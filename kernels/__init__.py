@@ -22,10 +22,10 @@ if __name__ == "kernels":
     _step_aside()
 else:
     from transcoder.kernels.backend import active_backend, use_backend
-    from transcoder.kernels.codes import LatentOrder, SparseCodes
     from transcoder.kernels.correlation.op import CorrelatedPairs, FeatureCorrelation
     from transcoder.kernels.decode.op import NestedLoss, nested_loss, sparse_decode
     from transcoder.kernels.encode.op import batch_topk_encode, threshold_encode, topk_encode
+    from transcoder.kernels.sparse_codes import LatentOrder, SparseCodes
 
     __all__ = [
         "CorrelatedPairs",

@@ -16,7 +16,7 @@ import torch
 NAMES = ("auto", "triton", "cpp", "torch")
 FASTEST_FIRST = {"cuda": ("triton", "torch"), "cpu": ("cpp", "torch")}
 """What `auto` tries, in order; other devices run on `torch`. `triton` answers for a GPU once its kernels have been checked
-natively there (`native_proof`); asked for by name it runs unchecked."""
+natively there (`gpu_selftest`); asked for by name it runs unchecked."""
 
 
 class _Chosen(local):
@@ -85,9 +85,9 @@ def may_serve(name: str, family: str, device: torch.device) -> bool:
         return False
     if name != "triton":
         return True
-    from transcoder.kernels import native_proof
+    from transcoder.kernels import gpu_selftest
 
-    return native_proof.proven(family, device)
+    return gpu_selftest.proven(family, device)
 
 
 # torch.compile takes the answers as constants of this machine instead of following the import system.

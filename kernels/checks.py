@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from transcoder.kernels.codes import SparseCodes
+from transcoder.kernels.sparse_codes import SparseCodes
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 Checks = Literal["fast", "full"]

@@ -1,6 +1,6 @@
 """Every op family against its float64 reference on fresh inputs, forward and gradients, twice for bitwise equality.
 
-One definition of "right" for whoever asks on a device: `native_proof` before `auto` trusts a GPU's kernels, `bench.gpu_check`
+One definition of "right" for whoever asks on a device: `gpu_selftest` before `auto` trusts a GPU's kernels, `bench.gpu_check`
 for its report, `bench.autotune` before it times a launch choice.
 """
 
@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from transcoder.kernels.adam.op import adam_step, one_op_for
+from transcoder.kernels.adam.reference import AdamStep, adam_step_reference
 from transcoder.kernels.backend import use_backend
-from transcoder.kernels.codes import SparseCodes
 from transcoder.kernels.correlation.op import FeatureCorrelation
 from transcoder.kernels.correlation.reference import correlation_reference
 from transcoder.kernels.decode.op import nested_loss, sparse_decode
 from transcoder.kernels.decode.reference import nested_loss_reference, sparse_decode_reference
 from transcoder.kernels.encode.op import batch_topk_encode, threshold_encode, topk_encode
-from transcoder.kernels.step.op import adam_step, one_op_for
-from transcoder.kernels.step.reference import AdamStep, adam_step_reference
+from transcoder.kernels.sparse_codes import SparseCodes
 
 FAMILIES = ("encode", "decode", "correlation", "step")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

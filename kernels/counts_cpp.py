@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from transcoder.kernels.backend import active_backend
-from transcoder.kernels.codes import SparseCodes
+from transcoder.kernels.sparse_codes import SparseCodes
 
 
 def runs(codes: SparseCodes) -> bool:

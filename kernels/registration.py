@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.library import Library
 
 from transcoder.kernels.backend import use_backend
-from transcoder.kernels.codes import LatentOrder, SparseCodes
-from transcoder.kernels.codes import traced as traced  # where the ops look for it
+from transcoder.kernels.sparse_codes import LatentOrder, SparseCodes
+from transcoder.kernels.sparse_codes import traced as traced  # where the ops look for it
 
 LIBRARY = Library("transcoder", "DEF")
 

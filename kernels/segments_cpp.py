@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from transcoder.kernels.codes import SparseCodes
+from transcoder.kernels.sparse_codes import SparseCodes
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from bench import measure, race, report, results
+from bench import interleaved_timing, measure, report, results
 from bench.peers import LIBRARIES, eager
 from bench.peers import __main__ as peers_main
 
 
 @pytest.fixture(autouse=True)
 def few_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(race, "MOST_INPUTS", 8)
+    monkeypatch.setattr(interleaved_timing, "MOST_INPUTS", 8)
 
 
 TINY = ["--size", "tiny", "--seconds", "0"]

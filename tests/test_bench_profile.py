@@ -11,7 +11,7 @@ import torch
 
 from bench import synthetic
 from bench.cases import Size
-from bench.monitored import PARTS, config
+from bench.monitoring_overhead import PARTS, config
 from transcoder.config import ConfigError, RunConfig
 from transcoder.training import train_transcoder
 from transcoder.training.profile import REST, TRACED, WARM_UP, opened_run, phases_of, profile_run

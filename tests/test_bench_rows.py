@@ -8,14 +8,14 @@ import functools
 import pytest
 import torch
 
-from bench import cases, machine, memory, race, results
+from bench import cases, interleaved_timing, machine, memory, results
 from bench.cases import SIZES, Case, Size
+from bench.interleaved_timing import MOST_INPUTS, Race, Variant, WrongResultError, held_bytes, pool_size, verify
 from bench.operations import OPERATIONS
 from bench.peers import eager, ours
-from bench.race import MOST_INPUTS, Race, Variant, WrongResultError, held_bytes, pool_size, verify
+from bench.reference_rates import FASTEST
 from bench.rows import Contest, measure
 from bench.selection import clear
-from bench.yardsticks import FASTEST
 from transcoder.kernels.correlation.cpp_backend import WaitingPairs
 
 
@@ -23,7 +23,7 @@ from transcoder.kernels.correlation.cpp_backend import WaitingPairs
 def few_inputs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """But where the cache is what is tested: drawing a thousand tiny ones takes longer than all else."""
     if "cache" not in request.node.name:
-        monkeypatch.setattr(race, "MOST_INPUTS", 32)
+        monkeypatch.setattr(interleaved_timing, "MOST_INPUTS", 32)
 
 
 TINY = SIZES["tiny"][0]
@@ -217,14 +217,14 @@ def test_a_row_has_what_the_report_reads() -> None:
 def test_the_floor_is_below_every_product_that_was_seen() -> None:
     """PyTorch's fp32 product may be beaten; the fastest product of this machine is at least as fast as that."""
     contest = Contest("encode", Case(TINY), ())
-    contest.race.run(3)
+    contest.interleaved_timing.run(3)
     row = contest.row()
     rates, size = row["rates"], row["size"]
     assert rates["fastest_operations_per_second"] >= rates["product_operations_per_second"]
     done = 2 * size["rows"] * size["d"] * size["d_sae"]
     assert row["product_seconds"] == pytest.approx(done / rates["product_operations_per_second"])
     assert row["floor"]["forward"]["product_seconds"] <= row["product_seconds"] * 1.2
-    assert FASTEST in contest.race.seconds
+    assert FASTEST in contest.interleaved_timing.seconds
     assert " x " in rates["fastest"]
 
 

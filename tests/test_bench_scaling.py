@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from bench import race, scaling, whole_run
+from bench import interleaved_timing, scaling, whole_run
 from bench.cases import Size
 from bench.peers import ours
 
@@ -15,7 +15,7 @@ TINY = Size(32, 16, 128, 4)
 
 @pytest.fixture(autouse=True)
 def few_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(race, "MOST_INPUTS", 8)
+    monkeypatch.setattr(interleaved_timing, "MOST_INPUTS", 8)
 
 
 @pytest.mark.parametrize("kind", sorted(scaling.AXES))

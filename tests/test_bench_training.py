@@ -8,8 +8,8 @@ import pytest
 
 from bench import whole_run
 from bench.cases import Size
-from bench.monitored import DUE, PERIOD, RARE, compared, runs, seconds_of
-from bench.spread import mean, ratios, summary, whole_ratio
+from bench.monitoring_overhead import DUE, PERIOD, RARE, compared, runs, seconds_of
+from bench.statistics import mean, ratios, summary, whole_ratio
 from transcoder.config import RunConfig
 
 TINY = Size(64, 16, 128, 4)

@@ -14,8 +14,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from transcoder.kernels.codes import SparseCodes
 from transcoder.kernels.encode import torch_backend
+from transcoder.kernels.sparse_codes import SparseCodes
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -108,8 +108,8 @@ def test_the_table_says_predicted() -> None:
 
 def test_a_kernel_without_a_model_is_an_error_that_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT))
-    from bench.recorder import Launch
-    from bench.traffic import total
+    from bench.launch_cost import total
+    from bench.launch_trace import Launch
 
     with pytest.raises(KeyError, match="'brand_new' has no traffic model"):
         total([Launch("brand_new", (1,), {})], 50e6)
@@ -117,7 +117,7 @@ def test_a_kernel_without_a_model_is_an_error_that_names_it(monkeypatch: pytest.
 
 def test_bytes_of_pytorch_operations(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT))
-    from bench.recorder import Call, Recorder
+    from bench.launch_trace import Call, Recorder
 
     def moved(*makers: Any) -> int:
         a, b, ids = torch.ones(100, 10), torch.ones(100, 10), torch.arange(50)

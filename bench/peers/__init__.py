@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from bench.cases import Case
-from bench.race import Variant
+from bench.interleaved_timing import Variant
 
 NAMES = ("eager", "compiled", "saelens", "sparsify", "dictionary_learning", "original")
 BUILT_IN = ("eager", "compiled", "original")

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from bench.cases import Case
+from bench.interleaved_timing import Variant
 from bench.peers import eager
-from bench.race import Variant
 
 NAME = "torch.compile"
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bench.cases import LEARNING_RATE, Case, Probe
-from bench.race import Variant
+from bench.interleaved_timing import Variant
 
 NAME = "dictionary_learning"
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bench.cases import BETAS, CHECK_RATE, LEARNING_RATE, WEIGHTS, Case, Probe, answers, selected
-from bench.race import Variant
+from bench.interleaved_timing import Variant
 
 Wrap = Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
 PRODUCTS = "Z^T Z of dense codes [B, N], whose making is not timed; sums in fp32, ours in fp64; no joint counts"

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from bench.cases import BETAS, LEARNING_RATE, WEIGHTS, Case, Probe, answers
+from bench.interleaved_timing import Variant
 from bench.peers.eager import encoded, finish
-from bench.race import Variant
 
 KEPT = 100
 """Batches that its monitor keeps; the same number of steps lies between two of its reports."""

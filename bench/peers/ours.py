@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bench.cases import CHECK_RATE, ENCODE, LEARNING_RATE, SKETCH, WEIGHTS, Case, Probe, answers
-from bench.race import Variant
+from bench.interleaved_timing import Variant
 from transcoder.config import TrainingSection
 from transcoder.kernels import FeatureCorrelation, SparseCodes, sparse_decode, use_backend
 from transcoder.kernels import nested_loss as nested_loss_op

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from bench.cases import LEARNING_RATE, Case, Probe
+from bench.interleaved_timing import Variant
 from bench.peers.eager import GIVEN_DENSE, decoding
-from bench.race import Variant
 
 NAME = "SAELens"
 AUTOENCODES = "an autoencoder: it cannot train a transcoder"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bench.cases import LEARNING_RATE, Case, Probe
-from bench.race import Variant
+from bench.interleaved_timing import Variant
 
 NAME = "sparsify"
 NO_MASK = "TopK only; backward without the ReLU mask; no projection, clipping or unit rows; Adam as PyTorch does it by default"

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from transcoder import ActivationBatch, RunConfig, Transcoder, train_transcoder
 from transcoder.activations.masking import SinkMasker
-from transcoder.antidup.merge_test import MergeTest
+from transcoder.antidup.merge_cost import MergeTest
 from transcoder.config import ActivationsSection
 from transcoder.kernels import FeatureCorrelation
 

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from transcoder.kernels.codes import SparseCodes
-from transcoder.kernels.correlation.counter import key_state
+from transcoder.kernels.correlation.counter_rng import key_state
 from transcoder.kernels.correlation.torch_backend import Entries
 from transcoder.kernels.counts_cpp import readable
 from transcoder.kernels.extension import usable
+from transcoder.kernels.sparse_codes import SparseCodes
 
 if TYPE_CHECKING:
     from transcoder.kernels.correlation.moments import Moments

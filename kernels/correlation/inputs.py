@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from transcoder.kernels.checks import check_codes
-from transcoder.kernels.codes import SparseCodes
+from transcoder.kernels.sparse_codes import SparseCodes
 
 NAME = "FeatureCorrelation"
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from transcoder.kernels.backend import active_backend
 from transcoder.kernels.correlation import cpp_backend
-from transcoder.kernels.correlation.saved import check_fields, check_tensor
+from transcoder.kernels.correlation.state_checks import check_fields, check_tensor
 from transcoder.kernels.correlation.torch_backend import Entries, add_at
 
 CONSTANT = 1e-12

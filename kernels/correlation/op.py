@@ -12,16 +12,16 @@ from torch import Tensor
 
 from transcoder.kernels.backend import active_backend, implementation
 from transcoder.kernels.checks import check_mode
-from transcoder.kernels.codes import SparseCodes
-from transcoder.kernels.correlation.deferred import DeferredSize
+from transcoder.kernels.correlation.async_scalar import DeferredSize
 from transcoder.kernels.correlation.exact import PackedTriangle, fired_tiles, pair_key, pair_of_key, summed_at
 from transcoder.kernels.correlation.inputs import NAME, check_int, check_update, latent_ids
 from transcoder.kernels.correlation.moments import Moments, PairStatistics, pair_statistics
 from transcoder.kernels.correlation.pairs import CorrelatedPairs, Survey, kept, sorted_pairs
-from transcoder.kernels.correlation.saved import check_count, check_fields, refuse
 from transcoder.kernels.correlation.sign_ranges import SignRange, shared, union
 from transcoder.kernels.correlation.sketch import Sketch, candidates, confirm, estimated_correlation
+from transcoder.kernels.correlation.state_checks import check_count, check_fields, refuse
 from transcoder.kernels.correlation.torch_backend import Entries, entries_of, pair_total
+from transcoder.kernels.sparse_codes import SparseCodes
 
 EXACT_LIMIT = 32768
 """Widest dictionary that is counted exactly: 4 GiB of products and 2 GiB of counts."""

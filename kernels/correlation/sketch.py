@@ -20,15 +20,15 @@ from torch import Tensor
 
 from transcoder.kernels.backend import active_backend
 from transcoder.kernels.checks import FLOATS
-from transcoder.kernels.codes import SparseCodes
 from transcoder.kernels.correlation import cpp_backend
-from transcoder.kernels.correlation.counter import signs
+from transcoder.kernels.correlation.counter_rng import signs
 from transcoder.kernels.correlation.inputs import NAME
 from transcoder.kernels.correlation.moments import Moments, PairStatistics, PairSums, statistics_of
-from transcoder.kernels.correlation.saved import check_fields, check_tensor, refuse
 from transcoder.kernels.correlation.sign_ranges import SignRange, from_tensor, to_tensor, union
+from transcoder.kernels.correlation.state_checks import check_fields, check_tensor, refuse
 from transcoder.kernels.correlation.torch_backend import Entries, add_at, entries_of
-from transcoder.kernels.correlation.watched import MAX_WATCHED, PairIndex, Watched, check_watched, latents_alone
+from transcoder.kernels.correlation.tracked_pairs import MAX_WATCHED, PairIndex, Watched, check_watched, latents_alone
+from transcoder.kernels.sparse_codes import SparseCodes
 
 TILE_ROWS = 2048
 """Rows of S multiplied with all others at a time: a [2048, d_sae] fp32 tile is 8 GiB at 2^20 latents, so

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from transcoder.kernels.codes import SparseCodes
+from transcoder.kernels.sparse_codes import SparseCodes
 
 PAGE_PAIRS = 1 << 17
 """Pairs enumerated at a time on a CPU: a page's temporaries (about 4 MiB) stay in a core's second-level cache;

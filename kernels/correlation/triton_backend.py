@@ -11,12 +11,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from transcoder.kernels.codes import LatentOrder, SparseCodes
 from transcoder.kernels.correlation import config
-from transcoder.kernels.correlation.counter import FIRST, GOLDEN, SECOND, key_state
+from transcoder.kernels.correlation.counter_rng import FIRST, GOLDEN, SECOND, key_state
 from transcoder.kernels.correlation.exact import PackedTriangle
 from transcoder.kernels.correlation.moments import Moments
 from transcoder.kernels.correlation.sketch import Sketch, best_candidates, candidates, directions
+from transcoder.kernels.sparse_codes import LatentOrder, SparseCodes
 from transcoder.kernels.triton_support import cdiv, check_device, on_device, on_its_device, usable
 
 if usable():

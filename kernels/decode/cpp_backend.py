@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from transcoder.kernels import segments_cpp as segments
-from transcoder.kernels.codes import SparseCodes
 from transcoder.kernels.extension import usable
 from transcoder.kernels.segments_cpp import prepared
+from transcoder.kernels.sparse_codes import SparseCodes
 
 __all__ = ["decode", "decode_gradients", "prefix_errors", "prefix_gradients", "usable"]
 

@@ -12,8 +12,8 @@ from torch.autograd.function import once_differentiable
 from transcoder.kernels import checks as check
 from transcoder.kernels import registration
 from transcoder.kernels.backend import active_backend, backend_module, use_backend
-from transcoder.kernels.codes import SparseCodes
 from transcoder.kernels.registration import codes_of
+from transcoder.kernels.sparse_codes import SparseCodes
 
 Derived = dict[str, object] | None
 """What is kept with codes (SparseCodes.derived); None on the far side of an op, where only tensors arrive."""

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from transcoder.kernels.codes import SparseCodes
 from transcoder.kernels.segments import row_dots, weighted_row_sum
+from transcoder.kernels.sparse_codes import SparseCodes
 
 
 @dataclass(frozen=True)

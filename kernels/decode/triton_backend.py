@@ -20,9 +20,9 @@ import functools
 import torch
 from torch import Tensor
 
-from transcoder.kernels.codes import SparseCodes
 from transcoder.kernels.decode import config
 from transcoder.kernels.gather_config import gather
+from transcoder.kernels.sparse_codes import SparseCodes
 from transcoder.kernels.triton_support import cdiv, check_device, on_its_device, usable
 
 if usable():

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from transcoder.kernels import segments_cpp as segments
-from transcoder.kernels.codes import SparseCodes
 from transcoder.kernels.encode.torch_backend import Selection
 from transcoder.kernels.extension import usable
+from transcoder.kernels.sparse_codes import SparseCodes
 
 __all__ = ["gradients", "select_batch_topk", "select_threshold", "select_topk", "turned", "usable"]
 

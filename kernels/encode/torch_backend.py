@@ -17,9 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from transcoder.kernels.codes import SparseCodes
 from transcoder.kernels.encode.reference import largest_first
 from transcoder.kernels.segments import segment_sum, weighted_row_sum
+from transcoder.kernels.sparse_codes import SparseCodes
 
 CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
 """Pre-activations alive at a time. CPU: 4 MiB stays in a core's outer cache between the product and the selection.

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from transcoder.kernels.codes import SparseCodes
 from transcoder.kernels.encode import config
 from transcoder.kernels.encode.torch_backend import Selection
+from transcoder.kernels.sparse_codes import SparseCodes
 from transcoder.kernels.triton_support import cdiv, check_device, interpreted, on_device, usable
 
 if usable():

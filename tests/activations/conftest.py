@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from transcoder.activations.bridge import HookedModel
+from transcoder.activations.language_model import HookedModel
 from transcoder.config import RunConfig
 
 CPU = torch.device("cpu")

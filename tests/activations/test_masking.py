@@ -5,7 +5,7 @@ import torch
 
 from transcoder.activations.documents import DataError
 from transcoder.activations.masking import SinkMasker, context_anchor, context_windows
-from transcoder.activations.passes import Pass, RowMaker
+from transcoder.activations.rows import Pass, RowMaker
 from transcoder.config import ActivationsSection
 
 CPU = torch.device("cpu")

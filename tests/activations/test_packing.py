@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from transcoder.activations.bridge import HookedModel
 from transcoder.activations.documents import RECORD_BLOCK_LENGTH, DataError, Document
+from transcoder.activations.language_model import HookedModel
 from transcoder.activations.packing import Packer, sequence_ids
 from transcoder.activations.text_files import FilesSource
 from transcoder.activations.vocabulary import Vocabulary

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from transcoder.activations import ActivationBatch, ActivationStream, DataError, ModelError, build_stream
-from transcoder.activations.bridge import HookedModel
 from transcoder.activations.documents import is_heldout
 from transcoder.activations.fingerprint import files_digest
+from transcoder.activations.language_model import HookedModel
 from transcoder.activations.packing import Packer, sequence_ids
 from transcoder.activations.text_files import FilesSource
 from transcoder.config import RunConfig

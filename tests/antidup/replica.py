@@ -18,7 +18,7 @@ from transcoder.antidup import ActivationSampleCollector, CorrelationMonitor, Re
 from transcoder.antidup.ledger import REQUIRED_EFFECTS
 from transcoder.config import MonitorSection, SamplesSection
 from transcoder.kernels import SparseCodes
-from transcoder.kernels.correlation.counter import uniform
+from transcoder.kernels.correlation.counter_rng import uniform
 
 SHARES, STEPS, TOKENS, PAIRS, NOISE = 2, 12, 400, 4, 12
 LATENTS = 2 * PAIRS + NOISE

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from transcoder.antidup.confidence import correlation_bounds, pooled_lower_bound
-from transcoder.antidup.jackknife import PairErrors
 from transcoder.antidup.monitor import _scaled
+from transcoder.antidup.pair_errors import PairErrors
 
 
 def test_bounds_are_those_of_the_formula() -> None:

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from transcoder.antidup import CorrelationMonitor, UsageLedger, validate_correlation_report
 from transcoder.antidup import flags as flags_module
-from transcoder.antidup.components import connected_components
 from transcoder.antidup.confidence import correlation_bounds
+from transcoder.antidup.connected_components import connected_components
 from transcoder.antidup.cosine_tail import cosine_tail, random_cosine_tail
 from transcoder.antidup.flags import FlagBook
 from transcoder.antidup.ledger import REQUIRED_EFFECTS
-from transcoder.antidup.merge_test import MergeResult
+from transcoder.antidup.merge_cost import MergeResult
 from transcoder.antidup.monitor import _pairs_in
 from transcoder.antidup.sequence_counts import SequenceCounts
 from transcoder.antidup.state_size import correlation_state_bytes

@@ -15,7 +15,7 @@ import torch
 from tests.training.test_trainer import Planted, config, records
 from transcoder.activations import ActivationBatch
 from transcoder.training import RunResult, saving, tensor_file, train_transcoder
-from transcoder.training.beside import Beside
+from transcoder.training.background_task import Beside
 from transcoder.training.checkpoint import CheckpointError, find_checkpoint
 from transcoder.training.snapshot import Snapshots
 

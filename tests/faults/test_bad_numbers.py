@@ -15,7 +15,7 @@ import torch
 from tests.training.test_trainer import Planted, assert_same, config, records, weights
 from transcoder.activations import ActivationBatch
 from transcoder.kernels import extension, use_backend
-from transcoder.training import RunResult, TrainingDivergedError, bad_steps, optimizer, train_transcoder
+from transcoder.training import RunResult, TrainingDivergedError, nonfinite, optimizer, train_transcoder
 from transcoder.training import trainer as trainer_module
 from transcoder.training.checkpoint import load_checkpoint
 from transcoder.training.state_tree import pack_state
@@ -89,9 +89,9 @@ class Late:
 def flag(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Read by the host at once, or acted on without being read, as on a GPU."""
     if request.param == "device":
-        monkeypatch.setattr(bad_steps, "host_is_device", lambda tensor: False)
+        monkeypatch.setattr(nonfinite, "host_is_device", lambda tensor: False)
         monkeypatch.setattr(optimizer, "host_is_device", lambda tensor: False)
-        monkeypatch.setattr(bad_steps, "DeferredSize", Late)
+        monkeypatch.setattr(nonfinite, "DeferredSize", Late)
     return str(request.param)
 
 
@@ -239,9 +239,9 @@ def test_weights_beyond_bfloat16_stop_the_run_with_a_diagnosis(
 def test_without_bad_numbers_both_ways_give_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with use_backend("torch"):
         train_transcoder(config(), tmp_path / "host", batches=Planted())
-        for module in (bad_steps, optimizer):
+        for module in (nonfinite, optimizer):
             monkeypatch.setattr(module, "host_is_device", lambda tensor: False)
-        monkeypatch.setattr(bad_steps, "DeferredSize", Late)
+        monkeypatch.setattr(nonfinite, "DeferredSize", Late)
         train_transcoder(config(), tmp_path / "device", batches=Planted())
     assert_same_state(tmp_path / "host", tmp_path / "device")
 

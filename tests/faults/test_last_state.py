@@ -15,7 +15,7 @@ from transcoder.activations import ActivationBatch, build_stream
 from transcoder.config import CheckpointSection, RunConfig
 from transcoder.training import checkpoint, disk_budget, saving, train_transcoder
 from transcoder.training.checkpoint import CheckpointError, CheckpointStore, load_checkpoint
-from transcoder.training.reserve import RESERVE_NAME, Reserve, room_for
+from transcoder.training.disk_reserve import RESERVE_NAME, Reserve, room_for
 from transcoder.training.run_state import essential_tree
 
 

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transcoder.interop.accelerate.activations import LazyTensor, SparseActivations
 from transcoder.interop.accelerate.encode import select
 from transcoder.interop.accelerate.lazy import Computed
-from transcoder.interop.accelerate.unchanged import Unchanged
+from transcoder.interop.accelerate.tensor_guard import Unchanged
 
 B, D, N, K = 6, 5, 12, 3
 OWNER = nn.Identity()

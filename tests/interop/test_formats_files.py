@@ -296,7 +296,7 @@ def test_gemma_scope_reads_behind_the_norm_with_its_weight_folded(tmp_path: Path
 @torch.no_grad()
 def test_the_norm_weight_of_a_model_folder_is_the_factor_between_its_hooks() -> None:
     """On the shipped Gemma-2 model: mlp.hook_in is ln2.hook_normalized times what `norm_weight` reads."""
-    from transcoder.activations.bridge import HookedModel
+    from transcoder.activations.language_model import HookedModel
 
     def values(hook: str) -> Tensor:
         model = HookedModel("demo", hook, "blocks.1.hook_mlp_out", torch.float32, torch.device("cpu"), progress=False)

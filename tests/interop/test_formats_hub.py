@@ -13,9 +13,9 @@ import torch
 import yaml
 
 from transcoder import Transcoder, TranscoderConfig, push_to_hub
+from transcoder.interop.export_source import Source, load_source
+from transcoder.interop.folded_weights import Hooks
 from transcoder.interop.hub import model_card
-from transcoder.interop.plain import Hooks
-from transcoder.interop.source import Source, load_source
 
 from .hub_server import HubServer
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from transcoder.kernels import FeatureCorrelation, SparseCodes, use_backend
 from transcoder.kernels.correlation import sketch as sketch_module
 from transcoder.kernels.correlation import torch_backend
-from transcoder.kernels.correlation.counter import hash_bits, signs, uniform
+from transcoder.kernels.correlation.counter_rng import hash_bits, signs, uniform
 from transcoder.kernels.correlation.exact import PackedTriangle, pair_key, pair_of_key
 from transcoder.kernels.correlation.moments import Moments
 from transcoder.kernels.correlation.reference import correlation_reference

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from transcoder.kernels.correlation import deferred, torch_backend
+from transcoder.kernels.correlation import async_scalar, torch_backend
 
 
 def test_the_event_is_recorded_on_the_stream_of_the_sizes_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,8 +29,8 @@ def test_the_event_is_recorded_on_the_stream_of_the_sizes_device(monkeypatch: py
         return torch.empty(*size, dtype=dtype)  # type: ignore[call-overload]
 
     cuda = SimpleNamespace(Event=Event, current_stream=lambda device: ("stream of", device))
-    monkeypatch.setattr(deferred, "torch", SimpleNamespace(empty=empty, int64=torch.int64, cuda=cuda))
-    size = deferred.DeferredSize(torch.tensor(7))
+    monkeypatch.setattr(async_scalar, "torch", SimpleNamespace(empty=empty, int64=torch.int64, cuda=cuda))
+    size = async_scalar.DeferredSize(torch.tensor(7))
     assert recorded == [("stream of", torch.device("cpu"))]
     assert size.read() == 7
     assert recorded[-1] == "waited"

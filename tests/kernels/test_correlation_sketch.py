@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from transcoder.kernels import FeatureCorrelation, SparseCodes
-from transcoder.kernels.correlation.counter import signs
+from transcoder.kernels.correlation.counter_rng import signs
 from transcoder.kernels.correlation.reference import correlation_reference
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from transcoder.kernels import FeatureCorrelation, SparseCodes, use_backend
 from transcoder.kernels.correlation import config
 from transcoder.kernels.correlation import sketch as sketch_module
-from transcoder.kernels.correlation.counter import signs
+from transcoder.kernels.correlation.counter_rng import signs
 from transcoder.kernels.correlation.reference import correlation_reference
 
 CLOSE = 2e-6

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from transcoder.activations import ActivationBatch
 from transcoder.antidup import ActivationSampleCollector
-from transcoder.antidup.jackknife import PairJackknife
 from transcoder.antidup.ledger import REQUIRED_EFFECTS, UsageLedger
+from transcoder.antidup.pair_errors import PairJackknife
 from transcoder.antidup.sequence_counts import SequenceCounts
 from transcoder.config import SamplesSection
 from transcoder.kernels import SparseCodes, extension, use_backend

@@ -6,7 +6,7 @@ import io
 import re
 
 from transcoder.reporting import ProgressBar
-from transcoder.reporting.numbers import clock, number, percent, thousands
+from transcoder.reporting.format import clock, number, percent, thousands
 from transcoder.reporting.progress import figures
 
 METRICS = {

@@ -22,10 +22,10 @@ from pathlib import Path
 import pytest
 
 from transcoder.reporting import run_process
-from transcoder.reporting.run_frame import fit, frame, look, sparkline
+from transcoder.reporting.metrics_tail import MetricsTail
 from transcoder.reporting.run_process import LOCK_FILE, process_of
-from transcoder.reporting.run_tail import MetricsTail
 from transcoder.reporting.series import Series
+from transcoder.reporting.terminal_view import fit, frame, look, sparkline
 from transcoder.reporting.watch_terminal import watch_terminal
 from transcoder.training.storage import LOCK_NAME, FolderLock
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from transcoder.config import TrainingSection
 from transcoder.kernels import extension, use_backend
-from transcoder.kernels.step import cpp_backend
+from transcoder.kernels.adam import cpp_backend
 from transcoder.model import Transcoder, TranscoderConfig
 from transcoder.training.optimizer import make_optimizer, optimizer_step
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bench.science.toy import BATCH, Toy, independent
 from transcoder import ActivationBatch, RunConfig, Transcoder, TranscoderConfig, train_transcoder
-from transcoder.antidup.merge_test import MergeResult
+from transcoder.antidup.merge_cost import MergeResult
 from transcoder.config import ConfigError, RecycleSection
 from transcoder.training.optimizer import make_optimizer
 from transcoder.training.recycling import Recycler, _disjoint

@@ -17,7 +17,7 @@ import torch
 from tests.training.test_trainer import Planted, config
 from transcoder.kernels import use_backend
 from transcoder.model import Transcoder
-from transcoder.training import bad_steps, sources, trainer
+from transcoder.training import nonfinite, sources, trainer
 
 META = torch.device("meta")
 
@@ -66,7 +66,7 @@ def on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *kind: kind != ("meta",) and enabled(*kind))
     monkeypatch.setattr(op, "DeferredSize", Later)
-    monkeypatch.setattr(bad_steps, "DeferredSize", Good)
+    monkeypatch.setattr(nonfinite, "DeferredSize", Good)
     monkeypatch.setattr(sources, "check_values", lambda *_: None)
     monkeypatch.setattr(
         trainer, "make_optimizer", lambda model, section, lr: PlainAdam(model.parameters(), lr=lr, foreach=False)

@@ -14,7 +14,7 @@ import torch
 
 from transcoder import ActivationBatch, RunConfig, Transcoder, train_transcoder
 from transcoder.antidup import ActivationSampleCollector, CorrelationMonitor, DiversityRegularizer
-from transcoder.antidup.merge_evidence import MergeEvidence
+from transcoder.antidup.merge_cost_streaming import MergeEvidence
 
 ROWS, D = 64, 12
 CALLS = {

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from transcoder.activations.batch import ActivationBatch
-from transcoder.activations.bridge import ModelError, resolve_model_name
 from transcoder.activations.cached import cache_activations
 from transcoder.activations.documents import DataError
+from transcoder.activations.language_model import ModelError, resolve_model_name
 from transcoder.activations.shards import write_index, write_shard
 from transcoder.activations.stream import ActivationStream, build_stream
 

@@ -14,7 +14,7 @@ from transcoder.activations.batch import ActivationBatch
 from transcoder.activations.documents import DataError, is_heldout
 from transcoder.activations.fingerprint import files_digest
 from transcoder.activations.masking import SinkMasker
-from transcoder.activations.passes import Chunk, Pass, PositionChoice, RowMaker, Substitute, counters_of, row_bytes
+from transcoder.activations.rows import Chunk, Pass, PositionChoice, RowMaker, Substitute, counters_of, row_bytes
 from transcoder.activations.shards import (
     DTYPES,
     INDEX_NAME,

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from transcoder.activations.batch import ActivationBatch
-from transcoder.activations.bridge import HookedModel
 from transcoder.activations.documents import DataError, Document, Reader, Source, is_heldout
+from transcoder.activations.language_model import HookedModel
 from transcoder.activations.masking import SinkMasker
 from transcoder.activations.packing import Packed, Packer
-from transcoder.activations.passes import (
+from transcoder.activations.rows import (
     Chunk,
     Pass,
     PositionChoice,

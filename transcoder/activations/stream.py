@@ -22,8 +22,8 @@ from transcoder.activations.buffer import (
     to_device,
 )
 from transcoder.activations.documents import DataError
-from transcoder.activations.passes import ActivationSource, Chunk, PositionChoice, Substitute
 from transcoder.activations.prefetch import Prefetcher
+from transcoder.activations.rows import ActivationSource, Chunk, PositionChoice, Substitute
 from transcoder.config import RunConfig
 
 _JSON_BYTES = 1 << 16

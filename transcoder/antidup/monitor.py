@@ -13,20 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transcoder.antidup.components import connected_components
 from transcoder.antidup.confidence import correlation_bounds
+from transcoder.antidup.connected_components import connected_components
 from transcoder.antidup.cosine_tail import cosine_tail, random_cosine_tail
 from transcoder.antidup.files import replace_text
 from transcoder.antidup.flags import MAX_PAIRS, Evidence, FlagBook, Pair
-from transcoder.antidup.jackknife import LEAST_SHARE, PairErrors, PairJackknife, most_pairs
 from transcoder.antidup.ledger import UsageLedger
-from transcoder.antidup.merge_evidence import MergeEvidence
-from transcoder.antidup.merge_test import MergeResult
+from transcoder.antidup.merge_cost import MergeResult
+from transcoder.antidup.merge_cost_streaming import MergeEvidence
+from transcoder.antidup.pair_errors import LEAST_SHARE, PairErrors, PairJackknife, most_pairs
 from transcoder.antidup.replicas import Replicas
 from transcoder.antidup.report_schema import SCHEMA_VERSION
 from transcoder.antidup.sequence_counts import SequenceCounts
 from transcoder.antidup.state_size import correlation_state_bytes
-from transcoder.antidup.stretch import Stretch, nothing, state_names
+from transcoder.antidup.window import Stretch, nothing, state_names
 from transcoder.config import MonitorSection
 from transcoder.kernels import CorrelatedPairs, FeatureCorrelation, SparseCodes
 from transcoder.kernels.correlation.moments import PairStatistics

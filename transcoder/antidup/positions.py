@@ -16,7 +16,7 @@ from transcoder.antidup.files import replace_text
 from transcoder.antidup.ledger import UsageLedger
 from transcoder.antidup.special_tokens import SpecialTokens
 from transcoder.config import PositionsSection
-from transcoder.kernels.correlation.counter import uniform
+from transcoder.kernels.correlation.counter_rng import uniform
 
 _NAME = "position_sampler"
 

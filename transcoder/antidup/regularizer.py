@@ -26,7 +26,7 @@ from transcoder.antidup.sink_mass import SinkMass
 from transcoder.antidup.special_tokens import SpecialTokens
 from transcoder.config import RegularizerSection
 from transcoder.kernels import SparseCodes, nearest_cpp
-from transcoder.kernels.correlation.counter import hash_bits
+from transcoder.kernels.correlation.counter_rng import hash_bits
 
 _NAME = "diversity_regularizer"
 _LIVE_STEPS = 100

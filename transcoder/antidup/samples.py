@@ -19,7 +19,7 @@ from transcoder.antidup.sample_store import EMPTY, Samples, best_entries, merged
 from transcoder.antidup.special_tokens import SpecialTokens
 from transcoder.config import SamplesSection
 from transcoder.kernels import SparseCodes, counts_cpp
-from transcoder.kernels.correlation.counter import uniform
+from transcoder.kernels.correlation.counter_rng import uniform
 
 _NAME = "activation_samples"
 _BYTES_A_SAMPLE, _BYTES_A_TOKEN = 4 + 4 + 4 * 8, 4

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from transcoder.kernels import SparseCodes, counts_cpp
-from transcoder.kernels.correlation.counter import hash_bits
+from transcoder.kernels.correlation.counter_rng import hash_bits
 
 
 class SequenceCounts:

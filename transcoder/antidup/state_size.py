@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from transcoder.kernels import FeatureCorrelation
-from transcoder.kernels.correlation.watched import MAX_WATCHED
+from transcoder.kernels.correlation.tracked_pairs import MAX_WATCHED
 
 _NUMBERS_BYTES = 1024
 """Room for the numbers of a state that are no tensors, as text."""

@@ -16,10 +16,10 @@ import torch
 import yaml
 from torch import Tensor
 
+from transcoder.interop.conversion_record import Conversion
 from transcoder.interop.files import read_safetensors, write_safetensors
-from transcoder.interop.plain import Hooks, PlainWeights, matrix, take_tensors
-from transcoder.interop.record import Conversion
-from transcoder.interop.settings import rising, section, text, whole
+from transcoder.interop.folded_weights import Hooks, PlainWeights, matrix, take_tensors
+from transcoder.interop.foreign_config import rising, section, text, whole
 from transcoder.training.storage import write_durably
 
 TESTED = "circuit-tracer 0.4.1 and PyPI's 0.5.0, a fork (JumpReLU); its main branch at 4bb8c0e, tag v0.5.0 (TopK too)"

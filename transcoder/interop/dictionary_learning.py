@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from transcoder.interop.conversion_record import Conversion
 from transcoder.interop.files import read_json, read_pickle, write_json, write_state_dict
-from transcoder.interop.plain import Hooks, PlainWeights, cumulative, group_sizes, matrix, take_tensors
-from transcoder.interop.record import Conversion
-from transcoder.interop.settings import check_size, section, text, whole
+from transcoder.interop.folded_weights import Hooks, PlainWeights, cumulative, group_sizes, matrix, take_tensors
+from transcoder.interop.foreign_config import check_size, section, text, whole
 
 TESTED = "dictionary-learning 0.1.0"
 WEIGHTS_FILE, CONFIG_FILE = "ae.pt", "config.json"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from transcoder.checkpoint_folder import file_digest
-from transcoder.interop.record import RECORD_FILE, Conversion
+from transcoder.interop.conversion_record import RECORD_FILE, Conversion
 from transcoder.training.storage import folder_discarded_on_error, fsync_folder, write_durably
 from transcoder.training.tensor_file import read_tensors, write_tensors
 

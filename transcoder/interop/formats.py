@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from transcoder.interop import circuit_tracer, dictionary_learning, gemma_scope, original, saelens, sparsify
+from transcoder.interop.conversion_record import ChangedFunctionError, Conversion
+from transcoder.interop.export_source import HOOKS_FILE, Exportable, load_source
 from transcoder.interop.files import new_folder, write_json
-from transcoder.interop.plain import Hooks, PlainWeights, check_weights, from_transcoder, to_transcoder
-from transcoder.interop.record import ChangedFunctionError, Conversion
-from transcoder.interop.source import HOOKS_FILE, Exportable, load_source
+from transcoder.interop.folded_weights import Hooks, PlainWeights, check_weights, from_transcoder, to_transcoder
 from transcoder.model import Transcoder
 
 __all__ = [

@@ -20,9 +20,9 @@ import numpy
 import torch
 from torch import Tensor
 
+from transcoder.interop.conversion_record import Conversion
 from transcoder.interop.files import existing
-from transcoder.interop.plain import Hooks, PlainWeights, matrix, take_tensors
-from transcoder.interop.record import Conversion
+from transcoder.interop.folded_weights import Hooks, PlainWeights, matrix, take_tensors
 from transcoder.training.storage import write_durably
 
 TESTED = "the files of google/gemma-scope-2b-pt-transcoders as circuit-tracer 0.4.1 and sae-lens 6.54.12 read them"

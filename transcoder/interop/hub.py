@@ -12,8 +12,8 @@ from typing import Any
 
 import yaml
 
+from transcoder.interop.export_source import HOOKS_FILE, Exportable, Source, load_source
 from transcoder.interop.files import write_json
-from transcoder.interop.source import HOOKS_FILE, Exportable, Source, load_source
 
 CARD_FILE = "README.md"
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")

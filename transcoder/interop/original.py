@@ -9,10 +9,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from transcoder.interop.conversion_record import Conversion
 from transcoder.interop.files import read_json, read_pickle, write_json, write_state_dict
-from transcoder.interop.plain import Hooks, PlainWeights, cumulative, matrix, take_tensors
-from transcoder.interop.record import Conversion
-from transcoder.interop.settings import check_size, flag, text, whole
+from transcoder.interop.folded_weights import Hooks, PlainWeights, cumulative, matrix, take_tensors
+from transcoder.interop.foreign_config import check_size, flag, text, whole
 
 TESTED = "its source at commit 888d820"
 CONFIG_FILE = "config.json"

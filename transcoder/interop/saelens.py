@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from transcoder.interop.conversion_record import Conversion
 from transcoder.interop.files import read_json, read_safetensors, write_json, write_safetensors
-from transcoder.interop.plain import Hooks, PlainWeights, matrix, take_tensors
-from transcoder.interop.record import Conversion
+from transcoder.interop.folded_weights import Hooks, PlainWeights, matrix, take_tensors
+from transcoder.interop.foreign_config import check_size, flag, mean_number, rising, section, text, whole
 from transcoder.interop.saelens_scale import fold_scale
-from transcoder.interop.settings import check_size, flag, mean_number, rising, section, text, whole
 
 TESTED = "sae-lens 6.54.12"
 CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
+from transcoder.interop.conversion_record import Conversion
 from transcoder.interop.files import read_json
-from transcoder.interop.record import Conversion
-from transcoder.interop.settings import flag
+from transcoder.interop.foreign_config import flag
 
 SCALER_FILE, WHITENING_FILE = "activation_scaler.json", "activation_whitening.safetensors"
 _MODES = ("none", "expected_average_only_in", "covariance_whitening", "layer_norm", "constant_norm_rescale")

@@ -32,7 +32,7 @@ from transcoder.interop import saelens as files
 from transcoder.interop.accelerate import accelerated_class, check_version, missing_parts_named
 from transcoder.interop.accelerate import saelens as library
 from transcoder.interop.accelerate.saelens import Matryoshka, Training
-from transcoder.interop.record import RECORD_FILE, ChangedFunctionError, Conversion
+from transcoder.interop.conversion_record import RECORD_FILE, ChangedFunctionError, Conversion
 from transcoder.training.storage import write_durably
 
 check_version(__name__, library)

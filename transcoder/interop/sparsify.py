@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from transcoder.interop.conversion_record import Conversion
 from transcoder.interop.files import read_json, read_safetensors, write_json, write_safetensors
-from transcoder.interop.plain import PlainWeights, matrix, take_tensors
-from transcoder.interop.record import Conversion
-from transcoder.interop.settings import check_size, flag, whole
+from transcoder.interop.folded_weights import PlainWeights, matrix, take_tensors
+from transcoder.interop.foreign_config import check_size, flag, whole
 
 TESTED = "eai-sparsify 1.3.3"
 CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae.safetensors"

@@ -8,10 +8,10 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from transcoder.reporting.figures import FIGURES, HELDOUT_FVU, L0, TRAINING_FVU, Figure
 from transcoder.reporting.files import write_text
-from transcoder.reporting.numbers import MISSING, number
+from transcoder.reporting.format import MISSING, number
 from transcoder.reporting.runfolder import RunFolder
+from transcoder.reporting.summary_metrics import FIGURES, HELDOUT_FVU, L0, TRAINING_FVU, Figure
 
 SCHEMA_VERSION = 1
 PAIRED = (TRAINING_FVU, HELDOUT_FVU, L0)

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transcoder.reporting.blocks import (
+from transcoder.reporting.compare import figure_named
+from transcoder.reporting.elements import (
     Block,
     Cell,
     Line,
@@ -18,12 +19,11 @@ from transcoder.reporting.blocks import (
     table,
     text,
 )
-from transcoder.reporting.compare import figure_named
-from transcoder.reporting.figures import Figure
 from transcoder.reporting.files import write_text
-from transcoder.reporting.numbers import MISSING, number
+from transcoder.reporting.format import MISSING, number
 from transcoder.reporting.page import render_page
 from transcoder.reporting.runfolder import RunFolder
+from transcoder.reporting.summary_metrics import Figure
 
 FILE_NAME = "comparison.html"
 CURVES = (

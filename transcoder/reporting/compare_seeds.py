@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from transcoder.reporting.compare import figures_of
-from transcoder.reporting.figures import Figure
-from transcoder.reporting.numbers import MISSING
+from transcoder.reporting.format import MISSING
 from transcoder.reporting.runfolder import RunFolder
+from transcoder.reporting.summary_metrics import Figure
 
 SCHEMA_VERSION = 1
 STUDENT_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from transcoder.reporting.blocks import short
+from transcoder.reporting.elements import short
 from transcoder.reporting.runfolder import RunFolder
 from transcoder.reporting.sample_table import Contexts, SampleTable
 from transcoder.reporting.sections.duplicates import groups_of, ranked_pairs

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from transcoder.reporting.numbers import number
+from transcoder.reporting.format import number
 from transcoder.reporting.runfolder import RunFolder
 
 TITLES = {

@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from typing import Any, TextIO
 
-from transcoder.reporting.numbers import clock, thousands
+from transcoder.reporting.format import clock, thousands
 
 PLAIN_SECONDS = 10.0
 

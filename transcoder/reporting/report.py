@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from transcoder.reporting import latent_cards
-from transcoder.reporting.blocks import Block, text
+from transcoder.reporting.elements import Block, text
 from transcoder.reporting.files import write_text
 from transcoder.reporting.latent_cards import LatentCards
 from transcoder.reporting.page import chunk_elements, render_page

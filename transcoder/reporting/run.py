@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from transcoder.checkpoint_folder import candidates
-from transcoder.reporting import figures
-from transcoder.reporting.numbers import number
+from transcoder.reporting import summary_metrics
+from transcoder.reporting.format import number
 from transcoder.reporting.run_checkpoint import RunCheckpoint
 from transcoder.reporting.run_duplicates import Duplicates
 from transcoder.reporting.run_errors import missing_part
@@ -28,15 +28,15 @@ if TYPE_CHECKING:
     from transcoder.model import Transcoder
 
 _SHOWN = (
-    figures.HELDOUT_FVU,
-    figures.LINEAR_BASELINE,
-    figures.CE_RECOVERED,
-    figures.L0,
-    figures.DEAD,
-    figures.PAIRS,
-    figures.FLAGGED,
-    figures.MERGEABLE,
-    figures.TOKENS_PER_SECOND,
+    summary_metrics.HELDOUT_FVU,
+    summary_metrics.LINEAR_BASELINE,
+    summary_metrics.CE_RECOVERED,
+    summary_metrics.L0,
+    summary_metrics.DEAD,
+    summary_metrics.PAIRS,
+    summary_metrics.FLAGGED,
+    summary_metrics.MERGEABLE,
+    summary_metrics.TOKENS_PER_SECOND,
 )
 
 

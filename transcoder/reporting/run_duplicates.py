@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from transcoder.reporting.numbers import MISSING, number, percent
+from transcoder.reporting.format import MISSING, number, percent
 from transcoder.reporting.run_errors import missing_part
 from transcoder.reporting.run_tables import SHOWN, html_table, left_out, safe, text_table
 from transcoder.reporting.runfolder import RunFolder

@@ -8,7 +8,7 @@ from typing import Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from transcoder.reporting.numbers import MISSING, number
+from transcoder.reporting.format import MISSING, number
 from transcoder.reporting.run_contexts import Context, read_contexts, shaded
 from transcoder.reporting.run_duplicates import Duplicates
 from transcoder.reporting.run_errors import RunPartMissingError

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from transcoder.reporting.numbers import MISSING, number
+from transcoder.reporting.format import MISSING, number
 from transcoder.reporting.run_tables import html_table, text_table
 from transcoder.reporting.series import MetricsTable
 

@@ -10,8 +10,8 @@ from typing import Generic, TypeVar, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from transcoder.reporting.format import MISSING, number, percent
 from transcoder.reporting.ledger_verdict import Verdict, verdicts
-from transcoder.reporting.numbers import MISSING, number, percent
 from transcoder.reporting.run_errors import missing_part
 from transcoder.reporting.run_tables import html_table, text_table
 from transcoder.reporting.runfolder import RunFolder

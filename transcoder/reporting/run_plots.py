@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from transcoder.reporting import figures
+from transcoder.reporting import summary_metrics
 from transcoder.reporting.run_errors import RunPartMissingError, missing_part
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def plot_fvu(run: Run) -> Figure:
     drawn.append(_line(axes, run, "evaluation/fvu", "held-out", marker="o"))
     if not any(drawn):
         raise missing_part(run.folder, "FVU", "metrics.jsonl")
-    linear = figures.LINEAR_BASELINE.of(run.folder)
+    linear = summary_metrics.LINEAR_BASELINE.of(run.folder)
     if linear is not None:
         axes.axhline(linear, linestyle=":", color="gray", label="linear map")
     axes.set(title="Fraction of variance unexplained", xlabel="step", ylabel="FVU")

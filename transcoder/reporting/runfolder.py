@@ -15,10 +15,10 @@ from typing import Any
 import yaml
 
 from transcoder.reporting.checkpoint_facts import CheckpointFacts, read_checkpoint_facts
+from transcoder.reporting.format import as_float, whole
 from transcoder.reporting.jsonl import read_records
 from transcoder.reporting.latent_table import FILE_NAME as LATENTS_FILE
 from transcoder.reporting.latent_table import LatentTable, read_latents
-from transcoder.reporting.numbers import as_float, whole
 from transcoder.reporting.sample_table import SampleTable, read_samples
 from transcoder.reporting.series import FILE_NAME, MetricsTable, collect
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from transcoder.reporting.numbers import as_float, whole
+from transcoder.reporting.format import as_float, whole
 
 FILE_NAME = "metrics.jsonl"
 RESERVED = ("step", "time", "event", "nonfinite")

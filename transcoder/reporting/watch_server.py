@@ -16,16 +16,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from transcoder.reporting.format import clock
 from transcoder.reporting.html import embedded_json
 from transcoder.reporting.latent_cards import LatentCards
 from transcoder.reporting.latent_table import FILE_NAME as LATENTS_FILE
-from transcoder.reporting.numbers import clock
+from transcoder.reporting.metrics_tail import MetricsTail
 from transcoder.reporting.page import chunk_elements, render_page
 from transcoder.reporting.report import payload
-from transcoder.reporting.run_frame import look
 from transcoder.reporting.run_process import process_of
-from transcoder.reporting.run_tail import MetricsTail
 from transcoder.reporting.series import FILE_NAME as METRICS_FILE
+from transcoder.reporting.terminal_view import look
 
 logger = logging.getLogger(__name__)
 

@@ -14,10 +14,10 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn, TextIO
 
-from transcoder.reporting.numbers import clock
+from transcoder.reporting.format import clock
+from transcoder.reporting.metrics_tail import MetricsTail
 from transcoder.reporting.progress import PLAIN_SECONDS, figures
-from transcoder.reporting.run_frame import Snapshot, frame, look
-from transcoder.reporting.run_tail import MetricsTail
+from transcoder.reporting.terminal_view import Snapshot, frame, look
 
 INTERVAL = 1.0
 EXIT_OK, EXIT_DEAD, EXIT_STOPPED = 0, 1, 75

@@ -48,7 +48,7 @@ from transcoder.checkpoint_folder import (
 )
 from transcoder.config import CheckpointSection
 from transcoder.training.disk_budget import SLACK, checkpoint_bytes, refuse_what_cannot_fit
-from transcoder.training.reserve import Reserve, room_for
+from transcoder.training.disk_reserve import Reserve, room_for
 from transcoder.training.state_tree import pack_state, unpack_state
 from transcoder.training.storage import (
     FolderLock,

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from transcoder.activations import ActivationBatch
-from transcoder.activations.passes import Substitute
-from transcoder.antidup.merge_test import MergeResult, MergeTest
+from transcoder.activations.rows import Substitute
+from transcoder.antidup.merge_cost import MergeResult, MergeTest
 from transcoder.antidup.position_mass import PositionMass
 from transcoder.kernels import SparseCodes, nested_loss, sparse_decode
 from transcoder.model import Transcoder

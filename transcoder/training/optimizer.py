@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from transcoder.config import TrainingSection
-from transcoder.kernels.step.op import adam_step, one_op_for
+from transcoder.kernels.adam.op import adam_step, one_op_for
 from transcoder.model import Transcoder
-from transcoder.training.bad_steps import host_is_device
+from transcoder.training.nonfinite import host_is_device
 
 _BEYOND_ONE_OP = ("amsgrad", "maximize", "differentiable", "weight_decay")
 """Settings of Adam that the op does not know."""

@@ -24,7 +24,7 @@ import transcoder.model as model_module
 from transcoder.activations import ActivationBatch
 from transcoder.config import ConfigError, RunConfig
 from transcoder.training import trainer as trainer_module
-from transcoder.training.run_start import RunStart
+from transcoder.training.run_folder import RunStart
 
 WARM_UP = 10
 """Steps before the clock starts: first calls compile, allocate, and fill the buffers of data."""

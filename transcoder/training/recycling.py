@@ -10,9 +10,9 @@ from torch import Tensor
 
 from transcoder.antidup import CorrelationMonitor
 from transcoder.antidup.files import replace_lines
-from transcoder.antidup.merge_test import MergeResult
+from transcoder.antidup.merge_cost import MergeResult
 from transcoder.config import RecycleSection
-from transcoder.kernels.correlation.counter import key_state
+from transcoder.kernels.correlation.counter_rng import key_state
 from transcoder.model import Transcoder
 
 LEAST_LENGTH = 0.1

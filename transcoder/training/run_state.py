@@ -11,9 +11,9 @@ from torch import Tensor
 
 from transcoder.antidup import DiversityRegularizer
 from transcoder.model import Transcoder
-from transcoder.training.bad_steps import BadSteps
 from transcoder.training.baselines import LinearBaseline
 from transcoder.training.meters import Meters
+from transcoder.training.nonfinite import BadSteps
 from transcoder.training.sources import Source
 
 logger = logging.getLogger(__name__)

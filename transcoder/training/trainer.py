@@ -25,13 +25,19 @@ from transcoder.antidup import (
     PositionSampler,
 )
 from transcoder.antidup.ledger import LedgerError
-from transcoder.antidup.merge_test import MergeResult
+from transcoder.antidup.merge_cost import MergeResult
 from transcoder.antidup.monitor import Judge
 from transcoder.config import ConfigError, RegularizerSection, RunConfig
 from transcoder.model import StepOutput, Transcoder, TranscoderConfig
 from transcoder.reporting import MetricsWriter, ProgressBar
-from transcoder.reporting.apart import write_report_apart
-from transcoder.training.bad_steps import (
+from transcoder.reporting.report_subprocess import write_report_apart
+from transcoder.training.baselines import LinearBaseline
+from transcoder.training.checkpoint import CheckpointStore
+from transcoder.training.checkpointing import Saver
+from transcoder.training.evaluation import cross_entropy, evaluate, merge_test
+from transcoder.training.latent_facts import write_latent_facts
+from transcoder.training.meters import Meters
+from transcoder.training.nonfinite import (
     HELD_STEPS,
     BadSteps,
     HeldStep,
@@ -42,18 +48,12 @@ from transcoder.training.bad_steps import (
     take_back,
     verdict_of,
 )
-from transcoder.training.baselines import LinearBaseline
-from transcoder.training.checkpoint import CheckpointStore
-from transcoder.training.evaluation import cross_entropy, evaluate, merge_test
-from transcoder.training.interrupts import StopRequest
-from transcoder.training.latent_facts import write_latent_facts
-from transcoder.training.meters import Meters
 from transcoder.training.optimizer import make_optimizer, optimizer_step
 from transcoder.training.recycling import Recycler
-from transcoder.training.run_start import RunStart
+from transcoder.training.run_folder import RunStart
 from transcoder.training.run_state import restore
-from transcoder.training.saving import Saver
 from transcoder.training.schedule import learning_rate, peak_learning_rate
+from transcoder.training.signals import StopRequest
 from transcoder.training.similarity import (
     CODES_FILE,
     REPORT_FILE,

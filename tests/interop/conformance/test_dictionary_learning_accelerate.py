@@ -24,7 +24,7 @@ from dictionary_learning.trainers.top_k import AutoEncoderTopK, TopKTrainer
 
 import transcoder
 from transcoder.interop.accelerate import DenseView, PeerVersionError, SparseActivations
-from transcoder.interop.accelerate.small import FEWEST_ROWS
+from transcoder.interop.accelerate.dispatch import FEWEST_ROWS
 
 from .makers import global_state
 

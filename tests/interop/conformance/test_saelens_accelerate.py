@@ -17,7 +17,7 @@ from sae_lens.saes.sae import SAE, TrainingSAE, TrainStepInput  # noqa: E402
 
 import transcoder  # noqa: E402
 from transcoder.interop.accelerate import DenseView, PeerVersionError, SparseActivations  # noqa: E402
-from transcoder.interop.accelerate.small import OWN_CODE_BELOW  # noqa: E402
+from transcoder.interop.accelerate.dispatch import OWN_CODE_BELOW  # noqa: E402
 
 from .makers import global_state  # noqa: E402
 

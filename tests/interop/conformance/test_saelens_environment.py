@@ -9,7 +9,7 @@ pytest.importorskip("sae_lens", reason="SAELens is not installed here: python te
 
 
 def test_a_language_model_is_read_with_the_transformer_lens_that_saelens_takes() -> None:
-    from transcoder.activations.bridge import HookedModel
+    from transcoder.activations.language_model import HookedModel
 
     hooks = ("blocks.0.mlp.hook_in", "blocks.0.mlp.hook_out")
     model = HookedModel("demo", *hooks, torch.float32, torch.device("cpu"), progress=False)

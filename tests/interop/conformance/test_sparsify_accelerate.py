@@ -20,7 +20,7 @@ sparsify = pytest.importorskip(
 
 import transcoder  # noqa: E402
 from transcoder.interop.accelerate import DenseView, PeerVersionError  # noqa: E402
-from transcoder.interop.accelerate.small import FEWEST_ROWS  # noqa: E402
+from transcoder.interop.accelerate.dispatch import FEWEST_ROWS  # noqa: E402
 
 from .makers import global_state  # noqa: E402
 

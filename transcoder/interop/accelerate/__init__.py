@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from transcoder.interop.accelerate.activations import DenseView, LazyTensor, SparseActivations
-from transcoder.interop.accelerate.kinds import Kind
+from transcoder.interop.accelerate.registry import Kind
 
 __all__ = ["DenseView", "LazyTensor", "PeerVersionError", "SparseActivations", "accelerate"]
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map_only
 
-from transcoder.interop.accelerate.unchanged import Unchanged
+from transcoder.interop.accelerate.tensor_guard import Unchanged
 
 
 class DenseView(UserWarning):

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from transcoder.interop.accelerate.activations import SparseActivations
+from transcoder.interop.accelerate.dispatch import own_code
 from transcoder.interop.accelerate.encode import How, select
-from transcoder.interop.accelerate.kinds import Kind, hooked, original
 from transcoder.interop.accelerate.lazy import Computed, LazyTensor, announce
-from transcoder.interop.accelerate.small import own_code
-from transcoder.interop.accelerate.unchanged import Unchanged
+from transcoder.interop.accelerate.registry import Kind, hooked, original
+from transcoder.interop.accelerate.tensor_guard import Unchanged
 from transcoder.kernels import SparseCodes, sparse_decode
 
 PACKAGE = "sae-lens"

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from transcoder.interop.accelerate.dispatch import FEWEST_ROWS, own_code
 from transcoder.interop.accelerate.encode import product_dtype, select
-from transcoder.interop.accelerate.kinds import Kind, original
 from transcoder.interop.accelerate.lazy import Computed, LazyTensor, announce
-from transcoder.interop.accelerate.small import FEWEST_ROWS, own_code
-from transcoder.interop.accelerate.unchanged import Unchanged
+from transcoder.interop.accelerate.registry import Kind, original
+from transcoder.interop.accelerate.tensor_guard import Unchanged
 from transcoder.kernels import SparseCodes, sparse_decode
 
 PACKAGE = "eai-sparsify"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
-from transcoder.reporting import figures
-from transcoder.reporting.blocks import Block, Line, charts, line_chart, ordered_colors, text
-from transcoder.reporting.numbers import number
+from transcoder.reporting import summary_metrics
+from transcoder.reporting.elements import Block, Line, charts, line_chart, ordered_colors, text
+from transcoder.reporting.format import number
 from transcoder.reporting.runfolder import RunFolder
 
 
@@ -103,7 +103,7 @@ def _prefixes(run: RunFolder) -> list[Line]:
 
 def _baselines(run: RunFolder) -> list[tuple[float, str]]:
     found = []
-    for figure, label in ((figures.LINEAR_BASELINE, "linear map"), (figures.MEAN_BASELINE, "mean")):
+    for figure, label in ((summary_metrics.LINEAR_BASELINE, "linear map"), (summary_metrics.MEAN_BASELINE, "mean")):
         value = figure.of(run)
         if value is not None and math.isfinite(value):
             found.append((value, f"{label} {number(value)}"))

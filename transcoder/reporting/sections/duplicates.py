@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from transcoder.reporting.blocks import Block, bar_chart, charts, columns, heading, real, short, text, tiles
-from transcoder.reporting.numbers import number, percent, whole
+from transcoder.reporting.elements import Block, bar_chart, charts, columns, heading, real, short, text, tiles
+from transcoder.reporting.format import number, percent, whole
 from transcoder.reporting.runfolder import RunFolder
 
 LISTED = 500

@@ -5,9 +5,9 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any
 
-from transcoder.reporting.blocks import Block, text
+from transcoder.reporting.elements import Block, text
+from transcoder.reporting.format import number
 from transcoder.reporting.latent_cards import LatentCards
-from transcoder.reporting.numbers import number
 from transcoder.reporting.runfolder import RunFolder
 
 

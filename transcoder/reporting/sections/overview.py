@@ -5,22 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from transcoder.reporting import figures
-from transcoder.reporting.blocks import Block, Cell, columns, heading, panel, real, short, table, text, tiles
-from transcoder.reporting.figures import Figure
+from transcoder.reporting import summary_metrics
+from transcoder.reporting.elements import Block, Cell, columns, heading, panel, real, short, table, text, tiles
+from transcoder.reporting.format import MISSING, clock, number
 from transcoder.reporting.ledger_verdict import verdicts
-from transcoder.reporting.numbers import MISSING, clock, number
 from transcoder.reporting.runfolder import RunFolder
+from transcoder.reporting.summary_metrics import Figure
 
 _TILES = (
-    figures.TRAINING_FVU,
-    figures.L0,
-    figures.DEAD,
-    figures.PAIRS,
-    figures.FLAGGED,
-    figures.MERGEABLE,
-    figures.DICTIONARY_SIZE,
-    figures.TOKENS_PER_SECOND,
+    summary_metrics.TRAINING_FVU,
+    summary_metrics.L0,
+    summary_metrics.DEAD,
+    summary_metrics.PAIRS,
+    summary_metrics.FLAGGED,
+    summary_metrics.MERGEABLE,
+    summary_metrics.DICTIONARY_SIZE,
+    summary_metrics.TOKENS_PER_SECOND,
 )
 
 
@@ -54,14 +54,14 @@ def section(run: RunFolder) -> list[Block]:
 
 def _recovered(run: RunFolder) -> list[Figure]:
     """What the transcoder is worth to the language model, where one was at hand."""
-    return [] if figures.CE_RECOVERED.of(run) is None else [figures.CE_RECOVERED]
+    return [] if summary_metrics.CE_RECOVERED.of(run) is None else [summary_metrics.CE_RECOVERED]
 
 
 def _against_baselines(run: RunFolder) -> Block:
     rows: list[tuple[Figure, float | None, str]] = [
-        (figures.HELDOUT_FVU, figures.HELDOUT_FVU.of(run), "own"),
-        (figures.LINEAR_BASELINE, figures.LINEAR_BASELINE.of(run), ""),
-        (figures.MEAN_BASELINE, figures.MEAN_BASELINE.of(run), ""),
+        (summary_metrics.HELDOUT_FVU, summary_metrics.HELDOUT_FVU.of(run), "own"),
+        (summary_metrics.LINEAR_BASELINE, summary_metrics.LINEAR_BASELINE.of(run), ""),
+        (summary_metrics.MEAN_BASELINE, summary_metrics.MEAN_BASELINE.of(run), ""),
     ]
     own = rows[0][1]
     bars = [
@@ -76,7 +76,7 @@ def _against_baselines(run: RunFolder) -> Block:
             better = "below" if own < linear else "NOT below"
             words = f"The fraction of variance left unexplained is {better} the best linear map's. " + words
     shown = {"is": "bars", "big": number(own), "rows": bars}
-    return panel(figures.HELDOUT_FVU.label, [shown, text(words, "note")], "fvu")
+    return panel(summary_metrics.HELDOUT_FVU.label, [shown, text(words, "note")], "fvu")
 
 
 def _what_ran(run: RunFolder) -> Block:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from transcoder.reporting import figures
-from transcoder.reporting.blocks import Block, bar_chart, charts, real, text, tiles
-from transcoder.reporting.numbers import number, percent, whole
+from transcoder.reporting import summary_metrics
+from transcoder.reporting.elements import Block, bar_chart, charts, real, text, tiles
+from transcoder.reporting.format import number, percent, whole
 from transcoder.reporting.runfolder import RunFolder
 from transcoder.reporting.sample_table import SampleTable
 
@@ -111,7 +111,7 @@ def _sinks(run: RunFolder) -> Block:
     total = sum(real(v) or 0.0 for v in seen) if isinstance(seen, list) else 0.0
     if special is not None and total:
         facts.append(("Special tokens in the text", percent(special / (total + special))))
-    sink = figures.SINK_FVU.of(run)
+    sink = summary_metrics.SINK_FVU.of(run)
     if sink is not None:
         facts.append(("FVU on masked sink tokens", number(sink)))
     for name in run.figure_names():

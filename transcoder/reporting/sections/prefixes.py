@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from transcoder.reporting import figures
-from transcoder.reporting.blocks import Block, Line, charts, columns, line_chart, table, text
-from transcoder.reporting.numbers import MISSING, number, percent
+from transcoder.reporting import summary_metrics
+from transcoder.reporting.elements import Block, Line, charts, columns, line_chart, table, text
+from transcoder.reporting.format import MISSING, number, percent
 from transcoder.reporting.runfolder import RunFolder
 
 
@@ -19,7 +19,7 @@ def section(run: RunFolder) -> list[Block]:
         ((width, value),) = found.items()
         only = f"One width only ({number(width)} latents, FVU {number(value)}): this run has no nested prefixes."
         return [text(only, "empty")]
-    linear = figures.LINEAR_BASELINE.of(run)
+    linear = summary_metrics.LINEAR_BASELINE.of(run)
     lines = [Line("held-out" if heldout else "training", list(found), list(found.values()), "c0", markers=True)]
     chart = line_chart(
         "FVU by prefix width",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import yaml
 
-from transcoder.reporting.blocks import Block, details, table, text
-from transcoder.reporting.numbers import number
+from transcoder.reporting.elements import Block, details, table, text
+from transcoder.reporting.format import number
 from transcoder.reporting.runfolder import RunFolder
 
 EVENTS = 50

@@ -1,0 +1,317 @@
+"""The language model: found by name, hooked at two places, stopped as soon as both have fired."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import hashlib
+import importlib.metadata
+import os
+import re
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from transcoder.activations.rows import Substitute
+from transcoder.activations.vocabulary import Vocabulary
+from transcoder.demo import language_model_path
+
+OLDEST = (3, 9)
+"""The oldest TransformerLens whose bridge the tests pass with. Other libraries pin older ones, so an install may bring one."""
+
+LOGITS = 1 << 27
+"""Logits of a pass: 1.3 GB with the temporaries of the softmax."""
+
+
+class ModelError(ValueError):
+    """A language model or a hook that cannot be had. The message says what there is and what to do."""
+
+
+def resolve_model_name(name: str) -> str:
+    """What to load for `model.name`: `demo` is the packaged folder (one of that name here is `./demo`), an existing folder is
+    itself, else a hub name.
+
+    Asks the hub one quick question unless the model is in its local cache, so that a wrong name or a missing
+    network is an error at once and not after half a minute of retries.
+
+    Raises:
+        ModelError: no such folder, a folder without config.json, or nothing of that name on the hub.
+    """
+    if name == "demo":
+        try:
+            return str(language_model_path())
+        except FileNotFoundError as error:
+            raise ModelError(f"model.name: {error}") from error
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(
+                f"model.name: the folder {name!r} holds no config.json; give a folder in Hugging Face layout"
+            )
+        return str(path)
+    if path.exists() or name.startswith((".", "~", os.sep)) or name.count("/") > 1:
+        raise ModelError(f"model.name: no model folder at {name!r}; give 'demo', a Hugging Face folder or a hub name")
+    _check_hub_model(name)
+    return name
+
+
+def _check_hub_model(name: str) -> None:
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    official = _official_name(name)
+    try:
+        if isinstance(try_to_load_from_cache(official, "config.json"), str):
+            return
+        HfApi().model_info(official, timeout=15)
+    except HFValidationError as error:
+        raise ModelError(
+            f"model.name: {name!r} is neither 'demo' nor a folder, and no hub name either: {error}"
+        ) from error
+    except Exception as error:
+        # The hub's client raises its own types and those of two HTTP libraries.
+        raise ModelError(
+            f"model.name: there is no folder {name!r}, and the Hugging Face hub gives no model of that name: "
+            f"{type(error).__name__}: {error}. Check the name and the network (a gated model needs `hf auth login`); "
+            "without a network use 'demo' or a local folder."
+        ) from error
+
+
+def _official_name(name: str) -> str:
+    """The hub's name of a model that TransformerLens knows by another."""
+    _check_library()
+    from transformer_lens.tools.model_registry import registry_io
+
+    if hasattr(registry_io, "resolve_model_alias"):
+        return registry_io.resolve_model_alias(name) or name
+    # Up to 3.x the aliases are a plain table.
+    from transformer_lens.supported_models import MODEL_ALIASES
+
+    return next((official for official, aliases in MODEL_ALIASES.items() if name in aliases), name)
+
+
+def _check_library() -> None:
+    have = importlib.metadata.version("transformer-lens")
+    if tuple(int(part) for part in re.findall(r"\d+", have)[:2]) < OLDEST:
+        raise ModelError(
+            "model.name: reading a language model needs transformer-lens 3.9 or newer (tested with 3.9 and 4.3), and this "
+            f"environment has {have}: pip install 'transformer-lens>=3.9,<5', in an environment of its own where another "
+            "library pins the older one"
+        )
+
+
+def layer_of(hook: str) -> int | None:
+    """The block that a hook name belongs to; None outside the blocks."""
+    match = re.match(r"blocks\.(\d+)\.", hook)
+    return int(match.group(1)) if match else None
+
+
+class HookedModel:
+    """A TransformerBridge that yields the activations at two hooks.
+
+    Args:
+        name: as `resolve_model_name` takes it.
+        source_hook, target_hook: TransformerLens names, canonical or alias, such as
+            `blocks.8.hook_resid_mid` and `blocks.8.hook_mlp_out`, or `blocks.8.mlp.hook_in` and
+            `blocks.8.mlp.hook_out`.
+        dtype: type of weights and activations.
+        device: where it runs.
+        progress: False keeps the loader's progress bars quiet.
+
+    Attributes:
+        d_in, d_out: widths at the two hooks (a hook with heads is flattened).
+        vocabulary: the tokenizer beside the model's vocabulary size.
+        token_bytes: bytes of a token's activations at both hooks.
+
+    Raises:
+        ModelError: an unknown hook (with the nearest names), one that never fires, or a source after its
+            target's layer.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        source_hook: str,
+        target_hook: str,
+        dtype: torch.dtype,
+        device: torch.device,
+        progress: bool = True,
+    ) -> None:
+        _check_layers(source_hook, target_hook)
+        folder = resolve_model_name(name)
+        _check_library()
+        from transformer_lens.model_bridge import TransformerBridge
+
+        try:
+            with contextlib.nullcontext() if progress else _no_progress_bars():
+                bridge = TransformerBridge.boot_transformers(folder, device=str(device), dtype=dtype)
+        except Exception as error:
+            # Loading raises many types: a torn weight file, an architecture without an adapter, no network
+            # half-way.
+            raise ModelError(f"model.name: cannot load {name!r}: {type(error).__name__}: {error}") from error
+        bridge.eval()
+        bridge.requires_grad_(False)
+        self._bridge: Any = bridge
+        self._device = device
+        # Training and evaluation may run the model from two threads, and the captures are this object's.
+        self._lock = threading.Lock()
+        self._captured: dict[str, Tensor] = {}
+        self._first = "source"
+        """Which of the two came first in the last pass."""
+        self._substitute: Substitute | None = None
+        self._whole = False
+        """Whether the pass runs to its end."""
+        self._hooks = {"source": source_hook, "target": target_hook}
+        self.max_length: int | None = getattr(bridge.cfg, "n_ctx", None)
+        size = int(bridge.cfg.d_vocab)
+        self.vocabulary = Vocabulary(bridge.tokenizer, size)
+        self._attach()
+        source, target = self.forward(torch.zeros(2, 13, dtype=torch.int64, device=device))
+        if self._first == "target":
+            raise ModelError(
+                f"activations.source_hook: {source_hook!r} comes after target_hook {target_hook!r} in the layer; a transcoder "
+                "predicts an output from what comes before it"
+            )
+        self.d_in, self.d_out = source.shape[-1], target.shape[-1]
+        self.token_bytes = sum(t.shape[-1] * t.element_size() for t in (source, target))
+
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that depend on the weights' shapes and on up to 64 values spread over each: the
+        same wherever the model lies and whatever it is called. Reads the device."""
+        digests = []
+        for weight in self._bridge.parameters():
+            flat = weight.detach().reshape(-1)
+            some = flat[:: max(1, flat.numel() // 64)][:64].float().cpu().numpy()
+            digests.append(hashlib.blake2b(repr(tuple(weight.shape)).encode() + some.tobytes()).digest())
+        # Sorted: the order and the names of the modules are the library's, and may change with its version.
+        return hashlib.blake2b(b"".join(sorted(digests)), digest_size=8).hexdigest()
+
+    def _attach(self) -> None:
+        names = self._bridge.hook_dict
+        for role, hook in self._hooks.items():
+            if hook not in names:
+                close = difflib.get_close_matches(hook, names, n=3, cutoff=0.5)
+                layers = int(self._bridge.cfg.n_layers)
+                raise ModelError(
+                    f"activations.{role}_hook: this model has no hook {hook!r}; the nearest are "
+                    f"{', '.join(map(repr, close)) or 'none'} (blocks 0 to {layers - 1})"
+                )
+            try:
+                self._bridge.add_hook(hook, self._capture(role), is_permanent=True)
+            except (ValueError, NotImplementedError) as error:
+                raise ModelError(f"activations.{role}_hook: {hook!r} cannot be read on this model: {error}") from error
+
+    def _capture(self, role: str) -> Any:
+        from transformer_lens.model_bridge.exceptions import StopAtLayerException
+
+        def capture(activation: Tensor, hook: object) -> Tensor | None:
+            if not self._captured:
+                self._first = role
+            self._captured[role] = activation.detach()
+            if self._whole:
+                if role == "source" or self._substitute is None:
+                    return None
+                found = self._substitute(
+                    self._captured["source"].flatten(0, 1).flatten(1), activation.flatten(0, 1).flatten(1)
+                )
+                return found.to(activation.dtype).view_as(activation)
+            if len(self._captured) == 2:
+                # The bridge's own signal for stop_at_layer, sent from inside the layer: nothing after the
+                # later hook runs, neither the rest of its block nor, for the last block, the unembedding.
+                raise StopAtLayerException(activation)
+            return None
+
+        return capture
+
+    @torch.no_grad()
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """(source [S, L, d_in], target [S, L, d_out]) of tokens [S, L] int64, in the model's dtype.
+
+        Equivalent to: `run_with_cache(tokens)` read at the two hooks.
+        """
+        with self._lock:
+            self._captured.clear()
+            try:
+                self._bridge.forward(tokens, return_type=None, use_cache=False)
+                for role, hook in self._hooks.items():
+                    if role not in self._captured:
+                        raise ModelError(f"activations.{role}_hook: {hook!r} exists on this model but never fires")
+                return self._flat("source", tokens), self._flat("target", tokens)
+            finally:
+                self._captured.clear()
+
+    def sequences_at_a_time(self, length: int) -> int:
+        """How many sequences `next_token_losses` should be given together."""
+        return max(1, LOGITS // (length * self.vocabulary.size))
+
+    @torch.no_grad()
+    def next_token_losses(self, tokens: Tensor, substitute: Substitute | None = None) -> Tensor:
+        """[S, L - 1] fp32: cross-entropy in nats of each token after the first, of tokens [S, L] int64.
+
+        `substitute` takes the activations at the two hooks, [S L, d_in] and [S L, d_out], and gives what the rest of the model
+        reads at the target hook instead, [S L, d_out]. All logits exist at once: see `sequences_at_a_time`.
+        """
+        with self._lock:
+            self._captured.clear()
+            self._substitute, self._whole = substitute, True
+            try:
+                logits = self._bridge.forward(tokens, return_type="logits", use_cache=False)
+            finally:
+                self._captured.clear()
+                self._substitute, self._whole = None, False
+        return torch.nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none"
+        ).view(tokens.shape[0], -1)
+
+    @torch.no_grad()
+    def unembedding(self) -> Tensor | str:
+        """[d_model, vocabulary] fp32: what the logits read of the residual stream, the final norm's weight folded in (its scale
+        is not); or the reason why the target hook has none."""
+        hook = self._hooks["target"]
+        if not re.search(r"(hook_mlp_out|hook_attn_out|hook_resid_\w+|mlp\.hook_out|attn\.hook_out)$", hook):
+            return f"{hook} does not write into the residual stream"
+        weight = getattr(self._bridge, "W_U", None)
+        if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.shape[0] != self.d_out:
+            return f"this model has no unembedding of width {self.d_out}"
+        norm = getattr(getattr(self._bridge, "ln_final", None), "weight", None)
+        folded = weight.float()
+        return folded * norm.float()[:, None] if isinstance(norm, Tensor) and norm.shape == (self.d_out,) else folded
+
+    def _flat(self, role: str, tokens: Tensor) -> Tensor:
+        value = self._captured[role]
+        if value.dim() < 3 or value.shape[:2] != tokens.shape or not value.is_floating_point():
+            raise ModelError(
+                f"activations.{role}_hook: {self._hooks[role]!r} gives shape {tuple(value.shape)} for tokens "
+                f"{tuple(tokens.shape)}; expected [sequences, positions, width]"
+            )
+        return value.flatten(2)
+
+
+@contextlib.contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Those of transformers and of the hub's client; as they were afterwards."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from transformers.utils import logging
+
+    ours, hubs = logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    logging.disable_progress_bar()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if ours:
+            logging.enable_progress_bar()
+        (enable_progress_bars if hubs else disable_progress_bars)()
+
+
+def _check_layers(source_hook: str, target_hook: str) -> None:
+    source, target = layer_of(source_hook), layer_of(target_hook)
+    if source is not None and target is not None and source > target:
+        raise ModelError(
+            f"activations.source_hook: {source_hook!r} lies in a later layer than target_hook "
+            f"{target_hook!r}; a transcoder predicts a layer's output from what comes before it"
+        )

@@ -1,0 +1,191 @@
+"""How sure the correlation of a pair is: a jackknife over groups of sequences, for the pairs in question only.
+
+The rule of thumb for the standard error (`confidence.STANDARD_ERROR`) is right for moderate amplitudes. Where few large
+activations carry a correlation, or firings cluster in sequences, the error is several times larger; leaving out one group of
+sequences after the other shows it (Efron and Stein 1981; Bertail and others for dependent data).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from transcoder.antidup.confidence import NEARLY_ONE
+from transcoder.kernels import SparseCodes, counts_cpp
+from transcoder.kernels.correlation.counter_rng import hash_bits
+from transcoder.kernels.correlation.moments import CONSTANT
+
+GROUPS = 16
+"""Sequences fall into one of these by a hash. 32 groups hold the truth no more often in simulation and cost twice as much."""
+MOST_PAIRS = 4096
+"""Pairs followed; 6 * 16 float64 numbers each, and O(B) work a pair and step. No more than two a latent either: a dictionary
+of more candidates than that has failed as a whole."""
+LEAST_SHARE = 0.25
+"""Of the tokens in question that a pair must have been followed on before its own error is believed."""
+TILE_NUMBERS = 1 << 20
+"""Numbers in the largest temporary (8 MiB)."""
+_KEY = 0x6A61636B
+"""Groups are drawn apart from the bits of `SequenceCounts`."""
+
+
+def most_pairs(d_sae: int) -> int:
+    """That are followed in a dictionary of d_sae latents."""
+    return min(MOST_PAIRS, 2 * d_sae, d_sae * (d_sae - 1) // 2)
+
+
+class PairErrors(NamedTuple):
+    """Of P pairs, over the tokens since each began to be followed."""
+
+    fisher: Tensor
+    """[P] float64: standard error of atanh(r)."""
+    plain: Tensor
+    """[P] float64: standard error of r."""
+    weight: Tensor
+    """[P] float64: sum of those tokens' weights."""
+
+
+class PairJackknife:
+    """Per pair and group of sequences: sum of weights, sums and squares of both latents, and of their product.
+
+    Sums over disjoint tokens add up (`merge`). Nothing here waits for a device.
+    """
+
+    def __init__(self, d_sae: int, device: torch.device) -> None:
+        self.d_sae, self.device, self.most = d_sae, device, most_pairs(d_sae)
+        self._offered = 0
+        self._begin(*(torch.zeros(0, dtype=torch.int64, device=device) for _ in range(2)))
+
+    def _begin(self, i: Tensor, j: Tensor) -> None:
+        self.i, self.j = i, j
+        self._sums = torch.zeros(6, i.numel(), GROUPS, dtype=torch.float64, device=self.device)
+        """weight, sum and square of i, sum and square of j, product."""
+
+    def __len__(self) -> int:
+        return self.i.numel()
+
+    def watch(self, i: Tensor, j: Tensor) -> None:
+        """Follow these pairs i < j [P], each once, instead of those so far; the first `most` of them. A pair that stays
+        keeps its sums."""
+        i, j = i[: self.most], j[: self.most]
+        old, sums = self.places(i, j), self._sums
+        self._begin(i.clone(), j.clone())
+        if sums.shape[1]:
+            self._sums = torch.where((old >= 0)[None, :, None], sums[:, old.clamp(min=0)], 0.0)
+
+    def places(self, i: Tensor, j: Tensor) -> Tensor:
+        """[Q] int64: where each pair i < j stands, -1 for one that is not followed."""
+        if len(self) == 0:
+            return torch.full_like(i, -1)
+        key, order = (self.i * self.d_sae + self.j).sort()
+        wanted = i * self.d_sae + j
+        place = torch.searchsorted(key, wanted).clamp_(max=key.numel() - 1)
+        return torch.where(key[place] == wanted, order[place], -1)
+
+    @torch.no_grad()
+    def update(self, codes: SparseCodes, sequences: Tensor | None, weights: Tensor | None) -> None:
+        """Add the tokens of `codes` (B, d_sae): each to the group of its sequence [B], or to one of its own where sequences
+        are not known. `weights` [B] as in `FeatureCorrelation.update`."""
+        batch = codes.shape[0]
+        numbers = torch.arange(self._offered, self._offered + batch, device=self.device)
+        self._offered += batch
+        if len(self) == 0:
+            return
+        group = hash_bits(numbers if sequences is None else sequences, _KEY) & (GROUPS - 1)
+        if counts_cpp.runs(codes):
+            counts_cpp.add_by_group(codes, self.i, self.j, group, weights, self._sums)
+            return
+        spread = torch.zeros(batch, GROUPS, dtype=torch.float64, device=self.device)
+        spread.scatter_(1, group[:, None], 1.0 if weights is None else weights.detach().double()[:, None])
+        self._sums[0] += spread.sum(0)
+        z, slot = self._columns(codes)
+        step = max(1, TILE_NUMBERS // max(1, batch))
+        for a in range(0, len(self), step):
+            left, right = z[slot[self.i[a : a + step]]], z[slot[self.j[a : a + step]]]
+            parts = (left, left.square(), right, right.square(), left * right)
+            for n, part in enumerate(parts, 1):
+                self._sums[n, a : a + step] += part @ spread
+
+    def _columns(self, codes: SparseCodes) -> tuple[Tensor, Tensor]:
+        """(activations [n + 1, B] of the latents followed, the last row 0; slot [d_sae])."""
+        latents = torch.cat([self.i, self.j])
+        n = latents.numel()
+        slot = torch.full((self.d_sae,), n, dtype=torch.int64, device=self.device)
+        # A latent of several pairs has the first of its places, whatever the order of writes.
+        slot.scatter_reduce_(0, latents, torch.arange(n, device=self.device), "amin")
+        z = torch.zeros(n + 1, codes.shape[0], dtype=torch.float64, device=self.device)
+        entry = slot[codes.indices]
+        z[entry, codes.rows()] = torch.where(entry < n, codes.values.detach().double(), 0.0)
+        return z, slot
+
+    def errors(self, i: Tensor, j: Tensor, *, beside: PairJackknife | None = None) -> PairErrors:
+        """Of pairs i < j [Q], in their order; NaN errors and weight 0 for one that is not followed. `beside`: of another part
+        of the stream, counted in."""
+        total = self._at(i, j) if beside is None else self._at(i, j) + beside._at(i, j)
+        whole = total.sum(2, keepdim=True)
+        r = _correlation(whole - total)
+        z = torch.atanh(r.clamp(-NEARLY_ONE, NEARLY_ONE))
+        scale = (GROUPS - 1) / GROUPS
+        fisher, plain = ((scale * (x - x.mean(1, keepdim=True)).square().sum(1)).sqrt() for x in (z, r))
+        weight = whole[0, :, 0]
+        followed = weight > 0
+        return PairErrors(torch.where(followed, fisher, torch.nan), torch.where(followed, plain, torch.nan), weight)
+
+    def _at(self, i: Tensor, j: Tensor) -> Tensor:
+        place = self.places(i, j)
+        if len(self) == 0:
+            return torch.zeros(6, i.numel(), GROUPS, dtype=torch.float64, device=self.device)
+        return torch.where((place >= 0)[None, :, None], self._sums[:, place.clamp(min=0)], 0.0)
+
+    def merge(self, other: PairJackknife) -> None:
+        """Add the sums of a disjoint part of the stream (another replica). Pairs that only one of them follows keep what that
+        one knows."""
+        i, j = torch.cat([self.i, other.i.to(self.device)]), torch.cat([self.j, other.j.to(self.device)])
+        key = torch.unique(i * self.d_sae + j)
+        i, j = key // self.d_sae, key % self.d_sae
+        theirs = other._at(i.to(other.device), j.to(other.device)).to(self.device)
+        sums = self._at(i, j) + theirs
+        self._begin(i, j)
+        self._sums = sums
+        self._offered += other._offered
+
+    def forget(self, latents: Tensor) -> None:
+        """Pairs that one of these latents is in are followed no more."""
+        keep = ~(torch.isin(self.i, latents) | torch.isin(self.j, latents))
+        self.watch(self.i[keep], self.j[keep])
+
+    def reset(self) -> None:
+        """Forget the sums; the pairs stay."""
+        self._sums.zero_()
+
+    @staticmethod
+    def state_bytes_at_most(d_sae: int) -> int:
+        """Bytes that the tensors of a `state_dict` can ever hold."""
+        return most_pairs(d_sae) * (16 + 6 * GROUPS * 8)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"i": self.i.clone(), "j": self.j.clone(), "sums": self._sums.clone(), "offered": self._offered}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """All of it or, with a ValueError, nothing."""
+        i, j, sums, offered = (state[name] for name in ("i", "j", "sums", "offered"))
+        if i.shape != j.shape or i.dim() != 1 or sums.shape != (6, i.numel(), GROUPS):
+            raise ValueError(
+                f"PairJackknife.load_state_dict: expected i and j [P] and sums [6, P, {GROUPS}], got {list(i.shape)}, "
+                f"{list(j.shape)} and {list(sums.shape)}"
+            )
+        self.i, self.j = i.to(self.device, copy=True), j.to(self.device, copy=True)
+        self._sums, self._offered = sums.to(self.device, torch.float64, copy=True), int(offered)
+
+
+def _correlation(sums: Tensor) -> Tensor:
+    """[P, G] from [6, P, G]; 0 where a latent does not vary."""
+    weight, total_i, square_i, total_j, square_j, product = sums
+    weight = weight.clamp(min=1e-300)
+    mean_i, mean_j = total_i / weight, total_j / weight
+    second_i, second_j = square_i / weight, square_j / weight
+    spread_i, spread_j = second_i - mean_i.square(), second_j - mean_j.square()
+    varies = (spread_i > CONSTANT * second_i) & (spread_j > CONSTANT * second_j)
+    scale = torch.where(varies, spread_i * spread_j, 1.0).clamp(min=1e-300).rsqrt()
+    return torch.where(varies, (product / weight - mean_i * mean_j) * scale, 0.0).clamp(-1, 1)

@@ -1,0 +1,360 @@
+"""PlainWeights: the form that every format is converted through. Raw units, no normalisation, a latent is a row."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from transcoder.interop.conversion_record import Conversion
+from transcoder.model import Transcoder, TranscoderConfig
+
+_BLOCK = re.compile(r"blocks\.(\d+)\.")
+_FLOATING = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
+_WHOLE = {getattr(torch, name): name for name in ("uint8", "int8", "int16", "int32", "int64")}
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """Where a transcoder reads and writes, as far as it is known. TransformerLens names."""
+
+    source: str | None = None
+    target: str | None = None
+    model_name: str | None = None
+    context_size: int | None = None
+    prepend_bos: bool | None = None
+
+    @property
+    def layer(self) -> int | None:
+        """The block that the source hook names."""
+        match = _BLOCK.match(self.source or "")
+        return int(match[1]) if match else None
+
+    def within_block(self) -> tuple[str | None, str | None]:
+        """Both hooks without `blocks.L.`"""
+        source, target = (None if hook is None else _BLOCK.sub("", hook) for hook in (self.source, self.target))
+        return source, target
+
+
+@dataclass(frozen=True)
+class PlainWeights:
+    """y_hat = select(relu((x - input_bias) @ W_enc.T + b_enc)) @ W_dec + b_dec [+ x @ W_skip.T]
+
+    Fields (fp32 on the CPU):
+        W_enc [d_sae, d_in], b_enc [d_sae], W_dec [d_sae, d_out], b_dec [d_out], W_skip [d_out, d_in] or None.
+        input_bias: [d_in] or None for zero. The skip connection reads x itself.
+        activation: "topk" keeps the k largest a token; "threshold" what is above `threshold` (a number, or [d_sae]), both of
+            the positive pre-activations only.
+        k: of TopK, or of the BatchTopK training; None where the format does not say.
+        widths: cumulative Matryoshka widths, or None.
+        hooks: where it belongs.
+    """
+
+    W_enc: Tensor
+    b_enc: Tensor
+    W_dec: Tensor
+    b_dec: Tensor
+    activation: Literal["topk", "threshold"]
+    W_skip: Tensor | None = None
+    input_bias: Tensor | None = None
+    k: int | None = None
+    threshold: Tensor | None = None
+    widths: tuple[int, ...] | None = None
+    hooks: Hooks = field(default_factory=Hooks)
+
+    @property
+    def d_in(self) -> int:
+        return self.W_enc.shape[1]
+
+    @property
+    def d_sae(self) -> int:
+        return self.W_enc.shape[0]
+
+    @property
+    def d_out(self) -> int:
+        return self.W_dec.shape[1]
+
+    def with_input_bias(self, bias: Tensor | None, record: Conversion) -> PlainWeights:
+        """The same function reading x - bias (None: x): b_enc takes W_enc @ (bias - input_bias)."""
+        present = torch.zeros(self.d_in) if self.input_bias is None else self.input_bias
+        wanted = torch.zeros(self.d_in) if bias is None else bias
+        if torch.equal(present, wanted):
+            return replace(self, input_bias=bias)
+        shift = torch.mv(self.W_enc.double(), wanted.double() - present.double())
+        what = "the bias on the input" if bias is None else "the difference of the biases on the input"
+        record.add(f"{what} was folded into b_enc", "rounding")
+        return replace(self, b_enc=(self.b_enc.double() + shift).float(), input_bias=bias)
+
+    def as_thresholds(self, record: Conversion, threshold: float | None, why: str, instead: str = "") -> PlainWeights:
+        """A TopK turned into thresholds, which is another function: refused unless the record allows it.
+
+        Args:
+            threshold: the one to use; None takes the running mean of the smallest selected value, tracked in training.
+            why: begins the refusal, such as "SAELens' jumprelu_transcoder knows thresholds only".
+        """
+        if self.activation == "threshold":
+            if threshold is not None:
+                record.add(
+                    f"threshold {threshold:g} is not used: it is for TopK, and this transcoder has its own", "note"
+                )
+            return self
+        record.change(f"{why}, and TopK keeps k = {self.k} latents a token whatever their values", instead)
+        if threshold is not None:
+            return replace(self, activation="threshold", threshold=torch.tensor(float(threshold)))
+        if self.threshold is None or not bool((self.threshold >= 0).all()):
+            raise ValueError(
+                f"{record.format}: TopK has no tracked threshold here (no batch was trained): give threshold= (--threshold)"
+            )
+        return replace(self, activation="threshold")
+
+    def as_topk(self, record: Conversion, why: str) -> PlainWeights:
+        """Thresholds turned into TopK, which is another function: refused unless the record allows it."""
+        if self.activation == "topk":
+            return self
+        if self.k is None:
+            raise ValueError(f"{record.format}: expected k, the number of latents a token; give k= (--k)")
+        record.change(f"{why}, and this transcoder keeps what is above its threshold, however many that are")
+        return replace(self, activation="topk")
+
+    def as_relu(self, record: Conversion, why: str) -> PlainWeights:
+        """Thresholds moved into b_enc, which is another function: refused unless the record allows it.
+
+        The same latents act on the same tokens, each by its threshold less. (Thresholds left out would let every positive
+        pre-activation act: on the demo's transcoder 462 latents a token for 15, and twice the error of the former.)
+        """
+        threshold = self.latent_thresholds()
+        if bool(threshold.any()):
+            record.change(
+                f"{why}: it has no thresholds. They are subtracted from b_enc, so the same latents act, each by its threshold "
+                f"less (from {float(threshold.min()):.4g} to {float(threshold.max()):.4g})"
+            )
+        return replace(self, b_enc=self.b_enc - threshold, threshold=torch.tensor(0.0))
+
+    def without_skip(self, record: Conversion, why: str) -> PlainWeights:
+        """The skip connection dropped: refused unless the record allows it."""
+        if self.W_skip is None:
+            return self
+        record.change(f"{why}: the linear skip connection would be dropped")
+        return replace(self, W_skip=None)
+
+    def latent_thresholds(self) -> Tensor:
+        """[d_sae], none below 0: what is compared with the pre-activations."""
+        assert self.threshold is not None
+        return self.threshold.clamp_min(0).expand(self.d_sae).contiguous()
+
+
+def from_transcoder(model: Transcoder, hooks: Hooks, record: Conversion) -> PlainWeights:
+    """Fold the normalisation of source and target into the weights. Latents keep their activations."""
+    state = {name: tensor.detach().to("cpu", torch.float32) for name, tensor in model.state_dict().items()}
+    source_scale, target_scale = state["source_scale"].double(), state["target_scale"].double()
+    W_enc, b_dec, W_dec = state["W_enc"], state["b_dec"].double() / target_scale, state["W_dec"]
+    W_skip, mean = state.get("W_skip"), state["source_mean"]
+    scaled = bool(source_scale != 1) or bool(target_scale != 1)
+    centred = bool(state["target_mean"].any()) or (bool(mean.any()) and W_skip is not None)
+    if scaled:
+        record.add(
+            f"the scales of the normalisation (source * {float(source_scale):.6g}, target * {float(target_scale):.6g}) were "
+            "folded into W_enc, W_dec, b_dec"
+            + (" and W_skip" if W_skip is not None else "")
+            + "; activations keep their units",
+            "rounding",
+        )
+        W_enc = (W_enc.double() * source_scale).float()
+        W_dec = (W_dec.double() / target_scale).float()
+        W_skip = None if W_skip is None else (W_skip.double() * (source_scale / target_scale)).float()
+    if centred:
+        record.add("the means of the normalisation were folded into b_dec", "rounding")
+        b_dec = b_dec + state["target_mean"].double()
+        if W_skip is not None:
+            b_dec = b_dec - torch.mv(W_skip.double(), mean.double())
+    config = model.config
+    if config.activation == "batch_topk" and bool((state["threshold"] < 0).all()):
+        record.add("no batch was trained: the threshold acts as 0", "note")
+    return PlainWeights(
+        W_enc=W_enc,
+        b_enc=state["b_enc"],
+        W_dec=W_dec,
+        b_dec=b_dec.float(),
+        W_skip=W_skip,
+        input_bias=mean if bool(mean.any()) else None,
+        activation="topk" if config.activation == "topk" else "threshold",
+        k=config.k,
+        threshold=state["threshold"],
+        widths=tuple(config.widths or ()),
+        hooks=hooks,
+    )
+
+
+def to_transcoder(plain: PlainWeights, record: Conversion, *, k: int | None = None) -> Transcoder:
+    """A Transcoder of these weights; its normalisation is the identity but for the bias on the input.
+
+    Args:
+        k: for BatchTopK training, instead of what the format says; without both, the smaller of 32 and d_sae. For TopK it
+            decides the function, so another than the file's is refused unless the record allows it.
+    """
+    check_weights(f"{record.format} import: {record.path}", plain)
+    if plain.activation == "topk" and k is not None and plain.k not in (None, k):
+        record.change(f"TopK with k = {k}, the file's is {plain.k}")
+    if k is None and plain.k is not None:
+        # A mean L0 may be more than there are latents; TopK's own k may not.
+        k = plain.k if plain.activation == "topk" else min(plain.k, plain.d_sae)
+    if k is None:
+        if plain.activation == "topk":
+            raise ValueError(f"{record.format} import: expected k of TopK in the file, found none; give k= (--k)")
+        k = min(32, plain.d_sae)
+        record.add(f"the file does not say k; {k} is what further training would use (--k changes it)", "note")
+    if k > plain.d_sae:
+        raise ValueError(
+            f"{record.format} import: {record.path}: k: expected at most the {plain.d_sae} latents, got {k}"
+        )
+    threshold = torch.tensor(-1.0) if plain.threshold is None else plain.threshold.detach().float()
+    if plain.activation == "threshold" and bool((threshold < 0).any()):
+        record.add("thresholds below 0 act as 0 (the ReLU): written as 0", "layout")
+        threshold = threshold.clamp_min(0)
+    if threshold.dim() == 1 and bool((threshold == threshold[0]).all()):
+        # One number for all: BatchTopK's own form.
+        threshold = threshold[0].clone()
+    config = TranscoderConfig(
+        plain.d_in,
+        plain.d_out,
+        plain.d_sae,
+        k,
+        activation="topk" if plain.activation == "topk" else "batch_topk",
+        widths=plain.widths or None,
+        skip=plain.W_skip is not None,
+        latent_thresholds=plain.activation == "threshold" and threshold.dim() == 1,
+    )
+    model = Transcoder(config)
+    skip = plain.W_skip
+    if skip is not None and plain.input_bias is not None:
+        # Ours reads the centred x with the skip connection too.
+        record.add("the skip connection reads the centred input: b_dec took W_skip @ input_bias", "rounding")
+        shifted = plain.b_dec.double() + torch.mv(skip.double(), plain.input_bias.double())
+        plain = replace(plain, b_dec=shifted.float())
+    tensors = {
+        "W_enc": plain.W_enc,
+        "b_enc": plain.b_enc,
+        "W_dec": plain.W_dec,
+        "b_dec": plain.b_dec,
+        **({} if skip is None else {"W_skip": skip}),
+        **({} if plain.input_bias is None else {"source_mean": plain.input_bias}),
+        "threshold": threshold if threshold.dim() == 0 or config.latent_thresholds else torch.tensor(-1.0),
+    }
+    with torch.no_grad():
+        own = model.state_dict()
+        for name, tensor in tensors.items():
+            own[name].copy_(tensor)
+    return model.eval()
+
+
+def check_weights(where: str, plain: PlainWeights) -> None:
+    """ValueError unless the shapes belong together and every number is finite."""
+    d_sae, d_in, d_out = plain.d_sae, plain.d_in, plain.d_out
+    expected: Mapping[str, tuple[int, ...]] = {"b_enc": (d_sae,), "W_dec": (d_sae, d_out), "b_dec": (d_out,)}
+    if plain.W_skip is not None:
+        expected = {**expected, "W_skip": (d_out, d_in)}
+    if plain.input_bias is not None:
+        expected = {**expected, "input_bias": (d_in,)}
+    for name, shape in expected.items():
+        found = tuple(getattr(plain, name).shape)
+        if found != shape:
+            raise ValueError(
+                f"{where}: {name}: expected shape {list(shape)} with W_enc's {[d_sae, d_in]}, got {list(found)}"
+            )
+    if plain.threshold is not None and tuple(plain.threshold.shape) not in ((), (d_sae,)):
+        raise ValueError(f"{where}: threshold: expected a number or [{d_sae}], got shape {list(plain.threshold.shape)}")
+    for name in ("W_enc", "b_enc", "W_dec", "b_dec", "W_skip", "threshold", "input_bias"):
+        tensor = getattr(plain, name)
+        if tensor is not None and not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{where}: {name}: expected finite numbers, found NaN or Inf")
+    if plain.widths and plain.widths[-1] != d_sae:
+        raise ValueError(f"{where}: widths: expected the last to be d_sae = {d_sae}, got {list(plain.widths)}")
+
+
+def take_tensors(
+    where: str,
+    tensors: Mapping[str, Any],
+    required: Sequence[str],
+    record: Conversion,
+    optional: Sequence[str] = (),
+    ignored: Sequence[str] = (),
+    whole: Sequence[str] = (),
+) -> dict[str, Tensor]:
+    """The named tensors, contiguous on the CPU: fp32 of fp32, bf16, fp16 or fp64 (recorded where that rounds it).
+
+    Args:
+        where: begins the errors: the conversion and the file.
+        optional: taken where they are there.   ignored: not taken.
+        whole: those of them that are integers; they stay as they are.
+
+    Raises:
+        ValueError: a tensor is missing, unknown, of another type, or not a dense one whose numbers are all in the file.
+    """
+    missing = [name for name in required if name not in tensors]
+    unknown = sorted(map(str, set(tensors) - {*required, *optional, *ignored}))
+    if missing or unknown:
+        parts = [f"missing {', '.join(missing)}"] * bool(missing) + [f"unknown {', '.join(unknown)}"] * bool(unknown)
+        raise ValueError(
+            f"{where}: expected the tensors {', '.join(required)}"
+            + (f" (and perhaps {', '.join(optional)})" if optional else "")
+            + f"; {'; '.join(parts)}. Is this the right format?"
+        )
+    found: dict[str, Tensor] = {}
+    rounded = []
+    for name in (*required, *optional):
+        if name not in tensors:
+            continue
+        tensor = _dense(where, name, tensors[name], _WHOLE if name in whole else _FLOATING)
+        if name in whole:
+            found[name] = tensor
+            continue
+        found[name] = tensor.float().contiguous()
+        if tensor.dtype == torch.float64 and not torch.equal(found[name].double(), tensor):
+            rounded.append(name)
+            if bool((found[name].isinf() & tensor.isfinite()).any()):
+                raise ValueError(
+                    f"{where}: {name}: expected numbers that fp32 holds, got fp64 up to {tensor.abs().max():.3g}"
+                )
+    if rounded:
+        record.add(f"{', '.join(rounded)}: fp64, rounded to fp32", "rounding")
+    return found
+
+
+def _dense(where: str, name: str, tensor: object, kinds: Mapping[torch.dtype, str]) -> Tensor:
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{where}: {name}: expected a tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in kinds:
+        # Integers and 8-bit floats belong with a scale that this format does not hold.
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise ValueError(f"{where}: {name}: expected {', '.join(kinds.values())}, got {kind}")
+    strided = tensor.layout == torch.strided and not tensor.is_nested and tensor.device.type != "meta"
+    # An expanded one holds few numbers and stands for any size.
+    if not strided or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
+        what = "expanded" if strided else f"{tensor.layout} on {tensor.device}"
+        raise ValueError(f"{where}: {name}: expected a dense tensor with all its numbers in the file, got {what}")
+    return tensor.detach().cpu()
+
+
+def matrix(where: str, name: str, tensor: Tensor) -> Tensor:
+    """ValueError unless it has two dimensions, none of them 0."""
+    if tensor.dim() != 2 or 0 in tensor.shape:
+        raise ValueError(f"{where}: {name}: expected a matrix, got shape {list(tensor.shape)}")
+    return tensor
+
+
+def cumulative(sizes: Sequence[int]) -> tuple[int, ...]:
+    """Group sizes -> cumulative widths."""
+    widths, total = [], 0
+    for size in sizes:
+        total += int(size)
+        widths.append(total)
+    return tuple(widths)
+
+
+def group_sizes(widths: Sequence[int]) -> list[int]:
+    """Cumulative widths -> group sizes."""
+    return [int(width) - int(before) for before, width in zip((0, *widths[:-1]), widths, strict=True)]
