@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.faults.small_disk import MIB, Limited, SmallDisk
-from transcoder.training import checkpoint, reserve, storage, tensor_file
+from transcoder.training import checkpoint, disk_reserve, storage, tensor_file
 
 
 @pytest.fixture(autouse=True)
@@ -40,14 +40,14 @@ def disk(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
 
         monkeypatch.setattr(storage, "open", limited_open, raising=False)
         monkeypatch.setattr(tensor_file, "open", limited_open, raising=False)
-        inside_allocate = reserve.allocate
+        inside_allocate = disk_reserve.allocate
 
         def limited_allocate(descriptor: int, size: int) -> None:
             if size > small.free():
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             inside_allocate(descriptor, size)
 
-        monkeypatch.setattr(reserve, "allocate", limited_allocate)
+        monkeypatch.setattr(disk_reserve, "allocate", limited_allocate)
         inside = storage.free_bytes
         monkeypatch.setattr(
             checkpoint, "free_bytes", lambda p: small.free() if folder in [p, *p.parents] else inside(p)

@@ -14,7 +14,7 @@ import torch
 
 from tests.training.test_trainer import Planted, config, records
 from transcoder.activations import ActivationBatch
-from transcoder.training import RunResult, saving, tensor_file, train_transcoder
+from transcoder.training import RunResult, checkpointing, tensor_file, train_transcoder
 from transcoder.training.background_task import Beside
 from transcoder.training.checkpoint import CheckpointError, find_checkpoint
 from transcoder.training.snapshot import Snapshots
@@ -145,7 +145,7 @@ def test_a_write_that_never_ends_is_given_up_and_said(tmp_path: Path, monkeypatc
         return inside(path, tensors)
 
     monkeypatch.setattr("transcoder.training.checkpoint.write_tensors", hang)
-    monkeypatch.setattr(saving, "FLUSH_SECONDS", 0.1)
+    monkeypatch.setattr(checkpointing, "FLUSH_SECONDS", 0.1)
     with pytest.raises(CheckpointError, match=r"in writing for 0\.1 s: the state of step 30 cannot be written"):
         train_transcoder(config(), tmp_path / "run", batches=Planted())
     never.set()

@@ -13,7 +13,7 @@ from tests.faults.small_disk import KIB, MIB, SmallDisk, believe_there_is_room
 from tests.training.test_trainer import Planted, config
 from transcoder.activations import ActivationBatch, build_stream
 from transcoder.config import CheckpointSection, RunConfig
-from transcoder.training import checkpoint, disk_budget, saving, train_transcoder
+from transcoder.training import checkpoint, checkpointing, disk_budget, train_transcoder
 from transcoder.training.checkpoint import CheckpointError, CheckpointStore, load_checkpoint
 from transcoder.training.disk_reserve import RESERVE_NAME, Reserve, room_for
 from transcoder.training.run_state import essential_tree
@@ -181,7 +181,7 @@ def test_a_run_on_a_full_disk_keeps_its_last_state_and_goes_on_from_it(
     monkeypatch.setattr(disk_budget, "PAGES", 0)
     monkeypatch.setattr(disk_budget, "PAIR_BYTES", 8)
     # As in a run of real size: what is held is less than the whole state.
-    monkeypatch.setattr(saving, "STATE_SLACK", 24 * KIB)
+    monkeypatch.setattr(checkpointing, "STATE_SLACK", 24 * KIB)
     settings = config(
         checkpoint__asynchronous=asynchronous, checkpoint__keep_last=1, checkpoint__keep_best=False, checkpoint__every=5
     )
