@@ -15,10 +15,10 @@ import torch.distributed as dist
 
 from transcoder.activations.batch import ActivationBatch
 from transcoder.antidup import ActivationSampleCollector, CorrelationMonitor, Replicas, UsageLedger
-from transcoder.antidup.ledger import REQUIRED_EFFECTS
 from transcoder.config import MonitorSection, SamplesSection
 from transcoder.kernels import SparseCodes
 from transcoder.kernels.correlation.counter_rng import uniform
+from transcoder.usage import REQUIRED_EFFECTS
 
 SHARES, STEPS, TOKENS, PAIRS, NOISE = 2, 12, 400, 4, 12
 LATENTS = 2 * PAIRS + NOISE

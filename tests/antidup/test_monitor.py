@@ -20,7 +20,6 @@ from transcoder.antidup.confidence import correlation_bounds
 from transcoder.antidup.connected_components import connected_components
 from transcoder.antidup.cosine_tail import cosine_tail, random_cosine_tail
 from transcoder.antidup.flags import FlagBook
-from transcoder.antidup.ledger import REQUIRED_EFFECTS
 from transcoder.antidup.merge_cost import MergeResult
 from transcoder.antidup.monitor import _pairs_in
 from transcoder.antidup.sequence_counts import SequenceCounts
@@ -28,6 +27,7 @@ from transcoder.antidup.state_size import correlation_state_bytes
 from transcoder.config import MonitorSection
 from transcoder.kernels import FeatureCorrelation, SparseCodes, use_backend
 from transcoder.kernels.correlation.reference import correlation_reference
+from transcoder.usage import REQUIRED_EFFECTS
 
 SECTION = MonitorSection(block_tokens=4000, min_support=100, min_sequences=30, correlation_save_frequency=1)
 RHOS = (0.5, 0.6, 0.7, 0.95, 0.98, 1.0)

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from transcoder.antidup import PositionSampler, UsageLedger
-from transcoder.antidup.ledger import REQUIRED_EFFECTS
 from transcoder.config import PositionsSection
+from transcoder.usage import REQUIRED_EFFECTS
 
 SECTION = PositionsSection()
 BOS, PAD = 1, 0

@@ -16,7 +16,6 @@ from torch import Tensor
 from transcoder.activations.batch import ActivationBatch
 from transcoder.antidup import DiversityRegularizer, LedgerError, UsageLedger
 from transcoder.antidup import penalties as penalties_module
-from transcoder.antidup.ledger import REQUIRED_EFFECTS, TERM_UNITS
 from transcoder.antidup.penalties import (
     all_pairs_penalty,
     decoder_penalty,
@@ -28,6 +27,7 @@ from transcoder.antidup.position_mass import PositionMass
 from transcoder.antidup.sink_mass import SinkMass
 from transcoder.config import RegularizerSection
 from transcoder.kernels import SparseCodes
+from transcoder.usage import REQUIRED_EFFECTS, TERM_UNITS
 
 OFF = RegularizerSection(correlation_weight=0, orthogonality_weight=0)
 

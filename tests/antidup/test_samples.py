@@ -16,10 +16,10 @@ from torch import Tensor
 
 from transcoder.activations.batch import ActivationBatch
 from transcoder.antidup import ActivationSampleCollector, UsageLedger
-from transcoder.antidup.ledger import REQUIRED_EFFECTS
 from transcoder.antidup.sample_store import Samples, best_entries, merged, without_overlap
 from transcoder.config import SamplesSection
 from transcoder.kernels import SparseCodes, use_backend
+from transcoder.usage import REQUIRED_EFFECTS
 
 pq = pytest.importorskip("pyarrow.parquet")
 

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from transcoder.antidup import DiversityRegularizer
-from transcoder.antidup.ledger import REQUIRED_EFFECTS, UsageLedger
+from transcoder.antidup import DiversityRegularizer, UsageLedger
 from transcoder.antidup.penalties import decoder_penalty, decoder_penalty_rows
 from transcoder.config import RegularizerSection
 from transcoder.kernels import extension, nearest_cpp, use_backend
+from transcoder.usage import REQUIRED_EFFECTS
 
 pytestmark = pytest.mark.skipif(not extension.usable(), reason="no compiler")
 EPS = torch.finfo(torch.float32).eps

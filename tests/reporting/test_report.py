@@ -137,7 +137,7 @@ def test_overview_tells_figures_baselines_and_verdicts(page: Page, finished_run:
     told = {name: value for name, value, _ in tiles["rows"]}
     assert "Cross-entropy recovered" not in told, "no language model was at hand"
     assert int(told["Mergeable pairs"]) == run.correlation["pairs_mergeable"]
-    assert "it had no measured effect; anti_duplication_logs/positions.json is not there" in page.words
+    assert "no effect (positions_resampled is 0); file anti_duplication_logs/positions.json is not there" in page.words
     for verdict in ("used", "not proven", "off"):
         assert verdict in page.words
     assert run.missing == []
@@ -450,7 +450,7 @@ def test_a_penalty_of_nothing_is_a_finding_and_a_term_not_evaluated_a_fault(make
     assert "nothing to penalise: it looked" in words
     assert "never evaluated" not in words
     words = changed_regularizer(run, **{**nothing, "penalty": 1.0, "correlation_evaluations": 0.0})
-    assert "never evaluated: correlation" in words
+    assert "the correlation term was never evaluated" in words
 
 
 def test_sequences_beyond_what_can_be_counted_are_said_to_be_more(make_run: Callable[..., Path]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from transcoder.activations.batch import ActivationBatch
 from transcoder.antidup.files import replace_lines
-from transcoder.antidup.ledger import TERM_UNITS, UsageLedger
+from transcoder.antidup.ledger import UsageLedger
 from transcoder.antidup.penalties import (
     Penalty,
     all_pairs_penalty,
@@ -27,6 +27,7 @@ from transcoder.antidup.special_tokens import SpecialTokens
 from transcoder.config import RegularizerSection
 from transcoder.kernels import SparseCodes, nearest_cpp
 from transcoder.kernels.correlation.counter_rng import hash_bits
+from transcoder.usage import TERM_UNITS
 
 _NAME = "diversity_regularizer"
 _LIVE_STEPS = 100

@@ -21,6 +21,7 @@ from transcoder.reporting.latent_table import FILE_NAME as LATENTS_FILE
 from transcoder.reporting.latent_table import LatentTable, read_latents
 from transcoder.reporting.sample_table import SampleTable, read_samples
 from transcoder.reporting.series import FILE_NAME, MetricsTable, collect
+from transcoder.usage import SECTIONS
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +29,6 @@ PARTS = ("config", "metrics", "summary", "usage", "correlation", "samples", "sam
 """What a whole run has; attributes of RunFolder."""
 OF_LATENTS = ("latents", "checkpoint")
 """What makes its latents' cards richer."""
-COMPONENTS = ("diversity_regularizer", "position_sampler", "correlation_monitor", "activation_samples")
-_SECTIONS = dict(zip(COMPONENTS, ("regularizer", "positions", "monitor", "samples"), strict=True))
 _REPORTED = {
     "duplicates/pairs": "pairs_total",
     "duplicates/flagged": "pairs_flagged",
@@ -350,7 +349,7 @@ class RunFolder:
         record = self.usage.get(component)
         if isinstance(record, dict) and isinstance(record.get("enabled"), bool):
             return record["enabled"]
-        enabled = self.setting(f"antidup.{_SECTIONS[component]}.enabled")
+        enabled = self.setting(f"antidup.{SECTIONS[component]}.enabled")
         return enabled if isinstance(enabled, bool) else None
 
     @cached_property
