@@ -1,4 +1,4 @@
-"""The settings of one dictionary, checked in one place: a run's `TranscoderSection` and a model's `TranscoderConfig` share them.
+"""The settings of one dictionary, checked in one place for a run (`TranscoderSection`) and a model (`TranscoderConfig`).
 
 Needs no torch: the command line reads it for `--help`.
 """
