@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from transcoder.reporting.format import number
-from transcoder.reporting.runfolder import RunFolder
 from transcoder.usage import REQUIRED_EFFECTS, judge
+
+if TYPE_CHECKING:
+    from transcoder.reporting.run import Run
 
 
 @dataclass(frozen=True)
@@ -21,11 +24,11 @@ class Verdict:
     why: str
 
 
-def verdicts(run: RunFolder) -> list[Verdict]:
+def verdicts(run: Run) -> list[Verdict]:
     return [_verdict(run, name) for name in REQUIRED_EFFECTS]
 
 
-def _verdict(run: RunFolder, name: str) -> Verdict:
+def _verdict(run: Run, name: str) -> Verdict:
     title, enabled, record = name.replace("_", " ").capitalize(), run.part_enabled(name), run.usage.get(name)
     if not isinstance(record, dict):
         state, why = ("off", "") if enabled is False else ("unknown", "usage.json has no record of it")
