@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
     from transcoder.model import Transcoder
 
-"""The ledger's anti-duplication parts, and the section of `antidup` that configures each."""
 _REPORTED = {
     "duplicates/pairs": "pairs_total",
     "duplicates/flagged": "pairs_flagged",
