@@ -288,7 +288,7 @@ def _watch(options: argparse.Namespace, _: dict[str, Any]) -> int:
 
 def _sync(options: argparse.Namespace, _: dict[str, Any]) -> int:
     folder = _run_folder(options.run_folder)
-    from transcoder.reporting.wandb_sync import sync_run
+    from transcoder.reporting.follower import sync_run
 
     try:
         done = sync_run(folder)
