@@ -137,6 +137,15 @@ class BadSteps:
         self.last = [*self.last, record][-REMEMBERED:]
         return record
 
+    def check(self, allowed: int, steps: int) -> None:
+        """TrainingDivergedError where more than `allowed` of `steps` steps were bad."""
+        if self.count > allowed:
+            raise TrainingDivergedError(
+                f"{self.count} of {steps} steps were NaN or Inf, more than training.max_bad_steps = {allowed}: "
+                f"{self.diagnosis()}. They changed nothing, and each is in metrics.jsonl with its batch; the state "
+                f"of step {steps} is saved, and --resume goes on from it with a larger training.max_bad_steps"
+            )
+
     def diagnosis(self) -> str:
         """Which steps were bad, and why, as text."""
         fields = [sorted({name for b in record["batches"] for name in b["not_finite"]}) for record in self.last]

@@ -20,7 +20,7 @@ from transcoder.reporting import MetricsWriter, ProgressBar
 from transcoder.training.checkpoint import CheckpointStore, Loaded
 from transcoder.training.checkpointing import Saver
 from transcoder.training.layer_trainer import StepView
-from transcoder.training.nonfinite import BadSteps, TrainingDivergedError
+from transcoder.training.nonfinite import BadSteps
 from transcoder.training.run_end import write_run_report, write_summary
 from transcoder.training.run_folder import RunStart
 from transcoder.training.run_parts import RunParts
@@ -164,6 +164,10 @@ class Trainer:
 
     def advance(self) -> None:
         """One step, and what is due after it. Public for callers that take the steps themselves: profiles, benchmarks."""
+        if self.step % self.config.training.dead_refresh_steps == 0:
+            with phase("dead counts, threshold"):
+                for layer in self.layers:
+                    layer.transcoder.refresh_dead()
         self._train_step()
         self.step += 1
         self.saver.look()
@@ -176,13 +180,8 @@ class Trainer:
 
     def _train_step(self) -> None:
         """One step of every dictionary on the same batches. Reads nothing from the device."""
-        section = self.config.training
-        if self.step % section.dead_refresh_steps == 0:
-            with phase("dead counts, threshold"):
-                for layer in self.layers:
-                    layer.transcoder.refresh_dead()
         with phase("batch"):
-            batches = [next(self.source) for _ in range(section.accumulation)]
+            batches = [next(self.source) for _ in range(self.config.training.accumulation)]
         self._unseen.extend(layer.step(self.step, batches) for layer in self.layers)
         self.look(AHEAD * len(self.layers))
 
@@ -213,13 +212,7 @@ class Trainer:
     def _settle(self) -> None:
         """Before anything is read or written; a run of too many bad steps ends here."""
         self.catch_up()
-        allowed = self.config.training.max_bad_steps
-        if self.bad_steps.count > allowed:
-            raise TrainingDivergedError(
-                f"{self.bad_steps.count} of {self.step} steps were NaN or Inf, more than training.max_bad_steps = {allowed}: "
-                f"{self.bad_steps.diagnosis()}. They changed nothing, and each is in metrics.jsonl with its batch; the state "
-                f"of step {self.step} is saved, and --resume goes on from it with a larger training.max_bad_steps"
-            )
+        self.bad_steps.check(self.config.training.max_bad_steps, self.step)
 
     # -- before the first step and after the last -------------------------------------------------------------------
 
