@@ -15,7 +15,7 @@ from transcoder.antidup import CorrelationMonitor, DiversityRegularizer
 from transcoder.antidup.merge_cost_streaming import Measured
 from transcoder.config import RegularizerSection, RunConfig
 from transcoder.kernels import SparseCodes
-from transcoder.model import StepOutput, Transcoder, TranscoderConfig
+from transcoder.model import StepOutput, Transcoder
 from transcoder.phases import phase
 from transcoder.training.nonfinite import Flag, StateBefore, StepLedger, TrainingDivergedError, flag_of
 from transcoder.training.optimizer import make_optimizer, optimizer_step
@@ -81,25 +81,7 @@ class LayerTrainer:
     ) -> None:
         self.config, self.device, self.monitor, self.layer = config, device, monitor, layer
         shape, seed = config.transcoder, config.training.seed
-        self.transcoder = Transcoder(
-            TranscoderConfig(
-                d_in=d_in,
-                d_out=d_out,
-                d_sae=shape.d_sae,
-                k=shape.k,
-                activation=shape.activation,
-                widths=shape.widths,
-                skip=shape.skip,
-                prefix_weights=shape.prefix_weights,
-                loss=shape.loss,
-                aux_k=shape.aux_k,
-                aux_coefficient=shape.aux_coefficient,
-                dead_after_tokens=shape.dead_after_tokens,
-                threshold_rate=shape.threshold_rate,
-            ),
-            seed=seed,
-            device=device,
-        )
+        self.transcoder = Transcoder(shape.config(d_in, d_out), seed=seed, device=device)
         self.peak = peak_learning_rate(config)
         self.optimizer = make_optimizer(self.transcoder, config.training, self.peak)
         self.regularizer: DiversityRegularizer | None = None
