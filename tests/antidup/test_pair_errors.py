@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from transcoder.antidup import pair_errors as module
-from transcoder.antidup.confidence import correlation_bounds, pooled_lower_bound
 from transcoder.antidup.flags import FlagBook
-from transcoder.antidup.pair_errors import GROUPS, PairJackknife
+from transcoder.antidup.pair_errors import GROUPS, PairJackknife, correlation_bounds, pooled_lower_bound
 from transcoder.config import MonitorSection
 from transcoder.kernels import SparseCodes
 from transcoder.kernels.correlation.counter_rng import hash_bits

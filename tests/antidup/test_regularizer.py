@@ -23,8 +23,7 @@ from transcoder.antidup.penalties import (
     position_penalty,
     sink_penalty,
 )
-from transcoder.antidup.position_mass import PositionMass
-from transcoder.antidup.sink_mass import SinkMass
+from transcoder.antidup.running_mass import PositionMass, SinkMass
 from transcoder.config import RegularizerSection
 from transcoder.kernels import SparseCodes
 from transcoder.usage import REQUIRED_EFFECTS, TERM_UNITS

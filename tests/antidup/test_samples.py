@@ -389,7 +389,7 @@ def test_a_forgotten_latent_has_the_samples_of_its_new_life_alone(backend: str, 
     assert mine == theirs
 
 
-def test_replicas_draw_apart(tmp_path: Path) -> None:
+def test_processes_draw_apart(tmp_path: Path) -> None:
     section = replace(SECTION, position_bins=1, stratified_per_latent=1, min_per_bin=0, context_tokens=1)
     nothing, places = torch.zeros(8, 1), torch.arange(8)
     drawn = []

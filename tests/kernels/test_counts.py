@@ -14,7 +14,7 @@ from torch import Tensor
 from transcoder.activations import ActivationBatch
 from transcoder.antidup import ActivationSampleCollector, UsageLedger
 from transcoder.antidup.pair_errors import PairJackknife
-from transcoder.antidup.sequence_counts import SequenceCounts
+from transcoder.antidup.window import SequenceCounts
 from transcoder.config import SamplesSection
 from transcoder.kernels import SparseCodes, extension, use_backend
 from transcoder.kernels.correlation import cpp_backend

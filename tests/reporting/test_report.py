@@ -20,7 +20,7 @@ import pytest
 import torch
 import yaml
 
-from transcoder.antidup.sequence_counts import SequenceCounts
+from transcoder.antidup.window import SequenceCounts
 from transcoder.kernels import SparseCodes
 from transcoder.reporting import Run, latent_cards, plotly_bundle, write_report
 from transcoder.reporting import report as report_module
