@@ -218,7 +218,7 @@ class _Run:
         self.monitor = (
             CorrelationMonitor(anti.monitor, shape.d_sae, device, logs, self.ledger) if anti.monitor.enabled else None
         )
-        if self.monitor is not None and (shape.d_sae == 1 or (shape.k == 1 and shape.activation == "topk")):
+        if self.monitor is not None and (shape.d_sae == 1 or self.transcoder.selection.most_a_token == 1):
             self.ledger.record_no_pairs_possible()
         self.samples = (
             ActivationSampleCollector(
@@ -606,7 +606,7 @@ class _Run:
         tracked = self.transcoder.tokens_since_fired >= self.transcoder.config.dead_after_tokens
         figures = self.meters.read(
             {
-                "metrics/topk_threshold": self.transcoder.threshold,
+                "metrics/topk_threshold": self.transcoder.threshold.detach().mean(),
                 "sparsity/dead_features": tracked.sum(),
                 "sparsity/dead_share": tracked.double().mean(),
             }
