@@ -80,7 +80,7 @@ def reconstruction_loss(
 
 
 def penalty_scale(convention: Convention, d_out: int, prefix_weights: Sequence[float]) -> float:
-    """What turns a weight relative to the `mse` convention into one for another: the factor between their losses."""
+    """The factor between the loss of a convention and that of `mse`: penalty weights are relative to the latter."""
     if convention == "saelens":
         return d_out * sum(prefix_weights)
     if convention == "dictionary_learning":

@@ -84,6 +84,10 @@ class Selection(ABC):
             moved = torch.where(threshold < 0, smallest, moved)
             threshold.copy_(torch.where(torch.isfinite(smallest), moved, threshold))
 
+    def penalty_factor(self, step: int) -> float:
+        """What the penalty is multiplied by in the step of index `step`: its warm-up."""
+        return 1.0
+
     def finish_update(self, threshold: Tensor, before: Tensor) -> None:  # noqa: B027
         """Correct a trained `threshold`, in place, after the optimizer moved it from `before` to where it is."""
 
@@ -173,6 +177,9 @@ class JumpReLU(Selection):
 
     def track(self, threshold: Tensor, codes: SparseCodes) -> None:
         """Nothing: the threshold is trained."""
+
+    def penalty_factor(self, step: int) -> float:
+        return min(1.0, (step + 1) / max(1, self.config.jumprelu.warmup_steps))
 
     @torch.no_grad()
     def finish_update(self, threshold: Tensor, before: Tensor) -> None:

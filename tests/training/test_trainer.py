@@ -16,7 +16,7 @@ import torch
 from transcoder.activations import ActivationBatch
 from transcoder.config import ConfigError, RunConfig
 from transcoder.kernels import SparseCodes
-from transcoder.losses import reconstruction_loss
+from transcoder.losses import penalty_scale, reconstruction_loss
 from transcoder.model import Transcoder
 from transcoder.training import RunResult, train_transcoder
 from transcoder.training import trainer as trainer_module
@@ -24,7 +24,6 @@ from transcoder.training.checkpoint import CheckpointError, load_checkpoint
 from transcoder.training.output_checks import check_run
 from transcoder.training.sources import TrainingDataError
 from transcoder.training.storage import FolderLock, RunLockedError
-from transcoder.training.trainer import penalty_scale
 
 D_IN, D_OUT, SEQUENCE = 12, 10, 16
 
