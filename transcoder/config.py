@@ -8,17 +8,16 @@ config that exists is a config that can run.
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import math
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 
 from transcoder import settings
+from transcoder.dictionary_config import Activation, DictionarySettings, TranscoderConfig
 from transcoder.settings import ConfigError, Section
 
 __all__ = ["ConfigError", "RunConfig", "flags", "load_yaml", "parse_flag", "preset_names"]
@@ -103,44 +102,29 @@ class ActivationsSection(Section, where="activations."):
 
 
 @dataclass(frozen=True)
-class TranscoderSection(Section, where="transcoder."):
+class TranscoderSection(DictionarySettings):
     """The dictionary. d_in and d_out come from the hooks."""
 
-    d_sae: Positive = 2048
+    d_sae: int = 2048
     k: int = 16
-    activation: Literal["topk", "batch_topk"] = "batch_topk"
+    activation: Activation = "batch_topk"
     widths: tuple[int, ...] | None = None
-    """Cumulative Matryoshka widths, strictly increasing, the last one d_sae; null trains the full width only."""
     prefix_weights: tuple[float, ...] | None = None
-    """One weight a prefix; null weighs every prefix 1."""
-    skip: bool = False
-    """Add a linear skip connection W_skip @ x."""
     normalize: Literal["none", "rms", "standardize"] = "standardize"
     """Source and target each by its own statistics: scaled to mean square 1, `standardize` also subtracts the mean."""
-    normalization_tokens: Annotated[int, "[2, inf)"] = 16384
-    loss: Literal["mse", "saelens", "dictionary_learning", "fvu"] = "mse"
-    """Convention of the reconstruction loss, see transcoder.losses."""
-    aux_k: Count | None = None
-    """Dead latents that AuxK revives a token; null is d_in / 2, 0 switches AuxK off."""
-    aux_coefficient: Weight = 1 / 32
-    dead_after_tokens: Positive = 10_000_000
-    threshold_rate: PositiveShare = 0.05
-    """Rate of the fp32 running mean of the smallest selected value (BatchTopK's threshold at inference). That minimum is
-    taken over batch_size * k values and hardly varies, so a short memory costs no noise and keeps up with training."""
+    normalization_tokens: int = 16384
+
+    where: ClassVar[str] = "transcoder."
+    error: ClassVar[type[ValueError]] = ConfigError
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require("k", 1 <= self.k <= self.d_sae, f"between 1 and d_sae = {self.d_sae}")
-        if self.widths is not None:
-            w = self.widths
-            increasing = len(w) > 0 and w[0] >= 1 and all(a < b for a, b in itertools.pairwise(w))
-            self._require("widths", increasing, "cumulative, strictly increasing, positive widths")
-            self._require("widths", w[-1] == self.d_sae, f"a last width of d_sae = {self.d_sae}")
-        if self.prefix_weights is not None:
-            prefixes = 1 if self.widths is None else len(self.widths)
-            ok = len(self.prefix_weights) == prefixes and all(x >= 0 and math.isfinite(x) for x in self.prefix_weights)
-            expected = f"{prefixes} finite weights, none negative, not all 0"
-            self._require("prefix_weights", ok and sum(self.prefix_weights) > 0, expected)
+        self._require("normalization_tokens", self.normalization_tokens >= 2, "at least 2")
+
+    def config(self, d_in: int, d_out: int) -> TranscoderConfig:
+        """The config of a transcoder of these settings."""
+        shared = {f.name: getattr(self, f.name) for f in dataclasses.fields(DictionarySettings)}
+        return TranscoderConfig(d_in, d_out, **shared)
 
 
 @dataclass(frozen=True)
