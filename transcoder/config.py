@@ -442,7 +442,7 @@ def load_yaml(source: str | Path) -> dict[str, Any]:
             f"config {str(source)!r}: no such file, and no preset of that name; presets: {preset_names()}"
         )
     try:
-        values = settings.read_yaml(path.read_text(encoding="utf-8"))
+        values = _read_yaml(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConfigError(f"config {path}: not valid YAML: {error}") from error
     if not isinstance(values, (dict, type(None))):
@@ -466,7 +466,28 @@ def parse_flag(dotted: str, text: str) -> Any:
         quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
         return text[1:-1] if quoted else text
     try:
-        value = settings.read_yaml(text) if text.strip() else text
+        value = _read_yaml(text) if text.strip() else text
     except ValueError as error:
         raise ConfigError(f"{dotted}: cannot read {settings.short(text)}: {error}") from error
     return settings.convert(kind, value, dotted)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 without dates: no setting is one, and a name such as 2026-01-31 is text."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in found if not tag.endswith(":timestamp")]
+    for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def _read_yaml(text: str) -> Any:
+    """What YAML text stands for. Raises ValueError, whatever is wrong with it."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError) as error:
+        # PyYAML raises all of these, at `!!bool x` or `!!timestamp x` for two.
+        raise ValueError(str(error) or type(error).__name__) from error

@@ -1,4 +1,4 @@
-"""What every section of the configuration shares: typed and bounded fields, YAML, errors with the nearest known name.
+"""What every section of the configuration shares: typed and bounded fields, errors with the nearest known name.
 
 A bound stands in the type of a field as an interval: `share: Annotated[float, "(0, 1]"] = 0.5`. `Section` checks the type and
 the bound of each field, whether the section comes from YAML, from flags or from code.
@@ -15,8 +15,6 @@ import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
-
-import yaml
 
 
 class ConfigError(ValueError):
@@ -39,7 +37,8 @@ class Section:
             cls.where = where
 
     def __post_init__(self) -> None:
-        for name, kind in field_types(type(self)).items():
+        cls: Any = type(self)
+        for name, kind in field_types(cls).items():
             object.__setattr__(self, name, convert(kind, getattr(self, name), self.where + name))
 
     def _require(self, name: str, fits: bool, expected: str) -> None:
@@ -50,7 +49,7 @@ class Section:
 
 
 @functools.cache
-def field_types(cls: type, bounds: bool = True) -> dict[str, Any]:
+def field_types(cls: Any, bounds: bool = True) -> dict[str, Any]:
     """{field: type} of a dataclass, in order; without `bounds`, `Annotated[int, ...]` is `int`."""
     hints = typing.get_type_hints(cls, include_extras=bounds)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
@@ -77,7 +76,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
 
 
-def flags(section: type, prefix: str = "") -> list[tuple[str, Any]]:
+def flags(section: Any, prefix: str = "") -> list[tuple[str, Any]]:
     """Every field that is no section itself as (dotted name, type without bounds), in order."""
     found: list[tuple[str, Any]] = []
     for name, kind in field_types(section, bounds=False).items():
@@ -93,10 +92,6 @@ def set_dotted(values: dict[str, Any], dotted: str, value: Any) -> None:
         if not isinstance(values, dict):
             raise ConfigError(f"{dotted}: {section!r} is not a section")
     values[last] = value
-
-
-# -- one value
-# ---------------------------------------------------------------------------------------------------
 
 
 def convert(kind: Any, value: Any, name: str, or_null: str = "") -> Any:
@@ -190,28 +185,3 @@ def _in_words(bound: str) -> str:
     if bound[0] == "[":
         return f"at least {low}"
     return "positive" if low == "0" else f"above {low}"
-
-
-# -- YAML
-# ---------------------------------------------------------------------------------------------------
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 without dates: no setting is one, and a name such as 2026-01-31 is text."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in found if not tag.endswith(":timestamp")]
-    for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-
-
-def read_yaml(text: str) -> Any:
-    """What YAML text stands for. Raises ValueError, whatever is wrong with it."""
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-    except (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError) as error:
-        # PyYAML raises all of these, at `!!bool x` or `!!timestamp x` for two.
-        raise ValueError(str(error) or type(error).__name__) from error
