@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Sequence
-
-from transcoder.reporting import html
 
 SHOWN = 20
 """Rows of a long table that a representation shows."""
@@ -35,8 +34,16 @@ def text_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table of plain text, escaped here."""
-    right = [n for n in range(len(head)) if rows and all(_figure(row[n]) for row in rows)]
-    return html.table(map(safe, head), ([safe(c) for c in row] for row in rows), numeric=right)
+    right = {n for n in range(len(head)) if rows and all(_figure(row[n]) for row in rows)}
+
+    def line(tag: str, cells: Sequence[str]) -> str:
+        shown = (f"<{tag}{' class=n' if n in right else ''}>{safe(cell)}</{tag}>" for n, cell in enumerate(cells))
+        return f"<tr>{''.join(shown)}</tr>"
+
+    body = "".join(line("td", row) for row in rows)
+    return (
+        f'<div class="scroll" tabindex="0"><table><thead>{line("th", head)}</thead><tbody>{body}</tbody></table></div>'
+    )
 
 
 def safe(text: object) -> str:

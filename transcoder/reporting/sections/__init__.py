@@ -1,1 +1,0 @@
-"""The parts of report.html: each takes a RunFolder and returns HTML."""
