@@ -38,7 +38,8 @@ ALLOWED: dict[str, set[str]] = {
 }
 HEAVY = {
     *("transformer_lens", "transformers", "tokenizers", "huggingface_hub", "datasets", "pyarrow", "wandb"),
-    *("jinja2", "markupsafe", "plotly", "tensorboard", "matplotlib", "sae_lens", "sparsify", "dictionary_learning", "circuit_tracer"),
+    *("jinja2", "markupsafe", "plotly"),
+    *("tensorboard", "matplotlib", "sae_lens", "sparsify", "dictionary_learning", "circuit_tracer"),
 }
 DAILY = {"yaml", "safetensors", "tqdm"}
 KERNELS_MAY = {"torch", "triton", "numpy"}

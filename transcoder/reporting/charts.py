@@ -293,7 +293,7 @@ def interval_chart(title: str, rows: Sequence[dict[str, Any]], *, x_label: str) 
             "hovertemplate": _hover("%{x:.4~g}" if low is None else f"%{{x:.4~g}} [{number(low)}, {number(high)}]"),
         }
         if low is not None:
-            reach = {"array": [short(high - mean)], "arrayminus": [short(mean - low)], "color": color}
+            reach: dict[str, Any] = {"array": [short(high - mean)], "arrayminus": [short(mean - low)], "color": color}
             trace["error_x"] = {"type": "data", "symmetric": False, "thickness": 2, "width": 5, **reach}
         traces.append(trace)
     layout = {
@@ -338,7 +338,7 @@ def graph_chart(
             place[latent] = (left + radius + radius * math.cos(turn), top - radius - radius * math.sin(turn))
         left += 2 * radius + 1.6
         row_height = max(row_height, 2 * radius)
-    traces = []
+    traces: list[dict[str, Any]] = []
     for flagged in (False, True):
         for mergeable in (False, True):
             ends = [(i, j) for i, j, _, f, m in edges if (f, m) == (flagged, mergeable)]
