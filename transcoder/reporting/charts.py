@@ -284,7 +284,7 @@ def interval_chart(title: str, rows: Sequence[dict[str, Any]], *, x_label: str) 
     for row in rows:
         mean, low, high = row["mean"], row["low"], row["high"]
         color = {"better": "--c2", "worse": "--c1"}.get(row.get("verdict") or "", "--c0")
-        trace = {
+        trace: dict[str, Any] = {
             "type": "scatter",
             "mode": "markers",
             "x": [short(mean)],
@@ -293,7 +293,7 @@ def interval_chart(title: str, rows: Sequence[dict[str, Any]], *, x_label: str) 
             "hovertemplate": _hover("%{x:.4~g}" if low is None else f"%{{x:.4~g}} [{number(low)}, {number(high)}]"),
         }
         if low is not None:
-            reach: dict[str, Any] = {"array": [short(high - mean)], "arrayminus": [short(mean - low)], "color": color}
+            reach = {"array": [short(high - mean)], "arrayminus": [short(mean - low)], "color": color}
             trace["error_x"] = {"type": "data", "symmetric": False, "thickness": 2, "width": 5, **reach}
         traces.append(trace)
     layout = {
