@@ -40,7 +40,7 @@ ALLOWED: dict[str, set[str]] = {
 }
 HEAVY = {
     *("transformer_lens", "transformers", "tokenizers", "huggingface_hub", "datasets", "pyarrow", "wandb"),
-    *("jinja2", "markupsafe", "plotly"),
+    *("jinja2", "markupsafe", "pandas", "plotly", "scipy"),
     *("tensorboard", "matplotlib", "sae_lens", "sparsify", "dictionary_learning", "circuit_tracer"),
 }
 DAILY = {"yaml", "safetensors", "tqdm"}

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from transcoder.reporting.charts import Chart, Line, interval_chart, interval_words, line_chart
-from transcoder.reporting.compare import figure_named
+from transcoder.reporting.compare import metric_named
 from transcoder.reporting.files import write_text
 from transcoder.reporting.format import MISSING, number
 from transcoder.reporting.page import render, render_page
-from transcoder.reporting.runfolder import RunFolder
+from transcoder.reporting.run import Run
 from transcoder.reporting.sections import Section
 
 CURVES = (
@@ -36,7 +36,7 @@ def write_run_comparison(comparison: dict[str, Any], path: str | Path) -> Path:
     parts = {
         "figures": _figures(comparison, labels),
         "paired": _paired(comparison, labels),
-        "curves": _curves(labels, [RunFolder(run["path"]) for run in comparison["runs"]]),
+        "curves": _curves(labels, [Run(run["path"], empty_ok=True) for run in comparison["runs"]]),
         "settings": _settings(comparison, labels),
         "missing": _missing(comparison),
     }
@@ -88,14 +88,11 @@ def _table(head: Sequence[str], rows: list[list[Any]], caption: str, numeric: Se
 def _figures(comparison: dict[str, Any], labels: list[str]) -> Section:
     rows: list[list[Any]] = []
     for row in comparison["figures"]:
-        figure = figure_named(row)
+        metric = metric_named(row)
         cells: list[Any] = [{"text": row["label"].strip(), "note": row["meaning"]}]
         for value, difference, verdict in zip(row["values"], row["differences"], row["verdicts"], strict=True):
-            note = ""
-            if value is not None and difference is not None:
-                sign = "+" if difference > 0 else "-" if difference < 0 else "±"
-                note = ", ".join(filter(None, [f"{sign}{figure.text(abs(difference))}", verdict]))
-            cells.append({"text": figure.text(value), "note": note})
+            note = [] if difference is None else [metric.signed(difference), verdict]
+            cells.append({"text": metric.text(value), "note": ", ".join(filter(None, note))})
         rows.append(cells)
     lead = (
         f"Differences are from {labels[0]}. A verdict only says which number is better; how sure that is, is said under paired "
@@ -110,11 +107,11 @@ def _paired(comparison: dict[str, Any], labels: list[str]) -> Section:
     charts: list[Chart | None] = []
     rows = []
     for row in comparison["paired"]:
-        better = figure_named(row).better
+        metric = metric_named(row)
         found = []
         for label, d in zip(labels, row["differences"], strict=True):
             if d is not None:
-                found.append({"label": label, **d, "verdict": _verdict(d, better)})
+                found.append({"label": label, **d, "verdict": metric.verdict(d["low"], d["high"])})
                 rows.append([row["label"], label, interval_words(d), number(row["steps"]), number(row["from_step"])])
         charts.append(interval_chart(row["label"], found, x_label=f"difference from {labels[0]}"))
     lead = (
@@ -125,14 +122,7 @@ def _paired(comparison: dict[str, Any], labels: list[str]) -> Section:
     return {"lead": lead, "charts": charts, "table": _table(head, rows, "Paired differences", [2, 3, 4])}
 
 
-def _verdict(d: dict[str, float | None], better: str) -> str:
-    low, high = d["low"], d["high"]
-    if low is None or high is None or better == "neither" or low <= 0 <= high:
-        return ""
-    return "better" if (high < 0) == (better == "lower") else "worse"
-
-
-def _curves(labels: list[str], folders: list[RunFolder]) -> Section:
+def _curves(labels: list[str], folders: list[Run]) -> Section:
     charts = []
     for name, title, unit in CURVES:
         lines = []

@@ -12,7 +12,7 @@ from transcoder.reporting.files import write_text
 from transcoder.reporting.format import clock, number, real
 from transcoder.reporting.latent_cards import LatentCards
 from transcoder.reporting.page import chunk_elements, render, render_page
-from transcoder.reporting.runfolder import RunFolder
+from transcoder.reporting.run import Run
 
 logger = logging.getLogger(__name__)
 
@@ -32,13 +32,13 @@ def write_report(run_dir: str | Path) -> Path:
     Raises:
         FileNotFoundError: `run_dir` is no folder.
     """
-    run = RunFolder(run_dir)
+    run = Run(run_dir, empty_ok=True)
     core, cards = payload(run)
     page = render_page(core, chunk_elements(cards.packed_index, cards.chunks))
     return write_text(run.path / FILE_NAME, page)
 
 
-def payload(run: RunFolder, cards: LatentCards | None = None, version: int = 0) -> tuple[dict[str, Any], LatentCards]:
+def payload(run: Run, cards: LatentCards | None = None, version: int = 0) -> tuple[dict[str, Any], LatentCards]:
     """What the page shows, see `render_page`, and the cards of its latents.
 
     Args:
@@ -73,7 +73,7 @@ def payload(run: RunFolder, cards: LatentCards | None = None, version: int = 0) 
     return core, known
 
 
-def header(run: RunFolder) -> dict[str, Any]:
+def header(run: Run) -> dict[str, Any]:
     """The page's head: {"eyebrow", "title", "pill": (words, look), "facts", "progress": 0..1 | None}."""
     last, steps = number(run.last_step), real(run.setting("training.steps")) or 0.0
     facts = [f"{last} of {number(steps)} steps" if steps > 0 else f"{last} steps"]

@@ -14,8 +14,8 @@ from transcoder.reporting import summary_metrics
 from transcoder.reporting.charts import Chart, Line, bar_chart, graph_chart, line_chart, ordered_colors
 from transcoder.reporting.format import MISSING, number, percent, real, whole
 from transcoder.reporting.ledger_verdict import verdicts
-from transcoder.reporting.runfolder import RunFolder
-from transcoder.reporting.sample_table import SampleTable
+from transcoder.reporting.run import Run
+from transcoder.reporting.samples import SampleTable
 
 if TYPE_CHECKING:
     from transcoder.reporting.latent_cards import LatentCards
@@ -83,7 +83,7 @@ SPARSE_FAMILIES = ("evaluation/", "duplicates/")
 """Metrics that are not logged at every logging step: their points are marked."""
 
 
-def overview(run: RunFolder) -> Section:
+def overview(run: Run) -> Section:
     figures = [
         summary_metrics.TRAINING_FVU,
         summary_metrics.L0,
@@ -106,7 +106,7 @@ def overview(run: RunFolder) -> Section:
     }
 
 
-def curves(run: RunFolder) -> Section:
+def curves(run: Run) -> Section:
     drawn = [
         line_chart(
             curve.title,
@@ -121,7 +121,7 @@ def curves(run: RunFolder) -> Section:
     return {"charts": drawn, "empty": "" if any(drawn) else "No metrics were logged, so there are no curves."}
 
 
-def _lines(run: RunFolder, curve: Curve) -> list[Line]:
+def _lines(run: Run, curve: Curve) -> list[Line]:
     lines = []
     for name, label, color in curve.lines:
         series = run.metrics.get(name)
@@ -132,25 +132,25 @@ def _lines(run: RunFolder, curve: Curve) -> list[Line]:
     return lines
 
 
-def _prefix_lines(run: RunFolder) -> list[Line]:
+def _prefix_lines(run: Run) -> list[Line]:
     found = [
-        (width, run.metrics.get(f"metrics/fvu_prefix_{width}")) for width in run.prefix_figures("metrics/fvu_prefix")
+        (width, run.metrics.get(f"metrics/fvu_prefix_{width}")) for width in run.prefix_metrics("metrics/fvu_prefix")
     ]
     found = [(width, series) for width, series in found if len(series)]
     colors = ordered_colors(len(found))
     return [Line(number(w), s.steps, s.values, c) for (w, s), c in zip(found, colors, strict=True)]
 
 
-def _baselines(run: RunFolder, *, mean: bool = True) -> list[tuple[float, str]]:
+def _baselines(run: Run, *, mean: bool = True) -> list[tuple[float, str]]:
     """Horizontal lines of a chart of the FVU."""
     named = [(summary_metrics.LINEAR_BASELINE, "linear map"), (summary_metrics.MEAN_BASELINE, "mean")]
     found = [(real(figure.of(run)), label) for figure, label in named[: 1 + mean]]
     return [(value, f"{label} {number(value)}") for value, label in found if value is not None]
 
 
-def prefixes(run: RunFolder) -> Section:
-    heldout = run.prefix_figures("evaluation/fvu_prefix")
-    found = heldout or run.prefix_figures("metrics/fvu_prefix")
+def prefixes(run: Run) -> Section:
+    heldout = run.prefix_metrics("evaluation/fvu_prefix")
+    found = heldout or run.prefix_metrics("metrics/fvu_prefix")
     where = "held-out tokens" if heldout else "the last training batches (no evaluation was recorded)"
     chart = line_chart(
         "FVU by prefix width",
@@ -171,7 +171,7 @@ def prefixes(run: RunFolder) -> Section:
     return {"found": found, "chart": chart, "rows": rows}
 
 
-def duplicates(run: RunFolder) -> Section:
+def duplicates(run: Run) -> Section:
     report = run.correlation
     pairs = ranked_pairs(report)
     return {
@@ -270,7 +270,7 @@ def _graph(report: Mapping[str, Any], pairs: list[dict[str, Any]]) -> Chart | No
     return graph_chart("Groups of correlated latents", groups, edges, total=len(total), note=note) if groups else None
 
 
-def positions(run: RunFolder) -> Section:
+def positions(run: Run) -> Section:
     samples = run.samples
     drawn = [] if samples is None else _sample_charts(run, samples)
     locked = np.zeros(0, np.int64)
@@ -284,7 +284,7 @@ def positions(run: RunFolder) -> Section:
     }
 
 
-def _sample_charts(run: RunFolder, samples: SampleTable) -> list[Chart | None]:
+def _sample_charts(run: Run, samples: SampleTable) -> list[Chart | None]:
     length = max(whole(run.setting("activations.sequence_length")) or 0, int(samples.position.max()) + 1)
     edges = np.linspace(0, length, POSITION_BINS + 1)
     groups = []
@@ -314,9 +314,9 @@ def _sample_charts(run: RunFolder, samples: SampleTable) -> list[Chart | None]:
     ]
 
 
-def _drawn_positions(run: RunFolder) -> Chart | None:
+def _drawn_positions(run: Run) -> Chart | None:
     """How the position sampler shifted what training sees."""
-    seen, drawn = run.positions.get("seen"), run.positions.get("drawn")
+    seen, drawn = run.sampler_positions.get("seen"), run.sampler_positions.get("drawn")
     if not (isinstance(seen, list) and isinstance(drawn, list) and len(seen) == len(drawn) and seen):
         return None
     counts = [np.asarray([real(v) or 0.0 for v in values]) for values in (seen, drawn)]
@@ -344,20 +344,20 @@ def concentration(samples: SampleTable) -> tuple[NDArray[np.int64], NDArray[np.f
     return latents[enough], most[enough] / totals[enough]
 
 
-def _sinks(run: RunFolder) -> list[tuple[str, str]]:
+def _sinks(run: Run) -> list[tuple[str, str]]:
     facts = [("Kept samples at sink tokens", percent(real(run.sample_summary.get("sink_fraction"))))]
-    special, seen = real(run.positions.get("special_seen")), run.positions.get("seen")
+    special, seen = real(run.sampler_positions.get("special_seen")), run.sampler_positions.get("seen")
     total = sum(real(v) or 0.0 for v in seen) if isinstance(seen, list) else 0.0
     if special is not None and total:
         facts.append(("Special tokens in the text", percent(special / (total + special))))
     facts.append(("FVU on masked sink tokens", number(summary_metrics.SINK_FVU.of(run))))
-    for name in run.figure_names():
+    for name in run.metric_names():
         if name.startswith("data/"):
-            facts.append((name.removeprefix("data/").replace("_", " ").capitalize(), number(run.figure(name))))
+            facts.append((name.removeprefix("data/").replace("_", " ").capitalize(), number(run.metric(name))))
     return [(name, value) for name, value in facts if value != MISSING]
 
 
-def latents(run: RunFolder, cards: LatentCards) -> Section:
+def latents(run: Run, cards: LatentCards) -> Section:
     widths = cards.index.get("widths", [])
     return {
         "cards": cards,
@@ -365,14 +365,15 @@ def latents(run: RunFolder, cards: LatentCards) -> Section:
         "groups": max(cards.index.get("group") or [0]),
         "prefixes": [f"{number(low)} to {number(high - 1)}" for low, high in pairwise([0, *widths])],
         "why": _why_missing(run, "activation samples"),
-        "lacking": {m.what: m.why for m in run.lacking} | ({} if run.latents is None else run.latents.why),
+        "lacking": {m.what: m.why for m in run.lacking}
+        | ({} if run.heldout_latents is None else run.heldout_latents.why),
     }
 
 
-def settings(run: RunFolder) -> Section:
+def settings(run: Run) -> Section:
     return {
-        "config": yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True) if run.config else "",
-        "logged": [[name, number(run.figure(name))] for name in run.figure_names()],
+        "config": yaml.safe_dump(dict(run.config), sort_keys=False, allow_unicode=True) if run.config else "",
+        "logged": [[name, number(run.metric(name))] for name in run.metric_names()],
         "events": [
             [
                 number(whole(e.get("step"))),
@@ -384,5 +385,5 @@ def settings(run: RunFolder) -> Section:
     }
 
 
-def _why_missing(run: RunFolder, what: str) -> str:
+def _why_missing(run: Run, what: str) -> str:
     return next((missing.why for missing in run.missing if missing.what == what), "")
