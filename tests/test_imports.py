@@ -42,7 +42,8 @@ ALLOWED: dict[str, set[str]] = {
 }
 HEAVY = {
     *("transformer_lens", "transformers", "tokenizers", "huggingface_hub", "datasets", "pyarrow", "wandb"),
-    *("pandas", "scipy", "tensorboard", "matplotlib", "sae_lens", "sparsify", "dictionary_learning", "circuit_tracer"),
+    *("jinja2", "markupsafe", "pandas", "plotly", "scipy"),
+    *("tensorboard", "matplotlib", "sae_lens", "sparsify", "dictionary_learning", "circuit_tracer"),
 }
 DAILY = {"yaml", "safetensors", "tqdm"}
 KERNELS_MAY = {"torch", "triton", "numpy"}
