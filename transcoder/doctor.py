@@ -106,7 +106,7 @@ def _backends() -> Iterator[Fact]:
     else:
         yield Fact("note", f"C++ extension: {reason}; the CPU runs on backend torch")
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-        chosen = {family: active_backend(device, family) for family in ("encode", "decode", "correlation", "step")}
+        chosen = {family: active_backend(device, family) for family in ("encode", "decode", "correlation", "adam")}
         text = ", ".join(f"{family} {backend}" for family, backend in chosen.items())
         yield Fact("ok", f"backends on {device}: {text} (asked for: {requested_backend()})")
     if torch.cuda.is_available() and has_backend("triton", "encode"):
