@@ -225,7 +225,7 @@ def _demo() -> Iterator[Fact]:
 
 def _tools() -> Iterator[Fact]:
     compiler = next((c for c in (os.environ.get("CXX"), "c++", "g++", "clang++") if c and shutil.which(c)), None)
-    for name, found in (("C++ compiler", compiler), ("ninja", shutil.which("ninja")), ("nvcc", shutil.which("nvcc"))):
+    for name, found in (("C++ compiler", compiler), ("nvcc", shutil.which("nvcc"))):
         yield (
             Fact("ok", f"{name}: {Path(found).name}") if found else Fact("note", f"{name}: none (not needed to train)")
         )
