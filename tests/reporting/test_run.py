@@ -180,7 +180,7 @@ def test_the_table_filters_sorts_and_searches(run: Run) -> None:
     assert every[[3, 2]].id.tolist() == [3, 2]
     assert len(every[[]]) == 0
     assert every[-1].id == 511
-    assert set(every.columns()) == {"id", "prefix", "firings", "density", "max_activation", "group"}
+    assert set(every.frame()) == {"prefix", "firings", "density", "max_activation", "group"}
     word = next(c for c in run.latents[3].contexts).tokens[-1].strip() or "import"
     for found in (every.search(word), every.search(word.upper())):
         texts = {latent.id: [c.text.lower() for c in latent.contexts] for latent in every if latent.contexts}
@@ -283,7 +283,7 @@ def test_what_is_missing_says_why(make_run: MakeRun) -> None:
     assert run.transcoder().config.d_sae == 512
     with pytest.raises(RunPartMissingError, match="no firing counts: the correlation monitor"):
         run.latents.density  # noqa: B018
-    assert set(run.latents.columns()) == {"id", "prefix"}
+    assert list(run.latents.frame()) == ["prefix"]
 
 
 def test_a_damaged_newest_checkpoint_falls_back_to_the_good_one(make_run: MakeRun) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import yaml
 
 from transcoder.checkpoint_folder import CheckpointError, candidates
-from transcoder.reporting import summary_metrics
+from transcoder.reporting import plots, run_frames
 from transcoder.reporting.checkpoint import Checkpoint, newest_readable, newest_verified
 from transcoder.reporting.duplicates import Duplicates
 from transcoder.reporting.format import as_float, number, whole
@@ -24,12 +24,11 @@ from transcoder.reporting.latents import LatentColumns, Latents
 from transcoder.reporting.metrics_table import FILE_NAME, Metrics
 from transcoder.reporting.parts import Missing, Part, RunPartMissingError
 from transcoder.reporting.samples import SampleTable, read_samples
+from transcoder.reporting.summary_metrics import SUMMARY_METRICS
 from transcoder.reporting.tables import html_table, safe, text_table
 
 if TYPE_CHECKING:
-    import pandas as pd
     import torch
-    from matplotlib.figure import Figure
 
     from transcoder.model import Transcoder
 
@@ -48,17 +47,6 @@ _REPORTED = {
     "duplicates/effective_dictionary_size": "effective_dictionary_size",
 }
 """Metrics that the correlation report has too, under these names."""
-_SHOWN = (
-    summary_metrics.HELDOUT_FVU,
-    summary_metrics.LINEAR_BASELINE,
-    summary_metrics.CE_RECOVERED,
-    summary_metrics.L0,
-    summary_metrics.DEAD,
-    summary_metrics.PAIRS,
-    summary_metrics.FLAGGED,
-    summary_metrics.MERGEABLE,
-    summary_metrics.TOKENS_PER_SECOND,
-)
 
 
 class Run:
@@ -418,52 +406,11 @@ class Run:
             raise self.missing_error("duplicates", "correlation report")
         return Duplicates(self.correlation, self.latents)
 
-    @property
-    def prefixes(self) -> pd.DataFrame:
-        """What each Matryoshka width adds, see `run_frames.prefixes`."""
-        from transcoder.reporting import run_frames
-
-        return run_frames.prefixes(self)
-
-    @property
-    def positions(self) -> pd.DataFrame:
-        """Where in the sequence the kept samples stand, see `run_frames.positions`."""
-        from transcoder.reporting import run_frames
-
-        return run_frames.positions(self)
-
-    @property
-    def ledger(self) -> pd.DataFrame:
-        """Whether each anti-duplication part was really used, see `run_frames.ledger`."""
-        from transcoder.reporting import run_frames
-
-        return run_frames.ledger(self)
-
-    def plot_loss(self) -> Figure:
-        """The losses over the steps. Needs matplotlib."""
-        return self._plot("loss")
-
-    def plot_fvu(self) -> Figure:
-        """FVU over the steps, by prefix and held-out, against the linear map. Needs matplotlib."""
-        return self._plot("fvu")
-
-    def plot_duplicates(self) -> Figure:
-        """Duplicate pairs over the steps, and all pairs by correlation. Needs matplotlib."""
-        return self._plot("duplicates")
-
-    def plot_density(self) -> Figure:
-        """Latents by how often they fire. Needs matplotlib."""
-        return self._plot("density")
-
-    def plot_positions(self) -> Figure:
-        """Where in the sequence kept samples stand. Needs matplotlib."""
-        return self._plot("positions")
-
-    def _plot(self, what: str) -> Figure:
-        from transcoder.reporting import plots
-
-        drawn: Figure = getattr(plots, f"plot_{what}")(self)
-        return drawn
+    prefixes = property(run_frames.prefixes)
+    positions = property(run_frames.positions)
+    ledger = property(run_frames.ledger)
+    plot_loss, plot_fvu, plot_duplicates = plots.plot_loss, plots.plot_fvu, plots.plot_duplicates
+    plot_density, plot_positions = plots.plot_density, plots.plot_positions
 
     # -- how it shows itself
 
@@ -481,7 +428,7 @@ class Run:
         return f"{self.status}, {number(self.last_step)}{of} steps"
 
     def _shown_metrics(self) -> Sequence[tuple[str, str]]:
-        found = ((m, m.of(self)) for m in _SHOWN)
+        found = ((m, m.of(self)) for m in SUMMARY_METRICS)
         return [(m.label, m.text(value)) for m, value in found if value is not None]
 
     def _parts(self) -> list[str]:

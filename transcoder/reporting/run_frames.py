@@ -1,4 +1,4 @@
-"""Small tables of a run as pandas data frames: prefixes, positions, and whether its parts were really used."""
+"""Small tables of a run as pandas data frames, properties of `Run`: prefixes, positions, and whether its parts were used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run: reads what is there, says what is not."""
+"""The files of a run: reads what is there, says what is not."""
 
 from __future__ import annotations
 
