@@ -228,7 +228,7 @@ def test_tables_are_data_frames(run: Run) -> None:
     assert prefixes.attrs["heldout"] is True
     assert np.isnan(prefixes.gain[64])
     assert prefixes.gain[192] == pytest.approx(prefixes.fvu[64] - prefixes.fvu[192])
-    assert run.ledger.state.tolist() == ["used", "not proven", "used", "off"]
+    assert [v.state for v in run.ledger] == ["used", "not proven", "used", "off"]
     samples = run.samples
     assert samples is not None
     assert run.positions.strongest.sum() == samples.top.sum()
@@ -320,7 +320,7 @@ def test_a_running_run_is_read_again_when_asked(make_run: MakeRun) -> None:
 def representations(run: Run) -> list[object]:
     pair = run.duplicates[0]
     views = [run, run.metrics, run.latents, run.latents.search("<"), run.latents.filter(group=True)]
-    views += [run.duplicates, run.duplicates.flagged, pair]
+    views += [run.duplicates, run.duplicates.flagged, run.ledger, pair]
     return views + [latent for latent in run.latents if latent.contexts][:3] + run.latents[3].contexts
 
 
