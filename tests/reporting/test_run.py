@@ -19,6 +19,7 @@ from transcoder.antidup.ledger import REQUIRED_EFFECTS
 from transcoder.config import CheckpointSection, MonitorSection
 from transcoder.kernels import topk_encode
 from transcoder.reporting import RunPartMissingError
+from transcoder.reporting.latents import Latents
 from transcoder.training.checkpoint import CheckpointStore
 
 WIDTHS, TOKENS = (64, 192, 448, 512), 3 * 256
@@ -182,8 +183,8 @@ def test_the_table_filters_sorts_and_searches(run: Run) -> None:
     assert every[-1].id == 511
     assert set(every.frame()) == {"prefix", "firings", "density", "max_activation", "group"}
     word = next(c for c in run.latents[3].contexts).tokens[-1].strip() or "import"
+    texts = {latent.id: [c.text.lower() for c in latent.contexts] for latent in sampled(run)}
     for found in (every.search(word), every.search(word.upper())):
-        texts = {latent.id: [c.text.lower() for c in latent.contexts] for latent in every if latent.contexts}
         assert set(found.id) == {n for n, some in texts.items() if any(word.lower() in text for text in some)}
     counts = [sum(word.lower() in c.text.lower() for c in latent.contexts) for latent in found]
     assert counts == sorted(counts, reverse=True)
@@ -317,16 +318,21 @@ def test_a_running_run_is_read_again_when_asked(make_run: MakeRun) -> None:
     assert run.refresh().metrics["metrics/fvu"].steps[-1] == 50
 
 
+def sampled(run: Run) -> Latents:
+    """The latents that have samples."""
+    assert run.samples is not None
+    return run.latents[np.unique(run.samples.latent)]
+
+
 def representations(run: Run) -> list[object]:
     pair = run.duplicates[0]
     views = [run, run.metrics, run.latents, run.latents.search("<"), run.latents.filter(group=True)]
     views += [run.duplicates, run.duplicates.flagged, run.ledger, pair]
-    return views + [latent for latent in run.latents if latent.contexts][:3] + run.latents[3].contexts
+    return views + list(sampled(run)[:3]) + run.latents[3].contexts
 
 
 def test_hostile_tokens_stay_text(run: Run) -> None:
-    followed = [latent for latent in run.latents if latent.contexts]
-    spiked = followed[0]
+    spiked = sampled(run)[0]
     assert any("<script>" in c.text for c in spiked.contexts)
     pages = []
     for view in representations(run):
