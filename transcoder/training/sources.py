@@ -15,7 +15,7 @@ from transcoder.training.state_tree import pack_state
 from transcoder.training.tensor_file import tensor_bytes
 
 
-class Source(Protocol):
+class BatchSource(Protocol):
     """An endless iterator of batches with a state. `transcoder.activations.ActivationStream` is one."""
 
     d_in: int
