@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import yaml
 
-from transcoder.checkpoint_folder import CheckpointError, candidates
+from transcoder.checkpoint_folder import CheckpointError, candidates, find_checkpoint
 from transcoder.reporting import plots, run_frames
-from transcoder.reporting.checkpoint import Checkpoint, newest_readable, newest_verified
+from transcoder.reporting.checkpoint import Checkpoint, newest_readable, read_checkpoint
 from transcoder.reporting.duplicates import Duplicates
 from transcoder.reporting.format import as_float, number, whole
 from transcoder.reporting.latent_table import FILE_NAME as LATENTS_FILE
@@ -205,7 +205,7 @@ class Run:
 
     @cached_property
     def unverified_checkpoint(self) -> Checkpoint | None:
-        """The newest checkpoint that can be read, or None. Its checksums are not looked at, which takes a second a gigabyte."""
+        """The newest checkpoint that can be read, or None. Its checksums are not verified, which would read all of it."""
         found = newest_readable(self.path)
         if found is None:
             every = self.setting("checkpoint.every")
@@ -221,7 +221,7 @@ class Run:
             RunPartMissingError: there is none, or none that is whole.
         """
         try:
-            return newest_verified(self.path)
+            return read_checkpoint(find_checkpoint(self.path))
         except FileNotFoundError as error:
             every, second = self.setting("checkpoint.every"), self.setting("checkpoint.second_location")
             when = "" if every is None else f" (the run writes one every {every} steps and at its end)"
@@ -327,7 +327,7 @@ class Run:
 
     @property
     def data_source(self) -> str | None:
-        """What the run trained on: "model", "cached" or "own batches" (whatever config.yaml says of models and texts)."""
+        """What the run trained on: "model", "cached" or "own batches"; the logged event counts, then config.yaml."""
         for event in reversed(self.metrics.events):
             payload = event.get("payload")
             if event.get("event") == "data" and isinstance(payload, dict) and isinstance(payload.get("source"), str):
