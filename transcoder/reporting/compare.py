@@ -8,7 +8,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from transcoder.reporting.files import write_text
+from transcoder.files import replace_atomically
 from transcoder.reporting.format import MISSING, number
 from transcoder.reporting.runfolder import RunFolder
 from transcoder.reporting.summary_metrics import FIGURES, HELDOUT_FVU, L0, TRAINING_FVU, Figure
@@ -94,7 +94,7 @@ def write_comparison(comparison: dict[str, Any], path: str | Path) -> Path:
     """Write a comparison as JSON (atomic) and return the path."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    return write_text(path, json.dumps(comparison, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+    return replace_atomically(path, json.dumps(comparison, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
 _KNOWN = {figure.name: figure for figure in FIGURES}

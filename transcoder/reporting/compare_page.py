@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from transcoder.files import replace_atomically
 from transcoder.reporting.compare import figure_named
 from transcoder.reporting.elements import (
     Block,
@@ -19,7 +20,6 @@ from transcoder.reporting.elements import (
     table,
     text,
 )
-from transcoder.reporting.files import write_text
 from transcoder.reporting.format import MISSING, number
 from transcoder.reporting.page import render_page
 from transcoder.reporting.runfolder import RunFolder
@@ -84,7 +84,7 @@ def _write(path: str | Path, title: str, facts: Sequence[str], parts: Sequence[t
     }
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    return write_text(path, render_page(core, {}))
+    return replace_atomically(path, render_page(core, {}))
 
 
 def _figures(comparison: dict[str, Any], labels: list[str]) -> list[Block]:

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from transcoder.files import replace_atomically
 from transcoder.reporting import latent_cards
 from transcoder.reporting.elements import Block, text
-from transcoder.reporting.files import write_text
 from transcoder.reporting.latent_cards import LatentCards
 from transcoder.reporting.page import chunk_elements, render_page
 from transcoder.reporting.runfolder import RunFolder
@@ -36,7 +36,7 @@ def write_report(run_dir: str | Path) -> Path:
     run = RunFolder(run_dir)
     core, cards = payload(run)
     page = render_page(core, chunk_elements(cards.packed_index, cards.chunks))
-    return write_text(run.path / FILE_NAME, page)
+    return replace_atomically(run.path / FILE_NAME, page)
 
 
 def payload(run: RunFolder, cards: LatentCards | None = None) -> tuple[dict[str, Any], LatentCards]:

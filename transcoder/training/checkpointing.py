@@ -11,12 +11,12 @@ from typing import Protocol
 from transcoder.antidup import ActivationSampleCollector, CorrelationMonitor
 from transcoder.config import RunConfig
 from transcoder.reporting import MetricsWriter
+from transcoder.tensor_file import tensor_bytes
 from transcoder.training.background_task import Beside
 from transcoder.training.checkpoint import CheckpointError, CheckpointStore, pack_state
 from transcoder.training.disk_budget import SLACK, log_bytes
 from transcoder.training.run_state import Parts, essential_tree, trainer_tree
 from transcoder.training.snapshot import Snapshots
-from transcoder.training.tensor_file import tensor_bytes
 
 logger = logging.getLogger(__name__)
 

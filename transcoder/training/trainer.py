@@ -28,6 +28,7 @@ from transcoder.antidup.ledger import LedgerError
 from transcoder.antidup.merge_cost import MergeResult
 from transcoder.antidup.monitor import Judge
 from transcoder.config import ConfigError, RegularizerSection, RunConfig
+from transcoder.files import replace_atomically
 from transcoder.model import StepOutput, Transcoder, TranscoderConfig
 from transcoder.reporting import MetricsWriter, ProgressBar
 from transcoder.reporting.report_subprocess import write_report_apart
@@ -63,7 +64,6 @@ from transcoder.training.similarity import (
     write_similarity,
 )
 from transcoder.training.sources import Source, TrainingDataError, own_data
-from transcoder.training.storage import replace_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -312,7 +312,7 @@ class _Run:
             return False
 
     def _write_config(self) -> None:
-        replace_atomically(self.run_dir / "config.yaml", self.config.to_yaml().encode())
+        replace_atomically(self.run_dir / "config.yaml", self.config.to_yaml())
 
     def _fit_normalization(self) -> None:
         mode = self.config.transcoder.normalize
@@ -680,7 +680,7 @@ class _Run:
             "bad_steps": self.bad_steps.count,
             "data": self.source.counters(),
         }
-        text = json.dumps(summary, indent=2).encode()
+        text = json.dumps(summary, indent=2)
         self._write("summary.json", lambda: replace_atomically(self.run_dir / "summary.json", text))
         return summary
 
