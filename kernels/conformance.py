@@ -24,7 +24,7 @@ from transcoder.kernels.decode.reference import nested_loss_reference, sparse_de
 from transcoder.kernels.encode.op import batch_topk_encode, threshold_encode, topk_encode
 from transcoder.kernels.sparse_codes import SparseCodes
 
-FAMILIES = ("encode", "decode", "correlation", "step")
+FAMILIES = ("encode", "decode", "correlation", "adam")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = [(1, 8, 16, 1), (33, 64, 257, 7), (128, 256, 2048, 32), (257, 130, 1000, 100), (64, 2304, 4096, 48)]
 """(B, d, d_sae, k): one row, odd sizes, one of several tiles, k large, the width of a real model."""
@@ -85,7 +85,7 @@ def _parts(
             "correlation": lambda: check_correlation(codes()),
             "correlation sketch": lambda: check_sketch(codes()),
         }
-    if "step" in families and x.dtype == torch.float32:
+    if "adam" in families and x.dtype == torch.float32:
         parts["optimizer step"] = lambda: check_step([W, b, torch.nn.functional.normalize(W), x[0]])
     return parts
 

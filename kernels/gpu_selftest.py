@@ -72,7 +72,7 @@ def proof(family: str, device: torch.device, seconds: float = SECONDS, small: bo
     """The verdict that is kept for this device, or the check, if there is none (other processes wait for the first).
 
     Args:
-        family: `encode`, `decode`, `correlation` or `step`.
+        family: `encode`, `decode`, `correlation` or `adam`.
         device: where the checks run.
         seconds: the process is killed after them.
         small: small shapes only.

@@ -16,7 +16,7 @@ def one_op_for(parameters: Sequence[Tensor]) -> Any:
     a parameter without a gradient, a layout or dtype that the backend does not know, backend `torch`."""
     if not parameters or any(p.grad is None for p in parameters):
         return None
-    module = implementation("step", parameters[0].device)
+    module = implementation("adam", parameters[0].device)
     return module if module.takes([*parameters, *(p.grad for p in parameters if p.grad is not None)]) else None
 
 
