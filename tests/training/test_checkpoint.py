@@ -19,7 +19,7 @@ from torch import Tensor
 
 from transcoder.checkpoint_folder import content_digest
 from transcoder.config import CheckpointSection
-from transcoder.files import WrittenFile, replace_atomically
+from transcoder.files import WrittenFile
 from transcoder.tensor_file import read_tensors, tensor_bytes, write_tensors
 from transcoder.training.checkpoint import (
     CheckpointError,
@@ -346,17 +346,6 @@ def test_a_second_run_in_one_folder_is_refused_by_name(tmp_path: Path) -> None:
         assert json.loads(lock.path.read_text())["pid"] == os.getpid()
     with FolderLock(tmp_path / "run"):
         pass
-
-
-def test_replace_atomically_leaves_the_old_file_when_it_fails(tmp_path: Path) -> None:
-    target = tmp_path / "usage.json"
-    replace_atomically(target, b"old")
-    replace_atomically(target, b"new")
-    assert target.read_bytes() == b"new"
-    (tmp_path / "folder").mkdir()
-    with pytest.raises(OSError, match="folder"):
-        replace_atomically(tmp_path / "folder", b"x")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "usage.json"]
 
 
 def test_human_bytes() -> None:
