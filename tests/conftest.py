@@ -18,10 +18,11 @@ from pathlib import Path
 import pytest
 import torch
 
-# `bench` is imported from the checkout without the checkout on sys.path, where it would offer its folders to everyone.
-_bench = ModuleSpec("bench", None, is_package=True)
-_bench.submodule_search_locations = [str(Path(__file__).resolve().parent.parent / "bench")]
-sys.modules.setdefault("bench", module_from_spec(_bench))
+# `bench` and `tools` are imported from the checkout without the checkout on sys.path, which would offer all its folders.
+for _name in ("bench", "tools"):
+    _spec = ModuleSpec(_name, None, is_package=True)
+    _spec.submodule_search_locations = [str(Path(__file__).resolve().parent.parent / _name)]
+    sys.modules.setdefault(_name, module_from_spec(_spec))
 
 Finished = subprocess.CompletedProcess[str]
 

@@ -203,13 +203,13 @@ def test_loading_names_a_missing_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"k": 0}, "k: expected at least 1"),
-        ({"k": 31}, "k: expected at most d_sae = 30, got 31"),
+        ({"k": 0}, "k: expected between 1 and d_sae = 30, got 0"),
+        ({"k": 31}, "k: expected between 1 and d_sae = 30, got 31"),
         ({"widths": [8, 8, 30]}, "strictly increasing"),
-        ({"widths": [8, 20]}, "expected the last to be d_sae = 30"),
+        ({"widths": [8, 20]}, "expected a last width of d_sae = 30"),
         ({"widths": [30, 8]}, "strictly increasing"),
         ({"prefix_weights": [1.0, 1.0]}, "expected 1 finite weights"),
-        ({"activation": "relu"}, "activation: expected 'topk' or 'batch_topk'"),
+        ({"activation": "relu"}, "activation: expected one of 'topk', 'batch_topk'"),
         ({"loss": "l2"}, "loss: expected one of"),
         ({"d_in": 0}, "d_in: expected at least 1"),
         ({"aux_k": -1}, "aux_k"),

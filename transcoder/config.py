@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
-import itertools
 import math
 import sys
 import types
@@ -17,9 +16,11 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import yaml
+
+from transcoder.dictionary_config import Activation, DictionarySettings, TranscoderConfig
 
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -116,65 +117,29 @@ class ActivationsSection:
 
 
 @dataclass(frozen=True)
-class TranscoderSection:
+class TranscoderSection(DictionarySettings):
     """The dictionary. d_in and d_out come from the hooks."""
 
     d_sae: int = 2048
     k: int = 16
-    activation: Literal["topk", "batch_topk"] = "batch_topk"
+    activation: Activation = "batch_topk"
     widths: tuple[int, ...] | None = None
-    """Cumulative Matryoshka widths, strictly increasing, the last one d_sae; null trains the full width only."""
     prefix_weights: tuple[float, ...] | None = None
-    """One weight a prefix; null weighs every prefix 1."""
-    skip: bool = False
-    """Add a linear skip connection W_skip @ x."""
     normalize: Literal["none", "rms", "standardize"] = "standardize"
     """Source and target each by its own statistics: scaled to mean square 1, `standardize` also subtracts the mean."""
     normalization_tokens: int = 16384
-    loss: Literal["mse", "saelens", "dictionary_learning", "fvu"] = "mse"
-    """Convention of the reconstruction loss, see transcoder.losses."""
-    aux_k: int | None = None
-    """Dead latents that AuxK revives a token; null is d_in / 2, 0 switches AuxK off."""
-    aux_coefficient: float = 1 / 32
-    dead_after_tokens: int = 10_000_000
-    threshold_rate: float = 0.05
-    """Rate of the fp32 running mean of the smallest selected value (BatchTopK's threshold at inference). That minimum is
-    taken over batch_size * k values and hardly varies, so a short memory costs no noise and keeps up with training."""
+
+    where: ClassVar[str] = "transcoder."
+    error: ClassVar[type[ValueError]] = ConfigError
 
     def __post_init__(self) -> None:
-        n = "transcoder."
-        _require(self.d_sae >= 1, n + "d_sae", "at least 1", self.d_sae)
-        _require(1 <= self.k <= self.d_sae, n + "k", f"between 1 and d_sae = {self.d_sae}", self.k)
-        _require(
-            self.activation in ("topk", "batch_topk"),
-            n + "activation",
-            "'topk' or 'batch_topk'",
-            self.activation,
-        )
-        if self.widths is not None:
-            w = self.widths
-            increasing = len(w) > 0 and w[0] >= 1 and all(a < b for a, b in itertools.pairwise(w))
-            _require(increasing, n + "widths", "cumulative, strictly increasing, positive widths", list(w))
-            _require(w[-1] == self.d_sae, n + "widths", f"a last width of d_sae = {self.d_sae}", list(w))
-        if self.prefix_weights is not None:
-            prefixes = 1 if self.widths is None else len(self.widths)
-            ok = len(self.prefix_weights) == prefixes and all(x >= 0 and math.isfinite(x) for x in self.prefix_weights)
-            _require(
-                ok and sum(self.prefix_weights) > 0,
-                n + "prefix_weights",
-                f"{prefixes} finite weights, none negative, not all 0",
-                list(self.prefix_weights),
-            )
-        _require(self.aux_k is None or self.aux_k >= 0, n + "aux_k", "null or at least 0", self.aux_k)
-        _require(self.aux_coefficient >= 0, n + "aux_coefficient", "at least 0", self.aux_coefficient)
-        _require(self.dead_after_tokens >= 1, n + "dead_after_tokens", "at least 1", self.dead_after_tokens)
-        _require(0 < self.threshold_rate <= 1, n + "threshold_rate", "in (0, 1]", self.threshold_rate)
-        _require(
-            self.normalization_tokens >= 2,
-            n + "normalization_tokens",
-            "at least 2",
-            self.normalization_tokens,
-        )
+        super().__post_init__()
+        self._require("normalization_tokens", self.normalization_tokens >= 2, "at least 2")
+
+    def config(self, d_in: int, d_out: int) -> TranscoderConfig:
+        """The config of a transcoder of these settings."""
+        shared = {f.name: getattr(self, f.name) for f in dataclasses.fields(DictionarySettings)}
+        return TranscoderConfig(d_in, d_out, **shared)
 
 
 @dataclass(frozen=True)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from transcoder.dictionary_config import CONVENTIONS, Convention
 from transcoder.kernels import SparseCodes, nested_loss, topk_encode
-
-Convention = Literal["mse", "saelens", "dictionary_learning", "fvu"]
-CONVENTIONS: tuple[Convention, ...] = ("mse", "saelens", "dictionary_learning", "fvu")
 
 
 class Reconstruction(NamedTuple):

@@ -3,123 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from transcoder.dictionary_config import TranscoderConfig
 from transcoder.kernels import SparseCodes, batch_topk_encode, sparse_decode, threshold_encode, topk_encode
-from transcoder.kernels.checks import Checks, check_finite_rows, check_float_matrix, check_mode, check_widths
-from transcoder.losses import CONVENTIONS, Convention, auxk_loss, reconstruction_loss
+from transcoder.kernels.checks import Checks, check_finite_rows, check_float_matrix, check_mode
+from transcoder.losses import auxk_loss, reconstruction_loss
 from transcoder.pretrained import check_tensors, local_folder, read_config, read_weights, write_pair
+
+__all__ = ["StepOutput", "Transcoder", "TranscoderConfig"]
 
 LEAST_RMS, MOST_RMS = 1e-30, 1e30
 """What a normalisation can divide by: the inverse, and activations 1e8 times as large, still fit fp32."""
-
-
-@dataclass(frozen=True)
-class TranscoderConfig:
-    """Shape and training rules of one transcoder. Errors name the field."""
-
-    d_in: int
-    d_out: int
-    d_sae: int
-    k: int
-    activation: Literal["topk", "batch_topk"] = "topk"
-    widths: Sequence[int] | None = None
-    """Cumulative Matryoshka widths, strictly increasing, the last one d_sae; None is [d_sae]."""
-    skip: bool = False
-    prefix_weights: Sequence[float] | None = None
-    """One a width; None weighs each 1."""
-    loss: Convention = "mse"
-    aux_k: int | None = None
-    """Dead latents AuxK may use a token; None is d_in // 2 (at least 1), 0 switches it off."""
-    aux_coefficient: float = 1 / 32
-    dead_after_tokens: int = 10_000_000
-    threshold_rate: float = 0.05
-    latent_thresholds: bool = False
-    """BatchTopK at inference compares each latent with a threshold of its own [d_sae]: JumpReLU, as imported ones have it."""
-
-    def __post_init__(self) -> None:
-        for name in ("d_in", "d_out", "d_sae", "k", "dead_after_tokens"):
-            _check_type(name, getattr(self, name), int)
-            if getattr(self, name) < 1:
-                raise ValueError(f"TranscoderConfig.{name}: expected at least 1, got {getattr(self, name)}")
-        if self.aux_k is not None:
-            _check_type("aux_k", self.aux_k, int)
-        for name in ("aux_coefficient", "threshold_rate"):
-            _check_type(name, getattr(self, name), float)
-        _check_type("skip", self.skip, bool)
-        _check_type("latent_thresholds", self.latent_thresholds, bool)
-        if self.k > self.d_sae:
-            raise ValueError(f"TranscoderConfig.k: expected at most d_sae = {self.d_sae}, got {self.k}")
-        if self.activation not in ("topk", "batch_topk"):
-            raise ValueError(f"TranscoderConfig.activation: expected 'topk' or 'batch_topk', got {self.activation!r}")
-        if self.latent_thresholds and self.activation != "batch_topk":
-            raise ValueError("TranscoderConfig.latent_thresholds: expected activation 'batch_topk' with it, got 'topk'")
-        if self.loss not in CONVENTIONS:
-            raise ValueError(f"TranscoderConfig.loss: expected one of {', '.join(CONVENTIONS)}, got {self.loss!r}")
-        widths = (self.d_sae,) if self.widths is None else _checked_list("widths", self.widths, int)
-        check_widths("TranscoderConfig", widths, self.d_sae)
-        if widths[-1] != self.d_sae:
-            raise ValueError(
-                f"TranscoderConfig.widths: expected the last to be d_sae = {self.d_sae}, got {list(widths)}"
-            )
-        weights = (
-            (1.0,) * len(widths)
-            if self.prefix_weights is None
-            else _checked_list("prefix_weights", self.prefix_weights, float)
-        )
-        if len(weights) != len(widths) or any(not math.isfinite(w) or w < 0 for w in weights) or sum(weights) <= 0:
-            raise ValueError(
-                f"TranscoderConfig.prefix_weights: expected {len(widths)} finite weights, none negative, not all 0, "
-                f"got {list(weights)}"
-            )
-        object.__setattr__(self, "widths", widths)
-        object.__setattr__(self, "prefix_weights", weights)
-        for name, fits, expected in (
-            ("aux_k", self.aux_k is None or self.aux_k >= 0, "None or at least 0"),
-            ("aux_coefficient", 0 <= self.aux_coefficient < math.inf, "finite, at least 0"),
-            ("threshold_rate", 0 < self.threshold_rate <= 1, "in (0, 1]"),
-        ):
-            if not fits:
-                raise ValueError(f"TranscoderConfig.{name}: expected {expected}, got {getattr(self, name)!r}")
-
-    @property
-    def aux_latents(self) -> int:
-        return max(1, self.d_in // 2) if self.aux_k is None else self.aux_k
-
-    def to_dict(self) -> dict[str, Any]:
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> TranscoderConfig:
-        known = {f.name for f in fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise ValueError(f"TranscoderConfig: unknown fields {unknown}; known: {sorted(known)}")
-        missing = [name for name in ("d_in", "d_out", "d_sae", "k") if name not in values]
-        if missing:
-            raise ValueError(f"TranscoderConfig: expected {', '.join(missing)}, missing from {sorted(values)}")
-        return cls(**values)
-
-
-def _check_type(name: str, value: object, kind: type) -> None:
-    fits = isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
-    if not fits:
-        what = {int: "an int", float: "a number", bool: "True or False"}[kind]
-        raise TypeError(f"TranscoderConfig.{name}: expected {what}, got {value!r}")
-
-
-def _checked_list(name: str, values: object, kind: type) -> tuple[Any, ...]:
-    if not isinstance(values, (list, tuple)):
-        raise TypeError(f"TranscoderConfig.{name}: expected a list or tuple, got {values!r}")
-    for i, value in enumerate(values):
-        _check_type(f"{name}[{i}]", value, kind)
-    return tuple(kind(value) for value in values)
 
 
 class StepOutput(NamedTuple):

@@ -11,7 +11,6 @@ import types
 import typing
 from typing import Any, Literal
 
-from transcoder import config as config_module
 from transcoder.config import RunConfig
 
 
@@ -57,22 +56,23 @@ def _settings(cls: type, defaults: Any, prefix: str) -> typing.Iterator[Setting]
         if dataclasses.is_dataclass(default):
             yield from _settings(type(default), default, f"{prefix}{f.name}.")
         else:
-            text = _docstrings().get((cls.__name__, f.name), "")
+            text = next((found[f.name] for c in cls.__mro__ if f.name in (found := _docstrings(c))), "")
             yield Setting(prefix + f.name, _kind(hints[f.name]), _shown(default), text)
 
 
 @functools.cache
-def _docstrings() -> dict[tuple[str, str], str]:
-    """{(class, field): docstring}: Python keeps no docstrings of fields, so they are read from the source."""
+def _docstrings(cls: type) -> dict[str, str]:
+    """{field: docstring} of what a class itself declares: Python keeps no docstrings of fields, so its source is read."""
+    if not dataclasses.is_dataclass(cls):
+        return {}
+    (node,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
     found = {}
-    for node in ast.parse(inspect.getsource(config_module)).body:
-        if not isinstance(node, ast.ClassDef):
-            continue
+    if isinstance(node, ast.ClassDef):
         for field, text in zip(node.body, node.body[1:], strict=False):
             if not (isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)):
                 continue
             if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
-                found[node.name, field.target.id] = " ".join(str(text.value.value).split())
+                found[field.target.id] = " ".join(str(text.value.value).split())
     return found
 
 

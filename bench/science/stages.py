@@ -13,7 +13,7 @@ from torch import Tensor
 from bench.science.statistics import of_mean, of_share, of_two
 from bench.science.table import Line, at_least, at_most, told
 from bench.science.toy import D_SAE, Found, Sinks, Toy, examine, independent, train, unmasked
-from transcoder.reporting.compare_seeds import interval
+from transcoder.reporting.statistics import interval
 
 FEATURES = 160
 TRUE_L0 = 5

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from statistics import fmean
 
-from transcoder.reporting.compare_seeds import interval
+from transcoder.reporting.statistics import interval
 
 NORMAL_95 = 1.96
 

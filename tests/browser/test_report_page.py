@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.reporting.conftest import synthetic_run
-from transcoder.reporting import RunFolder, compare_runs, write_report
+from transcoder.reporting import Run, compare_runs, write_report
 from transcoder.reporting.compare_page import write_run_comparison
 
 LATENTS = 18_432
@@ -53,7 +53,7 @@ def test_the_values_of_a_chart_are_there_as_a_table(open_page: OpenPage, address
 def test_a_planted_pair_is_found_by_clicking(open_page: OpenPage, address: str, run_with_hostile_tokens: Path) -> None:
     """Down to the duplicates, the first pair's button, and both latents fire on the same words."""
     page = open_page(address)
-    pair = max(RunFolder(run_with_hostile_tokens).correlation["pairs"], key=lambda p: p["correlation"])
+    pair = max(Run(run_with_hostile_tokens).correlation["pairs"], key=lambda p: p["correlation"])
     page.get_by_role("navigation").get_by_role("link", name="Duplicates").click()
     row = page.locator("#pairs tbody tr").first
     assert row.locator(".chip").all_inner_texts() == [str(pair["i"]), str(pair["j"])]
@@ -112,12 +112,12 @@ def test_search_and_filters(open_page: OpenPage, address: str, run_with_hostile_
     count.filter(has_text=f"{sum(i < 64 for i in texts)} of {every} latents").wait_for()
     page.locator("#latent-prefix").select_option(label="all")
     page.locator("#latent-group").select_option(label="in any group")
-    grouped = {i for g in RunFolder(run_with_hostile_tokens).correlation["candidate_components"] for i in g}
+    grouped = {i for g in Run(run_with_hostile_tokens).correlation["candidate_components"] for i in g}
     count.filter(has_text=f"{len(grouped)} of {every} latents").wait_for()
 
 
 def test_pairs_are_filtered(open_page: OpenPage, address: str, run_with_hostile_tokens: Path) -> None:
-    pairs = RunFolder(run_with_hostile_tokens).correlation["pairs"]
+    pairs = Run(run_with_hostile_tokens).correlation["pairs"]
     page = open_page(address)
     page.locator("#pair-flagged").check()
     assert page.locator("#pairs tbody tr").count() == sum(p["flagged"] for p in pairs)

@@ -13,9 +13,7 @@ import torch
 from transformers import AutoTokenizer, Gemma2ForCausalLM, PreTrainedTokenizerFast
 
 import transcoder.demo
-from transcoder.demo import language_model_path
-from transcoder.demo.stdlib_text import iter_documents
-from transcoder.demo.train_language_model import (
+from tools.train_language_model import (
     Recipe,
     batches,
     bytes_per_token,
@@ -29,6 +27,8 @@ from transcoder.demo.train_language_model import (
     unigram_loss,
     windows,
 )
+from transcoder.demo import language_model_path
+from transcoder.demo.stdlib_text import iter_documents
 
 SEQ_LEN = 128
 
@@ -73,7 +73,7 @@ def test_folder_is_complete_and_small() -> None:
 
 def test_missing_folder_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transcoder.demo, "_MODEL_FOLDER", tmp_path / "language_model")
-    with pytest.raises(FileNotFoundError, match=r"python -m transcoder\.demo\.train_language_model --out"):
+    with pytest.raises(FileNotFoundError, match=r"python tools/train_language_model\.py --out"):
         language_model_path()
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from transcoder.config import RunConfig
-from transcoder.reporting import MetricsWriter, RunFolder, compare_runs, format_comparison, write_comparison
+from transcoder.reporting import MetricsWriter, Run, compare_runs, format_comparison, write_comparison
 
 MakeRun = Callable[..., Path]
 
@@ -39,9 +39,9 @@ def row(comparison: dict, name: str) -> dict:
 
 def test_figures_are_those_of_the_folders(runs: tuple[Path, Path]) -> None:
     comparison = compare_runs(*runs)
-    a, b = (RunFolder(path) for path in runs)
+    a, b = (Run(path) for path in runs)
     fvu = row(comparison, "evaluation/fvu")
-    assert fvu["values"] == [a.figure("evaluation/fvu"), b.figure("evaluation/fvu")]
+    assert fvu["values"] == [a.metric("evaluation/fvu"), b.metric("evaluation/fvu")]
     assert fvu["differences"] == [None, fvu["values"][1] - fvu["values"][0]]
     assert fvu["verdicts"] == [None, "better" if fvu["differences"][1] < 0 else "worse"]
     speed = row(comparison, "metrics/tokens_per_second")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from transcoder import cli
-from transcoder.reporting import RunFolder
+from transcoder.reporting import Run
 from transcoder.reporting.compare_seeds import compare_methods, format_methods
 
 
@@ -41,12 +41,12 @@ def test_differences_are_paired_by_seed(methods: dict[str, list[Path]]) -> None:
     json.dumps(comparison, allow_nan=False)
     assert (comparison["methods"], comparison["seeds"]) == (["base", "lower", "noise"], 3)
     fvu = row(comparison, "evaluation/fvu")
-    base = [RunFolder(run).figure("evaluation/fvu") for run in methods["base"]]
+    base = [Run(run).metric("evaluation/fvu") for run in methods["base"]]
     assert fvu["means"][0] == pytest.approx(statistics.fmean(base))
     d = fvu["differences"][1]
     # Student's t of two degrees of freedom: 4.303 standard errors.
     assert d["mean"] == pytest.approx(-0.021)
-    assert d["high"] - d["mean"] == pytest.approx(4.303 * 0.001 / 3**0.5)
+    assert d["high"] - d["mean"] == pytest.approx(4.302653 * 0.001 / 3**0.5)
     assert fvu["relative"][1]["mean"] == pytest.approx(-0.021 / fvu["means"][0])
     assert fvu["verdicts"] == [None, "better", "no difference seen"]
     assert row(comparison, "metrics/l0")["verdicts"] == [None, None, None]

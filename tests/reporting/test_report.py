@@ -22,7 +22,7 @@ import yaml
 
 from transcoder.antidup.sequence_counts import SequenceCounts
 from transcoder.kernels import SparseCodes
-from transcoder.reporting import RunFolder, latent_cards, plotly_bundle, write_report
+from transcoder.reporting import Run, latent_cards, plotly_bundle, write_report
 from transcoder.reporting import report as report_module
 from transcoder.reporting.html import embedded_json, escape
 from transcoder.reporting.sections.duplicates import SEQUENCES_COUNTABLE
@@ -126,10 +126,10 @@ def test_every_section_is_there(page: Page) -> None:
 
 
 def test_overview_tells_figures_baselines_and_verdicts(page: Page, finished_run: Path) -> None:
-    run = RunFolder(finished_run)
+    run = Run(finished_run)
     assert page.core["header"]["pill"] == ["finished", "good"]
     assert "600 of 600 steps" in page.core["header"]["facts"]
-    own = run.figure("evaluation/fvu")
+    own = run.metric("evaluation/fvu")
     assert own is not None
     assert f"{own:.4g}" in page.words
     assert "is below the best linear map's" in page.words
@@ -169,7 +169,7 @@ def test_curves_have_values_and_a_text(page: Page) -> None:
 
 
 def test_duplicates_are_sorted_and_link_to_their_latents(page: Page, finished_run: Path) -> None:
-    pairs = RunFolder(finished_run).correlation["pairs"]
+    pairs = Run(finished_run).correlation["pairs"]
     (block,) = blocks_of(page.core["sections"], "pairs")
     expected = sorted(pairs, key=lambda p: -p["correlation"])
     assert [(p["i"], p["j"]) for p in block["rows"]] == [(p["i"], p["j"]) for p in expected]
@@ -319,7 +319,7 @@ def test_the_setting_bounds_the_latents(wanted: int, make_run: Callable[..., Pat
     cards = page.cards
     assert len(cards) == wanted
     if wanted == 7:
-        strongest = RunFolder(path).correlation["pairs"][0]
+        strongest = Run(path).correlation["pairs"][0]
         assert {strongest["i"], strongest["j"]} <= cards.keys()
 
 
@@ -367,7 +367,7 @@ def test_one_broken_part_does_not_cost_the_others(
 ) -> None:
     path = shutil.copytree(finished_run, tmp_path / "run")
 
-    def broken(run: RunFolder) -> str:
+    def broken(run: Run) -> str:
         raise KeyError("<b>no such key</b>")
 
     monkeypatch.setattr(report_module.positions, "section", broken)

@@ -20,8 +20,8 @@ class Block:
         if name.partition(".")[0] in {"torch", "triton", "transformer_lens", "plotly"}: raise ImportError(f"blocked: {name}")
 sys.meta_path.insert(0, Block())
 from transcoder.reporting.report import payload
-from transcoder.reporting.runfolder import RunFolder
-core, cards = payload(RunFolder(sys.argv[1]))
+from transcoder.reporting.run import Run
+core, cards = payload(Run(sys.argv[1]))
 assert cards.with_contexts and len(core["sections"]) == 7
 """
 

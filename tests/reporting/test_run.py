@@ -77,12 +77,12 @@ def test_figures_settings_and_columns(run: Run) -> None:
     assert steps.dtype == np.int64
     assert list(steps[:3]) == [10, 20, 30]
     assert values.dtype == np.float64
-    assert values[-1] == run.folder.metrics.get("metrics/fvu").last()
+    assert values[-1] == run.metrics.get("metrics/fvu").last()
     assert np.isinf(run.metrics["details/gradient_norm"].values[3])
     assert run.metrics.events[0]["event"] == "checkpoint"
     with pytest.raises(KeyError, match="near are metrics/fvu"):
         run.metrics["metrics/fvuu"]
-    assert run.figure("evaluation/fvu") == run.summary["evaluation/fvu"]
+    assert run.metric("evaluation/fvu") == run.summary["evaluation/fvu"]
 
 
 def test_nothing_is_read_before_it_is_asked_for(folder: Path, tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_nothing_is_read_before_it_is_asked_for(folder: Path, tmp_path: Path) ->
 
 
 def test_a_latent(run: Run, folder: Path) -> None:
-    samples = run.folder.samples
+    samples = run.samples
     assert samples is not None
     latent = run.latents[3]
     assert (latent.id, latent.prefix, latent.prefix_width) == (3, 0, 64)
@@ -203,7 +203,7 @@ def test_the_table_filters_sorts_and_searches(run: Run) -> None:
 
 def test_duplicates(run: Run) -> None:
     found = run.duplicates
-    report = run.folder.correlation
+    report = run.correlation
     assert len(found) == found.total == report["pairs_total"]
     assert [p.correlation for p in found] == sorted((p["correlation"] for p in report["pairs"]), reverse=True)
     first = found[0]
@@ -221,19 +221,28 @@ def test_duplicates(run: Run) -> None:
     assert left.top[0].tokens
 
 
-def test_smaller_views(run: Run) -> None:
-    widths = [p.width for p in run.prefixes]
-    assert widths == list(WIDTHS)
-    assert run.prefixes.heldout is True
-    assert run.prefixes[0].gain is None
-    assert run.prefixes[1].gain == pytest.approx(run.prefixes[0].fvu - run.prefixes[1].fvu)
-    assert [v.state for v in run.ledger] == ["used", "not proven", "used", "off"]
-    samples = run.folder.samples
+def test_tables_are_data_frames(run: Run) -> None:
+    prefixes = run.prefixes
+    assert prefixes.index.tolist() == list(WIDTHS)
+    assert prefixes.added.tolist() == [64, 128, 256, 64]
+    assert prefixes.attrs["heldout"] is True
+    assert np.isnan(prefixes.gain[64])
+    assert prefixes.gain[192] == pytest.approx(prefixes.fvu[64] - prefixes.fvu[192])
+    assert run.ledger.state.tolist() == ["used", "not proven", "used", "off"]
+    samples = run.samples
     assert samples is not None
-    assert run.positions.top.sum() == samples.top.sum()
+    assert run.positions.strongest.sum() == samples.top.sum()
     assert run.positions.stratified.sum() == (~samples.top).sum()
-    assert run.positions.edges[-1] == 128
-    assert run.positions.sink_share == 0.013
+    assert run.positions.attrs["edges"][-1] == 128
+    assert run.positions.attrs["sink_share"] == 0.013
+    metrics = run.metrics.frame()
+    assert metrics.index[-1] == 600
+    assert metrics["metrics/fvu"].iloc[-1] == run.metrics["metrics/fvu"].values[-1]
+    assert metrics["evaluation/fvu"].count() == 6
+    pairs = run.duplicates.frame()
+    assert (len(pairs), pairs.correlation.max()) == (len(run.duplicates), run.duplicates[0].correlation)
+    latents = run.latents.frame()
+    assert latents.loc[3, "max_activation"] == run.latents[3].max_activation
 
 
 def test_a_folder_that_holds_no_run_is_refused(tmp_path: Path, folder: Path) -> None:
@@ -252,7 +261,7 @@ def test_what_is_missing_says_why(make_run: MakeRun) -> None:
     shutil.rmtree(path / "anti_duplication_logs")
     run = Run(path)
     with pytest.raises(RunPartMissingError, match=r"no summary: .*interrupted or is still going"):
-        run.summary  # noqa: B018
+        run.summary["evaluation/fvu"]
     with pytest.raises(RunPartMissingError, match="no contexts: the sample collector was switched off"):
         run.latents[3].contexts  # noqa: B018
     with pytest.raises(RunPartMissingError, match="no positions: the sample collector was switched off"):
@@ -301,7 +310,7 @@ def test_a_checkpoint_that_goes_away_says_so(make_run: MakeRun) -> None:
 
 def test_a_running_run_is_read_again_when_asked(make_run: MakeRun) -> None:
     run = Run(make_run(steps=100, interrupted=True))
-    assert run.folder.last_step == 40
+    assert run.last_step == 40
     with open(run.path / "metrics.jsonl", "a") as file:
         file.write(json.dumps({"step": 50, "time": 1.0, "metrics/fvu": 0.5}) + "\n")
     assert run.metrics["metrics/fvu"].steps[-1] == 40
@@ -311,7 +320,7 @@ def test_a_running_run_is_read_again_when_asked(make_run: MakeRun) -> None:
 def representations(run: Run) -> list[object]:
     pair = run.duplicates[0]
     views = [run, run.metrics, run.latents, run.latents.search("<"), run.latents.filter(group=True)]
-    views += [run.duplicates, run.duplicates.flagged, pair, run.positions, run.prefixes, run.ledger]
+    views += [run.duplicates, run.duplicates.flagged, pair]
     return views + [latent for latent in run.latents if latent.contexts][:3] + run.latents[3].contexts
 
 

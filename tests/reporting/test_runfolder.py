@@ -1,4 +1,4 @@
-"""RunFolder: reads what is there, says what is not."""
+"""Run: reads what is there, says what is not."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from typing import Any
 import numpy as np
 import pytest
 
-from transcoder.reporting import RunFolder
+from transcoder.reporting import Run
 
 
-def missing(run: RunFolder) -> dict[str, str]:
+def missing(run: Run) -> dict[str, str]:
     return {m.what: m.why for m in run.missing}
 
 
 def test_a_whole_run(finished_run: Path) -> None:
-    run = RunFolder(finished_run)
+    run = Run(finished_run)
     assert run.missing == []
     assert run.name == "synthetic"
     assert run.status == "finished"
     assert run.last_step == 600
     assert run.setting("transcoder.widths") == [64, 192, 448, 512]
     assert run.setting("transcoder.nothing", 7) == 7
-    assert list(run.prefix_figures("evaluation/fvu_prefix")) == [64, 192, 448, 512]
-    assert run.figure("no/such") is None
+    assert list(run.prefix_metrics("evaluation/fvu_prefix")) == [64, 192, 448, 512]
+    assert run.metric("no/such") is None
     assert run.correlation["step"] == 600
     assert [step for step, _ in run.correlation_files] == [100, 200, 300, 400, 500, 600]
     assert run.part_enabled("activation_samples") is False
@@ -35,7 +35,7 @@ def test_a_whole_run(finished_run: Path) -> None:
 
 
 def test_series_keep_what_is_not_finite(finished_run: Path) -> None:
-    series = RunFolder(finished_run).metrics.get("details/gradient_norm")
+    series = Run(finished_run).metrics.get("details/gradient_norm")
     assert len(series) == 60
     assert series.values[3] == math.inf
     assert 40 not in series.at_steps()
@@ -47,15 +47,15 @@ def test_series_keep_what_is_not_finite(finished_run: Path) -> None:
 
 def test_the_summary_wins_over_the_last_line(make_run: Callable[..., Path]) -> None:
     path = make_run(steps=100)
-    run = RunFolder(path)
+    run = Run(path)
     (path / "summary.json").write_text('{"metrics/l0": 12.5, "evaluation/fvu": NaN, "seconds": 3}')
-    assert run.figure("metrics/l0") == 12.5
-    assert run.figure("evaluation/fvu") == run.metrics.get("evaluation/fvu").last()
-    assert run.figure("seconds") is None
+    assert run.metric("metrics/l0") == 12.5
+    assert run.metric("evaluation/fvu") == run.metrics.get("evaluation/fvu").last()
+    assert run.metric("seconds") is None
 
 
 def test_an_empty_folder_names_everything(tmp_path: Path) -> None:
-    run = RunFolder(tmp_path)
+    run = Run(tmp_path, empty_ok=True)
     assert set(missing(run)) == {
         "config.yaml",
         "metrics.jsonl",
@@ -68,18 +68,18 @@ def test_an_empty_folder_names_everything(tmp_path: Path) -> None:
     assert run.last_step is None
     assert run.samples is None
     assert run.correlation == {}
-    assert run.prefix_figures("evaluation/fvu_prefix") == {}
+    assert run.prefix_metrics("evaluation/fvu_prefix") == {}
     with pytest.raises(FileNotFoundError, match="no such folder"):
-        RunFolder(tmp_path / "nothing")
+        Run(tmp_path / "nothing")
 
 
 def test_an_interrupted_run(make_run: Callable[..., Path]) -> None:
-    run = RunFolder(make_run(steps=600, interrupted=True))
+    run = Run(make_run(steps=600, interrupted=True))
     assert run.last_step == 270
     assert list(missing(run)) == ["summary.json"]
     assert run.status == "interrupted or still running"
     assert not run.finished
-    assert run.figure("evaluation/fvu") is not None, "the last evaluation in metrics.jsonl counts"
+    assert run.metric("evaluation/fvu") is not None, "the last evaluation in metrics.jsonl counts"
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_damage_is_named_and_read_past(
 ) -> None:
     path = shutil.copytree(make_run(steps=100, latents=3), tmp_path / "run")
     (path / name).write_bytes(content)
-    run = RunFolder(path)
+    run = Run(path)
     told = missing(run)
     assert len(told) == 1
     assert next(iter(told)).split(".")[0] in (name.split(".")[0], "activation samples")
@@ -109,13 +109,13 @@ def test_damage_is_named_and_read_past(
 def test_a_damaged_newest_report_falls_back(make_run: Callable[..., Path], tmp_path: Path) -> None:
     path = shutil.copytree(make_run(steps=300, latents=3), tmp_path / "run")
     (path / "anti_duplication_logs" / "correlation_step_00000300.json").write_text('{"pairs": [')
-    run = RunFolder(path)
+    run = Run(path)
     assert run.correlation["step"] == 200
     assert list(missing(run)) == ["anti_duplication_logs/correlation_step_00000300.json"]
 
 
 def test_samples_by_row(finished_run: Path) -> None:
-    samples = RunFolder(finished_run).samples
+    samples = Run(finished_run).samples
     assert samples is not None
     (rows,) = np.nonzero(samples.latent == samples.latent[0])
     contexts = samples.contexts(rows)
@@ -125,11 +125,11 @@ def test_samples_by_row(finished_run: Path) -> None:
 
 def test_status_is_the_newest_truth(make_run: Callable[..., Path]) -> None:
     path = make_run(steps=100, latents=1)
-    assert RunFolder(path).finished
+    assert Run(path).finished
     (path / "summary.json").write_text('{"step": 100, "finished": false, "interrupted_by": "SIGTERM"}')
-    assert RunFolder(path).status == "stopped by SIGTERM"
+    assert Run(path).status == "stopped by SIGTERM"
     (path / "summary.json").write_text('{"step": 50, "finished": true}')
-    assert RunFolder(path).status == "interrupted or still running", "the summary is older than the metrics"
+    assert Run(path).status == "interrupted or still running", "the summary is older than the metrics"
 
 
 RESUME = '{"step": %d, "time": 1, "event": "resume", "payload": {"from_step": %d}}\n'
@@ -143,12 +143,12 @@ def test_the_summary_of_an_earlier_session_gives_no_figures(
     make_run: Callable[..., Path], back_to: int, now: int
 ) -> None:
     path = make_run(steps=100, latents=1)
-    assert RunFolder(path).figure("evaluation/fvu") != 0.125
+    assert Run(path).metric("evaluation/fvu") != 0.125
     (path / "metrics.jsonl").write_text(RESUME % (back_to, back_to) + LINE % now)
-    run = RunFolder(path)
+    run = Run(path)
     assert run.earlier_session == 100
-    assert run.figure("evaluation/fvu") == 0.125
-    assert run.figure("evaluation/baseline_linear_fvu") is None, (
+    assert run.metric("evaluation/fvu") == 0.125
+    assert run.metric("evaluation/baseline_linear_fvu") is None, (
         "no figure of the earlier session is shown as this one's"
     )
     assert (run.status, run.last_step, run.tokens) == ("interrupted or still running", now, 7)
@@ -158,17 +158,17 @@ def test_the_summary_of_an_earlier_session_gives_no_figures(
 def test_a_resumed_run_that_ended_has_its_summary_back(make_run: Callable[..., Path]) -> None:
     path = make_run(steps=100, latents=1)
     (path / "metrics.jsonl").write_text(RESUME % (40, 40) + LINE % 95)
-    run = RunFolder(path)
+    run = Run(path)
     assert (run.earlier_session, run.status, run.last_step) == (None, "finished", 100)
-    assert run.figure("evaluation/fvu") != 0.125
+    assert run.metric("evaluation/fvu") != 0.125
 
 
 @pytest.mark.parametrize("step", ["null", '"x"', "[1]", "NaN", "1" + "0" * 400])
 def test_a_summary_without_a_step_is_no_reason_to_fail(make_run: Callable[..., Path], step: str) -> None:
     path = make_run(steps=100, latents=1)
     (path / "summary.json").write_text(f'{{"step": {step}, "finished": true, "tokens": {step}, "a/b": {step}}}')
-    run = RunFolder(path)
-    assert (run.status, run.last_step, run.figure("a/b")) == ("finished", 100, None)
+    run = Run(path)
+    assert (run.status, run.last_step, run.metric("a/b")) == ("finished", 100, None)
 
 
 @pytest.mark.parametrize(
@@ -180,5 +180,5 @@ def test_a_summary_without_a_step_is_no_reason_to_fail(make_run: Callable[..., P
     ],
 )
 def test_why_there_are_no_heldout_facts(make_run: Callable[..., Path], options: dict[str, Any], why: str) -> None:
-    lacking = {m.what: m.why for m in RunFolder(make_run(steps=100, latents=1, **options)).lacking}
+    lacking = {m.what: m.why for m in Run(make_run(steps=100, latents=1, **options)).lacking}
     assert why in lacking["held-out facts of each latent"]

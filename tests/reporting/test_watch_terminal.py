@@ -20,12 +20,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from transcoder.reporting import run_process
-from transcoder.reporting.metrics_tail import MetricsTail
+from transcoder.reporting import run_process, terminal_view
+from transcoder.reporting.metrics_table import Metrics, Series
 from transcoder.reporting.run_process import LOCK_FILE, process_of
-from transcoder.reporting.series import Series
-from transcoder.reporting.terminal_view import fit, frame, look, sparkline
+from transcoder.reporting.terminal_view import Snapshot, sparkline
 from transcoder.reporting.watch_terminal import watch_terminal
 from transcoder.training.storage import LOCK_NAME, FolderLock
 
@@ -86,8 +86,16 @@ def trainer(unfinished: Path) -> Iterator[Trainer]:
     made.kill()
 
 
-def picture(run_dir: Path, columns: int = 100, plain: bool = False) -> str:
-    return "\n".join(frame(look(run_dir, MetricsTail(run_dir / "metrics.jsonl")), columns, plain))
+def look(run_dir: Path) -> Snapshot:
+    return terminal_view.look(run_dir, Metrics(run_dir / "metrics.jsonl"))
+
+
+def picture(run_dir: Path, columns: int = 100, encoding: str = "utf-8") -> str:
+    """What a terminal of so many columns shows."""
+    shown = io.TextIOWrapper(io.BytesIO(), encoding=encoding, write_through=True)
+    console = Console(file=shown, width=columns, highlight=False)
+    console.print(terminal_view.picture(look(run_dir), console.options.ascii_only))
+    return shown.buffer.getvalue().decode(encoding)
 
 
 def age(run_dir: Path, seconds: float) -> None:
@@ -166,38 +174,38 @@ def test_looking_never_holds_the_lock(unfinished: Path) -> None:
 
 def test_the_tail_reads_what_was_added(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
-    tail = MetricsTail(file)
+    tail = Metrics(file)
     assert tail.poll() is False
     assert tail.age_seconds is None
     file.write_text('{"step": 1, "time": 10, "a": 1}\n{"step": 2, "time": 12, "a": 2}\n{"step": 3, "ti')
     assert tail.poll() is True
-    assert list(tail.table.get("a").values) == [1, 2]
+    assert list(tail.get("a").values) == [1, 2]
     assert tail.poll() is False
     with open(file, "a") as more:
         more.write(
             'me": 14, "a": null, "nonfinite": {"a": "nan"}}\nno JSON\n{"event": "checkpoint", "step": 3, "time": 15}\n'
         )
     assert tail.poll() is True
-    assert list(tail.table.get("a").steps) == [1, 2, 3]
-    assert (tail.table.unreadable, tail.table.last_step, tail.table.seconds) == (1, 3, 15)
+    assert list(tail.get("a").steps) == [1, 2, 3]
+    assert (tail.unreadable, tail.last_step, tail.seconds) == (1, 3, 15)
     assert tail.seconds_per_step == tail.seconds_per_line == 2
-    assert [e["event"] for e in tail.table.events] == ["checkpoint"]
+    assert [e["event"] for e in tail.events] == ["checkpoint"]
 
 
 def test_a_file_that_a_resumed_run_cut_is_read_again(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     file.write_text("".join(f'{{"step": {n}, "time": {n}, "a": {n}}}\n' for n in range(10)))
-    tail = MetricsTail(file)
+    tail = Metrics(file)
     tail.poll()
     # As drop_after does it: another file takes the name, and is soon longer than the old one was.
     other = tmp_path / "other"
     other.write_text("".join(f'{{"step": {n}, "time": {n}, "a": {-n}}}\n' for n in range(20)))
     os.replace(other, file)
     assert tail.poll() is True
-    assert list(tail.table.get("a").values) == [-n for n in range(20)]
+    assert list(tail.get("a").values) == [-n for n in range(20)]
     file.write_text('{"step": 0, "time": 0, "a": 7}\n')
     tail.poll()
-    assert list(tail.table.get("a").values) == [7]
+    assert list(tail.get("a").values) == [7]
 
 
 # -- the picture
@@ -218,12 +226,12 @@ def test_a_picture_of_a_running_run(unfinished: Path, trainer: Trainer) -> None:
 
 def test_a_slow_run_is_told_from_a_dead_one(unfinished: Path, trainer: Trainer) -> None:
     age(unfinished, 400)
-    slow = look(unfinished, MetricsTail(unfinished / "metrics.jsonl"))
+    slow = look(unfinished)
     assert slow.state == "slow"
     assert f"process {trainer.process.pid} is alive, but its last line is 6:40 old" in slow.words
     assert not slow.ended
     trainer.kill()
-    dead = look(unfinished, MetricsTail(unfinished / "metrics.jsonl"))
+    dead = look(unfinished)
     assert dead.state == "dead"
     assert "is gone without a summary, its last line is 6:40 old" in dead.words
     assert dead.ended
@@ -233,17 +241,17 @@ def test_a_run_whose_lines_are_far_apart_is_not_slow(unfinished: Path, trainer: 
     for n in range(60):
         trainer.write(50 + n, 100.0 * n, metrics__fvu=0.5)
     age(unfinished, 400)
-    assert look(unfinished, MetricsTail(unfinished / "metrics.jsonl")).state == "running"
+    assert look(unfinished).state == "running"
 
 
 def test_an_earlier_sessions_summary_does_not_end_the_view(unfinished: Path, trainer: Trainer) -> None:
     summary = {"finished": False, "interrupted_by": "SIGTERM", "step": 40, "metrics/fvu": 0.123}
     (unfinished / "summary.json").write_text(json.dumps(summary))
-    snapshot = look(unfinished, MetricsTail(unfinished / "metrics.jsonl"))
+    snapshot = look(unfinished)
     assert snapshot.state == "running"
-    assert "0.123" not in "\n".join(frame(snapshot, 100))
+    assert "0.123" not in picture(unfinished)
     trainer.kill()
-    stopped = look(unfinished, MetricsTail(unfinished / "metrics.jsonl"))
+    stopped = look(unfinished)
     assert stopped.state == "stopped"
     assert "stopped by SIGTERM" in stopped.words
 
@@ -267,7 +275,7 @@ def test_hostile_names_and_events_stay_text(unfinished: Path, trainer: Trainer) 
 def test_plain_pictures_are_ascii(unfinished: Path, trainer: Trainer) -> None:
     config = (unfinished / "config.yaml").read_text()
     (unfinished / "config.yaml").write_text(config.replace("name: synthetic", "name: größe", 1))
-    assert picture(unfinished, plain=True).isascii()
+    assert picture(unfinished, encoding="ascii").isascii()
 
 
 def test_sparklines() -> None:
@@ -281,11 +289,6 @@ def test_sparklines() -> None:
     assert drawn([float("inf")], 1) == " "
     assert drawn([], 5) == ""
     assert drawn([1, 2], 10) == "▁█"
-
-
-def test_wide_letters_take_two_cells() -> None:
-    assert fit("模型 a", 5) == "模型 "
-    assert fit("abc", 2) == "ab"
 
 
 # -- the whole view

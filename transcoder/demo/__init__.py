@@ -27,8 +27,7 @@ def language_model_path() -> Path:
     if missing:
         raise FileNotFoundError(
             f"the packaged language model is incomplete: {', '.join(missing)} not found in {_MODEL_FOLDER}. "
-            "Install the package again with its package data, or train the model anew with "
-            f"`python -m transcoder.demo.train_language_model --out {_MODEL_FOLDER}` "
-            "(under an hour on one CPU thread)."
+            "Install the package again with its package data, or train the model again in a checkout with "
+            f"`python tools/train_language_model.py --out {_MODEL_FOLDER}` (under an hour on one CPU thread)."
         )
     return _MODEL_FOLDER

@@ -10,18 +10,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transcoder.reporting.compare import compare_runs, format_comparison, write_comparison
     from transcoder.reporting.metrics import MetricsWriter
+    from transcoder.reporting.parts import RunPartMissingError
     from transcoder.reporting.progress import ProgressBar
     from transcoder.reporting.report import write_report
     from transcoder.reporting.run import Run
-    from transcoder.reporting.run_errors import RunPartMissingError
-    from transcoder.reporting.runfolder import RunFolder
 
 _HOMES = {
     "MetricsWriter": "metrics",
     "ProgressBar": "progress",
     "Run": "run",
-    "RunFolder": "runfolder",
-    "RunPartMissingError": "run_errors",
+    "RunPartMissingError": "parts",
     "compare_runs": "compare",
     "format_comparison": "compare",
     "write_comparison": "compare",
@@ -32,7 +30,6 @@ __all__ = [
     "MetricsWriter",
     "ProgressBar",
     "Run",
-    "RunFolder",
     "RunPartMissingError",
     "compare_runs",
     "format_comparison",

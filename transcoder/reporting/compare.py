@@ -1,29 +1,30 @@
-"""Runs beside each other: final figures, differences from the first, and paired differences over the steps."""
+"""Runs side by side: final metrics, differences from the first run, and paired differences over the steps."""
 
 from __future__ import annotations
 
 import json
-import math
 import statistics
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from transcoder.files import replace_atomically
 from transcoder.reporting.format import MISSING, number
-from transcoder.reporting.runfolder import RunFolder
-from transcoder.reporting.summary_metrics import FIGURES, HELDOUT_FVU, L0, TRAINING_FVU, Figure
+from transcoder.reporting.run import Run
+from transcoder.reporting.statistics import half_width
+from transcoder.reporting.summary_metrics import HELDOUT_FVU, L0, SUMMARY_METRICS, TRAINING_FVU, SummaryMetric
+from transcoder.reporting.tables import ruled_table
 
 SCHEMA_VERSION = 1
 PAIRED = (TRAINING_FVU, HELDOUT_FVU, L0)
 BLOCKS = 10
 LEAST_STEPS = 2 * BLOCKS
 """Steps that a paired interval needs; with fewer there is a mean only."""
-STUDENT_95 = 2.262
-"""Two-sided 95 % quantile of Student's t with BLOCKS - 1 = 9 degrees of freedom."""
 
 
 def compare_runs(run_a: str | Path, run_b: str | Path, *more: str | Path) -> dict[str, Any]:
-    """Compare run folders; every difference is a run's figure minus the first run's.
+    """Compare run folders; every difference is a run's value minus the first run's.
 
     Returns JSON values:
         {"schema_version": 1,
@@ -34,7 +35,7 @@ def compare_runs(run_a: str | Path, run_b: str | Path, *more: str | Path) -> dic
          "paired": [{"name", "label", "steps", "from_step", "differences": [null, {"mean", "low", "high"}, ...]}, ...],
          "settings": {dotted name: [value per run]}}
 
-    A figure that a run lacks is null, never 0; a figure that every run lacks is left out. "verdicts" only compare the two
+    A metric that a run lacks is null, never 0; a metric that every run lacks is left out. "verdicts" only compare the two
     numbers. "paired" are mean differences at the steps that all runs logged, in the second half of those, with a 95 percent
     interval from the means of ten consecutive blocks (null below 20 steps). It covers the noise between batches, not between
     seeds: a claim about a method needs several seeds.
@@ -42,7 +43,7 @@ def compare_runs(run_a: str | Path, run_b: str | Path, *more: str | Path) -> dic
     Raises:
         FileNotFoundError: one of the paths is no folder.
     """
-    runs = [RunFolder(path) for path in (run_a, run_b, *more)]
+    runs = [Run(path, empty_ok=True) for path in (run_a, run_b, *more)]
     return {
         "schema_version": SCHEMA_VERSION,
         "runs": [
@@ -55,36 +56,30 @@ def compare_runs(run_a: str | Path, run_b: str | Path, *more: str | Path) -> dic
             }
             for run, label in zip(runs, _labels(runs), strict=True)
         ],
-        "figures": [row for figure in figures_of(runs) if (row := _row(figure, runs)) is not None],
-        "paired": [row for figure in PAIRED if (row := _paired_row(figure, runs)) is not None],
+        "figures": [row for metric in metrics_of(runs) if (row := _row(metric, runs)) is not None],
+        "paired": [row for metric in PAIRED if (row := _paired_row(metric, runs)) is not None],
         "settings": _different_settings(runs),
     }
 
 
 def format_comparison(comparison: dict[str, Any]) -> str:
     """The comparison as a table for a terminal. What a run lacks is '–', explained below the table."""
-    runs, figures = comparison["runs"], comparison["figures"]
+    runs = comparison["runs"]
     two = len(runs) == 2
-    head = ["", *(run["label"] for run in runs)] + (["difference", ""] if two else [])
-    rows = [head, ["status", *(run["status"] for run in runs)], ["steps", *(number(run["step"]) for run in runs)]]
-    for row in figures:
-        figure = figure_named(row)
-        texts = [figure.text(value) for value in row["values"]]
+    extra = ["", ""] if two else []
+    rows = [["status", *(run["status"] for run in runs), *extra]]
+    rows.append(["steps", *(number(run["step"]) for run in runs), *extra])
+    for row in comparison["figures"]:
+        metric, differences = metric_named(row), row["differences"]
+        texts = [metric.text(value) for value in row["values"]]
         if two:
-            texts += [_difference(figure, row["values"][0], row["differences"][1]), row["verdicts"][1] or ""]
+            texts += [_difference(metric, row["values"][0], differences[1]), row["verdicts"][1] or ""]
         else:
-            for n, difference in enumerate(row["differences"]):
-                if difference is not None:
-                    texts[n] += f" ({_signed(figure, difference)})"
+            signed = ("" if d is None else f" ({metric.signed(d)})" for d in differences)
+            texts = [text + difference for text, difference in zip(texts, signed, strict=True)]
         rows.append([row["label"], *texts])
-    columns = max(map(len, rows))
-    rows = [row + [""] * (columns - len(row)) for row in rows]
-    widths = [max(len(row[c]) for row in rows) for c in range(columns)]
-    lines = []
-    for row in rows:
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]
-        lines.append("  ".join(cells).rstrip())
-    lines.insert(1, "-" * max(map(len, lines)))
+    head = ["", *(run["label"] for run in runs), *(["difference", ""] if two else [])]
+    lines = [ruled_table(head, rows)]
     if not two:
         lines.append(f"In brackets: difference from {runs[0]['label']}.")
     return "\n".join([*lines, *_paired_lines(comparison), *_setting_lines(comparison), *_missing_lines(comparison)])
@@ -97,66 +92,55 @@ def write_comparison(comparison: dict[str, Any], path: str | Path) -> Path:
     return replace_atomically(path, json.dumps(comparison, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
-_KNOWN = {figure.name: figure for figure in FIGURES}
+_KNOWN = {metric.name: metric for metric in SUMMARY_METRICS}
 
 
-def figure_named(row: dict[str, Any]) -> Figure:
-    """The figure of a comparison's row."""
+def metric_named(row: dict[str, Any]) -> SummaryMetric:
+    """The metric of a comparison's row."""
     known = _KNOWN.get(row["name"])
-    return known or Figure(row["name"], row["label"], row.get("meaning", ""), row.get("better", "lower"))
+    return known or SummaryMetric(row["name"], row["label"], row.get("meaning", ""), row.get("better", "lower"))
 
 
-def figures_of(runs: list[RunFolder]) -> list[Figure]:
-    """The usual figures, with the FVU of every prefix behind the held-out one."""
-    figures = list(FIGURES)
-    widths = sorted({w for run in runs for w in run.prefix_figures("evaluation/fvu_prefix")})
+def metrics_of(runs: Sequence[Run]) -> list[SummaryMetric]:
+    """The usual metrics, with the FVU of every prefix behind the held-out one."""
+    first, *others = SUMMARY_METRICS
+    widths = sorted({w for run in runs for w in run.prefix_metrics("evaluation/fvu_prefix")})
     prefixes = [
-        Figure(f"evaluation/fvu_prefix_{w}", f"  prefix {number(w)}", "Held-out FVU of this prefix alone.", "lower")
+        SummaryMetric(
+            f"evaluation/fvu_prefix_{w}", f"  prefix {number(w)}", "Held-out FVU of this prefix alone.", "lower"
+        )
         for w in widths
     ]
-    return [figures[0], *(prefixes if len(prefixes) > 1 else []), *figures[1:]]
+    return [first, *(prefixes if len(prefixes) > 1 else []), *others]
 
 
-def _row(figure: Figure, runs: list[RunFolder]) -> dict[str, Any] | None:
-    values = [figure.of(run) for run in runs]
+def _row(metric: SummaryMetric, runs: list[Run]) -> dict[str, Any] | None:
+    values = [metric.of(run) for run in runs]
     if all(value is None for value in values):
         return None
     first = values[0]
     differences = [None if first is None or v is None or n == 0 else v - first for n, v in enumerate(values)]
     return {
-        "name": figure.name,
-        "label": figure.label,
-        "meaning": figure.meaning,
-        "better": figure.better,
+        **metric.described(),
         "values": values,
         "differences": differences,
-        "verdicts": [_verdict(figure, d) for d in differences],
+        "verdicts": ["same" if d == 0 and metric.better != "neither" else metric.verdict(d, d) for d in differences],
     }
 
 
-def _verdict(figure: Figure, difference: float | None) -> str | None:
-    if difference is None or figure.better == "neither":
-        return None
-    if difference == 0:
-        return "same"
-    return "better" if (difference < 0) == (figure.better == "lower") else "worse"
-
-
-def _paired_row(figure: Figure, runs: list[RunFolder]) -> dict[str, Any] | None:
-    columns = [run.metrics.get(figure.name).at_steps() for run in runs]
+def _paired_row(metric: SummaryMetric, runs: list[Run]) -> dict[str, Any] | None:
+    columns = [run.metrics.get(metric.name).at_steps() for run in runs]
     common = sorted(set.intersection(*(set(column) for column in columns)))
     late = common[len(common) // 2 :]
     if len(late) < 2:
         return None
-    differences: list[dict[str, float | None] | None] = [None]
-    for column in columns[1:]:
-        differences.append(_interval([column[s] - columns[0][s] for s in late]))
+    differences = [_interval([column[s] - columns[0][s] for s in late]) for column in columns[1:]]
     return {
-        "name": figure.name,
-        "label": figure.label,
+        "name": metric.name,
+        "label": metric.label,
         "steps": len(late),
         "from_step": late[0],
-        "differences": differences,
+        "differences": [None, *differences],
     }
 
 
@@ -165,12 +149,12 @@ def _interval(differences: list[float]) -> dict[str, float | None]:
     count, mean = len(differences), statistics.fmean(differences)
     if count < LEAST_STEPS:
         return {"mean": mean, "low": None, "high": None}
-    blocks = [statistics.fmean(differences[n * count // BLOCKS : (n + 1) * count // BLOCKS]) for n in range(BLOCKS)]
-    half = STUDENT_95 * statistics.stdev(blocks) / math.sqrt(BLOCKS)
+    bounds = [n * count // BLOCKS for n in range(BLOCKS + 1)]
+    half = half_width([statistics.fmean(differences[a:b]) for a, b in pairwise(bounds)])
     return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
-def _labels(runs: list[RunFolder]) -> list[str]:
+def _labels(runs: list[Run]) -> list[str]:
     """Folder names; where two are alike, with their parents' names until they differ."""
     paths = [run.path.resolve() for run in runs]
     for depth in range(1, max(len(p.parts) for p in paths) + 1):
@@ -180,7 +164,7 @@ def _labels(runs: list[RunFolder]) -> list[str]:
     return [str(p) for p in paths]
 
 
-def _different_settings(runs: list[RunFolder]) -> dict[str, list[Any]]:
+def _different_settings(runs: list[Run]) -> dict[str, list[Any]]:
     flat = [_flatten(run.config) for run in runs]
     names = dict.fromkeys(name for settings in flat for name in settings)
     rows = {name: [settings.get(name) for settings in flat] for name in names if name != "name"}
@@ -197,16 +181,11 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _signed(figure: Figure, difference: float) -> str:
-    sign = "+" if difference > 0 else "-" if difference < 0 else "±"
-    return sign + figure.text(abs(difference))
-
-
-def _difference(figure: Figure, first: float | None, difference: float | None) -> str:
+def _difference(metric: SummaryMetric, first: float | None, difference: float | None) -> str:
     if difference is None:
         return MISSING
-    text = _signed(figure, difference)
-    if figure.share or not first or not difference:
+    text = metric.signed(difference)
+    if metric.share or not first or not difference:
         return text
     relative = 100 * difference / abs(first)
     return f"{text} ({relative:+.1f} %)" if abs(relative) < 1000 else text

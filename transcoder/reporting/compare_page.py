@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from transcoder.files import replace_atomically
-from transcoder.reporting.compare import figure_named
+from transcoder.reporting.compare import metric_named
 from transcoder.reporting.elements import (
     Block,
     Cell,
@@ -22,8 +22,8 @@ from transcoder.reporting.elements import (
 )
 from transcoder.reporting.format import MISSING, number
 from transcoder.reporting.page import render_page
-from transcoder.reporting.runfolder import RunFolder
-from transcoder.reporting.summary_metrics import Figure
+from transcoder.reporting.run import Run
+from transcoder.reporting.summary_metrics import SummaryMetric
 
 FILE_NAME = "comparison.html"
 CURVES = (
@@ -45,7 +45,7 @@ def write_run_comparison(comparison: dict[str, Any], path: str | Path) -> Path:
     The runs' folders are read again for their curves.
     """
     labels = [run["label"] for run in comparison["runs"]]
-    folders = [RunFolder(run["path"]) for run in comparison["runs"]]
+    folders = [Run(run["path"], empty_ok=True) for run in comparison["runs"]]
     parts = [
         ("figures", "Figures", _figures(comparison, labels)),
         ("paired", "Paired differences", _paired(comparison, labels)),
@@ -90,10 +90,10 @@ def _write(path: str | Path, title: str, facts: Sequence[str], parts: Sequence[t
 def _figures(comparison: dict[str, Any], labels: list[str]) -> list[Block]:
     rows: list[list[Cell]] = []
     for row in comparison["figures"]:
-        figure = figure_named(row)
+        metric = metric_named(row)
         cells: list[Cell] = [{"text": row["label"].strip(), "note": row["meaning"]}]
         for value, difference, verdict in zip(row["values"], row["differences"], row["verdicts"], strict=True):
-            cells.append(_value(figure, value, difference, verdict))
+            cells.append(_value(metric, value, difference, verdict))
         rows.append(cells)
     lead = (
         f"Differences are from {labels[0]}. A verdict only says which number is better; how sure that is, is said under paired "
@@ -102,14 +102,13 @@ def _figures(comparison: dict[str, Any], labels: list[str]) -> list[Block]:
     return [text(lead, "lead"), table(["", *labels], rows, range(1, len(labels) + 1), caption="Final figures")]
 
 
-def _value(figure: Figure, value: float | None, difference: float | None, verdict: str | None) -> Cell:
+def _value(metric: SummaryMetric, value: float | None, difference: float | None, verdict: str | None) -> Cell:
     if value is None:
         return MISSING
     if difference is None:
-        return {"text": figure.text(value)}
-    sign = "+" if difference > 0 else "-" if difference < 0 else "±"
-    note = f"{sign}{figure.text(abs(difference))}"
-    return {"text": figure.text(value), "note": note if verdict is None else f"{note}, {verdict}"}
+        return {"text": metric.text(value)}
+    note = metric.signed(difference)
+    return {"text": metric.text(value), "note": note if verdict is None else f"{note}, {verdict}"}
 
 
 def _paired(comparison: dict[str, Any], labels: list[str]) -> list[Block]:
@@ -117,29 +116,22 @@ def _paired(comparison: dict[str, Any], labels: list[str]) -> list[Block]:
         return [text("The runs have too few logged steps in common for paired differences.", "empty")]
     drawn, rows = [], []
     for row in comparison["paired"]:
-        better = figure_named(row).better
+        metric = metric_named(row)
         found = []
         for label, d in zip(labels, row["differences"], strict=True):
             if d is not None:
-                found.append({"label": label, **d, "verdict": _verdict(d, better)})
+                found.append({"label": label, **d, "verdict": metric.verdict(d["low"], d["high"]) or ""})
                 rows.append([row["label"], label, interval_words(d), number(row["steps"]), number(row["from_step"])])
         drawn.append(interval_chart(row["label"], found, x_label=f"difference from {labels[0]}"))
     lead = (
         "Mean differences at the steps that all runs logged, in the second half of them, with 95 % intervals from twenty steps "
         "on. They cover the noise between batches; seeds are another matter."
     )
-    head = ["Figure", "Run", "Difference, mean [95 %]", "Steps", "From step"]
+    head = ["SummaryMetric", "Run", "Difference, mean [95 %]", "Steps", "From step"]
     return [text(lead, "lead"), charts(drawn), table(head, rows, [2, 3, 4], caption="Paired differences")]
 
 
-def _verdict(d: dict[str, float | None], better: str) -> str:
-    low, high = d["low"], d["high"]
-    if low is None or high is None or better == "neither" or low <= 0 <= high:
-        return ""
-    return "better" if (high < 0) == (better == "lower") else "worse"
-
-
-def _curves(labels: list[str], folders: list[RunFolder]) -> list[Block]:
+def _curves(labels: list[str], folders: list[Run]) -> list[Block]:
     drawn = []
     for name, title, unit in CURVES:
         lines = []

@@ -1,21 +1,20 @@
-"""Methods beside each other, each run with several seeds: paired differences with intervals over seeds."""
+"""Methods side by side, each run with several seeds: paired differences with intervals over seeds."""
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transcoder.reporting.compare import figures_of
+from transcoder.reporting.compare import metrics_of
 from transcoder.reporting.format import MISSING
-from transcoder.reporting.runfolder import RunFolder
-from transcoder.reporting.summary_metrics import Figure
+from transcoder.reporting.run import Run
+from transcoder.reporting.statistics import interval
+from transcoder.reporting.summary_metrics import SummaryMetric
+from transcoder.reporting.tables import ruled_table
 
 SCHEMA_VERSION = 1
-STUDENT_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-"""Two-sided 95 % quantiles of Student's t with 1 to 9 degrees of freedom; more runs than ten take the last."""
 
 
 def compare_methods(methods: Mapping[str, Sequence[str | Path]]) -> dict[str, Any]:
@@ -43,9 +42,9 @@ def compare_methods(methods: Mapping[str, Sequence[str | Path]]) -> dict[str, An
     if len(methods) < 2 or len({len(runs) for runs in methods.values()}) > 1 or not all(methods.values()):
         counts = ", ".join(f"{name}: {len(runs)}" for name, runs in methods.items())
         raise ValueError(f"compare: expected two or more methods of equally many runs (seeds), got {counts or 'none'}")
-    folders = [[RunFolder(path) for path in runs] for runs in methods.values()]
+    folders = [[Run(path, empty_ok=True) for path in runs] for runs in methods.values()]
     _check_seeds(methods, folders)
-    rows = [_row(figure, folders) for figure in figures_of([run for runs in folders for run in runs])]
+    rows = [_row(metric, folders) for metric in metrics_of([run for runs in folders for run in runs])]
     return {
         "schema_version": SCHEMA_VERSION,
         "methods": list(methods),
@@ -56,23 +55,20 @@ def compare_methods(methods: Mapping[str, Sequence[str | Path]]) -> dict[str, An
 
 def format_methods(comparison: dict[str, Any]) -> str:
     """The comparison as a table for a terminal: means, and for the others the difference with its interval."""
-    rows = [["", *comparison["methods"]]]
+    rows = []
     for row in comparison["figures"]:
         cells = [_text(row["means"][0])]
         for mean, d, verdict in zip(row["means"][1:], row["differences"][1:], row["verdicts"][1:], strict=True):
             cells.append(_text(mean) if d is None else f"{_text(mean)} ({_interval_text(d)}){_mark(verdict)}")
         rows.append([row["label"], *cells])
-    widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-    lines.insert(1, "-" * max(map(len, lines)))
-    lines.append(
+    note = (
         f"In brackets: mean difference from {comparison['methods'][0]} over {comparison['seeds']} seeds, paired, with its 95 % "
         "interval; + better, - worse, nothing where the interval holds 0. Of twenty such intervals one misses by chance."
     )
-    return "\n".join(lines)
+    return f"{ruled_table(['', *comparison['methods']], rows)}\n{note}"
 
 
-def _check_seeds(methods: Mapping[str, Sequence[str | Path]], folders: list[list[RunFolder]]) -> None:
+def _check_seeds(methods: Mapping[str, Sequence[str | Path]], folders: list[list[Run]]) -> None:
     seeds = {
         name: [run.config.get("training", {}).get("seed") for run in runs]
         for name, runs in zip(methods, folders, strict=True)
@@ -87,54 +83,37 @@ def _check_seeds(methods: Mapping[str, Sequence[str | Path]], folders: list[list
             )
 
 
-def _row(figure: Figure, folders: list[list[RunFolder]]) -> dict[str, Any]:
-    values = [[figure.of(run) for run in runs] for runs in folders]
-    known = [
-        None if any(v is None for v in column) else [float(v) for v in column if v is not None] for column in values
-    ]
+def _row(metric: SummaryMetric, folders: list[list[Run]]) -> dict[str, Any]:
+    known: list[list[float] | None] = []
+    for runs in folders:
+        values = [value for run in runs if (value := metric.of(run)) is not None]
+        known.append(values if len(values) == len(runs) else None)
     means = [None if column is None else statistics.fmean(column) for column in known]
     first = known[0]
-    differences = [
-        None
-        if n == 0 or first is None or column is None
-        else interval([b - a for a, b in zip(first, column, strict=True)])
-        for n, column in enumerate(known)
-    ]
+    differences: list[dict[str, float | None] | None] = [None]
+    for column in known[1:]:
+        if first is None or column is None:
+            differences.append(None)
+        else:
+            differences.append(interval([b - a for a, b in zip(first, column, strict=True)]))
     scale = abs(means[0]) if means[0] else None
     relative = [
         None if d is None or scale is None else {k: None if v is None else v / scale for k, v in d.items()}
         for d in differences
     ]
     return {
-        "name": figure.name,
-        "label": figure.label,
-        "meaning": figure.meaning,
-        "better": figure.better,
+        **metric.described(),
         "means": means,
         "differences": differences,
         "relative": relative,
-        "verdicts": [_verdict(figure, d) for d in differences],
+        "verdicts": [_verdict(metric, d) for d in differences],
     }
 
 
-def interval(differences: list[float]) -> dict[str, float | None]:
-    mean, count = statistics.fmean(differences), len(differences)
-    if count < 2:
-        return {"mean": mean, "low": None, "high": None}
-    quantile = STUDENT_95[min(count - 1, len(STUDENT_95)) - 1]
-    half = quantile * statistics.stdev(differences) / math.sqrt(count)
-    return {"mean": mean, "low": mean - half, "high": mean + half}
-
-
-def _verdict(figure: Figure, difference: dict[str, float | None] | None) -> str | None:
-    if difference is None or figure.better == "neither":
+def _verdict(metric: SummaryMetric, difference: dict[str, float | None] | None) -> str | None:
+    if difference is None or difference["low"] is None or metric.better == "neither":
         return None
-    low, high = difference["low"], difference["high"]
-    if low is None or high is None:
-        return None
-    if low <= 0 <= high:
-        return "no difference seen"
-    return "better" if (high < 0) == (figure.better == "lower") else "worse"
+    return metric.verdict(difference["low"], difference["high"]) or "no difference seen"
 
 
 def _mark(verdict: str | None) -> str:

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transcoder.reporting.elements import short
-from transcoder.reporting.runfolder import RunFolder
-from transcoder.reporting.sample_table import Contexts, SampleTable
+from transcoder.reporting.run import Run
+from transcoder.reporting.samples import Contexts, SampleTable
 from transcoder.reporting.sections.duplicates import groups_of, ranked_pairs
 
 DEFAULT_LATENTS = 4096
@@ -47,7 +47,7 @@ class LatentCards:
         return packed(self.index)
 
 
-def build(run: RunFolder) -> LatentCards:
+def build(run: Run) -> LatentCards:
     """The latents of a run.
 
     index: {"ids": [...] | null (null: 0 to count - 1), "count", "widths", "peak": [...], "density": [...] | null,
@@ -56,15 +56,14 @@ def build(run: RunFolder) -> LatentCards:
     A chunk is {"words": [...], "cards": [[id, rows, facts], ...]}; a row of a card is [is top, activation, position,
     sequence, column of the token, [word numbers], [[column, strength 0..1], ...]].
     """
-    samples, facts = run.samples, run.latents
-    listed = run.setting("transcoder.widths")
-    widths = [w for w in listed if isinstance(w, int)] if isinstance(listed, list) else []
+    samples, facts = run.samples, run.heldout_latents
     pairs = [(p["i"], p["j"]) for p in ranked_pairs(run.correlation)]
     sampled = np.unique(samples.latent) if samples is not None else np.zeros(0, np.int64)
     paired = np.asarray(sorted({i for pair in pairs for i in pair}), np.int64)
     known = [sampled, paired, np.arange(0) if facts is None else facts.latent]
-    if run.checkpoint is not None and run.checkpoint.fired is not None:
-        known.append(np.arange(len(run.checkpoint.fired)))
+    checkpoint = run.unverified_checkpoint
+    if checkpoint is not None and checkpoint.known_firings is not None:
+        known.append(np.arange(len(checkpoint.known_firings.counts)))
     ids = np.unique(np.concatenate(known)).astype(np.int64)
     place = {int(i): n for n, i in enumerate(ids)}
     peak = np.full(len(ids), np.nan)
@@ -96,7 +95,7 @@ def build(run: RunFolder) -> LatentCards:
     cards.index = {
         "ids": None if whole else ids.tolist(),
         "count": len(ids),
-        "widths": widths,
+        "widths": run.widths,
         "peak": [None if np.isnan(p) else short(float(f"{p:.4g}")) for p in peak],
         "density": None if density is None else [None if np.isnan(d) else short(float(f"{d:.3g}")) for d in density],
         "samples": count.tolist(),
@@ -109,13 +108,14 @@ def build(run: RunFolder) -> LatentCards:
     return cards
 
 
-def _density(run: RunFolder, ids: NDArray[np.int64]) -> NDArray[np.float64] | None:
+def _density(run: Run, ids: NDArray[np.int64]) -> NDArray[np.float64] | None:
     """Share of tokens on which each latent fires: held-out ones, or the last that the monitor saw before the checkpoint."""
     density = np.full(len(ids), np.nan)
-    facts, checkpoint = run.latents, run.checkpoint
-    if checkpoint is not None and checkpoint.fired is not None:
-        inside = ids < len(checkpoint.fired)
-        density[inside] = checkpoint.fired[ids[inside]] / checkpoint.tokens
+    facts, checkpoint = run.heldout_latents, run.unverified_checkpoint
+    if checkpoint is not None and checkpoint.known_firings is not None:
+        counts, tokens = checkpoint.known_firings
+        inside = ids < len(counts)
+        density[inside] = counts[ids[inside]] / tokens
     if facts is not None and facts.tokens:
         density[np.searchsorted(ids, facts.latent)] = facts.fired / facts.tokens
     return None if np.isnan(density).all() else density
@@ -127,7 +127,7 @@ def packed(value: Any) -> str:
     return base64.b64encode(gzip.compress(text.encode("utf-8", errors="replace"), 6, mtime=0)).decode()
 
 
-def _wanted(run: RunFolder) -> int:
+def _wanted(run: Run) -> int:
     wanted = run.setting("logging.report_latents", DEFAULT_LATENTS)
     return wanted if isinstance(wanted, int) and not isinstance(wanted, bool) else DEFAULT_LATENTS
 
@@ -157,7 +157,7 @@ def _choose(
 
 def _fill(
     cards: LatentCards,
-    run: RunFolder,
+    run: Run,
     samples: SampleTable,
     chosen: list[int],
     place: dict[int, int],
@@ -176,8 +176,8 @@ def _fill(
         rows_of[latent] = (rows, np.concatenate([top[:SAMPLES_OF_A_KIND], rest[:SAMPLES_OF_A_KIND]]))
     shown = [rows for _, rows in rows_of.values()]
     contexts = samples.coded_contexts(np.concatenate(shown) if shown else np.zeros(0, np.int64))
-    facts = {} if run.latents is None else dict(run.latents.details(set(chosen)))
-    near = {} if run.checkpoint is None else run.checkpoint.neighbours(chosen)
+    facts = {} if run.heldout_latents is None else dict(run.heldout_latents.details(set(chosen)))
+    near = {} if run.unverified_checkpoint is None else run.unverified_checkpoint.neighbours(chosen)
     peaks: dict[str, int] = {}
     spent = first = 0
     for begin in range(0, len(chosen), CHUNK):

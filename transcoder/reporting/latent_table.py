@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from transcoder.reporting.samples import read_columns
+
 FILE_NAME = "latents.parquet"
 NUMBERS = ("latent", "tokens_fired", "max_activation")
 LISTS = ("histogram", "promoted", "promoted_logits", "suppressed", "suppressed_logits")
@@ -55,18 +57,8 @@ def read_latents(path: Path) -> LatentTable:
         ImportError: pyarrow is not installed.
         ValueError: not Parquet, or columns are lacking; the message names them.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(path) as file:
-            lacking = [name for name in (*NUMBERS, *LISTS) if name not in file.schema_arrow.names]
-            if lacking:
-                raise ValueError(f"columns are lacking: {', '.join(lacking)}")
-            about = json.loads((file.schema_arrow.metadata or {}).get(ABOUT, b"{}"))
-            table = file.read(columns=list(NUMBERS))
-    except pa.ArrowException as error:
-        raise ValueError(f"not a Parquet file: {error}") from error
+    table, metadata = read_columns(path, (*NUMBERS, *LISTS), NUMBERS)
+    about = json.loads(metadata.get(ABOUT, b"{}"))
     why = about.get("why")
     return LatentTable(
         latent=table.column("latent").to_numpy().astype(np.int64),

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transcoder.reporting.format import number
-from transcoder.reporting.runfolder import RunFolder
+
+if TYPE_CHECKING:
+    from transcoder.reporting.run import Run
 
 TITLES = {
     "diversity_regularizer": "Diversity regularizer",
@@ -29,11 +31,11 @@ class Verdict:
     why: str
 
 
-def verdicts(run: RunFolder) -> list[Verdict]:
+def verdicts(run: Run) -> list[Verdict]:
     return [_verdict(run, name) for name in TITLES]
 
 
-def _verdict(run: RunFolder, component: str) -> Verdict:
+def _verdict(run: Run, component: str) -> Verdict:
     title, enabled = TITLES[component], run.part_enabled(component)
     record = run.usage.get(component)
     if not isinstance(record, dict):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from transcoder.config import RunConfig
 from transcoder.reporting.jsonl import JsonlFile, drop_after
-from transcoder.reporting.series import FILE_NAME, RESERVED
+from transcoder.reporting.metrics_table import FILE_NAME, RESERVED
 from transcoder.reporting.tensorboard_sink import TensorboardSink
 from transcoder.reporting.wandb_sink import WandbSink
 

@@ -12,7 +12,7 @@ from transcoder.reporting import latent_cards
 from transcoder.reporting.elements import Block, text
 from transcoder.reporting.latent_cards import LatentCards
 from transcoder.reporting.page import chunk_elements, render_page
-from transcoder.reporting.runfolder import RunFolder
+from transcoder.reporting.run import Run
 from transcoder.reporting.sections import curves, duplicates, latents, overview, positions, prefixes, settings
 
 logger = logging.getLogger(__name__)
@@ -33,13 +33,13 @@ def write_report(run_dir: str | Path) -> Path:
     Raises:
         FileNotFoundError: `run_dir` is no folder.
     """
-    run = RunFolder(run_dir)
+    run = Run(run_dir, empty_ok=True)
     core, cards = payload(run)
     page = render_page(core, chunk_elements(cards.packed_index, cards.chunks))
     return replace_atomically(run.path / FILE_NAME, page)
 
 
-def payload(run: RunFolder, cards: LatentCards | None = None) -> tuple[dict[str, Any], LatentCards]:
+def payload(run: Run, cards: LatentCards | None = None) -> tuple[dict[str, Any], LatentCards]:
     """What the page shows: the sections, and the latents beside them (`cards` where they were built before)."""
     if cards is None:
         cards = _guarded("the latents", lambda: latent_cards.build(run), lambda _: LatentCards({}))

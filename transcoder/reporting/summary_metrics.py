@@ -1,118 +1,137 @@
-"""The final figures that reports and comparisons show, each with what it means and which way is better."""
+"""The final metrics that reports and comparisons show, each with what it means and which way is better."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from transcoder.reporting.format import number, percent
-from transcoder.reporting.runfolder import RunFolder
+
+if TYPE_CHECKING:
+    from transcoder.reporting.run import Run
 
 
 @dataclass(frozen=True)
-class Figure:
+class SummaryMetric:
     name: str
     label: str
     meaning: str
     better: Literal["lower", "higher", "neither"] = "neither"
     how: Literal["last", "tail_mean", "median"] = "last"
-    """What of metrics.jsonl stands for the run's end where summary.json does not say, see `RunFolder.figure`."""
+    """What of metrics.jsonl stands for the run's end where summary.json does not say, see `Run.metric`."""
     share: bool = False
 
-    def of(self, run: RunFolder) -> float | None:
-        return run.figure(self.name, self.how)
+    def of(self, run: Run) -> float | None:
+        return run.metric(self.name, self.how)
 
     def text(self, value: float | None) -> str:
         return percent(value) if self.share else number(value)
 
+    def signed(self, difference: float) -> str:
+        return ("+" if difference > 0 else "-" if difference < 0 else "±") + self.text(abs(difference))
 
-HELDOUT_FVU = Figure(
+    def verdict(self, low: float | None, high: float | None) -> str | None:
+        """Whether a difference between `low` and `high` is "better" or "worse"; None where that cannot be said."""
+        if low is None or high is None or low <= 0 <= high or self.better == "neither":
+            return None
+        return "better" if (high < 0) == (self.better == "lower") else "worse"
+
+    def described(self) -> dict[str, str]:
+        """Its fields in a comparison's rows."""
+        return {"name": self.name, "label": self.label, "meaning": self.meaning, "better": self.better}
+
+
+HELDOUT_FVU = SummaryMetric(
     "evaluation/fvu", "Held-out FVU", "Fraction of variance unexplained on held-out tokens, sinks left out.", "lower"
 )
-MEAN_BASELINE = Figure(
+MEAN_BASELINE = SummaryMetric(
     "evaluation/baseline_mean_fvu",
     "Mean of the target",
     "What predicting the training mean everywhere leaves unexplained.",
 )
-LINEAR_BASELINE = Figure(
+LINEAR_BASELINE = SummaryMetric(
     "evaluation/baseline_linear_fvu",
     "Linear map",
     "What the least-squares linear map from source to target leaves unexplained.",
 )
-SINK_FVU = Figure(
+SINK_FVU = SummaryMetric(
     "evaluation/sink_fvu", "FVU on sink tokens", "The tokens that training masks: reported apart, not optimised."
 )
-CE_RECOVERED = Figure(
+CE_RECOVERED = SummaryMetric(
     "evaluation/ce_recovered",
     "Cross-entropy recovered",
     "With the transcoder in the layer's place: 100 % costs the language model nothing, 0 % is leaving the layer out.",
     "higher",
     share=True,
 )
-TRAINING_FVU = Figure("metrics/fvu", "Training FVU", "Mean of the last ten logged batches.", "lower", "tail_mean")
-L0 = Figure(
+TRAINING_FVU = SummaryMetric(
+    "metrics/fvu", "Training FVU", "Mean of the last ten logged batches.", "lower", "tail_mean"
+)
+L0 = SummaryMetric(
     "metrics/l0", "L0", "Latents active on a token, mean of the last ten logged batches.", "neither", "tail_mean"
 )
-DEAD = Figure(
+DEAD = SummaryMetric(
     "sparsity/dead_share",
     "Dead latents",
     "Share that has not fired for transcoder.dead_after_tokens.",
     "lower",
     share=True,
 )
-PAIRS = Figure(
+PAIRS = SummaryMetric(
     "duplicates/pairs", "Candidate pairs", "Pairs above the correlation threshold, with enough support.", "lower"
 )
-FLAGGED = Figure(
+FLAGGED = SummaryMetric(
     "duplicates/flagged", "Flagged pairs", "Candidates whose lower bound held in enough disjoint blocks.", "lower"
 )
-MERGEABLE = Figure(
+MERGEABLE = SummaryMetric(
     "duplicates/mergeable",
     "Mergeable pairs",
     "Candidates that fold into one latent, on held-out tokens, at a tenth or less of what the dropped one is worth.",
     "lower",
 )
-PAIRED_SHARE = Figure(
+PAIRED_SHARE = SummaryMetric(
     "duplicates/share_of_live",
     "Live latents with a neighbour",
     "Share of live latents that are in a candidate pair.",
     "lower",
     share=True,
 )
-DICTIONARY_SIZE = Figure(
+DICTIONARY_SIZE = SummaryMetric(
     "duplicates/effective_dictionary_size",
     "Effective dictionary size",
     "Live latents squared over the sum of squared correlations.",
     "higher",
 )
-HELDOUT_PAIRS = Figure(
+HELDOUT_PAIRS = SummaryMetric(
     "heldout_duplicates/pairs",
     "Candidate pairs, held-out",
     "Counted after training on the held-out codes, in every run alike (transcoder validate).",
     "lower",
 )
-HELDOUT_MERGEABLE = Figure(
+HELDOUT_MERGEABLE = SummaryMetric(
     "heldout_duplicates/mergeable",
     "Mergeable pairs, held-out",
     "Those of them that fold into one latent at a tenth or less of what the dropped one is worth.",
     "lower",
 )
-HELDOUT_PAIRED_SHARE = Figure(
+HELDOUT_PAIRED_SHARE = SummaryMetric(
     "heldout_duplicates/share_of_live",
     "Live latents with a neighbour, held-out",
     "Share of the latents live on held-out tokens that are in such a pair.",
     "lower",
     share=True,
 )
-HELDOUT_DICTIONARY_SIZE = Figure(
+HELDOUT_DICTIONARY_SIZE = SummaryMetric(
     "heldout_duplicates/effective_dictionary_size",
     "Effective dictionary size, held-out",
     "Live latents squared over the sum of squared correlations, on held-out tokens.",
     "higher",
 )
-TOKENS_PER_SECOND = Figure("metrics/tokens_per_second", "Tokens per second", "Median over the run.", "higher", "median")
+TOKENS_PER_SECOND = SummaryMetric(
+    "metrics/tokens_per_second", "Tokens per second", "Median over the run.", "higher", "median"
+)
 
-FIGURES = (
+SUMMARY_METRICS = (
     HELDOUT_FVU,
     LINEAR_BASELINE,
     MEAN_BASELINE,

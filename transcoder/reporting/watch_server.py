@@ -20,11 +20,11 @@ from transcoder.reporting.format import clock
 from transcoder.reporting.html import embedded_json
 from transcoder.reporting.latent_cards import LatentCards
 from transcoder.reporting.latent_table import FILE_NAME as LATENTS_FILE
-from transcoder.reporting.metrics_tail import MetricsTail
+from transcoder.reporting.metrics_table import FILE_NAME as METRICS_FILE
+from transcoder.reporting.metrics_table import Metrics
 from transcoder.reporting.page import chunk_elements, render_page
 from transcoder.reporting.report import payload
 from transcoder.reporting.run_process import process_of
-from transcoder.reporting.series import FILE_NAME as METRICS_FILE
 from transcoder.reporting.terminal_view import look
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class LiveReport:
 
     def __init__(self, run_dir: Path) -> None:
         self._path = run_dir
-        self._tail = MetricsTail(run_dir / METRICS_FILE)
+        self._metrics = Metrics(run_dir / METRICS_FILE)
         self._lock = threading.Lock()
         self._seen: object = None
         self._cards_seen: object = None
@@ -86,10 +86,10 @@ class LiveReport:
     def _render(self) -> None:
         began = time.process_time()
         self._seen = self._signature()
-        snapshot = look(self._path, self._tail)
+        snapshot = look(self._path, self._metrics)
         heavy = self._signature(("activation_samples/samples.parquet", LATENTS_FILE))
         cards = self._cards if heavy == self._cards_seen else None
-        core, cards = payload(snapshot.folder, cards)
+        core, cards = payload(snapshot.run, cards)
         if snapshot.state in LOOKS:
             core["header"]["pill"] = [snapshot.words, LOOKS[snapshot.state]]
         if snapshot.state == "running" and snapshot.left:

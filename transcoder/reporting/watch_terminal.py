@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -14,16 +13,18 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn, TextIO
 
+from rich.console import Console, Group
+from rich.live import Live
+from rich.text import Text
+
 from transcoder.reporting.format import clock
-from transcoder.reporting.metrics_tail import MetricsTail
+from transcoder.reporting.metrics_table import FILE_NAME, Metrics
 from transcoder.reporting.progress import PLAIN_SECONDS, figures
-from transcoder.reporting.terminal_view import Snapshot, frame, look
+from transcoder.reporting.terminal_view import Snapshot, look, picture
 
 INTERVAL = 1.0
 EXIT_OK, EXIT_DEAD, EXIT_STOPPED = 0, 1, 75
 """As `transcoder train` itself exits."""
-_ALTERNATE, _ORDINARY = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"
-_COLORS = {"running": "32", "finished": "32", "slow": "33", "stopped": "33", "unclear": "33", "dead": "31"}
 
 
 def watch_terminal(
@@ -51,62 +52,54 @@ def watch_terminal(
         FileNotFoundError: no such folder.
     """
     out = sys.stdout if stream is None else stream
-    tail = MetricsTail(Path(run_dir) / "metrics.jsonl")
+    metrics = Metrics(Path(run_dir) / FILE_NAME)
     show = _draw if out.isatty() and os.environ.get("TERM", "dumb") != "dumb" else _lines
     try:
-        last = show(Path(run_dir), tail, out, interval, line_seconds)
+        last = show(Path(run_dir), metrics, out, interval, line_seconds)
     except KeyboardInterrupt:
         return EXIT_OK
     return {"dead": EXIT_DEAD, "stopped": EXIT_STOPPED}.get(last.state, EXIT_OK)
 
 
-def _draw(run_dir: Path, tail: MetricsTail, out: TextIO, interval: float, _: float) -> Snapshot:
-    plain = not _holds_blocks(out)
-    snapshot = look(run_dir, tail)
-    interrupted = False
-    if not snapshot.ended:
-        with _alternate_screen(out):
-            try:
+def _draw(run_dir: Path, metrics: Metrics, out: TextIO, interval: float, _: float) -> Snapshot:
+    console = Console(file=out, highlight=False)
+
+    def drawn(*below: str) -> Group:
+        return Group(picture(snapshot, console.options.ascii_only), *map(Text, below))
+
+    snapshot = look(run_dir, metrics)
+    live = Live(console=console, screen=True, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
+    try:
+        if not snapshot.ended:
+            with _signals_raise(signal.SIGTERM, signal.SIGHUP), _stopping(live):
                 while not snapshot.ended:
-                    _paint(frame(snapshot, _columns(), plain), snapshot, out)
+                    live.update(drawn("", "Ctrl-C leaves; the run goes on"), refresh=True)
                     time.sleep(interval)
-                    snapshot = look(run_dir, tail)
-            except KeyboardInterrupt:
-                interrupted = True
-    # On the ordinary screen the last picture stays.
-    lines = frame(snapshot, _columns(), plain)
-    print(_colored(lines[0], snapshot), *lines[1:], sep="\n", file=out, flush=True)
-    if interrupted:
-        raise KeyboardInterrupt
+                    snapshot = look(run_dir, metrics)
+    finally:
+        # On the ordinary screen the last picture stays, after Ctrl-C too.
+        if sys.exc_info()[0] in (None, KeyboardInterrupt):
+            console.print(drawn())
     return snapshot
 
 
-def _paint(lines: list[str], snapshot: Snapshot, out: TextIO) -> None:
-    # As many as fit: a line too many would scroll the picture.
-    rows = max(1, shutil.get_terminal_size().lines - 1)
-    hint = ["", "Ctrl-C leaves; the run goes on"]
-    shown = [_colored(lines[0], snapshot), *lines[1:], *hint][:rows]
-    # Home, then each line erased behind its end: no flicker, and nothing of a wider picture is left.
-    out.write("\x1b[H" + "".join(f"{line}\x1b[K\r\n" for line in shown) + "\x1b[J")
-    out.flush()
+@contextlib.contextmanager
+def _stopping(live: Live) -> Iterator[None]:
+    """The terminal is as it was when the block ends, however it ends: a kill and a closed ssh connection included."""
+    live.start()
+    try:
+        yield
+    finally:
+        # A terminal that went away cannot be put back.
+        with contextlib.suppress(OSError):
+            live.stop()
 
 
-def _colored(line: str, snapshot: Snapshot) -> str:
-    if os.environ.get("NO_COLOR"):
-        return line
-    return f"\x1b[1;{_COLORS[snapshot.state]}m{line}\x1b[0m"
-
-
-def _columns() -> int:
-    # The last column is left free: some terminals wrap when it is written.
-    return shutil.get_terminal_size().columns - 1
-
-
-def _lines(run_dir: Path, tail: MetricsTail, out: TextIO, interval: float, line_seconds: float) -> Snapshot:
+def _lines(run_dir: Path, metrics: Metrics, out: TextIO, interval: float, line_seconds: float) -> Snapshot:
     said: tuple[int | None, str] | None = None
     said_at = -line_seconds
     while True:
-        snapshot = look(run_dir, tail)
+        snapshot = look(run_dir, metrics)
         now = time.monotonic()
         news = (snapshot.step, snapshot.state)
         due = now - said_at >= line_seconds or said is None or snapshot.state != said[1]
@@ -119,7 +112,7 @@ def _lines(run_dir: Path, tail: MetricsTail, out: TextIO, interval: float, line_
 
 
 def _line(snapshot: Snapshot) -> str:
-    known = {name: value for name in snapshot.tail.table.series if (value := snapshot.figure(name)) is not None}
+    known = {name: value for name in snapshot.run.metrics if (value := snapshot.metric(name)) is not None}
     of = "" if snapshot.steps is None else f"/{snapshot.steps}"
     parts = ["no step yet" if snapshot.step is None else f"step {snapshot.step}{of}", figures(known)]
     if snapshot.elapsed is not None:
@@ -130,29 +123,6 @@ def _line(snapshot: Snapshot) -> str:
     if snapshot.state != "running":
         parts.append(snapshot.words)
     return "  ".join(filter(None, parts))
-
-
-def _holds_blocks(out: TextIO) -> bool:
-    try:
-        "▁█░–".encode(getattr(out, "encoding", None) or "ascii")
-    except (UnicodeEncodeError, LookupError):
-        return False
-    return True
-
-
-@contextlib.contextmanager
-def _alternate_screen(out: TextIO) -> Iterator[None]:
-    """The terminal is as it was when the block ends, however it ends: a kill and a closed ssh connection included."""
-    with _signals_raise(signal.SIGTERM, signal.SIGHUP):
-        out.write(_ALTERNATE)
-        out.flush()
-        try:
-            yield
-        finally:
-            # A terminal that went away cannot be put back.
-            with contextlib.suppress(OSError):
-                out.write(_ORDINARY)
-                out.flush()
 
 
 @contextlib.contextmanager

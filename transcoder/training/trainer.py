@@ -29,7 +29,7 @@ from transcoder.antidup.merge_cost import MergeResult
 from transcoder.antidup.monitor import Judge
 from transcoder.config import ConfigError, RegularizerSection, RunConfig
 from transcoder.files import replace_atomically
-from transcoder.model import StepOutput, Transcoder, TranscoderConfig
+from transcoder.model import StepOutput, Transcoder
 from transcoder.reporting import MetricsWriter, ProgressBar
 from transcoder.reporting.report_subprocess import write_report_apart
 from transcoder.training.baselines import LinearBaseline
@@ -190,25 +190,7 @@ class _Run:
             self.source, self.heldout = own_data(batches, heldout, config.training.evaluation_tokens, device)
 
         shape = config.transcoder
-        self.transcoder = Transcoder(
-            TranscoderConfig(
-                d_in=self.source.d_in,
-                d_out=self.source.d_out,
-                d_sae=shape.d_sae,
-                k=shape.k,
-                activation=shape.activation,
-                widths=shape.widths,
-                skip=shape.skip,
-                prefix_weights=shape.prefix_weights,
-                loss=shape.loss,
-                aux_k=shape.aux_k,
-                aux_coefficient=shape.aux_coefficient,
-                dead_after_tokens=shape.dead_after_tokens,
-                threshold_rate=shape.threshold_rate,
-            ),
-            seed=seed,
-            device=device,
-        )
+        self.transcoder = Transcoder(shape.config(self.source.d_in, self.source.d_out), seed=seed, device=device)
         self.peak = peak_learning_rate(config)
         self.optimizer = make_optimizer(self.transcoder, config.training, self.peak)
         self.baseline = LinearBaseline(

@@ -1,1 +1,1 @@
-"""The parts of report.html: each takes a RunFolder and returns HTML."""
+"""The parts of report.html: each takes a Run and returns blocks."""

@@ -7,10 +7,10 @@ import math
 from transcoder.reporting import summary_metrics
 from transcoder.reporting.elements import Block, Line, charts, line_chart, ordered_colors, text
 from transcoder.reporting.format import number
-from transcoder.reporting.runfolder import RunFolder
+from transcoder.reporting.run import Run
 
 
-def section(run: RunFolder) -> list[Block]:
+def section(run: Run) -> list[Block]:
     drawn = [
         line_chart(
             "Loss",
@@ -84,7 +84,7 @@ def section(run: RunFolder) -> list[Block]:
     return [shown] if shown["charts"] else [text("No figures were logged, so there are no curves.", "empty")]
 
 
-def _lines(run: RunFolder, wanted: list[tuple[str, str, str]], scale: float = 1.0, markers: bool = False) -> list[Line]:
+def _lines(run: Run, wanted: list[tuple[str, str, str]], scale: float = 1.0, markers: bool = False) -> list[Line]:
     lines = []
     for name, label, color in wanted:
         series = run.metrics.get(name)
@@ -94,14 +94,14 @@ def _lines(run: RunFolder, wanted: list[tuple[str, str, str]], scale: float = 1.
     return lines
 
 
-def _prefixes(run: RunFolder) -> list[Line]:
-    widths = [w for w in run.prefix_figures("metrics/fvu_prefix") if len(run.metrics.get(f"metrics/fvu_prefix_{w}"))]
+def _prefixes(run: Run) -> list[Line]:
+    widths = [w for w in run.prefix_metrics("metrics/fvu_prefix") if len(run.metrics.get(f"metrics/fvu_prefix_{w}"))]
     series = [(w, run.metrics.get(f"metrics/fvu_prefix_{w}")) for w in widths]
     colors = ordered_colors(len(series))
     return [Line(number(w), s.steps, s.values, c) for (w, s), c in zip(series, colors, strict=True)]
 
 
-def _baselines(run: RunFolder) -> list[tuple[float, str]]:
+def _baselines(run: Run) -> list[tuple[float, str]]:
     found = []
     for figure, label in ((summary_metrics.LINEAR_BASELINE, "linear map"), (summary_metrics.MEAN_BASELINE, "mean")):
         value = figure.of(run)

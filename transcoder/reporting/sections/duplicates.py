@@ -7,7 +7,7 @@ from typing import Any
 
 from transcoder.reporting.elements import Block, bar_chart, charts, columns, heading, real, short, text, tiles
 from transcoder.reporting.format import number, percent, whole
-from transcoder.reporting.runfolder import RunFolder
+from transcoder.reporting.run import Run
 
 LISTED = 500
 """Pairs in the page; the JSON report has the rest."""
@@ -18,7 +18,7 @@ SEQUENCES_COUNTABLE = 1420
 """What the monitor's bitmaps of 256 bits can count: 256 ln 256. They say this of every larger number."""
 
 
-def section(run: RunFolder) -> list[Block]:
+def section(run: Run) -> list[Block]:
     report = run.correlation
     if not report:
         why = next((m.why for m in run.missing if m.what == "correlation report"), "")

@@ -8,10 +8,10 @@ from typing import Any
 from transcoder.reporting.elements import Block, text
 from transcoder.reporting.format import number
 from transcoder.reporting.latent_cards import LatentCards
-from transcoder.reporting.runfolder import RunFolder
+from transcoder.reporting.run import Run
 
 
-def section(run: RunFolder, cards: LatentCards) -> list[Block]:
+def section(run: Run, cards: LatentCards) -> list[Block]:
     index = cards.index
     if not index.get("count"):
         why = next((m.why for m in run.missing if m.what == "activation samples"), "no latent is known")
@@ -26,7 +26,7 @@ def prefix_labels(widths: list[int]) -> list[str]:
     return [f"{number(low)} to {number(high - 1)}" for low, high in pairwise([0, *widths])]
 
 
-def _lead(run: RunFolder, cards: LatentCards) -> str:
+def _lead(run: Run, cards: LatentCards) -> str:
     total = number(cards.index["count"])
     if run.samples is None:
         why = next((m.why for m in run.missing if m.what == "activation samples"), "")
@@ -45,7 +45,7 @@ def _lead(run: RunFolder, cards: LatentCards) -> str:
     )
 
 
-def _lacking(run: RunFolder) -> dict[str, Any]:
+def _lacking(run: Run) -> dict[str, Any]:
     """Why parts of the cards are not there, in the page's own words."""
     why = {m.what: m.why for m in run.lacking}
-    return {"lacking": {**why, **({} if run.latents is None else run.latents.why)}}
+    return {"lacking": {**why, **({} if run.heldout_latents is None else run.heldout_latents.why)}}

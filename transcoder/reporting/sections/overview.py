@@ -9,8 +9,8 @@ from transcoder.reporting import summary_metrics
 from transcoder.reporting.elements import Block, Cell, columns, heading, panel, real, short, table, text, tiles
 from transcoder.reporting.format import MISSING, clock, number
 from transcoder.reporting.ledger_verdict import verdicts
-from transcoder.reporting.runfolder import RunFolder
-from transcoder.reporting.summary_metrics import Figure
+from transcoder.reporting.run import Run
+from transcoder.reporting.summary_metrics import SummaryMetric
 
 _TILES = (
     summary_metrics.TRAINING_FVU,
@@ -24,7 +24,7 @@ _TILES = (
 )
 
 
-def header(run: RunFolder) -> dict[str, Any]:
+def header(run: Run) -> dict[str, Any]:
     """The page's head: {"eyebrow", "title", "pill": [words, look], "facts", "progress": 0..1 | null}."""
     steps = run.setting("training.steps")
     last = number(run.last_step)
@@ -43,7 +43,7 @@ def header(run: RunFolder) -> dict[str, Any]:
     }
 
 
-def section(run: RunFolder) -> list[Block]:
+def section(run: Run) -> list[Block]:
     return [
         columns([_against_baselines(run)], [_what_ran(run)]),
         tiles([(f.label, f.text(f.of(run)), f.meaning) for f in (*_recovered(run), *_TILES)]),
@@ -52,13 +52,13 @@ def section(run: RunFolder) -> list[Block]:
     ]
 
 
-def _recovered(run: RunFolder) -> list[Figure]:
+def _recovered(run: Run) -> list[SummaryMetric]:
     """What the transcoder is worth to the language model, where one was at hand."""
     return [] if summary_metrics.CE_RECOVERED.of(run) is None else [summary_metrics.CE_RECOVERED]
 
 
-def _against_baselines(run: RunFolder) -> Block:
-    rows: list[tuple[Figure, float | None, str]] = [
+def _against_baselines(run: Run) -> Block:
+    rows: list[tuple[SummaryMetric, float | None, str]] = [
         (summary_metrics.HELDOUT_FVU, summary_metrics.HELDOUT_FVU.of(run), "own"),
         (summary_metrics.LINEAR_BASELINE, summary_metrics.LINEAR_BASELINE.of(run), ""),
         (summary_metrics.MEAN_BASELINE, summary_metrics.MEAN_BASELINE.of(run), ""),
@@ -79,7 +79,7 @@ def _against_baselines(run: RunFolder) -> Block:
     return panel(summary_metrics.HELDOUT_FVU.label, [shown, text(words, "note")], "fvu")
 
 
-def _what_ran(run: RunFolder) -> Block:
+def _what_ran(run: Run) -> Block:
     def setting(name: str) -> str:
         value = run.setting(name)
         if value is None:
@@ -102,7 +102,7 @@ def _what_ran(run: RunFolder) -> Block:
     return panel("What ran", [{"is": "facts", "rows": [list(row) for row in rows]}])
 
 
-def _data_rows(run: RunFolder, setting: Callable[[str], str]) -> list[tuple[str, str]]:
+def _data_rows(run: Run, setting: Callable[[str], str]) -> list[tuple[str, str]]:
     """Only what was really read: of a user's own batches the config knows nothing, of a cache not its hooks."""
     if run.data_source == "own batches":
         widths = [f"{name} {number(run.summary[name])}" for name in ("d_in", "d_out") if name in run.summary]
@@ -117,14 +117,14 @@ def _data_rows(run: RunFolder, setting: Callable[[str], str]) -> list[tuple[str,
     ]
 
 
-def _missing(run: RunFolder) -> list[Block]:
+def _missing(run: Run) -> list[Block]:
     missing = [*run.missing, *run.lacking]
     if not missing:
         return []
     return [panel("What is missing", [{"is": "list", "rows": [[m.what, m.why] for m in missing]}], "missing")]
 
 
-def _ledger(run: RunFolder) -> list[Block]:
+def _ledger(run: Run) -> list[Block]:
     looks = {"used": "good", "off": "", "not proven": "bad", "unknown": "warn"}
     rows: list[list[Cell]] = []
     for v in verdicts(run):

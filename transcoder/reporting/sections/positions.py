@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 from transcoder.reporting import summary_metrics
 from transcoder.reporting.elements import Block, bar_chart, charts, real, text, tiles
 from transcoder.reporting.format import number, percent, whole
-from transcoder.reporting.runfolder import RunFolder
-from transcoder.reporting.sample_table import SampleTable
+from transcoder.reporting.run import Run
+from transcoder.reporting.samples import SampleTable
 
 BINS = 10
 ENOUGH = 4
@@ -17,7 +17,7 @@ ENOUGH = 4
 LISTED = 24
 
 
-def section(run: RunFolder) -> list[Block]:
+def section(run: Run) -> list[Block]:
     sinks = _sinks(run)
     parts = [sinks] if sinks["rows"] else []
     samples = run.samples
@@ -66,9 +66,9 @@ def section(run: RunFolder) -> list[Block]:
     return parts
 
 
-def _sampled(run: RunFolder) -> Block | None:
+def _sampled(run: Run) -> Block | None:
     """How the position sampler shifted what training sees."""
-    book = run.positions
+    book = run.sampler_positions
     seen, drawn = book.get("seen"), book.get("drawn")
     if not (isinstance(seen, list) and isinstance(drawn, list) and len(seen) == len(drawn) and seen):
         return None
@@ -101,12 +101,12 @@ def concentration(samples: SampleTable) -> tuple[NDArray[np.int64], NDArray[np.f
     return latents[enough], most[enough] / totals[enough]
 
 
-def _sinks(run: RunFolder) -> Block:
+def _sinks(run: Run) -> Block:
     fraction = real(run.sample_summary.get("sink_fraction"))
     facts: list[tuple[str, str]] = []
     if fraction is not None:
         facts.append(("Kept samples at sink tokens", percent(fraction)))
-    book = run.positions
+    book = run.sampler_positions
     special, seen = real(book.get("special_seen")), book.get("seen")
     total = sum(real(v) or 0.0 for v in seen) if isinstance(seen, list) else 0.0
     if special is not None and total:
@@ -114,8 +114,8 @@ def _sinks(run: RunFolder) -> Block:
     sink = summary_metrics.SINK_FVU.of(run)
     if sink is not None:
         facts.append(("FVU on masked sink tokens", number(sink)))
-    for name in run.figure_names():
+    for name in run.metric_names():
         if name.startswith("data/"):
             words = name.removeprefix("data/").replace("_", " ").capitalize()
-            facts.append((words, number(run.figure(name))))
+            facts.append((words, number(run.metric(name))))
     return tiles(facts)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from transcoder.reporting import summary_metrics
 from transcoder.reporting.elements import Block, Line, charts, columns, line_chart, table, text
 from transcoder.reporting.format import MISSING, number, percent
-from transcoder.reporting.runfolder import RunFolder
+from transcoder.reporting.run import Run
 
 
-def section(run: RunFolder) -> list[Block]:
-    heldout = run.prefix_figures("evaluation/fvu_prefix")
-    training = run.prefix_figures("metrics/fvu_prefix")
+def section(run: Run) -> list[Block]:
+    heldout = run.prefix_metrics("evaluation/fvu_prefix")
+    training = run.prefix_metrics("metrics/fvu_prefix")
     found = heldout or training
     where = "held-out tokens" if heldout else "the last training batches (no evaluation was recorded)"
     if not found:

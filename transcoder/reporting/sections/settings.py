@@ -6,16 +6,18 @@ import yaml
 
 from transcoder.reporting.elements import Block, details, table, text
 from transcoder.reporting.format import number
-from transcoder.reporting.runfolder import RunFolder
+from transcoder.reporting.run import Run
 
 EVENTS = 50
 
 
-def section(run: RunFolder) -> list[Block]:
+def section(run: Run) -> list[Block]:
     config = (
-        yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True) if run.config else "config.yaml is not there."
+        yaml.safe_dump(dict(run.config), sort_keys=False, allow_unicode=True)
+        if run.config
+        else "config.yaml is not there."
     )
-    rows = [[name, number(run.figure(name))] for name in run.figure_names()]
+    rows = [[name, number(run.metric(name))] for name in run.metric_names()]
     logged = table(["Name", "Last value"], rows, [1]) if rows else text("Nothing was logged.", "empty")
     events = [
         [

@@ -1,4 +1,4 @@
-"""Figures of a run for a notebook."""
+"""Plots of a run for a notebook."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from transcoder.reporting import summary_metrics
-from transcoder.reporting.run_errors import RunPartMissingError, missing_part
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,7 +27,7 @@ def plot_loss(run: Run) -> Figure:
     figure, (axes,) = _figure(1)
     drawn = [_line(axes, run, name, label) for name, label in _LOSSES]
     if not any(drawn):
-        raise missing_part(run.folder, "losses", "metrics.jsonl")
+        raise run.missing_error("losses", "metrics.jsonl")
     axes.set(title="Loss", xlabel="step", ylabel="loss", yscale="log")
     axes.legend()
     return figure
@@ -36,17 +35,13 @@ def plot_loss(run: Run) -> Figure:
 
 def plot_fvu(run: Run) -> Figure:
     figure, (axes,) = _figure(1)
-    widths = sorted(
-        int(width)
-        for name in run.metrics
-        if (width := name.removeprefix("metrics/fvu_prefix_")) != name and width.isdecimal()
-    )
+    widths = list(run.prefix_metrics("metrics/fvu_prefix"))
     drawn = [_line(axes, run, f"metrics/fvu_prefix_{width}", f"width {width:,}", alpha=0.6) for width in widths[:-1]]
     drawn.append(_line(axes, run, "metrics/fvu", "training"))
     drawn.append(_line(axes, run, "evaluation/fvu", "held-out", marker="o"))
     if not any(drawn):
-        raise missing_part(run.folder, "FVU", "metrics.jsonl")
-    linear = summary_metrics.LINEAR_BASELINE.of(run.folder)
+        raise run.missing_error("FVU", "metrics.jsonl")
+    linear = summary_metrics.LINEAR_BASELINE.of(run)
     if linear is not None:
         axes.axhline(linear, linestyle=":", color="gray", label="linear map")
     axes.set(title="Fraction of variance unexplained", xlabel="step", ylabel="FVU")
@@ -89,9 +84,9 @@ def plot_density(run: Run) -> Figure:
 def plot_positions(run: Run) -> Figure:
     found = run.positions
     figure, (axes,) = _figure(1)
-    for counts, label in ((found.top, "strongest"), (found.stratified, "across positions")):
-        if counts.sum():
-            axes.stairs(100 * counts / counts.sum(), found.edges, label=label, linewidth=2)
+    for name, label in (("strongest", "strongest"), ("stratified", "across positions")):
+        if found[name].sum():
+            axes.stairs(100 * found[name] / found[name].sum(), found.attrs["edges"], label=label, linewidth=2)
     axes.set(title="Where kept samples stand", xlabel="position in the sequence", ylabel="% of samples")
     axes.set_ylim(bottom=0)
     axes.legend()
@@ -121,12 +116,8 @@ def _figure(count: int) -> tuple[Figure, list[Axes]]:
 
 
 def _line(axes: Axes, run: Run, name: str, label: str, **style: Any) -> bool:
-    """Draw a logged figure, if it was logged."""
-    try:
-        column = run.metrics.get(name)
-    except RunPartMissingError:
-        column = None
-    if column is None:
-        return False
-    axes.plot(column.steps, column.values, label=label, **style)
-    return True
+    """Draw a logged metric; False where it was not logged."""
+    series = run.metrics.get(name)
+    if series:
+        axes.plot(*series, label=label, **style)
+    return bool(series)

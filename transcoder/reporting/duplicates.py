@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from transcoder.reporting.format import MISSING, number, percent
-from transcoder.reporting.run_errors import missing_part
-from transcoder.reporting.run_tables import SHOWN, html_table, left_out, safe, text_table
-from transcoder.reporting.runfolder import RunFolder
+from transcoder.reporting.format import number, percent
+from transcoder.reporting.tables import SHOWN, ShownAsTable, html_table
 
 if TYPE_CHECKING:
-    from transcoder.reporting.run_latents import Latent, Latents
+    import pandas as pd
+
+    from transcoder.reporting.latents import Latent, Latents
 
 HEAD = (
     "i",
@@ -86,7 +86,8 @@ class Pair:
         """The pair's latent that `latent` is not."""
         return self.j if latent == self.i else self.i
 
-    def row(self) -> tuple[str, ...]:
+    def cells(self) -> tuple[str, ...]:
+        """The pair's row in a table under `HEAD`."""
         return (
             str(self.i),
             str(self.j),
@@ -97,37 +98,47 @@ class Pair:
             str(self.blocks_above),
             "flagged" if self.flagged else "",
             self.verdict,
-            MISSING if self.merge_share is None else percent(self.merge_share),
+            percent(self.merge_share),
         )
 
     def _repr_html_(self) -> str:
-        sides = "".join(
-            f'<td style="vertical-align:top;text-align:left">{latent._repr_html_()}</td>' for latent in self.latents
-        )
-        return f"{html_table(HEAD, [self.row()])}<table><tbody><tr>{sides}</tr></tbody></table>"
+        sides = "".join(f'<td style="vertical-align:top">{latent._repr_html_()}</td>' for latent in self.latents)
+        return f"{html_table(HEAD, [self.cells()])}<table><tbody><tr>{sides}</tr></tbody></table>"
 
 
-class Duplicates(Sequence[Pair]):
+_FIELDS = {f.name for f in dataclasses.fields(Pair)} - {"_latents"}
+
+
+class Duplicates(ShownAsTable, Sequence[Pair]):
     """Pairs above the threshold, strongest first; indexed, sliced and iterated like a list.
 
     The report holds at most `antidup.monitor.max_reported_pairs` of them; `total` counts all.
+
+    Args:
+        report: a correlation report as JSON has it.
+        latents: the run's, for the contexts of a pair.
+        pairs: those that are left of the report's; None takes all that can be read.
     """
 
-    def __init__(self, report: Mapping[str, Any], pairs: Sequence[Pair]) -> None:
-        self.report = report
+    HEAD = HEAD
+
+    def __init__(self, report: Mapping[str, Any], latents: Latents, pairs: Iterable[Pair] | None = None) -> None:
+        self.report, self._latents = report, latents
+        if pairs is None:
+            listed = report.get("pairs")
+            rows = (
+                [p for p in listed if isinstance(p, dict) and p.keys() >= _FIELDS] if isinstance(listed, list) else []
+            )
+            read = (Pair(**{name: p[name] for name in _FIELDS}, _latents=latents) for p in rows)
+            pairs = sorted(read, key=lambda p: (-p.correlation, p.i, p.j))
         self._pairs = list(pairs)
 
-    @classmethod
-    def read(cls, folder: RunFolder, latents: Latents) -> Duplicates:
-        """Raises: RunPartMissingError: there is no correlation report that can be read."""
-        report = folder.correlation
-        if not report:
-            raise missing_part(folder, "duplicates", "correlation report")
-        known = {f.name for f in dataclasses.fields(Pair)} - {"_latents"}
-        listed = report.get("pairs")
-        rows = [p for p in listed if isinstance(p, dict) and known <= set(p)] if isinstance(listed, list) else []
-        pairs = [Pair(**{name: p[name] for name in known}, _latents=latents) for p in rows]
-        return cls(report, sorted(pairs, key=lambda p: (-p.correlation, p.i, p.j)))
+    def frame(self) -> pd.DataFrame:
+        """A row a pair, the fields of `Pair` as columns."""
+        import pandas as pd
+
+        names = [f.name for f in dataclasses.fields(Pair) if f.name in _FIELDS]
+        return pd.DataFrame([[getattr(p, name) for name in names] for p in self], columns=names)
 
     @property
     def step(self) -> int:
@@ -183,20 +194,8 @@ class Duplicates(Sequence[Pair]):
     def __len__(self) -> int:
         return len(self._pairs)
 
-    def __iter__(self) -> Iterator[Pair]:
-        return iter(self._pairs)
-
-    def __repr__(self) -> str:
-        if not self:
-            return self._headline()
-        table = text_table(HEAD, [p.row() for p in self[:SHOWN]])
-        return "\n".join(filter(None, [self._headline(), table, left_out(len(self))]))
-
-    def _repr_html_(self) -> str:
-        head = f"<p>{safe(self._headline())}</p>"
-        if not self:
-            return head
-        return f"{head}{html_table(HEAD, [p.row() for p in self[:SHOWN]])}<p>{safe(left_out(len(self)))}</p>"
+    def _cells(self) -> list[tuple[str, ...]]:
+        return [p.cells() for p in self._pairs[:SHOWN]]
 
     def _headline(self) -> str:
         least = self.thresholds.get("correlation")
@@ -204,5 +203,5 @@ class Duplicates(Sequence[Pair]):
         count = f"{len(self)} of {self.total:,}" if len(self) != self.total else f"{self.total:,}"
         return f"{count} duplicate pairs{what}, at step {self.step:,}"
 
-    def _some(self, pairs: Iterator[Pair] | Sequence[Pair]) -> Duplicates:
-        return Duplicates(self.report, list(pairs))
+    def _some(self, pairs: Iterable[Pair]) -> Duplicates:
+        return Duplicates(self.report, self._latents, pairs)

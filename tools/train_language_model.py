@@ -1,6 +1,6 @@
 """Recipe of the packaged language model: a small Gemma-2 trained on the standard library's source files.
 
-    python -m transcoder.demo.train_language_model --out DIR
+    python tools/train_language_model.py --out DIR
 
 trains the byte-level BPE tokenizer and the model on the ``train`` split of `transcoder.demo.stdlib_text`,
 measures the loss on the ``heldout`` split and leaves a Hugging Face folder with a model card in DIR. A run
@@ -512,7 +512,7 @@ def model_card(figures: dict[str, Any]) -> str:
         ),
         "## Training",
         _fill(
-            f"""`python -m transcoder.demo.train_language_model --out DIR`: AdamW (0.9, 0.95), weight decay
+            f"""`python tools/train_language_model.py --out DIR`: AdamW (0.9, 0.95), weight decay
             {recipe["weight_decay"]} on matrices, peak learning rate {recipe["learning_rate"]},
             {recipe["warmup_steps"]} warm-up steps and a cosine down to 2 %, gradient norm clipped at 1,
             batches of {recipe["batch_size"]} x {recipe["seq_len"]} tokens, float32, seed {recipe["seed"]}.
@@ -559,7 +559,7 @@ def _fill(paragraph: str) -> str:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     defaults = Recipe()
     parser = argparse.ArgumentParser(
-        prog="python -m transcoder.demo.train_language_model",
+        prog="python tools/train_language_model.py",
         description="Train the packaged language model on the standard library's source files.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

@@ -1,0 +1,273 @@
+"""Activation samples: small columns as NumPy, contexts only for the rows that are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from transcoder.reporting.tables import safe, visible
+
+INTEGERS = ("latent", "position", "sequence", "step", "anchor")
+COLUMNS = (*INTEGERS, "kind", "activation", "token", "context")
+"""What every samples.parquet has; `tokens`, the display strings, may lack."""
+BATCH_ROWS = 8192
+"""Rows of contexts in memory at a time."""
+LINE_CHARACTERS = 100
+"""Characters of a context that one line of text shows."""
+_SHADE = "255,140,0"
+"""A colour that can be read on a light page and on a dark one."""
+
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """One kept sample of a latent.
+
+    Fields:
+        kind: "top" for one of its strongest, "stratified" for one drawn over positions.
+        tokens: display strings, padding left out.
+        anchor: the place in `tokens` of the token that the sample was kept for.
+        activation: at the anchor.
+        activations: [tokens] float64: what was kept at each token, the latent's other samples of the same sequence included;
+            NaN where none was, which is not a zero.
+        position: of the anchor in its sequence.
+        sequence: number of the sequence, -1 where unknown.
+        step: the training step that saw it.
+    """
+
+    kind: Literal["top", "stratified"]
+    tokens: list[str]
+    anchor: int
+    activation: float
+    activations: NDArray[np.float64]
+    position: int
+    sequence: int
+    step: int
+
+    @property
+    def text(self) -> str:
+        return "".join(self.tokens)
+
+    def __repr__(self) -> str:
+        return f"{self.activation:9.4g}  {self.marked()}"
+
+    def marked(self, characters: int = LINE_CHARACTERS) -> str:
+        """The context on one line, its token in brackets »«, cut to about `characters` around it."""
+        before = visible("".join(self.tokens[: self.anchor]))
+        token = f"»{visible(self.tokens[self.anchor])}«"
+        after = visible("".join(self.tokens[self.anchor + 1 :]))
+        room = max(0, characters - len(token))
+        left = before if len(before) <= room * 2 // 3 else "…" + before[len(before) - room * 2 // 3 :]
+        rest = room - len(left)
+        return left + token + (after if len(after) <= rest else after[: max(0, rest)] + "…")
+
+    def _repr_html_(self) -> str:
+        return self.shaded(self.activation)
+
+    def shaded(self, peak: float) -> str:
+        """The context as HTML: a token is the darker the stronger the latent fires on it, `peak` being the darkest."""
+        parts = []
+        for n, token in enumerate(self.tokens):
+            style, title, value = "", "", self.activations[n]
+            if np.isfinite(value):
+                title = f' title="{value:.4g}"'
+                if peak > 0:
+                    style = (
+                        f"background:rgba({_SHADE},{0.75 * min(1.0, max(0.0, value / peak)):.2f});border-radius:2px;"
+                    )
+            if n == self.anchor:
+                style += "outline:1px solid currentColor;"
+            parts.append(f'<span style="{style}"{title}>{safe(token)}</span>' if style else safe(token))
+        return f'<span style="font-family:monospace;white-space:pre-wrap">{"".join(parts)}</span>'
+
+
+@dataclass(frozen=True, eq=False)
+class Contexts:
+    """Contexts of some rows, as words of a vocabulary.
+
+    Fields:
+        words: display strings; the first is the empty one, which stands for padding.
+        offsets: [rows + 1] int64 into `codes`.
+        codes: int32 numbers of words.
+    """
+
+    words: list[str]
+    offsets: NDArray[np.int64]
+    codes: NDArray[np.int32]
+
+    def of(self, row: int) -> NDArray[np.int32]:
+        """The codes of one row."""
+        return self.codes[self.offsets[row] : self.offsets[row + 1]]
+
+
+@dataclass(frozen=True, eq=False)
+class SampleTable:
+    """Samples, one row each; every column has the same length.
+
+    Fields:
+        latent: int64 latent ids.
+        top: bool, True for a top-activating sample, False for a position-stratified one.
+        activation: float64.
+        position, sequence, step, anchor: int64.
+    """
+
+    latent: NDArray[np.int64]
+    position: NDArray[np.int64]
+    sequence: NDArray[np.int64]
+    step: NDArray[np.int64]
+    anchor: NDArray[np.int64]
+    top: NDArray[np.bool_]
+    activation: NDArray[np.float64]
+    _path: Path
+
+    def __len__(self) -> int:
+        return len(self.latent)
+
+    def rows_of(self, latent: int) -> NDArray[np.int64]:
+        """The rows of a latent, the strongest first."""
+        order, latents = self._by_latent
+        begin, end = np.searchsorted(latents, [latent, latent + 1])
+        return order[begin:end]
+
+    def activation_at(self, rows: NDArray[np.int64]) -> dict[tuple[int, int], float]:
+        """(sequence, position) -> activation of one latent's `rows`, strongest first; rows of unknown sequences are left
+        out, and of two at one place the first counts."""
+        known = rows[self.sequence[rows] >= 0][::-1]
+        places = zip(self.sequence[known].tolist(), self.position[known].tolist(), strict=True)
+        return dict(zip(places, self.activation[known].tolist(), strict=True))
+
+    def read_contexts(self, rows: NDArray[np.int64]) -> list[Context]:
+        """The contexts of one latent's rows, in their order; a row whose anchor is outside its context is left out."""
+        kept = self.activation_at(rows)
+        found = []
+        for r, context in zip(rows, self.contexts(rows), strict=True):
+            anchor, position, sequence = int(self.anchor[r]), int(self.position[r]), int(self.sequence[r])
+            if not 0 <= anchor < len(context):
+                continue
+            begin = next(n for n, token in enumerate(context) if token != "" or n == anchor)
+            tokens, anchor = context[begin:], anchor - begin
+            near = [kept.get((sequence, position - anchor + n), np.nan) for n in range(len(tokens))]
+            near[anchor] = activation = float(self.activation[r])
+            kind: Literal["top", "stratified"] = "top" if self.top[r] else "stratified"
+            found.append(
+                Context(kind, tokens, anchor, activation, np.asarray(near), position, sequence, int(self.step[r]))
+            )
+        return found
+
+    def contexts(self, rows: NDArray[np.int64]) -> list[list[str]]:
+        """The context of each row as display strings; token ids in words where the file has no strings.
+
+        Padding (a negative id) is an empty string.
+        """
+        found = self.coded_contexts(rows)
+        return [[found.words[c] for c in found.of(n)] for n in range(len(rows))]
+
+    def coded_contexts(self, rows: NDArray[np.int64]) -> Contexts:
+        """The contexts of `rows`, in their order. Reads the file once, `BATCH_ROWS` rows at a time."""
+        import pyarrow.parquet as pq
+
+        order = np.argsort(rows, kind="stable")
+        wanted = rows[order]
+        words: dict[str, int] = {"": 0}
+        parts: list[NDArray[np.int32]] = []
+        with pq.ParquetFile(self._path) as file:
+            first = 0
+            for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=_text_columns(file)):
+                inside = wanted[np.searchsorted(wanted, first) : np.searchsorted(wanted, first + len(batch))] - first
+                first += len(batch)
+                if len(inside):
+                    parts.extend(_coded(batch.take(inside), words))
+        codes: list[NDArray[np.int32]] = [np.zeros(0, np.int32)] * len(rows)
+        for place, part in zip(order, parts, strict=True):
+            codes[place] = part
+        offsets = np.cumsum([0, *map(len, codes)], dtype=np.int64)
+        return Contexts(list(words), offsets, np.concatenate(codes) if codes else np.zeros(0, np.int32))
+
+    def containing(self, text: str) -> NDArray[np.bool_]:
+        """[rows] bool: whether `text` is in the row's context, whatever its case; it may run over several tokens."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+        import pyarrow.parquet as pq
+
+        found: list[NDArray[np.bool_]] = []
+        with pq.ParquetFile(self._path) as file:
+            *_, column = _text_columns(file)
+            for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=[column]):
+                if column == "tokens":
+                    # Joined by the library: a run keeps millions of tokens.
+                    joined = pc.binary_join(batch.column(0), pa.scalar(""))
+                else:
+                    joined = pa.array(
+                        ["".join(f"[{i}]" for i in ids or () if i >= 0) for ids in batch.column(0).to_pylist()]
+                    )
+                hit = pc.fill_null(pc.match_substring(joined, pattern=text, ignore_case=True), False)
+                found.append(np.asarray(hit.to_numpy(zero_copy_only=False), dtype=bool))
+        return np.concatenate(found) if found else np.zeros(0, dtype=bool)
+
+    @cached_property
+    def _by_latent(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        order = np.lexsort((-self.activation, self.latent))
+        return order, self.latent[order]
+
+
+def read_samples(path: Path) -> SampleTable:
+    """Read samples.parquet; the contexts only when they are asked for.
+
+    Raises:
+        ImportError: pyarrow is not installed.
+        ValueError: not Parquet, or columns are lacking; the message names them.
+    """
+    table, _ = read_columns(path, COLUMNS, [*INTEGERS, "kind", "activation"])
+    integers = {name: table.column(name).to_numpy().astype(np.int64) for name in INTEGERS}
+    top = np.asarray(table.column("kind").to_numpy() == "top", dtype=bool)
+    return SampleTable(
+        **integers, top=top, activation=table.column("activation").to_numpy().astype(np.float64), _path=path
+    )
+
+
+def read_columns(path: Path, required: Sequence[str], wanted: Sequence[str]) -> tuple[Any, dict[bytes, bytes]]:
+    """The `wanted` columns of a Parquet file as an Arrow table, and the file's own metadata.
+
+    Raises:
+        ImportError: pyarrow is not installed.
+        ValueError: not Parquet, or one of the `required` columns is lacking; the message names it.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            lacking = [name for name in required if name not in file.schema_arrow.names]
+            if lacking:
+                raise ValueError(f"columns are lacking: {', '.join(lacking)}")
+            return file.read(columns=list(wanted)), file.schema_arrow.metadata or {}
+    except pa.ArrowException as error:
+        raise ValueError(f"not a Parquet file: {error}") from error
+
+
+def _text_columns(file: Any) -> list[str]:
+    return [name for name in ("context", "tokens") if name in file.schema_arrow.names]
+
+
+def _coded(batch: Any, words: dict[str, int]) -> list[NDArray[np.int32]]:
+    """One array a row; new words are added."""
+    contexts = batch.column("context")
+    lengths = np.asarray(contexts.value_lengths().fill_null(0).to_numpy(zero_copy_only=False), np.int64)
+    ids = contexts.flatten()
+    strings = batch.column("tokens") if "tokens" in batch.schema.names else None
+    # Strings of another number than the ids (another writer's file) cannot be told apart by place.
+    if strings is not None and strings.value_lengths().fill_null(0).equals(contexts.value_lengths().fill_null(0)):
+        encoded = strings.flatten().fill_null("").dictionary_encode()
+        spelled = encoded.dictionary.to_pylist()
+    else:
+        encoded = ids.dictionary_encode()
+        spelled = [f"[{i}]" for i in encoded.dictionary.to_pylist()]
+    numbers = np.asarray([words.setdefault(s, len(words)) for s in spelled] or [0], np.int32)
+    codes = numbers[np.asarray(encoded.indices.to_numpy(zero_copy_only=False), np.int64)]
+    codes[np.asarray(ids.to_numpy(zero_copy_only=False)) < 0] = 0
+    return np.split(codes, np.cumsum(lengths)[:-1])
