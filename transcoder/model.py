@@ -13,6 +13,7 @@ from transcoder.dictionary_config import TranscoderConfig
 from transcoder.kernels import SparseCodes, batch_topk_encode, sparse_decode, threshold_encode, topk_encode
 from transcoder.kernels.checks import Checks, check_finite_rows, check_float_matrix, check_mode
 from transcoder.losses import auxk_loss, reconstruction_loss
+from transcoder.phases import phase
 from transcoder.pretrained import check_tensors, local_folder, read_config, read_weights, write_pair
 
 __all__ = ["StepOutput", "Transcoder", "TranscoderConfig"]
@@ -124,7 +125,8 @@ class Transcoder(nn.Module):
         self._check_source("training_step", x)
         check_float_matrix("Transcoder.training_step", "y", y, columns=config.d_out, rows=x.shape[0])
         x, y = self.normalize_source(x), self.normalize_target(y)
-        codes = self._encode_normalized(x)
+        with phase("encode"):
+            codes = self._encode_normalized(x)
         target = self._without_skip(x, y)
         weights = tuple(config.prefix_weights or ())
         rec = reconstruction_loss(
@@ -132,21 +134,23 @@ class Transcoder(nn.Module):
         )
         loss, aux = rec.loss, torch.zeros((), dtype=rec.loss.dtype, device=x.device)
         if self._dead_ids is not None and config.aux_latents > 0 and config.aux_coefficient > 0:
-            aux = auxk_loss(
-                x,
-                rec.residual,
-                self.W_enc,
-                self.b_enc,
-                self.W_dec,
-                self._dead_ids,
-                config.aux_latents,
-                rec.target_variance,
-                config.loss,
-                token_weights,
-            )
+            with phase("AuxK"):
+                aux = auxk_loss(
+                    x,
+                    rec.residual,
+                    self.W_enc,
+                    self.b_enc,
+                    self.W_dec,
+                    self._dead_ids,
+                    config.aux_latents,
+                    rec.target_variance,
+                    config.loss,
+                    token_weights,
+                )
             loss = loss + config.aux_coefficient * aux
         if self.training:
-            self._track(codes.detach())
+            with phase("dead counts, threshold"):
+                self._track(codes.detach())
         return StepOutput(
             loss, codes, rec.loss.detach(), aux.detach(), rec.mse_per_prefix, rec.fvu_per_prefix, rec.residual.detach()
         )

@@ -16,7 +16,7 @@ from tests.training.test_trainer import Planted, config, records
 from transcoder import tensor_file
 from transcoder.activations import ActivationBatch
 from transcoder.training import RunResult, checkpointing, train_transcoder
-from transcoder.training.background_task import Beside
+from transcoder.training.background_task import BackgroundTask
 from transcoder.training.checkpoint import CheckpointError, find_checkpoint
 from transcoder.training.snapshot import Snapshots
 
@@ -222,21 +222,21 @@ def test_a_copy_does_not_follow_what_it_was_taken_of(device: torch.device) -> No
 
 
 def test_one_at_a_time_and_errors_reach_whoever_collects() -> None:
-    beside: Beside[int] = Beside("test")
-    assert beside.collect(0) is None
+    task: BackgroundTask[int] = BackgroundTask("test")
+    assert task.collect(0) is None
     go = threading.Event()
-    beside.start(lambda: [go.wait(60), 5][1])
-    assert beside.collect(0) is None
+    task.start(lambda: [go.wait(60), 5][1])
+    assert task.collect(0) is None
     with pytest.raises(RuntimeError, match="collected first"):
-        beside.start(lambda: 6)
+        task.start(lambda: 6)
     go.set()
-    assert beside.collect(60) == 5
-    assert not beside.busy
+    assert task.collect(60) == 5
+    assert not task.busy
 
     def broken() -> int:
         raise TypeError("no such leaf")
 
-    beside.start(broken)
+    task.start(broken)
     with pytest.raises(TypeError, match="no such leaf"):
-        beside.collect(60)
-    assert not beside.busy
+        task.collect(60)
+    assert not task.busy

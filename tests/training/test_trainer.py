@@ -21,10 +21,10 @@ from transcoder.model import Transcoder
 from transcoder.training import RunResult, train_transcoder
 from transcoder.training import trainer as trainer_module
 from transcoder.training.checkpoint import CheckpointError, load_checkpoint
+from transcoder.training.layer_trainer import penalty_scale
 from transcoder.training.output_checks import check_run
 from transcoder.training.sources import TrainingDataError
 from transcoder.training.storage import FolderLock, RunLockedError
-from transcoder.training.trainer import penalty_scale
 
 D_IN, D_OUT, SEQUENCE = 12, 10, 16
 

@@ -24,20 +24,15 @@ class Recycler:
 
     Args:
         section: how often and how many.
-        steps: of the run; rounds end at the share `until` of them.
         seed: with the step it keys the rows of the freed latents: no state, no global generator.
         out_dir: folder of `recycled.jsonl`.
     """
 
-    def __init__(self, section: RecycleSection, steps: int, seed: int, out_dir: Path) -> None:
+    def __init__(self, section: RecycleSection, seed: int, out_dir: Path) -> None:
         self.section, self._seed = section, seed
-        self._last_round = int(section.until * steps)
         self.path = out_dir / "recycled.jsonl"
         self.total = 0
         """Latents recycled so far."""
-
-    def due(self, step: int) -> bool:
-        return step % self.section.every == 0 and 0 < step <= self._last_round
 
     def act(
         self,

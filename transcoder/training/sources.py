@@ -15,7 +15,7 @@ from transcoder.training.batch_checks import Layout, TrainingDataError, check_ba
 from transcoder.training.state_tree import pack_state
 
 
-class Source(Protocol):
+class BatchSource(Protocol):
     """An endless iterator of batches with a state. `transcoder.activations.ActivationStream` is one."""
 
     d_in: int
