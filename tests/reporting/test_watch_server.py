@@ -114,7 +114,7 @@ def test_a_resumed_run_shows_its_own_figures(watched: tuple[Path, int]) -> None:
     core = json.loads(ask(port, "/data.json")[2])
     assert core["header"]["pill"][0] == "interrupted or still running"
     assert "307,200 tokens" in core["header"]["facts"]
-    overview = json.dumps(core["sections"][0])
+    overview = core["sections"][0]["html"]
     assert "0.33" in overview
     assert "0.77" not in overview
     assert "ended at step 270" in overview

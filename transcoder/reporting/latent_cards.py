@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from transcoder.reporting.elements import short
+from transcoder.reporting.charts import short
 from transcoder.reporting.run import Run
 from transcoder.reporting.samples import Contexts, SampleTable
-from transcoder.reporting.sections.duplicates import groups_of, ranked_pairs
+from transcoder.reporting.sections import groups_of, ranked_pairs
 
 DEFAULT_LATENTS = 4096
 """Where the config does not say `logging.report_latents`."""

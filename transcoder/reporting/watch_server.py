@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import json
 import logging
 import os
 import re
@@ -17,12 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from transcoder.reporting.format import clock
-from transcoder.reporting.html import embedded_json
 from transcoder.reporting.latent_cards import LatentCards
 from transcoder.reporting.latent_table import FILE_NAME as LATENTS_FILE
 from transcoder.reporting.metrics_table import FILE_NAME as METRICS_FILE
 from transcoder.reporting.metrics_table import Metrics
-from transcoder.reporting.page import chunk_elements, render_page
+from transcoder.reporting.page import chunk_elements, render, render_page
 from transcoder.reporting.report import payload
 from transcoder.reporting.run_process import process_of
 from transcoder.reporting.terminal_view import look
@@ -89,24 +89,20 @@ class LiveReport:
         snapshot = look(self._path, self._metrics)
         heavy = self._signature(("activation_samples/samples.parquet", LATENTS_FILE))
         cards = self._cards if heavy == self._cards_seen else None
-        core, cards = payload(snapshot.run, cards)
+        version = self._version + (heavy != self._cards_seen)
+        core, cards = payload(snapshot.run, cards, version)
         if snapshot.state in LOOKS:
             core["header"]["pill"] = [snapshot.words, LOOKS[snapshot.state]]
         if snapshot.state == "running" and snapshot.left:
             core["header"]["facts"].append(f"{clock(snapshot.left)} left")
+        core["head"] = render("header.html", header=core["header"])
         if heavy != self._cards_seen:
-            self._cards_seen, self._cards = heavy, cards
-            self._version += 1
+            self._cards_seen, self._cards, self._version = heavy, cards, version
             self._packed = chunk_elements(cards.packed_index, cards.chunks)
             # What the chunks were made of is not needed any more.
             cards.chunks.clear()
-        for section in core["sections"]:
-            for block in section["blocks"]:
-                if block["is"] == "latents":
-                    block["version"] = self._version
-        core["version"] = self._version
         self.core = core
-        self.data = embedded_json(core).encode("utf-8", errors="replace")
+        self.data = json.dumps(core, allow_nan=False).encode()
         self.tag = f'"{hashlib.sha256(self.data).hexdigest()[:32]}"'
         took = time.process_time() - began
         self._next = time.monotonic() + max(LEAST_SECONDS, SHARE * took)
