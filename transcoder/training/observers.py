@@ -18,6 +18,7 @@ from transcoder.antidup import ActivationSampleCollector, CorrelationMonitor, Po
 from transcoder.antidup.ledger import LedgerError
 from transcoder.antidup.merge_cost import MergeResult
 from transcoder.antidup.monitor import Judge
+from transcoder.files import replace_atomically
 from transcoder.phases import phase
 from transcoder.training.baselines import LinearBaseline
 from transcoder.training.evaluation import cross_entropy, evaluate, merge_test
@@ -33,7 +34,6 @@ from transcoder.training.similarity import (
     prefix_similarity,
     similarity_metrics,
 )
-from transcoder.training.storage import replace_atomically
 
 if TYPE_CHECKING:
     from transcoder.training.trainer import Trainer
@@ -367,7 +367,7 @@ class Evaluation(Observer):
         report = prefix_similarity(codes, self.layer.transcoder.W_dec)
         if report is None:
             return {}
-        text = json.dumps(report, indent=1, allow_nan=False).encode()
+        text = json.dumps(report, indent=1, allow_nan=False)
         run.write(REPORT_FILE, lambda: replace_atomically(run.run_dir / REPORT_FILE, text))
         return similarity_metrics(report)
 

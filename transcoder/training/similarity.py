@@ -14,10 +14,11 @@ from torch import Tensor
 from transcoder.activations import ActivationBatch
 from transcoder.antidup.cka import LEAST_TOKENS, Similarity, StreamingCKA, gram_of_codes, gram_of_rows
 from transcoder.checkpoint_folder import CheckpointError, find_checkpoint
+from transcoder.files import replacing
 from transcoder.kernels import SparseCodes, sparse_decode
 from transcoder.model import Transcoder
+from transcoder.tensor_file import read_tensors, write_tensors
 from transcoder.training.evaluation import at_inference
-from transcoder.training.storage import replace_atomically
 
 SCHEMA_VERSION = 1
 BATCH_TOKENS = 512
@@ -59,8 +60,6 @@ class HeldoutCodes:
 
     def save(self, path: Path) -> None:
         """Write them: 8 bytes an entry, 12 a token. Raises: OSError; the former file stands."""
-        from safetensors.torch import save
-
         sizes = torch.cat([codes.row_ptr.diff() for codes in self.codes])
         tensors = {
             "values": torch.cat([codes.values for codes in self.codes]).float(),
@@ -71,16 +70,14 @@ class HeldoutCodes:
             "positions": self.positions.int(),
             "widths": torch.tensor(self.widths, device="cpu"),
         }
-        replace_atomically(path, save({name: part.detach().cpu().contiguous() for name, part in tensors.items()}))
+        with replacing(path) as file:
+            write_tensors(file, tensors)
 
     @classmethod
     def load(cls, path: Path) -> HeldoutCodes:
         """Raises: OSError; ValueError naming a file that is not one of these."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load
-
         try:
-            found = load(path.read_bytes())
+            found = read_tensors(path)
             widths = found["widths"].tolist()
             row_ptr = torch.zeros(found["entries"].numel() + 1, dtype=torch.int64, device="cpu")
             torch.cumsum(found["entries"], 0, out=row_ptr[1:])
@@ -95,7 +92,7 @@ class HeldoutCodes:
                 codes.append(part)
                 row += size
             return cls(codes, found["tokens"], found["positions"], widths)
-        except (SafetensorError, KeyError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        except (KeyError, IndexError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: not the codes of held-out tokens ({type(error).__name__}: {error})") from error
 
     def matches(self, other: HeldoutCodes) -> bool:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from transcoder.activations import ActivationBatch
 from transcoder.kernels.checks import FLOATS
+from transcoder.tensor_file import tensor_bytes
 from transcoder.training.state_tree import pack_state
-from transcoder.training.tensor_file import tensor_bytes
 
 _WHOLE = (torch.int64,)
 _KINDS: dict[str, tuple[str, tuple[torch.dtype, ...]]] = {
@@ -234,5 +234,7 @@ def own_data(
 def _moved(batch: ActivationBatch, device: torch.device) -> ActivationBatch:
     """On the device, and detached: a step's backward must not go on into the language model that made it."""
     every = {f.name: getattr(batch, f.name) for f in fields(batch)}
-    moved = {n: t.detach().to(device, non_blocking=True) for n, t in every.items() if isinstance(t, Tensor)}
+    moved: dict[str, Any] = {
+        n: t.detach().to(device, non_blocking=True) for n, t in every.items() if isinstance(t, Tensor)
+    }
     return replace(batch, **moved)
