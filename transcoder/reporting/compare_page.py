@@ -127,8 +127,7 @@ def _curves(labels: list[str], folders: list[Run]) -> Section:
     for name, title, unit in CURVES:
         lines = []
         for n, (label, run) in enumerate(zip(labels, folders, strict=True)):
-            series = run.metrics.get(name)
-            lines.append(Line(label, series.steps, series.values, f"c{n % COLORS}", name.startswith("evaluation/")))
+            lines.append(Line(label, *run.metrics.get(name), f"c{n % COLORS}", name.startswith("evaluation/")))
         charts.append(line_chart(title, lines, y_label=unit, from_zero=True))
     return {"charts": charts, "empty": "" if any(charts) else "No metrics were logged, so there are no curves."}
 
