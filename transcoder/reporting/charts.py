@@ -164,7 +164,7 @@ class _Points:
     def traces(self) -> list[dict[str, Any]]:
         color = f"--{self.line.color}"
         dotted = (self.line.markers and len(self.x) <= MAX_MARKERS) or len(self.x) == 1
-        own = {"mode": "lines+markers" if dotted else "lines", "name": _plain(self.line.label)}
+        own: dict[str, Any] = {"mode": "lines+markers" if dotted else "lines", "name": _plain(self.line.label)}
         own |= {"line": {"color": color}, "marker": {"color": color}}
         edges = [(self.low, {}), (self.high, {"fill": "tonexty", "fillcolor": f"{color}/0.16"})] if self.banded else []
         hidden = {"mode": "lines", "line": {"width": 0}, "hoverinfo": "skip"}

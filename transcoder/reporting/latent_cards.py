@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import gzip
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +12,7 @@ from numpy.typing import NDArray
 
 from transcoder.reporting.charts import short
 from transcoder.reporting.format import whole
+from transcoder.reporting.page import pack
 from transcoder.reporting.run import Run
 from transcoder.reporting.samples import Contexts, SampleTable
 from transcoder.reporting.sections import groups_of, ranked_pairs
@@ -120,9 +119,9 @@ def _density(run: Run, ids: NDArray[np.int64]) -> NDArray[np.float64] | None:
 
 
 def packed(value: Any) -> str:
-    """JSON, gzip (without a time, so that the same page has the same bytes), base64: nothing in it can end an element."""
+    """`value` as packed JSON."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return base64.b64encode(gzip.compress(text.encode("utf-8", errors="replace"), 6, mtime=0)).decode()
+    return pack(text.encode("utf-8", errors="replace"))
 
 
 def _rounded(values: Iterable[float], digits: int) -> list[float | int | None]:
