@@ -42,7 +42,6 @@ _AXIS = {
     "zerolinecolor": "--line",
     "automargin": True,
     "fixedrange": True,
-    "hoverformat": ".4~g",
 }
 LOOK = {
     "layout": {
@@ -165,7 +164,7 @@ class _Points:
         color = f"--{self.line.color}"
         dotted = (self.line.markers and len(self.x) <= MAX_MARKERS) or len(self.x) == 1
         own: dict[str, Any] = {"mode": "lines+markers" if dotted else "lines", "name": _plain(self.line.label)}
-        own |= {"line": {"color": color}, "marker": {"color": color}}
+        own |= {"line": {"color": color}, "marker": {"color": color}, "hovertemplate": "%{y:.4~g}"}
         edges = [(self.low, {}), (self.high, {"fill": "tonexty", "fillcolor": f"{color}/0.16"})] if self.banded else []
         hidden = {"mode": "lines", "line": {"width": 0}, "hoverinfo": "skip"}
         return [*(_scatter(self.x, y, **hidden, **fill) for y, fill in edges), _scatter(self.x, self.y, **own)]
