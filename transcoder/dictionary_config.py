@@ -7,14 +7,38 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
+from operator import attrgetter
 from typing import Any, ClassVar, Literal, get_args
 
-Activation = Literal["topk", "batch_topk"]
+Activation = Literal["topk", "batch_topk", "jumprelu"]
 ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
+Penalty = Literal["l0_target", "l0", "tanh"]
 Convention = Literal["mse", "saelens", "dictionary_learning", "fvu"]
 CONVENTIONS: tuple[Convention, ...] = get_args(Convention)
+
+
+@dataclass(frozen=True)
+class JumpReLUSettings:
+    """Training of activation `jumprelu`; formulas and sources are in `transcoder.selection.JumpReLU`."""
+
+    penalty: Penalty = "l0_target"
+    """Sparsity term of the loss, with L0 the mean number of active latents a token: `l0_target` is (L0 / k - 1)^2, which
+    leads L0 to k; `l0` is L0 / k; `tanh` counts tanh(tanh_scale * activation) for each latent and shrinks activations too."""
+    coefficient: float = 1.0
+    """Weight of the penalty, relative to a reconstruction loss of convention `mse`."""
+    warmup_steps: int = 0
+    """Steps in which the weight of the penalty rises linearly from 0."""
+    bandwidth: float = 0.5
+    """Width of the window around a threshold in which pre-activations move it; inputs have mean square 1. Time and memory of a
+    step grow with the pre-activations in its lower half."""
+    initial_threshold: float | None = None
+    """null is the threshold that k of d_sae standard normal pre-activations exceed."""
+    learning_rate_ratio: float | None = None
+    """Learning rate of the thresholds as a multiple of the weights'; null is sqrt(d_in)."""
+    tanh_scale: float = 4.0
 
 
 @dataclass(frozen=True)
@@ -23,7 +47,8 @@ class DictionarySettings:
 
     d_sae: int
     k: int
-    """Active latents a token: exactly k by TopK, k on average over a batch by BatchTopK."""
+    """Active latents a token: exactly k for topk, k on average over a batch for batch_topk, the target of the mean for
+    jumprelu (and the unit of its other penalties)."""
     activation: Activation
     widths: Sequence[int] | None = None
     """Cumulative Matryoshka widths, strictly increasing, the last one d_sae; null trains the full width only."""
@@ -40,6 +65,8 @@ class DictionarySettings:
     threshold_rate: float = 0.05
     """Rate of the fp32 running mean of the smallest selected value (BatchTopK's threshold at inference). That minimum is
     taken over batch_size * k values and hardly varies, so a short memory costs no noise and keeps up with training."""
+
+    jumprelu: JumpReLUSettings = field(default_factory=JumpReLUSettings)
 
     where: ClassVar[str] = "DictionarySettings."
     """What stands before a field's name in errors."""
@@ -72,14 +99,38 @@ class DictionarySettings:
         self._require("dead_after_tokens", self.dead_after_tokens >= 1, "at least 1")
         self._require("threshold_rate", 0 < self.threshold_rate <= 1, "in (0, 1]")
 
+        self._check_jumprelu()
+
+    def _check_jumprelu(self) -> None:
+        if not isinstance(self.jumprelu, JumpReLUSettings):
+            raise TypeError(f"{self.where}jumprelu: expected JumpReLUSettings, got {self.jumprelu!r}")
+        self._require(
+            "jumprelu.penalty",
+            self.jumprelu.penalty in get_args(Penalty),
+            f"one of {', '.join(map(repr, get_args(Penalty)))}",
+        )
+        self._check_type("jumprelu.warmup_steps", int)
+        self._require("jumprelu.warmup_steps", self.jumprelu.warmup_steps >= 0, "at least 0")
+        for name, least, expected in (
+            ("coefficient", 0, "finite, at least 0"),
+            ("initial_threshold", 0, "null or finite, at least 0"),
+            ("bandwidth", sys.float_info.min, "positive and finite"),
+            ("learning_rate_ratio", sys.float_info.min, "null or positive and finite"),
+            ("tanh_scale", sys.float_info.min, "positive and finite"),
+        ):
+            value = getattr(self.jumprelu, name)
+            if value is not None or not expected.startswith("null"):
+                self._check_type(f"jumprelu.{name}", float)
+                self._require(f"jumprelu.{name}", least <= value < math.inf, expected)
+
     def _require(self, name: str, fits: bool, expected: str) -> None:
         if not fits:
-            value = getattr(self, name)
+            value = attrgetter(name)(self)
             shown = list(value) if isinstance(value, tuple) else value
             raise self.error(f"{self.where}{name}: expected {expected}, got {shown!r}")
 
     def _check_type(self, name: str, kind: type) -> None:
-        self._check_value(name, getattr(self, name), kind)
+        self._check_value(name, attrgetter(name)(self), kind)
 
     def _check_value(self, name: str, value: object, kind: type) -> None:
         accepted = (int, float) if kind is float else kind
@@ -140,7 +191,9 @@ class TranscoderConfig(DictionarySettings, _Sizes):
         return max(1, self.d_in // 2) if self.aux_k is None else self.aux_k
 
     def to_dict(self) -> dict[str, Any]:
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        """As JSON has it, without the settings of other activations, which earlier versions of the package do not know."""
+        values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        return {key: value for key, value in values.items() if key != "jumprelu" or self.activation == key}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TranscoderConfig:
@@ -151,4 +204,10 @@ class TranscoderConfig(DictionarySettings, _Sizes):
         missing = [name for name in ("d_in", "d_out", "d_sae", "k") if name not in values]
         if missing:
             raise ValueError(f"TranscoderConfig: expected {', '.join(missing)}, missing from {sorted(values)}")
-        return cls(**values)
+        jumprelu = values.get("jumprelu", {})
+        known = {f.name for f in fields(JumpReLUSettings)}
+        if not isinstance(jumprelu, dict) or set(jumprelu) - known:
+            raise ValueError(
+                f"TranscoderConfig.jumprelu: expected an object with some of {sorted(known)}, got {jumprelu!r}"
+            )
+        return cls(**{**values, "jumprelu": JumpReLUSettings(**jumprelu)})

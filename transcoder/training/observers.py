@@ -286,7 +286,7 @@ class MetricsLog(Observer):
         dead = transcoder.tokens_since_fired >= transcoder.config.dead_after_tokens
         metrics = self.meters.read(
             {
-                "metrics/topk_threshold": transcoder.threshold,
+                "metrics/topk_threshold": transcoder.threshold.detach().mean(),
                 "sparsity/dead_features": dead.sum(),
                 "sparsity/dead_share": dead.double().mean(),
             }

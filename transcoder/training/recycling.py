@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from transcoder.antidup import CorrelationMonitor
-from transcoder.antidup.files import replace_lines
 from transcoder.antidup.merge_cost import MergeResult
 from transcoder.config import RecycleSection
+from transcoder.files import replace_lines
 from transcoder.kernels.correlation.counter_rng import key_state
 from transcoder.model import Transcoder
 
@@ -53,7 +53,7 @@ class Recycler:
         before = heldout_fvu()
         transcoder.recycle(found.kept, found.dropped, found.scale, seed=key_state(self._seed, step) & (2**63 - 1))
         # What the freed latent's gradients were says nothing about the new one's.
-        for parameter in (transcoder.W_enc, transcoder.b_enc, transcoder.W_dec):
+        for parameter in transcoder.latent_parameters:
             state = optimizer.state.get(parameter, {})
             for name in ("exp_avg", "exp_avg_sq"):
                 if name in state:
