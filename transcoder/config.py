@@ -455,12 +455,14 @@ def flags() -> list[tuple[str, Any]]:
     return settings.flags(RunConfig)
 
 
-def parse_flag(dotted: str, text: str) -> Any:
+def parse_flag(dotted: str, text: str | None) -> Any:
     """The value that `--dotted text` stands for: text where the field is text ('null' where it may be null, quotes taken
-    off), else by YAML's rules ('null', 'true', '1e-3', '[1, 2]')."""
+    off), else by YAML's rules ('null', 'true', '1e-3', '[1, 2]'). `text` is None where nothing followed the flag: refused."""
     known = dict(flags())
     if dotted not in known:
         raise ConfigError(f"unknown setting --{dotted}{settings.nearest(dotted, known)}")
+    if text is None:
+        raise ConfigError(f"--{dotted}: expected a value after it")
     kind = known[dotted]
     if str in (kind, *typing.get_args(kind)) and not (kind is not str and text == "null"):
         quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
