@@ -1,82 +1,10 @@
-// The encode ops by screening: products in bf16 propose, exact fp32 dot products decide.
-#pragma once
-
-#include <ATen/ops/from_blob.h>
-#include <ATen/ops/mm.h>
+// The encode ops by screening.
 #include <ATen/ops/sub.h>
-#include <c10/core/InferenceMode.h>
 
-#include <cmath>
-#include <limits>
-
-#include "encode_ops.h"
+#include "screened.h"
 
 namespace transcoder {
 namespace {
-
-// Infinity where one is NaN.
-double larger(double a, double b) { return a >= b ? a : (a < b ? b : std::numeric_limits<double>::infinity()); }
-
-struct Bounded {
-  Tensor rounded;  // bf16
-  std::vector<double> kept, lost;
-  double most_kept = 0, most_lost = 0;
-  const uint16_t* data() const { return static_cast<const uint16_t*>(rounded.const_data_ptr()); }
-};
-
-Bounded bounded(const Tensor& x) {
-  Bounded b;
-  b.rounded = x.to(at::kBFloat16);
-  b.kept.resize(x.size(0));
-  b.lost.resize(x.size(0));
-  const int64_t d = x.size(1);
-  at::parallel_for(0, x.size(0), 64, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) {
-      tables().screen.rounded_norms(in<float>(x) + i * d, b.data() + i * d, d, &b.kept[i], &b.lost[i]);
-    }
-  });
-  for (size_t i = 0; i < b.kept.size(); ++i) {
-    b.most_kept = larger(b.most_kept, b.kept[i]);
-    b.most_lost = larger(b.most_lost, b.lost[i]);
-  }
-  return b;
-}
-
-// How far a proposal v, a bf16 product plus bias, can be from its exact pre-activation p: |v - p| <= error(row) + 2^-8 |p|.
-//
-// With x = x' + dx and w = w' + dw (x', w' in bf16), |<x, w> - <x', w'>| <= |dx| |w| + |x'| |dw| (Cauchy-Schwarz). To that come the
-// rounding of both fp32 sums, at most (2 d + 32) 2^-23 |x| |w|, what bf16 units take for zero (below 2^-126 a factor), and the
-// rounding of the bf16 result, 2^-8 of it, which is the pre-activation less its bias. Whoever uses it adds a percent.
-struct Screened {
-  Bounded left, right;
-  double length, bias = 0;
-  Screened(const Tensor& x, const Tensor& W, const Tensor& b)
-      : left(bounded(x)), right(bounded(W)), length(static_cast<double>(x.size(1))) {
-    for (int64_t i = 0; i < b.numel(); ++i) bias = larger(bias, std::abs(static_cast<double>(in<float>(b)[i])));
-  }
-  double most() const { return right.most_kept + right.most_lost; }
-  // Whether there is a bound at all.
-  bool bounds_any() const { return length > 0 && most() < 1e30 && bias < 1e30; }
-  bool bounds(int64_t row) const {
-    const double size = left.kept[row] + left.lost[row];
-    return size < 1e30 && size * most() < 1e30;
-  }
-  double error(int64_t row) const {
-    const double kept = left.kept[row], lost = left.lost[row], sums = (2 * length + 32) * 0x1p-23;
-    return lost * most() + kept * right.most_lost + sums * (kept + lost) * most() + 0x1p-8 * bias +
-           length * 0x1p-125 * (1 + kept + lost + most());
-  }
-  // The products of rows [first, first + rows) and latents [latent, latent + columns) into `tile`.
-  void product(int64_t first, int64_t rows, int64_t latent, int64_t columns, uint16_t* tile) const {
-    const c10::InferenceMode guard;
-    const auto bf16 = at::TensorOptions().dtype(at::kBFloat16);
-    const int64_t d = left.rounded.size(1);
-    Tensor result = at::from_blob(tile, {rows, columns}, bf16);
-    const Tensor from = at::from_blob(const_cast<uint16_t*>(left.data()) + first * d, {rows, d}, bf16);
-    const Tensor by = at::from_blob(const_cast<uint16_t*>(right.data()) + latent * d, {d, columns}, {1, d}, bf16);
-    at::mm_out(result, from, by);
-  }
-};
 
 struct ScreenMemory {
   Memory<uint16_t> tile;
@@ -86,6 +14,72 @@ struct ScreenMemory {
   std::vector<int64_t> count;
   std::vector<float> gate, twice;
 };
+
+struct ProposalMemory {
+  Memory<uint16_t> tile;
+  Memory<float> values;
+  Memory<int32_t> ids;
+  std::vector<int64_t> count;
+  std::vector<float> gate, gates;
+};
+
+// What `wanted` entries at least are worth exactly: the wanted-th largest of the proposals' lower bounds; 0 where fewer have a
+// positive one.
+double sure_gate(const Plan& plan, const Screened& screened, const std::vector<Pool<float>>& pools, int64_t wanted) {
+  std::vector<float> low;
+  for (int64_t task = 0; task < plan.tasks(); ++task) {
+    const Pool<float>& pool = pools[task];
+    for (int64_t i = 0; i < pool.count(); ++i) {
+      const double v = pool.values[i] - 1.01 * screened.error(plan.first_row(task) + pool.rows[i]);
+      if (v > 0) low.push_back(static_cast<float>(v * (1 - 0x1p-7)));
+    }
+  }
+  const int64_t found = static_cast<int64_t>(low.size());
+  if (found < wanted) return 0;
+  std::vector<int32_t> unused(found);
+  return kernels<float>().keep_top(low.data(), unused.data(), nullptr, found, wanted);
+}
+
+// The proposals that can reach `least`, with their exact values; of these, those above `gate`, or above their latent's limit.
+void decide(const Plan& plan, const Screened& screened, const Tensor& x, const Tensor& W, const Tensor& b, double least,
+            float gate, const float* limits, std::vector<Pool<float>>& pools) {
+  const int64_t d = x.size(1);
+  struct Exact {
+    std::vector<int64_t> ids, ptr;
+    std::vector<float> dots;
+  };
+  for_each_task<Exact>(plan.tasks(), [&](int64_t task, Exact& own) {
+    Pool<float>& pool = pools[task];
+    const int64_t first = plan.first_row(task), rows = plan.last_row(task) - first;
+    own.ids.clear();
+    own.ptr.assign(rows + 1, 0);
+    for (int64_t i = 0; i < pool.count(); ++i) {
+      const double high = pool.values[i] + 1.01 * screened.error(first + pool.rows[i]);
+      if (high * (1 + 0x1p-7) < least) continue;
+      own.ids.push_back(pool.ids[i]);
+      ++own.ptr[pool.rows[i] + 1];
+    }
+    for (int64_t r = 0; r < rows; ++r) own.ptr[r + 1] += own.ptr[r];
+    own.dots.resize(own.ids.size());
+    kernels<float>().rows_dot(0, rows, own.ptr.data(), own.ids.data(), in<float>(x) + first * d, in<float>(W), d,
+                              own.dots.data());
+    Pool<float> exact;
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t i = own.ptr[r]; i < own.ptr[r + 1]; ++i) {
+        const float v = own.dots[i] + in<float>(b)[own.ids[i]];
+        if (!(v > (limits ? limits[own.ids[i]] : gate))) continue;
+        exact.values.push_back(v);
+        exact.ids.push_back(static_cast<int32_t>(own.ids[i]));
+        exact.rows.push_back(static_cast<int32_t>(r));
+      }
+    }
+    pool = std::move(exact);
+  });
+}
+
+constexpr int64_t WORTH_IT = 8;  // One entry in so many may be proposed before screening costs what it saves.
+
+}  // namespace
 
 // The k largest of relu(dot(x, w) + b), dot being kernels.h's fp32 dot product: as exact as topk's, not bitwise its values. An
 // entry further below the k-th largest proposal than both errors (Screened) cannot be among the k largest.
@@ -151,17 +145,6 @@ tuple<Tensor, Tensor> topk_screened(const Tensor& x, const Tensor& W, const Tens
   return {values, ids};
 }
 
-struct ProposalMemory {
-  Memory<uint16_t> tile;
-  Memory<float> values;
-  Memory<int32_t> ids;
-  std::vector<int64_t> count;
-  std::vector<float> gate, gates;
-};
-
-// By task and sorted: every entry whose exact pre-activation under `bias` can exceed its row's gate (at least 0), as proposed.
-// Nothing where they are more than `most`: exact dot products of so many cost as much as an fp32 product. That, too, is the same for
-// any number of threads: tiles have fixed shapes.
 optional<std::vector<Pool<float>>> proposals(const Plan& plan, const Screened& screened, const float* bias,
                                              const double* gate, int64_t most) {
   std::vector<Pool<float>> pools(plan.tasks());
@@ -199,68 +182,6 @@ optional<std::vector<Pool<float>>> proposals(const Plan& plan, const Screened& s
   if (total.load() > most) return std::nullopt;
   return pools;
 }
-
-// What `wanted` entries at least are worth exactly: the wanted-th largest of the proposals' lower bounds; 0 where fewer have a
-// positive one.
-double sure_gate(const Plan& plan, const Screened& screened, const std::vector<Pool<float>>& pools, int64_t wanted) {
-  std::vector<float> low;
-  for (int64_t task = 0; task < plan.tasks(); ++task) {
-    const Pool<float>& pool = pools[task];
-    for (int64_t i = 0; i < pool.count(); ++i) {
-      const double v = pool.values[i] - 1.01 * screened.error(plan.first_row(task) + pool.rows[i]);
-      if (v > 0) low.push_back(static_cast<float>(v * (1 - 0x1p-7)));
-    }
-  }
-  const int64_t found = static_cast<int64_t>(low.size());
-  if (found < wanted) return 0;
-  std::vector<int32_t> unused(found);
-  return kernels<float>().keep_top(low.data(), unused.data(), nullptr, found, wanted);
-}
-
-// The proposals that can reach `least`, with their exact values; of these, those above `gate`, or above their latent's limit.
-void decide(const Plan& plan, const Screened& screened, const Tensor& x, const Tensor& W, const Tensor& b, double least,
-            float gate, const float* limits, std::vector<Pool<float>>& pools) {
-  const int64_t d = x.size(1);
-  struct Exact {
-    std::vector<int64_t> ids, ptr;
-    std::vector<float> dots;
-  };
-  for_each_task<Exact>(plan.tasks(), [&](int64_t task, Exact& own) {
-    Pool<float>& pool = pools[task];
-    const int64_t first = plan.first_row(task), rows = plan.last_row(task) - first;
-    own.ids.clear();
-    own.ptr.assign(rows + 1, 0);
-    for (int64_t i = 0; i < pool.count(); ++i) {
-      const double high = pool.values[i] + 1.01 * screened.error(first + pool.rows[i]);
-      if (high * (1 + 0x1p-7) < least) continue;
-      own.ids.push_back(pool.ids[i]);
-      ++own.ptr[pool.rows[i] + 1];
-    }
-    for (int64_t r = 0; r < rows; ++r) own.ptr[r + 1] += own.ptr[r];
-    own.dots.resize(own.ids.size());
-    kernels<float>().rows_dot(0, rows, own.ptr.data(), own.ids.data(), in<float>(x) + first * d, in<float>(W), d,
-                              own.dots.data());
-    Pool<float> exact;
-    for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t i = own.ptr[r]; i < own.ptr[r + 1]; ++i) {
-        const float v = own.dots[i] + in<float>(b)[own.ids[i]];
-        if (!(v > (limits ? limits[own.ids[i]] : gate))) continue;
-        exact.values.push_back(v);
-        exact.ids.push_back(static_cast<int32_t>(own.ids[i]));
-        exact.rows.push_back(static_cast<int32_t>(r));
-      }
-    }
-    pool = std::move(exact);
-  });
-}
-
-bool bounds_every(const Screened& screened, int64_t rows) {
-  bool fine = screened.bounds_any();
-  for (int64_t row = 0; fine && row < rows; ++row) fine = screened.bounds(row);
-  return fine;
-}
-
-constexpr int64_t WORTH_IT = 8;  // One entry in so many may be proposed before screening costs what it saves.
 
 // The k * B largest of relu(dot(x, w) + b) as topk_screened's, or batch_topk itself where screening would not help.
 tuple<Tensor, Tensor, Tensor> batch_topk_screened(const Tensor& x, const Tensor& W, const Tensor& b, int64_t k) {
@@ -301,5 +222,4 @@ tuple<Tensor, Tensor, Tensor> above_screened(const Tensor& x, const Tensor& W, c
   return compressed<float>(join<float>(plan, *pools), rows);
 }
 
-}  // namespace
 }  // namespace transcoder

@@ -1,11 +1,9 @@
 // The fused optimizer step: one pass reads the gradients for their norm, one updates parameters and moments.
-#pragma once
-
 #include <ATen/ops/scalar_tensor.h>
 
 #include <cmath>
 
-#include "common.h"
+#include "ops.h"
 
 namespace transcoder {
 namespace {
@@ -23,6 +21,8 @@ void check_parameter(const Tensor& p, const Tensor& other, const char* what) {
                     "adam_step: ", what, ": expected a contiguous ", p.scalar_type(), " of shape ", p.sizes(), ", got ",
                     other.scalar_type(), " of shape ", other.sizes());
 }
+
+}  // namespace
 
 // torch.optim.Adam's update after clipping by the global norm (in place). The parameter numbered `unit` (none: -1) is a matrix
 // whose rows have unit length: the part of its gradient along each row is taken away first, and rows are scaled to unit
@@ -98,5 +98,4 @@ Tensor adam_step(at::TensorList parameters, at::TensorList grads, at::TensorList
   });
 }
 
-}  // namespace
 }  // namespace transcoder

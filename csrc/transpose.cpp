@@ -1,7 +1,5 @@
-// A matrix turned and scaled in one pass: encoders whose latents are columns, and gradients on their way back to them.
-#pragma once
-
-#include "common.h"
+// A matrix transposed and scaled in one pass: encoders whose latents are columns, and gradients on their way back to them.
+#include "ops.h"
 
 #if defined(TRANSCODER_X86)
 #include <xmmintrin.h>
@@ -10,16 +8,16 @@
 namespace transcoder {
 namespace {
 
-// Four rows and columns turned: to[j * to_stride + i] = from[i * from_stride + j].
+// Four rows and columns: to[j * to_stride + i] = from[i * from_stride + j].
 template <typename T>
-void turn_four(const T* from, int64_t from_stride, T* to, int64_t to_stride) {
+void transpose_four(const T* from, int64_t from_stride, T* to, int64_t to_stride) {
   for (int64_t i = 0; i < 4; ++i) {
     for (int64_t j = 0; j < 4; ++j) to[j * to_stride + i] = from[i * from_stride + j];
   }
 }
 #if defined(TRANSCODER_X86)
 template <>
-void turn_four(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+void transpose_four(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
   __m128 a = _mm_loadu_ps(from), b = _mm_loadu_ps(from + from_stride), c = _mm_loadu_ps(from + 2 * from_stride),
          d = _mm_loadu_ps(from + 3 * from_stride);
   _MM_TRANSPOSE4_PS(a, b, c, d);
@@ -30,16 +28,18 @@ void turn_four(const float* from, int64_t from_stride, float* to, int64_t to_str
 }
 #endif
 
+}  // namespace
+
 // W.T with each latent's factor on it: a latent is a column of W [d, latents] and a row of the result, or with `back` a row of W
 // [latents, d] and a column of the result. Square blocks go through a buffer in the first-level cache, since lines of a matrix
-// whose width is a power of two fall on each other there. No sums: bitwise what multiplying the turned matrix gives.
-Tensor turned(const Tensor& W, const optional<Tensor>& factors, bool back) {
+// whose width is a power of two fall on each other there. No sums: bitwise what multiplying the transposed matrix gives.
+Tensor transposed(const Tensor& W, const optional<Tensor>& factors, bool back) {
   constexpr int64_t SIDE = 64;
-  TORCH_CHECK_VALUE(W.dim() == 2, "turned: expected a matrix, got ", W.dim(), " dimensions");
+  TORCH_CHECK_VALUE(W.dim() == 2, "transposed: expected a matrix, got ", W.dim(), " dimensions");
   const int64_t rows = W.size(0), columns = W.size(1);
   if (factors) {
     check_shape("factors", *factors, {back ? rows : columns});
-    TORCH_CHECK_TYPE(factors->scalar_type() == W.scalar_type(), "turned: factors: expected ", W.scalar_type(), ", got ",
+    TORCH_CHECK_TYPE(factors->scalar_type() == W.scalar_type(), "transposed: factors: expected ", W.scalar_type(), ", got ",
                      factors->scalar_type());
   }
   Tensor result = empty({columns, rows}, W.scalar_type());
@@ -57,7 +57,7 @@ Tensor turned(const Tensor& W, const optional<Tensor>& factors, bool back) {
         const int64_t whole_n = n / 4 * 4, whole_m = m / 4 * 4;
         for (int64_t i = 0; i < whole_n; i += 4) {
           for (int64_t j = 0; j < whole_m; j += 4) {
-            turn_four(corner + i * columns + j, columns, buffer + j * SIDE + i, SIDE);
+            transpose_four(corner + i * columns + j, columns, buffer + j * SIDE + i, SIDE);
           }
         }
         for (int64_t i = 0; i < n; ++i) {
@@ -80,5 +80,4 @@ Tensor turned(const Tensor& W, const optional<Tensor>& factors, bool back) {
   return result;
 }
 
-}  // namespace
 }  // namespace transcoder

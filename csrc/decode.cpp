@@ -1,11 +1,7 @@
 // Decode, the nested loss and every backward reduction: rows and their threads, the loops are in reduce.h.
-#pragma once
-
-
-#include "common.h"
+#include "ops.h"
 
 namespace transcoder {
-namespace {
 
 tuple<Tensor, Tensor, Tensor> by_latent(const Tensor& ids, const Tensor& row_ptr, int64_t latents) {
   check_rows(row_ptr, ids.numel());
@@ -150,5 +146,4 @@ tuple<Tensor, Tensor, Tensor> prefix_gradients(const Tensor& values, const Tenso
   return {grad_values, grad_W, running};
 }
 
-}  // namespace
 }  // namespace transcoder

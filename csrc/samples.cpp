@@ -1,10 +1,7 @@
 // Activation samples: a batch's entries offered to stores of the k best of each group, in place.
-#pragma once
-
-#include "common.h"
+#include "ops.h"
 
 namespace transcoder {
-namespace {
 
 // sample_store.merged(stores, candidates) of sample_store.py, for the groups that have a candidate; the others stay as they
 // are. Entry e stands in row rows[e] of the batch and is offered to group[e] (groups and beyond: to none) with score[e] >= 0. A
@@ -101,5 +98,4 @@ int64_t offer_samples(const Tensor& group, const Tensor& score, const Tensor& ac
   return fresh;
 }
 
-}  // namespace
 }  // namespace transcoder

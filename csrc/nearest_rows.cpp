@@ -1,13 +1,10 @@
 // The decoder penalty's search: for some rows of a matrix the row that points most the same way, where it does so enough.
-#pragma once
-
 #include <ATen/ops/index_select.h>
 #include <ATen/ops/zeros.h>
 
-#include "screen_ops.h"
+#include "screened.h"
 
 namespace transcoder {
-namespace {
 
 // (cosine [R], partner [R], length [n]) of rows `own` of W [n, d]: the largest cosine with another row where it exceeds
 // `least` (at least 0) and the lowest row that has it; elsewhere 0 and -1. Products in bf16 propose, fp32 dot products decide.
@@ -88,5 +85,4 @@ Tensor rows_in_zeros(const Tensor& values, const Tensor& rows, int64_t total) {
   });
 }
 
-}  // namespace
 }  // namespace transcoder

@@ -1,11 +1,8 @@
 // What the duplicate monitor counts of every batch: entries, moments of each latent, sequences, and the sums of followed pairs.
 // One pass each over the batch's few thousand entries, in order: one thread, and the sums of backend `torch` to the bit.
-#pragma once
-
-#include "common.h"
+#include "ops.h"
 
 namespace transcoder {
-namespace {
 
 // The entries that fire, on tokens of weight above 0: (latent, row, value, weighted, local), see torch_backend.Entries.
 tuple<Tensor, Tensor, Tensor, Tensor, Tensor> firing_entries(const Tensor& values, const Tensor& ids, const Tensor& row_ptr,
@@ -156,5 +153,4 @@ void add_by_group(const Tensor& values, const Tensor& order, const Tensor& row_o
   });
 }
 
-}  // namespace
 }  // namespace transcoder

@@ -1,9 +1,7 @@
 // The random-sign sketch of the correlation statistics: its update, and the search for pairs of rows that point the same way.
-#pragma once
-
 #include <limits>
 
-#include "encode_ops.h"
+#include "tiles.h"
 
 namespace transcoder {
 namespace {
@@ -15,6 +13,14 @@ inline uint32_t sign_bits(uint64_t index, uint64_t key) {
   x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
   return static_cast<uint32_t>(x ^ (x >> 31));
 }
+
+struct SimilarMemory {
+  Memory<float> scratch, values;
+  Memory<int32_t> ids;
+  int32_t passed[TILE_ROWS];
+};
+
+}  // namespace
 
 // rows[latent] += weighted * signs of the entry's token; ones += sum over tokens of weight * signs. A latent's row has one
 // owner and one order, that of the entries: the number of threads never shows.
@@ -68,12 +74,6 @@ void sketch_add(const Tensor& latent, const Tensor& token, const Tensor& weighte
   for (int64_t c = 0; c < columns; ++c) out<float>(ones)[c] += sum[c];
 }
 
-struct SimilarMemory {
-  Memory<float> scratch, values;
-  Memory<int32_t> ids;
-  int32_t passed[TILE_ROWS];
-};
-
 // (i, j, product) of the pairs with <left[i], right[j]> > above and j > i + apart, in tiles of a fixed shape, row by row in each.
 tuple<Tensor, Tensor, Tensor> similar_rows(const Tensor& left, const Tensor& right, double above, int64_t apart) {
   TORCH_CHECK_VALUE(left.dim() == 2 && right.dim() == 2, "similar_rows: expected matrices");
@@ -117,5 +117,4 @@ tuple<Tensor, Tensor, Tensor> similar_rows(const Tensor& left, const Tensor& rig
   return {joined(i), joined(j), joined(value)};
 }
 
-}  // namespace
 }  // namespace transcoder
