@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from transcoder.files import replace_atomically
 from transcoder.reporting.charts import Chart, Line, interval_chart, interval_words, line_chart
 from transcoder.reporting.compare import metric_named
-from transcoder.reporting.files import write_text
 from transcoder.reporting.format import MISSING, number
 from transcoder.reporting.page import render, render_page
 from transcoder.reporting.run import Run
@@ -78,7 +78,7 @@ def _write(path: str | Path, title: str, facts: Sequence[str], parts: dict[str, 
     }
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    return write_text(path, render_page(core, {}))
+    return replace_atomically(path, render_page(core, {}))
 
 
 def _table(head: Sequence[str], rows: list[list[Any]], caption: str, numeric: Sequence[int] = ()) -> Section:

@@ -165,13 +165,9 @@ def _fill(
     word: NDArray[np.int64],
 ) -> list[str]:
     """Pack the cards of the chosen latents; returns the words that the index's column `word` numbers."""
-    order = np.lexsort((-samples.activation, samples.latent))
-    known, starts, counts = np.unique(samples.latent[order], return_index=True, return_counts=True)
-    at = {int(i): n for n, i in enumerate(known)}
     rows_of = {}
     for latent in chosen:
-        n = at[latent]
-        rows = order[starts[n] : starts[n] + counts[n]]
+        rows = samples.rows_of(latent)
         top, rest = rows[samples.top[rows]], rows[~samples.top[rows]]
         rows_of[latent] = (rows, np.concatenate([top[:SAMPLES_OF_A_KIND], rest[:SAMPLES_OF_A_KIND]]))
     shown = [rows for _, rows in rows_of.values()]
@@ -216,11 +212,7 @@ def _rows(
     """`rows` of a latent, packed; `every` is all of its rows, strongest first. New words are added to `local`."""
     peak = max(float(samples.activation[every[0]]), 1e-12)
     # Two samples of one sequence shade each other's contexts.
-    strength = {
-        (int(samples.sequence[r]), int(samples.position[r])): float(samples.activation[r]) / peak
-        for r in every[::-1]
-        if samples.sequence[r] >= 0
-    }
+    kept = samples.activation_at(every)
     found = []
     for n, r in enumerate(rows):
         context = contexts.of(first + n)
@@ -233,11 +225,11 @@ def _rows(
         window = context[begin : anchor + TOKENS_AFTER + 1]
         shades = []
         for column in range(len(window)):
-            at = strength.get((sequence, position - anchor + begin + column))
+            at = kept.get((sequence, position - anchor + begin + column))
             if column == anchor - begin:
-                at = float(samples.activation[r]) / peak
+                at = float(samples.activation[r])
             if at is not None:
-                shades.append([column, round(max(0.0, min(1.0, at)), 2)])
+                shades.append([column, round(max(0.0, min(1.0, at / peak)), 2)])
         numbers = [local.setdefault(int(code), len(local)) for code in window]
         activation = short(float(f"{samples.activation[r]:.4g}"))
         found.append([int(samples.top[r]), activation, position, sequence, anchor - begin, numbers, shades])

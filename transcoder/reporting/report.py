@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from transcoder.files import replace_atomically
 from transcoder.reporting import latent_cards, sections
-from transcoder.reporting.files import write_text
 from transcoder.reporting.format import clock, number, real
 from transcoder.reporting.latent_cards import LatentCards
 from transcoder.reporting.page import chunk_elements, render, render_page
@@ -35,7 +35,7 @@ def write_report(run_dir: str | Path) -> Path:
     run = Run(run_dir, empty_ok=True)
     core, cards = payload(run)
     page = render_page(core, chunk_elements(cards.packed_index, cards.chunks))
-    return write_text(run.path / FILE_NAME, page)
+    return replace_atomically(run.path / FILE_NAME, page)
 
 
 def payload(run: Run, cards: LatentCards | None = None, version: int = 0) -> tuple[dict[str, Any], LatentCards]:

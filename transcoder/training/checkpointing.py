@@ -12,12 +12,12 @@ from torch import Tensor
 
 from transcoder.config import RunConfig
 from transcoder.reporting import MetricsWriter
+from transcoder.tensor_file import tensor_bytes
 from transcoder.training.background_task import BackgroundTask
 from transcoder.training.checkpoint import CheckpointError, CheckpointStore, pack_state
 from transcoder.training.disk_budget import SLACK, log_bytes
 from transcoder.training.run_state import essential_tree
 from transcoder.training.snapshot import Snapshots
-from transcoder.training.tensor_file import tensor_bytes
 
 if TYPE_CHECKING:
     from transcoder.training.run_parts import RunParts

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from transcoder.activations import ActivationBatch
+from transcoder.files import replacing
 from transcoder.model import Transcoder
 from transcoder.reporting.latent_table import ABOUT, FILE_NAME
-from transcoder.training.storage import replace_atomically
 
 BINS = 20
 TOKENS_SHOWN = 8
@@ -87,10 +87,9 @@ def write_latent_facts(
         "histogram": histogram.tolist(),
         **tokens,
     }
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.table(columns, schema=schema), sink)
     path = run_dir / FILE_NAME
-    replace_atomically(path, sink.getvalue().to_pybytes())
+    with replacing(path) as file:
+        pq.write_table(pa.table(columns, schema=schema), file)
     return path
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from transcoder.antidup import CorrelationMonitor
-from transcoder.antidup.files import replace_lines
 from transcoder.antidup.merge_cost import MergeResult
 from transcoder.config import RecycleSection
+from transcoder.files import replace_lines
 from transcoder.kernels.correlation.counter_rng import key_state
 from transcoder.model import Transcoder
 

@@ -15,9 +15,10 @@ from torch import Tensor
 from transcoder.activations import ActivationBatch
 from transcoder.antidup.cka import LEAST_TOKENS, Similarity, StreamingCKA, gram_of_codes, gram_of_rows
 from transcoder.checkpoint_folder import CheckpointError, find_checkpoint
+from transcoder.files import replace_atomically, replacing
 from transcoder.kernels import SparseCodes, sparse_decode
 from transcoder.model import Transcoder
-from transcoder.training.storage import replace_atomically
+from transcoder.tensor_file import read_tensors, write_tensors
 
 SCHEMA_VERSION = 1
 BATCH_TOKENS = 512
@@ -63,8 +64,6 @@ class HeldoutCodes:
 
     def save(self, path: Path) -> None:
         """8 bytes an entry, 12 a token. Raises: OSError; the former file stands."""
-        from safetensors.torch import save
-
         sizes = torch.cat([codes.row_ptr.diff() for codes in self.codes])
         tensors = {
             "values": torch.cat([codes.values for codes in self.codes]).float(),
@@ -75,16 +74,14 @@ class HeldoutCodes:
             "positions": self.positions.int(),
             "widths": torch.tensor(self.widths, device="cpu"),
         }
-        replace_atomically(path, save({name: part.detach().cpu().contiguous() for name, part in tensors.items()}))
+        with replacing(path) as file:
+            write_tensors(file, tensors)
 
     @classmethod
     def load(cls, path: Path) -> HeldoutCodes:
         """Raises: OSError; ValueError naming a file that is not one of these."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load
-
         try:
-            found = load(path.read_bytes())
+            found = read_tensors(path)
             widths = found["widths"].tolist()
             row_ptr = torch.zeros(found["entries"].numel() + 1, dtype=torch.int64, device="cpu")
             torch.cumsum(found["entries"], 0, out=row_ptr[1:])
@@ -99,7 +96,7 @@ class HeldoutCodes:
                 codes.append(part)
                 row += size
             return cls(codes, found["tokens"], found["positions"], widths)
-        except (SafetensorError, KeyError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        except (KeyError, IndexError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: not the codes of held-out tokens ({type(error).__name__}: {error})") from error
 
     def matches(self, other: HeldoutCodes) -> bool:
@@ -199,7 +196,7 @@ def format_seed_similarity(method: str, found: Mapping[str, Any]) -> str:
 def write_similarity(path: Path, report: Mapping[str, Any]) -> None:
     """Raises: OSError; the former file stands."""
     validate_similarity(report)
-    replace_atomically(path, json.dumps(report, indent=1, allow_nan=False).encode())
+    replace_atomically(path, json.dumps(report, indent=1, allow_nan=False))
 
 
 def validate_similarity(report: Any) -> None:

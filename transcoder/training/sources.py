@@ -10,9 +10,9 @@ from typing import Any, Protocol
 import torch
 
 from transcoder.activations import ActivationBatch
+from transcoder.tensor_file import tensor_bytes
 from transcoder.training.batch_checks import Layout, TrainingDataError, check_batch, check_values, tensors_of
 from transcoder.training.state_tree import pack_state
-from transcoder.training.tensor_file import tensor_bytes
 
 
 class BatchSource(Protocol):

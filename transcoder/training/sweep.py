@@ -9,8 +9,8 @@ from typing import Any
 
 from transcoder.antidup.cosine_tail import cosine_tail, random_cosine_tail
 from transcoder.config import ConfigError, RunConfig
+from transcoder.files import replace_atomically
 from transcoder.training.heldout_duplicates import heldout_duplicates
-from transcoder.training.storage import replace_atomically
 from transcoder.training.trainer import train_transcoder
 
 SETTINGS = ("model", "activations", "transcoder", "training", "antidup")
@@ -73,13 +73,13 @@ def sweep_k(config: RunConfig, ks: Sequence[int], out: Path | str) -> dict[str, 
                 "d_out": result.transcoder.config.d_out,
             }
             kept = {name: figures.get(name) for name, _ in COLUMNS}
-            replace_atomically(done, json.dumps({"k": k, **kept, "d_out": figures["d_out"]}, indent=2).encode())
+            replace_atomically(done, json.dumps({"k": k, **kept, "d_out": figures["d_out"]}, indent=2))
         row = json.loads(done.read_bytes())
         shape = (config.transcoder.d_sae, row.pop("d_out"))
         rows.append(row)
     assert shape is not None
     found = {"schema_version": 1, "runs": rows, "random": random_cosine_tail(*shape)}
-    replace_atomically(out / "sweep.json", json.dumps(found, indent=2).encode())
+    replace_atomically(out / "sweep.json", json.dumps(found, indent=2))
     return found
 
 
