@@ -27,12 +27,9 @@ void fill_avx2(Kernels<float>*, Kernels<double>*, Screen*, Sketching*);
 void fill_avx512(Kernels<float>*, Kernels<double>*, Screen*, Sketching*);
 #endif
 
-namespace {
-
 using at::Tensor;
 using std::optional;
 using std::tuple;
-
 
 // The widest instruction set of this CPU; TRANSCODER_CPU = base | avx2 caps it (for tests).
 struct Tables {
@@ -59,18 +56,18 @@ struct Tables {
   }
 };
 
-const Tables& tables() {
+inline const Tables& tables() {
   static const Tables found;
   return found;
 }
 template <typename T>
 const Kernels<T>& kernels();
 template <>
-const Kernels<float>& kernels<float>() {
+inline const Kernels<float>& kernels<float>() {
   return tables().single;
 }
 template <>
-const Kernels<double>& kernels<double>() {
+inline const Kernels<double>& kernels<double>() {
   return tables().wide;
 }
 
@@ -94,13 +91,13 @@ T* out(const Tensor& t) {
 }
 
 // What follows walks raw memory: every length is checked before, so no input can lead outside it.
-void check_shape(const char* name, const Tensor& t, at::IntArrayRef shape) {
+inline void check_shape(const char* name, const Tensor& t, at::IntArrayRef shape) {
   TORCH_CHECK_VALUE(t.sizes() == shape, "backend cpp: ", name, ": expected shape ", shape, ", got ", t.sizes());
 }
 
 // Large results are fresh pages more often than not, and first touches of 4 KiB pages were measured at 8 ms for 16 MiB, a
 // twelfth of an encoder product of that size; of 2 MiB pages, at 1.8 ms. Advice: where it is not taken nothing changes.
-void prefer_large_pages(void* memory, int64_t bytes) {
+inline void prefer_large_pages(void* memory, int64_t bytes) {
 #if defined(__linux__)
   constexpr uintptr_t PAGE = 4096;
   if (bytes < (4 << 20)) return;
@@ -110,7 +107,7 @@ void prefer_large_pages(void* memory, int64_t bytes) {
 #endif
 }
 
-Tensor empty(at::IntArrayRef shape, at::ScalarType type) {
+inline Tensor empty(at::IntArrayRef shape, at::ScalarType type) {
   Tensor made = at::empty(shape, at::TensorOptions().dtype(type));
   prefer_large_pages(made.mutable_data_ptr(), static_cast<int64_t>(made.nbytes()));
   return made;
@@ -152,7 +149,7 @@ void for_rows(int64_t n, const int64_t* ptr, int64_t fixed, const F& f) {
   });
 }
 
-void check_rows(const Tensor& ptr, int64_t entries) {
+inline void check_rows(const Tensor& ptr, int64_t entries) {
   TORCH_CHECK_VALUE(ptr.dim() == 1 && ptr.numel() > 0, "SparseCodes: row_ptr: expected B + 1 numbers, got none");
   const int64_t rows = ptr.numel() - 1;
   const int64_t* p = in<int64_t>(ptr);
@@ -161,7 +158,7 @@ void check_rows(const Tensor& ptr, int64_t entries) {
   TORCH_CHECK_VALUE(fine, "SparseCodes: row_ptr: expected to ascend from 0 to ", entries);
 }
 
-void check_ids(const Tensor& ids, int64_t limit) {
+inline void check_ids(const Tensor& ids, int64_t limit) {
   const int64_t* p = in<int64_t>(ids);
   uint64_t worst = 0;
   for (int64_t i = 0; i < ids.numel(); ++i) worst = std::max(worst, static_cast<uint64_t>(p[i]));
@@ -170,7 +167,7 @@ void check_ids(const Tensor& ids, int64_t limit) {
 }
 
 // Prefixes are found by order: an entry out of place would be missed. Call after check_rows and check_ids.
-void check_ascending(const Tensor& ids, const Tensor& ptr) {
+inline void check_ascending(const Tensor& ids, const Tensor& ptr) {
   const int64_t *id = in<int64_t>(ids), *p = in<int64_t>(ptr);
   for (int64_t row = 0; row + 1 < ptr.numel(); ++row) {
     bool fine = true;
@@ -179,7 +176,7 @@ void check_ascending(const Tensor& ids, const Tensor& ptr) {
   }
 }
 
-void check_codes(const Tensor& values, const Tensor& ids, const Tensor& row_ptr, int64_t latents) {
+inline void check_codes(const Tensor& values, const Tensor& ids, const Tensor& row_ptr, int64_t latents) {
   check_shape("values", values, ids.sizes());
   check_rows(row_ptr, ids.numel());
   check_ids(ids, latents);
@@ -212,5 +209,4 @@ Tensor joined(const std::vector<const std::vector<T>*>& parts) {
   return all;
 }
 
-}  // namespace
 }  // namespace transcoder

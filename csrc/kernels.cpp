@@ -6,7 +6,7 @@
 #include "screen.h"
 #include "select.h"
 #include "sketch.h"
-#include "step.h"
+#include "adam.h"
 
 #define TRANSCODER_JOIN_(a, b) a##b
 #define TRANSCODER_JOIN(a, b) TRANSCODER_JOIN_(a, b)

@@ -1,4 +1,4 @@
-// The table of vectorised loops. kernels.cpp fills it once for each instruction set; ops.cpp picks one when it is loaded.
+// The table of vectorised loops. kernels.cpp fills it once for each instruction set; common.h picks one when it is loaded.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-"""Backend `cpp` of what is counted beside the correlation (csrc/count_ops.h): one pass over a batch's entries, on the CPU."""
+"""Backend `cpp` of what is counted beside the correlation (csrc/counts.cpp): one pass over a batch's entries, on the CPU."""
 
 from __future__ import annotations
 

@@ -4,6 +4,9 @@ The cache entry's name holds everything that shapes the binary: sources, flags, 
 set runs is decided when it is loaded, so one entry serves every CPU of an architecture. Nothing is downloaded; the torch of
 this process is the one that is compiled against and linked.
 
+Not by torch.utils.cpp_extension.load: all its sources have the same flags, a killed compilation leaves a lock that others wait
+for without end, and it keeps neither a checksum nor the reason of a failure.
+
 Environment: TRANSCODER_BUILD=0 leaves the extension alone; TRANSCODER_CACHE moves the cache; CXX names the compiler.
 """
 
@@ -40,6 +43,13 @@ _X86 = {
     "avx512": [*("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"), "-mprefer-vector-width=512"],
 }
 
+_OPS = (
+    ("bindings", "correlation", "counts", "samples", "transpose"),
+    ("encode", "screened", "nearest_rows", "sketch", "decode", "adam"),
+)
+"""The files of csrc/ that use torch, as they are compiled together: each compiles alone too, but torch's headers take 5 s a
+compilation, more than most of the files themselves. Two take about as long each, side by side."""
+
 _lock = threading.Lock()
 _reason: str | None = "not tried yet"
 _tried = False
@@ -66,7 +76,7 @@ class FirstCall(NamedTuple):
     """What the extension cost."""
 
     compiled: float | None
-    """Seconds its compilation took, once for this cache entry; None where nobody noted them."""
+    """Seconds its compilation took, once for this cache entry; None where they were not noted."""
     waited: float
     """Seconds this process waited for it: for compiling, or only for loading what the cache had."""
     folder: Path
@@ -96,7 +106,7 @@ def cache_folder() -> Path:
 def source_folder() -> Path:
     """csrc/ beside this package: inside it once installed, next to it in a checkout."""
     here = Path(__file__).resolve().parent
-    return next((f for f in (here / "csrc", here.parent / "csrc") if (f / "ops.cpp").is_file()), here / "csrc")
+    return next((f for f in (here / "csrc", here.parent / "csrc") if (f / "bindings.cpp").is_file()), here / "csrc")
 
 
 def compiler() -> list[str] | None:
@@ -176,22 +186,19 @@ def _is_whole(library: Path) -> bool:
 def _units(sources: Path, objects: Path) -> list[tuple[list[str], Path]]:
     """(arguments, object file) of every compilation."""
     on_x86 = platform.machine() in ("x86_64", "AMD64")
+    include = Path(torch.__file__).parent / "include"
     # OpenMP by pragma alone, not linked: torch's own runtime answers, so there is one pool of threads and not two.
     # No contraction: sums of products here are promised to equal torch's, which rounds each product.
     torch_flags = [
-        "-O2",
-        "-fopenmp",
-        "-ffp-contract=off",
+        *("-O2", "-fopenmp", "-ffp-contract=off", *(["-DTRANSCODER_X86"] if on_x86 else [])),
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+        *("-isystem", str(include), "-isystem", str(include / "torch/csrc/api/include")),
     ]
-    include = Path(torch.__file__).parent / "include"
-    torch_flags += ["-isystem", str(include), "-isystem", str(include / "torch/csrc/api/include")]
-    units = [
-        (
-            [*_COMMON, *torch_flags, *(["-DTRANSCODER_X86"] if on_x86 else []), str(sources / "ops.cpp")],
-            objects / "ops.o",
-        )
-    ]
+    units = []
+    for number, names in enumerate(_OPS):
+        together = [word for name in names for word in ("-include", str(sources / f"{name}.cpp"))]
+        arguments = [*_COMMON, *torch_flags, *together, "-x", "c++", os.devnull]
+        units.append((arguments, objects / f"ops_{number}.o"))
     for name, flags in (_X86 if on_x86 else {"base": []}).items():
         arguments = [*_COMMON, "-O3", *flags, f"-DTRANSCODER_ISA={name}", str(sources / "kernels.cpp")]
         units.append((arguments, objects / f"kernels_{name}.o"))
@@ -218,7 +225,7 @@ def _compile(command: list[str], library: Path) -> str | None:
         if linked.returncode:
             return f"linking failed: {_first_error(linked.stderr)}"
         checksum = hashlib.sha256((build / LIBRARY).read_bytes()).hexdigest()
-        # The checksum last: whoever reads it finds the library that it belongs to, or is told that it is not whole.
+        # The checksum last: a reader finds the library that it belongs to, or sees that the library is not whole.
         (build / LIBRARY).replace(library)
         (build / CHECKSUM).write_text(checksum)
         (build / CHECKSUM).replace(library.with_name(CHECKSUM))

@@ -1,4 +1,4 @@
-"""The rows of a matrix that point most the same way as some others, by backend `cpp` (csrc/cosine_ops.h, csrc/screen_ops.h).
+"""The rows of a matrix that point most the same way as some others, by backend `cpp` (csrc/nearest_rows.cpp, csrc/screened.h).
 
 Where the CPU has units for it, products in bf16 propose and fp32 dot products decide: the answer is that of the dot products,
 whatever the bf16 units do, and bitwise the same for any number of threads.

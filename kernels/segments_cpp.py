@@ -1,4 +1,4 @@
-"""Backend `cpp` of the sums in `segments.py`: csrc/reduce.h. Sums are fp32 or fp64; 16-bit tables are widened first."""
+"""Backend `cpp` of the sums in `segments.py`: csrc/decode.cpp. Sums are fp32 or fp64; 16-bit tables are widened first."""
 
 from __future__ import annotations
 

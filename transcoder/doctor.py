@@ -106,7 +106,7 @@ def _backends() -> Iterator[Fact]:
     else:
         yield Fact("note", f"C++ extension: {reason}; the CPU runs on backend torch")
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-        chosen = {family: active_backend(device, family) for family in ("encode", "decode", "correlation", "step")}
+        chosen = {family: active_backend(device, family) for family in ("encode", "decode", "correlation", "adam")}
         text = ", ".join(f"{family} {backend}" for family, backend in chosen.items())
         yield Fact("ok", f"backends on {device}: {text} (asked for: {requested_backend()})")
     if torch.cuda.is_available() and has_backend("triton", "encode"):
@@ -225,7 +225,7 @@ def _demo() -> Iterator[Fact]:
 
 def _tools() -> Iterator[Fact]:
     compiler = next((c for c in (os.environ.get("CXX"), "c++", "g++", "clang++") if c and shutil.which(c)), None)
-    for name, found in (("C++ compiler", compiler), ("ninja", shutil.which("ninja")), ("nvcc", shutil.which("nvcc"))):
+    for name, found in (("C++ compiler", compiler), ("nvcc", shutil.which("nvcc"))):
         yield (
             Fact("ok", f"{name}: {Path(found).name}") if found else Fact("note", f"{name}: none (not needed to train)")
         )

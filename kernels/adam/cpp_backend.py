@@ -1,4 +1,4 @@
-"""Backend `cpp` of the optimizer step: clipping by the global norm, Adam and unit rows in one sweep (csrc/step.h)."""
+"""Backend `cpp` of the optimizer step: clipping by the global norm, Adam and unit rows in one sweep (csrc/adam.cpp)."""
 
 from __future__ import annotations
 

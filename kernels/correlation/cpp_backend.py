@@ -1,6 +1,6 @@
-"""Backend `cpp` of the correlation statistics: the entries of a batch and the moments of each latent (csrc/count_ops.h), the
-pair update of the packed triangle (csrc/pair_ops.h), the walk over all its pairs (csrc/correlation_ops.h), the sketch's update
-and its search for pairs (csrc/sketch_ops.h); everything else is backend `torch`'s.
+"""Backend `cpp` of the correlation statistics: the entries of a batch and the moments of each latent (csrc/counts.cpp), the
+pair update of the packed triangle (csrc/correlation.cpp), the walk over all its pairs, the sketch's update
+and its search for pairs (csrc/sketch.cpp); everything else is backend `torch`'s.
 
 A batch touches each line of the triangle's memory about once, at the price of a miss. Entries are therefore kept until a row
 of the triangle meets as many pairs as it has cells, and added row by row, each cell in the order of the tokens: the sums are

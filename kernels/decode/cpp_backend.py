@@ -1,4 +1,4 @@
-"""Backend `cpp` of decode and the nested loss (csrc/reduce.h).
+"""Backend `cpp` of decode and the nested loss (csrc/decode.cpp).
 
 The forward walks the prefixes of a row up while the row is in registers. The backward walks down group by group, because
 the gradient of a decoder row needs the residuals of all tokens at its prefix; reading a decoder row once serves both the

@@ -2,7 +2,7 @@
 
 Screening: with TRANSCODER_SCREEN=bf16 in the environment the ops multiply fp32 inputs in bf16 where the CPU has units for that
 (AVX512-BF16, AMX), keep every entry that a rigorous error bound leaves in question, and decide by exact fp32 dot products
-(csrc/screen_ops.h). The selection is the true one of those dot products, whatever the inputs: inputs on which the bound does
+(csrc/screened.cpp). The selection is the true one of those dot products, whatever the inputs: inputs on which the bound does
 not help are slow, never wrong (`batch_topk_encode` and `threshold_encode` then run unscreened). Values are fp32 sums in another
 order than those of the unscreened product: they differ from them in the last bits, and so may the choice between entries that
 differ by as little. Results are bitwise reproducible, for any number of threads too.
@@ -20,7 +20,7 @@ from transcoder.kernels.encode.torch_backend import Selection
 from transcoder.kernels.extension import usable
 from transcoder.kernels.sparse_codes import SparseCodes
 
-__all__ = ["gradients", "select_batch_topk", "select_threshold", "select_topk", "turned", "usable"]
+__all__ = ["gradients", "select_batch_topk", "select_threshold", "select_topk", "transposed", "usable"]
 
 
 def screens(x: Tensor, W: Tensor) -> bool:
@@ -68,7 +68,7 @@ def gradients(
     return grad_x, grad_W, grad_b
 
 
-def turned(W: Tensor, factors: Tensor | None = None, *, back: bool = False) -> Tensor:
+def transposed(W: Tensor, factors: Tensor | None = None, *, back: bool = False) -> Tensor:
     """An encoder whose latents are columns, W [d_in, d_sae], as the ops take it: [d_sae, d_in], each latent times its factor.
 
     Args:
@@ -77,7 +77,7 @@ def turned(W: Tensor, factors: Tensor | None = None, *, back: bool = False) -> T
     Equivalent to: `W.T.contiguous()`, or `W.T * factors[:, None]` (with `back` `W.T * factors`), to the bit.
     """
     matrix = W.detach().contiguous()
-    found: Tensor = torch.ops.transcoder_cpp.turned(
+    found: Tensor = torch.ops.transcoder_cpp.transposed(
         matrix, None if factors is None else factors.detach().contiguous(), back
     )
     return found

@@ -100,7 +100,7 @@ CORRELATION = {
 
 @pytest.mark.parametrize("name", CORRELATION)
 def test_correlation_compiles_without_spills(name: str, target: str, compile_kernel: Callable) -> None:
-    from transcoder.kernels.correlation import config, counter, kernel
+    from transcoder.kernels.correlation import config, counter_rng, kernel
 
     own_types = {
         **dict.fromkeys(("ids", "permutation", "order_rows", "latent_ptr", "row_ptr", "count", "found"), "*i64"),
@@ -116,9 +116,9 @@ def test_correlation_compiles_without_spills(name: str, target: str, compile_ker
         "moment_sums": {"ENTRIES": config.LATENT_ENTRIES},
         "pair_sums": {"BITS": config.UNIT_BITS, "BLOCK": config.PAIR_BLOCK},
         "sign_words": {
-            "GOLDEN": counter.GOLDEN,
-            "FIRST": counter.FIRST,
-            "SECOND": counter.SECOND,
+            "GOLDEN": counter_rng.GOLDEN,
+            "FIRST": counter_rng.FIRST,
+            "SECOND": counter_rng.SECOND,
             "WORDS": config.WORDS,
         },
         "sketch_sums": {"ROWS": config.SKETCH_ROWS, "TILE": config.SKETCH_COLUMNS},

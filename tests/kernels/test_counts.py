@@ -1,4 +1,4 @@
-"""What is counted of every batch on backend `cpp` (csrc/count_ops.h) is what backend `torch` counts."""
+"""What is counted of every batch on backend `cpp` (csrc/counts.cpp) is what backend `torch` counts."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from transcoder.kernels import (
     topk_encode,
     use_backend,
 )
-from transcoder.kernels.encode.cpp_backend import turned
+from transcoder.kernels.encode.cpp_backend import transposed
 
 CPP = "cpp" if extension.usable() else "torch"
 ENCODE = {"topk": topk_encode, "batch_topk": batch_topk_encode, "threshold": threshold_encode}
@@ -477,18 +477,18 @@ def test_encode_refuses_shapes_that_do_not_fit() -> None:
 @pytest.mark.skipif(CPP == "torch", reason="no compiler")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 70), (64, 64), (66, 131), (0, 5), (200, 7)])
-def test_a_turned_matrix_is_the_transpose_to_the_bit(shape: tuple[int, int], dtype: torch.dtype) -> None:
+def test_a_transposed_matrix_is_the_transpose_to_the_bit(shape: tuple[int, int], dtype: torch.dtype) -> None:
     """Blocks of 64 with whole and broken edges, contiguous and strided, factors of either side."""
     g = torch.Generator("cpu").manual_seed(3)
     W = torch.randn(shape, generator=g, dtype=dtype)
     columns, rows = (torch.randn(n, generator=g, dtype=dtype) for n in (shape[1], shape[0]))
     for matrix in (W, W.T.contiguous().T):
-        assert torch.equal(turned(matrix), W.T)
-        assert torch.equal(turned(matrix, columns), W.T * columns[:, None])
-        assert torch.equal(turned(matrix, rows, back=True), W.T * rows)
-        assert turned(matrix).is_contiguous()
+        assert torch.equal(transposed(matrix), W.T)
+        assert torch.equal(transposed(matrix, columns), W.T * columns[:, None])
+        assert torch.equal(transposed(matrix, rows, back=True), W.T * rows)
+        assert transposed(matrix).is_contiguous()
     with pytest.raises(ValueError, match="factors: expected"):
-        turned(W, torch.ones(shape[1] + 1, dtype=dtype))
+        transposed(W, torch.ones(shape[1] + 1, dtype=dtype))
 
 
 def test_what_is_made_inside_is_made_on_the_inputs_device() -> None:

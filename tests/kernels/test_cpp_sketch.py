@@ -1,4 +1,4 @@
-"""The sketch on backend `cpp` (csrc/sketch_ops.h) against backend `torch`: sums to the bit, the search for pairs exactly."""
+"""The sketch on backend `cpp` (csrc/sketch.cpp) against backend `torch`: sums to the bit, the search for pairs exactly."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ for word in "$@"; do
     last=$word
 done
 echo $mode >> "{log}"
-if [ -n "$FAKE_FAILS" ]; then echo "ops.cpp:1: error: $FAKE_FAILS" >&2; exit 1; fi
+if [ -n "$FAKE_FAILS" ]; then echo "adam.cpp:1: error: $FAKE_FAILS" >&2; exit 1; fi
 if [ $mode = -shared ]; then sleep 0.3; cp "{library}" "$last"; else : > "$last"; fi
 """
 ONE_OP = """
@@ -95,10 +95,10 @@ def test_concurrent_first_uses_compile_once_and_a_broken_entry_again(box: Box) -
 
 def test_a_failed_compilation_leaves_torch_with_the_reason_and_is_remembered(box: Box) -> None:
     out, err = box.run(FAKE_FAILS="out of registers")
-    assert out.startswith("torch cxx failed: ops.cpp:1: error: out of registers")
+    assert out.startswith("torch cxx failed: adam.cpp:1: error: out of registers")
     assert "compiling" in err
     out, err = box.run()
-    assert out.startswith("torch cxx failed: ops.cpp:1: error: out of registers (delete ")
+    assert out.startswith("torch cxx failed: adam.cpp:1: error: out of registers (delete ")
     assert "compiling" not in err
     assert box.run(FAKE_VERSION="newer")[0] == "cpp None"
 
@@ -142,4 +142,4 @@ def test_the_entry_is_named_by_sources_compiler_and_torch(tmp_path: Path, monkey
 
 def test_the_sources_are_found() -> None:
     names = {file.name for file in extension.source_folder().iterdir()}
-    assert names >= {"ops.cpp", "kernels.cpp", "kernels.h", "select.h", "reduce.h"}
+    assert names >= {"bindings.cpp", "kernels.cpp", "kernels.h", "select.h", "reduce.h"}

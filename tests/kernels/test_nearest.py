@@ -1,4 +1,4 @@
-"""Nearest rows above a cosine (csrc/cosine_ops.h) against float64, and the decoder penalty made of them."""
+"""Nearest rows above a cosine (csrc/nearest_rows.cpp) against float64, and the decoder penalty made of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""batch_topk and threshold encoding by screening in bf16 (csrc/screen_ops.h) against the unscreened ops, where fp32 sums are
+"""batch_topk and threshold encoding by screening in bf16 (csrc/screened.cpp) against the unscreened ops, where fp32 sums are
 exact in any order. With the adversaries of tests/kernels/test_screened_encode.py."""
 
 from __future__ import annotations

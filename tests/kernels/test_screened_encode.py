@@ -1,4 +1,4 @@
-"""topk by screening in bf16 (csrc/screen_ops.h) against the unscreened op, where fp32 sums are exact in any order."""
+"""topk by screening in bf16 (csrc/screened.cpp) against the unscreened op, where fp32 sums are exact in any order."""
 
 from __future__ import annotations
 

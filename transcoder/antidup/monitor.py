@@ -23,7 +23,6 @@ from transcoder.antidup.correlation_report import (
     pair_entries,
     report_metrics,
 )
-from transcoder.antidup.files import replace_text
 from transcoder.antidup.flags import MAX_PAIRS, Evidence, FlagBook, Pair
 from transcoder.antidup.ledger import UsageLedger
 from transcoder.antidup.merge_cost import MergeResult
@@ -31,6 +30,7 @@ from transcoder.antidup.merge_cost_streaming import MergeEvidence
 from transcoder.antidup.pair_errors import LEAST_SHARE, PairErrors, PairJackknife, correlation_bounds, most_pairs
 from transcoder.antidup.window import SequenceCounts, Window, correlation_state_bytes, nothing, state_names
 from transcoder.config import MonitorSection
+from transcoder.files import replace_atomically
 from transcoder.kernels import CorrelatedPairs, FeatureCorrelation, SparseCodes
 from transcoder.kernels.correlation.moments import PairStatistics
 from transcoder.kernels.correlation.op import EXACT_LIMIT
@@ -469,7 +469,7 @@ class CorrelationMonitor:
 
     def _write(self, step: int, report: dict[str, Any]) -> None:
         path = self._out_dir / f"correlation_step_{step:08d}.json"
-        replace_text(path, json.dumps(report, indent=1, allow_nan=False) + "\n")
+        replace_atomically(path, json.dumps(report, indent=1, allow_nan=False) + "\n")
         self._ledger.record_file(_NAME, path)
 
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from transcoder.activations.batch import ActivationBatch
-from transcoder.antidup.files import replace_lines
 from transcoder.antidup.ledger import UsageLedger
 from transcoder.antidup.penalties import (
     Penalty,
@@ -24,6 +23,7 @@ from transcoder.antidup.penalties import (
 from transcoder.antidup.running_mass import PositionMass, SinkMass
 from transcoder.antidup.special_tokens import SpecialTokens
 from transcoder.config import RegularizerSection
+from transcoder.files import replace_lines
 from transcoder.kernels import SparseCodes, nearest_cpp
 from transcoder.kernels.correlation.counter_rng import hash_bits
 from transcoder.usage import TERM_UNITS

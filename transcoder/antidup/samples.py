@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from transcoder.activations.batch import ActivationBatch
-from transcoder.antidup.files import replace_files
 from transcoder.antidup.ledger import UsageLedger
 from transcoder.antidup.sample_store import EMPTY, Samples, best_entries, merged, without_overlap
 from transcoder.antidup.special_tokens import SpecialTokens
 from transcoder.config import SamplesSection
+from transcoder.files import replacing_all
 from transcoder.kernels import SparseCodes, counts_cpp
 from transcoder.kernels.correlation.counter_rng import uniform
 
@@ -330,11 +330,7 @@ def write_samples(
     data, about = folder / "samples.parquet", folder / "summary.json"
     content = json.dumps({**summary, "file": data.name}, indent=1, allow_nan=False) + "\n"
 
-    def write_table(path: Path) -> None:
-        pq.write_table(table, path)
-
-    def write_summary(path: Path) -> None:
-        path.write_text(content, encoding="utf-8")
-
-    replace_files({data: write_table, about: write_summary})
+    with replacing_all(data, about) as (samples, text):
+        pq.write_table(table, samples)
+        text.write(content.encode())
     return [data, about]

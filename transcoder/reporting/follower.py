@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from transcoder.config import RunConfig
+from transcoder.files import replace_atomically
 from transcoder.reporting import follow_metrics
-from transcoder.reporting.files import write_text
 from transcoder.reporting.follow_metrics import FILE_NAME, MetricsCursor, by_step
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ def run_id(folder: Path) -> str:
         if known.isascii() and known.isalnum():
             return known
     fresh = secrets.token_hex(4)
-    write_text(file, fresh + "\n")
+    replace_atomically(file, fresh + "\n")
     return fresh
 
 
@@ -152,7 +152,7 @@ class Follower:
         with contextlib.suppress(OSError):
             text = self._log.read_text(encoding="utf-8", errors="replace")
             if (shown := without_secrets(text)) != text:
-                write_text(self._log, shown)
+                replace_atomically(self._log, shown)
 
     def _tell(self, message: dict[str, Any], process: subprocess.Popen[bytes] | None = None) -> None:
         """A pipe takes 64 KiB without a reader, and both messages together are smaller: this never waits."""

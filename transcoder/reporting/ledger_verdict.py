@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
 
 from transcoder.reporting.format import number
+from transcoder.reporting.tables import ShownAsTable
 from transcoder.usage import REQUIRED_EFFECTS, judge
 
 if TYPE_CHECKING:
@@ -40,3 +42,25 @@ def _verdict(run: Run, name: str) -> Verdict:
     why = "; ".join(usage.lacking) if enabled else ""
     state = "off" if not enabled else "not proven" if why else "used"
     return Verdict(title, state, usage.calls, effect, len(usage.files), why)
+
+
+class Ledger(ShownAsTable, Sequence[Verdict]):
+    """The verdict on each anti-duplication part, with its calls, effect, files and what is lacking."""
+
+    HEAD = ("part", "verdict", "calls", "effect", "files", "lacking")
+
+    def __init__(self, run: Run) -> None:
+        self._verdicts = verdicts(run)
+
+    @overload
+    def __getitem__(self, index: int) -> Verdict: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Verdict]: ...
+    def __getitem__(self, index: int | slice) -> Verdict | Sequence[Verdict]:
+        return self._verdicts[index]
+
+    def __len__(self) -> int:
+        return len(self._verdicts)
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        return [(v.title, v.state, number(v.calls), v.effect, number(v.files), v.why) for v in self]

@@ -15,6 +15,7 @@ from transcoder.antidup import CorrelationMonitor, DiversityRegularizer
 from transcoder.antidup.merge_cost_streaming import Measured
 from transcoder.config import RegularizerSection, RunConfig
 from transcoder.kernels import SparseCodes
+from transcoder.losses import penalty_scale
 from transcoder.model import StepOutput, Transcoder
 from transcoder.phases import phase
 from transcoder.training.nonfinite import Flag, StateBefore, StepLedger, TrainingDivergedError, flag_of
@@ -114,7 +115,12 @@ class LayerTrainer:
         seen = []
         for micro, batch in enumerate(batches):
             with phase("loss"), self.autocast():
-                out = self.transcoder.training_step(batch.source, batch.target, token_weights=batch.weights)
+                out = self.transcoder.training_step(
+                    batch.source,
+                    batch.target,
+                    token_weights=batch.weights,
+                    penalty_factor=self.transcoder.selection.penalty_factor(step),
+                )
             loss = self._penalized(out, batch, step, micro)
             with phase("backward"):
                 (loss / len(batches)).backward()
@@ -184,6 +190,8 @@ class LayerTrainer:
         for i, width in enumerate(self.transcoder.widths):
             values[f"losses/inner_mse_loss_{width}"] = out.mse_per_prefix[i]
             values[f"metrics/fvu_prefix_{width}"] = out.fvu_per_prefix[i]
+        if out.penalty is not None:
+            values["losses/sparsity_penalty"] = out.penalty
         if self.regularizer is not None:
             values["losses/diversity_penalty"] = loss.detach() - out.loss.detach()
             values.update(self.regularizer.metrics())
@@ -192,15 +200,6 @@ class LayerTrainer:
             target = self.transcoder.normalize_target(batch.target)
             measured = self.monitor.evidence.measure(codes, out.residual, target, self.transcoder.W_dec, batch.weights)
         return MicroBatch(batch, codes, values, measured)
-
-
-def penalty_scale(convention: str, d_out: int, prefix_weights: Sequence[float]) -> float:
-    """The factor between the loss of a convention and that of `mse`: penalty weights are relative to the latter."""
-    if convention == "saelens":
-        return d_out * sum(prefix_weights)
-    if convention == "dictionary_learning":
-        return d_out * sum(prefix_weights) / len(prefix_weights)
-    return 1.0
 
 
 def acting_penalties(config: RunConfig) -> RegularizerSection:

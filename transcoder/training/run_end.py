@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from transcoder.activations import ActivationStream
+from transcoder.files import replace_atomically
 from transcoder.reporting.report_subprocess import write_report_apart
 from transcoder.training.latent_facts import write_latent_facts
-from transcoder.training.storage import replace_atomically
 
 if TYPE_CHECKING:
     from transcoder.training.trainer import Trainer

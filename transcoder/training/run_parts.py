@@ -82,8 +82,6 @@ class RunParts:
         positions = PositionSampler(anti.positions, seed, (), ledger, out_dir=logs) if anti.positions.enabled else None
         data = self.data = open_data(config, device, positions, batches, heldout, stack)
         monitor = CorrelationMonitor(anti.monitor, shape.d_sae, device, logs, ledger) if anti.monitor.enabled else None
-        if monitor is not None and (shape.d_sae == 1 or (shape.k == 1 and shape.activation == "topk")):
-            ledger.record_no_pairs_possible()
         samples = None
         if anti.samples.enabled:
             folder, special = run_dir / "activation_samples", data.special_ids
@@ -93,6 +91,8 @@ class RunParts:
         self.monitor, self.samples = monitor, samples
         d_in, d_out = data.source.d_in, data.source.d_out
         layer = LayerTrainer(config, d_in, d_out, device, ledger, monitor, data.special_ids, logs)
+        if monitor is not None and layer.transcoder.selection.most_a_token == 1:
+            ledger.record_no_pairs_possible()
         self.layers = [layer]
 
         calendar = Calendar(config)

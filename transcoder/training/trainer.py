@@ -14,6 +14,7 @@ import torch
 
 from transcoder.activations import ActivationBatch
 from transcoder.config import RunConfig
+from transcoder.files import replace_atomically
 from transcoder.model import Transcoder
 from transcoder.phases import phase
 from transcoder.reporting import MetricsWriter, ProgressBar
@@ -28,7 +29,6 @@ from transcoder.training.run_state import Stateful, restore_parts, trainer_tree
 from transcoder.training.signals import StopRequest
 from transcoder.training.sources import TrainingDataError
 from transcoder.training.start_checks import check_folder, check_switches, device_of
-from transcoder.training.storage import replace_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -143,15 +143,14 @@ class Trainer:
         try:
             while self.step < steps and stop.signal is None:
                 self.advance()
-        except StopIteration:
+        except Exception as error:
             self._rescue()
+            if not isinstance(error, StopIteration):
+                raise
             raise TrainingDataError(
                 f"training data ended after {self.step} of {steps} steps: expected an endless iterator; the state is "
                 "saved, so with more data --resume goes on"
             ) from None
-        except Exception:
-            self._rescue()
-            raise
         finished = self.step >= steps
         if not finished:
             self.catch_up()
@@ -292,7 +291,7 @@ class Trainer:
             self.writer.write_event("write_failed", {"what": what, "error": str(error)})
 
     def write_config(self) -> None:
-        replace_atomically(self.run_dir / "config.yaml", self.config.to_yaml().encode())
+        replace_atomically(self.run_dir / "config.yaml", self.config.to_yaml())
 
     def files_are_whole(self) -> bool:
         """No file of this step was refused, and the folder is the one that the run began in: it was not deleted meanwhile."""

@@ -38,7 +38,7 @@ class _Select(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.backend = active_backend(x.device, "encode")
         biases = b.detach() if scale is None else b.detach() * scale
-        latents = _scaled(W.detach(), scale) if rows else _turned(W.detach(), scale, ctx.backend)
+        latents = _scaled(W.detach(), scale) if rows else _transposed(W.detach(), scale, ctx.backend)
         if how == "topk":
             codes = topk_encode(x, latents, biases, argument)
         elif how == "batch_topk":
@@ -76,7 +76,7 @@ class _Select(torch.autograd.Function):
         grad_x, grad_W, grad_b = (next(found) if need else None for need in (needs_x, needs_W, needs_b))
         x_dtype, W_dtype, b_dtype = ctx.dtypes
         if grad_W is not None:
-            grad_W = _scaled(grad_W, scale) if ctx.rows else _turned(grad_W, scale, ctx.backend, back=True)
+            grad_W = _scaled(grad_W, scale) if ctx.rows else _transposed(grad_W, scale, ctx.backend, back=True)
             grad_W = grad_W.to(W_dtype)
         if grad_b is not None:
             grad_b = (grad_b if scale is None else grad_b * scale).to(b_dtype)
@@ -93,15 +93,15 @@ def _scaled(latents: Tensor, factors: Tensor | None) -> Tensor:
     return latents.contiguous() if factors is None else latents * factors[:, None]
 
 
-def _turned(W: Tensor, factors: Tensor | None, backend: str, back: bool = False) -> Tensor:
+def _transposed(W: Tensor, factors: Tensor | None, backend: str, back: bool = False) -> Tensor:
     """[d_in, d_sae] as [d_sae, d_in], each latent times its factor; `back` the other way."""
     same = factors is None or factors.dtype == W.dtype
     if W.dtype in (torch.float32, torch.float64) and same and backend == "cpp":
-        found: Tensor = backend_module("encode", "cpp").turned(W, factors, back=back)
+        found: Tensor = backend_module("encode", "cpp").transposed(W, factors, back=back)
         return found
     if factors is None:
         return W.T.contiguous()
-    # Scaled and turned in one pass over the matrix.
+    # Scaled and transposed in one pass over the matrix.
     return torch.mul(W.T, factors if back else factors[:, None], out=W.T.new_empty(W.T.shape))
 
 

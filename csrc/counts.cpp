@@ -1,0 +1,156 @@
+// What the duplicate monitor counts of every batch: entries, moments of each latent, sequences, and the sums of followed pairs.
+// One pass each over the batch's few thousand entries, in order: one thread, and the sums of backend `torch` to the bit.
+#include "ops.h"
+
+namespace transcoder {
+
+// The entries that fire, on tokens of weight above 0: (latent, row, value, weighted, local), see torch_backend.Entries.
+tuple<Tensor, Tensor, Tensor, Tensor, Tensor> firing_entries(const Tensor& values, const Tensor& ids, const Tensor& row_ptr,
+                                                             const optional<Tensor>& token_weights) {
+  const int64_t entries = ids.numel(), rows = row_ptr.numel() - 1;
+  check_shape("values", values, {entries});
+  check_rows(row_ptr, entries);
+  if (token_weights) check_shape("token_weights", *token_weights, {rows});
+  return with_type(values, [&](auto type) {
+    using T = decltype(type);
+    const T* value = in<T>(values);
+    const int64_t *id = in<int64_t>(ids), *ptr = in<int64_t>(row_ptr);
+    const double* weight = token_weights ? in<double>(*token_weights) : nullptr;
+    int64_t n = 0;
+    for (int64_t row = 0; row < rows; ++row) {
+      if (weight && !(weight[row] > 0)) continue;
+      for (int64_t i = ptr[row]; i < ptr[row + 1]; ++i) n += value[i] > 0;
+    }
+    Tensor latent = empty({n}, at::kLong), row_of = empty({n}, at::kLong), local = empty({n}, at::kLong);
+    Tensor wide = empty({n}, at::kDouble), weighted = weight ? empty({n}, at::kDouble) : wide;
+    int64_t *to_latent = out<int64_t>(latent), *to_row = out<int64_t>(row_of), *to_local = out<int64_t>(local);
+    double *to_value = out<double>(wide), *to_weighted = out<double>(weighted);
+    n = 0;
+    for (int64_t row = 0; row < rows; ++row) {
+      if (weight && !(weight[row] > 0)) continue;
+      int64_t before = 0;
+      for (int64_t i = ptr[row]; i < ptr[row + 1]; ++i) {
+        if (!(value[i] > 0)) continue;
+        to_latent[n] = id[i];
+        to_row[n] = row;
+        to_value[n] = static_cast<double>(value[i]);
+        if (weight) to_weighted[n] = to_value[n] * weight[row];
+        to_local[n++] = before++;
+      }
+    }
+    return tuple<Tensor, Tensor, Tensor, Tensor, Tensor>{latent, row_of, wide, weighted, local};
+  });
+}
+
+// total += weighted, square += weighted * value, count += tally, at each entry's latent.
+void add_moments(const Tensor& latent, const Tensor& value, const Tensor& weighted, const Tensor& tally, Tensor total,
+                 Tensor square, Tensor count) {
+  const int64_t entries = latent.numel(), latents = total.numel();
+  for (const Tensor& part : {value, weighted}) check_shape("entries", part, {entries});
+  if (tally.numel() != 1) check_shape("tally", tally, {entries});
+  for (const Tensor& part : {square, count}) check_shape("moments", part, {latents});
+  TORCH_CHECK_TYPE(tally.scalar_type() == count.scalar_type(), "add_moments: tally: expected ", count.scalar_type(), ", got ",
+                   tally.scalar_type());
+  check_ids(latent, latents);
+  const int64_t* id = in<int64_t>(latent);
+  const double *v = in<double>(value), *w = in<double>(weighted);
+  double *to_total = out<double>(total), *to_square = out<double>(square);
+  for (int64_t i = 0; i < entries; ++i) {
+    to_total[id[i]] += w[i];
+    to_square[id[i]] += w[i] * v[i];
+  }
+  const int64_t stride = tally.numel() == 1 ? 0 : 1;
+  const auto add = [&](auto type) {
+    using Count = decltype(type);
+    const Count* by = in<Count>(tally);
+    Count* to = out<Count>(count);
+    for (int64_t i = 0; i < entries; ++i) to[id[i]] += by[i * stride];
+  };
+  if (count.scalar_type() == at::kLong) return add(int64_t{});
+  add(double{});
+}
+
+// marks[latent * bits + place[row]] = 1 where the entry fires on a token of weight above 0.
+void mark_places(const Tensor& values, const Tensor& ids, const Tensor& row_ptr, const Tensor& place,
+                 const optional<Tensor>& token_weights, int64_t bits, Tensor marks) {
+  const int64_t entries = ids.numel(), rows = row_ptr.numel() - 1;
+  check_shape("values", values, {entries});
+  check_shape("place", place, {rows});
+  check_rows(row_ptr, entries);
+  TORCH_CHECK_VALUE(bits >= 1, "mark_places: bits: expected at least 1, got ", bits);
+  check_ids(ids, marks.numel() / bits);
+  check_ids(place, bits);
+  if (token_weights) check_shape("token_weights", *token_weights, {rows});
+  const double* weight = token_weights ? in<double>(*token_weights) : nullptr;
+  const int64_t *id = in<int64_t>(ids), *ptr = in<int64_t>(row_ptr), *at = in<int64_t>(place);
+  uint8_t* to = out<uint8_t>(marks);
+  with_type(values, [&](auto type) {
+    using T = decltype(type);
+    const T* value = in<T>(values);
+    for (int64_t row = 0; row < rows; ++row) {
+      if (weight && !(weight[row] > 0)) continue;
+      for (int64_t i = ptr[row]; i < ptr[row + 1]; ++i) {
+        if (value[i] > 0) to[id[i] * bits + at[row]] = 1;
+      }
+    }
+  });
+}
+
+// For each pair (i, j) and the group [0, groups) of each token, sums [6, P, groups] of: weight; weight times value and its
+// square of i; the same of j; and the product. Tokens on which neither fires add to the first alone, the same for every pair.
+// The entries by latent: `order`, their rows, and where each latent's begin.
+void add_by_group(const Tensor& values, const Tensor& order, const Tensor& row_of, const Tensor& latent_ptr, const Tensor& i,
+                  const Tensor& j, const Tensor& group, const optional<Tensor>& token_weights, Tensor sums) {
+  const int64_t entries = values.numel(), latents = latent_ptr.numel() - 1, pairs = i.numel(), tokens = group.numel();
+  TORCH_CHECK_VALUE(sums.dim() == 3, "add_by_group: sums: expected [6, P, groups], got ", sums.sizes());
+  const int64_t groups = sums.size(2);
+  check_shape("sums", sums, {6, pairs, groups});
+  check_shape("j", j, {pairs});
+  check_shape("order", order, {entries});
+  check_shape("row_of", row_of, {entries});
+  check_rows(latent_ptr, entries);
+  check_ids(order, entries);
+  check_ids(row_of, tokens);
+  check_ids(i, latents);
+  check_ids(j, latents);
+  check_ids(group, groups);
+  if (token_weights) check_shape("token_weights", *token_weights, {tokens});
+  const double* weight = token_weights ? in<double>(*token_weights) : nullptr;
+  const int64_t *of = in<int64_t>(order), *row = in<int64_t>(row_of), *ptr = in<int64_t>(latent_ptr), *at = in<int64_t>(group);
+  double* to = out<double>(sums);
+  std::vector<double> every(groups, 0.0);
+  for (int64_t t = 0; t < tokens; ++t) every[at[t]] += weight ? weight[t] : 1.0;
+  with_type(values, [&](auto type) {
+    using T = decltype(type);
+    const T* value = in<T>(values);
+    at::parallel_for(0, pairs, 64, [&](int64_t first, int64_t last) {
+      for (int64_t p = first; p < last; ++p) {
+        const auto cell = [&](int64_t which) { return to + (which * pairs + p) * groups; };
+        for (int64_t g = 0; g < groups; ++g) cell(0)[g] += every[g];
+        const int64_t sides[2] = {in<int64_t>(i)[p], in<int64_t>(j)[p]};
+        for (int64_t side = 0; side < 2; ++side) {
+          double *sum = cell(1 + 2 * side), *square = cell(2 + 2 * side);
+          for (int64_t n = ptr[sides[side]]; n < ptr[sides[side] + 1]; ++n) {
+            const double v = static_cast<double>(value[of[n]]), w = weight ? weight[row[n]] : 1.0;
+            sum[at[row[n]]] += v * w;
+            square[at[row[n]]] += v * v * w;
+          }
+        }
+        double* both = cell(5);
+        const int64_t end = ptr[sides[0] + 1], other_end = ptr[sides[1] + 1];
+        for (int64_t a = ptr[sides[0]], b = ptr[sides[1]]; a < end && b < other_end;) {
+          if (row[a] == row[b]) {
+            const double w = weight ? weight[row[a]] : 1.0;
+            both[at[row[a]]] += static_cast<double>(value[of[a]]) * static_cast<double>(value[of[b]]) * w;
+            ++a;
+            ++b;
+          } else {
+            row[a] < row[b] ? ++a : ++b;
+          }
+        }
+      }
+    });
+  });
+}
+
+}  // namespace transcoder
