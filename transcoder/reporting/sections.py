@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
@@ -16,9 +15,6 @@ from transcoder.reporting.format import MISSING, number, percent, real, whole
 from transcoder.reporting.ledger_verdict import verdicts
 from transcoder.reporting.run import Run
 from transcoder.reporting.samples import SampleTable
-
-if TYPE_CHECKING:
-    from transcoder.reporting.latent_cards import LatentCards
 
 Section = dict[str, Any]
 """What a template is given, by name."""
@@ -347,17 +343,9 @@ def _sinks(run: Run) -> list[tuple[str, str]]:
     return [(name, value) for name, value in facts if value != MISSING]
 
 
-def latents(run: Run, cards: LatentCards) -> Section:
-    widths = cards.index.get("widths", [])
-    return {
-        "cards": cards,
-        "index": cards.index,
-        "groups": max(cards.index.get("group") or [0]),
-        "prefixes": [f"{number(low)} to {number(high - 1)}" for low, high in pairwise([0, *widths])],
-        "why": _why_missing(run, "activation samples"),
-        "lacking": {m.what: m.why for m in run.lacking}
-        | ({} if run.heldout_latents is None else run.heldout_latents.why),
-    }
+def latents(run: Run) -> Section:
+    why = {m.what: m.why for m in run.lacking} | ({} if run.heldout_latents is None else run.heldout_latents.why)
+    return {"why": _why_missing(run, "activation samples"), "lacking": why}
 
 
 def settings(run: Run) -> Section:
