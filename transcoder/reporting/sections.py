@@ -68,7 +68,7 @@ SPARSE_FAMILIES = ("evaluation/", "duplicates/")
 
 
 def overview(run: Run) -> Section:
-    figures = [
+    metrics = [
         summary_metrics.TRAINING_FVU,
         summary_metrics.L0,
         summary_metrics.DEAD,
@@ -80,11 +80,11 @@ def overview(run: Run) -> Section:
     ]
     if summary_metrics.CE_RECOVERED.of(run) is not None:
         # Only where a language model was at hand.
-        figures.insert(0, summary_metrics.CE_RECOVERED)
+        metrics.insert(0, summary_metrics.CE_RECOVERED)
     baselines = (summary_metrics.HELDOUT_FVU, summary_metrics.LINEAR_BASELINE, summary_metrics.MEAN_BASELINE)
     return {
-        "baselines": [(figure, figure.of(run)) for figure in baselines],
-        "tiles": [(figure.label, figure.text(figure.of(run)), figure.meaning) for figure in figures],
+        "baselines": [(metric, metric.of(run)) for metric in baselines],
+        "tiles": [(metric.label, metric.text(metric.of(run)), metric.meaning) for metric in metrics],
         "missing": [*run.missing, *run.lacking],
         "verdicts": verdicts(run),
     }
@@ -116,18 +116,18 @@ def _lines(run: Run, curve: Curve) -> list[Line]:
 
 
 def _prefix_lines(run: Run) -> list[Line]:
-    found = [
-        (width, run.metrics.get(f"metrics/fvu_prefix_{width}")) for width in run.prefix_metrics("metrics/fvu_prefix")
-    ]
-    found = [(width, series) for width, series in found if len(series)]
-    colors = ordered_colors(len(found))
-    return [Line(number(w), s.steps, s.values, c) for (w, s), c in zip(found, colors, strict=True)]
+    series = {
+        width: run.metrics.get(f"metrics/fvu_prefix_{width}") for width in run.prefix_metrics("metrics/fvu_prefix")
+    }
+    logged = {width: found for width, found in series.items() if len(found)}
+    colors = ordered_colors(len(logged))
+    return [Line(number(w), s.steps, s.values, c) for (w, s), c in zip(logged.items(), colors, strict=True)]
 
 
 def _baselines(run: Run, *, mean: bool = True) -> list[tuple[float, str]]:
     """Horizontal lines of a chart of the FVU."""
     named = [(summary_metrics.LINEAR_BASELINE, "linear map"), (summary_metrics.MEAN_BASELINE, "mean")]
-    found = [(real(figure.of(run)), label) for figure, label in named[: 1 + mean]]
+    found = [(real(metric.of(run)), label) for metric, label in named[: 1 + mean]]
     return [(value, f"{label} {number(value)}") for value, label in found if value is not None]
 
 
@@ -160,9 +160,7 @@ def duplicates(run: Run) -> Section:
     return {
         "report": report,
         "why": _why_missing(run, "correlation report"),
-        "pairs": [
-            {**pair, "fold": percent(real(pair.get("merge_share"))), "test": _merge_test(pair)} for pair in pairs
-        ],
+        "pairs": [{**pair, "test": _merge_test(pair)} for pair in pairs],
         "countable": SEQUENCES_COUNTABLE,
         "graph": _graph(report, pairs),
         "charts": [_histogram(report), _merge_costs(pairs)],
@@ -191,7 +189,7 @@ def groups_of(report: Mapping[str, Any]) -> list[list[int]]:
 
 def _merge_test(pair: Mapping[str, Any]) -> str:
     mergeable = pair.get("mergeable")
-    return "duplicate" if mergeable is True else "no duplicate" if mergeable is False else "not tested"
+    return ("no duplicate", "duplicate")[mergeable] if isinstance(mergeable, bool) else "not tested"
 
 
 def _components(report: Mapping[str, Any], field: str) -> list[list[int]]:
@@ -258,19 +256,23 @@ def _graph(report: Mapping[str, Any], pairs: list[dict[str, Any]]) -> Chart | No
 
 def positions(run: Run) -> Section:
     samples = run.samples
-    drawn = [] if samples is None else _sample_charts(run, samples)
-    locked = np.zeros(0, np.int64)
-    if samples is not None:
-        latents, shares = concentration(samples)
-        locked = latents[shares == 1.0]
-    return {
-        "tiles": _sinks(run),
-        "charts": [*drawn, _drawn_positions(run)] if samples is not None else [],
-        "locked": locked.tolist(),
-    }
+    if samples is None:
+        return {"tiles": _sinks(run)}
+    latents, shares = concentration(samples)
+    counts, edges = np.histogram(shares, POSITION_BINS, (0, 1))
+    concentrated = bar_chart(
+        "Do latents keep to one position?",
+        edges.tolist(),
+        [("latents", counts.tolist(), "c0")],
+        x_label="share of a latent's strongest samples at its commonest position",
+        y_label="latents",
+        note=f"{number(len(latents))} latents with at least {LEAST_SAMPLES} strongest samples.",
+    )
+    charts = [_sample_positions(run, samples), concentrated, _drawn_positions(run)]
+    return {"tiles": _sinks(run), "charts": charts, "locked": latents[shares == 1.0].tolist()}
 
 
-def _sample_charts(run: Run, samples: SampleTable) -> list[Chart | None]:
+def _sample_positions(run: Run, samples: SampleTable) -> Chart | None:
     length = max(whole(run.setting("activations.sequence_length")) or 0, int(samples.position.max()) + 1)
     edges = np.linspace(0, length, POSITION_BINS + 1)
     groups = []
@@ -278,26 +280,14 @@ def _sample_charts(run: Run, samples: SampleTable) -> list[Chart | None]:
         if chosen.any():
             counts = np.histogram(samples.position[chosen], edges)[0]
             groups.append((label, (100 * counts / counts.sum()).tolist(), color))
-    latents, shares = concentration(samples)
-    counts, unit = np.histogram(shares, POSITION_BINS, (0, 1))
-    return [
-        bar_chart(
-            "Where kept samples stand",
-            edges.tolist(),
-            groups,
-            x_label="position in the sequence",
-            y_label="% of samples",
-            note="The second kind is drawn to cover all positions, so only the first shows a preference.",
-        ),
-        bar_chart(
-            "Do latents keep to one position?",
-            unit.tolist(),
-            [("latents", counts.tolist(), "c0")],
-            x_label="share of a latent's strongest samples at its commonest position",
-            y_label="latents",
-            note=f"{number(len(latents))} latents with at least {LEAST_SAMPLES} strongest samples.",
-        ),
-    ]
+    return bar_chart(
+        "Where kept samples stand",
+        edges.tolist(),
+        groups,
+        x_label="position in the sequence",
+        y_label="% of samples",
+        note="The second kind is drawn to cover all positions, so only the first shows a preference.",
+    )
 
 
 def _drawn_positions(run: Run) -> Chart | None:
