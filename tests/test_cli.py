@@ -157,19 +157,6 @@ def test_long_messages_become_one_line(capsys: pytest.CaptureFixture[str], monke
     assert_refused(capsys, ["train", "demo"], "error: a b c")
 
 
-def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    code, out, _ = outcome(capsys, "doctor")
-    assert code == 0, out
-    lines = out.splitlines()
-    assert all(line.startswith(("ok ", "note ")) for line in lines)
-    for text in ("python 3.", "torch ", "topk_encode on cpu", "FeatureCorrelation on cpu", "demo language model"):
-        assert any(text in line for line in lines)
-    monkeypatch.setenv("TRANSCODER_BACKEND", "abacus")
-    code, out, _ = outcome(capsys, "doctor")
-    assert code == 1
-    assert any(line.startswith("missing") and "abacus" in line for line in out.splitlines())
-
-
 def test_train_then_report_then_compare(capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny: Path) -> None:
     run = tmp_path / "run"
     code, out, err = outcome(capsys, "train", tiny, "--out", run, "--training.seed", "1")
