@@ -22,8 +22,8 @@ class JsonlFile:
     """An append-only file of JSON objects that outlives a full disk and a folder that is deleted under it.
 
     A line that cannot be written is kept and tried again with the next one; the file is cut back to its last
-    whole line, so a torn one never stays. The run goes on: figures are not worth a lost run. A file that somebody deleted
-    is made again, with what was in it.
+    whole line, so a torn one never stays. The run goes on. A file that is deleted during the run is made again with its
+    content.
 
     Args:
         max_bytes: where the file grows beyond, every second line of its older half that is no event goes (where that is
@@ -117,14 +117,14 @@ class JsonlFile:
 
 
 def _thinned(lines: list[bytes]) -> list[bytes]:
-    """Without every second line of figures of the older half, or of anything where that frees less than an eighth."""
+    """Without every second line of metrics in the older half; where that frees less than an eighth, of any lines."""
     older = len(lines) // 2
     for spared in (b'"event": ', None):
         drop, kept = True, []
         for number, line in enumerate(lines):
-            figures = spared is None or spared not in line
-            drop = figures and not drop
-            if number >= older or not (figures and drop):
+            removable = spared is None or spared not in line
+            drop = removable and not drop
+            if number >= older or not (removable and drop):
                 kept.append(line)
         if 8 * sum(map(len, kept)) <= 7 * sum(map(len, lines)):
             break

@@ -19,7 +19,7 @@ from rich.text import Text
 
 from transcoder.reporting.format import clock
 from transcoder.reporting.metrics_table import FILE_NAME, Metrics
-from transcoder.reporting.progress import PLAIN_SECONDS, figures
+from transcoder.reporting.progress import PLAIN_SECONDS, metrics_text
 from transcoder.reporting.terminal_view import Snapshot, look, picture
 
 INTERVAL = 1.0
@@ -114,7 +114,7 @@ def _lines(run_dir: Path, metrics: Metrics, out: TextIO, interval: float, line_s
 def _line(snapshot: Snapshot) -> str:
     known = {name: value for name in snapshot.run.metrics if (value := snapshot.metric(name)) is not None}
     of = "" if snapshot.steps is None else f"/{snapshot.steps}"
-    parts = ["no step yet" if snapshot.step is None else f"step {snapshot.step}{of}", figures(known)]
+    parts = ["no step yet" if snapshot.step is None else f"step {snapshot.step}{of}", metrics_text(known)]
     if snapshot.elapsed is not None:
         parts.append(f"elapsed {clock(snapshot.elapsed)}")
     if snapshot.left is not None and not snapshot.ended:
