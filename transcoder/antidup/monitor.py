@@ -29,9 +29,8 @@ from transcoder.antidup.state_size import correlation_state_bytes
 from transcoder.antidup.window import Stretch, nothing, state_names
 from transcoder.config import MonitorSection
 from transcoder.kernels import CorrelatedPairs, FeatureCorrelation, SparseCodes
-from transcoder.kernels.correlation.moments import PairStatistics
 from transcoder.kernels.correlation.op import EXACT_LIMIT
-from transcoder.kernels.correlation.pairs import Survey, sorted_pairs
+from transcoder.kernels.correlation.statistics import PairStatistics, Survey, sorted_pairs
 
 _NAME = "correlation_monitor"
 Judge = Callable[[Tensor, Tensor], MergeResult]

@@ -15,7 +15,7 @@ from torch import Tensor
 from transcoder.antidup.confidence import NEARLY_ONE
 from transcoder.kernels import SparseCodes, counts_cpp
 from transcoder.kernels.correlation.counter_rng import hash_bits
-from transcoder.kernels.correlation.moments import CONSTANT
+from transcoder.kernels.correlation.statistics import CONSTANT
 
 GROUPS = 16
 """Sequences fall into one of these by a hash. 32 groups hold the truth no more often in simulation and cost twice as much."""
