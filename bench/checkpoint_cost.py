@@ -1,6 +1,6 @@
 """What a checkpoint costs the step that saves it, written in the step and beside training: `python bench/checkpoint_cost.py`.
 
-One line of JSON a run: milliseconds that what follows each saving step took, on the clock and of the training thread's own CPU
+One line of JSON a run: milliseconds that each save took, on the clock and of the training thread's own CPU
 time (the latter hardly depends on what else the machine does).
 """
 
@@ -19,7 +19,8 @@ import torch
 from transcoder.activations import ActivationBatch
 from transcoder.config import RunConfig
 from transcoder.training import train_transcoder
-from transcoder.training.trainer import _Run
+from transcoder.training.observers import Checkpoints
+from transcoder.training.trainer import Trainer
 
 WIDTH, LATENTS, TOKENS, EVERY = 512, 8192, 64, 10
 SAVES = 3
@@ -50,19 +51,18 @@ def measure(asynchronous: bool, out: Path) -> dict[str, Any]:
             "logging.progress": False,
         }
     )
-    inside, took = _Run._between_steps, []
+    inside, took = Checkpoints.act, []
 
-    def timed(run: _Run) -> None:
+    def timed(checkpoints: Checkpoints, run: Trainer) -> None:
         clock, cpu = time.perf_counter(), time.thread_time()
-        inside(run)
-        if run.step % EVERY == 0:
-            took.append((1e3 * (time.perf_counter() - clock), 1e3 * (time.thread_time() - cpu)))
+        inside(checkpoints, run)
+        took.append((1e3 * (time.perf_counter() - clock), 1e3 * (time.thread_time() - cpu)))
 
-    _Run._between_steps = timed  # type: ignore[method-assign]
+    Checkpoints.act = timed  # type: ignore[method-assign]
     try:
         train_transcoder(settings, out, batches=batches())
     finally:
-        _Run._between_steps = inside  # type: ignore[method-assign]
+        Checkpoints.act = inside  # type: ignore[method-assign]
     (newest, *_) = sorted((out / "checkpoints").iterdir(), reverse=True)
     return {
         "asynchronous": asynchronous,

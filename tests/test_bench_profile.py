@@ -13,8 +13,9 @@ from bench import synthetic
 from bench.cases import Size
 from bench.monitoring_overhead import PARTS, config
 from transcoder.config import ConfigError, RunConfig
+from transcoder.phases import PhaseClock, phase
 from transcoder.training import train_transcoder
-from transcoder.training.profile import REST, TRACED, WARM_UP, opened_run, phases_of, profile_run
+from transcoder.training.profile import REST, TRACED, WARM_UP, opened_run, profile_run
 
 TINY = Size(64, 16, 128, 4)
 STEPS = 8
@@ -80,24 +81,26 @@ def test_the_steps_under_the_clock_are_training_s_own_to_the_bit(tmp_path: Path)
     trained = train_transcoder(
         settings(steps=steps), tmp_path / "a", batches=synthetic.endless(made()), heldout=heldout
     )
-    with opened_run(settings(steps=steps), tmp_path / "b", synthetic.endless(made()), heldout) as run, phases_of(run):
+    with (
+        opened_run(settings(steps=steps), tmp_path / "b", synthetic.endless(made()), heldout) as run,
+        PhaseClock(torch.device("cpu")).running(),
+    ):
         for _ in range(steps):
             run.advance()
     for name, value in trained.transcoder.state_dict().items():
-        assert torch.equal(value, run.transcoder.state_dict()[name]), name
+        assert torch.equal(value, run.layers[0].transcoder.state_dict()[name]), name
 
 
-def test_nothing_stays_wrapped(tmp_path: Path) -> None:
-    from transcoder.training import trainer
-
-    before = trainer.optimizer_step, torch.Tensor.backward
-    with opened_run(settings(), tmp_path / "run", synthetic.endless(made())) as run:
-        source = run.source
-        with phases_of(run):
-            assert trainer.optimizer_step is not before[0]
-        assert run.source is source
-        assert "advance" not in vars(run)
-    assert (trainer.optimizer_step, torch.Tensor.backward) == before
+def test_a_phase_is_no_work_unless_a_clock_or_a_profiler_listens() -> None:
+    idle = phase("encode")
+    assert phase("loss") is idle
+    with PhaseClock(torch.device("cpu")).running() as clock, phase("outer"), phase("inner"):
+        pass
+    assert clock.calls == {"outer": 1, "inner": 1}
+    assert phase("loss") is idle
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler, phase("marked"):
+        pass
+    assert "marked" in {event.key for event in profiler.key_averages()}
 
 
 def test_too_few_steps_are_refused() -> None:

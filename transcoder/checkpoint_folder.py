@@ -9,21 +9,17 @@ import re
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+
+from transcoder.files import WrittenFile, file_digest
 
 FORMAT, VERSION = "transcoder-checkpoint", 1
 MODEL_FILE, TRAINER_FILE, STATE_FILE = "transcoder.safetensors", "trainer.safetensors", "state.json"
 FOLDER = re.compile(r"(?:\.replaced_)?step_(\d{8,})")
-_CHUNK = 1 << 24
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint cannot be written or none can be read. The message gives places, causes and what to do."""
-
-
-class WrittenFile(NamedTuple):
-    bytes: int
-    sha256: str
 
 
 def verify_checkpoint(path: Path | str) -> int:
@@ -128,13 +124,3 @@ def newest(found: list[tuple[int, Path]], read: Callable[[Path], Any]) -> Any:
             "Start again with another --out, or restore one of them"
         )
     return None
-
-
-def file_digest(path: Path) -> WrittenFile:
-    """Size and sha256 of a file, read in pieces."""
-    digest, count = hashlib.sha256(), 0
-    with open(path, "rb") as file:
-        while part := file.read(_CHUNK):
-            digest.update(part)
-            count += len(part)
-    return WrittenFile(count, digest.hexdigest())

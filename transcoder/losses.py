@@ -79,6 +79,15 @@ def reconstruction_loss(
     return Reconstruction(loss, mse, mse / variance, nested.residual, variance)
 
 
+def penalty_scale(convention: Convention, d_out: int, prefix_weights: Sequence[float]) -> float:
+    """The factor between the loss of a convention and that of `mse`: penalty weights are relative to the latter."""
+    if convention == "saelens":
+        return d_out * sum(prefix_weights)
+    if convention == "dictionary_learning":
+        return d_out * sum(prefix_weights) / len(prefix_weights)
+    return 1.0
+
+
 def auxk_loss(
     x: Tensor,
     residual: Tensor,

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from transcoder.dictionary_config import TranscoderConfig
-from transcoder.kernels import SparseCodes, batch_topk_encode, sparse_decode, threshold_encode, topk_encode
+from transcoder.kernels import SparseCodes, sparse_decode
 from transcoder.kernels.checks import Checks, check_finite_rows, check_float_matrix, check_mode
-from transcoder.losses import auxk_loss, reconstruction_loss
+from transcoder.losses import auxk_loss, penalty_scale, reconstruction_loss
+from transcoder.phases import phase
 from transcoder.pretrained import check_tensors, local_folder, read_config, read_weights, write_pair
+from transcoder.selection import SELECTIONS, Selected
 
 __all__ = ["StepOutput", "Transcoder", "TranscoderConfig"]
 
@@ -25,7 +27,7 @@ class StepOutput(NamedTuple):
     """What `Transcoder.training_step` returns; every tensor stays on the device."""
 
     loss: Tensor
-    """Scalar to differentiate: reconstruction + aux_coefficient * AuxK."""
+    """Scalar to differentiate: reconstruction + aux_coefficient * AuxK + the selection's penalty."""
     codes: SparseCodes
     """The batch's codes, values in the graph."""
     reconstruction_loss: Tensor
@@ -38,6 +40,8 @@ class StepOutput(NamedTuple):
     """[P], on this batch."""
     residual: Tensor
     """[B, d_out] reconstruction by the full width minus target, normalised units, detached."""
+    penalty: Tensor | None = None
+    """Scalar, detached: what the selection adds to the loss; None where it has no such term."""
 
 
 class Transcoder(nn.Module):
@@ -62,6 +66,7 @@ class Transcoder(nn.Module):
     def __init__(self, config: TranscoderConfig, *, seed: int = 0, device: torch.device | str = "cpu") -> None:
         super().__init__()
         self.config = config
+        self.selection = SELECTIONS[config.activation](config)
         generator = torch.Generator().manual_seed(seed)
         # Drawn on the CPU so that a seed means the same dictionary on every device.
         # Type and device are always named: a process may have set other defaults.
@@ -72,8 +77,11 @@ class Transcoder(nn.Module):
         self.W_dec = nn.Parameter(_unit_rows(torch.randn(d_sae, d_out, generator=generator, **real)))
         self.b_dec = nn.Parameter(torch.zeros(d_out, **real))
         self.W_skip = nn.Parameter(torch.zeros(d_out, d_in, **real)) if config.skip else None
-        # Below 0: no batch seen yet.
-        self.register_buffer("threshold", torch.full((d_sae,) if config.latent_thresholds else (), -1.0, **real))
+        threshold = torch.full(self.selection.threshold_shape, self.selection.initial_threshold, **real)
+        if self.selection.trains_threshold:
+            self.threshold = nn.Parameter(threshold)
+        else:
+            self.register_buffer("threshold", threshold)
         self.register_buffer("source_mean", torch.zeros(d_in, **real))
         self.register_buffer("source_scale", torch.ones((), **real))
         self.register_buffer("target_mean", torch.zeros(d_out, **real))
@@ -86,6 +94,11 @@ class Transcoder(nn.Module):
     @property
     def widths(self) -> tuple[int, ...]:
         return tuple(self.config.widths or ())
+
+    @property
+    def latent_parameters(self) -> list[Tensor]:
+        """The parameters that have a row a latent."""
+        return [self.W_enc, self.b_enc, self.W_dec, *([self.threshold] if self.selection.trains_threshold else [])]
 
     def encode(self, x: Tensor, *, checks: Checks = "fast") -> SparseCodes:
         """Codes of raw activations x [B, d_in].
@@ -112,19 +125,23 @@ class Transcoder(nn.Module):
         y_hat = sparse_decode(self._encode_normalized(x), self.W_dec, self.b_dec)
         return self._to_raw_target(y_hat if self.W_skip is None else y_hat + self._skip(x))
 
-    def training_step(self, x: Tensor, y: Tensor, *, token_weights: Tensor | None = None) -> StepOutput:
+    def training_step(
+        self, x: Tensor, y: Tensor, *, token_weights: Tensor | None = None, penalty_factor: float = 1.0
+    ) -> StepOutput:
         """Loss of one batch, with AuxK over the latents listed by the last `refresh_dead`. Updates the threshold and the
-        dead counters (in training mode). Reads nothing back to the host.
+        dead counters (in training mode). Reads nothing back to the host, but for JumpReLU's number of codes.
 
         Args:
             x: [B, d_in] raw source activations.   y: [B, d_out] raw target activations.
             token_weights: [B] importance weights of mean about 1, or None.
+            penalty_factor: on the selection's penalty, for its warm-up.
         """
         config = self.config
         self._check_source("training_step", x)
         check_float_matrix("Transcoder.training_step", "y", y, columns=config.d_out, rows=x.shape[0])
         x, y = self.normalize_source(x), self.normalize_target(y)
-        codes = self._encode_normalized(x)
+        with phase("encode"):
+            codes, penalty = self._select(x, token_weights)
         target = self._without_skip(x, y)
         weights = tuple(config.prefix_weights or ())
         rec = reconstruction_loss(
@@ -132,23 +149,36 @@ class Transcoder(nn.Module):
         )
         loss, aux = rec.loss, torch.zeros((), dtype=rec.loss.dtype, device=x.device)
         if self._dead_ids is not None and config.aux_latents > 0 and config.aux_coefficient > 0:
-            aux = auxk_loss(
-                x,
-                rec.residual,
-                self.W_enc,
-                self.b_enc,
-                self.W_dec,
-                self._dead_ids,
-                config.aux_latents,
-                rec.target_variance,
-                config.loss,
-                token_weights,
-            )
+            with phase("AuxK"):
+                aux = auxk_loss(
+                    x,
+                    rec.residual,
+                    self.W_enc,
+                    self.b_enc,
+                    self.W_dec,
+                    self._dead_ids,
+                    config.aux_latents,
+                    rec.target_variance,
+                    config.loss,
+                    token_weights,
+                )
             loss = loss + config.aux_coefficient * aux
+        if penalty is not None:
+            penalty = penalty_factor * penalty_scale(config.loss, config.d_out, weights) * penalty
+            loss = loss + penalty
+            penalty = penalty.detach()
         if self.training:
-            self._track(codes.detach())
+            with phase("dead counts, threshold"):
+                self._track(codes.detach())
         return StepOutput(
-            loss, codes, rec.loss.detach(), aux.detach(), rec.mse_per_prefix, rec.fvu_per_prefix, rec.residual.detach()
+            loss,
+            codes,
+            rec.loss.detach(),
+            aux.detach(),
+            rec.mse_per_prefix,
+            rec.fvu_per_prefix,
+            rec.residual.detach(),
+            penalty,
         )
 
     @torch.no_grad()
@@ -258,6 +288,9 @@ class Transcoder(nn.Module):
         self.W_dec[kept] = folded / length
         self.W_enc[kept] *= length
         self.b_enc[kept] *= length.squeeze(1)
+        if self.selection.trains_threshold:
+            # As all its pre-activations, so that the kept latent is active on the same tokens.
+            self.threshold[kept] *= length.squeeze(1)
         # Drawn on the CPU, like the first rows: a seed means the same on every device.
         generator = torch.Generator().manual_seed(seed)
         for matrix, norm in ((self.W_enc, 0.2 * usual), (self.W_dec, torch.ones_like(usual))):
@@ -323,12 +356,13 @@ class Transcoder(nn.Module):
         check_float_matrix(f"Transcoder.{method}", "x", x, columns=self.config.d_in)
 
     def _encode_normalized(self, x: Tensor) -> SparseCodes:
-        config = self.config
-        if config.activation == "topk":
-            return topk_encode(x, self.W_enc, self.b_enc, config.k)
+        return self._select(x).codes
+
+    def _select(self, x: Tensor, token_weights: Tensor | None = None) -> Selected:
+        weights = x, self.W_enc, self.b_enc, self.threshold
         if self.training:
-            return batch_topk_encode(x, self.W_enc, self.b_enc, config.k)
-        return threshold_encode(x, self.W_enc, self.b_enc, self.threshold)
+            return self.selection.select(*weights, token_weights)
+        return Selected(self.selection.encode(*weights))
 
     def residual_target(self, x: Tensor, y: Tensor) -> Tensor:
         """What the dictionary itself must reconstruct, normalised [B, d_out]: y less the skip connection, from raw x and y."""
@@ -350,12 +384,7 @@ class Transcoder(nn.Module):
         fired = torch.zeros_like(self.tokens_since_fired).index_add_(0, codes.indices, active.long())
         older = self.tokens_since_fired + codes.shape[0]
         self.tokens_since_fired.copy_(torch.where(fired > 0, torch.zeros_like(older), older))
-        if codes.nnz:
-            smallest = torch.where(active, codes.values, torch.full_like(codes.values, torch.inf)).min()
-            smallest = smallest.to(self.threshold.dtype)
-            moved = torch.lerp(self.threshold, smallest, self.config.threshold_rate)
-            moved = torch.where(self.threshold < 0, smallest, moved)
-            self.threshold.copy_(torch.where(torch.isfinite(smallest), moved, self.threshold))
+        self.selection.track(self.threshold, codes)
 
 
 def _tensors_of(config: TranscoderConfig) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -367,7 +396,7 @@ def _tensors_of(config: TranscoderConfig) -> dict[str, tuple[tuple[int, ...], to
         "W_dec": (d_sae, d_out),
         "b_dec": (d_out,),
         **({"W_skip": (d_out, d_in)} if config.skip else {}),
-        "threshold": (d_sae,) if config.latent_thresholds else (),
+        "threshold": SELECTIONS[config.activation](config).threshold_shape,
         "source_mean": (d_in,),
         "source_scale": (),
         "target_mean": (d_out,),

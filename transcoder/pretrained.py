@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 from collections.abc import Mapping
@@ -11,6 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from transcoder.files import replacing_all
+from transcoder.tensor_file import write_tensors
 
 WEIGHTS_FILE = "transcoder.safetensors"
 CONFIG_FILE = "config.json"
@@ -46,27 +48,14 @@ def local_folder(name: str | Path, revision: str | None = None) -> Path:
 
 
 def write_pair(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Write both files beside the old ones, then rename: a failed write leaves the old pair and nothing else.
+    """Write weights and config; a failed write leaves the old pair and nothing else.
 
     Raises:
         OSError: the folder cannot be made or written.
     """
-    from safetensors.torch import save
-
-    own = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    text = json.dumps({"format": FORMAT, "version": VERSION, **config}, indent=2)
-    folder.mkdir(parents=True, exist_ok=True)
-    partials = {name: folder / f".{name}.partial" for name in (WEIGHTS_FILE, CONFIG_FILE)}
-    try:
-        partials[WEIGHTS_FILE].write_bytes(save(own))
-        partials[CONFIG_FILE].write_text(text, encoding="utf-8")
-        for name, partial in partials.items():
-            partial.replace(folder / name)
-    except BaseException:
-        for partial in partials.values():
-            with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
-        raise
+    with replacing_all(folder / WEIGHTS_FILE, folder / CONFIG_FILE) as (weights, text):
+        write_tensors(weights, tensors)
+        text.write(json.dumps({"format": FORMAT, "version": VERSION, **config}, indent=2).encode())
 
 
 def read_config(folder: Path) -> tuple[Path, dict[str, Any]]:

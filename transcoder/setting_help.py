@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import functools
-import inspect
 import textwrap
 import types
 import typing
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from transcoder.config import RunConfig
+from transcoder.settings import field_types
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,55 +24,38 @@ class Setting:
     text: str
     """Its docstring on one line, or empty."""
 
-    @property
-    def section(self) -> str:
-        return self.name.rpartition(".")[0]
-
 
 def settings() -> list[Setting]:
     """Every leaf field of RunConfig, in order."""
-    return list(_settings(RunConfig, RunConfig(), ""))
+    return list(_settings(RunConfig, ""))
 
 
 def settings_help(width: int = 100) -> str:
     """All settings, grouped by section, for the end of a `--help` page."""
     lines = ["settings (each a flag: `--training.steps 100` or `--training.steps=100`, values as in YAML):"]
-    section: str | None = None
+    shown = None
     for setting in settings():
-        if setting.section != section:
-            section = setting.section
+        section = setting.name.rpartition(".")[0]
+        if section != shown:
             lines += ["", f"{section or 'run'}:"]
+            shown = section
         lines.append(f"  --{setting.name} {setting.kind}  (default: {setting.default})")
-        if setting.text:
-            lines += textwrap.wrap(setting.text, width, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        lines += textwrap.wrap(setting.text, width, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines) + "\n"
 
 
-def _settings(cls: type, defaults: Any, prefix: str) -> typing.Iterator[Setting]:
-    hints = typing.get_type_hints(cls)
-    for f in dataclasses.fields(cls):
-        default = getattr(defaults, f.name)
-        if dataclasses.is_dataclass(default):
-            yield from _settings(type(default), default, f"{prefix}{f.name}.")
+def _settings(cls: type, prefix: str) -> Iterator[Setting]:
+    from docstring_parser import parse_from_object
+
+    # A class that inherits fields inherits their docstrings; Python keeps none of them, so the source is read.
+    bases = [base for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base)]
+    texts = {text.args[1]: text.description for base in bases for text in parse_from_object(base).params}
+    for name, kind in field_types(cls, bounds=False).items():
+        if dataclasses.is_dataclass(kind):
+            yield from _settings(typing.cast(type, kind), f"{prefix}{name}.")
         else:
-            text = next((found[f.name] for c in cls.__mro__ if f.name in (found := _docstrings(c))), "")
-            yield Setting(prefix + f.name, _kind(hints[f.name]), _shown(default), text)
-
-
-@functools.cache
-def _docstrings(cls: type) -> dict[str, str]:
-    """{field: docstring} of what a class itself declares: Python keeps no docstrings of fields, so its source is read."""
-    if not dataclasses.is_dataclass(cls):
-        return {}
-    (node,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
-    found = {}
-    if isinstance(node, ast.ClassDef):
-        for field, text in zip(node.body, node.body[1:], strict=False):
-            if not (isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)):
-                continue
-            if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
-                found[field.target.id] = " ".join(str(text.value.value).split())
-    return found
+            text = " ".join((texts.get(name) or "").split())
+            yield Setting(prefix + name, _kind(kind), _shown(getattr(cls, name)), text)
 
 
 def _kind(hint: Any) -> str:
@@ -82,7 +64,7 @@ def _kind(hint: Any) -> str:
         return " | ".join("null" if a is type(None) else _kind(a) for a in args)
     if origin is Literal:
         return "{" + ",".join(map(str, args)) + "}"
-    if origin is tuple:
+    if origin in (tuple, Sequence):
         return f"[{_kind(args[0])}, ...]"
     return {int: "INT", float: "FLOAT", bool: "{true,false}", str: "TEXT"}.get(hint, str(hint))
 

@@ -44,7 +44,7 @@ def test_every_section_and_chart_is_drawn_from_disk(open_page: OpenPage, address
 def test_the_values_of_a_chart_are_there_as_a_table(open_page: OpenPage, address: str) -> None:
     page = open_page(address)
     chart = page.locator("figure.chart", has=page.get_by_text("FVU per prefix", exact=True))
-    chart.get_by_text("Values").click()
+    chart.get_by_text("Values", exact=True).click()
     chart.locator("tbody tr").first.wait_for()
     assert chart.locator("th").all_inner_texts() == ["step", "64", "192", "448", "512"]
     assert chart.locator("tbody tr").count() == 24

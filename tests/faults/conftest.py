@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from tests.faults.small_disk import MIB, Limited, SmallDisk
-from transcoder.training import checkpoint, disk_reserve, storage, tensor_file
+from transcoder import files
+from transcoder.training import checkpoint, disk_reserve, storage
 
 
 @pytest.fixture(autouse=True)
@@ -38,8 +39,8 @@ def disk(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
             file: Any = open(path, mode, *args)  # noqa: SIM115 (handed to the caller's own `with`)
             return Limited(file, small) if "w" in mode and folder in Path(path).parents else file
 
-        monkeypatch.setattr(storage, "open", limited_open, raising=False)
-        monkeypatch.setattr(tensor_file, "open", limited_open, raising=False)
+        monkeypatch.setattr(files, "open", limited_open, raising=False)
+        monkeypatch.setattr(checkpoint, "open", limited_open, raising=False)
         inside_allocate = disk_reserve.allocate
 
         def limited_allocate(descriptor: int, size: int) -> None:

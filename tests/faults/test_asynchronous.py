@@ -7,15 +7,16 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 import torch
 
 from tests.training.test_trainer import Planted, config, records
+from transcoder import tensor_file
 from transcoder.activations import ActivationBatch
-from transcoder.training import RunResult, checkpointing, tensor_file, train_transcoder
-from transcoder.training.background_task import Beside
+from transcoder.training import RunResult, checkpointing, train_transcoder
+from transcoder.training.background_task import BackgroundTask
 from transcoder.training.checkpoint import CheckpointError, find_checkpoint
 from transcoder.training.snapshot import Snapshots
 
@@ -64,10 +65,10 @@ def test_the_state_is_that_of_its_step_however_late_it_is_written(
     gate = Gate()
     inside = tensor_file.write_tensors
 
-    def late(path: Path, tensors: dict[str, torch.Tensor]) -> Any:
+    def late(file: BinaryIO, tensors: dict[str, torch.Tensor]) -> Any:
         if threading.current_thread() is not threading.main_thread():
             gate()
-        return inside(path, tensors)
+        return inside(file, tensors)
 
     monkeypatch.setattr("transcoder.training.checkpoint.write_tensors", late)
     result = train_transcoder(config(checkpoint__keep_last=9), tmp_path / "run", batches=Opening(gate, 17))
@@ -89,9 +90,9 @@ def test_a_signal_waits_for_what_is_in_writing_and_saves_what_came_after(
     slow = threading.Event()
     inside = tensor_file.write_tensors
 
-    def late(path: Path, tensors: dict[str, torch.Tensor]) -> Any:
+    def late(file: BinaryIO, tensors: dict[str, torch.Tensor]) -> Any:
         slow.wait(60)
-        return inside(path, tensors)
+        return inside(file, tensors)
 
     class Signalled(Planted):
         def __next__(self) -> ActivationBatch:
@@ -140,9 +141,9 @@ def test_a_write_that_never_ends_is_given_up_and_said(tmp_path: Path, monkeypatc
     never = threading.Event()
     inside = tensor_file.write_tensors
 
-    def hang(path: Path, tensors: dict[str, torch.Tensor]) -> Any:
+    def hang(file: BinaryIO, tensors: dict[str, torch.Tensor]) -> Any:
         never.wait(60)
-        return inside(path, tensors)
+        return inside(file, tensors)
 
     monkeypatch.setattr("transcoder.training.checkpoint.write_tensors", hang)
     monkeypatch.setattr(checkpointing, "FLUSH_SECONDS", 0.1)
@@ -161,7 +162,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shel
 from planted_run import Planted, checkpoint, config
 from transcoder.training import train_transcoder
 
-def hang(path, tensors):
+def hang(file, tensors):
     signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
     while signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         time.sleep(0.01)
@@ -221,21 +222,21 @@ def test_a_copy_does_not_follow_what_it_was_taken_of(device: torch.device) -> No
 
 
 def test_one_at_a_time_and_errors_reach_whoever_collects() -> None:
-    beside: Beside[int] = Beside("test")
-    assert beside.collect(0) is None
+    task: BackgroundTask[int] = BackgroundTask("test")
+    assert task.collect(0) is None
     go = threading.Event()
-    beside.start(lambda: [go.wait(60), 5][1])
-    assert beside.collect(0) is None
+    task.start(lambda: [go.wait(60), 5][1])
+    assert task.collect(0) is None
     with pytest.raises(RuntimeError, match="collected first"):
-        beside.start(lambda: 6)
+        task.start(lambda: 6)
     go.set()
-    assert beside.collect(60) == 5
-    assert not beside.busy
+    assert task.collect(60) == 5
+    assert not task.busy
 
     def broken() -> int:
         raise TypeError("no such leaf")
 
-    beside.start(broken)
+    task.start(broken)
     with pytest.raises(TypeError, match="no such leaf"):
-        beside.collect(60)
-    assert not beside.busy
+        task.collect(60)
+    assert not task.busy

@@ -15,10 +15,10 @@ import torch
 from tests.training.test_trainer import Planted, assert_same, config, records, weights
 from transcoder.activations import ActivationBatch
 from transcoder.kernels import extension, use_backend
-from transcoder.training import RunResult, TrainingDivergedError, nonfinite, optimizer, train_transcoder
-from transcoder.training import trainer as trainer_module
+from transcoder.training import RunResult, TrainingDivergedError, layer_trainer, nonfinite, optimizer, train_transcoder
 from transcoder.training.checkpoint import load_checkpoint
 from transcoder.training.state_tree import pack_state
+from transcoder.training.trainer import Trainer
 
 HELD_OUT = 4
 """Batches that `Planted` gives to evaluation in a run of `config()`."""
@@ -110,18 +110,18 @@ def assert_same_state(first: Path, second: Path, step: int = 30) -> None:
 
 def without_step(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
     """A trainer that draws the batches of these steps and does nothing with them."""
-    whole = trainer_module._Run._train_step
+    whole = Trainer._train_step
 
-    def step(self: trainer_module._Run) -> None:
+    def step(self: Trainer) -> None:
         if self.step not in steps:
             whole(self)
             return
         for _ in range(self.config.training.accumulation):
             next(self.source)
-        if self.regularizer is not None:
-            self.regularizer._begin(self.step)
+        if self.layers[0].regularizer is not None:
+            self.layers[0].regularizer._begin(self.step)
 
-    monkeypatch.setattr(trainer_module._Run, "_train_step", step)
+    monkeypatch.setattr(Trainer, "_train_step", step)
 
 
 def assert_bad_steps_leave_everything_as_it_was(
@@ -167,11 +167,11 @@ def test_a_bad_gradient_of_a_finite_loss(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str, flag: str
 ) -> None:
     """In each parameter; in the very first step too, before Adam has a state."""
-    inside = trainer_module._Run._train_step
+    inside = Trainer._train_step
     broken = [(name, bad) for name in ("W_enc", "b_enc", "W_dec", "b_dec") for bad in (float("nan"), float("inf"))]
     steps = [0, 1, 3, 4, 6, 8, 9, 11]
 
-    def step(self: trainer_module._Run) -> None:
+    def step(self: Trainer) -> None:
         if self.step not in steps:
             inside(self)
             return
@@ -182,15 +182,15 @@ def test_a_bad_gradient_of_a_finite_loss(
             gradient.view(-1)[-1] = bad
             return gradient
 
-        hook = getattr(self.transcoder, parameter).register_hook(break_one)
+        hook = getattr(self.layers[0].transcoder, parameter).register_hook(break_one)
         inside(self)
         hook.remove()
 
     short = config(training__steps=16, antidup__verify_at_step=16)
     with use_backend(backend):
-        monkeypatch.setattr(trainer_module._Run, "_train_step", step)
+        monkeypatch.setattr(Trainer, "_train_step", step)
         result = train_transcoder(short, tmp_path / "broken", batches=Poisoned())
-        monkeypatch.setattr(trainer_module._Run, "_train_step", inside)
+        monkeypatch.setattr(Trainer, "_train_step", inside)
         without_step(monkeypatch, *steps)
         train_transcoder(short, tmp_path / "left out", batches=Poisoned())
     assert result.summary["bad_steps"] == len(steps)
@@ -216,15 +216,15 @@ def test_weights_beyond_bfloat16_stop_the_run_with_a_diagnosis(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """Finite as fp32 masters, infinite in the products: every step from then on is bad, though batches and masters are not."""
-    inside = trainer_module._Run._train_step
+    inside = Trainer._train_step
 
-    def step(self: trainer_module._Run) -> None:
+    def step(self: Trainer) -> None:
         if self.step == BAD:
             with torch.no_grad():
-                getattr(self.transcoder, name).fill_(torch.finfo(torch.float32).max)
+                getattr(self.layers[0].transcoder, name).fill_(torch.finfo(torch.float32).max)
         inside(self)
 
-    monkeypatch.setattr(trainer_module._Run, "_train_step", step)
+    monkeypatch.setattr(Trainer, "_train_step", step)
     settings = config(training__compute_dtype="bfloat16", training__max_bad_steps=3, transcoder__normalize="none")
     with pytest.raises(
         TrainingDivergedError, match=r"max_bad_steps = 3.*finite batches and a loss or gradients that over"
@@ -328,9 +328,9 @@ def test_a_run_with_a_bad_step_resumes_to_the_same_bits(tmp_path: Path, stop_at:
 def test_a_rate_that_carries_the_weights_to_infinity_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
     """Adam moves each number by about the rate, whatever the gradient: here the gradients of the step are still finite."""
     settings = config(training__lr=3e38, training__warmup_steps=0, checkpoint__every=1, checkpoint__keep_last=2)
-    inside = trainer_module.learning_rate
+    inside = layer_trainer.learning_rate
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer_module, "learning_rate", lambda s, *a: inside(s, *a) * 1.1 if s == 7 else 1e-3)
+        patch.setattr(layer_trainer, "learning_rate", lambda s, *a: inside(s, *a) * 1.1 if s == 7 else 1e-3)
         with pytest.raises(TrainingDivergedError, match=r"step 8: W_enc.* overflowed"):
             train_transcoder(settings, tmp_path / "run", batches=Planted())
     kept = sorted((tmp_path / "run" / "checkpoints").iterdir())

@@ -20,7 +20,7 @@ from transcoder.activations.shards import read_header, write_shard
 from transcoder.config import RunConfig
 from transcoder.model import Transcoder, TranscoderConfig
 from transcoder.reporting import MetricsWriter
-from transcoder.training.tensor_file import read_tensors
+from transcoder.tensor_file import read_tensors
 
 ROOT = Path(__file__).resolve().parents[2]
 LOADERS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}

@@ -31,6 +31,8 @@ FORMULAS: dict[str, Callable[[Path, Tensor], Tensor]] = {
 
 
 KNOW_TOPK = ("dictionary-learning", "sparsify", "circuit-tracer")
+KNOW_LATENTS = ("saelens", "dictionary-learning", "circuit-tracer", "gemma-scope")
+"""Formats with a threshold a latent."""
 KNOW_SKIP = ("saelens", "sparsify", "circuit-tracer")
 SQUARE = ("dictionary-learning", "sparsify", "circuit-tracer")
 
@@ -40,7 +42,9 @@ def transcoders(draw: st.DrawFn, name: str, normalized: bool) -> Transcoder:
     """Any shape, nesting, normalisation and activation that the format can hold; weights off every special value."""
     d_in, d_out, d_sae = draw(st.integers(1, 7)), draw(st.integers(1, 7)), draw(st.integers(2, 20))
     inner = sorted(draw(st.sets(st.integers(1, d_sae - 1), max_size=3)))
-    known = ["topk"] * (name in KNOW_TOPK) + ["batch_topk"] * (name != "sparsify")
+    known = (
+        ["topk"] * (name in KNOW_TOPK) + ["batch_topk"] * (name != "sparsify") + ["jumprelu"] * (name in KNOW_LATENTS)
+    )
     activation = draw(st.sampled_from(known))
     config = TranscoderConfig(
         d_in,
@@ -50,7 +54,7 @@ def transcoders(draw: st.DrawFn, name: str, normalized: bool) -> Transcoder:
         activation=activation,  # type: ignore[arg-type]
         widths=[*inner, d_sae],
         skip=name in KNOW_SKIP and draw(st.booleans()),
-        latent_thresholds=activation == "batch_topk" and name != "original" and draw(st.booleans()),
+        latent_thresholds=activation == "batch_topk" and name in KNOW_LATENTS and draw(st.booleans()),
     )
     model = Transcoder(config)
     g = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
@@ -147,7 +151,7 @@ def test_without_a_normalisation_every_number_comes_back(name: str, data: st.Dat
         # A set of circuit-tracer's has skip connections of zeros where another layer has one: those are taken off again.
         if model.W_skip is not None and found.W_skip is not None:
             assert torch.equal(model.W_skip, found.W_skip)
-        if model.config.activation == "batch_topk":
+        if model.selection.by_threshold:
             assert torch.equal(
                 model.threshold.clamp_min(0).expand(model.config.d_sae), found.threshold.expand(model.config.d_sae)
             )

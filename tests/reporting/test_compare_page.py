@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.reporting.test_report import blocks_of, read
+from tests.reporting.page_tree import read
 from transcoder.cli import main
 from transcoder.reporting import compare_runs
 from transcoder.reporting.compare_page import write_method_comparison, write_run_comparison
@@ -18,21 +18,20 @@ def test_runs_beside_each_other(make_run: Callable[..., Path], tmp_path: Path) -
     runs = [make_run(seed=n, interrupted=n == 2, overrides={"transcoder.k": 8 + n}) for n in range(3)]
     comparison = compare_runs(*runs)
     page = read(write_run_comparison(comparison, tmp_path / "new" / "both.html"))
-    assert [s["id"] for s in page.core["sections"]] == ["figures", "paired", "curves", "settings", "missing"]
-    (figures,) = blocks_of(page.blocks("figures"), "table")
-    assert [row[0]["text"] for row in figures["rows"]] == [row["label"].strip() for row in comparison["figures"]]
-    charts = blocks_of(page.blocks("paired"), "chart")
+    assert list(page.sections) == ["figures", "paired", "curves", "settings", "missing"]
+    figures = page.sections["figures"].one("table")
+    assert [row[0] for row in figures.rows] == [
+        f"{row['label'].strip()} {row['meaning']}" for row in comparison["figures"]
+    ]
+    charts = list(page.sections["paired"].charts.values())
     assert len(charts) == len(comparison["paired"]) > 1
     for chart, row in zip(charts, comparison["paired"], strict=True):
-        for shown, d in zip(chart["rows"], row["differences"][1:], strict=True):
-            assert shown["mean"] == pytest.approx(d["mean"], rel=1e-4)
+        for shown, d in zip(chart.figure["data"], row["differences"][1:], strict=True):
+            assert shown["x"] == [pytest.approx(d["mean"], rel=1e-4)]
             if d["low"] is not None:
-                assert (shown["low"], shown["high"]) == (
-                    pytest.approx(d["low"], rel=1e-4),
-                    pytest.approx(d["high"], rel=1e-4),
-                )
-    overlaid = {c["title"]: c for c in blocks_of(page.blocks("curves"), "chart")}
-    assert len(overlaid["Training FVU"]["series"]) == 3
+                assert shown["error_x"]["array"] == [pytest.approx(d["high"] - d["mean"], rel=1e-4)]
+                assert shown["error_x"]["arrayminus"] == [pytest.approx(d["mean"] - d["low"], rel=1e-4)]
+    assert len(page.sections["curves"].charts["Training FVU"].figure["data"]) == 3
     assert "transcoder.k" in page.words
     assert "summary.json" in page.words
 
@@ -41,10 +40,10 @@ def test_methods_over_seeds(make_run: Callable[..., Path], tmp_path: Path) -> No
     methods = {name: [make_run(seed=n, steps=200 + 20 * len(name)) for n in range(2)] for name in ("plain", "<b>ours")}
     comparison = compare_methods(methods)
     page = read(write_method_comparison(comparison, tmp_path / "methods.html"))
-    (chart,) = blocks_of(page.blocks("differences"), "chart")
+    (chart,) = page.sections["differences"].charts.values()
     known = [row for row in comparison["figures"] if row["relative"][1] is not None]
-    assert [r["label"] for r in chart["rows"]] == [row["label"].strip() for row in known]
-    assert chart["rows"][0]["mean"] == pytest.approx(100 * known[0]["relative"][1]["mean"], rel=1e-3)
+    assert [row[0] for row in chart.rows] == [row["label"].strip() for row in known]
+    assert chart.figure["data"][0]["x"] == [pytest.approx(100 * known[0]["relative"][1]["mean"], rel=1e-3)]
     assert "<b>ours" in page.words
 
 
@@ -56,4 +55,4 @@ def test_the_command_writes_the_page(
     assert main(["compare", *runs, "--html", str(page)]) == 0
     assert f"page: {page}" in capsys.readouterr().out
     assert main(["compare", f"a={runs[0]}", f"b={runs[0]}", "--html", str(page)]) == 0
-    assert [s["id"] for s in read(page).core["sections"]] == ["figures", "differences"]
+    assert list(read(page).sections) == ["figures", "differences"]

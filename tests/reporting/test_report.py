@@ -7,10 +7,8 @@ import base64
 import gzip
 import hashlib
 import json
-import re
 import shutil
-from collections.abc import Callable, Iterator
-from html.parser import HTMLParser
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,98 +18,14 @@ import pytest
 import torch
 import yaml
 
+from tests.reporting.page_tree import Page, read
 from transcoder.antidup.sequence_counts import SequenceCounts
 from transcoder.kernels import SparseCodes
-from transcoder.reporting import Run, latent_cards, plotly_bundle, write_report
-from transcoder.reporting import report as report_module
-from transcoder.reporting.html import embedded_json, escape
-from transcoder.reporting.sections.duplicates import SEQUENCES_COUNTABLE
+from transcoder.reporting import Run, latent_cards, sections, write_report
+from transcoder.reporting.page import environment, plotly
+from transcoder.reporting.sections import SEQUENCES_COUNTABLE
 
-VOID = {"meta", "link", "input", "br", "img"}
 SECTIONS = ["overview", "curves", "prefixes", "duplicates", "positions", "latents", "settings"]
-
-
-class Page(HTMLParser):
-    """Elements and their nesting, scripts by id, and what the packed ones hold."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.open: list[str] = []
-        self.scripts: list[tuple[dict[str, str | None], str]] = []
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-        if tag == "script":
-            self.scripts.append((dict(attrs), ""))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open, f"</{tag}> closes nothing"
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] == "script":
-            attributes, text = self.scripts[-1]
-            self.scripts[-1] = (attributes, text + data)
-
-    def script(self, name: str) -> str:
-        (text,) = [text for attributes, text in self.scripts if attributes.get("id") == name]
-        return text
-
-    @property
-    def core(self) -> dict[str, Any]:
-        return json.loads(self.script("data"))
-
-    def blocks(self, section: str) -> list[dict[str, Any]]:
-        (found,) = [s["blocks"] for s in self.core["sections"] if s["id"] == section]
-        return found
-
-    @property
-    def words(self) -> str:
-        return " ".join(" ".join(_texts([self.core["header"], *self.core["sections"]])).split())
-
-    @property
-    def index(self) -> dict[str, Any]:
-        return json.loads(gzip.decompress(base64.b64decode(self.script("latent-index"))))
-
-    @property
-    def cards(self) -> dict[int, dict[str, Any]]:
-        """Latent -> {"rows", "facts", "words"}."""
-        found = {}
-        for attributes, text in self.scripts:
-            if str(attributes.get("id")).startswith("chunk-"):
-                chunk = json.loads(gzip.decompress(base64.b64decode(text)))
-                for latent, rows, facts in chunk["cards"]:
-                    found[latent] = {"rows": rows, "facts": facts, "words": chunk["words"]}
-        return found
-
-
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, list):
-        for part in value:
-            yield from _texts(part)
-    elif isinstance(value, str):
-        yield value
-
-
-def blocks_of(value: Any, kind: str) -> list[dict[str, Any]]:
-    """Every block of a kind, however deep."""
-    found = [value] if isinstance(value, dict) and value.get("is") == kind else []
-    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return found + [b for part in inside for b in blocks_of(part, kind)]
-
-
-def read(path: Path) -> Page:
-    page = Page(path.read_text(encoding="utf-8"))
-    assert page.open == [], "every element is closed"
-    assert "cannot be drawn" not in page.words
-    return page
 
 
 @pytest.fixture(scope="module")
@@ -120,21 +34,20 @@ def page(finished_run: Path) -> Page:
 
 
 def test_every_section_is_there(page: Page) -> None:
-    assert [s["id"] for s in page.core["sections"]] == SECTIONS
-    ids = [a["id"] for _, a in page.elements if a.get("id")]
+    assert list(page.sections) == SECTIONS
+    ids = [e.attributes["id"] for e in page.root if "id" in e.attributes]
     assert len(ids) == len(set(ids))
 
 
 def test_overview_tells_figures_baselines_and_verdicts(page: Page, finished_run: Path) -> None:
     run = Run(finished_run)
-    assert page.core["header"]["pill"] == ["finished", "good"]
-    assert "600 of 600 steps" in page.core["header"]["facts"]
+    assert page.root.one("header").one("span", "good").words == "finished"
+    assert "600 of 600 steps" in page.root.one("header").words
     own = run.metric("evaluation/fvu")
     assert own is not None
     assert f"{own:.4g}" in page.words
     assert "is below the best linear map's" in page.words
-    (tiles,) = (block for block in page.core["sections"][0]["blocks"] if block["is"] == "tiles")
-    told = {name: value for name, value, _ in tiles["rows"]}
+    told = page.tiles
     assert "Cross-entropy recovered" not in told, "no language model was at hand"
     assert int(told["Mergeable pairs"]) == run.correlation["pairs_mergeable"]
     assert "it had no measured effect; anti_duplication_logs/positions.json is not there" in page.words
@@ -147,7 +60,7 @@ def test_overview_tells_figures_baselines_and_verdicts(page: Page, finished_run:
 
 
 def test_curves_have_values_and_a_text(page: Page) -> None:
-    charts = {c["title"]: c for c in blocks_of(page.core["sections"], "chart")}
+    charts = page.charts
     assert set(charts) >= {
         "Loss",
         "Fraction of variance unexplained",
@@ -161,44 +74,48 @@ def test_curves_have_values_and_a_text(page: Page) -> None:
         "Groups of correlated latents",
     }
     prefixes = charts["FVU per prefix"]
-    assert [s["label"] for s in prefixes["series"]] == ["64", "192", "448", "512"]
-    assert prefixes["x"] == "step"
-    assert all(len(s["x"]) == len(s["y"]) == 60 for s in prefixes["series"])
-    assert all(c["spoken"] for c in charts.values())
+    lines = prefixes.figure["data"]
+    assert [line["name"] for line in lines] == ["64", "192", "448", "512"]
+    assert all(len(line["x"]) == len(line["y"]) == 60 for line in lines)
+    assert [th.words for th in prefixes.all("th")] == ["step", "64", "192", "448", "512"]
+    assert len(prefixes.rows) == 24
+    assert all(c.one("div", "plot").attributes["aria-label"].startswith(f"{title}: ") for title, c in charts.items())
     assert "1 value not finite" in page.words
 
 
 def test_duplicates_are_sorted_and_link_to_their_latents(page: Page, finished_run: Path) -> None:
     pairs = Run(finished_run).correlation["pairs"]
-    (block,) = blocks_of(page.core["sections"], "pairs")
+    rows = [row.attributes for row in page.sections["duplicates"].all("tr") if "data-pair" in row.attributes]
     expected = sorted(pairs, key=lambda p: -p["correlation"])
-    assert [(p["i"], p["j"]) for p in block["rows"]] == [(p["i"], p["j"]) for p in expected]
+    assert [row["data-pair"] for row in rows] == [f"{p['i']}-{p['j']}" for p in expected]
     tests = {None: "not tested", True: "duplicate", False: "no duplicate"}
-    assert [p["test"] for p in block["rows"]] == [tests[p["mergeable"]] for p in expected]
+    assert [row["data-test"] for row in rows] == [tests[p["mergeable"]] for p in expected]
+    assert ["data-flagged" in row for row in rows] == [p["flagged"] for p in expected]
     index, cards = page.index, page.cards
     for pair in pairs:
         assert pair["j"] in index["partners"][str(pair["i"])]
         assert {pair["i"], pair["j"]} <= cards.keys()
-    (graph,) = [c for c in blocks_of(page.core["sections"], "chart") if c["kind"] == "graph"]
-    assert {tuple(e[:2]) for e in graph["edges"]} == {(p["i"], p["j"]) for p in pairs}
+    graph = page.charts["Groups of correlated latents"]
+    assert {tuple(map(int, row[:2])) for row in graph.rows} == {(p["i"], p["j"]) for p in pairs}
+    assert set(graph.figure["data"][-1]["customdata"]) == {i for p in pairs for i in (p["i"], p["j"])}
 
 
 def test_nothing_is_loaded_and_only_the_own_scripts_may_run(page: Page, finished_run: Path) -> None:
-    for tag, attributes in page.elements:
-        assert tag not in {"img", "iframe", "object", "embed", "base", "form", "b onmouseover"}
-        for name, value in attributes.items():
+    for element in page.root:
+        assert element.tag not in {"img", "iframe", "object", "embed", "base", "form", "b onmouseover"}
+        for name, value in element.attributes.items():
             assert not name.startswith("on")
             if name in {"src", "href", "action", "srcset", "poster"}:
-                assert str(value).startswith(("#", "data:,")), (tag, name, value)
+                assert value.startswith(("#", "data:,")), (element.tag, name, value)
     text = (finished_run / "report.html").read_text(encoding="utf-8")
     assert "@import" not in text
     assert "url(" not in text
-    (policy,) = [str(a["content"]) for tag, a in page.elements if tag == "meta" and a.get("http-equiv")]
+    (policy,) = [e.attributes["content"] for e in page.root.all("meta") if "http-equiv" in e.attributes]
     assert "default-src 'none'" in policy
     assert "connect-src 'none'" in policy
     assert "unsafe-eval" not in policy
     assert "'unsafe-inline'" not in policy.split("script-src")[1].split(";")[0]
-    ((_, script),) = [s for s in page.scripts if not s[0]]
+    (script,) = page.own_scripts
     library = gzip.decompress(base64.b64decode(page.script("plotly")))
     digests = [base64.b64encode(hashlib.sha256(t).digest()).decode() for t in (script.encode(), library)]
     assert f"script-src 'sha256-{digests[0]}' 'sha256-{digests[1]}';" in policy
@@ -215,22 +132,22 @@ def test_nothing_is_loaded_and_only_the_own_scripts_may_run(page: Page, finished
 
 
 def test_the_chart_library_keeps_its_licence(page: Page) -> None:
-    (licence,) = page.core["licences"]
-    assert licence["name"].startswith("plotly.js")
-    assert "Permission is hereby granted, free of charge" in licence["text"]
+    assert "Licences of what is in this page plotly.js (plotly " in page.words
+    assert "Permission is hereby granted, free of charge" in page.words
     assert b"Licensed under the MIT license" in gzip.decompress(base64.b64decode(page.script("plotly")))[:400]
 
 
 def test_without_the_chart_library_there_is_a_page(finished_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("transcoder.reporting.page.bundle", lambda: None)
+    monkeypatch.setattr("transcoder.reporting.page.plotly", lambda: None)
     page = read(write_report(finished_run))
-    assert page.core["licences"] == []
-    assert [s["id"] for s in page.core["sections"]] == SECTIONS
-    assert plotly_bundle.bundle() is not None, "the development extras have it"
+    assert "Licences" not in page.words
+    assert list(page.sections) == SECTIONS
+    monkeypatch.undo()
+    assert plotly() is not None, "the development extras have it"
 
 
 def test_hostile_tokens_stay_text(page: Page, finished_run: Path) -> None:
-    assert len([s for s in page.scripts if not s[0]]) == 1, "a token opened or closed a script element"
+    assert len(page.own_scripts) == 1, "a token opened or closed a script element"
     shown = {word for card in page.cards.values() for word in card["words"]}
     for token in (
         "<script>alert(1)</script>",
@@ -257,10 +174,9 @@ def test_hostile_words_everywhere_else(make_run: Callable[..., Path], tmp_path: 
         file.write(json.dumps({"step": 100, "data/" + evil: 1.5}) + "\n")
         file.write(json.dumps({"step": 100, "event": evil, "payload": {evil: evil}}) + "\n")
     page = read(write_report(path))
-    assert len([s for s in page.scripts if not s[0]]) == 1
-    names = [tag for tag, _ in page.elements]
-    assert names[: names.index("body")].count("title") == 1
-    assert "svg" not in names
+    assert len(page.own_scripts) == 1
+    assert len(page.root.one("head").all("title")) == 1
+    assert not [e.tag for e in page.root for name in e.attributes if name.startswith("on")]
     assert "alert(9)" in page.words
     assert "%%data%%" in page.words
 
@@ -289,7 +205,7 @@ def test_an_interrupted_run_says_so(make_run: Callable[..., Path]) -> None:
     assert "interrupted or still running" in page.words
     assert "summary.json not in the folder: the run was interrupted or is still going" in page.words
     assert "270 of 600 steps" in page.words
-    assert page.core["header"]["progress"] == 0.45
+    assert page.root.one("div", "progress").attributes["aria-valuenow"] == "45.0"
 
 
 def test_an_empty_folder_gets_a_page_that_names_everything(tmp_path: Path) -> None:
@@ -307,9 +223,8 @@ def test_an_empty_folder_gets_a_page_that_names_everything(tmp_path: Path) -> No
         assert name in page.words
     assert "there are no curves" in page.words
     assert page.index["count"] == 0
-    shown = [tile[1] for b in blocks_of(page.core["sections"], "tiles") for tile in b["rows"]]
-    assert shown
-    assert "0" not in shown, "what is missing is never 0"
+    assert page.tiles
+    assert "0" not in page.tiles.values(), "what is missing is never 0"
 
 
 @pytest.mark.parametrize("wanted", [0, 1, 7])
@@ -334,7 +249,7 @@ def test_the_byte_bound_holds_whatever_the_setting(
     monkeypatch.setattr(latent_cards, "CHUNK", 4)
     page = read(write_report(path))
     assert 3 <= len(page.cards) < page.index["count"]
-    assert sum(len(t) for a, t in page.scripts if str(a.get("id")).startswith("chunk-")) <= 20_000
+    assert sum(map(len, page.chunks)) <= 20_000
     assert f"of the {page.index['count']} with samples" in page.words
 
 
@@ -358,8 +273,7 @@ def test_a_latent_that_is_not_sampled_is_still_listed(make_run: Callable[..., Pa
     assert index["density"][:8] == [0, 0.0143, 0.0286, 0.0429, 0.0571, 0.0714, 0.0857, 0]
     assert sum(c >= 0 for c in index["chunk"]) == len(cards) < 512
     assert all(card["facts"]["up"] == [["<b>up</b>", 1.5]] for card in cards.values())
-    (block,) = blocks_of(page.core["sections"], "latents")
-    assert block["lacking"]["something"] == "a reason"
+    assert "something: a reason" in page.sections["latents"].words
 
 
 def test_one_broken_part_does_not_cost_the_others(
@@ -370,10 +284,10 @@ def test_one_broken_part_does_not_cost_the_others(
     def broken(run: Run) -> str:
         raise KeyError("<b>no such key</b>")
 
-    monkeypatch.setattr(report_module.positions, "section", broken)
+    monkeypatch.setattr(sections, "positions", broken)
     page = Page(write_report(path).read_text())
     assert "This section cannot be drawn: KeyError: '<b>no such key</b>'" in page.words
-    assert [s["id"] for s in page.core["sections"]] == SECTIONS
+    assert list(page.sections) == SECTIONS
 
 
 @pytest.mark.parametrize(
@@ -426,13 +340,16 @@ def test_contexts_are_those_of_the_file(page: Page, finished_run: Path) -> None:
 
 
 def test_escaping() -> None:
-    assert escape('<a href="x">&\'\x00\x1b') == "&lt;a href=&quot;x&quot;&gt;&amp;&#x27;␀␛"
-    value = {"</script>": ["<!--", "\u2028", "&amp;", "\x00"]}
-    text = embedded_json(value)
-    assert json.loads(text) == value
-    assert not re.search("[<>&\u2028\u2029\x00]", text)
+    value = {"</script>": ["<!--", "\u2028", "&amp;", "\x00", "\ud800"]}
+    template = environment().from_string("{{ text }} {{ value | tojson }} {{ absent.of.all | number }}")
+    shown, data, absent = template.render(text='<a href="x">&\'\x00\x1b', value=value).split(" ")[-3:]
+    assert shown == "href=&#34;x&#34;&gt;&amp;&#39;␀␛"
+    assert json.loads(data) == value
+    assert data.isascii()
+    assert not set(data) & set("<>&'\x00")
+    assert absent == "–"
     with pytest.raises(ValueError, match="JSON compliant"):
-        embedded_json([float("nan")])
+        environment().from_string("{{ value | tojson }}").render(value=[float("nan")])
 
 
 def changed_regularizer(run: Path, **effect: object) -> str:
@@ -465,8 +382,8 @@ def test_sequences_beyond_what_can_be_counted_are_said_to_be_more(make_run: Call
     for pair, number in zip(report["pairs"], (full, full - 1), strict=False):
         pair["sequences"] = number
     file.write_text(json.dumps(report))
-    (block,) = blocks_of(read(write_report(run)).core["sections"], "pairs")
-    assert [p["cells"][3] for p in block["rows"]][:2] == ["≥ 1,420", "1,419"]
+    (table,) = [t for t in read(write_report(run)).sections["duplicates"].all("table") if t.attributes.get("id")]
+    assert [row[6] for row in table.rows][:2] == ["≥ 1,420", "1,419"]
 
 
 def test_groups_of_flagged_and_of_candidate_pairs_are_told_apart(page: Page) -> None:

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from transcoder.checkpoint_folder import content_digest
 from transcoder.config import CheckpointSection
+from transcoder.files import WrittenFile
+from transcoder.tensor_file import read_tensors, tensor_bytes, write_tensors
 from transcoder.training.checkpoint import (
     CheckpointError,
     CheckpointStore,
@@ -28,14 +30,7 @@ from transcoder.training.checkpoint import (
     unpack_state,
     verify_checkpoint,
 )
-from transcoder.training.storage import (
-    FolderLock,
-    RunLockedError,
-    free_bytes,
-    human_bytes,
-    replace_atomically,
-)
-from transcoder.training.tensor_file import read_tensors, tensor_bytes, write_tensors
+from transcoder.training.storage import FolderLock, RunLockedError, free_bytes, human_bytes
 
 DTYPES = [
     *(torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.bool),
@@ -86,6 +81,11 @@ def random_bits(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor
     return raw.view(dtype).reshape(shape)
 
 
+def write(path: Path, tensors: dict[str, Tensor]) -> WrittenFile:
+    with open(path, "wb") as file:
+        return write_tensors(file, tensors)
+
+
 def state(seed: int = 0, size: int = 64) -> tuple[dict[str, Tensor], dict[str, Any]]:
     model = {
         "W_enc": random_bits((size, 3), torch.float32, seed),
@@ -104,7 +104,7 @@ def state(seed: int = 0, size: int = 64) -> tuple[dict[str, Tensor], dict[str, A
 @pytest.mark.parametrize("shape", [(), (0,), (0, 3), (1,), (5, 7), (2, 3, 4)], ids=str)
 def test_tensor_file_is_bitwise(tmp_path: Path, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     tensors = {"x": random_bits(shape, dtype, 1), "another": random_bits((3,), torch.uint8, 2)}
-    written = write_tensors(tmp_path / "t.safetensors", tensors)
+    written = write(tmp_path / "t.safetensors", tensors)
     assert written.bytes == (tmp_path / "t.safetensors").stat().st_size == tensor_bytes(tensors)
     found = read_tensors(tmp_path / "t.safetensors", written)
     assert found.keys() == tensors.keys()
@@ -116,7 +116,7 @@ def test_tensor_file_is_read_by_the_library(tmp_path: Path) -> None:
     from safetensors import safe_open
 
     tensors = {"a": random_bits((3, 4), torch.int64, 0), "b": torch.ones(5).bool()}
-    write_tensors(tmp_path / "t.safetensors", tensors)
+    write(tmp_path / "t.safetensors", tensors)
     with safe_open(tmp_path / "t.safetensors", framework="pt") as file:
         assert file.metadata() == {"format": "pt"}
         for name in tensors:
@@ -128,7 +128,7 @@ def test_strided_shared_and_expanded_tensors(tmp_path: Path) -> None:
     parameter = torch.nn.Parameter(base.clone())
     tensors = {"t": base.T, "row": base[1], "step": base[:, ::2], "same": base, "parameter": parameter}
     tensors["wide"] = base[:1].expand(5, 6)
-    written = write_tensors(tmp_path / "t.safetensors", tensors)
+    written = write(tmp_path / "t.safetensors", tensors)
     found = read_tensors(tmp_path / "t.safetensors", written)
     for name, tensor in tensors.items():
         assert torch.equal(found[name], tensor.detach())
@@ -138,7 +138,7 @@ def test_strided_shared_and_expanded_tensors(tmp_path: Path) -> None:
 
 def test_a_dtype_that_safetensors_lacks_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="complex128"):
-        write_tensors(tmp_path / "t.safetensors", {"z": torch.zeros(2, dtype=torch.complex128)})
+        write(tmp_path / "t.safetensors", {"z": torch.zeros(2, dtype=torch.complex128)})
 
 
 LEAVES = st.one_of(
@@ -346,17 +346,6 @@ def test_a_second_run_in_one_folder_is_refused_by_name(tmp_path: Path) -> None:
         assert json.loads(lock.path.read_text())["pid"] == os.getpid()
     with FolderLock(tmp_path / "run"):
         pass
-
-
-def test_replace_atomically_leaves_the_old_file_when_it_fails(tmp_path: Path) -> None:
-    target = tmp_path / "usage.json"
-    replace_atomically(target, b"old")
-    replace_atomically(target, b"new")
-    assert target.read_bytes() == b"new"
-    (tmp_path / "folder").mkdir()
-    with pytest.raises(OSError, match="folder"):
-        replace_atomically(tmp_path / "folder", b"x")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "usage.json"]
 
 
 def test_human_bytes() -> None:

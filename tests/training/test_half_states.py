@@ -86,7 +86,7 @@ def used(name: str, folder: Path, seed: int) -> Any:
 
 
 def load(part: Any, state: Any) -> None:
-    part.load_state_dict(state, torch.device("cpu")) if isinstance(part, Meters) else part.load_state_dict(state)
+    part.load_state_dict(state)
 
 
 def broken(state: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[str, Any]]:

@@ -43,7 +43,7 @@ def test_meters_resume_within_an_interval() -> None:
     whole, first, second = Meters(), Meters(), Meters()
     whole.add({"a": torch.tensor(1.0)})
     first.add({"a": torch.tensor(1.0)})
-    second.load_state_dict(first.state_dict(), torch.device("cpu"))
+    second.load_state_dict(first.state_dict())
     for meters in (whole, second):
         meters.add({"a": torch.tensor(2.0)})
     assert whole.read() == second.read() == {"a": 1.5}

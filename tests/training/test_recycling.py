@@ -108,8 +108,7 @@ def test_a_round_resets_the_moments_and_logs_each_pair(tmp_path: Path) -> None:
     optimizer.step()
     before = optimizer.state[model.W_enc]["exp_avg"].clone()
     assert bool((before[5] != 0).any())
-    recycler, monitor = Recycler(RecycleSection(every=10, until=0.5), 100, 0, tmp_path), Foldable([(2, 5)])
-    assert [step for step in range(0, 101, 5) if recycler.due(step)] == [10, 20, 30, 40, 50]
+    recycler, monitor = Recycler(RecycleSection(every=10, until=0.5), 0, tmp_path), Foldable([(2, 5)])
     fvu = iter([0.5, 0.6])
     lines = recycler.act(10, model, optimizer, monitor, lambda: next(fvu))  # type: ignore[arg-type]
     assert (lines[0]["round_fvu_before"], lines[0]["round_fvu_after"]) == (0.5, 0.6)

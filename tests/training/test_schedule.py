@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from transcoder.config import RunConfig, TrainingSection
-from transcoder.training.schedule import learning_rate, peak_learning_rate
+from transcoder.training.schedule import Calendar, learning_rate, peak_learning_rate
 
 
 def test_the_lost_runs_schedule_ends_at_its_floor() -> None:
@@ -44,3 +44,20 @@ def test_default_peak_follows_the_dictionary() -> None:
     config = RunConfig.from_dict({"transcoder": {"d_sae": 2**16}})
     assert peak_learning_rate(config) == pytest.approx(1e-4)
     assert peak_learning_rate(config.replace({"training.lr": 0.5})) == 0.5
+
+
+def test_recycling_ends_with_its_share_of_the_run() -> None:
+    settings = {
+        "training.steps": 100,
+        "antidup.recycle.enabled": True,
+        "antidup.recycle.every": 10,
+        "antidup.recycle.until": 0.5,
+    }
+    calendar = Calendar(RunConfig().replace(settings))
+    assert [step for step in range(0, 101, 5) if calendar.recycling(step)] == [10, 20, 30, 40, 50]
+
+
+def test_pairs_are_searched_for_at_doubling_steps_before_the_first_report() -> None:
+    calendar = Calendar(RunConfig().replace({"antidup.monitor.correlation_save_frequency": 90}))
+    assert [step for step in range(1, 200) if calendar.searching(step)] == [10, 20, 40, 80]
+    assert next(step for step in range(1, 200) if calendar.reporting(step)) == 90

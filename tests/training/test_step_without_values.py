@@ -17,7 +17,7 @@ import torch
 from tests.training.test_trainer import Planted, config
 from transcoder.kernels import use_backend
 from transcoder.model import Transcoder
-from transcoder.training import nonfinite, sources, trainer
+from transcoder.training import layer_trainer, nonfinite, sources, trainer
 
 META = torch.device("meta")
 
@@ -69,7 +69,7 @@ def on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nonfinite, "DeferredSize", Good)
     monkeypatch.setattr(sources, "check_values", lambda *_: None)
     monkeypatch.setattr(
-        trainer, "make_optimizer", lambda model, section, lr: PlainAdam(model.parameters(), lr=lr, foreach=False)
+        layer_trainer, "make_optimizer", lambda model, section, lr: PlainAdam(model.parameters(), lr=lr, foreach=False)
     )
 
     def five_dead(self: Transcoder) -> int:
@@ -94,16 +94,17 @@ def test_no_part_of_a_step_reads_a_tensor(on_meta: None, tmp_path: Path, activat
         "antidup__samples__collect_every": 1,
     }
     with use_backend("torch"), contextlib.ExitStack() as stack:
-        run = trainer._Run(config(**settings), tmp_path / "run", META, Planted(), None, stack)
-        assert run.monitor is not None
+        run = trainer.Trainer(config(**settings), tmp_path / "run", META, Planted(), None, stack)
+        monitor = run.parts.monitor
+        assert monitor is not None
         pairs = torch.empty(7, dtype=torch.int64, device=META)
-        run.monitor._targets = (pairs, pairs)
-        run.transcoder.train()
+        monitor._targets = (pairs, pairs)
+        run.layers[0].transcoder.train()
         for _ in range(3):
             run._train_step()
             run.step += 1
-        run._count(0)
-    used = run.meters._sums
+        run.look(0)
+    used = run.parts.metrics_log.meters._sums
     for name in ("correlation", "orthogonality", "all_pairs", "position_entropy"):
         assert f"regularizer/{name}_penalty" in used
     assert {"losses/auxiliary_reconstruction_loss", "details/gradient_norm", "metrics/fvu_prefix_16"} <= set(used)

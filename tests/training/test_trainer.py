@@ -16,7 +16,7 @@ import torch
 from transcoder.activations import ActivationBatch
 from transcoder.config import ConfigError, RunConfig
 from transcoder.kernels import SparseCodes
-from transcoder.losses import reconstruction_loss
+from transcoder.losses import penalty_scale, reconstruction_loss
 from transcoder.model import Transcoder
 from transcoder.training import RunResult, train_transcoder
 from transcoder.training import trainer as trainer_module
@@ -24,7 +24,6 @@ from transcoder.training.checkpoint import CheckpointError, load_checkpoint
 from transcoder.training.output_checks import check_run
 from transcoder.training.sources import TrainingDataError
 from transcoder.training.storage import FolderLock, RunLockedError
-from transcoder.training.trainer import penalty_scale
 
 D_IN, D_OUT, SEQUENCE = 12, 10, 16
 
@@ -192,20 +191,35 @@ def test_a_second_run_is_the_same_to_the_bit(whole: RunResult, tmp_path: Path) -
 
 @pytest.mark.parametrize("stop_at", [5, 17, 28])
 def test_a_stopped_run_resumes_to_the_same_bits(whole: RunResult, tmp_path: Path, stop_at: int) -> None:
+    stopped_and_resumed(whole, tmp_path / "run", stop_at)
+    steps = [r["step"] for r in records(tmp_path / "run") if "losses/overall_loss" in r]
+    assert steps == [5, 10, 15, 20, 25, 30]
+
+
+def test_jumprelu_runs_with_every_part_and_resumes_to_the_same_bits(tmp_path: Path) -> None:
+    settings = {"transcoder__activation": "jumprelu", "transcoder__jumprelu__warmup_steps": 12}
+    settings |= {"antidup__recycle__enabled": True, "antidup__monitor__block_tokens": 320, "antidup__recycle__every": 8}
+    run = train_transcoder(config(**settings), tmp_path / "whole", batches=Planted())
+    logged = [r for r in records(run.run_dir) if "losses/sparsity_penalty" in r]
+    assert len(logged) == 6
+    assert 2 < logged[-1]["metrics/l0"] < 8
+    stopped_and_resumed(run, tmp_path / "run", 17, **settings)
+
+
+def stopped_and_resumed(whole: RunResult, run_dir: Path, stop_at: int, **overrides: Any) -> None:
+    """A run of the settings of `whole`, stopped and resumed: the same weights and state."""
     # Evaluation takes the first 4 batches and the normalisation looks at the next 4: batch n + 4 trains step n.
-    first = train_transcoder(config(), tmp_path / "run", batches=Planted(stop_at=stop_at + 4))
+    first = train_transcoder(config(**overrides), run_dir, batches=Planted(stop_at=stop_at + 4))
     assert not first.finished
     assert first.interrupted_by == "SIGTERM"
     assert 0 < first.step < 30
     held = [next(b) for b in [Planted()] for _ in range(4)]
-    second = train_transcoder(config(), tmp_path / "run", resume=True, batches=Planted(), heldout=held)
+    second = train_transcoder(config(**overrides), run_dir, resume=True, batches=Planted(), heldout=held)
     assert second.finished
     assert_same(weights(whole), weights(second))
-    ours = load_checkpoint(tmp_path / "run" / "checkpoints" / "step_00000030").trainer_tree
+    ours = load_checkpoint(run_dir / "checkpoints" / "step_00000030").trainer_tree
     theirs = load_checkpoint(whole.run_dir / "checkpoints" / "step_00000030").trainer_tree
     compare_trees(ours, theirs, "")
-    steps = [r["step"] for r in records(tmp_path / "run") if "losses/overall_loss" in r]
-    assert steps == [5, 10, 15, 20, 25, 30]
 
 
 def compare_trees(first: Any, second: Any, place: str) -> None:

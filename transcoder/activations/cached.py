@@ -21,12 +21,12 @@ from transcoder.activations.shards import (
     read_column,
     read_header,
     read_index,
-    sha256_of,
     write_index,
     write_shard,
 )
 from transcoder.activations.vocabulary import Vocabulary
 from transcoder.config import RunConfig
+from transcoder.files import file_digest
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ class CachedSource:
         entry = self._index["shards"][number]
         path = self._folder / entry["file"]
         if entry.get("sha256") and path.name not in self._verified:
-            if sha256_of(path) != entry["sha256"]:
+            if file_digest(path).sha256 != entry["sha256"]:
                 raise DataError(
                     f"{path}: its sha256 is not the one in {INDEX_NAME}: the shard is damaged; write it again"
                 )

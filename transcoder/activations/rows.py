@@ -15,6 +15,7 @@ from transcoder.activations.buffer import batch_of
 from transcoder.activations.documents import DataError
 from transcoder.activations.masking import SinkMasker, context_anchor, context_windows
 from transcoder.activations.vocabulary import Vocabulary
+from transcoder.phases import phase
 
 logger = logging.getLogger(__name__)
 
@@ -204,7 +205,8 @@ class RowMaker:
                 f"{found.where}: positions can only be sampled from whole sequences; set antidup.positions.enabled to "
                 "false, or cache whole sequences in order"
             )
-        return sampler.sample_positions(found.tokens.view(found.shape), step=step, **self._draw_only)
+        with phase("anti-duplication: positions"):
+            return sampler.sample_positions(found.tokens.view(found.shape), step=step, **self._draw_only)
 
     def _rows(self, found: Pass, keep: Tensor, weights: Tensor | None) -> ActivationBatch:
         index = keep.nonzero().squeeze(1)

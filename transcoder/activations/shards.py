@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +12,8 @@ import torch
 from torch import Tensor
 
 from transcoder.activations.documents import DataError
+from transcoder.files import file_digest, replace_atomically, replacing
+from transcoder.tensor_file import write_tensors
 
 INDEX_NAME = "index.json"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -28,7 +28,7 @@ def write_shard(
     positions: Tensor,
     sequences: Tensor | None = None,
 ) -> Path:
-    """Write one shard (through a temporary file, so that a killed writer leaves no torn one under its name).
+    """Write one shard; a killed writer leaves no torn one under its name.
 
     Args:
         path: `<folder>/<name>.safetensors`; shards are read in the order of their names.
@@ -41,8 +41,6 @@ def write_shard(
         ValueError, TypeError: shapes, types or lengths that do not agree, or a name that does not end in
             .safetensors.
     """
-    from safetensors.torch import save_file
-
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"write_shard: path: expected a name ending in .safetensors, got {path.name!r}")
@@ -62,10 +60,8 @@ def write_shard(
     lengths = {name: value.shape[0] for name, value in columns.items()}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"write_shard: expected one length for all columns, got {lengths}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".partial")
-    save_file({name: value.detach().cpu().contiguous() for name, value in columns.items()}, temporary)
-    os.replace(temporary, path)
+    with replacing(path) as file:
+        write_tensors(file, columns)
     return path
 
 
@@ -106,7 +102,7 @@ def write_index(
         largest = max(largest, int(read_column(path, "tokens").max()) if vocab_size is None else 0)
     shards = [
         {"file": path.name, "tokens": header.tokens, "bytes": path.stat().st_size}
-        | ({"sha256": sha256_of(path)} if checksums else {})
+        | ({"sha256": file_digest(path).sha256} if checksums else {})
         for path, header in zip(paths, headers, strict=True)
     ]
     index = {
@@ -123,10 +119,7 @@ def write_index(
         **(extra or {}),
         "shards": shards,
     }
-    temporary = folder / (INDEX_NAME + ".partial")
-    temporary.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / INDEX_NAME)
-    return folder / INDEX_NAME
+    return replace_atomically(folder / INDEX_NAME, json.dumps(index, indent=1) + "\n")
 
 
 @dataclass(frozen=True)
@@ -219,11 +212,3 @@ def read_column(path: Path, name: str) -> Tensor:
 
     with safe_open(path, framework="pt") as file:
         return file.get_tensor(name).to(torch.int64)
-
-
-def sha256_of(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

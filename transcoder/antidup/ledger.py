@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transcoder.antidup.files import replace_text
+from transcoder.files import replace_atomically
 
 REQUIRED_EFFECTS: Mapping[str, tuple[str, ...]] = {
     "diversity_regularizer": ("penalty", "gradient_norm"),
@@ -190,7 +190,7 @@ class UsageLedger:
             part["effect"] = {
                 k: v if isinstance(v, str) or math.isfinite(v) else str(v) for k, v in part["effect"].items()
             }
-        replace_text(self.path, json.dumps(record, indent=1, allow_nan=False) + "\n")
+        replace_atomically(self.path, json.dumps(record, indent=1, allow_nan=False) + "\n")
         return self.path
 
     def verify(self, step: int) -> None:

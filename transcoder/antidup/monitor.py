@@ -16,7 +16,6 @@ from torch import Tensor
 from transcoder.antidup.confidence import correlation_bounds
 from transcoder.antidup.connected_components import connected_components
 from transcoder.antidup.cosine_tail import cosine_tail, random_cosine_tail
-from transcoder.antidup.files import replace_text
 from transcoder.antidup.flags import MAX_PAIRS, Evidence, FlagBook, Pair
 from transcoder.antidup.ledger import UsageLedger
 from transcoder.antidup.merge_cost import MergeResult
@@ -28,6 +27,7 @@ from transcoder.antidup.sequence_counts import SequenceCounts
 from transcoder.antidup.state_size import correlation_state_bytes
 from transcoder.antidup.window import Stretch, nothing, state_names
 from transcoder.config import MonitorSection
+from transcoder.files import replace_atomically
 from transcoder.kernels import CorrelatedPairs, FeatureCorrelation, SparseCodes
 from transcoder.kernels.correlation.op import EXACT_LIMIT
 from transcoder.kernels.correlation.statistics import PairStatistics, Survey, sorted_pairs
@@ -529,7 +529,7 @@ class CorrelationMonitor:
         if self._rank != 0:
             return
         path = self._out_dir / f"correlation_step_{step:08d}.json"
-        replace_text(path, json.dumps(report, indent=1, allow_nan=False) + "\n")
+        replace_atomically(path, json.dumps(report, indent=1, allow_nan=False) + "\n")
         self._ledger.record_file(_NAME, path)
 
 

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transcoder.antidup.files import replace_text
 from transcoder.antidup.ledger import UsageLedger
 from transcoder.antidup.special_tokens import SpecialTokens
 from transcoder.config import PositionsSection
+from transcoder.files import replace_atomically
 from transcoder.kernels.correlation.counter_rng import uniform
 
 _NAME = "position_sampler"
@@ -202,6 +202,6 @@ class PositionSampler:
             "special_seen": seen[-1],
             "special_drawn": drawn[-1],
         }
-        replace_text(path, json.dumps(content, indent=1) + "\n")
+        replace_atomically(path, json.dumps(content, indent=1) + "\n")
         self._ledger.record_file(_NAME, path)
         return path

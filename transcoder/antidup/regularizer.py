@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from transcoder.activations.batch import ActivationBatch
-from transcoder.antidup.files import replace_lines
 from transcoder.antidup.ledger import TERM_UNITS, UsageLedger
 from transcoder.antidup.penalties import (
     Penalty,
@@ -25,6 +24,7 @@ from transcoder.antidup.position_mass import PositionMass
 from transcoder.antidup.sink_mass import SinkMass
 from transcoder.antidup.special_tokens import SpecialTokens
 from transcoder.config import RegularizerSection
+from transcoder.files import replace_lines
 from transcoder.kernels import SparseCodes, nearest_cpp
 from transcoder.kernels.correlation.counter_rng import hash_bits
 

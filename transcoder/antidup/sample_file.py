@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from transcoder.antidup.files import replace_files
+from transcoder.files import replacing_all
 
 COLUMNS = ("latent", "kind", "activation", "token", "position", "sequence", "step")
 
@@ -65,12 +65,7 @@ def write_samples(
     )
     data, about = folder / "samples.parquet", folder / "summary.json"
     content = json.dumps({**summary, "file": data.name}, indent=1, allow_nan=False) + "\n"
-
-    def write_table(path: Path) -> None:
-        pq.write_table(table, path)
-
-    def write_summary(path: Path) -> None:
-        path.write_text(content, encoding="utf-8")
-
-    replace_files({data: write_table, about: write_summary})
+    with replacing_all(data, about) as (samples, text):
+        pq.write_table(table, samples)
+        text.write(content.encode())
     return [data, about]

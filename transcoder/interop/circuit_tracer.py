@@ -16,11 +16,11 @@ import torch
 import yaml
 from torch import Tensor
 
+from transcoder.files import WRITING
 from transcoder.interop.conversion_record import Conversion
 from transcoder.interop.files import read_safetensors, write_safetensors
 from transcoder.interop.folded_weights import Hooks, PlainWeights, matrix, take_tensors
 from transcoder.interop.foreign_config import rising, section, text, whole
-from transcoder.training.storage import write_durably
 
 TESTED = "circuit-tracer 0.4.1 and PyPI's 0.5.0, a fork (JumpReLU); its main branch at 4bb8c0e, tag v0.5.0 (TopK too)"
 CONFIG_FILE = "config.yaml"
@@ -82,14 +82,14 @@ def write_set(plains: Mapping[int, PlainWeights], folder: Path, record: Conversi
         "model_name": some.hooks.model_name,
         "feature_input_hook": source,
         "feature_output_hook": target,
-        "scan": options.get("scan") or folder.name.removeprefix(".writing_"),
+        "scan": options.get("scan") or folder.name.removeprefix(WRITING),
         **({"activation": "topk", "k": some.k} if some.activation == "topk" else {}),
         # Not read by circuit-tracer; ours takes the padding off again.
         "unpadded_widths": {layer: plain.d_sae for layer, plain in plains.items()},
         "training_k": {layer: plain.k for layer, plain in plains.items() if plain.k is not None},
         "matryoshka_widths": {layer: list(plain.widths) for layer, plain in plains.items() if plain.widths},
     }
-    write_durably(folder / CONFIG_FILE, yaml.safe_dump(config, sort_keys=False).encode())
+    (folder / CONFIG_FILE).write_bytes(yaml.safe_dump(config, sort_keys=False).encode())
 
 
 def _checked(plain: PlainWeights, layer: int, record: Conversion, options: Mapping[str, Any]) -> PlainWeights:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import pickle
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -14,10 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transcoder.checkpoint_folder import file_digest
+from transcoder.files import file_digest, replacing_folder
 from transcoder.interop.conversion_record import RECORD_FILE, Conversion
-from transcoder.training.storage import folder_discarded_on_error, fsync_folder, write_durably
-from transcoder.training.tensor_file import read_tensors, write_tensors
+from transcoder.tensor_file import read_tensors, write_tensors
 
 
 def existing(where: str, path: Path, what: str) -> Path:
@@ -85,33 +83,26 @@ def new_folder(where: str, out: Path, record: Conversion) -> Iterator[Path]:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         what = "is a file" if not out.is_dir() else "is not empty"
         raise FileExistsError(f"{where}: {out} {what}; choose another place to write to (--out)")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with folder_discarded_on_error(out.with_name(f".writing_{out.name}")) as folder:
+    with replacing_folder(out) as folder:
         yield folder
         record.files = {
             str(path.relative_to(folder)): file_digest(path).sha256
             for path in sorted(folder.rglob("*"))
             if path.is_file()
         }
-        write_durably(folder / RECORD_FILE, record.to_json().encode())
-        fsync_folder(folder)
-        if out.exists():
-            out.rmdir()
-        os.rename(folder, out)
-    fsync_folder(out.parent)
+        (folder / RECORD_FILE).write_bytes(record.to_json().encode())
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    write_tensors(path, {name: tensor.contiguous() for name, tensor in tensors.items()})
+    with open(path, "wb") as file:
+        write_tensors(file, tensors)
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    write_durably(path, json.dumps(values, indent=1).encode())
+    path.write_bytes(json.dumps(values, indent=1).encode())
 
 
 def write_state_dict(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """What `torch.save(module.state_dict())` writes: tensors only, so `torch.load(weights_only=True)` reads it."""
     # A view would drag its whole storage into the file.
     torch.save({name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}, path)
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())

@@ -172,7 +172,8 @@ def from_transcoder(model: Transcoder, hooks: Hooks, record: Conversion) -> Plai
         if W_skip is not None:
             b_dec = b_dec - torch.mv(W_skip.double(), mean.double())
     config = model.config
-    if config.activation == "batch_topk" and bool((state["threshold"] < 0).all()):
+    by_threshold = model.selection.by_threshold
+    if by_threshold and bool((state["threshold"] < 0).all()):
         record.add("no batch was trained: the threshold acts as 0", "note")
     return PlainWeights(
         W_enc=W_enc,
@@ -181,7 +182,7 @@ def from_transcoder(model: Transcoder, hooks: Hooks, record: Conversion) -> Plai
         b_dec=b_dec.float(),
         W_skip=W_skip,
         input_bias=mean if bool(mean.any()) else None,
-        activation="topk" if config.activation == "topk" else "threshold",
+        activation="threshold" if by_threshold else "topk",
         k=config.k,
         threshold=state["threshold"],
         widths=tuple(config.widths or ()),

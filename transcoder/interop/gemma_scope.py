@@ -23,7 +23,6 @@ from torch import Tensor
 from transcoder.interop.conversion_record import Conversion
 from transcoder.interop.files import existing
 from transcoder.interop.folded_weights import Hooks, PlainWeights, matrix, take_tensors
-from transcoder.training.storage import write_durably
 
 TESTED = "the files of google/gemma-scope-2b-pt-transcoders as circuit-tracer 0.4.1 and sae-lens 6.54.12 read them"
 WEIGHTS_FILE = "params.npz"
@@ -45,7 +44,7 @@ def write(plain: PlainWeights, folder: Path, record: Conversion, options: Mappin
     packed = io.BytesIO()
     W_enc, W_dec, b_enc, b_dec, threshold = (tensor.contiguous().numpy() for tensor in arrays)
     numpy.savez(packed, W_enc=W_enc, W_dec=W_dec, b_enc=b_enc, b_dec=b_dec, threshold=threshold)
-    write_durably(folder / WEIGHTS_FILE, packed.getvalue())
+    (folder / WEIGHTS_FILE).write_bytes(packed.getvalue())
 
 
 def _to_normalized(plain: PlainWeights, record: Conversion, options: Mapping[str, Any]) -> PlainWeights:

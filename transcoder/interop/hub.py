@@ -86,7 +86,7 @@ def model_card(source: Source, repo_id: str, *, license: str | None = None) -> s
     """
     config, hooks = source.model.config, source.hooks
     nested = len(config.widths or ()) > 1
-    kind = {"topk": "TopK", "batch_topk": "BatchTopK"}[config.activation]
+    kind = source.model.selection.label
     tags = ["transcoder", "mechanistic-interpretability", "sparse-dictionary", *(["matryoshka"] if nested else [])]
     metadata = {
         "library_name": "transcoder",

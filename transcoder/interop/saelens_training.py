@@ -27,13 +27,12 @@ import torch
 from torch import Tensor, nn
 
 from transcoder.activations.batch import ActivationBatch
-from transcoder.checkpoint_folder import file_digest
+from transcoder.files import file_digest, replace_atomically
 from transcoder.interop import saelens as files
 from transcoder.interop.accelerate import accelerated_class, check_version, missing_parts_named
 from transcoder.interop.accelerate import saelens as library
 from transcoder.interop.accelerate.saelens import Matryoshka, Training
 from transcoder.interop.conversion_record import RECORD_FILE, ChangedFunctionError, Conversion
-from transcoder.training.storage import write_durably
 
 check_version(__name__, library)
 with missing_parts_named(__name__, library):
@@ -234,7 +233,7 @@ class _Paired:
         record = inference_record(self.cfg, path)
         paths = super().save_inference_model(path)  # type: ignore[misc]
         record.files = {written.name: file_digest(written).sha256 for written in map(Path, paths)}
-        write_durably(Path(path) / RECORD_FILE, record.to_json().encode())
+        replace_atomically(Path(path) / RECORD_FILE, record.to_json())
         return paths
 
     def process_state_dict_for_saving_inference(self: Any, state_dict: dict[str, Any]) -> None:

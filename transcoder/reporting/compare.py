@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from transcoder.reporting.files import write_text
+from transcoder.files import replace_atomically
 from transcoder.reporting.format import MISSING, number
 from transcoder.reporting.run import Run
 from transcoder.reporting.statistics import half_width
@@ -89,7 +89,7 @@ def write_comparison(comparison: dict[str, Any], path: str | Path) -> Path:
     """Write a comparison as JSON (atomic) and return the path."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    return write_text(path, json.dumps(comparison, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+    return replace_atomically(path, json.dumps(comparison, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
 _KNOWN = {metric.name: metric for metric in SUMMARY_METRICS}
@@ -202,7 +202,7 @@ def _paired_lines(comparison: dict[str, Any]) -> list[str]:
                 lines.append(f"  {row['label']}: {pair} {d['mean']:+.4g}{interval} {where}")
     if not lines:
         return []
-    head = "Paired by step, mean [95 % interval, from 20 steps on] (noise between batches; seeds are another matter):"
+    head = "Paired by step, mean [95 % interval, from 20 steps on] (noise between batches, not between seeds):"
     return ["", head, *lines]
 
 

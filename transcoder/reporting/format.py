@@ -21,6 +21,14 @@ def whole(value: object) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and abs(value) < MOST_STEPS else None
 
 
+def real(value: object) -> float | None:
+    """`value` where it is a finite number, else None."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return None
+    found = as_float(value)
+    return found if math.isfinite(found) else None
+
+
 def number(value: float | None) -> str:
     """Four significant digits, whole numbers in full, '–' for what is not known (never 0).
 

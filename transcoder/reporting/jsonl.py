@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from transcoder.reporting.files import replacing
+from transcoder.files import replacing
 
 logger = logging.getLogger(__name__)
 

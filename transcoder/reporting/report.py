@@ -7,13 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transcoder.reporting import latent_cards
-from transcoder.reporting.elements import Block, text
-from transcoder.reporting.files import write_text
+from transcoder.files import replace_atomically
+from transcoder.reporting import latent_cards, sections
+from transcoder.reporting.format import clock, number, real
 from transcoder.reporting.latent_cards import LatentCards
-from transcoder.reporting.page import chunk_elements, render_page
+from transcoder.reporting.page import chunk_elements, render, render_page
 from transcoder.reporting.run import Run
-from transcoder.reporting.sections import curves, duplicates, latents, overview, positions, prefixes, settings
 
 logger = logging.getLogger(__name__)
 
@@ -36,33 +35,59 @@ def write_report(run_dir: str | Path) -> Path:
     run = Run(run_dir, empty_ok=True)
     core, cards = payload(run)
     page = render_page(core, chunk_elements(cards.packed_index, cards.chunks))
-    return write_text(run.path / FILE_NAME, page)
+    return replace_atomically(run.path / FILE_NAME, page)
 
 
-def payload(run: Run, cards: LatentCards | None = None) -> tuple[dict[str, Any], LatentCards]:
-    """What the page shows: the sections, and the latents beside them (`cards` where they were built before)."""
-    if cards is None:
-        cards = _guarded("the latents", lambda: latent_cards.build(run), lambda _: LatentCards({}))
-    known: LatentCards = cards
-    parts: list[tuple[str, str, Callable[[], list[Block]]]] = [
-        ("overview", "Overview", lambda: overview.section(run)),
-        ("curves", "Curves", lambda: curves.section(run)),
-        ("prefixes", "Prefixes", lambda: prefixes.section(run)),
-        ("duplicates", "Duplicates", lambda: duplicates.section(run)),
-        ("positions", "Positions", lambda: positions.section(run)),
-        ("latents", "Latents", lambda: latents.section(run, known)),
-        ("settings", "Settings", lambda: settings.section(run)),
-    ]
+def payload(run: Run, cards: LatentCards | None = None, version: int = 0) -> tuple[dict[str, Any], LatentCards]:
+    """What the page shows, see `render_page`, and the cards of its latents.
+
+    Args:
+        cards: the latents where they were built before.
+        version: of the cards; a live page reads them again when it changes.
+    """
+    known = cards or _guarded("the latents", lambda: latent_cards.build(run), lambda _: LatentCards({}))
+
+    parts: dict[str, Callable[[], sections.Section]] = {
+        "overview": lambda: sections.overview(run),
+        "curves": lambda: sections.curves(run),
+        "prefixes": lambda: sections.prefixes(run),
+        "duplicates": lambda: sections.duplicates(run),
+        "positions": lambda: sections.positions(run),
+        "latents": lambda: sections.latents(run, known),
+        "settings": lambda: sections.settings(run),
+    }
+
+    def drawn(name: str) -> Any:
+        return _guarded(
+            f"section {name}",
+            lambda: render(f"sections/{name}.html", run=run, version=version, **parts[name]()),
+            lambda error: render("sections/undrawn.html", error=f"{type(error).__name__}: {error}"),
+        )
+
     core = {
-        "kind": "run",
         "title": f"{run.name}: transcoder run",
-        "header": overview.header(run),
-        "sections": [
-            {"id": key, "title": title, "blocks": _guarded(f"section {title}", draw, _undrawn)}
-            for key, title, draw in parts
-        ],
+        "header": header(run),
+        "sections": [{"id": name, "title": name.capitalize(), "html": drawn(name)} for name in parts],
+        "version": version,
     }
     return core, known
+
+
+def header(run: Run) -> dict[str, Any]:
+    """The page's head: {"eyebrow", "title", "pill": (words, look), "facts", "progress": 0..1 | None}."""
+    last, steps = number(run.last_step), real(run.setting("training.steps")) or 0.0
+    facts = [f"{last} of {number(steps)} steps" if steps > 0 else f"{last} steps"]
+    if run.tokens is not None:
+        facts.append(f"{number(run.tokens)} tokens")
+    if run.metrics.seconds is not None:
+        facts.append(clock(run.metrics.seconds))
+    return {
+        "eyebrow": "Transcoder run",
+        "title": run.name,
+        "pill": (run.status, "good" if run.finished else "warn"),
+        "facts": facts,
+        "progress": None if run.finished or steps <= 0 else (run.last_step or 0) / steps,
+    }
 
 
 def _guarded(what: str, draw: Callable[[], Any], instead: Callable[[Exception], Any]) -> Any:
@@ -72,7 +97,3 @@ def _guarded(what: str, draw: Callable[[], Any], instead: Callable[[Exception], 
     except Exception as error:
         logger.warning("report: %s cannot be drawn: %s: %s", what, type(error).__name__, error)
         return instead(error)
-
-
-def _undrawn(error: Exception) -> list[Block]:
-    return [text(f"This section cannot be drawn: {type(error).__name__}: {error}", "warn")]

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from transcoder.config import RunConfig
+from transcoder.files import replace_atomically
 from transcoder.reporting.background import BackgroundFeed
-from transcoder.reporting.files import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ def run_id(folder: Path) -> str:
         if known.isascii() and known.isalnum():
             return known
     fresh = secrets.token_hex(4)
-    file.write_text(fresh + "\n", encoding="utf-8")
+    replace_atomically(file, fresh + "\n")
     return fresh
 
 
@@ -191,7 +191,7 @@ class WandbSink:
         with contextlib.suppress(OSError):
             text = (self._folder / WORKER_LOG).read_text(encoding="utf-8", errors="replace")
             if (shown := without_secrets(text)) != text:
-                write_text(self._folder / WORKER_LOG, shown)
+                replace_atomically(self._folder / WORKER_LOG, shown)
 
     def _end_input(self) -> None:
         if self._process is not None and self._process.stdin is not None:

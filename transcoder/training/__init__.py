@@ -1,5 +1,6 @@
 """Training a transcoder: `train_transcoder(config)`."""
 
-from transcoder.training.trainer import RunResult, TrainingDivergedError, train_transcoder
+from transcoder.training.nonfinite import TrainingDivergedError
+from transcoder.training.trainer import RunResult, train_transcoder
 
 __all__ = ["RunResult", "TrainingDivergedError", "train_transcoder"]

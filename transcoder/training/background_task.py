@@ -1,4 +1,4 @@
-"""One piece of work at a time, in a thread beside training."""
+"""One piece of work at a time, in a thread of its own."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 
-class Beside(Generic[T]):
-    """Runs a function in a daemon thread and hands its result, or its error, to whoever collects it.
+class BackgroundTask(Generic[T]):
+    """Runs a function in a daemon thread; `collect` gives its result or raises its error.
 
-    A thread that never comes back (a dead network disk) is waited for as long as asked and no longer; the process can end
-    without it.
+    A thread that never ends (a dead network disk) is waited for as long as asked and no longer; the process can end without
+    it.
     """
 
     def __init__(self, name: str) -> None:

@@ -38,7 +38,6 @@ from transcoder.checkpoint_folder import (
     TRAINER_FILE,
     VERSION,
     CheckpointError,
-    WrittenFile,
     candidates,
     content_digest,
     find_checkpoint,
@@ -47,24 +46,28 @@ from transcoder.checkpoint_folder import (
     verify_checkpoint,
 )
 from transcoder.config import CheckpointSection
+from transcoder.files import (
+    DELETING,
+    REPLACED,
+    WRITING,
+    WrittenFile,
+    remove_folder,
+    replace_atomically,
+    replacing_folder,
+)
+from transcoder.tensor_file import (
+    read_tensors,
+    tensor_bytes,
+    write_tensors,
+)
 from transcoder.training.disk_budget import SLACK, checkpoint_bytes, refuse_what_cannot_fit
 from transcoder.training.disk_reserve import Reserve, room_for
 from transcoder.training.state_tree import pack_state, unpack_state
 from transcoder.training.storage import (
     FolderLock,
     RunLockedError,
-    folder_discarded_on_error,
     free_bytes,
-    fsync_folder,
     human_bytes,
-    remove_folder,
-    replace_atomically,
-    write_durably,
-)
-from transcoder.training.tensor_file import (
-    read_tensors,
-    tensor_bytes,
-    write_tensors,
 )
 
 __all__ = [
@@ -288,7 +291,7 @@ class CheckpointStore:
         if create and written is None:
             with contextlib.suppress(OSError):
                 self.run_dir.mkdir(parents=True, exist_ok=True)
-                replace_atomically(marker, self._run_id.encode())
+                replace_atomically(marker, self._run_id)
         return Path(self.section.second_location) / f"{self.run_dir.resolve().name}-{self._run_id}"
 
     def _hold_reserve_again(self) -> None:
@@ -363,18 +366,14 @@ class _Writer:
             # The same error as a failed write, without filling the disk to the brim first.
             raise OSError(errno.ENOSPC, f"needs {human_bytes(self.bytes)}, free are {human_bytes(free)}")
         final = place / _name(self.state["step"])
-        with folder_discarded_on_error(place / f".writing_{final.name}") as temporary:
-            written = {name: write_tensors(temporary / name, tensors) for name, tensors in self.files.items()}
-            write_durably(temporary / STATE_FILE, _state_bytes(self.state, written))
-            fsync_folder(temporary)
-            replaced = final.with_name(f".replaced_{final.name}")
-            if final.exists():
-                # Rename cannot replace a full folder; `candidates` knows the old one by this name meanwhile.
-                os.rename(final, replaced)
-            os.rename(temporary, final)
-        fsync_folder(place)
-        fsync_folder(place.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
+        # While it replaces one of the same step, `candidates` knows that by its `.replaced_` name.
+        with replacing_folder(final) as temporary:
+            written = {}
+            for name, tensors in self.files.items():
+                with open(temporary / name, "wb") as file:
+                    written[name] = write_tensors(file, tensors)
+            with open(temporary / STATE_FILE, "wb") as file:
+                file.write(_state_bytes(self.state, written))
         return final
 
 
@@ -462,9 +461,9 @@ def _delete(folders: Iterable[Path]) -> None:
 def _remove_leftovers(place: Path) -> None:
     """What a killed process left: half-written, half-deleted, and replaced ones whose successor is there."""
     for folder in place.iterdir():
-        successor = folder.name.removeprefix(".replaced_")
+        successor = folder.name.removeprefix(REPLACED)
         replaced = successor != folder.name and (place / successor).exists()
-        if replaced or folder.name.startswith((".writing_", ".deleting_")):
+        if replaced or folder.name.startswith((WRITING, DELETING)):
             shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 class Meters:
     """`add` accumulates device tensors (0-dim, or vectors under a list of names); `read` transfers all of them at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self._device = device
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
 
@@ -38,11 +39,11 @@ class Meters:
     def state_dict(self) -> dict[str, Any]:
         return {"sums": dict(self._sums), "counts": dict(self._counts)}
 
-    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """All of it or, with a ValueError, nothing."""
         sums, counts = dict(state["sums"]), dict(state["counts"])
         if sums.keys() != counts.keys():
             raise ValueError(
                 f"Meters.load_state_dict: expected a count for each sum, got {sorted(sums)} and {sorted(counts)}"
             )
-        self._sums, self._counts = {name: value.to(device) for name, value in sums.items()}, counts
+        self._sums, self._counts = {name: value.to(self._device) for name, value in sums.items()}, counts

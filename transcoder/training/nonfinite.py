@@ -1,11 +1,11 @@
-"""Steps whose loss or gradients are no numbers: nothing of them is kept, each is recorded, too many end the run."""
+"""Steps whose loss or gradients are NaN or Inf: they change nothing, each is recorded, too many end the run."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -13,16 +13,11 @@ from torch import Tensor
 
 from transcoder.activations import ActivationBatch
 from transcoder.antidup import DiversityRegularizer, UsageLedger
-from transcoder.antidup.merge_cost_streaming import Measured
-from transcoder.kernels import SparseCodes
 from transcoder.kernels.correlation.async_scalar import DeferredSize
 from transcoder.model import Transcoder
 
-HELD_STEPS = 2
-"""Steps whose verdict may still be on its way from the device. Their codes and batches are held meanwhile; the device always
-has that many steps of work queued when the host waits for the oldest."""
-SAID_OF_EACH = 20
-"""Bad steps that a state remembers one by one; the log has all of them."""
+REMEMBERED = 20
+"""Bad steps that a state describes; metrics.jsonl has all of them."""
 _SEQUENCES = 8
 """Sequence ids recorded of a bad batch."""
 _TRACKED = ("threshold", "tokens_since_fired")
@@ -33,70 +28,45 @@ class TrainingDivergedError(RuntimeError):
     """Too many steps were NaN or Inf. None of them touched the weights; the state of the last good step is saved."""
 
 
-class Verdict(Protocol):
-    """Whether a step was bad, as a number that may still be on its way."""
+class Flag(Protocol):
+    """A number, 0 or 1, that may still be on its way to the host."""
 
     def arrived(self) -> bool: ...
     def read(self) -> int: ...
 
 
-class _Known:
-    def __init__(self, bad: Tensor) -> None:
-        self._bad = int(bad)
+class _OnHost:
+    def __init__(self, flag: Tensor) -> None:
+        self._flag = int(flag)
 
     def arrived(self) -> bool:
         return True
 
     def read(self) -> int:
-        return self._bad
+        return self._flag
 
 
 def host_is_device(tensor: Tensor) -> bool:
-    """Where the host is the device, reading a flag waits for nobody."""
+    """Whether reading the tensor needs no sync."""
     return tensor.is_cpu
 
 
-def verdict_of(bad: Tensor) -> Verdict:
-    """The host's view of a 0-dim flag. Waits for no device."""
-    return _Known(bad) if host_is_device(bad) else DeferredSize(bad.long())
-
-
-@dataclass(frozen=True, eq=False)
-class Observed:
-    """What monitor, samples, baseline and meters are shown of a micro-batch, once its step is known to be good."""
-
-    codes: SparseCodes
-    batch: ActivationBatch
-    values: dict[str, Tensor]
-    micro: int
-    measured: Measured | None = None
-    """Of the merge test's evidence."""
-
-
-@dataclass(frozen=True, eq=False)
-class HeldStep:
-    """A step that was computed and not yet counted."""
-
-    step: int
-    seen: list[Observed]
-    norm: Tensor
-    records: list[Callable[[], None]]
-    """What the regularizer reported to the ledger."""
-    verdict: Verdict
+def flag_of(bad: Tensor) -> Flag:
+    """The host's view of a 0-dim flag. Never waits for a device."""
+    return _OnHost(bad) if host_is_device(bad) else DeferredSize(bad.long())
 
 
 class StepLedger(UsageLedger):
-    """A ledger that keeps the regularizer's reports of a step until somebody knows that the step was good."""
+    """A ledger for training: the regularizer reports before its step is known to be finite, so its reports wait in `take`."""
 
-    _held: list[Callable[[], None]] | None = None
+    def __init__(self, enabled: Mapping[str, bool], path: Path) -> None:
+        super().__init__(enabled, path)
+        self._waiting: list[Callable[[], None]] = []
 
-    def hold(self) -> None:
-        self._held = []
-
-    def release(self) -> list[Callable[[], None]]:
-        """Ends holding. Returns the reports; each one, called, is recorded."""
-        held, self._held = self._held or [], None
-        return held
+    def take(self) -> list[Callable[[], None]]:
+        """The regularizer's reports since the last call; each one, called, is recorded."""
+        taken, self._waiting = self._waiting, []
+        return taken
 
     def record_call(self, name: str) -> None:
         self._record(name, functools.partial(super().record_call, name))
@@ -105,41 +75,38 @@ class StepLedger(UsageLedger):
         self._record(name, functools.partial(super().record_effect, name, **numbers))
 
     def _record(self, name: str, record: Callable[[], None]) -> None:
-        # The others report from other threads, or after the step.
-        if self._held is not None and name == "diversity_regularizer":
-            self._held.append(record)
+        if name == "diversity_regularizer":
+            self._waiting.append(record)
         else:
             record()
 
 
-def before_step(transcoder: Transcoder, regularizer: DiversityRegularizer | None) -> dict[str, Any]:
-    """Copies of what forward pass and penalties change beside the gradients: a few numbers a latent."""
-    return {
-        **{name: getattr(transcoder, name).clone() for name in _TRACKED},
-        "regularizer": None if regularizer is None else regularizer.state_dict(),
-        "metrics": {} if regularizer is None else regularizer.metrics(),
-    }
+class StateBefore:
+    """What forward pass and penalties change (a few numbers a latent), as it is before a step."""
 
+    def __init__(self, transcoder: Transcoder, regularizer: DiversityRegularizer | None) -> None:
+        self._transcoder, self._regularizer = transcoder, regularizer
+        self._tracked = {name: getattr(transcoder, name).clone() for name in _TRACKED}
+        self._state = None if regularizer is None else regularizer.state_dict()
+        self._metrics = {} if regularizer is None else regularizer.metrics()
 
-@torch.no_grad()
-def take_back(
-    bad: Tensor, before: Mapping[str, Any], transcoder: Transcoder, regularizer: DiversityRegularizer | None
-) -> None:
-    """Where `bad` (0-dim bool) holds, what `before_step` gave is put back. Waits for no device.
+    @torch.no_grad()
+    def put_back_where(self, bad: Tensor) -> None:
+        """Where `bad` (0-dim bool) holds, everything is as it was. Reads nothing from the device.
 
-    The regularizer's count of steps goes on: in a bad step nothing fired.
-    """
-    if host_is_device(bad) and not bool(bad):
-        return
-    for name in _TRACKED:
-        now = getattr(transcoder, name)
-        now.copy_(torch.where(bad, before[name], now))
-    if regularizer is not None:
-        regularizer.load_state_dict(_chosen(bad, before["regularizer"], regularizer.state_dict()))
-        # A term that is not evaluated at every step is logged with its last figures.
-        known: dict[str, Tensor] = before["metrics"]
-        now = regularizer.metrics()
-        regularizer.set_metrics({n: torch.where(bad, known[n], t) if n in known else t for n, t in now.items()})
+        The regularizer's count of steps goes on: in a bad step nothing fired.
+        """
+        if host_is_device(bad) and not bool(bad):
+            return
+        for name, before in self._tracked.items():
+            now = getattr(self._transcoder, name)
+            now.copy_(torch.where(bad, before, now))
+        regularizer, known = self._regularizer, self._metrics
+        if regularizer is not None:
+            regularizer.load_state_dict(_chosen(bad, self._state, regularizer.state_dict()))
+            # A term that is not evaluated at every step is logged with its last values.
+            now = regularizer.metrics()
+            regularizer.set_metrics({n: torch.where(bad, known[n], t) if n in known else t for n, t in now.items()})
 
 
 def _chosen(bad: Tensor, before: Any, now: Any) -> Any:
@@ -156,23 +123,31 @@ class BadSteps:
     def __init__(self) -> None:
         self.count = 0
         self.last: list[dict[str, Any]] = []
-        """The last `SAID_OF_EACH`, as `add` made them."""
+        """The last `REMEMBERED`, as `add` made them."""
 
-    def add(self, held: HeldStep, accumulation: int, cursor: Mapping[str, float]) -> dict[str, Any]:
-        """Count a bad step. Reads the device. Returns its record: JSON values only."""
+    def add(self, step: int, batches: Sequence[ActivationBatch], cursor: Mapping[str, float]) -> dict[str, Any]:
+        """Count the bad step of index `step`. Reads the device. Returns its record: JSON values only."""
+        first = step * len(batches)
         record = {
-            "step": held.step + 1,
-            "batches": [
-                {"number": held.step * accumulation + seen.micro, **identity(seen.batch)} for seen in held.seen
-            ],
+            "step": step + 1,
+            "batches": [{"number": first + micro, **identity(batch)} for micro, batch in enumerate(batches)],
             "cursor": dict(cursor),
         }
         self.count += 1
-        self.last = [*self.last, record][-SAID_OF_EACH:]
+        self.last = [*self.last, record][-REMEMBERED:]
         return record
 
+    def check(self, allowed: int, steps: int) -> None:
+        """TrainingDivergedError where more than `allowed` of `steps` steps were bad."""
+        if self.count > allowed:
+            raise TrainingDivergedError(
+                f"{self.count} of {steps} steps were NaN or Inf, more than training.max_bad_steps = {allowed}: "
+                f"{self.diagnosis()}. They changed nothing, and each is in metrics.jsonl with its batch; the state "
+                f"of step {steps} is saved, and --resume goes on from it with a larger training.max_bad_steps"
+            )
+
     def diagnosis(self) -> str:
-        """Which steps and why, for a person."""
+        """Which steps were bad, and why, as text."""
         fields = [sorted({name for b in record["batches"] for name in b["not_finite"]}) for record in self.last]
         data = [f"step {r['step']}: {', '.join(names)}" for r, names in zip(self.last, fields, strict=True) if names]
         clean = [str(r["step"]) for r, names in zip(self.last, fields, strict=True) if not names]
@@ -197,8 +172,8 @@ class BadSteps:
 
 
 def identity(batch: ActivationBatch) -> dict[str, Any]:
-    """What finds a batch again: its sequences, a hash of its token ids and positions, and which rows are no numbers. Reads
-    the device."""
+    """What finds a batch again: its sequences, a hash of its token ids and positions, and its rows of NaN or Inf. Reads the
+    device."""
     places = torch.stack([batch.tokens, batch.positions]).cpu().contiguous()
     sequences: Sequence[int] = [] if batch.sequences is None else batch.sequences.unique().tolist()
     not_finite = {}

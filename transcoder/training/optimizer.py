@@ -45,6 +45,8 @@ def optimizer_step(
     limit = float("inf") if gradient_clip is None else gradient_clip
     for group in optimizer.param_groups:
         group["lr"] = lr
+    trained = transcoder.threshold if transcoder.selection.trains_threshold else None
+    before = None if trained is None else trained.detach().clone()
     module = one_op_for(optimizer.param_groups[0]["params"]) if _is_plain(optimizer) else None
     if module is not None:
         norm = _in_one_op(module, transcoder, optimizer, limit, bad)
@@ -52,6 +54,8 @@ def optimizer_step(
         transcoder.remove_parallel_gradient()
         norm = torch.nn.utils.clip_grad_norm_(transcoder.parameters(), limit)
         _update(transcoder, optimizer, norm.detach(), bad)
+    if trained is not None and before is not None:
+        transcoder.selection.finish_update(trained, before)
     optimizer.zero_grad(set_to_none=True)
     return norm.detach()
 

@@ -1,4 +1,4 @@
-"""The start of a run in its folder: locked for one process, and without a trace where the start fails."""
+"""The start of a run in its folder: locked for one process; a start that fails leaves no trace."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from transcoder.training.disk_reserve import RESERVE_NAME
 from transcoder.training.storage import FolderLock
 
 MADE = ("config.yaml", "metrics.jsonl", ".run_id", RESERVE_NAME)
-"""What a start can leave in the folder beside the lock before training begins."""
+"""What a start can leave in the folder, besides the lock, before training begins."""
 
 
 class RunStart(contextlib.AbstractContextManager["RunStart"]):
-    """Holds the folder's lock. When the block raises before `begun`, what this start made is taken away again: the files of
-    `MADE`, the lock file, and the folders that were not there and are empty then.
+    """Holds the folder's lock. When the block raises before `begun`, what this start made is removed: the files of `MADE`, the
+    lock file, and the folders that were not there before and are empty.
 
     Raises:
         RunLockedError: another process holds the folder.

@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step: resuming needs no state."""
+"""Learning rate, and what is due after which step, as functions of the step: resuming needs no state."""
 
 from __future__ import annotations
 
@@ -25,3 +25,46 @@ def learning_rate(step: int, section: TrainingSection, peak: float) -> float:
     progress = min(1.0, (step - section.warmup_steps) / span) if span > 0 else 1.0
     floor = peak * section.min_lr_ratio
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+FIRST_TARGETS = 10
+"""Step of the first search for pairs to penalise: by then batches of 1024 tokens have given 10k tokens of evidence."""
+
+
+class Calendar:
+    """Which work is due between two steps, by the number of steps done."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self._config, self._steps = config, config.training.steps
+        self.verify_step = min(config.antidup.verify_at_step, self._steps)
+        """Step at which the ledger is verified; moves on where files could not be written."""
+
+    def last(self, step: int) -> bool:
+        return step >= self._steps
+
+    def every(self, period: int, step: int) -> bool:
+        """Each `period` steps (0: never), and at the last one."""
+        return (period > 0 and step % period == 0) or self.last(step)
+
+    def recycling(self, step: int) -> bool:
+        section = self._config.antidup.recycle
+        acts = section.enabled and self._config.antidup.monitor.enabled
+        return acts and step % section.every == 0 and 0 < step <= int(section.until * self._steps)
+
+    def reporting(self, step: int) -> bool:
+        """Reports of the anti-duplication parts: at their interval, before pairs are recycled, and to be verified."""
+        regular = self.every(self._config.antidup.monitor.correlation_save_frequency, step)
+        return regular or self.recycling(step) or self.verifying(step)
+
+    def searching(self, step: int) -> bool:
+        """Pairs to penalise are needed well before the first report: steps 10, 20, 40, 80, ... until then."""
+        doublings, rest = divmod(step, FIRST_TARGETS)
+        early = step < self._config.antidup.monitor.correlation_save_frequency
+        return early and self._config.antidup.regularizer.enabled and rest == 0 and doublings & (doublings - 1) == 0
+
+    def sampling(self, step: int) -> bool:
+        """Sample files are written."""
+        return self.every(self._config.antidup.samples.save_frequency, step) or self.verifying(step)
+
+    def verifying(self, step: int) -> bool:
+        return step == self.verify_step

@@ -1,4 +1,4 @@
-"""Files that survive a crash and a full disk: atomic writes, fsync, free space, the run folder's lock."""
+"""Free space, and the run folder's lock."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import shutil
 import socket
 import time
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -19,53 +18,6 @@ LOCK_NAME = ".lock"
 
 class RunLockedError(RuntimeError):
     """Another process is writing this run folder. The message names its process id and host."""
-
-
-def fsync_folder(folder: Path) -> None:
-    """Make renames and new names inside `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        # Some network and FUSE file systems cannot fsync a folder; the files' own fsync is done by then.
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def write_durably(path: Path, data: bytes) -> None:
-    """Write a new file and fsync it. The folder's own fsync is the caller's, once for all files."""
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def replace_atomically(path: Path, data: bytes) -> None:
-    """Readers see the old content or the new, never a part: temporary name, fsync, rename, folder fsync.
-
-    Raises:
-        OSError: the write failed; the old file is as it was and no temporary file is left.
-    """
-    temporary = path.with_name(f".{path.name}.writing")
-    try:
-        write_durably(temporary, data)
-        os.replace(temporary, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
-    fsync_folder(path.parent)
-
-
-def remove_folder(folder: Path) -> None:
-    """Delete a folder so that no reader ever meets half of it: renamed to a hidden name first."""
-    doomed = folder.with_name(f".deleting_{folder.name.lstrip('.')}")
-    if doomed != folder:
-        shutil.rmtree(doomed, ignore_errors=True)
-        os.rename(folder, doomed)
-    shutil.rmtree(doomed)
 
 
 def free_bytes(folder: Path) -> int:
@@ -176,15 +128,3 @@ def _owner(path: Path) -> str:
         return f"process {owner['pid']} on {owner['host']} since {owner['since']}"
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"
-
-
-@contextlib.contextmanager
-def folder_discarded_on_error(folder: Path) -> Iterator[Path]:
-    """A fresh, empty folder that disappears when the block raises."""
-    shutil.rmtree(folder, ignore_errors=True)
-    try:
-        folder.mkdir(parents=True)
-        yield folder
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise

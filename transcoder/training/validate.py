@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from transcoder.config import RunConfig
+from transcoder.files import replace_atomically
 from transcoder.reporting.compare import compare_runs, format_comparison, write_comparison
 from transcoder.training.heldout_duplicates import heldout_duplicates
 from transcoder.training.output_checks import COMPONENTS, Check, check_run
-from transcoder.training.storage import replace_atomically
 from transcoder.training.trainer import train_transcoder
 
 
@@ -68,7 +68,7 @@ def validate(config: RunConfig, out: Path | str) -> ValidationResult:
     return ValidationResult(checks, comparison)
 
 
-def _add_to_summary(run_dir: Path, figures: dict[str, float]) -> None:
+def _add_to_summary(run_dir: Path, metrics: dict[str, float]) -> None:
     path = run_dir / "summary.json"
-    summary = {**json.loads(path.read_bytes()), **figures}
-    replace_atomically(path, json.dumps(summary, indent=2).encode())
+    summary = {**json.loads(path.read_bytes()), **metrics}
+    replace_atomically(path, json.dumps(summary, indent=2))

@@ -1,5 +1,6 @@
 // A latent's card, and the packed chunks that cards come from.
-const store = { chunks: new Map(), index: null, version: 0 };
+const KEPT_CHUNKS = 8;
+const store = { chunks: new Map(), index: null, version: data.version };
 
 const packedText = async (name) => {
   await parsed;
@@ -13,7 +14,6 @@ const packedText = async (name) => {
     return null; // the server was stopped: what is here stays
   }
 };
-const KEPT = 8;
 const readChunk = async (n) => {
   const text = await packedText(`chunk-${n}`);
   return text === null ? { words: [], cards: [] } : JSON.parse(await unpack(text));
@@ -23,12 +23,11 @@ const loadChunk = (n) => {
   const held = store.chunks.get(n) ?? readChunk(n);
   store.chunks.delete(n);
   store.chunks.set(n, held);
-  if (store.chunks.size > KEPT) store.chunks.delete(store.chunks.keys().next().value);
+  if (store.chunks.size > KEPT_CHUNKS) store.chunks.delete(store.chunks.keys().next().value);
   return held;
 };
 const loadCard = async (id) => {
-  const place = store.index?.place(id) ?? -1;
-  const n = place < 0 ? -1 : store.index.chunk[place];
+  const n = store.index?.chunk[store.index.place(id)] ?? -1;
   if (n < 0) return null;
   const chunk = await loadChunk(n);
   const found = chunk.cards.find((card) => card[0] === id);
@@ -37,9 +36,8 @@ const loadCard = async (id) => {
     return null;
   }
   const [, rows, facts] = found;
-  return { id, facts, rows: rows.map((row) => ({
-    top: row[0] === 1, activation: row[1], position: row[2], sequence: row[3], column: row[4],
-    tokens: row[5].map((w) => chunk.words[w]), strength: new Map(row[6]),
+  return { facts, rows: rows.map(([top, activation, position, sequence, column, words, strengths]) => ({
+    top: top === 1, activation, position, sequence, column, tokens: words.map((w) => chunk.words[w]), strength: new Map(strengths),
   })) };
 };
 
@@ -53,10 +51,8 @@ const shown = (text) => {
   return parts.length ? parts : ["∅"];
 };
 const contextRow = (row) => {
-  const before = make("span", "before");
-  const after = make("span", "after");
   const inside = make("span", "");
-  before.append(inside);
+  const after = make("span", "after");
   row.tokens.forEach((token, n) => {
     const strength = row.strength.get(n);
     const mark = make(strength === undefined ? "span" : "mark", n === row.column ? "here" : "", ...shown(token));
@@ -66,8 +62,8 @@ const contextRow = (row) => {
     }
     (n <= row.column ? inside : after).append(mark);
   });
-  const line = make("div", "ctx", make("span", "a", figure(row.activation)), make("div", "text", before, after));
-  line.title = `activation ${figure(row.activation)}, position ${row.position}${row.sequence >= 0 ? `, sequence ${row.sequence}` : ""}`;
+  const line = make("div", "ctx", make("span", "a", number(row.activation)), make("div", "text", make("span", "before", inside), after));
+  line.title = `activation ${number(row.activation)}, position ${row.position}${row.sequence >= 0 ? `, sequence ${row.sequence}` : ""}`;
   return line;
 };
 
@@ -80,77 +76,68 @@ const histogram = (card, peak) => {
     label = "How strongly it fires, over the kept samples";
   }
   const most = Math.max(...bins, 1);
-  const svg = shape("svg", { class: "spark", viewBox: `0 0 ${bins.length * 7} 34`, role: "img", "aria-label": `${label}: ${bins.join(", ")}` });
-  bins.forEach((n, at) => {
-    // Square root: a latent fires weakly far more often than strongly, and the strong ones are what is asked for.
-    const high = n ? Math.max(1.5, 30 * Math.sqrt(n / most)) : 0;
-    svg.append(shape("rect", { x: at * 7, y: 32 - high, width: 5.6, height: high, rx: 1 }));
-  });
-  svg.append(shape("line", { x1: 0, x2: bins.length * 7, y1: 32.5, y2: 32.5 }));
   const title = shape("title", {});
   title.textContent = label;
-  svg.prepend(title);
-  return make("figure", "histogram", svg, make("figcaption", "", make("span", "", "0"), make("span", "", "activation"), make("span", "", figure(peak))));
+  const svg = shape("svg", { class: "spark", viewBox: `0 0 ${bins.length * 7} 34`, role: "img", "aria-label": `${label}: ${bins.join(", ")}` });
+  svg.append(title, ...bins.map((n, at) => {
+    // Square root: a latent fires weakly far more often than strongly, and the strong ones are what is asked for.
+    const height = n ? Math.max(1.5, 30 * Math.sqrt(n / most)) : 0;
+    return shape("rect", { x: at * 7, y: 32 - height, width: 5.6, height, rx: 1 });
+  }), shape("line", { x1: 0, x2: bins.length * 7, y1: 32.5, y2: 32.5 }));
+  return make("figure", "histogram", svg, make("figcaption", "", ...["0", "activation", number(peak)].map((words) => make("span", "", words))));
 };
 
-const tokenList = (title, tokens) => make("div", "logits", make("h5", "", title), make("p", "", ...tokens.map(([word, logit]) => {
-  const node = make("span", "token", ...shown(word), make("small", "", `${logit > 0 ? "+" : ""}${figure(logit)}`));
-  return node;
-})));
+const tokenList = (title, tokens) => make("div", "logits", make("h5", "", title), make("p", "",
+  ...tokens.map(([word, logit]) => make("span", "token", ...shown(word), make("small", "", `${logit > 0 ? "+" : ""}${number(logit)}`)))));
 
-// `find`: what was searched for; the contexts that have it come first, under its own heading.
-const contextsOf = (box, card, count, find) => {
-  const before = box.childElementCount;
+// The contexts with what was searched for (`find`) come first, under their own heading.
+const contextsOf = (card, count, find) => {
   const hits = find ? card.rows.filter((row) => row.tokens.join("").toLowerCase().includes(find)) : [];
-  if (hits.length) box.append(make("h5", "", `With “${find}”`), ...hits.slice(0, 5).map(contextRow));
+  const parts = hits.length ? [make("h5", "", `With “${find}”`), ...hits.slice(0, 5).map(contextRow)] : [];
   for (const [top, label] of [[true, "Strongest"], [false, "Across positions"]]) {
     const rows = card.rows.filter((row) => row.top === top);
     if (!rows.length) continue;
-    box.append(make("h5", "", label), ...rows.slice(0, count).map(contextRow));
-    const more = rows.slice(count);
-    if (more.length) {
-      const open = button(`${more.length} more`, "open", () => open.replaceWith(...more.map(contextRow)));
-      box.append(open);
+    parts.push(make("h5", "", label), ...rows.slice(0, count).map(contextRow));
+    if (rows.length > count) {
+      const more = set(make("button", "open", `${rows.length - count} more`), { type: "button" });
+      more.addEventListener("click", () => more.replaceWith(...rows.slice(count).map(contextRow)));
+      parts.push(more);
     }
   }
-  if (box.childElementCount === before) box.append(make("p", "empty", "No context of it was kept."));
+  return parts.length ? parts : [make("p", "empty", "No context of it was kept.")];
 };
 
 // `full` adds what the side-by-side view of a pair has no room for.
 const fillCard = async (box, id, full, find = "") => {
+  box.dataset.wanted = String(id);
   box.replaceChildren(make("p", "note", "…"));
-  const index = store.index;
-  const place = index ? index.place(id) : -1;
   const card = await loadCard(id);
-  if (box.dataset.wanted !== undefined && box.dataset.wanted !== String(id)) return;
-  const facts = make("p", "meta");
-  const fact = (name, value) => facts.append(make("span", "", `${name} `, make("b", "", value)));
+  // Another latent was chosen while this one was unpacked.
+  if (box.dataset.wanted !== String(id)) return;
+  const index = store.index;
+  const place = index?.place(id) ?? -1;
+  const facts = [];
   if (place >= 0) {
-    if (index.density) fact("fires on", index.density[place] === null ? "–" : index.density[place] === 0 ? "none of the tokens counted" : `${share(index.density[place])} of tokens`);
-    if (index.peak[place] !== null) fact("strongest", figure(index.peak[place]));
-    if (index.widths.length > 1) fact("prefix", index.prefixes[index.prefix(id)] ?? "–");
-    if (index.group[place]) fact("duplicate group", String(index.group[place]));
+    const density = index.density?.[place];
+    if (index.density) facts.push(["fires on", density === 0 ? "none of the tokens counted" : density === null ? "–" : `${percent(density)} of tokens`]);
+    if (index.peak[place] !== null) facts.push(["strongest", number(index.peak[place])]);
+    if (index.widths.length > 1) facts.push(["prefix", index.prefixName(id)]);
+    if (index.group[place]) facts.push(["duplicate group", String(index.group[place])]);
   }
-  const head = make("header", "", make("h4", "", `Latent ${id}`), facts);
+  const meta = make("p", "meta", ...facts.map(([name, value]) => make("span", "", `${name} `, make("b", "", value))));
+  const head = make("header", "", make("h4", "", `Latent ${id}`), meta);
   if (card) head.append(histogram(card, index.peak[place]));
   const parts = [head];
-  const partners = index?.partners[id] ?? [];
-  if (partners.length) parts.push(make("p", "meta near", make("span", "", "correlates with"), ...partners.map(latentLink)));
-  if (card?.facts.near.length) {
-    parts.push(make("p", "meta near", make("span", "", "nearest decoder directions"), ...card.facts.near.slice(0, full ? 8 : 4).map(([other, cosine]) => {
-      const link = latentLink(other);
-      link.append(make("small", "", ` ${cosine.toFixed(2)}`));
-      return link;
-    })));
-  }
-  if (full && card && (card.facts.up.length || card.facts.down.length)) {
-    parts.push(make("div", "promoted", tokenList("Promotes", card.facts.up), tokenList("Suppresses", card.facts.down)));
+  const near = (words, links) => { if (links.length) parts.push(make("p", "meta near", make("span", "", words), ...links)); };
+  near("correlates with", (index?.partners[id] ?? []).map((other) => chip(other)));
+  if (card) {
+    near("nearest decoder directions", card.facts.near.slice(0, full ? 8 : 4).map(([other, cosine]) => chip(other, make("small", "", ` ${cosine.toFixed(2)}`))));
+    if (full && card.facts.up.length + card.facts.down.length) {
+      parts.push(make("div", "promoted", tokenList("Promotes", card.facts.up), tokenList("Suppresses", card.facts.down)));
+    }
+    parts.push(...contextsOf(card, full ? 8 : 5, find));
+  } else {
+    parts.push(make("p", "empty", index && place < 0 ? "This run has no latent of that id." : !index?.samples[place] ? "No context of this latent was kept." : "Its contexts are not in this page: logging.report_latents, or the page's size, is too small for all."));
   }
   box.replaceChildren(...parts);
-  if (card) contextsOf(box, card, full ? 8 : 5, find);
-  else box.append(make("p", "empty", index && place < 0 ? "This run has no latent of that id." : !index?.samples[place] ? "No context of this latent was kept." : "Its contexts are not in this page: logging.report_latents, or the page's size, is too small for all."));
-  if (full && index) {
-    const why = Object.entries(index.lacking).map(([what, reason]) => `${what}: ${reason}`);
-    if (why.length) box.append(make("p", "note", `Not shown: ${why.join("; ")}.`));
-  }
 };

@@ -1,4 +1,4 @@
-"""Blocks of the page: scales, breaks and averages of what charts are given."""
+"""Charts of the page: scales, breaks and averages of what they are given."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ import math
 
 import pytest
 
-from transcoder.reporting.elements import (
+from transcoder.reporting.charts import (
     MAX_POINTS,
     Line,
     bar_chart,
-    charts,
     interval_chart,
     interval_words,
     line_chart,
@@ -23,9 +22,11 @@ from transcoder.reporting.elements import (
 def test_a_value_that_is_not_finite_breaks_the_line_and_is_counted() -> None:
     chart = line_chart("t", [Line("a", [1, 2, 3, 4], [1.0, math.nan, 2.0, math.inf])])
     assert chart is not None
-    assert chart["series"][0]["y"] == [1, None, 2, None]
-    assert "2 values not finite" in chart["note"]
-    json.dumps(chart, allow_nan=False)
+    assert chart.data[0]["y"] == [1, None, 2, None]
+    assert "2 values not finite" in chart.note
+    assert chart.spoken == "a ends at 2"
+    assert chart.rows[1] == ["2", "–"]
+    json.dumps(chart.data, allow_nan=False)
 
 
 def test_nothing_to_draw() -> None:
@@ -35,28 +36,31 @@ def test_nothing_to_draw() -> None:
     assert bar_chart("t", [0, 1], [("a", [0.0], "c0")], x_label="x", y_label="y") is None
     assert bar_chart("t", [0], [], x_label="x", y_label="y") is None
     assert interval_chart("t", [], x_label="x") is None
-    assert charts([None, None])["charts"] == []
 
 
 def test_a_long_series_is_averaged_keeps_its_range_and_ends_where_it_ends() -> None:
     n = 100_003
     chart = line_chart("t", [Line("a", range(n), [float(v % 2) for v in range(n)])])
     assert chart is not None
-    (series,) = chart["series"]
-    assert len(series["x"]) == len(series["y"]) == len(series["low"]) == MAX_POINTS
-    assert series["x"][-1] == n - 1
-    assert set(series["low"]) == {0}
-    assert set(series["high"]) == {1}
-    assert all(abs(y - 0.5) < 0.01 for y in series["y"])
-    assert len(json.dumps(chart)) < 20_000
+    low, high, mean = chart.data
+    assert len(mean["x"]) == len(mean["y"]) == len(low["y"]) == MAX_POINTS
+    assert mean["x"][-1] == n - 1
+    assert set(low["y"]) == {0}
+    assert set(high["y"]) == {1}
+    assert all(abs(y - 0.5) < 0.01 for y in mean["y"])
+    assert len(json.dumps(chart.data)) < 20_000
+    assert len(chart.rows) == 24
+    assert chart.rows[-1][0] == f"{n - 1:,}"
 
 
 def test_logarithmic_only_where_it_helps() -> None:
     def log(*values: float) -> bool:
-        chart = line_chart("t", [Line("a", [1, 2], values)], allow_log=True, from_zero=True)
+        chart = line_chart("t", [Line("a", [1, 2], values)], y_label="v", allow_log=True, from_zero=True)
         assert chart is not None
-        assert chart["zero"] is not chart["log"]
-        return bool(chart["log"])
+        axis = chart.layout["yaxis"]
+        assert ("range" in axis) is not (axis.get("type") == "log")
+        assert axis["title"]["text"] == ("v (log)" if "type" in axis else "v")
+        return axis.get("type") == "log"
 
     assert log(0.01, 1.0)
     assert not log(0.5, 1.0)
@@ -68,7 +72,8 @@ def test_marks_outside_the_bins_are_left_out() -> None:
         "t", [0, 1, 2], [("a", [3.0, 0.0], "c0")], x_label="x", y_label="y", marks=[(1.5, "m"), (9, "out")]
     )
     assert chart is not None
-    assert chart["marks"] == [[1.5, "m"]]
+    assert [(s["x0"], s["label"]["text"]) for s in chart.layout["shapes"]] == [(1.5, "m")]
+    assert chart.data[0]["y"] == [3, None], "a bin of 0 has no bar on a logarithmic axis"
 
 
 def test_intervals_in_words() -> None:

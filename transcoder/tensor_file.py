@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
-from transcoder.checkpoint_folder import WrittenFile
+from transcoder.files import WrittenFile
 
 _DTYPES = {
     torch.bool: "BOOL",
@@ -44,24 +44,21 @@ def tensor_bytes(tensors: Mapping[str, Tensor]) -> int:
     return len(header) + data
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> WrittenFile:
-    """Write a safetensors file and fsync it. Tensors may be strided, shared, empty, 0-dim, on any device.
+def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor]) -> WrittenFile:
+    """Write the content of a safetensors file. Tensors may be strided, shared, empty, 0-dim, on any device.
 
     Raises:
         TypeError: a tensor of a dtype that the format does not hold.
-        OSError: with the errno of the write that failed; the partial file is left to the caller.
+        OSError: with the errno of the write that failed.
     """
     header, _ = _header(tensors)
     digest, count = hashlib.sha256(), 0
-    with open(path, "wb") as file:
-        for piece in chain([memoryview(header)], (_raw(tensors[name]) for name in _order(tensors))):
-            for start in range(0, len(piece), _CHUNK):
-                part = piece[start : start + _CHUNK]
-                file.write(part)
-                digest.update(part)
-                count += len(part)
-        file.flush()
-        os.fsync(file.fileno())
+    for piece in chain([memoryview(header)], (_raw(tensors[name]) for name in _order(tensors))):
+        for start in range(0, len(piece), _CHUNK):
+            part = piece[start : start + _CHUNK]
+            file.write(part)
+            digest.update(part)
+            count += len(part)
     return WrittenFile(count, digest.hexdigest())
 
 

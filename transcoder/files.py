@@ -1,0 +1,169 @@
+"""Files that are whole or absent: written under a temporary name, brought to the disk (fsync), then renamed.
+
+Everything in a run folder and in a cache is written through this module, except metrics.jsonl, which is appended to
+(`reporting.jsonl` says what is promised of it), and the files of W&B and TensorBoard.
+
+A crash leaves the old content and, at most, a temporary file `.writing_<name>.<process id>`; the next write of the same name
+removes those whose process is gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import glob
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+WRITING, REPLACED, DELETING = ".writing_", ".replaced_", ".deleting_"
+"""Prefixes of temporary names: a file or folder being written, a folder being replaced, a folder being deleted."""
+_CHUNK = 1 << 24
+
+
+class WrittenFile(NamedTuple):
+    """Size and checksum of a file."""
+
+    bytes: int
+    sha256: str
+
+
+def file_digest(path: Path) -> WrittenFile:
+    """Size and sha256 of a file, read in pieces."""
+    digest, count = hashlib.sha256(), 0
+    with open(path, "rb") as file:
+        while part := file.read(_CHUNK):
+            digest.update(part)
+            count += len(part)
+    return WrittenFile(count, digest.hexdigest())
+
+
+@contextlib.contextmanager
+def replacing_all(*paths: Path) -> Iterator[list[BinaryIO]]:
+    """New binary files that take the places of `paths` when the block ends. Missing folders are made.
+
+    All of them are on the disk before the first is renamed, so an error in the block or in a write leaves the old files as
+    they were and no temporary one.
+
+    Raises:
+        OSError: with the errno of the operation that failed.
+    """
+    temporaries = [path.with_name(f"{WRITING}{path.name}.{os.getpid()}") for path in paths]
+    try:
+        with contextlib.ExitStack() as stack:
+            files: list[BinaryIO] = []
+            for path, temporary in zip(paths, temporaries, strict=True):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                _remove_leftovers(path)
+                files.append(stack.enter_context(open(temporary, "wb")))
+            yield files
+            for file in files:
+                file.flush()
+                os.fsync(file.fileno())
+        for path, temporary in zip(paths, temporaries, strict=True):
+            os.replace(temporary, path)
+    except BaseException:
+        for temporary in temporaries:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+        raise
+    for folder in {path.parent for path in paths}:
+        fsync(folder)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """`replacing_all` of one file."""
+    with replacing_all(path) as (file,):
+        yield file
+
+
+def replace_atomically(path: Path, data: bytes | str) -> Path:
+    """`replacing` with the whole content at hand. Text is UTF-8; lone surrogates, which UTF-8 cannot hold, become "?"."""
+    with replacing(path) as file:
+        file.write(data.encode("utf-8", errors="replace") if isinstance(data, str) else data)
+    return path
+
+
+def replace_lines(path: Path, step: int, lines: Iterable[Mapping[str, Any]]) -> None:
+    """Make `lines`, each with its "step", the end of a JSONL file. Earlier lines stay; those of this step and later go, for a
+    resumed run writes them again."""
+    kept = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if line.strip() and json.loads(line)["step"] < step:
+                kept.append(line)
+    replace_atomically(path, "".join(f"{line}\n" for line in [*kept, *(json.dumps(dict(line)) for line in lines)]))
+
+
+@contextlib.contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """A new, empty folder that takes the place of `path`, with all that the block wrote into it on the disk, when the block
+    ends; an error leaves `path` as it was and nothing else.
+
+    A crash between the two renames leaves an earlier folder under the name `.replaced_<name>`.
+    """
+    temporary, replaced = path.with_name(WRITING + path.name), path.with_name(REPLACED + path.name)
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for made in [*temporary.rglob("*"), temporary]:
+            fsync(made)
+        if path.exists():
+            # A rename cannot replace a folder with files in it.
+            shutil.rmtree(replaced, ignore_errors=True)
+            os.rename(path, replaced)
+        os.rename(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    fsync(path.parent)
+    fsync(path.parent.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a folder so that no reader ever meets half of it: it is renamed to a hidden name first."""
+    doomed = folder.with_name(DELETING + folder.name.lstrip("."))
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.rename(folder, doomed)
+    shutil.rmtree(doomed)
+
+
+def fsync(path: Path) -> None:
+    """Bring a file's content, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network and FUSE file systems cannot fsync a folder; the files' own fsync is done by then.
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def process_is_alive(pid: int) -> bool:
+    """Whether this machine has a process of this number."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        # Another user's process is a process.
+        return True
+    return True
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Temporary files of this name whose process was killed."""
+    for leftover in path.parent.glob(f"{WRITING}{glob.escape(path.name)}.*"):
+        pid = leftover.name.rpartition(".")[2]
+        if pid.isdecimal() and not process_is_alive(int(pid)):
+            with contextlib.suppress(OSError):
+                leftover.unlink(missing_ok=True)

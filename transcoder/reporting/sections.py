@@ -1,0 +1,379 @@
+"""What each section of report.html shows: values only. How they look and read is templates/sections/NAME.html."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+
+from transcoder.reporting import summary_metrics
+from transcoder.reporting.charts import Chart, Line, bar_chart, graph_chart, line_chart, ordered_colors
+from transcoder.reporting.format import MISSING, number, percent, real, whole
+from transcoder.reporting.ledger_verdict import verdicts
+from transcoder.reporting.run import Run
+from transcoder.reporting.samples import SampleTable
+
+if TYPE_CHECKING:
+    from transcoder.reporting.latent_cards import LatentCards
+
+Section = dict[str, Any]
+"""What a template is given, by name."""
+
+LISTED_PAIRS = 500
+"""Pairs on the page; the JSON report has the rest."""
+GRAPH_LATENTS = 160
+"""Latents in the drawing of the groups, the largest groups first: more would be a grey cloud."""
+SEQUENCES_COUNTABLE = 1420
+"""What the monitor's bitmaps of 256 bits can count: 256 ln 256. They say this of every larger number."""
+POSITION_BINS = 10
+LEAST_SAMPLES = 4
+"""Strongest samples a latent needs before its concentration says anything."""
+LISTED_EVENTS = 50
+
+
+class Curve(NamedTuple):
+    """A chart over the steps; `lines` by label."""
+
+    title: str
+    unit: str
+    lines: dict[str, str]
+    from_zero: bool = False
+    allow_log: bool = False
+    scale: float = 1.0
+
+
+FVU_CURVES, PREFIX_CURVES = "Fraction of variance unexplained", "FVU per prefix"
+LOSSES = {
+    "overall": "losses/overall_loss",
+    "full width": "losses/mse_loss",
+    "AuxK": "losses/auxiliary_reconstruction_loss",
+    "diversity": "losses/diversity_penalty",
+}
+PAIRS = {"candidates": "duplicates/pairs", "flagged": "duplicates/flagged"}
+CURVES = (
+    Curve("Loss", "loss", LOSSES, allow_log=True),
+    Curve(FVU_CURVES, "FVU", {"training": "metrics/fvu", "held-out": "evaluation/fvu"}, from_zero=True),
+    Curve(PREFIX_CURVES, "FVU", {}, from_zero=True),
+    Curve("L0", "latents a token", {"L0": "metrics/l0"}),
+    Curve("Dead latents", "% of latents", {"dead": "sparsity/dead_share"}, from_zero=True, scale=100),
+    Curve("Duplicate pairs", "pairs", PAIRS, from_zero=True),
+    Curve("Effective dictionary size", "latents", {"effective size": "duplicates/effective_dictionary_size"}),
+    Curve("Throughput", "tokens/s", {"tokens/s": "metrics/tokens_per_second"}, from_zero=True),
+    Curve("Learning rate", "rate", {"learning rate": "details/learning_rate"}),
+    Curve("Gradient norm before clipping", "norm", {"gradient norm": "details/gradient_norm"}, allow_log=True),
+    Curve("BatchTopK threshold", "activation", {"threshold": "metrics/topk_threshold"}),
+)
+SPARSE_FAMILIES = ("evaluation/", "duplicates/")
+"""Metrics that are not logged at every logging step: their points are marked."""
+
+
+def overview(run: Run) -> Section:
+    figures = [
+        summary_metrics.TRAINING_FVU,
+        summary_metrics.L0,
+        summary_metrics.DEAD,
+        summary_metrics.PAIRS,
+        summary_metrics.FLAGGED,
+        summary_metrics.MERGEABLE,
+        summary_metrics.DICTIONARY_SIZE,
+        summary_metrics.TOKENS_PER_SECOND,
+    ]
+    if summary_metrics.CE_RECOVERED.of(run) is not None:
+        # Only where a language model was at hand.
+        figures.insert(0, summary_metrics.CE_RECOVERED)
+    baselines = (summary_metrics.HELDOUT_FVU, summary_metrics.LINEAR_BASELINE, summary_metrics.MEAN_BASELINE)
+    return {
+        "baselines": [(figure, figure.of(run)) for figure in baselines],
+        "tiles": [(figure.label, figure.text(figure.of(run)), figure.meaning) for figure in figures],
+        "missing": [*run.missing, *run.lacking],
+        "verdicts": verdicts(run),
+    }
+
+
+def curves(run: Run) -> Section:
+    drawn = [
+        line_chart(
+            curve.title,
+            _prefix_lines(run) if curve.title == PREFIX_CURVES else _lines(run, curve),
+            y_label=curve.unit,
+            references=_baselines(run) if curve.title == FVU_CURVES else (),
+            from_zero=curve.from_zero,
+            allow_log=curve.allow_log,
+        )
+        for curve in CURVES
+    ]
+    return {"charts": drawn, "empty": "" if any(drawn) else "No metrics were logged, so there are no curves."}
+
+
+def _lines(run: Run, curve: Curve) -> list[Line]:
+    lines = []
+    for n, (label, name) in enumerate(curve.lines.items()):
+        steps, values = run.metrics.get(name)
+        # A loss that is always 0 is a part that is off; drawn, it would only flatten the others.
+        if len(values) and (values.any() or len(curve.lines) == 1 or curve.lines == PAIRS):
+            lines.append(Line(label, steps, curve.scale * values, f"c{n}", name.startswith(SPARSE_FAMILIES)))
+    return lines
+
+
+def _prefix_lines(run: Run) -> list[Line]:
+    found = [
+        (width, run.metrics.get(f"metrics/fvu_prefix_{width}")) for width in run.prefix_metrics("metrics/fvu_prefix")
+    ]
+    found = [(width, series) for width, series in found if len(series)]
+    colors = ordered_colors(len(found))
+    return [Line(number(w), s.steps, s.values, c) for (w, s), c in zip(found, colors, strict=True)]
+
+
+def _baselines(run: Run, *, mean: bool = True) -> list[tuple[float, str]]:
+    """Horizontal lines of a chart of the FVU."""
+    named = [(summary_metrics.LINEAR_BASELINE, "linear map"), (summary_metrics.MEAN_BASELINE, "mean")]
+    found = [(real(figure.of(run)), label) for figure, label in named[: 1 + mean]]
+    return [(value, f"{label} {number(value)}") for value, label in found if value is not None]
+
+
+def prefixes(run: Run) -> Section:
+    heldout = run.prefix_metrics("evaluation/fvu_prefix")
+    found = heldout or run.prefix_metrics("metrics/fvu_prefix")
+    where = "held-out tokens" if heldout else "the last training batches (no evaluation was recorded)"
+    chart = line_chart(
+        "FVU by prefix width",
+        [Line("held-out" if heldout else "training", list(found), list(found.values()), markers=True)],
+        x_label="latents in the prefix",
+        y_label="FVU",
+        references=_baselines(run, mean=False),
+        from_zero=True,
+        note=f"Measured on {where}.",
+    )
+    rows = []
+    widths, values = list(found), list(found.values())
+    for n, (width, fvu) in enumerate(found.items()):
+        added = width - widths[n - 1] if n else width
+        gain = values[n - 1] - fvu if n else None
+        each = None if gain is None else 1000 * gain / added
+        rows.append([number(width), number(added), number(fvu), percent(1 - fvu), number(gain), number(each)])
+    return {"found": found, "chart": chart, "rows": rows}
+
+
+def duplicates(run: Run) -> Section:
+    report = run.correlation
+    pairs = ranked_pairs(report)
+    return {
+        "report": report,
+        "why": _why_missing(run, "correlation report"),
+        "pairs": [
+            {**pair, "fold": percent(real(pair.get("merge_share"))), "test": _merge_test(pair)} for pair in pairs
+        ],
+        "countable": SEQUENCES_COUNTABLE,
+        "graph": _graph(report, pairs),
+        "charts": [_histogram(report), _merge_costs(pairs)],
+        "groups": _components(report, "components"),
+        "candidate_groups": _components(report, "candidate_components"),
+    }
+
+
+def ranked_pairs(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The listed pairs that can be read, strongest first."""
+    listed = report.get("pairs")
+    good = [
+        p
+        for p in (listed if isinstance(listed, list) else [])
+        if isinstance(p, dict)
+        and all(whole(p.get(n)) is not None for n in "ij")
+        and real(p.get("correlation")) is not None
+    ]
+    return sorted(good, key=lambda p: -p["correlation"])[:LISTED_PAIRS]
+
+
+def groups_of(report: Mapping[str, Any]) -> list[list[int]]:
+    """Groups of latents joined by candidate or flagged pairs, the largest first."""
+    return _components(report, "candidate_components") or _components(report, "components")
+
+
+def _merge_test(pair: Mapping[str, Any]) -> str:
+    mergeable = pair.get("mergeable")
+    return "duplicate" if mergeable is True else "no duplicate" if mergeable is False else "not tested"
+
+
+def _components(report: Mapping[str, Any], field: str) -> list[list[int]]:
+    listed = report.get(field)
+    groups = [g for g in listed if isinstance(g, list)] if isinstance(listed, list) else []
+    found = [[i for i in g if type(i) is int] for g in groups]
+    return sorted((g for g in found if len(g) > 1), key=len, reverse=True)
+
+
+def _histogram(report: Mapping[str, Any]) -> Chart | None:
+    histogram = report.get("histogram")
+    if not isinstance(histogram, dict):
+        return None
+    edges = [v for e in histogram.get("edges") or [] if (v := real(e)) is not None]
+    counts = [v for c in histogram.get("counts") or [] if (v := real(c)) is not None]
+    if len(edges) != len(counts) + 1:
+        return None
+    limits = report.get("thresholds")
+    threshold = real(limits.get("correlation")) if isinstance(limits, dict) else None
+    return bar_chart(
+        "Correlation of latent pairs",
+        edges,
+        [("pairs", counts, "c0")],
+        x_label="correlation",
+        y_label="pairs",
+        log=True,
+        marks=[] if threshold is None else [(threshold, f"threshold {number(threshold)}")],
+    )
+
+
+def _merge_costs(pairs: list[dict[str, Any]]) -> Chart | None:
+    """How many of the listed pairs fold at which cost; a cost outside 0 to 1 counts in the outermost bin."""
+    shares = [s for p in pairs if (s := real(p.get("merge_share"))) is not None]
+    counts, edges = np.histogram(np.clip(shares, 0, 1), 10, (0, 1))
+    return bar_chart(
+        "What folding the listed pairs would cost",
+        edges.tolist(),
+        [("pairs", counts.tolist(), "c2")],
+        x_label="share of the dropped latent's worth (1: all of it, or more)",
+        y_label="pairs",
+        marks=[(0.1, "← duplicates")],
+    )
+
+
+def _graph(report: Mapping[str, Any], pairs: list[dict[str, Any]]) -> Chart | None:
+    groups: list[list[int]] = []
+    total = groups_of(report)
+    for group in total:
+        if groups and sum(map(len, groups)) + len(group) > GRAPH_LATENTS:
+            break
+        groups.append(group[:GRAPH_LATENTS])
+    if not groups:
+        return None
+    known = {i for g in groups for i in g}
+    edges = [
+        (p["i"], p["j"], p["correlation"], p.get("flagged") is True, p.get("mergeable") is True)
+        for p in pairs
+        if {p["i"], p["j"]} <= known
+    ]
+    spoken = f"{len(total)} groups; {len(groups)} drawn, the largest of {len(groups[0])} latents"
+    note = "A thick line is a flagged pair, an orange one folds at little cost. A latent opens its card."
+    return graph_chart("Groups of correlated latents", groups, edges, spoken=spoken, note=note)
+
+
+def positions(run: Run) -> Section:
+    samples = run.samples
+    drawn = [] if samples is None else _sample_charts(run, samples)
+    locked = np.zeros(0, np.int64)
+    if samples is not None:
+        latents, shares = concentration(samples)
+        locked = latents[shares == 1.0]
+    return {
+        "tiles": _sinks(run),
+        "charts": [*drawn, _drawn_positions(run)] if samples is not None else [],
+        "locked": locked.tolist(),
+    }
+
+
+def _sample_charts(run: Run, samples: SampleTable) -> list[Chart | None]:
+    length = max(whole(run.setting("activations.sequence_length")) or 0, int(samples.position.max()) + 1)
+    edges = np.linspace(0, length, POSITION_BINS + 1)
+    groups = []
+    for label, chosen, color in (("strongest", samples.top, "c0"), ("across positions", ~samples.top, "c1")):
+        if chosen.any():
+            counts = np.histogram(samples.position[chosen], edges)[0]
+            groups.append((label, (100 * counts / counts.sum()).tolist(), color))
+    latents, shares = concentration(samples)
+    counts, unit = np.histogram(shares, POSITION_BINS, (0, 1))
+    return [
+        bar_chart(
+            "Where kept samples stand",
+            edges.tolist(),
+            groups,
+            x_label="position in the sequence",
+            y_label="% of samples",
+            note="The second kind is drawn to cover all positions, so only the first shows a preference.",
+        ),
+        bar_chart(
+            "Do latents keep to one position?",
+            unit.tolist(),
+            [("latents", counts.tolist(), "c0")],
+            x_label="share of a latent's strongest samples at its commonest position",
+            y_label="latents",
+            note=f"{number(len(latents))} latents with at least {LEAST_SAMPLES} strongest samples.",
+        ),
+    ]
+
+
+def _drawn_positions(run: Run) -> Chart | None:
+    """How the position sampler shifted what training sees."""
+    seen, drawn = run.sampler_positions.get("seen"), run.sampler_positions.get("drawn")
+    if not (isinstance(seen, list) and isinstance(drawn, list) and len(seen) == len(drawn) and seen):
+        return None
+    counts = [np.asarray([real(v) or 0.0 for v in values]) for values in (seen, drawn)]
+    if not all(values.sum() for values in counts):
+        return None
+    named = (("in the text", "c4"), ("drawn for training", "c2"))
+    return bar_chart(
+        "What the position sampler chose",
+        np.linspace(0, 1, len(seen) + 1).tolist(),
+        [(label, (100 * v / v.sum()).tolist(), color) for v, (label, color) in zip(counts, named, strict=True)],
+        x_label="position, as a share of the sequence",
+        y_label="% of tokens",
+    )
+
+
+def concentration(samples: SampleTable) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Per latent with enough strongest samples: its id, and the share of them at its commonest position."""
+    keys = np.stack([samples.latent[samples.top], samples.position[samples.top]], 1)
+    cells, counts = np.unique(keys, axis=0, return_counts=True)
+    latents, first = np.unique(cells[:, 0], return_index=True)
+    if not len(latents):
+        return latents, np.zeros(0)
+    totals, most = np.add.reduceat(counts, first), np.maximum.reduceat(counts, first)
+    enough = totals >= LEAST_SAMPLES
+    return latents[enough], most[enough] / totals[enough]
+
+
+def _sinks(run: Run) -> list[tuple[str, str]]:
+    facts = [("Kept samples at sink tokens", percent(real(run.sample_summary.get("sink_fraction"))))]
+    special, seen = real(run.sampler_positions.get("special_seen")), run.sampler_positions.get("seen")
+    total = sum(real(v) or 0.0 for v in seen) if isinstance(seen, list) else 0.0
+    if special is not None and total:
+        facts.append(("Special tokens in the text", percent(special / (total + special))))
+    facts.append(("FVU on masked sink tokens", number(summary_metrics.SINK_FVU.of(run))))
+    for name in run.metric_names():
+        if name.startswith("data/"):
+            facts.append((name.removeprefix("data/").replace("_", " ").capitalize(), number(run.metric(name))))
+    return [(name, value) for name, value in facts if value != MISSING]
+
+
+def latents(run: Run, cards: LatentCards) -> Section:
+    widths = cards.index.get("widths", [])
+    return {
+        "cards": cards,
+        "index": cards.index,
+        "groups": max(cards.index.get("group") or [0]),
+        "prefixes": [f"{number(low)} to {number(high - 1)}" for low, high in pairwise([0, *widths])],
+        "why": _why_missing(run, "activation samples"),
+        "lacking": {m.what: m.why for m in run.lacking}
+        | ({} if run.heldout_latents is None else run.heldout_latents.why),
+    }
+
+
+def settings(run: Run) -> Section:
+    return {
+        "config": yaml.safe_dump(dict(run.config), sort_keys=False, allow_unicode=True) if run.config else "",
+        "logged": [[name, number(run.metric(name))] for name in run.metric_names()],
+        "events": [
+            [
+                number(whole(e.get("step"))),
+                str(e.get("event")),
+                ", ".join(f"{k}: {v}" for k, v in p.items()) if isinstance(p := e.get("payload"), dict) else "",
+            ]
+            for e in run.metrics.events[-LISTED_EVENTS:]
+        ],
+    }
+
+
+def _why_missing(run: Run, what: str) -> str:
+    return next((missing.why for missing in run.missing if missing.what == what), "")

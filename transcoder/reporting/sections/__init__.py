@@ -1,1 +1,0 @@
-"""The parts of report.html: each takes a Run and returns blocks."""

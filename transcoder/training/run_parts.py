@@ -1,0 +1,116 @@
+"""The parts of a run, made from its config: data, ledger, layer trainers, observers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from transcoder.activations import ActivationBatch, build_stream
+from transcoder.antidup import ActivationSampleCollector, CorrelationMonitor, PositionSampler
+from transcoder.config import RunConfig
+from transcoder.training import observers as observe
+from transcoder.training.layer_trainer import LayerTrainer
+from transcoder.training.nonfinite import StepLedger
+from transcoder.training.recycling import Recycler
+from transcoder.training.schedule import Calendar
+from transcoder.training.sources import BatchSource, own_data
+
+
+@dataclass
+class TrainingData:
+    """What a run reads."""
+
+    kind: str
+    source: BatchSource
+    heldout: list[ActivationBatch]
+    heldout_sinks: ActivationBatch | None = None
+    """Held-out tokens that masking leaves out of training."""
+    special_ids: Sequence[int] = ()
+    sequence_length: int = 0
+
+
+def open_data(
+    config: RunConfig,
+    device: torch.device,
+    positions: PositionSampler | None,
+    batches: Iterable[ActivationBatch] | None,
+    heldout: Sequence[ActivationBatch] | None,
+    stack: ExitStack,
+) -> TrainingData:
+    """The stream of `config.activations`, which `stack` closes, or a user's own `batches`."""
+    tokens, samples = config.training.evaluation_tokens, config.antidup.samples
+    if batches is not None:
+        source, held = own_data(batches, heldout, tokens, device)
+        return TrainingData("own batches", source, held, sequence_length=config.activations.sequence_length)
+    context = samples.context_tokens if samples.enabled else 0
+    stream = build_stream(config, device, position_sampler=positions, context_tokens=context)
+    stack.callback(stream.close)
+    held, sinks = stream.heldout(tokens), stream.heldout_sinks()
+    if positions is not None:
+        positions.special_ids = stream.special_ids
+    return TrainingData(config.activations.kind, stream, held, sinks, stream.special_ids, stream.sequence_length)
+
+
+class RunParts:
+    """Everything that a run is made of, before any state is restored.
+
+    Args: as `train_transcoder`; `stack` closes what has to be closed.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        run_dir: Path,
+        device: torch.device,
+        batches: Iterable[ActivationBatch] | None,
+        heldout: Sequence[ActivationBatch] | None,
+        stack: ExitStack,
+    ) -> None:
+        anti, shape, seed = config.antidup, config.transcoder, config.training.seed
+        logs = run_dir / "anti_duplication_logs"
+        enabled = {
+            "diversity_regularizer": anti.regularizer.enabled,
+            "position_sampler": anti.positions.enabled,
+            "correlation_monitor": anti.monitor.enabled,
+            "activation_samples": anti.samples.enabled,
+        }
+        ledger = self.ledger = StepLedger(enabled, run_dir / "usage.json")
+        positions = PositionSampler(anti.positions, seed, (), ledger, out_dir=logs) if anti.positions.enabled else None
+        data = self.data = open_data(config, device, positions, batches, heldout, stack)
+        monitor = CorrelationMonitor(anti.monitor, shape.d_sae, device, logs, ledger) if anti.monitor.enabled else None
+        samples = None
+        if anti.samples.enabled:
+            folder, special = run_dir / "activation_samples", data.special_ids
+            samples = ActivationSampleCollector(
+                anti.samples, shape.d_sae, device, seed, folder, special, data.sequence_length, ledger
+            )
+        self.monitor, self.samples = monitor, samples
+        d_in, d_out = data.source.d_in, data.source.d_out
+        layer = LayerTrainer(config, d_in, d_out, device, ledger, monitor, data.special_ids, logs)
+        if monitor is not None and layer.transcoder.selection.most_a_token == 1:
+            ledger.record_no_pairs_possible()
+        self.layers = [layer]
+
+        calendar = Calendar(config)
+        self.metrics_log = observe.MetricsLog(layer, calendar)
+        self.evaluation = observe.Evaluation(layer, calendar, heldout=bool(data.heldout))
+        recycling = None
+        if monitor is not None and anti.recycle.enabled:
+            recycling = observe.Recycling(layer, calendar, Recycler(anti.recycle, seed, logs), monitor, samples)
+        every: list[observe.Observer | None] = [
+            None if monitor is None else observe.CorrelationReports(layer, calendar, monitor),
+            recycling,
+            observe.PenaltyLog(layer, calendar),
+            None if positions is None else observe.PositionLog(layer, calendar, positions),
+            None if samples is None else observe.Samples(layer, calendar, samples),
+            observe.Proof(layer, calendar),
+            self.metrics_log,
+            self.evaluation,
+            observe.Checkpoints(layer, calendar, self.evaluation),
+        ]
+        self.observers = [observer for observer in every if observer is not None]
+        """In the order in which they act."""

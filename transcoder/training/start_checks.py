@@ -1,0 +1,102 @@
+"""Settings and data that contradict each other are refused before any work is done."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+
+from transcoder.activations import ActivationBatch
+from transcoder.config import ConfigError, RunConfig
+from transcoder.training.layer_trainer import acting_penalties
+
+logger = logging.getLogger(__name__)
+
+MAY_CHANGE = ("model.device", "activations.prefetch", "activations.allow_changed_data", "training.max_bad_steps")
+"""Settings that a resumed run may be given other values of: they do not change its results, or say so in their help."""
+
+
+def device_of(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"model.device: expected 'auto' or a device of this machine, got {name!r}: {error}"
+        ) from error
+    return device
+
+
+def check_switches(
+    config: RunConfig, batches: Iterable[ActivationBatch] | None, heldout: Sequence[ActivationBatch] | None
+) -> None:
+    """Refuse settings that contradict each other: the ledger would only notice after the first steps."""
+    if heldout is not None and batches is None:
+        raise ValueError(
+            "train_transcoder: heldout: expected it only with `batches`: config.activations has held-out data"
+        )
+    if batches is not None and config.antidup.positions.enabled:
+        raise ConfigError(
+            "antidup.positions.enabled: the position sampler chooses among a sequence's tokens before they become batches, "
+            "which it cannot do for your own `batches`; set it to false"
+        )
+    anti = config.antidup
+    if anti.recycle.enabled and not (anti.monitor.enabled and anti.monitor.merge_test_tokens):
+        raise ConfigError(
+            "antidup.recycle.enabled: it folds what the monitor flags and the merge test passes; set antidup.monitor.enabled "
+            "to true and antidup.monitor.merge_test_tokens above 0"
+        )
+    if anti.recycle.enabled and (config.transcoder.aux_k == 0 or config.transcoder.aux_coefficient == 0):
+        raise ConfigError(
+            "antidup.recycle.enabled: AuxK trains the latents that it frees; set transcoder.aux_k and "
+            "transcoder.aux_coefficient above 0"
+        )
+    evidence = anti.monitor.blocks_to_flag * anti.monitor.block_tokens
+    trained = config.training.steps * config.training.batch_size * config.training.accumulation
+    if anti.recycle.enabled and evidence > anti.recycle.until * trained:
+        logger.warning(
+            "antidup.recycle: a flag needs %d blocks of %d tokens, and the run's last round comes after %d tokens: nothing "
+            "will be recycled; lower antidup.monitor.block_tokens",
+            anti.monitor.blocks_to_flag,
+            anti.monitor.block_tokens,
+            int(anti.recycle.until * trained),
+        )
+    regularizer = acting_penalties(config)
+    weights = (
+        "correlation_weight",
+        "orthogonality_weight",
+        "all_pairs_weight",
+        "position_entropy_weight",
+        "sink_mass_weight",
+    )
+    if regularizer.enabled and all(getattr(regularizer, name) == 0 for name in weights):
+        raise ConfigError(
+            f"antidup.regularizer: enabled with every weight 0 ({', '.join(weights)}): it would have no effect; set one, or "
+            "set antidup.regularizer.enabled to false"
+        )
+
+
+def check_folder(run_dir: Path, config: RunConfig, resume: bool) -> None:
+    """A folder that holds a run is resumed, with the settings it was started with, or left alone."""
+    present = [name for name in ("config.yaml", "metrics.jsonl", "checkpoints") if (run_dir / name).exists()]
+    if present and not resume:
+        raise FileExistsError(
+            f"{run_dir} holds a run already ({', '.join(present)}): add --resume to go on with it, or choose another --out"
+        )
+    if resume and (run_dir / "config.yaml").exists():
+        before = RunConfig.load(run_dir / "config.yaml").to_dict()
+        now = config.to_dict()
+        fixed = ("model", "activations", "transcoder", "training", "antidup")
+        changed = [
+            f"{section}.{key}" for section in fixed for key in now[section] if now[section][key] != before[section][key]
+        ]
+        changed = [name for name in changed if name not in MAY_CHANGE]
+        if changed:
+            raise ConfigError(
+                f"resume: {', '.join(changed)} differ from {run_dir / 'config.yaml'}: a resumed run goes on exactly as it was "
+                "started; leave them out, or start a new run with another --out"
+            )
