@@ -10,8 +10,8 @@ from pathlib import Path
 
 from transcoder.antidup import validate_correlation_report
 from transcoder.antidup.ledger import missing_effects
+from transcoder.checkpoint_folder import CheckpointError, verify_checkpoint
 from transcoder.config import RunConfig
-from transcoder.training.checkpoint import CheckpointError, verify_checkpoint
 
 COMPONENTS = {
     "diversity_regularizer": "regularizer",
