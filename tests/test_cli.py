@@ -112,7 +112,7 @@ def test_bad_words_are_refused_in_one_line(
 
 
 def test_settings_are_taken_in_both_spellings_and_anywhere() -> None:
-    parser = cli._parser().commands["train"]
+    parser = cli._parsers()[1]["train"]
     words = ["train", "--training.steps", "7", "demo", "--logging.wandb=off", "--out", "there"]
     words += ["--transcoder.widths", "[8,2048]", "--resume"]
     rest, settings = cli._take_settings(words, parser)
@@ -228,7 +228,7 @@ def test_without_progress_nothing_is_shown(tmp_path: Path, tiny: Path) -> None:
 
 
 def test_text_flags_stay_text(tmp_path: Path) -> None:
-    parser = cli._parser().commands["train"]
+    parser = cli._parsers()[1]["train"]
     _, settings = cli._take_settings(["train", "demo", "--name", "123", "--training.lr", "1e-3"], parser)
     assert settings == {"name": "123", "training.lr": 1e-3}
     assert RunConfig.load("demo", settings).name == "123"

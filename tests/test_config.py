@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,7 +42,7 @@ def values_for(kind: Any, name: str) -> st.SearchStrategy[Any]:
         return st.integers(1, 1000)
     if name.endswith("mask_norm_multiple"):
         return st.floats(1.5, 100)
-    if origin is tuple:
+    if origin in (tuple, Sequence):
         return st.tuples(*[st.floats(0, 0.999)] * 2).map(list)
     if kind is str:
         # As a folder's name, and never what YAML reads as a number, a date or a word of its own.

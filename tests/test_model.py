@@ -213,7 +213,7 @@ def test_loading_names_a_missing_file(tmp_path: Path) -> None:
         ({"loss": "l2"}, "loss: expected one of"),
         ({"d_in": 0}, "d_in: expected at least 1"),
         ({"aux_k": -1}, "aux_k"),
-        ({"aux_coefficient": -1.0}, "aux_coefficient: expected finite, at least 0"),
+        ({"aux_coefficient": -1.0}, "aux_coefficient: expected at least 0"),
         ({"dead_after_tokens": 0}, "dead_after_tokens: expected at least 1"),
         ({"threshold_rate": 0.0}, "threshold_rate: expected in"),
     ],
@@ -383,9 +383,9 @@ def test_weights_that_are_torn_or_anothers_are_refused_by_file(
     ("changes", "words"),
     [
         ({"d_in": ...}, "expected d_in, missing from"),
-        ({"colour": 1}, r"unknown fields \['colour'\]"),
-        ({"d_in": "3"}, "d_in: expected an int"),
-        ({"k": 1.0}, "k: expected an int"),
+        ({"activaton": 1}, "unknown key 'TranscoderConfig.activaton'; did you mean 'TranscoderConfig.activation'"),
+        ({"d_in": "three"}, "d_in: expected a whole number"),
+        ({"k": 1.5}, "k: expected a whole number"),
         ({"widths": 4}, "widths: expected a list"),
         ({"d_sae": 10**15, "widths": None}, "W_enc: expected shape"),
         ({"format": "other"}, "not a transcoder config"),
@@ -453,30 +453,30 @@ except OSError as error:
 @pytest.mark.parametrize(
     ("change", "kind", "words"),
     [
-        ({"k": 4.0}, TypeError, "k: expected an int"),
-        ({"k": True}, TypeError, "k: expected an int"),
-        ({"k": "4"}, TypeError, "k: expected an int"),
+        ({"k": 4.5}, TypeError, "k: expected a whole number, got 4.5"),
+        ({"k": True}, TypeError, "k: expected a whole number, got True"),
+        ({"k": "four"}, TypeError, "k: expected a whole number, got 'four'"),
         ({"d_in": -3}, ValueError, "d_in: expected at least 1"),
-        ({"d_in": None}, TypeError, "d_in: expected an int"),
+        ({"d_in": None}, TypeError, "d_in: expected a whole number"),
         ({"widths": "128"}, TypeError, "widths: expected a list"),
         ({"widths": (w for w in (8, 30))}, TypeError, "widths: expected a list"),
         ({"widths": 30}, TypeError, "widths: expected a list"),
-        ({"widths": [8.5, 30]}, TypeError, r"widths\[0\]: expected an int, got 8.5"),
-        ({"widths": [True, 30]}, TypeError, r"widths\[0\]: expected an int"),
+        ({"widths": [8.5, 30]}, TypeError, r"widths\[0\]: expected a whole number, got 8.5"),
+        ({"widths": [True, 30]}, TypeError, r"widths\[0\]: expected a whole number"),
         ({"prefix_weights": "1"}, TypeError, "prefix_weights: expected a list"),
-        ({"prefix_weights": ["1"]}, TypeError, r"prefix_weights\[0\]: expected a number"),
-        ({"skip": 1}, TypeError, "skip: expected True or False"),
-        ({"aux_k": 2.5}, TypeError, "aux_k: expected an int"),
-        ({"aux_coefficient": "0.1"}, TypeError, "aux_coefficient: expected a number"),
-        ({"aux_coefficient": float("nan")}, ValueError, "aux_coefficient: expected finite"),
-        ({"dead_after_tokens": 1e6}, TypeError, "dead_after_tokens: expected an int"),
+        ({"prefix_weights": ["one"]}, TypeError, r"prefix_weights\[0\]: expected a number"),
+        ({"prefix_weights": [float("inf")]}, ValueError, r"prefix_weights\[0\]: expected a finite number, got inf"),
+        ({"skip": 1}, TypeError, "skip: expected true or false, got 1"),
+        ({"aux_k": 2.5}, TypeError, "aux_k: expected a whole number"),
+        ({"aux_coefficient": "much"}, TypeError, "aux_coefficient: expected a number"),
+        ({"aux_coefficient": float("nan")}, ValueError, "aux_coefficient: expected a finite number"),
         ({"threshold_rate": None}, TypeError, "threshold_rate: expected a number"),
         ({"activation": ["topk"]}, ValueError, "activation: expected"),
         ({"loss": None}, ValueError, "loss: expected one of"),
     ],
 )
 def test_wrong_types_are_refused_by_name(change: dict, kind: type[Exception], words: str) -> None:
-    with pytest.raises(kind, match=words):
+    with pytest.raises(kind, match=rf"TranscoderConfig\.{words}"):
         TranscoderConfig(**{"d_in": 10, "d_out": 7, "d_sae": 30, "k": 4, **change})
 
 

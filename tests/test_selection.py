@@ -5,20 +5,21 @@ from __future__ import annotations
 
 import subprocess
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from transcoder.config import TrainingSection
-from transcoder.dictionary_config import ACTIVATIONS, JumpReLUSettings, Penalty
+from transcoder.config import RunConfig, TrainingSection
+from transcoder.dictionary_config import ACTIVATIONS, JumpReLUSettings
 from transcoder.kernels import extension, use_backend
 from transcoder.kernels.triton_support import interpreted
 from transcoder.model import Transcoder, TranscoderConfig
 from transcoder.selection import SELECTIONS
 from transcoder.training.optimizer import make_optimizer, optimizer_step
 
+PENALTIES = ("l0_target", "l0", "tanh")
 BACKENDS = ["triton"] if interpreted() or torch.cuda.is_available() else ["torch", *["cpp"] * extension.usable()]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -63,7 +64,7 @@ def dense_loss(model: Transcoder, x: Tensor, y: Tensor, token_weights: Tensor | 
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("penalty", get_args(Penalty))
+@pytest.mark.parametrize("penalty", PENALTIES)
 @pytest.mark.parametrize(("weighted", "loss"), [(False, "mse"), (True, "saelens")])
 def test_loss_and_every_gradient_match_a_dense_float64_version(
     backend: str, penalty: str, weighted: bool, loss: str
@@ -171,7 +172,7 @@ def test_a_nan_in_the_source_reaches_the_loss() -> None:
     assert bool(model.training_step(x, y).loss.isnan())
 
 
-@pytest.mark.parametrize("penalty", get_args(Penalty))
+@pytest.mark.parametrize("penalty", PENALTIES)
 def test_the_penalty_is_scaled_told_and_absent_from_other_selections(penalty: str) -> None:
     model = jumprelu(10, 7, 30, 4, penalty=penalty)
     x, y = torch.randn(20, 10), torch.randn(20, 7)
@@ -227,24 +228,26 @@ def test_recycling_scales_the_kept_latents_threshold_with_its_encoder() -> None:
     ("change", "kind", "words"),
     [
         ({"penalty": "l1"}, ValueError, "penalty: expected one of 'l0_target', 'l0', 'tanh', got 'l1'"),
-        ({"bandwidth": 0.0}, ValueError, "bandwidth: expected positive and finite, got 0.0"),
+        ({"bandwidth": 0.0}, ValueError, "bandwidth: expected positive, got 0.0"),
         ({"bandwidth": None}, TypeError, "bandwidth: expected a number, got None"),
-        ({"coefficient": -1.0}, ValueError, "coefficient: expected finite, at least 0, got -1.0"),
-        ({"warmup_steps": 1.5}, TypeError, "warmup_steps: expected an int, got 1.5"),
+        ({"coefficient": -1.0}, ValueError, "coefficient: expected at least 0, got -1.0"),
+        ({"warmup_steps": 1.5}, TypeError, "warmup_steps: expected a whole number, got 1.5"),
         ({"warmup_steps": -1}, ValueError, "warmup_steps: expected at least 0, got -1"),
-        ({"initial_threshold": -0.1}, ValueError, "initial_threshold: expected null or finite, at least 0, got -0.1"),
-        ({"learning_rate_ratio": 0}, ValueError, "learning_rate_ratio: expected null or positive and finite, got 0"),
-        ({"tanh_scale": float("nan")}, ValueError, "tanh_scale: expected positive and finite, got nan"),
+        ({"initial_threshold": -0.1}, ValueError, "initial_threshold: expected at least 0 or null, got -0.1"),
+        ({"learning_rate_ratio": 0}, ValueError, "learning_rate_ratio: expected positive or null, got 0"),
+        ({"tanh_scale": float("nan")}, ValueError, "tanh_scale: expected a finite number, got nan"),
     ],
 )
 def test_bad_settings_are_refused_by_name(change: dict[str, Any], kind: type[Exception], words: str) -> None:
-    with pytest.raises(kind, match=rf"TranscoderConfig\.jumprelu\.{words}"):
-        jumprelu(10, 7, 30, 4, **change)
+    with pytest.raises(kind, match=rf"transcoder\.jumprelu\.{words}"):
+        JumpReLUSettings(**change)
+    with pytest.raises(kind, match=rf"transcoder\.jumprelu\.{words}"):
+        RunConfig.from_dict({"transcoder": {"jumprelu": change}})
 
 
 def test_files_hold_the_settings_of_jumprelu_for_jumprelu_alone() -> None:
     config = jumprelu(3, 3, 9, 2, bandwidth=0.25).config
     assert TranscoderConfig.from_dict(config.to_dict()) == config
     assert "jumprelu" not in TranscoderConfig(3, 3, 9, 2).to_dict()
-    with pytest.raises(ValueError, match=r"jumprelu: expected an object with some of .*bandwidth.*got \{'width': 1\}"):
-        TranscoderConfig.from_dict({**config.to_dict(), "jumprelu": {"width": 1}})
+    with pytest.raises(ValueError, match=r"unknown key 'TranscoderConfig\.jumprelu\.bandwith'; did you mean"):
+        TranscoderConfig.from_dict({**config.to_dict(), "jumprelu": {"bandwith": 1}})

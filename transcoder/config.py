@@ -12,26 +12,26 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 
 from transcoder import settings
 from transcoder.dictionary_config import Activation, DictionarySettings, TranscoderConfig
-from transcoder.settings import ConfigError, Section
+from transcoder.settings import (
+    ConfigError,
+    Count,
+    Fraction,
+    InnerFraction,
+    Positive,
+    PositiveNumber,
+    PositiveShare,
+    Section,
+    Share,
+    Weight,
+)
 
 __all__ = ["ConfigError", "RunConfig", "flags", "load_yaml", "parse_flag", "preset_names"]
-
-Positive = Annotated[int, "[1, inf)"]
-Count = Annotated[int, "[0, inf)"]
-PositiveNumber = Annotated[float, "(0, inf)"]
-Weight = Annotated[float, "[0, inf)"]
-Share = Annotated[float, "[0, 1]"]
-PositiveShare = Annotated[float, "(0, 1]"]
-Fraction = Annotated[float, "[0, 1)"]
-"""A share below 1."""
-InnerFraction = Annotated[float, "(0, 1)"]
-"""A share that is neither 0 nor 1."""
 
 
 @dataclass(frozen=True)
@@ -102,24 +102,15 @@ class ActivationsSection(Section, where="activations."):
 
 
 @dataclass(frozen=True)
-class TranscoderSection(DictionarySettings):
+class TranscoderSection(DictionarySettings, where="transcoder."):
     """The dictionary. d_in and d_out come from the hooks."""
 
-    d_sae: int = 2048
+    d_sae: Positive = 2048
     k: int = 16
     activation: Activation = "batch_topk"
-    widths: tuple[int, ...] | None = None
-    prefix_weights: tuple[float, ...] | None = None
     normalize: Literal["none", "rms", "standardize"] = "standardize"
     """Source and target each by its own statistics: scaled to mean square 1, `standardize` also subtracts the mean."""
-    normalization_tokens: int = 16384
-
-    where: ClassVar[str] = "transcoder."
-    error: ClassVar[type[ValueError]] = ConfigError
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._require("normalization_tokens", self.normalization_tokens >= 2, "at least 2")
+    normalization_tokens: Annotated[int, "[2, inf)"] = 16384
 
     def config(self, d_in: int, d_out: int) -> TranscoderConfig:
         """The config of a transcoder of these settings."""
@@ -455,12 +446,14 @@ def flags() -> list[tuple[str, Any]]:
     return settings.flags(RunConfig)
 
 
-def parse_flag(dotted: str, text: str) -> Any:
+def parse_flag(dotted: str, text: str | None) -> Any:
     """The value that `--dotted text` stands for: text where the field is text ('null' where it may be null, quotes taken
-    off), else by YAML's rules ('null', 'true', '1e-3', '[1, 2]')."""
+    off), else by YAML's rules ('null', 'true', '1e-3', '[1, 2]'). `text` is None where nothing followed the flag: refused."""
     known = dict(flags())
     if dotted not in known:
         raise ConfigError(f"unknown setting --{dotted}{settings.nearest(dotted, known)}")
+    if text is None:
+        raise ConfigError(f"--{dotted}: expected a value after it")
     kind = known[dotted]
     if str in (kind, *typing.get_args(kind)) and not (kind is not str and text == "null"):
         quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""

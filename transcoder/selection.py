@@ -165,7 +165,10 @@ class JumpReLU(Selection):
     ) -> Selected:
         settings = self.config.jumprelu
         stored = threshold_encode(x, W_enc, b_enc, threshold - settings.bandwidth / 2)
-        values, active = _Jump.apply(stored.values, threshold, stored.detach(), settings.bandwidth)
+        order = stored.by_latent()
+        values, active = _Jump.apply(
+            stored.values, threshold, stored.indices, order.permutation, order.latent_ptr, settings.bandwidth
+        )
         counted = torch.tanh(settings.tanh_scale * values) if settings.penalty == "tanh" else active
         if token_weights is not None:
             counted = counted * token_weights.to(counted.dtype)[stored.rows()]
@@ -189,28 +192,33 @@ class JumpReLU(Selection):
 
 
 class _Jump(torch.autograd.Function):
-    """(pre-activations [nnz], threshold [d_sae]) -> (z [nnz], h > t as numbers [nnz]); gradients as `JumpReLU` has them."""
+    """(pre-activations [nnz], threshold [d_sae]) -> (z [nnz], h > t as numbers [nnz]), with the gradients of `JumpReLU`."""
 
     @staticmethod
     def forward(
-        ctx: Any, pre: Tensor, threshold: Tensor, codes: SparseCodes, bandwidth: float
+        ctx: Any,
+        pre: Tensor,
+        threshold: Tensor,
+        indices: Tensor,
+        permutation: Tensor,
+        latent_ptr: Tensor,
+        bandwidth: float,
     ) -> tuple[Tensor, Tensor]:
-        limit = threshold.to(pre.dtype)[codes.indices]
+        limit = threshold.to(pre.dtype)[indices]
         active = pre > limit
-        ctx.save_for_backward(pre, limit, active)
-        ctx.codes, ctx.bandwidth, ctx.dtype = codes, bandwidth, threshold.dtype
+        ctx.save_for_backward(pre, limit, active, permutation, latent_ptr)
+        ctx.bandwidth, ctx.dtype = bandwidth, threshold.dtype
         return torch.where(active, pre, 0), active.to(pre.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_values: Tensor, grad_active: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        pre, limit, active = ctx.saved_tensors
+    def backward(ctx: Any, grad_values: Tensor, grad_active: Tensor) -> tuple[Tensor | None, ...]:
+        pre, limit, active, permutation, latent_ptr = ctx.saved_tensors
         inside = (pre - limit).abs() < ctx.bandwidth / 2
         at_entries = torch.where(inside, -(limit * grad_values + grad_active) / ctx.bandwidth, 0)
         # One owner a latent and a fixed order of additions, as in the gradients of the ops.
-        order = ctx.codes.by_latent()
-        by_latent = segment_sum(at_entries[order.permutation], order.latent_ptr)
-        return torch.where(active, grad_values, 0), by_latent.to(ctx.dtype), None, None
+        by_latent = segment_sum(at_entries[permutation], latent_ptr).to(ctx.dtype)
+        return torch.where(active, grad_values, 0), by_latent, None, None, None, None
 
 
 SELECTIONS: dict[str, type[Selection]] = {kind.name: kind for kind in (TopK, BatchTopK, JumpReLU)}

@@ -6,7 +6,7 @@ import dataclasses
 import textwrap
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from transcoder.config import RunConfig
@@ -64,7 +64,7 @@ def _kind(hint: Any) -> str:
         return " | ".join("null" if a is type(None) else _kind(a) for a in args)
     if origin is Literal:
         return "{" + ",".join(map(str, args)) + "}"
-    if origin is tuple:
+    if origin in (tuple, Sequence):
         return f"[{_kind(args[0])}, ...]"
     return {int: "INT", float: "FLOAT", bool: "{true,false}", str: "TEXT"}.get(hint, str(hint))
 

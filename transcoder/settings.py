@@ -16,9 +16,24 @@ import typing
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
+Positive = Annotated[int, "[1, inf)"]
+Count = Annotated[int, "[0, inf)"]
+PositiveNumber = Annotated[float, "(0, inf)"]
+Weight = Annotated[float, "[0, inf)"]
+Share = Annotated[float, "[0, 1]"]
+PositiveShare = Annotated[float, "(0, 1]"]
+Fraction = Annotated[float, "[0, 1)"]
+"""A share below 1."""
+InnerFraction = Annotated[float, "(0, 1)"]
+"""A share that is neither 0 nor 1."""
+
 
 class ConfigError(ValueError):
     """A configuration that cannot be run. The message names the field, what was expected and what came."""
+
+
+class WrongTypeError(ConfigError, TypeError):
+    """A setting of another type, as Python's own functions refuse it too."""
 
 
 class Section:
@@ -57,6 +72,10 @@ def field_types(cls: Any, bounds: bool = True) -> dict[str, Any]:
 
 def refusal(name: str, expected: str, got: object) -> ConfigError:
     return ConfigError(f"{name}: expected {expected}, got {short(got)}")
+
+
+def wrong_type(name: str, expected: str, got: object) -> ConfigError:
+    return WrongTypeError(str(refusal(name, expected, got)))
 
 
 def short(value: object) -> str:
@@ -117,10 +136,10 @@ def convert(kind: Any, value: Any, name: str, or_null: str = "") -> Any:
         if value not in args:
             raise refusal(name, f"one of {', '.join(map(repr, args))}", value)
         return value
-    if origin is tuple:
+    if origin in (tuple, Sequence):
         if not isinstance(value, Sequence) or isinstance(value, str):
-            raise refusal(name, "a list", value)
-        if Ellipsis not in args and len(value) != len(args):
+            raise wrong_type(name, "a list", value)
+        if origin is tuple and Ellipsis not in args and len(value) != len(args):
             raise refusal(name, f"{len(args)} values", list(value))
         return tuple(convert(args[0], inner, f"{name}[{i}]") for i, inner in enumerate(value))
     if dataclasses.is_dataclass(kind):
@@ -130,9 +149,9 @@ def convert(kind: Any, value: Any, name: str, or_null: str = "") -> Any:
     if kind in (int, float):
         return _number(kind, value, name)
     if kind is bool and not isinstance(value, bool):
-        raise refusal(name, "true or false", value)
+        raise wrong_type(name, "true or false", value)
     if kind is str and not isinstance(value, str):
-        raise ConfigError(f"{name}: expected text, got {short(value)}; put it in quotes")
+        raise WrongTypeError(f"{name}: expected text, got {short(value)}; put it in quotes")
     return value
 
 
@@ -158,10 +177,10 @@ def _number(kind: type, value: Any, name: str) -> int | float:
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         if not isinstance(value, int) or isinstance(value, bool):
-            raise refusal(name, "a whole number", given)
+            raise wrong_type(name, "a whole number", given)
         return value
     if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise refusal(name, "a number", given)
+        raise wrong_type(name, "a number", given)
     if not abs(value) <= sys.float_info.max:
         raise refusal(name, "a finite number", value)
     return float(value)

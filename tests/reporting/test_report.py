@@ -21,8 +21,8 @@ import yaml
 from tests.reporting.page_tree import Page, read
 from transcoder.antidup.sequence_counts import SequenceCounts
 from transcoder.kernels import SparseCodes
-from transcoder.reporting import Run, latent_cards, plotly_bundle, sections, write_report
-from transcoder.reporting.page import environment
+from transcoder.reporting import Run, latent_cards, sections, write_report
+from transcoder.reporting.page import environment, plotly
 from transcoder.reporting.sections import SEQUENCES_COUNTABLE
 
 SECTIONS = ["overview", "curves", "prefixes", "duplicates", "positions", "latents", "settings"]
@@ -138,11 +138,12 @@ def test_the_chart_library_keeps_its_licence(page: Page) -> None:
 
 
 def test_without_the_chart_library_there_is_a_page(finished_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("transcoder.reporting.page.bundle", lambda: None)
+    monkeypatch.setattr("transcoder.reporting.page.plotly", lambda: None)
     page = read(write_report(finished_run))
     assert "Licences" not in page.words
     assert list(page.sections) == SECTIONS
-    assert plotly_bundle.bundle() is not None, "the development extras have it"
+    monkeypatch.undo()
+    assert plotly() is not None, "the development extras have it"
 
 
 def test_hostile_tokens_stay_text(page: Page, finished_run: Path) -> None:

@@ -19,6 +19,7 @@ from transcoder.antidup.ledger import REQUIRED_EFFECTS
 from transcoder.config import CheckpointSection, MonitorSection
 from transcoder.kernels import topk_encode
 from transcoder.reporting import RunPartMissingError
+from transcoder.reporting.latents import Latents
 from transcoder.training.checkpoint import CheckpointStore
 
 WIDTHS, TOKENS = (64, 192, 448, 512), 3 * 256
@@ -180,10 +181,10 @@ def test_the_table_filters_sorts_and_searches(run: Run) -> None:
     assert every[[3, 2]].id.tolist() == [3, 2]
     assert len(every[[]]) == 0
     assert every[-1].id == 511
-    assert set(every.columns()) == {"id", "prefix", "firings", "density", "max_activation", "group"}
+    assert set(every.frame()) == {"prefix", "firings", "density", "max_activation", "group"}
     word = next(c for c in run.latents[3].contexts).tokens[-1].strip() or "import"
+    texts = {latent.id: [c.text.lower() for c in latent.contexts] for latent in sampled(run)}
     for found in (every.search(word), every.search(word.upper())):
-        texts = {latent.id: [c.text.lower() for c in latent.contexts] for latent in every if latent.contexts}
         assert set(found.id) == {n for n, some in texts.items() if any(word.lower() in text for text in some)}
     counts = [sum(word.lower() in c.text.lower() for c in latent.contexts) for latent in found]
     assert counts == sorted(counts, reverse=True)
@@ -228,7 +229,7 @@ def test_tables_are_data_frames(run: Run) -> None:
     assert prefixes.attrs["heldout"] is True
     assert np.isnan(prefixes.gain[64])
     assert prefixes.gain[192] == pytest.approx(prefixes.fvu[64] - prefixes.fvu[192])
-    assert run.ledger.state.tolist() == ["used", "not proven", "used", "off"]
+    assert [v.state for v in run.ledger] == ["used", "not proven", "used", "off"]
     samples = run.samples
     assert samples is not None
     assert run.positions.strongest.sum() == samples.top.sum()
@@ -283,7 +284,7 @@ def test_what_is_missing_says_why(make_run: MakeRun) -> None:
     assert run.transcoder().config.d_sae == 512
     with pytest.raises(RunPartMissingError, match="no firing counts: the correlation monitor"):
         run.latents.density  # noqa: B018
-    assert set(run.latents.columns()) == {"id", "prefix"}
+    assert list(run.latents.frame()) == ["prefix"]
 
 
 def test_a_damaged_newest_checkpoint_falls_back_to_the_good_one(make_run: MakeRun) -> None:
@@ -317,16 +318,21 @@ def test_a_running_run_is_read_again_when_asked(make_run: MakeRun) -> None:
     assert run.refresh().metrics["metrics/fvu"].steps[-1] == 50
 
 
+def sampled(run: Run) -> Latents:
+    """The latents that have samples."""
+    assert run.samples is not None
+    return run.latents[np.unique(run.samples.latent)]
+
+
 def representations(run: Run) -> list[object]:
     pair = run.duplicates[0]
     views = [run, run.metrics, run.latents, run.latents.search("<"), run.latents.filter(group=True)]
-    views += [run.duplicates, run.duplicates.flagged, pair]
-    return views + [latent for latent in run.latents if latent.contexts][:3] + run.latents[3].contexts
+    views += [run.duplicates, run.duplicates.flagged, run.ledger, pair]
+    return views + list(sampled(run)[:3]) + run.latents[3].contexts
 
 
 def test_hostile_tokens_stay_text(run: Run) -> None:
-    followed = [latent for latent in run.latents if latent.contexts]
-    spiked = followed[0]
+    spiked = sampled(run)[0]
     assert any("<script>" in c.text for c in spiked.contexts)
     pages = []
     for view in representations(run):

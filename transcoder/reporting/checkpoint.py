@@ -16,7 +16,6 @@ from transcoder.checkpoint_folder import (
     TRAINER_FILE,
     CheckpointError,
     candidates,
-    find_checkpoint,
     read_state,
 )
 from transcoder.reporting.parts import RunPartMissingError
@@ -118,20 +117,11 @@ class Checkpoint:
             ) from error
 
 
-def newest_verified(run_dir: Path) -> Checkpoint:
-    """The newest checkpoint whose checksums hold; every byte of it is read.
-
-    Raises:
-        FileNotFoundError: there is none.  CheckpointError: there are some, but none verifies.
-    """
-    return _open(find_checkpoint(run_dir))
-
-
 def newest_readable(run_dir: Path) -> Checkpoint | None:
-    """The newest checkpoint whose state and counts can be read, or None; its checksums are left to those who resume from it."""
+    """The newest checkpoint whose state and counts can be read, or None; its checksums are not looked at."""
     for _, path in candidates([run_dir / "checkpoints"]):
         try:
-            found = _open(path)
+            found = read_checkpoint(path)
             found.known_firings  # noqa: B018 - reads the counts: they may be lacking where the state is whole
             return found
         except (OSError, ValueError, LookupError, CheckpointError):
@@ -140,6 +130,7 @@ def newest_readable(run_dir: Path) -> Checkpoint | None:
     return None
 
 
-def _open(path: Path) -> Checkpoint:
+def read_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint in a folder, see `checkpoint_folder.read_state` for what it raises."""
     state = read_state(path)
     return Checkpoint(path, int(state["step"]), state["trainer"].get("monitor"))

@@ -202,7 +202,7 @@ def _paired_lines(comparison: dict[str, Any]) -> list[str]:
                 lines.append(f"  {row['label']}: {pair} {d['mean']:+.4g}{interval} {where}")
     if not lines:
         return []
-    head = "Paired by step, mean [95 % interval, from 20 steps on] (noise between batches; seeds are another matter):"
+    head = "Paired by step, mean [95 % interval, from 20 steps on] (noise between batches, not between seeds):"
     return ["", head, *lines]
 
 

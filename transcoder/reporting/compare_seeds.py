@@ -30,9 +30,9 @@ def compare_methods(methods: Mapping[str, Sequence[str | Path]]) -> dict[str, An
                       "relative": [null, {"mean", "low", "high"} | null, ...],
                       "verdicts": [null, "better" | "worse" | "no difference seen" | null, ...]}, ...]}
 
-    A difference is a method's figure minus the first method's, seed by seed; "low" and "high" are the 95 % interval of its
+    A difference is a method's value minus the first method's, seed by seed; "low" and "high" are the 95 % interval of its
     mean by Student's t, null for one seed. "relative" divides it by the first method's mean. "better" and "worse" are
-    said only where the interval leaves 0 out. A figure that a run lacks makes its method's entry null.
+    said only where the interval leaves 0 out. A metric that a run lacks makes its method's entry null.
 
     Raises:
         ValueError: fewer than two methods, or methods of unequal numbers of runs; a seed twice in a method, or paired runs

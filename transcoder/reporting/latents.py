@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, overload
@@ -225,21 +226,15 @@ class Latents(ShownAsTable, Sequence[Latent]):
         column: NDArray[Any] = getattr(self._columns, name)[self.id]
         return column
 
-    def columns(self) -> dict[str, NDArray[Any]]:
-        """Every column that the run has, by name."""
-        known = {"id": self.id}
-        for name in COLUMNS:
-            try:
-                known[name] = getattr(self, name)
-            except RunPartMissingError:
-                continue
-        return known
-
     def frame(self) -> pd.DataFrame:
-        """`columns` as a data frame, a row a latent, by ids."""
+        """A row a latent, by ids; every column that the run has."""
         import pandas as pd
 
-        return pd.DataFrame(self.columns()).set_index("id")
+        known: dict[str, NDArray[Any]] = {}
+        for name in COLUMNS:
+            with contextlib.suppress(RunPartMissingError):
+                known[name] = getattr(self, name)
+        return pd.DataFrame(known, index=pd.Index(self.id, name="id"))
 
     def by_id(self, latent: int) -> Latent:
         """Raises: IndexError: the run has no such latent."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 from transcoder.reporting.format import number
+from transcoder.reporting.tables import ShownAsTable
 
 if TYPE_CHECKING:
     from transcoder.reporting.run import Run
@@ -85,3 +86,25 @@ def _numbers(effect: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
             yield f"{prefix}{name}", float(value)
         elif isinstance(value, Mapping) and not prefix:
             yield from _numbers(value, f"{name} ")
+
+
+class Ledger(ShownAsTable, Sequence[Verdict]):
+    """The verdict on each anti-duplication part, with its calls, effect, files and what is lacking."""
+
+    HEAD = ("part", "verdict", "calls", "effect", "files", "lacking")
+
+    def __init__(self, run: Run) -> None:
+        self._verdicts = verdicts(run)
+
+    @overload
+    def __getitem__(self, index: int) -> Verdict: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Verdict]: ...
+    def __getitem__(self, index: int | slice) -> Verdict | Sequence[Verdict]:
+        return self._verdicts[index]
+
+    def __len__(self) -> int:
+        return len(self._verdicts)
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        return [(v.title, v.state, number(v.calls), v.effect, number(v.files), v.why) for v in self]

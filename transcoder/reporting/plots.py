@@ -1,4 +1,4 @@
-"""Plots of a run for a notebook."""
+"""Plots of a run for a notebook; methods of `Run`."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ _LOSSES = (
 
 
 def plot_loss(run: Run) -> Figure:
+    """The losses over the steps. Needs matplotlib."""
     figure, (axes,) = _figure(1)
     drawn = [_line(axes, run, name, label) for name, label in _LOSSES]
     if not any(drawn):
@@ -34,6 +35,7 @@ def plot_loss(run: Run) -> Figure:
 
 
 def plot_fvu(run: Run) -> Figure:
+    """FVU over the steps, by prefix and held-out, against the linear map. Needs matplotlib."""
     figure, (axes,) = _figure(1)
     widths = list(run.prefix_metrics("metrics/fvu_prefix"))
     drawn = [_line(axes, run, f"metrics/fvu_prefix_{width}", f"width {width:,}", alpha=0.6) for width in widths[:-1]]
@@ -51,6 +53,7 @@ def plot_fvu(run: Run) -> Figure:
 
 
 def plot_duplicates(run: Run) -> Figure:
+    """Duplicate pairs over the steps, and all pairs by correlation. Needs matplotlib."""
     found = run.duplicates
     figure, (over_steps, by_correlation) = _figure(2)
     _line(over_steps, run, "duplicates/pairs", "above the threshold", drawstyle="steps-post")
@@ -71,6 +74,7 @@ def plot_duplicates(run: Run) -> Figure:
 
 
 def plot_density(run: Run) -> Figure:
+    """Latents by how often they fire. Needs matplotlib."""
     share = run.latents.density
     figure, (axes,) = _figure(1)
     live = share[share > 0]
@@ -82,6 +86,7 @@ def plot_density(run: Run) -> Figure:
 
 
 def plot_positions(run: Run) -> Figure:
+    """Where in the sequence kept samples stand. Needs matplotlib."""
     found = run.positions
     figure, (axes,) = _figure(1)
     for name, label in (("strongest", "strongest"), ("stratified", "across positions")):

@@ -13,23 +13,23 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import yaml
 
-from transcoder.checkpoint_folder import CheckpointError, candidates
-from transcoder.reporting import summary_metrics
-from transcoder.reporting.checkpoint import Checkpoint, newest_readable, newest_verified
+from transcoder.checkpoint_folder import CheckpointError, candidates, find_checkpoint
+from transcoder.reporting import plots, run_frames
+from transcoder.reporting.checkpoint import Checkpoint, newest_readable, read_checkpoint
 from transcoder.reporting.duplicates import Duplicates
 from transcoder.reporting.format import as_float, number, whole
 from transcoder.reporting.latent_table import FILE_NAME as LATENTS_FILE
 from transcoder.reporting.latent_table import LatentTable, read_latents
 from transcoder.reporting.latents import LatentColumns, Latents
+from transcoder.reporting.ledger_verdict import Ledger
 from transcoder.reporting.metrics_table import FILE_NAME, Metrics
 from transcoder.reporting.parts import Missing, Part, RunPartMissingError
 from transcoder.reporting.samples import SampleTable, read_samples
+from transcoder.reporting.summary_metrics import SUMMARY_METRICS
 from transcoder.reporting.tables import html_table, safe, text_table
 
 if TYPE_CHECKING:
-    import pandas as pd
     import torch
-    from matplotlib.figure import Figure
 
     from transcoder.model import Transcoder
 
@@ -48,17 +48,6 @@ _REPORTED = {
     "duplicates/effective_dictionary_size": "effective_dictionary_size",
 }
 """Metrics that the correlation report has too, under these names."""
-_SHOWN = (
-    summary_metrics.HELDOUT_FVU,
-    summary_metrics.LINEAR_BASELINE,
-    summary_metrics.CE_RECOVERED,
-    summary_metrics.L0,
-    summary_metrics.DEAD,
-    summary_metrics.PAIRS,
-    summary_metrics.FLAGGED,
-    summary_metrics.MERGEABLE,
-    summary_metrics.TOKENS_PER_SECOND,
-)
 
 
 class Run:
@@ -216,7 +205,7 @@ class Run:
 
     @cached_property
     def unverified_checkpoint(self) -> Checkpoint | None:
-        """The newest checkpoint that can be read, or None. Its checksums are not looked at, which takes a second a gigabyte."""
+        """The newest checkpoint that can be read, or None. Its checksums are not verified, which would read all of it."""
         found = newest_readable(self.path)
         if found is None:
             every = self.setting("checkpoint.every")
@@ -232,7 +221,7 @@ class Run:
             RunPartMissingError: there is none, or none that is whole.
         """
         try:
-            return newest_verified(self.path)
+            return read_checkpoint(find_checkpoint(self.path))
         except FileNotFoundError as error:
             every, second = self.setting("checkpoint.every"), self.setting("checkpoint.second_location")
             when = "" if every is None else f" (the run writes one every {every} steps and at its end)"
@@ -338,7 +327,7 @@ class Run:
 
     @property
     def data_source(self) -> str | None:
-        """What the run trained on: "model", "cached" or "own batches" (whatever config.yaml says of models and texts)."""
+        """What the run trained on: "model", "cached" or "own batches"; the logged event counts, then config.yaml."""
         for event in reversed(self.metrics.events):
             payload = event.get("payload")
             if event.get("event") == "data" and isinstance(payload, dict) and isinstance(payload.get("source"), str):
@@ -418,52 +407,11 @@ class Run:
             raise self.missing_error("duplicates", "correlation report")
         return Duplicates(self.correlation, self.latents)
 
-    @property
-    def prefixes(self) -> pd.DataFrame:
-        """What each Matryoshka width adds, see `run_frames.prefixes`."""
-        from transcoder.reporting import run_frames
-
-        return run_frames.prefixes(self)
-
-    @property
-    def positions(self) -> pd.DataFrame:
-        """Where in the sequence the kept samples stand, see `run_frames.positions`."""
-        from transcoder.reporting import run_frames
-
-        return run_frames.positions(self)
-
-    @property
-    def ledger(self) -> pd.DataFrame:
-        """Whether each anti-duplication part was really used, see `run_frames.ledger`."""
-        from transcoder.reporting import run_frames
-
-        return run_frames.ledger(self)
-
-    def plot_loss(self) -> Figure:
-        """The losses over the steps. Needs matplotlib."""
-        return self._plot("loss")
-
-    def plot_fvu(self) -> Figure:
-        """FVU over the steps, by prefix and held-out, against the linear map. Needs matplotlib."""
-        return self._plot("fvu")
-
-    def plot_duplicates(self) -> Figure:
-        """Duplicate pairs over the steps, and all pairs by correlation. Needs matplotlib."""
-        return self._plot("duplicates")
-
-    def plot_density(self) -> Figure:
-        """Latents by how often they fire. Needs matplotlib."""
-        return self._plot("density")
-
-    def plot_positions(self) -> Figure:
-        """Where in the sequence kept samples stand. Needs matplotlib."""
-        return self._plot("positions")
-
-    def _plot(self, what: str) -> Figure:
-        from transcoder.reporting import plots
-
-        drawn: Figure = getattr(plots, f"plot_{what}")(self)
-        return drawn
+    prefixes = property(run_frames.prefixes)
+    positions = property(run_frames.positions)
+    ledger = property(Ledger, doc="Whether each anti-duplication part was really used.")
+    plot_loss, plot_fvu, plot_duplicates = plots.plot_loss, plots.plot_fvu, plots.plot_duplicates
+    plot_density, plot_positions = plots.plot_density, plots.plot_positions
 
     # -- how it shows itself
 
@@ -481,7 +429,7 @@ class Run:
         return f"{self.status}, {number(self.last_step)}{of} steps"
 
     def _shown_metrics(self) -> Sequence[tuple[str, str]]:
-        found = ((m, m.of(self)) for m in _SHOWN)
+        found = ((m, m.of(self)) for m in SUMMARY_METRICS)
         return [(m.label, m.text(value)) for m, value in found if value is not None]
 
     def _parts(self) -> list[str]:

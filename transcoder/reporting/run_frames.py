@@ -1,14 +1,10 @@
-"""Small tables of a run as pandas data frames: prefixes, positions, and whether its parts were really used."""
+"""Small tables of a run as pandas data frames, properties of `Run`: prefixes and positions."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import numpy as np
-
-from transcoder.reporting.ledger_verdict import verdicts
-from transcoder.reporting.tables import visible
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -69,13 +65,3 @@ def positions(run: Run) -> pd.DataFrame:
     share = run.sample_summary.get("sink_fraction")
     table.attrs = {"edges": edges, "sink_share": float(share) if isinstance(share, (int, float)) else None}
     return table
-
-
-def ledger(run: Run) -> pd.DataFrame:
-    """A row an anti-duplication part. Columns: `state` ("used", "off", "not proven" or "unknown"), `calls`, `effect`, `files`
-    and `why`, what is lacking."""
-    import pandas as pd
-
-    table = pd.DataFrame([asdict(verdict) for verdict in verdicts(run)]).set_index("title")
-    # The sentences of usage.json may come from another writer.
-    return table.assign(effect=table["effect"].map(visible), why=table["why"].map(visible))

@@ -143,9 +143,10 @@ class SampleTable:
 
     def read_contexts(self, rows: NDArray[np.int64]) -> list[Context]:
         """The contexts of one latent's rows, in their order; a row whose anchor is outside its context is left out."""
-        kept = self.activation_at(rows)
+        kept, coded = self.activation_at(rows), self.coded_contexts(rows)
         found = []
-        for r, context in zip(rows, self.contexts(rows), strict=True):
+        for row, r in enumerate(rows):
+            context = [coded.words[code] for code in coded.of(row)]
             anchor, position, sequence = int(self.anchor[r]), int(self.position[r]), int(self.sequence[r])
             if not 0 <= anchor < len(context):
                 continue
@@ -159,16 +160,11 @@ class SampleTable:
             )
         return found
 
-    def contexts(self, rows: NDArray[np.int64]) -> list[list[str]]:
-        """The context of each row as display strings; token ids in words where the file has no strings.
-
-        Padding (a negative id) is an empty string.
-        """
-        found = self.coded_contexts(rows)
-        return [[found.words[c] for c in found.of(n)] for n in range(len(rows))]
-
     def coded_contexts(self, rows: NDArray[np.int64]) -> Contexts:
-        """The contexts of `rows`, in their order. Reads the file once, `BATCH_ROWS` rows at a time."""
+        """The contexts of `rows`, in their order; token ids in brackets where the file has no display strings.
+
+        Reads the file once, `BATCH_ROWS` rows at a time.
+        """
         import pyarrow.parquet as pq
 
         order = np.argsort(rows, kind="stable")
@@ -189,7 +185,7 @@ class SampleTable:
         return Contexts(list(words), offsets, np.concatenate(codes) if codes else np.zeros(0, np.int32))
 
     def containing(self, text: str) -> NDArray[np.bool_]:
-        """[rows] bool: whether `text` is in the row's context, whatever its case; it may run over several tokens."""
+        """[rows] bool: whether `text` is in the row's context, upper and lower case alike; it may span several tokens."""
         import pyarrow as pa
         import pyarrow.compute as pc
         import pyarrow.parquet as pq
@@ -260,7 +256,7 @@ def _coded(batch: Any, words: dict[str, int]) -> list[NDArray[np.int32]]:
     lengths = np.asarray(contexts.value_lengths().fill_null(0).to_numpy(zero_copy_only=False), np.int64)
     ids = contexts.flatten()
     strings = batch.column("tokens") if "tokens" in batch.schema.names else None
-    # Strings of another number than the ids (another writer's file) cannot be told apart by place.
+    # A file of another writer may have more or fewer strings than ids; then no string belongs to an id.
     if strings is not None and strings.value_lengths().fill_null(0).equals(contexts.value_lengths().fill_null(0)):
         encoded = strings.flatten().fill_null("").dictionary_encode()
         spelled = encoded.dictionary.to_pylist()

@@ -36,48 +36,36 @@ LISTED_EVENTS = 50
 
 
 class Curve(NamedTuple):
-    """A chart over the steps: lines as (metric, label, color)."""
+    """A chart over the steps; `lines` by label."""
 
     title: str
     unit: str
-    lines: tuple[tuple[str, str, str], ...]
+    lines: dict[str, str]
     from_zero: bool = False
     allow_log: bool = False
     scale: float = 1.0
 
 
 FVU_CURVES, PREFIX_CURVES = "Fraction of variance unexplained", "FVU per prefix"
+LOSSES = {
+    "overall": "losses/overall_loss",
+    "full width": "losses/mse_loss",
+    "AuxK": "losses/auxiliary_reconstruction_loss",
+    "diversity": "losses/diversity_penalty",
+}
+PAIRS = {"candidates": "duplicates/pairs", "flagged": "duplicates/flagged"}
 CURVES = (
-    Curve(
-        "Loss",
-        "loss",
-        (
-            ("losses/overall_loss", "overall", "c0"),
-            ("losses/mse_loss", "full width", "c1"),
-            ("losses/auxiliary_reconstruction_loss", "AuxK", "c2"),
-            ("losses/diversity_penalty", "diversity", "c3"),
-        ),
-        allow_log=True,
-    ),
-    Curve(FVU_CURVES, "FVU", (("metrics/fvu", "training", "c0"), ("evaluation/fvu", "held-out", "c1")), from_zero=True),
-    Curve(PREFIX_CURVES, "FVU", (), from_zero=True),
-    Curve("L0", "latents a token", (("metrics/l0", "L0", "c0"),)),
-    Curve("Dead latents", "% of latents", (("sparsity/dead_share", "dead", "c1"),), from_zero=True, scale=100),
-    Curve(
-        "Duplicate pairs",
-        "pairs",
-        (("duplicates/pairs", "candidates", "c0"), ("duplicates/flagged", "flagged", "c1")),
-        from_zero=True,
-    ),
-    Curve(
-        "Effective dictionary size",
-        "latents",
-        (("duplicates/effective_dictionary_size", "effective size", "c2"),),
-    ),
-    Curve("Throughput", "tokens/s", (("metrics/tokens_per_second", "tokens/s", "c0"),), from_zero=True),
-    Curve("Learning rate", "rate", (("details/learning_rate", "learning rate", "c3"),)),
-    Curve("Gradient norm before clipping", "norm", (("details/gradient_norm", "gradient norm", "c2"),), allow_log=True),
-    Curve("BatchTopK threshold", "activation", (("metrics/topk_threshold", "threshold", "c0"),)),
+    Curve("Loss", "loss", LOSSES, allow_log=True),
+    Curve(FVU_CURVES, "FVU", {"training": "metrics/fvu", "held-out": "evaluation/fvu"}, from_zero=True),
+    Curve(PREFIX_CURVES, "FVU", {}, from_zero=True),
+    Curve("L0", "latents a token", {"L0": "metrics/l0"}),
+    Curve("Dead latents", "% of latents", {"dead": "sparsity/dead_share"}, from_zero=True, scale=100),
+    Curve("Duplicate pairs", "pairs", PAIRS, from_zero=True),
+    Curve("Effective dictionary size", "latents", {"effective size": "duplicates/effective_dictionary_size"}),
+    Curve("Throughput", "tokens/s", {"tokens/s": "metrics/tokens_per_second"}, from_zero=True),
+    Curve("Learning rate", "rate", {"learning rate": "details/learning_rate"}),
+    Curve("Gradient norm before clipping", "norm", {"gradient norm": "details/gradient_norm"}, allow_log=True),
+    Curve("BatchTopK threshold", "activation", {"threshold": "metrics/topk_threshold"}),
 )
 SPARSE_FAMILIES = ("evaluation/", "duplicates/")
 """Metrics that are not logged at every logging step: their points are marked."""
@@ -123,12 +111,11 @@ def curves(run: Run) -> Section:
 
 def _lines(run: Run, curve: Curve) -> list[Line]:
     lines = []
-    for name, label, color in curve.lines:
-        series = run.metrics.get(name)
+    for n, (label, name) in enumerate(curve.lines.items()):
+        steps, values = run.metrics.get(name)
         # A loss that is always 0 is a part that is off; drawn, it would only flatten the others.
-        if any(series.values) or (len(series) and (len(curve.lines) == 1 or name.startswith("duplicates/"))):
-            markers = name.startswith(SPARSE_FAMILIES)
-            lines.append(Line(label, series.steps, [curve.scale * v for v in series.values], color, markers))
+        if len(values) and (values.any() or len(curve.lines) == 1 or curve.lines == PAIRS):
+            lines.append(Line(label, steps, curve.scale * values, f"c{n}", name.startswith(SPARSE_FAMILIES)))
     return lines
 
 
@@ -260,14 +247,17 @@ def _graph(report: Mapping[str, Any], pairs: list[dict[str, Any]]) -> Chart | No
         if groups and sum(map(len, groups)) + len(group) > GRAPH_LATENTS:
             break
         groups.append(group[:GRAPH_LATENTS])
+    if not groups:
+        return None
     known = {i for g in groups for i in g}
     edges = [
         (p["i"], p["j"], p["correlation"], p.get("flagged") is True, p.get("mergeable") is True)
         for p in pairs
         if {p["i"], p["j"]} <= known
     ]
+    spoken = f"{len(total)} groups; {len(groups)} drawn, the largest of {len(groups[0])} latents"
     note = "A thick line is a flagged pair, an orange one folds at little cost. A latent opens its card."
-    return graph_chart("Groups of correlated latents", groups, edges, total=len(total), note=note) if groups else None
+    return graph_chart("Groups of correlated latents", groups, edges, spoken=spoken, note=note)
 
 
 def positions(run: Run) -> Section:

@@ -118,8 +118,11 @@ def picture(snapshot: Snapshot, ascii_only: bool = False) -> Group:
         return Text(words, style, no_wrap=True, overflow="crop")
 
     curves = Table.grid(padding=(0, 2, 0, 0))
-    curves.add_column(min_width=max(len(label) for label, _ in CURVES))
-    curves.add_column(min_width=8, justify="right")
+    curves.add_column(no_wrap=True, min_width=max(len(label) for label, _ in CURVES))
+    curves.add_column(no_wrap=True, min_width=8, justify="right")
+    # Only a column that may wrap gets narrower where the terminal is narrow.
+    curves.add_column(min_width=8)
+    curves.add_column(no_wrap=True)
     for label, name in CURVES:
         series = snapshot.run.metrics.get(name)
         if series.last() is not None:
@@ -157,10 +160,13 @@ def _progress(snapshot: Snapshot, text: Callable[[str], Text]) -> RenderableType
     elapsed = "" if snapshot.elapsed is None else f"elapsed {clock(snapshot.elapsed)}"
     left = "" if snapshot.left is None or snapshot.ended else f"left about {clock(snapshot.left)}"
     row = Table.grid(padding=(0, 2, 0, 0))
+    row.add_column(no_wrap=True)
+    row.add_column(max_width=30)
+    row.add_column(no_wrap=True)
     share = 100 * min(1.0, done / total)
     row.add_row(
         text(f"{head} of {number(total)}  {share:.0f} %"),
-        ProgressBar(100, share, width=30),
+        ProgressBar(100, share),
         text("  ".join(filter(None, [elapsed, left]))),
     )
     return row

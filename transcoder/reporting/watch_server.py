@@ -11,7 +11,6 @@ import os
 import re
 import threading
 import time
-from collections.abc import Iterator
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -38,11 +37,19 @@ SHARE = 4
 """Between two readings at least so many times the processor time of one: a long run takes seconds, training needs the cores."""
 LOOKS = {"running": "good", "slow": "warn", "dead": "bad"}
 """States that a run's files alone do not tell, and how they look."""
+TEXT = "text/plain; charset=utf-8"
+HEADERS = {
+    "Cache-Control": "no-store",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
 _PACKED = re.compile(r"/packed/(latent-index|chunk-\d{1,6})")
 
 
 class LiveReport:
-    """The newest page of a run folder, kept in memory: one, whatever was asked how often.
+    """The newest page of a run folder, kept in memory; requests between two readings get the same one.
 
     Reads files, writes none. Thread-safe.
     """
@@ -87,17 +94,17 @@ class LiveReport:
         began = time.process_time()
         self._seen = self._signature()
         snapshot = look(self._path, self._metrics)
-        heavy = self._signature(("activation_samples/samples.parquet", LATENTS_FILE))
-        cards = self._cards if heavy == self._cards_seen else None
-        version = self._version + (heavy != self._cards_seen)
-        core, cards = payload(snapshot.run, cards, version)
+        cards_seen = _stats(self._of_cards())
+        changed = cards_seen != self._cards_seen
+        version = self._version + changed
+        core, cards = payload(snapshot.run, None if changed else self._cards, version)
         if snapshot.state in LOOKS:
             core["header"]["pill"] = [snapshot.words, LOOKS[snapshot.state]]
         if snapshot.state == "running" and snapshot.left:
             core["header"]["facts"].append(f"{clock(snapshot.left)} left")
         core["head"] = render("header.html", header=core["header"])
-        if heavy != self._cards_seen:
-            self._cards_seen, self._cards, self._version = heavy, cards, version
+        if changed:
+            self._cards_seen, self._cards, self._version = cards_seen, cards, version
             self._packed = chunk_elements(cards.packed_index, cards.chunks)
             # What the chunks were made of is not needed any more.
             cards.chunks.clear()
@@ -107,22 +114,30 @@ class LiveReport:
         took = time.process_time() - began
         self._next = time.monotonic() + max(LEAST_SECONDS, SHARE * took)
 
-    def _signature(self, names: tuple[str, ...] = ()) -> object:
-        """Names, sizes and times of what a page is made of, and whether its process is there."""
-        files = (
-            [self._path / n for n in names] if names else [p for p in self._path.iterdir() if p.name != "report.html"]
-        )
-        for folder in ("anti_duplication_logs", "checkpoints", *(() if names else ("activation_samples",))):
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                files.extend((self._path / folder).iterdir())
-        return (None if names else process_of(self._path).state, *sorted(_facts(files)))
+    def _signature(self) -> object:
+        """What a page is made of, and whether its process is there."""
+        files = [p for p in self._path.iterdir() if p.name != "report.html"]
+        return process_of(self._path).state, _stats([*files, *self._files_in("activation_samples"), *self._of_cards()])
+
+    def _of_cards(self) -> list[Path]:
+        """What the latents' cards are made of: packing them again takes seconds."""
+        tables = [self._path / "activation_samples" / "samples.parquet", self._path / LATENTS_FILE]
+        return [*tables, *self._files_in("anti_duplication_logs"), *self._files_in("checkpoints")]
+
+    def _files_in(self, folder: str) -> list[Path]:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            return list((self._path / folder).iterdir())
+        return []
 
 
-def _facts(files: list[Path]) -> Iterator[tuple[str, int, int]]:
+def _stats(files: list[Path]) -> list[tuple[str, int, int]]:
+    """Names, sizes and times of the files that are there."""
+    found = []
     for file in files:
         with contextlib.suppress(OSError):
             stat = file.stat()
-            yield str(file), stat.st_size, stat.st_mtime_ns
+            found.append((str(file), stat.st_size, stat.st_mtime_ns))
+    return sorted(found)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -131,62 +146,36 @@ class _Handler(BaseHTTPRequestHandler):
     server_version, sys_version = "transcoder", ""
 
     def do_GET(self) -> None:
-        self._answer(body=True)
-
-    def do_HEAD(self) -> None:
-        self._answer(body=False)
-
-    def _refuse(self) -> None:
-        self._send(HTTPStatus.METHOD_NOT_ALLOWED, b"read-only: GET and HEAD\n", extra={"Allow": "GET, HEAD"})
-
-    do_POST = do_PUT = do_DELETE = do_PATCH = do_OPTIONS = _refuse
-
-    def _answer(self, body: bool) -> None:
-        # A page elsewhere whose name was pointed at this machine would come with its own name.
-        if self.headers.get("Host", "") not in self.server.names:
-            self._send(HTTPStatus.FORBIDDEN, b"this report is for 127.0.0.1 only\n", body=body)
-            return
-        path = self.path.partition("?")[0]
-        report = self.server.report
-        report.refresh()
-        if path == "/":
-            self._send(HTTPStatus.OK, report.page(), "text/html; charset=utf-8", body)
-        elif path == "/data.json":
-            if self.headers.get("If-None-Match") == report.tag:
-                self._send(HTTPStatus.NOT_MODIFIED, b"", "application/json", body, {"ETag": report.tag})
-            else:
-                self._send(HTTPStatus.OK, report.data, "application/json", body, {"ETag": report.tag})
-        elif (wanted := _PACKED.fullmatch(path)) and (found := report.packed(wanted[1])) is not None:
-            self._send(HTTPStatus.OK, found, "text/plain", body)
-        else:
-            self._send(HTTPStatus.NOT_FOUND, b"not here\n", body=body)
-
-    def _send(
-        self,
-        status: HTTPStatus,
-        content: bytes,
-        kind: str = "text/plain; charset=utf-8",
-        body: bool = True,
-        extra: dict[str, str] | None = None,
-    ) -> None:
+        status, kind, content, headers = self._answer()
         self.send_response(status)
-        headers = {
-            "Content-Type": kind,
-            "Content-Length": str(len(content)),
-            "Cache-Control": "no-store",
-            "X-Content-Type-Options": "nosniff",
-            "X-Frame-Options": "DENY",
-            "Referrer-Policy": "no-referrer",
-            "Cross-Origin-Resource-Policy": "same-origin",
-            **(extra or {}),
-        }
-        for name, value in headers.items():
+        for name, value in {"Content-Type": kind, "Content-Length": str(len(content)), **HEADERS, **headers}.items():
             self.send_header(name, value)
         self.end_headers()
-        # A reader that went away in the middle of an answer is no fault of ours.
-        if body and status != HTTPStatus.NOT_MODIFIED:
+        # A client that closes its connection in the middle of an answer is no fault of the server.
+        if self.command != "HEAD":
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 self.wfile.write(content)
+
+    do_HEAD = do_POST = do_PUT = do_DELETE = do_PATCH = do_OPTIONS = do_GET
+
+    def _answer(self) -> tuple[HTTPStatus, str, bytes, dict[str, str]]:
+        """Status, content type, content and further headers."""
+        if self.command not in ("GET", "HEAD"):
+            return HTTPStatus.METHOD_NOT_ALLOWED, TEXT, b"read-only: GET and HEAD\n", {"Allow": "GET, HEAD"}
+        # A page elsewhere whose name was pointed at this machine would come with its own name.
+        if self.headers.get("Host", "") not in self.server.names:
+            return HTTPStatus.FORBIDDEN, TEXT, b"this report is for 127.0.0.1 only\n", {}
+        path, report = self.path.partition("?")[0], self.server.report
+        report.refresh()
+        if path == "/":
+            return HTTPStatus.OK, "text/html; charset=utf-8", report.page(), {}
+        if path == "/data.json":
+            known = self.headers.get("If-None-Match") == report.tag
+            status = HTTPStatus.NOT_MODIFIED if known else HTTPStatus.OK
+            return status, "application/json", b"" if known else report.data, {"ETag": report.tag}
+        if (wanted := _PACKED.fullmatch(path)) and (found := report.packed(wanted[1])) is not None:
+            return HTTPStatus.OK, "text/plain", found, {}
+        return HTTPStatus.NOT_FOUND, TEXT, b"not here\n", {}
 
     def log_message(self, format: str, *arguments: Any) -> None:
         logger.debug("watch: " + format, *arguments)

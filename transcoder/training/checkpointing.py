@@ -29,15 +29,15 @@ logger = logging.getLogger(__name__)
 STATE_SLACK = 1 << 20
 """Bytes for what the bound of a checkpoint does not count one by one."""
 FLUSH_SECONDS = 600.0
-"""The longest wait for a write beside training: at a signal, at the end, and before the next one begins."""
+"""The longest wait for a write in the background: at a signal, at the end, and before the next one begins."""
 
 
 class Saver:
     """The checkpoints of one run.
 
     With `checkpoint.asynchronous` a save copies the state (a consistent one: the copy is complete before the next step can
-    change anything) and a thread writes it, at most one at a time; what became of it is told at the next step. The files are
-    the same, to the bit, as those of a save that training waits for.
+    change anything) and a thread writes it, at most one at a time; its outcome is reported at the next step. The files are the
+    same, to the bit, as those of a save that training waits for.
     """
 
     def __init__(self, store: CheckpointStore, config: RunConfig) -> None:
@@ -122,12 +122,12 @@ class Saver:
             self._settle(write, wait)
 
     def look(self) -> None:
-        """Tell what became of a write beside training, if it has ended. Waits for nothing."""
+        """Report how a write in the background ended, if it has. Waits for nothing."""
         if self._task.busy:
             self.flush(0.0)
 
     def flush(self, seconds: float | None = None) -> bool:
-        """Wait for the write beside training, and tell what became of it. False where it has not ended in time."""
+        """Wait for the write in the background, and report how it ended. False where it has not ended in time."""
         if self._task.busy:
             self._settle(lambda: self._task.collect(FLUSH_SECONDS if seconds is None else seconds), False)
         return not self._task.busy
@@ -138,7 +138,7 @@ class Saver:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Nothing is left in writing, and no space is held. A second Ctrl-C waits for nothing."""
+        """Wait for the write in the background, except at a second Ctrl-C, and give up the reserve."""
         if not self.flush(None if kind is None or issubclass(kind, Exception) else 0.0):
             logger.warning("the checkpoint of step %d was still being written when the run ended", self._step_in_flight)
         self.store.reserve.release()

@@ -1,4 +1,4 @@
-"""A run's folder: locked for one process, and as it was before where the start of a run fails."""
+"""The start of a run in its folder: locked for one process; a start that fails leaves no trace."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transcoder.training.disk_space import RESERVE_NAME
 
 LOCK_NAME = ".lock"
 MADE = ("config.yaml", "metrics.jsonl", ".run_id", RESERVE_NAME)
-"""What a start can leave in the folder besides the lock before training begins."""
+"""What a start can leave in the folder besides the lock, before training begins."""
 
 
 class RunLockedError(RuntimeError):

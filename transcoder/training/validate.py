@@ -68,7 +68,7 @@ def validate(config: RunConfig, out: Path | str) -> ValidationResult:
     return ValidationResult(checks, comparison)
 
 
-def _add_to_summary(run_dir: Path, figures: dict[str, float]) -> None:
+def _add_to_summary(run_dir: Path, metrics: dict[str, float]) -> None:
     path = run_dir / "summary.json"
-    summary = {**json.loads(path.read_bytes()), **figures}
+    summary = {**json.loads(path.read_bytes()), **metrics}
     replace_atomically(path, json.dumps(summary, indent=2))

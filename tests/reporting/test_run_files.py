@@ -1,4 +1,4 @@
-"""Run: reads what is there, says what is not."""
+"""The files of a run: reads what is there, says what is not."""
 
 from __future__ import annotations
 
@@ -118,7 +118,8 @@ def test_samples_by_row(finished_run: Path) -> None:
     samples = Run(finished_run).samples
     assert samples is not None
     (rows,) = np.nonzero(samples.latent == samples.latent[0])
-    contexts = samples.contexts(rows)
+    coded = samples.coded_contexts(rows)
+    contexts = [[coded.words[code] for code in coded.of(n)] for n in range(len(rows))]
     assert contexts[0][samples.anchor[rows[0]]] == "<script>alert(1)</script>"
     assert contexts[5][:3] == ["", "", ""], "padding is empty"
 
