@@ -76,8 +76,8 @@ class FolderLock(contextlib.AbstractContextManager["FolderLock"]):
 
 
 class RunStart(contextlib.AbstractContextManager["RunStart"]):
-    """Holds the folder's lock. When the block raises before `begun`, what this start made is taken away again: the files of
-    `MADE`, the lock file, and the folders that were not there and are empty then.
+    """Holds the folder's lock. When the block raises before `begun`, what this start made is removed: the files of `MADE`, the
+    lock file, and the folders that were not there before and are empty.
 
     Raises:
         RunLockedError: another process holds the folder.
