@@ -25,6 +25,8 @@ CURVES = (
     ("metrics/tokens_per_second", "Throughput", "tokens/s"),
 )
 COLORS = 6
+TITLES = {"metrics": "Final metrics", "paired": "Paired differences", "missing": "What is missing"}
+"""Where a section is not named for its id."""
 
 
 def write_run_comparison(comparison: dict[str, Any], path: str | Path) -> Path:
@@ -34,7 +36,7 @@ def write_run_comparison(comparison: dict[str, Any], path: str | Path) -> Path:
     """
     labels = [run["label"] for run in comparison["runs"]]
     parts = {
-        "figures": _figures(comparison, labels),
+        "metrics": _metrics(comparison, labels),
         "paired": _paired(comparison, labels),
         "curves": _curves(labels, [Run(run["path"], empty_ok=True) for run in comparison["runs"]]),
         "settings": _settings(comparison, labels),
@@ -48,17 +50,10 @@ def write_run_comparison(comparison: dict[str, Any], path: str | Path) -> Path:
 def write_method_comparison(comparison: dict[str, Any], path: str | Path) -> Path:
     """Write what `compare_methods` returned as one self-contained page; returns its path."""
     methods = comparison["methods"]
-    parts = {"figures": _method_figures(comparison), "differences": _method_charts(comparison)}
+    parts = {"metrics": _method_metrics(comparison), "differences": _method_charts(comparison)}
     return _write(
         path, " and ".join(methods), [f"{comparison['seeds']} seeds each", f"differences from {methods[0]}"], parts
     )
-
-
-TITLES = {
-    "figures": "Final metrics",
-    "paired": "Paired differences",
-    "missing": "What is missing",
-}
 
 
 def _write(path: str | Path, title: str, facts: Sequence[str], parts: dict[str, Section]) -> Path:
@@ -85,7 +80,7 @@ def _table(head: Sequence[str], rows: list[list[Any]], caption: str, numeric: Se
     return {"head": head, "rows": rows, "caption": caption, "numeric": numeric}
 
 
-def _figures(comparison: dict[str, Any], labels: list[str]) -> Section:
+def _metrics(comparison: dict[str, Any], labels: list[str]) -> Section:
     rows = []
     for row in comparison["figures"]:
         metric = metric_named(row)
@@ -153,7 +148,7 @@ def _missing(comparison: dict[str, Any]) -> Section:
     return {"table": _table(["Run", "What", "Why"], rows, "What is missing")}
 
 
-def _method_figures(comparison: dict[str, Any]) -> Section:
+def _method_metrics(comparison: dict[str, Any]) -> Section:
     methods = comparison["methods"]
     rows = []
     for row in comparison["figures"]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
@@ -16,9 +15,6 @@ from transcoder.reporting.format import MISSING, number, percent, real, whole
 from transcoder.reporting.ledger_verdict import verdicts
 from transcoder.reporting.run import Run
 from transcoder.reporting.samples import SampleTable
-
-if TYPE_CHECKING:
-    from transcoder.reporting.latent_cards import LatentCards
 
 Section = dict[str, Any]
 """What a template is given, by name."""
@@ -72,7 +68,7 @@ SPARSE_FAMILIES = ("evaluation/", "duplicates/")
 
 
 def overview(run: Run) -> Section:
-    figures = [
+    metrics = [
         summary_metrics.TRAINING_FVU,
         summary_metrics.L0,
         summary_metrics.DEAD,
@@ -84,11 +80,11 @@ def overview(run: Run) -> Section:
     ]
     if summary_metrics.CE_RECOVERED.of(run) is not None:
         # Only where a language model was at hand.
-        figures.insert(0, summary_metrics.CE_RECOVERED)
+        metrics.insert(0, summary_metrics.CE_RECOVERED)
     baselines = (summary_metrics.HELDOUT_FVU, summary_metrics.LINEAR_BASELINE, summary_metrics.MEAN_BASELINE)
     return {
-        "baselines": [(figure, figure.of(run)) for figure in baselines],
-        "tiles": [(figure.label, figure.text(figure.of(run)), figure.meaning) for figure in figures],
+        "baselines": [(metric, metric.of(run)) for metric in baselines],
+        "tiles": [(metric.label, metric.text(metric.of(run)), metric.meaning) for metric in metrics],
         "missing": [*run.missing, *run.lacking],
         "verdicts": verdicts(run),
     }
@@ -120,18 +116,18 @@ def _lines(run: Run, curve: Curve) -> list[Line]:
 
 
 def _prefix_lines(run: Run) -> list[Line]:
-    found = [
-        (width, run.metrics.get(f"metrics/fvu_prefix_{width}")) for width in run.prefix_metrics("metrics/fvu_prefix")
-    ]
-    found = [(width, series) for width, series in found if len(series)]
-    colors = ordered_colors(len(found))
-    return [Line(number(w), s.steps, s.values, c) for (w, s), c in zip(found, colors, strict=True)]
+    series = {
+        width: run.metrics.get(f"metrics/fvu_prefix_{width}") for width in run.prefix_metrics("metrics/fvu_prefix")
+    }
+    logged = {width: found for width, found in series.items() if len(found)}
+    colors = ordered_colors(len(logged))
+    return [Line(number(w), s.steps, s.values, c) for (w, s), c in zip(logged.items(), colors, strict=True)]
 
 
 def _baselines(run: Run, *, mean: bool = True) -> list[tuple[float, str]]:
     """Horizontal lines of a chart of the FVU."""
     named = [(summary_metrics.LINEAR_BASELINE, "linear map"), (summary_metrics.MEAN_BASELINE, "mean")]
-    found = [(real(figure.of(run)), label) for figure, label in named[: 1 + mean]]
+    found = [(real(metric.of(run)), label) for metric, label in named[: 1 + mean]]
     return [(value, f"{label} {number(value)}") for value, label in found if value is not None]
 
 
@@ -164,9 +160,7 @@ def duplicates(run: Run) -> Section:
     return {
         "report": report,
         "why": _why_missing(run, "correlation report"),
-        "pairs": [
-            {**pair, "fold": percent(real(pair.get("merge_share"))), "test": _merge_test(pair)} for pair in pairs
-        ],
+        "pairs": [{**pair, "test": _merge_test(pair)} for pair in pairs],
         "countable": SEQUENCES_COUNTABLE,
         "graph": _graph(report, pairs),
         "charts": [_histogram(report), _merge_costs(pairs)],
@@ -195,7 +189,7 @@ def groups_of(report: Mapping[str, Any]) -> list[list[int]]:
 
 def _merge_test(pair: Mapping[str, Any]) -> str:
     mergeable = pair.get("mergeable")
-    return "duplicate" if mergeable is True else "no duplicate" if mergeable is False else "not tested"
+    return ("no duplicate", "duplicate")[mergeable] if isinstance(mergeable, bool) else "not tested"
 
 
 def _components(report: Mapping[str, Any], field: str) -> list[list[int]]:
@@ -262,19 +256,23 @@ def _graph(report: Mapping[str, Any], pairs: list[dict[str, Any]]) -> Chart | No
 
 def positions(run: Run) -> Section:
     samples = run.samples
-    drawn = [] if samples is None else _sample_charts(run, samples)
-    locked = np.zeros(0, np.int64)
-    if samples is not None:
-        latents, shares = concentration(samples)
-        locked = latents[shares == 1.0]
-    return {
-        "tiles": _sinks(run),
-        "charts": [*drawn, _drawn_positions(run)] if samples is not None else [],
-        "locked": locked.tolist(),
-    }
+    if samples is None:
+        return {"tiles": _sinks(run)}
+    latents, shares = concentration(samples)
+    counts, edges = np.histogram(shares, POSITION_BINS, (0, 1))
+    concentrated = bar_chart(
+        "Do latents keep to one position?",
+        edges.tolist(),
+        [("latents", counts.tolist(), "c0")],
+        x_label="share of a latent's strongest samples at its commonest position",
+        y_label="latents",
+        note=f"{number(len(latents))} latents with at least {LEAST_SAMPLES} strongest samples.",
+    )
+    charts = [_sample_positions(run, samples), concentrated, _drawn_positions(run)]
+    return {"tiles": _sinks(run), "charts": charts, "locked": latents[shares == 1.0].tolist()}
 
 
-def _sample_charts(run: Run, samples: SampleTable) -> list[Chart | None]:
+def _sample_positions(run: Run, samples: SampleTable) -> Chart | None:
     length = max(whole(run.setting("activations.sequence_length")) or 0, int(samples.position.max()) + 1)
     edges = np.linspace(0, length, POSITION_BINS + 1)
     groups = []
@@ -282,26 +280,14 @@ def _sample_charts(run: Run, samples: SampleTable) -> list[Chart | None]:
         if chosen.any():
             counts = np.histogram(samples.position[chosen], edges)[0]
             groups.append((label, (100 * counts / counts.sum()).tolist(), color))
-    latents, shares = concentration(samples)
-    counts, unit = np.histogram(shares, POSITION_BINS, (0, 1))
-    return [
-        bar_chart(
-            "Where kept samples stand",
-            edges.tolist(),
-            groups,
-            x_label="position in the sequence",
-            y_label="% of samples",
-            note="The second kind is drawn to cover all positions, so only the first shows a preference.",
-        ),
-        bar_chart(
-            "Do latents keep to one position?",
-            unit.tolist(),
-            [("latents", counts.tolist(), "c0")],
-            x_label="share of a latent's strongest samples at its commonest position",
-            y_label="latents",
-            note=f"{number(len(latents))} latents with at least {LEAST_SAMPLES} strongest samples.",
-        ),
-    ]
+    return bar_chart(
+        "Where kept samples stand",
+        edges.tolist(),
+        groups,
+        x_label="position in the sequence",
+        y_label="% of samples",
+        note="The second kind is drawn to cover all positions, so only the first shows a preference.",
+    )
 
 
 def _drawn_positions(run: Run) -> Chart | None:
@@ -347,17 +333,9 @@ def _sinks(run: Run) -> list[tuple[str, str]]:
     return [(name, value) for name, value in facts if value != MISSING]
 
 
-def latents(run: Run, cards: LatentCards) -> Section:
-    widths = cards.index.get("widths", [])
-    return {
-        "cards": cards,
-        "index": cards.index,
-        "groups": max(cards.index.get("group") or [0]),
-        "prefixes": [f"{number(low)} to {number(high - 1)}" for low, high in pairwise([0, *widths])],
-        "why": _why_missing(run, "activation samples"),
-        "lacking": {m.what: m.why for m in run.lacking}
-        | ({} if run.heldout_latents is None else run.heldout_latents.why),
-    }
+def latents(run: Run) -> Section:
+    why = {m.what: m.why for m in run.lacking} | ({} if run.heldout_latents is None else run.heldout_latents.why)
+    return {"why": _why_missing(run, "activation samples"), "lacking": why}
 
 
 def settings(run: Run) -> Section:
