@@ -21,6 +21,7 @@ from transcoder.training.optimizer import make_optimizer, optimizer_step
 
 PENALTIES = ("l0_target", "l0", "tanh")
 BACKENDS = ["triton"] if interpreted() or torch.cuda.is_available() else ["torch", *["cpp"] * extension.usable()]
+WITH_TRITON = "dense_float64 and (mse and l0_target or saelens and tanh)"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -114,7 +115,7 @@ def test_loss_and_every_gradient_match_a_dense_float64_version(
 )
 def test_gradients_in_tritons_interpreter(beside: subprocess.CompletedProcess[str]) -> None:
     assert beside.returncode == 0, beside.stdout[-8000:]
-    assert "6 passed" in beside.stdout
+    assert "2 passed" in beside.stdout
 
 
 def test_every_activation_has_its_selection() -> None:
