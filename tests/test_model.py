@@ -456,7 +456,6 @@ except OSError as error:
         ({"aux_coefficient": float("nan")}, ValueError, "aux_coefficient: expected a finite number"),
         ({"threshold_rate": None}, TypeError, "threshold_rate: expected a number"),
         ({"activation": ["topk"]}, ValueError, "activation: expected"),
-        ({"loss": None}, ValueError, "loss: expected one of"),
     ],
 )
 def test_wrong_settings_are_refused_by_name(change: dict, kind: type[Exception], words: str) -> None:
