@@ -1,4 +1,4 @@
-.PHONY: check test bench measure demo sanitize
+.PHONY: check test test-slow bench measure demo sanitize
 
 check:  ## linters and type checker
 	ruff check
@@ -7,6 +7,9 @@ check:  ## linters and type checker
 
 test:
 	pytest
+
+test-slow:  ## the long tests, which pytest leaves out by default
+	pytest -m slow
 
 bench:
 	pytest bench/ --benchmark-only

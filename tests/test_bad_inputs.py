@@ -63,6 +63,7 @@ WORDS: list[tuple[str, list[str]]] = [
         "train demo --transcoder.activation relu",
         ["transcoder.activation: expected", "'topk'", "'batch_topk'", "'relu'"],
     ),
+    ("train demo --training.steps 2026-01-31", ["training.steps: expected a whole number, got '2026-01-31'"]),
     ("train demo --transcoder.k 0", ["transcoder.k: expected between 1 and d_sae = 2048, got 0"]),
     ("train demo --transcoder.widths 256", ["transcoder.widths: expected a list, got 256"]),
     ("train demo --transcoder.widths [256,x]", ["transcoder.widths[1]: expected a whole number, got 'x'"]),
@@ -92,10 +93,14 @@ FILES: list[tuple[bytes, list[str]]] = [
     (b"training:\n  steps: [", ["bad.yaml", "not valid YAML", "line 2, column 11"]),
     (b"\xff\xfe\x00", ["bad.yaml", "not valid YAML"]),
     (b"a: !!python/object/apply:os.system ['true']", ["bad.yaml", "not valid YAML"]),
+    (b"[" * 100_000, ["bad.yaml", "not valid YAML"]),
+    (b"a: " + b"1" * 10_000, ["bad.yaml", "not valid YAML"]),
+    (b"a: !!bool x", ["bad.yaml", "not valid YAML"]),
     (b"trainig: {steps: 3}", ["unknown key 'trainig'", "did you mean 'training'?"]),
     (b"d_sae: 5", ["unknown key 'd_sae'", "did you mean 'transcoder.d_sae'?"]),
     (b"antidup: {monitr: {}}", ["unknown key 'antidup.monitr'", "did you mean 'antidup.monitor'?"]),
     (b"1: 2", ["unknown key '1'", "known: name, model.name"]),
+    (b"training: {1: 2}", ["unknown key 'training.1'", "did you mean 'training."]),
     (b"training: 5", ["training: expected a mapping, got 5"]),
     (b"antidup: {monitor: [1]}", ["antidup.monitor: expected a mapping, got [1]"]),
     (b"training:\n  steps:", ["training.steps: expected a whole number, got None"]),
@@ -103,6 +108,8 @@ FILES: list[tuple[bytes, list[str]]] = [
     (b"training: {lr: .nan}", ["training.lr: expected a finite number, got nan"]),
     (b"training: {betas: [0.9, 0.95, 0.99]}", ["training.betas: expected 2 values, got [0.9, 0.95, 0.99]"]),
     (b"training: {betas: [0.9, 1]}", ["training.betas", "in [0, 1)", "1.0"]),
+    (b"training: {betas: 0.9}", ["training.betas: expected a list, got 0.9"]),
+    (b"logging: {progress: 'yes'}", ["logging.progress: expected true or false, got 'yes'"]),
     (b"antidup: {samples: {enabled: 1}}", ["antidup.samples.enabled: expected true or false, got 1"]),
     (b"model: {name: 3}", ["model.name: expected text, got 3; put it in quotes"]),
     (b"model: {name: ''}", ["model.name: expected a hub name, a folder or 'demo', got ''"]),
@@ -186,6 +193,7 @@ def refused(capsys: pytest.CaptureFixture[str], words: list[str], parts: list[st
     assert error.startswith("error: ")
     assert [part for part in parts if part not in error] == [], error
     assert not list(Path().glob("runs/*/metrics.jsonl"))
+    assert [path.name for path in Path("used").iterdir()] == ["notes.txt"]
 
 
 @pytest.mark.parametrize(("words", "parts"), WORDS, ids=[words for words, _ in WORDS])
@@ -193,7 +201,7 @@ def test_words(capsys: pytest.CaptureFixture[str], words: str, parts: list[str])
     refused(capsys, words.split(), parts)
 
 
-@pytest.mark.parametrize(("content", "parts"), FILES, ids=[repr(content) for content, _ in FILES])
+@pytest.mark.parametrize(("content", "parts"), FILES, ids=[repr(content)[:60] for content, _ in FILES])
 def test_files(capsys: pytest.CaptureFixture[str], content: bytes, parts: list[str]) -> None:
     Path("bad.yaml").write_bytes(content)
     refused(capsys, ["train", "bad.yaml"], parts)

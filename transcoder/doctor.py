@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import json
 import os
 import platform
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+from transcoder.files import replace_atomically
 
 if TYPE_CHECKING:
     import torch
@@ -138,20 +142,92 @@ def _triton_time() -> Iterator[Fact]:
     if importlib.util.find_spec("triton") is None:
         return
     import torch
+    from triton import knobs
 
-    from transcoder.kernels import compile_time
-
-    kept = f"kept in {compile_time.triton_cache()}"
+    kept = f"kept in {knobs.cache.dir}"
     if not torch.cuda.is_available():
         yield Fact("note", f"Triton kernels: no GPU to compile them for; compiled ones would be {kept}")
         return
     device = torch.device("cuda", torch.cuda.current_device())
     capability = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
-    found = compile_time.compile_every_kernel(device)
-    first = compile_time.remember_first(f"{capability}, triton {_version('triton')}", found)
+    found = compile_every_kernel(device)
+    first = remember_first(f"{capability}, triton {_version('triton')}", found)
     cold = "at a time not noted" if first is None else f"{first.compiled} in {first.compile_seconds:.1f} s"
     now = f"{found.compiled} in {found.compile_seconds:.1f} s, {found.loaded} from the cache in {found.load_seconds:.2f} s"
     yield Fact("ok", f"Triton kernels for {capability}: compiled at first {cold}; now {now}; {kept}")
+
+
+@dataclass
+class CompileTime:
+    """Triton kernels that a block of code asked for: those that had to be compiled, and those that the cache on disk held."""
+
+    compiled: int = 0
+    loaded: int = 0
+    compile_seconds: float = 0.0
+    load_seconds: float = 0.0
+
+
+@contextmanager
+def compile_time() -> Iterator[CompileTime]:
+    """Counts what Triton compiles or loads from its cache inside the block. Kernels that this process has already loaded are
+    not counted."""
+    from triton import knobs
+
+    found, before = CompileTime(), knobs.compilation.listener
+
+    def note(*, times: Any, cache_hit: bool, **others: Any) -> None:
+        if cache_hit:
+            found.loaded += 1
+            found.load_seconds += 1e-6 * times.total
+        else:
+            found.compiled += 1
+            found.compile_seconds += 1e-6 * times.total
+        if before is not None:
+            before(times=times, cache_hit=cache_hit, **others)
+
+    knobs.compilation.listener = note
+    try:
+        yield found
+    finally:
+        knobs.compilation.listener = before
+
+
+def compile_every_kernel(device: torch.device) -> CompileTime:
+    """Run each op once on `device` with backend `triton`, as a bf16 training step would: every kernel is then compiled."""
+    import torch
+
+    from transcoder import kernels
+
+    rows, d, d_sae, k = 256, 256, 2048, 16
+    x, W_enc, W_dec, b_enc, b_dec = (
+        torch.randn(*shape, device=device).requires_grad_()
+        for shape in ((rows, d), (d_sae, d), (d_sae, d), (d_sae,), (d,))
+    )
+    with compile_time() as found, kernels.use_backend("triton"), torch.autocast(device.type, torch.bfloat16):
+        for codes in (kernels.topk_encode(x, W_enc, b_enc, k), kernels.batch_topk_encode(x, W_enc, b_enc, k)):
+            loss = kernels.nested_loss(codes, W_dec, b_dec, x.detach(), [d_sae // 4, d_sae]).value
+            (loss + kernels.sparse_decode(codes, W_dec, b_dec).mean()).backward()
+        kernels.threshold_encode(x, W_enc, b_enc, 1.0)
+        for dim in (None, 64):
+            monitor = kernels.FeatureCorrelation(d_sae, dim, device=device)
+            monitor.update(codes.detach())
+            monitor.pairs(0.9)
+    return found
+
+
+def remember_first(what: str, found: CompileTime) -> CompileTime | None:
+    """The first time that `what` (a chip and a version of Triton) was compiled whole on this machine, noted on disk."""
+    from transcoder.kernels.extension import cache_folder
+
+    file = cache_folder() / "first_call.json"
+    try:
+        known = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        known = {}
+    if found.compiled and not found.loaded:
+        known[what] = {"compiled": found.compiled, "compile_seconds": found.compile_seconds}
+        replace_atomically(file, json.dumps(known, indent=1) + "\n")
+    return CompileTime(**known[what]) if what in known else None
 
 
 def _ops() -> Iterator[Fact]:

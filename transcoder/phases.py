@@ -26,8 +26,8 @@ def phase(name: str) -> AbstractContextManager[object]:
 
 
 class PhaseClock:
-    """Seconds and calls by phase, each without those of the phases inside it. Counts the thread that made it: others run
-    besides the steps.
+    """Seconds and calls by phase, each without those of the phases inside it. Counts the thread that made it only: others
+    do not hold up the steps.
 
     Args:
         device: waited for at the ends of every phase, while `synchronise` is set.

@@ -22,11 +22,11 @@ from transcoder.reporting.charts import (
 def test_a_value_that_is_not_finite_breaks_the_line_and_is_counted() -> None:
     chart = line_chart("t", [Line("a", [1, 2, 3, 4], [1.0, math.nan, 2.0, math.inf])])
     assert chart is not None
-    assert chart.figure["data"][0]["y"] == [1, None, 2, None]
+    assert chart.data[0]["y"] == [1, None, 2, None]
     assert "2 values not finite" in chart.note
     assert chart.spoken == "a ends at 2"
     assert chart.rows[1] == ["2", "–"]
-    json.dumps(chart.figure, allow_nan=False)
+    json.dumps(chart.data, allow_nan=False)
 
 
 def test_nothing_to_draw() -> None:
@@ -42,13 +42,13 @@ def test_a_long_series_is_averaged_keeps_its_range_and_ends_where_it_ends() -> N
     n = 100_003
     chart = line_chart("t", [Line("a", range(n), [float(v % 2) for v in range(n)])])
     assert chart is not None
-    low, high, mean = chart.figure["data"]
+    low, high, mean = chart.data
     assert len(mean["x"]) == len(mean["y"]) == len(low["y"]) == MAX_POINTS
     assert mean["x"][-1] == n - 1
     assert set(low["y"]) == {0}
     assert set(high["y"]) == {1}
     assert all(abs(y - 0.5) < 0.01 for y in mean["y"])
-    assert len(json.dumps(chart.figure)) < 20_000
+    assert len(json.dumps(chart.data)) < 20_000
     assert len(chart.rows) == 24
     assert chart.rows[-1][0] == f"{n - 1:,}"
 
@@ -57,7 +57,7 @@ def test_logarithmic_only_where_it_helps() -> None:
     def log(*values: float) -> bool:
         chart = line_chart("t", [Line("a", [1, 2], values)], y_label="v", allow_log=True, from_zero=True)
         assert chart is not None
-        axis = chart.figure["layout"]["yaxis"]
+        axis = chart.layout["yaxis"]
         assert ("range" in axis) is not (axis.get("type") == "log")
         assert axis["title"]["text"] == ("v (log)" if "type" in axis else "v")
         return axis.get("type") == "log"
@@ -72,9 +72,8 @@ def test_marks_outside_the_bins_are_left_out() -> None:
         "t", [0, 1, 2], [("a", [3.0, 0.0], "c0")], x_label="x", y_label="y", marks=[(1.5, "m"), (9, "out")]
     )
     assert chart is not None
-    assert [(a["x"], a["text"]) for a in chart.figure["layout"]["annotations"]] == [(1.5, "m")]
-    assert [s["x0"] for s in chart.figure["layout"]["shapes"]] == [1.5]
-    assert chart.figure["data"][0]["y"] == [3, None], "a bin of 0 has no bar on a logarithmic axis"
+    assert [(s["x0"], s["label"]["text"]) for s in chart.layout["shapes"]] == [(1.5, "m")]
+    assert chart.data[0]["y"] == [3, None], "a bin of 0 has no bar on a logarithmic axis"
 
 
 def test_intervals_in_words() -> None:

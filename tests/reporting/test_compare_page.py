@@ -18,9 +18,9 @@ def test_runs_beside_each_other(make_run: Callable[..., Path], tmp_path: Path) -
     runs = [make_run(seed=n, interrupted=n == 2, overrides={"transcoder.k": 8 + n}) for n in range(3)]
     comparison = compare_runs(*runs)
     page = read(write_run_comparison(comparison, tmp_path / "new" / "both.html"))
-    assert list(page.sections) == ["figures", "paired", "curves", "settings", "missing"]
-    figures = page.sections["figures"].one("table")
-    assert [row[0] for row in figures.rows] == [
+    assert list(page.sections) == ["metrics", "paired", "curves", "settings", "missing"]
+    metrics = page.sections["metrics"].one("table")
+    assert [row[0] for row in metrics.rows] == [
         f"{row['label'].strip()} {row['meaning']}" for row in comparison["figures"]
     ]
     charts = list(page.sections["paired"].charts.values())
@@ -55,4 +55,4 @@ def test_the_command_writes_the_page(
     assert main(["compare", *runs, "--html", str(page)]) == 0
     assert f"page: {page}" in capsys.readouterr().out
     assert main(["compare", f"a={runs[0]}", f"b={runs[0]}", "--html", str(page)]) == 0
-    assert list(read(page).sections) == ["figures", "differences"]
+    assert list(read(page).sections) == ["metrics", "differences"]

@@ -87,7 +87,7 @@ def test_unequal_seeds_are_refused(methods: dict[str, list[Path]]) -> None:
 
 def test_the_command(methods: dict[str, list[Path]], capsys: pytest.CaptureFixture[str]) -> None:
     words = [f"{name}={','.join(map(str, runs))}" for name, runs in methods.items()]
-    assert cli.main(["compare", *words]) == cli.EXIT_OK
+    assert cli.main(["compare", *words]) == cli.Exit.OK
     assert "paired, with its 95 % interval" in capsys.readouterr().out
-    assert cli.main(["compare", words[0], str(methods["base"][0])]) == cli.EXIT_INPUT
+    assert cli.main(["compare", words[0], str(methods["base"][0])]) == cli.Exit.INPUT
     assert "expected NAME=RUN,RUN" in capsys.readouterr().err

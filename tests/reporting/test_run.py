@@ -15,12 +15,12 @@ import torch
 
 from transcoder import Run, Transcoder, TranscoderConfig
 from transcoder.antidup import CorrelationMonitor, UsageLedger
-from transcoder.antidup.ledger import REQUIRED_EFFECTS
 from transcoder.config import CheckpointSection, MonitorSection
 from transcoder.kernels import topk_encode
 from transcoder.reporting import RunPartMissingError
 from transcoder.reporting.latents import Latents
 from transcoder.training.checkpoint import CheckpointStore
+from transcoder.usage import REQUIRED_EFFECTS
 
 WIDTHS, TOKENS = (64, 192, 448, 512), 3 * 256
 MakeRun = Callable[..., Path]
@@ -396,6 +396,9 @@ def test_a_plot_without_its_part_says_what_is_missing(make_run: MakeRun) -> None
     (run.path / "metrics.jsonl").unlink()
     with pytest.raises(RunPartMissingError, match="not in the folder: there are no curves"):
         run.plot_loss()
+    with pytest.raises(RunPartMissingError, match="no metrics: not in the folder"):
+        run.metrics["metrics/fvu"]
+    assert "there are no curves" in repr(run.metrics)
     with pytest.raises(RunPartMissingError, match="no checkpoint"):
         run.plot_density()
 

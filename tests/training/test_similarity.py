@@ -17,8 +17,7 @@ from transcoder.training.similarity import (
     HeldoutCodes,
     prefix_similarity,
     run_similarity,
-    similarity_figures,
-    validate_similarity,
+    similarity_metrics,
 )
 
 D, WIDTHS = 12, (8, 24, 40)
@@ -61,7 +60,8 @@ def test_prefixes_are_compared_as_in_dense_float64(monkeypatch: pytest.MonkeyPat
     W = model(0).W_dec.detach()
     report = prefix_similarity(codes, W)
     assert report is not None
-    validate_similarity(report)
+    assert report["schema_version"] == 1
+    assert (report["tokens"], report["batch_tokens"], report["widths"]) == (200, 50, list(WIDTHS))
     ends = [0, *WIDTHS]
     for a in range(3):
         for b in range(3):
@@ -69,7 +69,7 @@ def test_prefixes_are_compared_as_in_dense_float64(monkeypatch: pytest.MonkeyPat
             outputs = [z[:, : WIDTHS[n]] @ W[: WIDTHS[n]].double() for n in (a, b)]
             assert report["codes"]["cka"][a][b] == pytest.approx(dense_cka(*groups, batches), abs=1e-5)
             assert report["reconstructions"]["cka"][a][b] == pytest.approx(dense_cka(*outputs, batches), abs=1e-5)
-    assert similarity_figures(report) == {
+    assert similarity_metrics(report) == {
         f"similarity/cka_prefix_{w}": report["reconstructions"]["cka"][n][2] for n, w in enumerate(WIDTHS[:2])
     }
 
@@ -102,7 +102,7 @@ def test_a_run_keeps_what_comparing_it_needs(tmp_path: Path, capsys: pytest.Capt
         result = train_transcoder(config, tmp_path / f"run{seed}", batches=training, heldout=heldout(900, 5))
         summary = json.loads((tmp_path / f"run{seed}" / "summary.json").read_text())
         report = json.loads((tmp_path / f"run{seed}" / "similarity.json").read_text())
-        validate_similarity(report)
+        assert set(report) == {"schema_version", "tokens", "batch_tokens", "widths", "codes", "reconstructions"}
         assert summary["similarity/cka_prefix_8"] == report["reconstructions"]["cka"][0][2]
     runs = [tmp_path / "run0", tmp_path / "run1"]
     found = run_similarity(runs)
@@ -138,20 +138,3 @@ def test_other_tokens_and_broken_files_are_refused(tmp_path: Path) -> None:
         run_similarity([tmp_path / "a", tmp_path / "b"])
     with pytest.raises(ValueError, match="kept no codes"):
         run_similarity([tmp_path / "a", tmp_path])
-
-
-@pytest.mark.parametrize(
-    ("path", "value"),
-    [(("schema_version",), 2), (("tokens",), 1.5), (("codes", "cka"), [[1.0]]), (("codes", "error"), [["x"] * 3] * 3)],
-)
-def test_malformed_reports_are_refused(path: tuple[str, ...], value: object) -> None:
-    codes = HeldoutCodes.of(model(0), heldout(60, 2), 60)
-    assert codes is not None
-    report = prefix_similarity(codes, model(0).W_dec)
-    assert report is not None
-    place = report
-    for name in path[:-1]:
-        place = place[name]
-    place[path[-1]] = value
-    with pytest.raises(ValueError, match=path[-1]):
-        validate_similarity(report)

@@ -58,7 +58,7 @@ def test_a_stopped_sweep_says_so_and_how_to_go_on(
 ) -> None:
     stopped = SimpleNamespace(finished=False, interrupted_by="SIGTERM")
     monkeypatch.setattr(module, "train_transcoder", lambda *_, **__: stopped)
-    assert cli.main(["sweep", "demo", "--k", "2,8", "--out", str(tmp_path)]) == cli.EXIT_STOPPED
+    assert cli.main(["sweep", "demo", "--k", "2,8", "--out", str(tmp_path)]) == cli.Exit.STOPPED
     said = capsys.readouterr().err
     assert "stopped by SIGTERM in the run of k = 2; the same command goes on" in said
     assert "Traceback" not in said
@@ -70,5 +70,5 @@ def test_what_cannot_be_swept(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     with pytest.raises(ConfigError, match=r"transcoder\.k"):
         sweep_k(RunConfig.load("demo", SMALL), [4, 65], tmp_path)
     assert not list(tmp_path.iterdir())
-    assert cli.main(["sweep", "demo", "--k", "8,many", "--out", str(tmp_path)]) == cli.EXIT_INPUT
+    assert cli.main(["sweep", "demo", "--k", "8,many", "--out", str(tmp_path)]) == cli.Exit.INPUT
     assert "whole numbers" in capsys.readouterr().err

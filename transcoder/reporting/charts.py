@@ -10,11 +10,12 @@ import html
 import math
 import textwrap
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from transcoder.reporting.format import number
 
@@ -30,14 +31,15 @@ GRAPH_TABLE_ROWS = 200
 TITLE_CHARACTERS = 40
 """An axis title is broken at this length: a narrow chart would cut it."""
 
-FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif'
+_FAMILY = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif'
+_FONT = {"family": _FAMILY, "size": 12, "color": "--fg"}
+_FAINT = {"size": 11, "color": "--muted"}
 _AXIS = {
     "title": {"standoff": 8, "font": {"size": 12, "color": "--muted"}},
-    "tickfont": {"size": 11, "color": "--muted"},
+    "tickfont": _FAINT,
     "gridcolor": "--grid",
     "linecolor": "--line",
     "zerolinecolor": "--line",
-    "tickcolor": "--line",
     "automargin": True,
     "fixedrange": True,
 }
@@ -45,21 +47,22 @@ LOOK = {
     "layout": {
         "height": 250,
         "margin": {"l": 50, "r": 14, "t": 8, "b": 42},
+        "bargap": 0.12,
+        "bargroupgap": 0.05,
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
-        "font": {"family": FONT, "size": 12, "color": "--fg"},
-        "hovermode": "closest",
-        "hoverlabel": {
-            "bgcolor": "--panel",
-            "bordercolor": "--line",
-            "font": {"family": FONT, "size": 12, "color": "--fg"},
-        },
+        "font": _FONT,
         "showlegend": False,
+        "hovermode": "closest",
+        "hoverlabel": {"bgcolor": "--panel", "bordercolor": "--line", "font": _FONT},
         "xaxis": _AXIS,
         "yaxis": _AXIS,
-        "shapedefaults": {"line": {"color": "--muted", "width": 1, "dash": "dash"}},
-        "annotationdefaults": {"showarrow": False, "font": {"size": 11, "color": "--muted"}},
-    }
+        "shapedefaults": {
+            "line": {"color": "--muted", "width": 1, "dash": "dash"},
+            "label": {"font": _FAINT, "textposition": "end", "textangle": 0},
+        },
+    },
+    "data": {"scatter": [{"line": {"width": 1.8}, "marker": {"size": 6}}], "bar": [{"marker": {"cornerradius": 2}}]},
 }
 """plotly template (https://plotly.com/javascript/reference/layout/#layout-template) that every chart is drawn with."""
 
@@ -70,7 +73,7 @@ class Chart:
 
     Fields:
         look: "lines", "bars", "intervals" or "graph": its class in the style sheet.
-        figure: {"data", "layout"} for `Plotly.react`, without the template.
+        data, layout: for `Plotly.react`, without the template.
         spoken: the chart in one sentence, for a screen reader.
         head, rows: its values as a table of texts.
         legend: (label, color) of each series; shown where there are several.
@@ -78,11 +81,12 @@ class Chart:
 
     title: str
     look: str
-    figure: dict[str, Any]
+    data: list[dict[str, Any]]
+    layout: dict[str, Any]
     spoken: str
     head: list[str]
     rows: list[list[str]]
-    legend: list[tuple[str, str]] = field(default_factory=list)
+    legend: Sequence[tuple[str, str]] = ()
     note: str = ""
 
 
@@ -94,8 +98,8 @@ class Line:
     """
 
     label: str
-    x: Sequence[float]
-    y: Sequence[float]
+    x: ArrayLike
+    y: ArrayLike
     color: str = "c0"
     markers: bool = False
 
@@ -124,30 +128,20 @@ def line_chart(
     lost = sum(int((~np.isfinite(line.y)).sum()) for line in lines)
     if lost:
         note = f"{note} {lost} value{'s' if lost > 1 else ''} not finite.".strip()
-    least, most = min(p.least for p in drawn), max(p.most for p in drawn)
+    least, most = min(np.nanmin(p.low) for p in drawn), max(np.nanmax(p.high) for p in drawn)
     log = allow_log and least > 0 and most / least > LOG_RATIO
     first, last = min(p.x[0] for p in drawn), max(p.x[-1] for p in drawn)
     layout = {
         "hovermode": "x unified",
         "xaxis": _axis(x_label, separatethousands=True, **({"range": [first, last]} if first < last else {})),
         "yaxis": _axis(y_label, **_value_axis([least, most, *(value for value, _ in references)], log, from_zero)),
-        "shapes": [{"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": v, "y1": v} for v, _ in references],
-        "annotations": [
-            {"xref": "paper", "x": 1, "xanchor": "right", "yanchor": "bottom", "text": _plain(label)}
-            | {"y": math.log10(value) if log else value}
-            for value, label in references
-        ],
+        "shapes": [_guide(words, "bottom", xref="paper", x0=0, x1=1, y0=v, y1=v) for v, words in references],
     }
-    return Chart(
-        title,
-        "lines",
-        {"data": [trace for p in drawn for trace in p.traces(len(drawn) > 1)], "layout": layout},
-        "; ".join(f"{p.line.label} ends at {number(p.last)}" for p in drawn),
-        [x_label, *(p.line.label for p in drawn)],
-        _line_rows(drawn),
-        [(p.line.label, p.line.color) for p in drawn],
-        note,
-    )
+    spoken = "; ".join(f"{p.line.label} ends at {number(float(p.y[np.isfinite(p.y)][-1]))}" for p in drawn)
+    head = [x_label, *(p.line.label for p in drawn)]
+    legend = [(p.line.label, p.line.color) for p in drawn]
+    traces = [trace for p in drawn for trace in p.traces()]
+    return Chart(title, "lines", traces, layout, spoken, head, _line_rows(drawn), legend, note)
 
 
 class _Points:
@@ -155,54 +149,37 @@ class _Points:
 
     def __init__(self, line: Line) -> None:
         x, y = np.asarray(line.x), np.asarray(line.y, np.float64)
-        y = np.where(np.isfinite(y), y, np.nan)
-        self.line, self.banded = line, len(x) > MAX_POINTS
-        self.low = self.high = y
+        y = self.low = self.high = np.where(np.isfinite(y), y, np.nan)
+        self.banded = len(x) > MAX_POINTS
         if self.banded:
             cuts = np.arange(MAX_POINTS + 1) * len(x) // MAX_POINTS
-            self.low, self.high = np.fmin.reduceat(y, cuts[:-1]), np.fmax.reduceat(y, cuts[:-1])
-            known = np.add.reduceat(np.isfinite(y).astype(np.int64), cuts[:-1])
+            self.low, self.high = (join.reduceat(y, cuts[:-1]) for join in (np.fmin, np.fmax))
             with np.errstate(invalid="ignore"):
-                y = np.add.reduceat(np.nan_to_num(y), cuts[:-1]) / known
+                y = np.add.reduceat(np.nan_to_num(y), cuts[:-1]) / np.add.reduceat(1.0 * np.isfinite(y), cuts[:-1])
             # The last bucket stands at the last step, so that the line ends where the run does.
             x = x[cuts[1:] - 1]
-        self.x, self.y = x.tolist(), y
-        self.least, self.most = float(np.nanmin(self.low)), float(np.nanmax(self.high))
-        self.last = float(y[np.isfinite(y)][-1])
+        self.line, self.x, self.y = line, x.tolist(), y
 
-    def traces(self, named: bool) -> list[dict[str, Any]]:
-        line, color = self.line, f"--{self.line.color}"
-        dotted = (line.markers and len(self.x) <= MAX_MARKERS) or len(self.x) == 1
-        own = {
-            "type": "scatter",
-            "mode": "lines+markers" if dotted else "lines",
-            "name": _plain(line.label),
-            "x": self.x,
-            "y": _shorts(self.y),
-            "line": {"color": color, "width": 1.8},
-            "marker": {"size": 6, "color": color},
-            "hovertemplate": _hover("%{y:.4~g}", named),
-        }
-        if not self.banded:
-            return [own]
-        edge = {"type": "scatter", "mode": "lines", "x": self.x, "line": {"width": 0}, "hoverinfo": "skip"}
-        filled = {"fill": "tonexty", "fillcolor": f"{color}/0.16"}
-        return [{**edge, "y": _shorts(self.low)}, {**edge, "y": _shorts(self.high), **filled}, own]
+    def traces(self) -> list[dict[str, Any]]:
+        color = f"--{self.line.color}"
+        dotted = (self.line.markers and len(self.x) <= MAX_MARKERS) or len(self.x) == 1
+        own: dict[str, Any] = {"mode": "lines+markers" if dotted else "lines", "name": _plain(self.line.label)}
+        own |= {"line": {"color": color}, "marker": {"color": color}, "hovertemplate": "%{y:.4~g}"}
+        edges = [(self.low, {}), (self.high, {"fill": "tonexty", "fillcolor": f"{color}/0.16"})] if self.banded else []
+        hidden = {"mode": "lines", "line": {"width": 0}, "hoverinfo": "skip"}
+        return [*(_scatter(self.x, y, **hidden, **fill) for y, fill in edges), _scatter(self.x, self.y, **own)]
 
 
 def _line_rows(drawn: Sequence[_Points]) -> list[list[str]]:
     """Values of every line nearest to `TABLE_ROWS` places of the longest one."""
-    longest = max(drawn, key=lambda p: len(p.x)).x
-    places = np.unique(np.linspace(0, len(longest) - 1, min(TABLE_ROWS, len(longest))).round().astype(int))
-    nearest = [np.abs(np.subtract.outer(np.asarray(longest)[places], p.x)).argmin(1) for p in drawn]
-    return [
-        [number(longest[place]), *(number(short(p.y[near[n]])) for p, near in zip(drawn, nearest, strict=True))]
-        for n, place in enumerate(places)
-    ]
+    longest = np.asarray(max(drawn, key=lambda p: len(p.x)).x)
+    places = longest[np.linspace(0, len(longest) - 1, min(TABLE_ROWS, len(longest))).round().astype(int)].tolist()
+    columns = [p.y[np.abs(np.subtract.outer(places, p.x)).argmin(1)] for p in drawn]
+    return [[number(x), *map(_text, values)] for x, *values in zip(places, *columns, strict=True)]
 
 
 def _value_axis(shown: Sequence[float], log: bool, from_zero: bool) -> dict[str, Any]:
-    least, most = min(shown), max(shown)
+    least, most = float(min(shown)), float(max(shown))
     if least == most == 0:
         # Nothing but zeros: a scale of billionths would say nothing.
         return {"range": [0, 1]}
@@ -230,102 +207,63 @@ def bar_chart(
         log: Heights on a logarithmic axis; a bin of 0 has no bar.
         marks: Vertical dashed lines as (x, label).
     """
-    heights = [h for _, hs, _ in groups for h in hs]
-    if len(edges) < 2 or not heights or max(heights) <= 0:
+    if len(edges) < 2 or max((h for _, heights, _ in groups for h in heights), default=0) <= 0:
         return None
     first, last = edges[0], edges[-1]
-    bins = list(pairwise(edges))
-    marks = [(x, label) for x, label in marks if first <= x <= last]
+    bins = [(_text(a), _text(b)) for a, b in pairwise(edges)]
+    middles = _shorts((a + b) / 2 for a, b in pairwise(edges))
     traces = [
-        {
-            "type": "bar",
-            "name": _plain(label),
-            "x": _shorts([(a + b) / 2 for a, b in bins]),
-            "y": [short(h) if h > 0 else None for h in hs],
-            "customdata": [f"{number(short(a))} to {number(short(b))}" for a, b in bins],
-            "marker": {"color": f"--{color}", "cornerradius": 2},
-            "hovertemplate": _hover("%{customdata}: %{y:.4~g}", len(groups) > 1),
-        }
-        for label, hs, color in groups
+        {"type": "bar", "name": _plain(label), "x": middles, "y": _shorts(h if h > 0 else math.nan for h in heights)}
+        | {"marker": {"color": f"--{color}"}, "hoverinfo": "text+y+name" if len(groups) > 1 else "text+y"}
+        | {"hovertext": [f"{a} to {b}" for a, b in bins]}
+        for label, heights, color in groups
     ]
     layout = {
-        "bargap": 0.12,
-        "bargroupgap": 0.05,
         "xaxis": _axis(x_label, range=_shorts([first, last])),
         "yaxis": _axis(y_label, **({"type": "log", "dtick": 1} if log else {})),
-        "shapes": [{"type": "line", "yref": "paper", "y0": 0, "y1": 1, "x0": x, "x1": x} for x, _ in marks],
-        "annotations": [
-            {"yref": "paper", "y": 1, "yanchor": "top", "x": x, "text": _plain(label)}
-            | {"xanchor": "right" if x > (first + last) / 2 else "left"}
-            for x, label in marks
+        "shapes": [
+            _guide(words, "top", "right" if x > (first + last) / 2 else "left", yref="paper", y0=0, y1=1, x0=x, x1=x)
+            for x, words in marks
+            if first <= x <= last
         ],
     }
-    rows = [
-        [number(short(a)), number(short(b)), *(number(short(hs[n])) for _, hs, _ in groups)]
-        for n, (a, b) in enumerate(bins)
-    ]
-    return Chart(
-        title,
-        "bars",
-        {"data": traces, "layout": layout},
-        "; ".join(f"{label}: {len(hs)} bins, largest {number(max(hs))}" for label, hs, _ in groups),
-        ["from", "to", *(label for label, _, _ in groups)],
-        rows,
-        [(label, color) for label, _, color in groups],
-        note,
-    )
+    spoken = "; ".join(f"{label}: {len(hs)} bins, largest {number(max(hs))}" for label, hs, _ in groups)
+    head = ["from", "to", *(label for label, _, _ in groups)]
+    columns = [map(_text, heights) for _, heights, _ in groups]
+    rows = [[*ends, *heights] for ends, *heights in zip(bins, *columns, strict=True)]
+    return Chart(title, "bars", traces, layout, spoken, head, rows, [(label, c) for label, _, c in groups], note)
 
 
 def interval_chart(title: str, rows: Sequence[dict[str, Any]], *, x_label: str) -> Chart | None:
     """Means with their intervals, one a row: {"label", "mean", "low", "high", "verdict"}; None without rows."""
     if not rows:
         return None
-    traces: list[dict[str, Any]] = []
+    traces = []
     for row in rows:
         mean, low, high = row["mean"], row["low"], row["high"]
-        color = {"better": "--c2", "worse": "--c1"}.get(row.get("verdict") or "", "--c0")
-        trace: dict[str, Any] = {
-            "type": "scatter",
-            "mode": "markers",
-            "x": [short(mean)],
-            "y": [_plain(row["label"])],
-            "marker": {"size": 9, "color": color},
-            "hovertemplate": _hover("%{x:.4~g}" if low is None else f"%{{x:.4~g}} [{number(low)}, {number(high)}]"),
-        }
+        color = {"better": "--c2", "worse": "--c1"}.get(row["verdict"], "--c0")
+        more: dict[str, Any] = {"hovertext": interval_words(row), "marker": {"size": 9, "color": color}}
         if low is not None:
-            reach = {"array": [short(high - mean)], "arrayminus": [short(mean - low)], "color": color}
-            trace["error_x"] = {"type": "data", "symmetric": False, "thickness": 2, "width": 5, **reach}
-        traces.append(trace)
+            reach = {"array": [short(high - mean)], "arrayminus": [short(mean - low)]}
+            more["error_x"] = {"symmetric": False, "thickness": 2, "width": 5, "color": color, **reach}
+        trace = _scatter([short(mean)], [], mode="markers", hoverinfo="text", **more)
+        traces.append(trace | {"y": [_plain(row["label"])]})
     layout = {
         "height": 90 + 30 * len(rows),
         "xaxis": _axis(x_label, zeroline=True, zerolinewidth=2, zerolinecolor="--muted"),
         "yaxis": {"autorange": "reversed", "type": "category"},
     }
-    return Chart(
-        title,
-        "intervals",
-        {"data": traces, "layout": layout},
-        "; ".join(f"{row['label']}: {interval_words(row)}" for row in rows),
-        ["", "mean", "low", "high"],
-        [[row["label"], *(number(row[name]) for name in ("mean", "low", "high"))] for row in rows],
-    )
+    spoken = "; ".join(f"{row['label']}: {interval_words(row)}" for row in rows)
+    texts = [[row["label"], *(number(row[name]) for name in ("mean", "low", "high"))] for row in rows]
+    return Chart(title, "intervals", traces, layout, spoken, ["", "mean", "low", "high"], texts)
 
 
-def graph_chart(
-    title: str,
-    groups: Sequence[Sequence[int]],
-    edges: Sequence[tuple[int, int, float, bool, bool]],
-    *,
-    total: int,
-    note: str,
-) -> Chart:
-    """Groups of latents, each drawn as a circle; the circles stand in rows.
+Edge = tuple[int, int, float, bool, bool]
+"""A pair of latents: (latent, latent, correlation, flagged, mergeable)."""
 
-    Args:
-        groups: the latents of each group, the largest group first.
-        edges: pairs as (latent, latent, correlation, flagged, mergeable).
-        total: groups in all, those included that are not drawn.
-    """
+
+def graph_chart(title: str, groups: Sequence[Sequence[int]], edges: Sequence[Edge], *, spoken: str, note: str) -> Chart:
+    """Groups of latents, each drawn as a circle; the circles stand in rows, the largest group first."""
     place: dict[int, tuple[float, float]] = {}
     radii = [0.7 if len(g) == 2 else max(0.9, 1.15 * len(g) / math.pi) for g in groups]
     wide = max(8.0, 1.1 * math.sqrt(sum((2 * r + 1.6) * (2 * r + 1.2) for r in radii)))
@@ -338,57 +276,35 @@ def graph_chart(
             place[latent] = (left + radius + radius * math.cos(turn), top - radius - radius * math.sin(turn))
         left += 2 * radius + 1.6
         row_height = max(row_height, 2 * radius)
-    traces: list[dict[str, Any]] = []
-    for flagged in (False, True):
-        for mergeable in (False, True):
-            ends = [(i, j) for i, j, _, f, m in edges if (f, m) == (flagged, mergeable)]
-            color = "--c1" if mergeable else "--muted" if flagged else "--muted/0.45"
-            traces.append(
-                {
-                    "type": "scatter",
-                    "mode": "lines",
-                    "hoverinfo": "skip",
-                    "line": {"color": color, "width": 4.5 if flagged else 2},
-                    "x": [v for i, j in ends for v in (short(place[i][0]), short(place[j][0]), None)],
-                    "y": [v for i, j in ends for v in (short(place[i][1]), short(place[j][1]), None)],
-                }
-            )
-    latents = list(place)
+    traces = []
+    for flagged, mergeable in ((False, False), (False, True), (True, False), (True, True)):
+        color = "--c1" if mergeable else "--muted" if flagged else "--muted/0.45"
+        # A point that is not a number parts the lines.
+        ends = [
+            p for i, j, _, *kind in edges if kind == [flagged, mergeable] for p in (place[i], place[j], (math.nan,) * 2)
+        ]
+        line = {"color": color, "width": 4.5 if flagged else 2}
+        traces.append(
+            _scatter(_shorts(x for x, _ in ends), [y for _, y in ends], mode="lines", hoverinfo="skip", line=line)
+        )
+    marker = {"size": 9 if len(place) > 60 else 12, "color": "--c0", "line": {"color": "--panel", "width": 1.5}}
+    names = {"text": list(map(str, place)), "customdata": list(place), "textposition": "top center"}
+    names |= {"mode": "markers" if len(place) > 90 else "markers+text", "textfont": {"size": 10, "color": "--muted"}}
+    x, y = zip(*place.values(), strict=True)
     traces.append(
-        {
-            "type": "scatter",
-            "mode": "markers" if len(latents) > 90 else "markers+text",
-            "x": _shorts([x for x, _ in place.values()]),
-            "y": _shorts([y for _, y in place.values()]),
-            "text": list(map(str, latents)),
-            "customdata": latents,
-            "textposition": "top center",
-            "textfont": {"size": 10, "color": "--muted"},
-            "cliponaxis": False,
-            "marker": {
-                "size": 9 if len(latents) > 60 else 12,
-                "color": "--c0",
-                "line": {"color": "--panel", "width": 1.5},
-            },
-            "hovertemplate": _hover("latent %{customdata}"),
-        }
+        _scatter(_shorts(x), y, marker=marker, cliponaxis=False, hovertemplate="latent %{text}<extra></extra>", **names)
     )
+    hidden = {"visible": False, "scaleanchor": "x"}
     layout = {
         "height": 560,
         "margin": {"l": 14, "r": 14, "t": 18, "b": 8},
         "xaxis": {"visible": False},
-        "yaxis": {"visible": False, "scaleanchor": "x"},
+        "yaxis": hidden,
     }
+    head = ["latent", "latent", "correlation", "flagged", "mergeable"]
     yes = ("no", "yes")
-    return Chart(
-        title,
-        "graph",
-        {"data": traces, "layout": layout},
-        f"{total} groups; {len(groups)} drawn, the largest of {len(groups[0])} latents",
-        ["latent", "latent", "correlation", "flagged", "mergeable"],
-        [[str(i), str(j), number(short(r)), yes[f], yes[m]] for i, j, r, f, m in edges[:GRAPH_TABLE_ROWS]],
-        note=note,
-    )
+    rows = [[str(i), str(j), _text(r), yes[f], yes[m]] for i, j, r, f, m in edges[:GRAPH_TABLE_ROWS]]
+    return Chart(title, "graph", traces, layout, spoken, head, rows, note=note)
 
 
 def interval_words(row: dict[str, Any]) -> str:
@@ -414,13 +330,22 @@ def _shorts(values: Iterable[float]) -> list[float | int | None]:
     return [short(float(v)) for v in values]
 
 
+def _text(value: float) -> str:
+    return number(short(value))
+
+
+def _scatter(x: list[Any], y: Iterable[float], **more: Any) -> dict[str, Any]:
+    return {"type": "scatter", "x": x, "y": _shorts(y), **more}
+
+
+def _guide(words: str, yanchor: str, xanchor: str = "right", **at: Any) -> dict[str, Any]:
+    """A straight line across the chart, with words at its end."""
+    return {"type": "line", **at, "label": {"text": _plain(words), "xanchor": xanchor, "yanchor": yanchor}}
+
+
 def _axis(title: str, **more: Any) -> dict[str, Any]:
     words = title + " (log)" if more.get("type") == "log" else title
     return {"title": {"text": "<br>".join(map(_plain, textwrap.wrap(words, TITLE_CHARACTERS)))}, **more}
-
-
-def _hover(text: str, named: bool = False) -> str:
-    return f"{text}<extra>{'%{fullData.name}' if named else ''}</extra>"
 
 
 def _plain(text: object) -> str:

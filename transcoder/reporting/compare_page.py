@@ -25,6 +25,8 @@ CURVES = (
     ("metrics/tokens_per_second", "Throughput", "tokens/s"),
 )
 COLORS = 6
+TITLES = {"metrics": "Final metrics", "paired": "Paired differences", "missing": "What is missing"}
+"""Where a section is not named for its id."""
 
 
 def write_run_comparison(comparison: dict[str, Any], path: str | Path) -> Path:
@@ -34,7 +36,7 @@ def write_run_comparison(comparison: dict[str, Any], path: str | Path) -> Path:
     """
     labels = [run["label"] for run in comparison["runs"]]
     parts = {
-        "figures": _figures(comparison, labels),
+        "metrics": _metrics(comparison, labels),
         "paired": _paired(comparison, labels),
         "curves": _curves(labels, [Run(run["path"], empty_ok=True) for run in comparison["runs"]]),
         "settings": _settings(comparison, labels),
@@ -48,17 +50,10 @@ def write_run_comparison(comparison: dict[str, Any], path: str | Path) -> Path:
 def write_method_comparison(comparison: dict[str, Any], path: str | Path) -> Path:
     """Write what `compare_methods` returned as one self-contained page; returns its path."""
     methods = comparison["methods"]
-    parts = {"figures": _method_figures(comparison), "differences": _method_charts(comparison)}
+    parts = {"metrics": _method_metrics(comparison), "differences": _method_charts(comparison)}
     return _write(
         path, " and ".join(methods), [f"{comparison['seeds']} seeds each", f"differences from {methods[0]}"], parts
     )
-
-
-TITLES = {
-    "figures": "Final metrics",
-    "paired": "Paired differences",
-    "missing": "What is missing",
-}
 
 
 def _write(path: str | Path, title: str, facts: Sequence[str], parts: dict[str, Section]) -> Path:
@@ -85,20 +80,26 @@ def _table(head: Sequence[str], rows: list[list[Any]], caption: str, numeric: Se
     return {"head": head, "rows": rows, "caption": caption, "numeric": numeric}
 
 
-def _figures(comparison: dict[str, Any], labels: list[str]) -> Section:
-    rows: list[list[Any]] = []
+def _metrics(comparison: dict[str, Any], labels: list[str]) -> Section:
+    rows = []
     for row in comparison["figures"]:
         metric = metric_named(row)
-        cells: list[Any] = [{"text": row["label"].strip(), "note": row["meaning"]}]
-        for value, difference, verdict in zip(row["values"], row["differences"], row["verdicts"], strict=True):
-            note = [] if difference is None else [metric.signed(difference), verdict]
-            cells.append({"text": metric.text(value), "note": ", ".join(filter(None, note))})
-        rows.append(cells)
+        notes = [
+            [] if d is None else [metric.signed(d), verdict]
+            for d, verdict in zip(row["differences"], row["verdicts"], strict=True)
+        ]
+        rows.append(_row(row, [metric.text(value) for value in row["values"]], notes))
     lead = (
         f"Differences are from {labels[0]}. A verdict only says which number is better; how sure that is, is said under paired "
         "differences, and over seeds by `transcoder compare NAME=RUN,RUN NAME=RUN,RUN`."
     )
     return {"lead": lead, "table": _table(["", *labels], rows, "Final metrics", range(1, len(labels) + 1))}
+
+
+def _row(row: dict[str, Any], texts: list[str], notes: list[list[str | None]]) -> list[dict[str, str]]:
+    """A metric's name and meaning, then its values, each with its notes."""
+    cells = [{"text": text, "note": ", ".join(filter(None, note))} for text, note in zip(texts, notes, strict=True)]
+    return [{"text": row["label"].strip(), "note": row["meaning"]}, *cells]
 
 
 def _paired(comparison: dict[str, Any], labels: list[str]) -> Section:
@@ -127,8 +128,8 @@ def _curves(labels: list[str], folders: list[Run]) -> Section:
     for name, title, unit in CURVES:
         lines = []
         for n, (label, run) in enumerate(zip(labels, folders, strict=True)):
-            series = run.metrics.get(name)
-            lines.append(Line(label, series.steps, series.values, f"c{n % COLORS}", name.startswith("evaluation/")))
+            steps, values = run.metrics.get(name)
+            lines.append(Line(label, steps, values, f"c{n % COLORS}", name.startswith("evaluation/")))
         charts.append(line_chart(title, lines, y_label=unit, from_zero=True))
     return {"charts": charts, "empty": "" if any(charts) else "No metrics were logged, so there are no curves."}
 
@@ -147,15 +148,15 @@ def _missing(comparison: dict[str, Any]) -> Section:
     return {"table": _table(["Run", "What", "Why"], rows, "What is missing")}
 
 
-def _method_figures(comparison: dict[str, Any]) -> Section:
+def _method_metrics(comparison: dict[str, Any]) -> Section:
     methods = comparison["methods"]
-    rows: list[list[Any]] = []
+    rows = []
     for row in comparison["figures"]:
-        cells: list[Any] = [{"text": row["label"].strip(), "note": row["meaning"]}]
-        for mean, d, verdict in zip(row["means"], row["differences"], row["verdicts"], strict=True):
-            note = "" if d is None else ", ".join(filter(None, [interval_words(d), verdict]))
-            cells.append({"text": MISSING if mean is None else f"{mean:.4g}", "note": note})
-        rows.append(cells)
+        notes = [
+            [] if d is None else [interval_words(d), verdict]
+            for d, verdict in zip(row["differences"], row["verdicts"], strict=True)
+        ]
+        rows.append(_row(row, [MISSING if mean is None else f"{mean:.4g}" for mean in row["means"]], notes))
     lead = (
         f"Means over {comparison['seeds']} seeds; below each the paired difference from {methods[0]} with its 95 % interval. "
         "Better and worse are said only where the interval leaves 0 out; of twenty such intervals one misses by chance."

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import base64
-import gzip
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transcoder.reporting.charts import short
+from transcoder.reporting.format import whole
+from transcoder.reporting.page import pack
 from transcoder.reporting.run import Run
 from transcoder.reporting.samples import Contexts, SampleTable
 from transcoder.reporting.sections import groups_of, ranked_pairs
@@ -56,12 +56,12 @@ def build(run: Run) -> LatentCards:
     A chunk is {"words": [...], "cards": [[id, rows, facts], ...]}; a row of a card is [is top, activation, position,
     sequence, column of the token, [word numbers], [[column, strength 0..1], ...]].
     """
-    samples, facts = run.samples, run.heldout_latents
+    samples, facts, checkpoint = run.samples, run.heldout_latents, run.unverified_checkpoint
     pairs = [(p["i"], p["j"]) for p in ranked_pairs(run.correlation)]
     sampled = np.unique(samples.latent) if samples is not None else np.zeros(0, np.int64)
-    paired = np.asarray(sorted({i for pair in pairs for i in pair}), np.int64)
-    known = [sampled, paired, np.arange(0) if facts is None else facts.latent]
-    checkpoint = run.unverified_checkpoint
+    known = [sampled, np.asarray([i for pair in pairs for i in pair], np.int64)]
+    if facts is not None:
+        known.append(facts.latent)
     if checkpoint is not None and checkpoint.known_firings is not None:
         known.append(np.arange(len(checkpoint.known_firings.counts)))
     ids = np.unique(np.concatenate(known)).astype(np.int64)
@@ -72,32 +72,29 @@ def build(run: Run) -> LatentCards:
         at = np.searchsorted(ids, samples.latent)
         np.fmax.at(peak, at, samples.activation)
         count = np.bincount(at, minlength=len(ids))
-    density = _density(run, ids)
     if facts is not None:
         at = np.searchsorted(ids, facts.latent)
         peak[at] = np.fmax(peak[at], facts.peak)
+    density = _density(run, ids)
     group = np.zeros(len(ids), np.int64)
     for number, members in enumerate(groups_of(run.correlation), 1):
-        for i in members:
-            if i in place:
-                group[place[i]] = number
+        group[[place[i] for i in members if i in place]] = number
     partners: dict[str, list[int]] = {}
     for i, j in pairs:
         partners.setdefault(str(i), []).append(j)
         partners.setdefault(str(j), []).append(i)
-    chunk, word = np.full(len(ids), -1), np.full(len(ids), -1)
     cards = LatentCards({}, sampled=len(sampled))
-    words: list[str] = []
-    if samples is not None:
-        chosen = _choose(samples, pairs, peak, ids, _wanted(run))
-        words = _fill(cards, run, samples, chosen, place, chunk, word)
-    whole = bool(len(ids)) and int(ids[-1]) == len(ids) - 1
+    chunk, word, words = (
+        _fill(cards, run, samples, _choose(run, samples, pairs), place)
+        if samples is not None
+        else (np.full(len(ids), -1), np.full(len(ids), -1), [])
+    )
     cards.index = {
-        "ids": None if whole else ids.tolist(),
+        "ids": None if len(ids) and int(ids[-1]) == len(ids) - 1 else ids.tolist(),
         "count": len(ids),
         "widths": run.widths,
-        "peak": [None if np.isnan(p) else short(float(f"{p:.4g}")) for p in peak],
-        "density": None if density is None else [None if np.isnan(d) else short(float(f"{d:.3g}")) for d in density],
+        "peak": _rounded(peak, 4),
+        "density": None if density is None else _rounded(density, 3),
         "samples": count.tolist(),
         "group": group.tolist(),
         "chunk": chunk.tolist(),
@@ -122,25 +119,20 @@ def _density(run: Run, ids: NDArray[np.int64]) -> NDArray[np.float64] | None:
 
 
 def packed(value: Any) -> str:
-    """JSON, gzip (without a time, so that the same page has the same bytes), base64: nothing in it can end an element."""
+    """`value` as packed JSON."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return base64.b64encode(gzip.compress(text.encode("utf-8", errors="replace"), 6, mtime=0)).decode()
+    return pack(text.encode("utf-8", errors="replace"))
 
 
-def _wanted(run: Run) -> int:
-    wanted = run.setting("logging.report_latents", DEFAULT_LATENTS)
-    return wanted if isinstance(wanted, int) and not isinstance(wanted, bool) else DEFAULT_LATENTS
+def _rounded(values: Iterable[float], digits: int) -> list[float | int | None]:
+    return [short(float(f"{value:.{digits}g}")) for value in values]
 
 
-def _choose(
-    samples: SampleTable,
-    pairs: Sequence[tuple[int, int]],
-    peak: NDArray[np.float64],
-    ids: NDArray[np.int64],
-    wanted: int,
-) -> list[int]:
-    """At most `wanted` ids that have samples, as many as the bytes may hold: those of the strongest pairs, then the others
-    evenly over the dictionary, so that every prefix has its share."""
+def _choose(run: Run, samples: SampleTable, pairs: Sequence[tuple[int, int]]) -> list[int]:
+    """At most `logging.report_latents` ids that have samples, as many as the bytes may hold: those of the strongest pairs, then
+    the others evenly over the dictionary, so that every prefix has its share."""
+    setting = whole(run.setting("logging.report_latents"))
+    wanted = DEFAULT_LATENTS if setting is None else setting
     known, counts = np.unique(samples.latent, return_counts=True)
     rows = dict(zip(known.tolist(), np.minimum(counts, 2 * SAMPLES_OF_A_KIND).tolist(), strict=True))
     paired = list(dict.fromkeys(i for pair in pairs if rows.keys() >= set(pair) for i in pair))
@@ -150,28 +142,20 @@ def _choose(
     typical = max(1.0, float(np.mean(list(rows.values()))))
     rest = np.setdiff1d(known, np.asarray(paired, np.int64))
     room = int(min(wanted - len(paired), max(0.0, budget / typical), len(rest)))
-    if room < len(rest):
-        rest = rest[np.arange(room) * len(rest) // max(room, 1)] if room > 0 else rest[:0]
-    return [*paired, *rest.tolist()]
+    return [*paired, *rest[np.arange(room) * len(rest) // max(room, 1)].tolist()]
 
 
 def _fill(
-    cards: LatentCards,
-    run: Run,
-    samples: SampleTable,
-    chosen: list[int],
-    place: dict[int, int],
-    chunk: NDArray[np.int64],
-    word: NDArray[np.int64],
-) -> list[str]:
-    """Pack the cards of the chosen latents; returns the words that the index's column `word` numbers."""
-    rows_of = {}
+    cards: LatentCards, run: Run, samples: SampleTable, chosen: list[int], place: dict[int, int]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], list[str]]:
+    """Pack the cards of the chosen latents; returns the columns `chunk` and `word` of the index, and the `words`."""
+    chunk, word = np.full((2, len(place)), -1)
+    every, shown = {}, {}
     for latent in chosen:
-        rows = samples.rows_of(latent)
-        top, rest = rows[samples.top[rows]], rows[~samples.top[rows]]
-        rows_of[latent] = (rows, np.concatenate([top[:SAMPLES_OF_A_KIND], rest[:SAMPLES_OF_A_KIND]]))
-    shown = [rows for _, rows in rows_of.values()]
-    contexts = samples.coded_contexts(np.concatenate(shown) if shown else np.zeros(0, np.int64))
+        every[latent] = rows = samples.rows_of(latent)
+        top = samples.top[rows]
+        shown[latent] = np.concatenate([rows[top][:SAMPLES_OF_A_KIND], rows[~top][:SAMPLES_OF_A_KIND]])
+    contexts = samples.coded_contexts(np.concatenate([np.zeros(0, np.int64), *shown.values()]))
     facts = {} if run.heldout_latents is None else dict(run.heldout_latents.details(set(chosen)))
     near = {} if run.unverified_checkpoint is None else run.unverified_checkpoint.neighbours(chosen)
     peaks: dict[str, int] = {}
@@ -181,24 +165,21 @@ def _fill(
         local: dict[int, int] = {}
         entries = []
         for latent in part:
-            every, rows = rows_of[latent]
-            found = _rows(samples, every, rows, contexts, first, local)
+            rows = shown[latent]
+            found = _rows(samples, every[latent], rows, contexts, first, local)
             entries.append([latent, found, _facts(facts.get(latent), near.get(latent))])
-            if len(rows):
-                own = contexts.of(first)
-                anchor = int(samples.anchor[rows[0]])
-                if 0 <= anchor < len(own):
-                    word[place[latent]] = peaks.setdefault(_shorten(contexts.words[own[anchor]]), len(peaks))
+            own, anchor = contexts.of(first), int(samples.anchor[rows[0]])
+            if 0 <= anchor < len(own):
+                word[place[latent]] = peaks.setdefault(_shorten(contexts.words[own[anchor]]), len(peaks))
             first += len(rows)
         text = packed({"words": [_shorten(contexts.words[c]) for c in local], "cards": entries})
         spent += len(text)
         if spent > MAX_BYTES:
             break
-        for latent in part:
-            chunk[place[latent]] = len(cards.chunks)
+        chunk[[place[latent] for latent in part]] = len(cards.chunks)
         cards.chunks.append(text)
         cards.with_contexts += len(part)
-    return list(peaks)
+    return chunk, word, list(peaks)
 
 
 def _rows(
@@ -212,7 +193,7 @@ def _rows(
     """`rows` of a latent, packed; `every` is all of its rows, strongest first. New words are added to `local`."""
     peak = max(float(samples.activation[every[0]]), 1e-12)
     # Two samples of one sequence shade each other's contexts.
-    kept = samples.activation_at(every)
+    near = samples.activation_at(every)
     found = []
     for n, r in enumerate(rows):
         context = contexts.of(first + n)
@@ -223,15 +204,11 @@ def _rows(
         while begin < anchor and context[begin] == 0:
             begin += 1
         window = context[begin : anchor + TOKENS_AFTER + 1]
-        shades = []
-        for column in range(len(window)):
-            at = kept.get((sequence, position - anchor + begin + column))
-            if column == anchor - begin:
-                at = float(samples.activation[r])
-            if at is not None:
-                shades.append([column, round(max(0.0, min(1.0, at / peak)), 2)])
+        at = {column: near.get((sequence, position - anchor + begin + column)) for column in range(len(window))}
+        at[anchor - begin] = float(samples.activation[r])
+        shades = [[n, round(max(0.0, min(1.0, value / peak)), 2)] for n, value in at.items() if value is not None]
         numbers = [local.setdefault(int(code), len(local)) for code in window]
-        activation = short(float(f"{samples.activation[r]:.4g}"))
+        (activation,) = _rounded([samples.activation[r]], 4)
         found.append([int(samples.top[r]), activation, position, sequence, anchor - begin, numbers, shades])
     return found
 
@@ -240,12 +217,12 @@ def _facts(details: dict[str, Any] | None, near: list[tuple[int, float]] | None)
     """What latents.parquet and the checkpoint have of a latent, in the page's short names."""
 
     def words(name: str) -> list[list[Any]]:
-        found = zip(details[name], details[f"{name}_logits"], strict=False) if details else ()
-        return [[_shorten(str(w)), short(float(f"{v:.3g}"))] for w, v in found]
+        found = zip(details[name], _rounded(details[f"{name}_logits"], 3), strict=False) if details else ()
+        return [[_shorten(str(word)), logit] for word, logit in found]
 
     return {
         "histogram": [int(v) for v in details["histogram"]] if details else [],
-        "near": [[i, short(float(f"{c:.3g}"))] for i, c in near or ()],
+        "near": [[i, *_rounded([cosine], 3)] for i, cosine in near or ()],
         "up": words("promoted"),
         "down": words("suppressed"),
     }

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import hashlib
+import importlib.metadata
+import importlib.util
 import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from transcoder.reporting.charts import LOOK
 from transcoder.reporting.format import number, percent, real
-from transcoder.reporting.plotly_bundle import bundle
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -64,17 +66,15 @@ def render_page(core: Mapping[str, Any], packed: Mapping[str, str], *, live: boo
         live: the page asks the address it came from for news; otherwise its policy forbids every request.
     """
     script = "\n".join(["(() => {", '"use strict";', *(_text(f"{name}.js") for name in SCRIPTS), "start();", "})();"])
-    charts = bundle()
-    digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()]
-    licences = []
-    if charts is not None:
-        digests.append(charts.digest)
-        packed = {**packed, "plotly": charts.packed}
-        licences.append((f"plotly.js (plotly {charts.version})", charts.licence))
+    scripts, library, licences = [script.encode()], plotly(), []
+    if library is not None:
+        scripts.append(library.script)
+        licences.append((f"plotly.js (plotly {library.version})", library.licence))
+        packed = {**packed, "plotly": library.packed}
     return render(
         "page.html",
         **core,
-        digests=digests,
+        digests=[base64.b64encode(hashlib.sha256(text).digest()).decode() for text in scripts],
         live=live,
         data={"live": live, "version": core.get("version", 0), "look": LOOK},
         licences=licences,
@@ -82,6 +82,32 @@ def render_page(core: Mapping[str, Any], packed: Mapping[str, str], *, live: boo
         script=script,
         packed=packed,
     )
+
+
+def pack(data: bytes) -> str:
+    """gzip (without a time, so that the same page has the same bytes), base64: nothing in it can end an element."""
+    return base64.b64encode(gzip.compress(data, 6, mtime=0)).decode()
+
+
+class Library(NamedTuple):
+    script: bytes
+    packed: str
+    version: str
+    licence: str
+
+
+@lru_cache(maxsize=1)
+def plotly() -> Library | None:
+    """plotly.js as the installed package plotly has it; None where there is none. The package itself is not imported."""
+    try:
+        spec = importlib.util.find_spec("plotly")
+        package = importlib.metadata.distribution("plotly")
+        script = (Path(spec.origin).parent / "package_data/plotly.min.js").read_bytes() if spec and spec.origin else b""
+        files = [file for file in package.files or () if file.name.upper().startswith("LICENSE")]
+        licence = files[0].read_text() if files else "MIT License, Copyright Plotly, Inc. (no licence file was found)"
+    except (ImportError, ValueError, OSError):
+        return None
+    return Library(script, pack(script), package.version, licence) if script else None
 
 
 def chunk_elements(index: str, chunks: Sequence[str]) -> dict[str, str]:

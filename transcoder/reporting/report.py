@@ -17,6 +17,8 @@ from transcoder.reporting.run import Run
 logger = logging.getLogger(__name__)
 
 FILE_NAME = "report.html"
+SECTIONS = ("overview", "curves", "prefixes", "duplicates", "positions", "latents", "settings")
+"""Functions of `sections`, and the templates that lay out what they return."""
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -47,27 +49,19 @@ def payload(run: Run, cards: LatentCards | None = None, version: int = 0) -> tup
     """
     known = cards or _guarded("the latents", lambda: latent_cards.build(run), lambda _: LatentCards({}))
 
-    parts: dict[str, Callable[[], sections.Section]] = {
-        "overview": lambda: sections.overview(run),
-        "curves": lambda: sections.curves(run),
-        "prefixes": lambda: sections.prefixes(run),
-        "duplicates": lambda: sections.duplicates(run),
-        "positions": lambda: sections.positions(run),
-        "latents": lambda: sections.latents(run, known),
-        "settings": lambda: sections.settings(run),
-    }
-
     def drawn(name: str) -> Any:
         return _guarded(
             f"section {name}",
-            lambda: render(f"sections/{name}.html", run=run, version=version, **parts[name]()),
+            lambda: render(
+                f"sections/{name}.html", run=run, cards=known, version=version, **getattr(sections, name)(run)
+            ),
             lambda error: render("sections/undrawn.html", error=f"{type(error).__name__}: {error}"),
         )
 
     core = {
         "title": f"{run.name}: transcoder run",
         "header": header(run),
-        "sections": [{"id": name, "title": name.capitalize(), "html": drawn(name)} for name in parts],
+        "sections": [{"id": name, "title": name.capitalize(), "html": drawn(name)} for name in SECTIONS],
         "version": version,
     }
     return core, known

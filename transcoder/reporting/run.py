@@ -27,19 +27,13 @@ from transcoder.reporting.parts import Missing, Part, RunPartMissingError
 from transcoder.reporting.samples import SampleTable, read_samples
 from transcoder.reporting.summary_metrics import SUMMARY_METRICS
 from transcoder.reporting.tables import html_table, safe, text_table
+from transcoder.usage import SECTIONS
 
 if TYPE_CHECKING:
     import torch
 
     from transcoder.model import Transcoder
 
-COMPONENTS = {
-    "diversity_regularizer": "regularizer",
-    "position_sampler": "positions",
-    "correlation_monitor": "monitor",
-    "activation_samples": "samples",
-}
-"""The ledger's anti-duplication parts, and the section of `antidup` that configures each."""
 _REPORTED = {
     "duplicates/pairs": "pairs_total",
     "duplicates/flagged": "pairs_flagged",
@@ -247,12 +241,9 @@ class Run:
             getattr(self, part)
         why = {}
         if FILE_NAME not in self._why:
-            bad = self.metrics.unreadable
-            if not self.metrics.path.exists():
-                why[FILE_NAME] = "not in the folder: there are no curves"
-            elif not self.metrics.series:
-                why[FILE_NAME] = "holds no metrics: the run ended before its first logging step"
-            if bad:
+            if not self.metrics.series:
+                why[FILE_NAME] = self.metrics.why_empty
+            if bad := self.metrics.unreadable:
                 lines = "line is" if bad == 1 else "lines are"
                 why[f"part of {FILE_NAME}"] = f"{bad} {lines} unreadable (a run that was killed?)"
         if self.earlier_session is not None:
@@ -385,7 +376,7 @@ class Run:
         record = self.usage.get(component)
         if isinstance(record, dict) and isinstance(record.get("enabled"), bool):
             return record["enabled"]
-        enabled = self.setting(f"antidup.{COMPONENTS[component]}.enabled")
+        enabled = self.setting(f"antidup.{SECTIONS[component]}.enabled")
         return enabled if isinstance(enabled, bool) else None
 
     # -- latents, duplicates and tables

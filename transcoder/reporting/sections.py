@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
@@ -16,9 +15,6 @@ from transcoder.reporting.format import MISSING, number, percent, real, whole
 from transcoder.reporting.ledger_verdict import verdicts
 from transcoder.reporting.run import Run
 from transcoder.reporting.samples import SampleTable
-
-if TYPE_CHECKING:
-    from transcoder.reporting.latent_cards import LatentCards
 
 Section = dict[str, Any]
 """What a template is given, by name."""
@@ -36,55 +32,43 @@ LISTED_EVENTS = 50
 
 
 class Curve(NamedTuple):
-    """A chart over the steps: lines as (metric, label, color)."""
+    """A chart over the steps; `lines` by label."""
 
     title: str
     unit: str
-    lines: tuple[tuple[str, str, str], ...]
+    lines: dict[str, str]
     from_zero: bool = False
     allow_log: bool = False
     scale: float = 1.0
 
 
 FVU_CURVES, PREFIX_CURVES = "Fraction of variance unexplained", "FVU per prefix"
+LOSSES = {
+    "overall": "losses/overall_loss",
+    "full width": "losses/mse_loss",
+    "AuxK": "losses/auxiliary_reconstruction_loss",
+    "diversity": "losses/diversity_penalty",
+}
+PAIRS = {"candidates": "duplicates/pairs", "flagged": "duplicates/flagged"}
 CURVES = (
-    Curve(
-        "Loss",
-        "loss",
-        (
-            ("losses/overall_loss", "overall", "c0"),
-            ("losses/mse_loss", "full width", "c1"),
-            ("losses/auxiliary_reconstruction_loss", "AuxK", "c2"),
-            ("losses/diversity_penalty", "diversity", "c3"),
-        ),
-        allow_log=True,
-    ),
-    Curve(FVU_CURVES, "FVU", (("metrics/fvu", "training", "c0"), ("evaluation/fvu", "held-out", "c1")), from_zero=True),
-    Curve(PREFIX_CURVES, "FVU", (), from_zero=True),
-    Curve("L0", "latents a token", (("metrics/l0", "L0", "c0"),)),
-    Curve("Dead latents", "% of latents", (("sparsity/dead_share", "dead", "c1"),), from_zero=True, scale=100),
-    Curve(
-        "Duplicate pairs",
-        "pairs",
-        (("duplicates/pairs", "candidates", "c0"), ("duplicates/flagged", "flagged", "c1")),
-        from_zero=True,
-    ),
-    Curve(
-        "Effective dictionary size",
-        "latents",
-        (("duplicates/effective_dictionary_size", "effective size", "c2"),),
-    ),
-    Curve("Throughput", "tokens/s", (("metrics/tokens_per_second", "tokens/s", "c0"),), from_zero=True),
-    Curve("Learning rate", "rate", (("details/learning_rate", "learning rate", "c3"),)),
-    Curve("Gradient norm before clipping", "norm", (("details/gradient_norm", "gradient norm", "c2"),), allow_log=True),
-    Curve("BatchTopK threshold", "activation", (("metrics/topk_threshold", "threshold", "c0"),)),
+    Curve("Loss", "loss", LOSSES, allow_log=True),
+    Curve(FVU_CURVES, "FVU", {"training": "metrics/fvu", "held-out": "evaluation/fvu"}, from_zero=True),
+    Curve(PREFIX_CURVES, "FVU", {}, from_zero=True),
+    Curve("L0", "latents a token", {"L0": "metrics/l0"}),
+    Curve("Dead latents", "% of latents", {"dead": "sparsity/dead_share"}, from_zero=True, scale=100),
+    Curve("Duplicate pairs", "pairs", PAIRS, from_zero=True),
+    Curve("Effective dictionary size", "latents", {"effective size": "duplicates/effective_dictionary_size"}),
+    Curve("Throughput", "tokens/s", {"tokens/s": "metrics/tokens_per_second"}, from_zero=True),
+    Curve("Learning rate", "rate", {"learning rate": "details/learning_rate"}),
+    Curve("Gradient norm before clipping", "norm", {"gradient norm": "details/gradient_norm"}, allow_log=True),
+    Curve("BatchTopK threshold", "activation", {"threshold": "metrics/topk_threshold"}),
 )
 SPARSE_FAMILIES = ("evaluation/", "duplicates/")
 """Metrics that are not logged at every logging step: their points are marked."""
 
 
 def overview(run: Run) -> Section:
-    figures = [
+    metrics = [
         summary_metrics.TRAINING_FVU,
         summary_metrics.L0,
         summary_metrics.DEAD,
@@ -96,11 +80,11 @@ def overview(run: Run) -> Section:
     ]
     if summary_metrics.CE_RECOVERED.of(run) is not None:
         # Only where a language model was at hand.
-        figures.insert(0, summary_metrics.CE_RECOVERED)
+        metrics.insert(0, summary_metrics.CE_RECOVERED)
     baselines = (summary_metrics.HELDOUT_FVU, summary_metrics.LINEAR_BASELINE, summary_metrics.MEAN_BASELINE)
     return {
-        "baselines": [(figure, figure.of(run)) for figure in baselines],
-        "tiles": [(figure.label, figure.text(figure.of(run)), figure.meaning) for figure in figures],
+        "baselines": [(metric, metric.of(run)) for metric in baselines],
+        "tiles": [(metric.label, metric.text(metric.of(run)), metric.meaning) for metric in metrics],
         "missing": [*run.missing, *run.lacking],
         "verdicts": verdicts(run),
     }
@@ -123,28 +107,27 @@ def curves(run: Run) -> Section:
 
 def _lines(run: Run, curve: Curve) -> list[Line]:
     lines = []
-    for name, label, color in curve.lines:
-        series = run.metrics.get(name)
+    for n, (label, name) in enumerate(curve.lines.items()):
+        steps, values = run.metrics.get(name)
         # A loss that is always 0 is a part that is off; drawn, it would only flatten the others.
-        if any(series.values) or (len(series) and (len(curve.lines) == 1 or name.startswith("duplicates/"))):
-            markers = name.startswith(SPARSE_FAMILIES)
-            lines.append(Line(label, series.steps, [curve.scale * v for v in series.values], color, markers))
+        if len(values) and (values.any() or len(curve.lines) == 1 or curve.lines == PAIRS):
+            lines.append(Line(label, steps, curve.scale * values, f"c{n}", name.startswith(SPARSE_FAMILIES)))
     return lines
 
 
 def _prefix_lines(run: Run) -> list[Line]:
-    found = [
-        (width, run.metrics.get(f"metrics/fvu_prefix_{width}")) for width in run.prefix_metrics("metrics/fvu_prefix")
-    ]
-    found = [(width, series) for width, series in found if len(series)]
-    colors = ordered_colors(len(found))
-    return [Line(number(w), s.steps, s.values, c) for (w, s), c in zip(found, colors, strict=True)]
+    series = {
+        width: run.metrics.get(f"metrics/fvu_prefix_{width}") for width in run.prefix_metrics("metrics/fvu_prefix")
+    }
+    logged = {width: found for width, found in series.items() if len(found)}
+    colors = ordered_colors(len(logged))
+    return [Line(number(w), s.steps, s.values, c) for (w, s), c in zip(logged.items(), colors, strict=True)]
 
 
 def _baselines(run: Run, *, mean: bool = True) -> list[tuple[float, str]]:
     """Horizontal lines of a chart of the FVU."""
     named = [(summary_metrics.LINEAR_BASELINE, "linear map"), (summary_metrics.MEAN_BASELINE, "mean")]
-    found = [(real(figure.of(run)), label) for figure, label in named[: 1 + mean]]
+    found = [(real(metric.of(run)), label) for metric, label in named[: 1 + mean]]
     return [(value, f"{label} {number(value)}") for value, label in found if value is not None]
 
 
@@ -177,9 +160,7 @@ def duplicates(run: Run) -> Section:
     return {
         "report": report,
         "why": _why_missing(run, "correlation report"),
-        "pairs": [
-            {**pair, "fold": percent(real(pair.get("merge_share"))), "test": _merge_test(pair)} for pair in pairs
-        ],
+        "pairs": [{**pair, "test": _merge_test(pair)} for pair in pairs],
         "countable": SEQUENCES_COUNTABLE,
         "graph": _graph(report, pairs),
         "charts": [_histogram(report), _merge_costs(pairs)],
@@ -208,7 +189,7 @@ def groups_of(report: Mapping[str, Any]) -> list[list[int]]:
 
 def _merge_test(pair: Mapping[str, Any]) -> str:
     mergeable = pair.get("mergeable")
-    return "duplicate" if mergeable is True else "no duplicate" if mergeable is False else "not tested"
+    return ("no duplicate", "duplicate")[mergeable] if isinstance(mergeable, bool) else "not tested"
 
 
 def _components(report: Mapping[str, Any], field: str) -> list[list[int]]:
@@ -260,31 +241,38 @@ def _graph(report: Mapping[str, Any], pairs: list[dict[str, Any]]) -> Chart | No
         if groups and sum(map(len, groups)) + len(group) > GRAPH_LATENTS:
             break
         groups.append(group[:GRAPH_LATENTS])
+    if not groups:
+        return None
     known = {i for g in groups for i in g}
     edges = [
         (p["i"], p["j"], p["correlation"], p.get("flagged") is True, p.get("mergeable") is True)
         for p in pairs
         if {p["i"], p["j"]} <= known
     ]
+    spoken = f"{len(total)} groups; {len(groups)} drawn, the largest of {len(groups[0])} latents"
     note = "A thick line is a flagged pair, an orange one folds at little cost. A latent opens its card."
-    return graph_chart("Groups of correlated latents", groups, edges, total=len(total), note=note) if groups else None
+    return graph_chart("Groups of correlated latents", groups, edges, spoken=spoken, note=note)
 
 
 def positions(run: Run) -> Section:
     samples = run.samples
-    drawn = [] if samples is None else _sample_charts(run, samples)
-    locked = np.zeros(0, np.int64)
-    if samples is not None:
-        latents, shares = concentration(samples)
-        locked = latents[shares == 1.0]
-    return {
-        "tiles": _sinks(run),
-        "charts": [*drawn, _drawn_positions(run)] if samples is not None else [],
-        "locked": locked.tolist(),
-    }
+    if samples is None:
+        return {"tiles": _sinks(run)}
+    latents, shares = concentration(samples)
+    counts, edges = np.histogram(shares, POSITION_BINS, (0, 1))
+    concentrated = bar_chart(
+        "Do latents keep to one position?",
+        edges.tolist(),
+        [("latents", counts.tolist(), "c0")],
+        x_label="share of a latent's strongest samples at its commonest position",
+        y_label="latents",
+        note=f"{number(len(latents))} latents with at least {LEAST_SAMPLES} strongest samples.",
+    )
+    charts = [_sample_positions(run, samples), concentrated, _drawn_positions(run)]
+    return {"tiles": _sinks(run), "charts": charts, "locked": latents[shares == 1.0].tolist()}
 
 
-def _sample_charts(run: Run, samples: SampleTable) -> list[Chart | None]:
+def _sample_positions(run: Run, samples: SampleTable) -> Chart | None:
     length = max(whole(run.setting("activations.sequence_length")) or 0, int(samples.position.max()) + 1)
     edges = np.linspace(0, length, POSITION_BINS + 1)
     groups = []
@@ -292,26 +280,14 @@ def _sample_charts(run: Run, samples: SampleTable) -> list[Chart | None]:
         if chosen.any():
             counts = np.histogram(samples.position[chosen], edges)[0]
             groups.append((label, (100 * counts / counts.sum()).tolist(), color))
-    latents, shares = concentration(samples)
-    counts, unit = np.histogram(shares, POSITION_BINS, (0, 1))
-    return [
-        bar_chart(
-            "Where kept samples stand",
-            edges.tolist(),
-            groups,
-            x_label="position in the sequence",
-            y_label="% of samples",
-            note="The second kind is drawn to cover all positions, so only the first shows a preference.",
-        ),
-        bar_chart(
-            "Do latents keep to one position?",
-            unit.tolist(),
-            [("latents", counts.tolist(), "c0")],
-            x_label="share of a latent's strongest samples at its commonest position",
-            y_label="latents",
-            note=f"{number(len(latents))} latents with at least {LEAST_SAMPLES} strongest samples.",
-        ),
-    ]
+    return bar_chart(
+        "Where kept samples stand",
+        edges.tolist(),
+        groups,
+        x_label="position in the sequence",
+        y_label="% of samples",
+        note="The second kind is drawn to cover all positions, so only the first shows a preference.",
+    )
 
 
 def _drawn_positions(run: Run) -> Chart | None:
@@ -357,17 +333,9 @@ def _sinks(run: Run) -> list[tuple[str, str]]:
     return [(name, value) for name, value in facts if value != MISSING]
 
 
-def latents(run: Run, cards: LatentCards) -> Section:
-    widths = cards.index.get("widths", [])
-    return {
-        "cards": cards,
-        "index": cards.index,
-        "groups": max(cards.index.get("group") or [0]),
-        "prefixes": [f"{number(low)} to {number(high - 1)}" for low, high in pairwise([0, *widths])],
-        "why": _why_missing(run, "activation samples"),
-        "lacking": {m.what: m.why for m in run.lacking}
-        | ({} if run.heldout_latents is None else run.heldout_latents.why),
-    }
+def latents(run: Run) -> Section:
+    why = {m.what: m.why for m in run.lacking} | ({} if run.heldout_latents is None else run.heldout_latents.why)
+    return {"why": _why_missing(run, "activation samples"), "lacking": why}
 
 
 def settings(run: Run) -> Section:

@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from transcoder.checkpoint_folder import CheckpointError
 from transcoder.config import RunConfig
 from transcoder.reporting import MetricsWriter
 from transcoder.tensor_file import tensor_bytes
 from transcoder.training.background_task import BackgroundTask
-from transcoder.training.checkpoint import CheckpointError, CheckpointStore, pack_state
-from transcoder.training.disk_budget import SLACK, log_bytes
+from transcoder.training.checkpoint import CheckpointStore
+from transcoder.training.disk_space import CHECKPOINT_SLACK, log_bytes
 from transcoder.training.run_state import essential_tree
 from transcoder.training.snapshot import Snapshots
+from transcoder.training.state_tree import pack_state
 
 if TYPE_CHECKING:
     from transcoder.training.run_parts import RunParts
@@ -27,15 +29,15 @@ logger = logging.getLogger(__name__)
 STATE_SLACK = 1 << 20
 """Bytes for what the bound of a checkpoint does not count one by one."""
 FLUSH_SECONDS = 600.0
-"""The longest wait for a write beside training: at a signal, at the end, and before the next one begins."""
+"""The longest wait for a write in the background: at a signal, at the end, and before the next one begins."""
 
 
 class Saver:
     """The checkpoints of one run.
 
     With `checkpoint.asynchronous` a save copies the state (a consistent one: the copy is complete before the next step can
-    change anything) and a thread writes it, at most one at a time; what became of it is told at the next step. The files are
-    the same, to the bit, as those of a save that training waits for.
+    change anything) and a thread writes it, at most one at a time; its outcome is reported at the next step. The files are the
+    same, to the bit, as those of a save that training waits for.
     """
 
     def __init__(self, store: CheckpointStore, config: RunConfig) -> None:
@@ -62,7 +64,7 @@ class Saver:
         bounded = [source, *(part for part in (parts.monitor, parts.samples) if part is not None)]
         baseline = _packed_bytes(parts.evaluation.baseline.state_dict())
         whole = weights + baseline + sum(part.state_bytes_at_most() for part in bounded)
-        reserve = weights + source.essential_bytes_at_most() + SLACK if section.reserve else 0
+        reserve = weights + source.essential_bytes_at_most() + CHECKPOINT_SLACK if section.reserve else 0
         samples = 0 if parts.samples is None else parts.samples.state_bytes_at_most()
         self.store.check_space(whole, self._config.training.steps, log_bytes(self._config, samples) + reserve)
         self.store.hold_reserve(reserve)
@@ -103,28 +105,29 @@ class Saver:
             return
         # The lines up to here must be on disk first: a resumed run drops those after its step and writes them again.
         self._writer.flush()
-        state = (tree(), dict(model))
+        state, arrived = (tree(), dict(model)), None
+        in_background = self._config.checkpoint.asynchronous and not wait
+        if in_background:
+            state, arrived = self._snapshots.take(state)
         self._step_in_flight = step
-        if wait or not self._config.checkpoint.asynchronous:
-            self._settle(
-                lambda: self.store.save(step, state[1], state[0], dict(summary), metric, essential_tree, wait), wait
-            )
-            return
-        copy, arrived = self._snapshots.take(state)
 
         def write() -> Path:
-            arrived()
-            return self.store.save(step, copy[1], copy[0], dict(summary), metric, essential_tree)
+            if arrived is not None:
+                arrived()
+            return self.store.save(step, state[1], state[0], dict(summary), metric, essential_tree, wait)
 
-        self._task.start(write)
+        if in_background:
+            self._task.start(write)
+        else:
+            self._settle(write, wait)
 
     def look(self) -> None:
-        """Tell what became of a write beside training, if it has ended. Waits for nothing."""
+        """Report how a write in the background ended, if it has. Waits for nothing."""
         if self._task.busy:
             self.flush(0.0)
 
     def flush(self, seconds: float | None = None) -> bool:
-        """Wait for the write beside training, and tell what became of it. False where it has not ended in time."""
+        """Wait for the write in the background, and report how it ended. False where it has not ended in time."""
         if self._task.busy:
             self._settle(lambda: self._task.collect(FLUSH_SECONDS if seconds is None else seconds), False)
         return not self._task.busy
@@ -135,7 +138,7 @@ class Saver:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Nothing is left in writing, and no space is held. A second Ctrl-C waits for nothing."""
+        """Wait for the write in the background, except at a second Ctrl-C, and give up the reserve."""
         if not self.flush(None if kind is None or issubclass(kind, Exception) else 0.0):
             logger.warning("the checkpoint of step %d was still being written when the run ended", self._step_in_flight)
         self.store.reserve.release()

@@ -1,8 +1,9 @@
-"""Held-out figures of a transcoder, beside the baselines it must beat."""
+"""Held-out metrics of a transcoder, and of the baselines it must beat."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -11,10 +12,21 @@ from torch import Tensor
 from transcoder.activations import ActivationBatch
 from transcoder.activations.rows import Substitute
 from transcoder.antidup.merge_cost import MergeResult, MergeTest
-from transcoder.antidup.position_mass import PositionMass
+from transcoder.antidup.running_mass import PositionMass
 from transcoder.kernels import SparseCodes, nested_loss, sparse_decode
 from transcoder.model import Transcoder
 from transcoder.training.baselines import LinearBaseline
+
+
+@contextmanager
+def at_inference(transcoder: Transcoder) -> Iterator[None]:
+    """Inside the `with` block the transcoder is in eval mode (BatchTopK runs with its threshold); its mode is restored."""
+    was_training = transcoder.training
+    transcoder.eval()
+    try:
+        yield
+    finally:
+        transcoder.train(was_training)
 
 
 @torch.no_grad()
@@ -41,12 +53,8 @@ def evaluate(
     """
     if not heldout:
         raise ValueError("evaluate: expected at least one held-out batch, got none")
-    was_training = transcoder.training
-    transcoder.eval()
-    try:
+    with at_inference(transcoder):
         return _evaluate(transcoder, heldout, sinks, baseline)
-    finally:
-        transcoder.train(was_training)
 
 
 class LanguageModelLosses(Protocol):
@@ -63,24 +71,20 @@ def cross_entropy(transcoder: Transcoder, model: LanguageModelLosses, tokens: in
     puts nothing in the layer's place: 1 costs nothing, 0 is no better than leaving the layer out. Empty where there is no
     language model to run (own batches, cached activations).
     """
-    was_training = transcoder.training
-    transcoder.eval()
-    try:
-        substitutes: dict[str, Substitute | None] = {
-            "model": None,
-            "transcoder": lambda source, _: transcoder(source),
-            "zero": lambda _, target: torch.zeros_like(target),
-        }
+    substitutes: dict[str, Substitute | None] = {
+        "model": None,
+        "transcoder": lambda source, _: transcoder(source),
+        "zero": lambda _, target: torch.zeros_like(target),
+    }
+    with at_inference(transcoder):
         found = model.heldout_losses(substitutes, tokens)
-    finally:
-        transcoder.train(was_training)
     if found is None:
         return {}
-    figures = {f"evaluation/ce_{name}": value for name, value in found.items()}
+    metrics = {f"evaluation/ce_{name}": value for name, value in found.items()}
     span = found["zero"] - found["model"]
     if span > 0:
-        figures["evaluation/ce_recovered"] = (found["zero"] - found["transcoder"]) / span
-    return figures
+        metrics["evaluation/ce_recovered"] = (found["zero"] - found["transcoder"]) / span
+    return metrics
 
 
 @torch.no_grad()
@@ -100,9 +104,7 @@ def merge_test(
     if i.numel() == 0:
         # The held-out tokens are encoded for the pairs' sake alone.
         return MergeResult.untested(i, j)
-    was_training = transcoder.training
-    transcoder.eval()
-    try:
+    with at_inference(transcoder):
         # In normalised units throughout: costs are ratios.
         test, seen = MergeTest(i, j, transcoder.W_dec, transcoder.widths), 0
         for batch in heldout:
@@ -114,8 +116,6 @@ def merge_test(
             error = sparse_decode(codes, transcoder.W_dec, transcoder.b_dec) - target
             test.update(codes, error, transcoder.normalize_target(batch.target))
         return test.result()
-    finally:
-        transcoder.train(was_training)
 
 
 def _evaluate(
@@ -151,7 +151,7 @@ def _evaluate(
             rivals[1] += (batch.target - baseline.predict(solution, batch.source)).double().square().sum()
     total = _denominator(total, size, tokens * mean.numel())
     fvu = (errors / total).tolist()
-    figures = {
+    metrics = {
         "evaluation/fvu": fvu[-1],
         **{f"evaluation/fvu_prefix_{w}": value for w, value in zip(widths, fvu, strict=True)},
         "evaluation/explained_variance": 1 - fvu[-1],
@@ -160,23 +160,23 @@ def _evaluate(
         "evaluation/live_share": float(fired.float().mean()),
     }
     entropy, judged, _, _ = where.shares()
-    figures["evaluation/position_judged"] = float(judged.sum())
-    figures |= _quantiles("evaluation/position_entropy", entropy[judged], {"median": 0.5, "p01": 0.01})
+    metrics["evaluation/position_judged"] = float(judged.sum())
+    metrics |= _quantiles("evaluation/position_entropy", entropy[judged], {"median": 0.5, "p01": 0.01})
     if solution is not None:
-        figures["evaluation/baseline_mean_fvu"], figures["evaluation/baseline_linear_fvu"] = (rivals / total).tolist()
+        metrics["evaluation/baseline_mean_fvu"], metrics["evaluation/baseline_linear_fvu"] = (rivals / total).tolist()
     if sinks is not None and len(sinks) > 0:
         sums, codes = _prefix_sums(transcoder, sinks)
         on_sinks = codes.indices[codes.values > 0]
         only = torch.zeros_like(fired).index_fill_(0, on_sinks, True) & ~fired
-        figures["evaluation/sink_l0"] = on_sinks.numel() / len(sinks)
-        figures["evaluation/sink_only_latents"] = float(only.sum())
+        metrics["evaluation/sink_l0"] = on_sinks.numel() / len(sinks)
+        metrics["evaluation/sink_only_latents"] = float(only.sum())
         on_sink = torch.zeros_like(entropy).index_add_(0, codes.indices, codes.values.double())
         share = on_sink / (on_sink + where.mass.sum(1))
-        figures |= _quantiles("evaluation/sink_mass", share[share.isfinite()], {"median": 0.5, "p99": 0.99})
+        metrics |= _quantiles("evaluation/sink_mass", share[share.isfinite()], {"median": 0.5, "p99": 0.99})
         around, size = (part.square().sum() for part in (sinks.target.double() - mean, sinks.target.double()))
-        figures["evaluation/sink_fvu"] = float(sums[-1] / _denominator(around, size, sinks.target.numel()))
-        figures["evaluation/sink_tokens"] = float(len(sinks))
-    return figures
+        metrics["evaluation/sink_fvu"] = float(sums[-1] / _denominator(around, size, sinks.target.numel()))
+        metrics["evaluation/sink_tokens"] = float(len(sinks))
+    return metrics
 
 
 def _quantiles(name: str, values: Tensor, wanted: Mapping[str, float]) -> dict[str, float]:

@@ -14,6 +14,7 @@ from transcoder.activations import ActivationBatch
 from transcoder.files import replacing
 from transcoder.model import Transcoder
 from transcoder.reporting.latent_table import ABOUT, FILE_NAME
+from transcoder.training.evaluation import at_inference
 
 BINS = 20
 TOKENS_SHOWN = 8
@@ -37,13 +38,13 @@ def write_latent_facts(
 
     Columns: latent int32, tokens_fired int64 and max_activation float32 on the held-out tokens, histogram list<int32> (20 bins
     of activation from 0 to its maximum), promoted and suppressed list<string> with their logits list<float32>. The logits are
-    a decoder row's direct effect through the final norm's weight and the unembedding, their mean over the vocabulary
-    taken away: a direction's, not a scale's. What could not be had is empty and named in the file's metadata.
+    a decoder row's direct effect through the final norm's weight and the unembedding, less their mean over the vocabulary.
+    Columns that could not be computed are empty; the file's metadata says why.
 
     Args:
         heldout: what evaluation read; empty leaves the first columns 0.
         shown: [n] int64 latents that get tokens; None is all of them.
-        unembedding: [d_model, vocabulary], the final norm's weight folded in; or the reason why there is none.
+        unembedding: [d_model, vocabulary], the final norm's weight folded in; or why there is none.
 
     Raises:
         OSError: the file could not be written.
@@ -98,10 +99,8 @@ def _fired(transcoder: Transcoder, heldout: Sequence[ActivationBatch]) -> tuple[
     d_sae, device = transcoder.config.d_sae, transcoder.W_dec.device
     peak = torch.zeros(d_sae, device=device)
     counts = torch.zeros(d_sae * BINS, dtype=torch.int64, device=device)
-    was_training = transcoder.training
-    transcoder.eval()
-    try:
-        # Twice over the tokens: the bins need the maximum.
+    with at_inference(transcoder):
+        # Two passes over the tokens: the bins need the maximum.
         for counting in (False, True):
             for batch in heldout:
                 codes = transcoder.encode(batch.source)
@@ -112,8 +111,6 @@ def _fired(transcoder: Transcoder, heldout: Sequence[ActivationBatch]) -> tuple[
                     continue
                 place = (values / peak[latents] * BINS).long().clamp_(0, BINS - 1)
                 counts += torch.bincount(latents * BINS + place, minlength=d_sae * BINS)
-    finally:
-        transcoder.train(was_training)
     histogram = counts.view(d_sae, BINS).cpu()
     return histogram.sum(1), peak.cpu(), histogram
 

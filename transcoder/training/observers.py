@@ -5,7 +5,9 @@ To add one: write it here, and add it to the list in `Trainer`. They act in the 
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,7 @@ from transcoder.antidup import ActivationSampleCollector, CorrelationMonitor, Po
 from transcoder.antidup.ledger import LedgerError
 from transcoder.antidup.merge_cost import MergeResult
 from transcoder.antidup.monitor import Judge
+from transcoder.files import replace_atomically
 from transcoder.phases import phase
 from transcoder.training.baselines import LinearBaseline
 from transcoder.training.evaluation import cross_entropy, evaluate, merge_test
@@ -30,8 +33,7 @@ from transcoder.training.similarity import (
     REPORT_FILE,
     HeldoutCodes,
     prefix_similarity,
-    similarity_figures,
-    write_similarity,
+    similarity_metrics,
 )
 
 if TYPE_CHECKING:
@@ -366,8 +368,9 @@ class Evaluation(Observer):
         report = prefix_similarity(codes, self.layer.transcoder.W_dec)
         if report is None:
             return {}
-        run.write(REPORT_FILE, lambda: write_similarity(run.run_dir / REPORT_FILE, report))
-        return similarity_figures(report)
+        text = json.dumps(report, indent=1, allow_nan=False)
+        run.write(REPORT_FILE, lambda: replace_atomically(run.run_dir / REPORT_FILE, text))
+        return similarity_metrics(report)
 
     def parts(self) -> dict[str, Stateful]:
         return {"baseline": self.baseline, "evaluation": self}
@@ -406,6 +409,7 @@ class Checkpoints(Observer):
     def act(self, run: Trainer) -> None:
         found = self._evaluation
         run.save(found.latest["evaluation/fvu"] if found.step == run.step else None)
-        if not (run.run_dir / "config.yaml").exists():
+        # Not Path.exists, which raises where a disk no longer answers.
+        if not os.path.exists(run.run_dir / "config.yaml"):
             # The folder was deleted: the checkpoints that it gets from now on cannot be resumed without this.
             run.write("config.yaml", run.write_config)

@@ -95,7 +95,7 @@ def profile_run(
 
     The run's files go to a temporary folder. A phase does not contain the phases inside it, so that they add up to the step;
     `other` is what no phase covers. The penalty's share of the backward pass is part of `backward`. Work of other threads
-    (batches made ahead, files written beside training) is no part of a step unless a step waits for it.
+    (batches made ahead, files written in the background) is no part of a step unless a step waits for it.
 
     Args:
         config: the run; its logs are quiet and its files few while it is profiled (`QUIET`).

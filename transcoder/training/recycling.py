@@ -1,4 +1,4 @@
-"""Acting on flags: pairs that fold for nothing are folded, and the freed latents begin anew."""
+"""Recycling: pairs whose fold costs nothing are folded, and the freed latents are reset."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Recycler:
         self.section, self._seed = section, seed
         self.path = out_dir / "recycled.jsonl"
         self.total = 0
-        """Latents recycled so far."""
+        """Latents recycled so far in the run."""
 
     def act(
         self,
@@ -44,22 +44,22 @@ class Recycler:
     ) -> list[dict[str, int | float]]:
         """Recycle what the report of this step found foldable. Reads the device.
 
-        Returns: one line a pair, for `log`, each with the held-out FVU before and after the whole round: the merge test's sum
-        leaves the selection as it is, these do not.
+        Returns: one line a pair, for `log`, each with the held-out FVU before and after the whole round. These count what
+        the fold changes in the selection; the merge test does not.
         """
         found = _disjoint(monitor.foldable(), transcoder.W_dec, self.section.max_per_round)
         if found.kept.numel() == 0:
             return []
         before = heldout_fvu()
         transcoder.recycle(found.kept, found.dropped, found.scale, seed=key_state(self._seed, step) & (2**63 - 1))
-        # What the freed latent's gradients were says nothing about the new one's.
+        # The moments of the freed latent's gradients say nothing about those of the reset one.
         for parameter in transcoder.latent_parameters:
             state = optimizer.state.get(parameter, {})
             for name in ("exp_avg", "exp_avg_sq"):
                 if name in state:
                     state[name].index_fill_(0, found.dropped, 0)
         transcoder.refresh_dead()
-        # Both have become others: the kept one is larger and fires more often.
+        # Both have changed: the kept one is larger and fires more often.
         monitor.forget(torch.cat([found.kept, found.dropped]))
         round_fvu = {"round_fvu_before": before, "round_fvu_after": heldout_fvu()}
         self.total += found.kept.numel()

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -15,10 +14,11 @@ from torch import Tensor
 from transcoder.activations import ActivationBatch
 from transcoder.antidup.cka import LEAST_TOKENS, Similarity, StreamingCKA, gram_of_codes, gram_of_rows
 from transcoder.checkpoint_folder import CheckpointError, find_checkpoint
-from transcoder.files import replace_atomically, replacing
+from transcoder.files import replacing
 from transcoder.kernels import SparseCodes, sparse_decode
 from transcoder.model import Transcoder
 from transcoder.tensor_file import read_tensors, write_tensors
+from transcoder.training.evaluation import at_inference
 
 SCHEMA_VERSION = 1
 BATCH_TOKENS = 512
@@ -27,9 +27,9 @@ REPORT_FILE, CODES_FILE = "similarity.json", "heldout_codes.safetensors"
 
 
 class HeldoutCodes:
-    """Codes of held-out tokens, and of which tokens they are.
+    """Codes of held-out tokens, with the tokens' ids and positions.
 
-    Mini-batches take every T-th token, so that neighbours in a text, which are no independent draws, fall into different ones.
+    Mini-batches take every T-th token, so that neighbours in a text, which are not independent, fall into different ones.
     """
 
     def __init__(self, codes: Sequence[SparseCodes], tokens: Tensor, positions: Tensor, widths: Sequence[int]) -> None:
@@ -38,7 +38,7 @@ class HeldoutCodes:
     @classmethod
     @torch.no_grad()
     def of(cls, transcoder: Transcoder, heldout: Sequence[ActivationBatch], tokens: int) -> HeldoutCodes | None:
-        """Of the first `tokens` of them at inference; None where that is too few for a mini-batch."""
+        """The codes of the first `tokens` of them at inference; None where that is too few for a mini-batch."""
         room, parts = tokens, []
         for batch in heldout:
             if room > 0:
@@ -50,12 +50,8 @@ class HeldoutCodes:
             return None
         turns = count // size
         source, ids, places = (torch.cat(column)[: turns * size] for column in zip(*parts, strict=True))
-        was_training = transcoder.training
-        transcoder.eval()
-        try:
+        with at_inference(transcoder):
             codes = [transcoder.encode(source[t::turns]) for t in range(turns)]
-        finally:
-            transcoder.train(was_training)
         ids, places = (torch.cat([column[t::turns] for t in range(turns)]) for column in (ids, places))
         return cls(codes, ids, places, transcoder.widths)
 
@@ -63,7 +59,7 @@ class HeldoutCodes:
         return sum(codes.shape[0] for codes in self.codes)
 
     def save(self, path: Path) -> None:
-        """8 bytes an entry, 12 a token. Raises: OSError; the former file stands."""
+        """Write them: 8 bytes an entry, 12 a token. Raises: OSError; the former file stands."""
         sizes = torch.cat([codes.row_ptr.diff() for codes in self.codes])
         tensors = {
             "values": torch.cat([codes.values for codes in self.codes]).float(),
@@ -100,7 +96,7 @@ class HeldoutCodes:
             raise ValueError(f"{path}: not the codes of held-out tokens ({type(error).__name__}: {error})") from error
 
     def matches(self, other: HeldoutCodes) -> bool:
-        """Both are of the same tokens."""
+        """Whether both are of the same tokens."""
         return torch.equal(self.tokens, other.tokens) and torch.equal(self.positions, other.positions)
 
 
@@ -110,7 +106,7 @@ def prefix_similarity(codes: HeldoutCodes, W_dec: Tensor) -> dict[str, Any] | No
 
     Returns JSON values: {"schema_version": 1, "tokens", "batch_tokens", "widths", "codes": {"cka": [P][P], "error": [P][P]},
     "reconstructions": likewise}. "codes" compares the groups of latents that each prefix adds, "reconstructions" what each
-    prefix says of the target (biases left out). null where a group does not vary.
+    prefix reconstructs (biases left out). null where a group does not vary.
     """
     widths = codes.widths
     if len(widths) < 2:
@@ -129,8 +125,8 @@ def prefix_similarity(codes: HeldoutCodes, W_dec: Tensor) -> dict[str, Any] | No
     }
 
 
-def similarity_figures(report: Mapping[str, Any]) -> dict[str, float]:
-    """{"similarity/cka_prefix_<w>"}: what each narrower prefix reconstructs beside what the full width does."""
+def similarity_metrics(report: Mapping[str, Any]) -> dict[str, float]:
+    """{"similarity/cka_prefix_<w>"}: between what each narrower prefix reconstructs and what the full width does."""
     last = [row[-1] for row in report["reconstructions"]["cka"]]
     named = zip(report["widths"][:-1], last[:-1], strict=True)
     return {f"similarity/cka_prefix_{width}": value for width, value in named if value is not None}
@@ -157,13 +153,13 @@ def run_similarity(runs: Sequence[Path]) -> dict[str, Any]:
     for run, codes in zip(runs, found, strict=True):
         if not found[0].matches(codes):
             raise ValueError(f"similarity: {runs[0]} and {run} were evaluated on different held-out tokens")
-    decoders = [_decoder(Path(run)) for run in runs]
-    decoded = all(decoder is not None for decoder in decoders)
+    decoders = [decoder for decoder in (_decoder(Path(run)) for run in runs) if decoder is not None]
+    decoded = len(decoders) == len(runs)
     codes_cka, output_cka = StreamingCKA(len(runs)), StreamingCKA(len(runs))
     for parts in zip(*(codes.codes for codes in found), strict=True):
         codes_cka.update(*(gram_of_codes(part) for part in parts))
         if decoded:
-            output_cka.update(*(gram_of_rows(_decoded(p, d, len(d))) for p, d in _known(parts, decoders)))
+            output_cka.update(*(gram_of_rows(_decoded(p, d, len(d))) for p, d in zip(parts, decoders, strict=True)))
     return {
         "schema_version": SCHEMA_VERSION,
         "tokens": len(found[0]),
@@ -174,7 +170,7 @@ def run_similarity(runs: Sequence[Path]) -> dict[str, Any]:
 
 
 def format_run_similarity(found: Mapping[str, Any]) -> str:
-    """Against the first run, for a terminal."""
+    """CKA of each run with the first one, for a terminal."""
     lines = [f"CKA with {Path(found['runs'][0]).name} on {found['tokens']} held-out tokens, +- 1 standard error:"]
     for kind in ("codes", "reconstructions"):
         for n, run in enumerate(found["runs"][1:], 1):
@@ -193,35 +189,6 @@ def format_seed_similarity(method: str, found: Mapping[str, Any]) -> str:
     return f"{method}: CKA across seeds, mean over pairs (least to most): " + (", ".join(texts) or "not defined")
 
 
-def write_similarity(path: Path, report: Mapping[str, Any]) -> None:
-    """Raises: OSError; the former file stands."""
-    validate_similarity(report)
-    replace_atomically(path, json.dumps(report, indent=1, allow_nan=False))
-
-
-def validate_similarity(report: Any) -> None:
-    """Raise ValueError, naming the place, unless `report` is what `prefix_similarity` returns."""
-    kinds = {"schema_version": int, "tokens": int, "batch_tokens": int, "widths": list}
-    if not isinstance(report, dict) or set(report) != {*kinds, "codes", "reconstructions"}:
-        raise ValueError(f"similarity: expected {sorted({*kinds, 'codes', 'reconstructions'})}, got {report!r:.200}")
-    for name, kind in kinds.items():
-        if type(report[name]) is not kind:
-            raise ValueError(f"similarity.{name}: expected {kind.__name__}, got {report[name]!r}")
-    if report["schema_version"] != SCHEMA_VERSION:
-        raise ValueError(f"similarity.schema_version: expected {SCHEMA_VERSION}, got {report['schema_version']}")
-    size = len(report["widths"])
-    for kind_name in ("codes", "reconstructions"):
-        for field in ("cka", "error"):
-            table = report[kind_name].get(field) if isinstance(report[kind_name], dict) else None
-            rows: list[Any] = table if isinstance(table, list) else []
-            if [len(row) for row in rows] != [size] * size or not all(_is_number(v) for row in rows for v in row):
-                raise ValueError(f"similarity.{kind_name}.{field}: expected [{size}][{size}] finite numbers or null")
-
-
-def _is_number(value: object) -> bool:
-    return value is None or (isinstance(value, float) and math.isfinite(value))
-
-
 def _decoded(codes: SparseCodes, W_dec: Tensor, width: int) -> Tensor:
     """[n, d_out] of the latents below `width`, without bias."""
     kept = codes.with_values(torch.where(codes.indices < width, codes.values, 0))
@@ -229,17 +196,11 @@ def _decoded(codes: SparseCodes, W_dec: Tensor, width: int) -> Tensor:
 
 
 def _decoder(run: Path) -> Tensor | None:
-    """Of the newest checkpoint; None where there is none that can be read."""
+    """W_dec of the newest checkpoint; None where none can be read."""
     try:
         return Transcoder.from_pretrained(find_checkpoint(run)).W_dec.detach()
     except (OSError, ValueError, CheckpointError):
         return None
-
-
-def _known(parts: Sequence[SparseCodes], decoders: Sequence[Tensor | None]) -> Iterator[tuple[SparseCodes, Tensor]]:
-    for part, decoder in zip(parts, decoders, strict=True):
-        assert decoder is not None
-        yield part, decoder
 
 
 def _plain(found: Similarity) -> dict[str, list[list[float | None]]]:

@@ -1,4 +1,4 @@
-"""`transcoder sweep`: the same run with several k. A k above what the data need is a cause of duplicates; this shows it."""
+"""`transcoder sweep`: the same run with several k. A k above what the data need is a cause of duplicates."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transcoder.antidup.cosine_tail import cosine_tail, random_cosine_tail
+from transcoder.antidup.row_cosines import cosine_tail, random_cosine_tail
 from transcoder.config import ConfigError, RunConfig
 from transcoder.files import replace_atomically
 from transcoder.training.heldout_duplicates import heldout_duplicates
@@ -34,9 +34,9 @@ class SweepStopped(RuntimeError):
 
 
 def sweep_k(config: RunConfig, ks: Sequence[int], out: Path | str) -> dict[str, Any]:
-    """Train once a k into out/k<k> and write out/sweep.json. Runs that are finished already are not trained again.
+    """Train once a k into out/k<k> and write out/sweep.json. Runs that are finished are not trained again.
 
-    The figures are those of held-out non-sink tokens (BatchTopK by its threshold), the pairs counted by the monitor's
+    The metrics are those of held-out non-sink tokens (BatchTopK by its threshold), the pairs counted by the monitor's
     thresholds on all held-out tokens, "mergeable" those that the merge test passes. A pair is only counted with enough tokens:
     "share_supported" is the share of live latents that fire on half of `min_support` or more, and where it differs
     much between k, `training.evaluation_tokens` is too small to compare pairs. "decoder_cosine" are quantiles over latents
@@ -47,7 +47,7 @@ def sweep_k(config: RunConfig, ks: Sequence[int], out: Path | str) -> dict[str, 
         config: the run; its k and name are set here.
         ks: at least one, each at most d_sae.
 
-    Returns: {"schema_version": 1, "runs": [{"k", figure: number | null, ...}, ...], "random": {"median", "p99", "p999"}}.
+    Returns: {"schema_version": 1, "runs": [{"k", metric: number | null, ...}, ...], "random": {"median", "p99", "p999"}}.
 
     Raises: ConfigError for a k that cannot be; others as `train_transcoder`. SweepStopped.
     """
@@ -66,14 +66,14 @@ def sweep_k(config: RunConfig, ks: Sequence[int], out: Path | str) -> dict[str, 
                 raise SweepStopped(
                     f"sweep: stopped by {result.interrupted_by} in the run of k = {k}; the same command goes on"
                 )
-            figures = {
+            metrics = {
                 **result.summary,
                 **heldout_duplicates(result.transcoder, result.heldout, run.antidup.monitor),
                 **{f"decoder_cosine/{n}": v for n, v in (cosine_tail(result.transcoder.W_dec) or {}).items()},
                 "d_out": result.transcoder.config.d_out,
             }
-            kept = {name: figures.get(name) for name, _ in COLUMNS}
-            replace_atomically(done, json.dumps({"k": k, **kept, "d_out": figures["d_out"]}, indent=2))
+            kept = {name: metrics.get(name) for name, _ in COLUMNS}
+            replace_atomically(done, json.dumps({"k": k, **kept, "d_out": metrics["d_out"]}, indent=2))
         row = json.loads(done.read_bytes())
         shape = (config.transcoder.d_sae, row.pop("d_out"))
         rows.append(row)
@@ -84,7 +84,7 @@ def sweep_k(config: RunConfig, ks: Sequence[int], out: Path | str) -> dict[str, 
 
 
 def _check_same(run: RunConfig, saved: Path) -> None:
-    """Figures of other settings must not stand in for these."""
+    """Metrics of other settings must not be taken for those of this sweep."""
     before, now = RunConfig.load(saved).to_dict(), run.to_dict()
     changed = [f"{part}.{key}" for part in SETTINGS for key in now[part] if now[part][key] != before[part].get(key)]
     if changed:

@@ -143,15 +143,14 @@ class Trainer:
         try:
             while self.step < steps and stop.signal is None:
                 self.advance()
-        except StopIteration:
+        except Exception as error:
             self._rescue()
+            if not isinstance(error, StopIteration):
+                raise
             raise TrainingDataError(
                 f"training data ended after {self.step} of {steps} steps: expected an endless iterator; the state is "
                 "saved, so with more data --resume goes on"
             ) from None
-        except Exception:
-            self._rescue()
-            raise
         finished = self.step >= steps
         if not finished:
             self.catch_up()

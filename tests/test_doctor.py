@@ -1,4 +1,4 @@
-"""What a first call costs: Triton compiles cold and finds its cache warm, the extension notes its own compilation."""
+"""`transcoder doctor`: its facts, its exit code, and what a first call costs: Triton compiles cold and finds its cache warm."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from transcoder.doctor import examine
-from transcoder.kernels import compile_time, extension
-from transcoder.kernels.compile_time import CompileTime
+from transcoder.cli import main
+from transcoder.doctor import CompileTime, remember_first
+from transcoder.kernels import extension
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
@@ -22,17 +22,18 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 import triton
 from transcoder.kernels import segments_triton as s
-from transcoder.kernels.compile_time import triton_cache, watched
+from transcoder.doctor import compile_time
 import triton.language as tl
+from triton import knobs
 
-with watched() as found:
+with compile_time() as found:
     kernel = s.segment_sums
     source = ASTSource(
         kernel, {"values": "*fp32", "ptr": "*i64", "out": "*fp32", "ACC": "constexpr", "ENTRIES": "constexpr"},
         {(3,): tl.float32, (4,): 256},
     )
     triton.compile(source, target=GPUTarget("cuda", 90, 32))
-print(found.compiled, found.loaded, found.compile_seconds, found.load_seconds, triton_cache())
+print(found.compiled, found.loaded, found.compile_seconds, found.load_seconds, knobs.cache.dir)
 """
 
 
@@ -57,17 +58,22 @@ def test_cold_and_warm_are_told_apart(tmp_path: Path) -> None:
 
 def test_only_a_whole_compilation_is_noted_as_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRANSCODER_CACHE", str(tmp_path / "cache"))
-    assert compile_time.remember_first("sm_90", CompileTime(compiled=3, loaded=20, compile_seconds=2)) is None
+    assert remember_first("sm_90", CompileTime(compiled=3, loaded=20, compile_seconds=2)) is None
     cold = CompileTime(compiled=23, compile_seconds=31.5)
-    assert compile_time.remember_first("sm_90", cold) == cold
-    assert compile_time.remember_first("sm_90", CompileTime(loaded=23, load_seconds=0.5)) == cold
-    assert compile_time.remember_first("sm_80", CompileTime(loaded=23)) is None
+    assert remember_first("sm_90", cold) == cold
+    assert remember_first("sm_90", CompileTime(loaded=23, load_seconds=0.5)) == cold
+    assert remember_first("sm_80", CompileTime(loaded=23)) is None
     (tmp_path / "cache" / "first_call.json").write_text("{")
-    assert compile_time.remember_first("sm_90", CompileTime(loaded=23)) is None
+    assert remember_first("sm_90", CompileTime(loaded=23)) is None
 
 
-def test_the_doctor_says_what_first_calls_cost() -> None:
-    lines = [str(fact) for fact in examine()]
+def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    code, out = main(["doctor"]), capsys.readouterr().out
+    assert code == 0, out
+    lines = out.splitlines()
+    assert all(line.startswith(("ok ", "note ")) for line in lines)
+    for text in ("python 3.", "torch ", "topk_encode on cpu", "FeatureCorrelation on cpu", "demo language model"):
+        assert any(text in line for line in lines)
     if extension.usable():
         cost = extension.first_call()
         assert cost is not None
@@ -75,5 +81,11 @@ def test_the_doctor_says_what_first_calls_cost() -> None:
         (line,) = (line for line in lines if "C++ extension: compiled once" in line)
         assert re.search(r"this process waited \d+\.\d{3} s; kept in " + re.escape(str(cost.folder)), line)
     if importlib.util.find_spec("triton") is not None:
+        from triton import knobs
+
         (line,) = (line for line in lines if "Triton kernels" in line)
-        assert str(compile_time.triton_cache()) in line
+        assert str(knobs.cache.dir) in line
+    monkeypatch.setenv("TRANSCODER_BACKEND", "abacus")
+    code, out = main(["doctor"]), capsys.readouterr().out
+    assert code == 1
+    assert any(line.startswith("missing") and "abacus" in line for line in out.splitlines())

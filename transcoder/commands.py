@@ -1,0 +1,373 @@
+"""The commands of the command line: what each takes, what it does and prints. Each returns its exit code.
+
+torch and the rooms are imported by the commands that need them: `--help` and `--version` answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import enum
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transcoder.config import ConfigError, RunConfig
+
+
+class Exit(enum.IntEnum):
+    """What the process returns: see the first lines of `transcoder --help`."""
+
+    OK = 0
+    FAILED = 1
+    INPUT = 2
+    LEDGER = 3
+    STOPPED = 75
+    INTERRUPTED = 130
+    PIPE = 141
+
+
+Run = Callable[[argparse.Namespace, dict[str, Any]], int]
+Argument = tuple[str, dict[str, Any]]
+
+
+class Command(NamedTuple):
+    """What the command line knows of a command. The docstring of `run` is its help."""
+
+    run: Run
+    arguments: tuple[Argument, ...]
+    words: str | None
+    """Its required words in the usage line, where it takes settings as flags; None where it takes none."""
+
+
+COMMANDS: dict[str, Command] = {}
+
+
+def command(*arguments: Argument, words: str | None = None) -> Callable[[Run], Run]:
+    """Register the decorated function as the command of its name."""
+
+    def register(run: Run) -> Run:
+        COMMANDS[run.__name__.strip("_")] = Command(run, arguments, words)
+        return run
+
+    return register
+
+
+def argument(name: str, text: str, **options: Any) -> Argument:
+    """An argument for argparse. `name` may hold what stands for its value in the help: "--out DIR"."""
+    name, _, metavar = name.partition(" ")
+    return name, {"help": text, **({"metavar": metavar} if metavar else {}), **options}
+
+
+def run_folder(path: str) -> Path:
+    folder = Path(path)
+    if not (folder / "config.yaml").is_file():
+        raise FileNotFoundError(f"{path}: expected a run folder, found no config.yaml in it")
+    return folder
+
+
+CONFIG = argument("config CONFIG", "as in train")
+RESUME = argument("--resume", "go on from the newest good checkpoint", action="store_true")
+RUN = argument("run_folder RUN", "a run folder")
+FORMATS = "saelens, sparsify, dictionary-learning, circuit-tracer, gemma-scope, original"
+CHANGED = "convert even where the other side cannot hold the same function; conversion.json says what changed"
+NORM_WEIGHT = "gemma-scope: the RMSNorm's factor before the MLP: a .npy file, or the model's Hugging Face folder"
+PICKLE = "load a .pt file that holds Python objects: it can run any code"
+CONVERSION = (
+    argument("--allow-changed-function", CHANGED, action="store_true"),
+    argument("--source-hook HOOK", "where it reads, such as blocks.8.ln2.hook_normalized"),
+    argument("--target-hook HOOK", "where it writes, such as blocks.8.hook_mlp_out"),
+    argument("--model-name NAME", "the language model"),
+    argument("--norm-weight FILE", NORM_WEIGHT),
+)
+
+
+# -- runs
+# ---------------------------------------------------------------------------------------------------
+
+
+@command(
+    argument("config CONFIG", "a YAML file, or a preset's name: demo, gemma-2-2b-layer8"),
+    argument("--out DIR", "run folder (default: runs/<name>)"),
+    RESUME,
+    words="CONFIG ",
+)
+def train(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
+    """Train a transcoder."""
+    return _train(RunConfig.load(options.config, overrides), options)
+
+
+@command(argument("--out DIR", "run folder (default: runs/demo)"), RESUME, words="")
+def demo(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
+    """Train the demo: the shipped model, this Python's own source as text."""
+    return _train(RunConfig.load("demo", overrides), options)
+
+
+def _train(config: RunConfig, options: argparse.Namespace) -> int:
+    out = _out(options, config.name)
+    if not options.resume:
+        _refuse_used_folder(out)
+    from transcoder.training import train_transcoder
+
+    result = train_transcoder(config, out, resume=options.resume)
+    if not result.finished:
+        # How a run ended matters more than whether its output is read: the exit code stays.
+        with contextlib.suppress(BrokenPipeError):
+            stopped = f"stopped by {result.interrupted_by} after step {result.step}"
+            print(f"run folder: {result.run_dir}\n{stopped}; the state is saved, add --resume to go on")
+        return Exit.STOPPED
+    print(f"run folder: {result.run_dir}")
+    print("fraction of variance unexplained on held-out non-sink tokens (lower is better):")
+    for key, label in (
+        ("evaluation/fvu", "transcoder"),
+        ("evaluation/baseline_linear_fvu", "least-squares linear map"),
+        ("evaluation/baseline_mean_fvu", "mean"),
+    ):
+        if key in result.summary:
+            print(f"  {label:<26}{result.summary[key]:.4f}")
+    if "evaluation/ce_recovered" in result.summary:
+        recovered = result.summary["evaluation/ce_recovered"]
+        print(f"cross-entropy recovered with the transcoder in the layer's place: {recovered:.1%}")
+    if result.report is not None:
+        print(f"report: {result.report}")
+    return Exit.OK
+
+
+@command(
+    argument("config CONFIG", "as in train (default: demo)", nargs="?", default="demo"),
+    argument("--out DIR", "folder of both runs (default: runs/validate-<name>)"),
+    words="[CONFIG] ",
+)
+def validate(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
+    """Short runs with the anti-duplication parts on and off, every output checked, the two compared."""
+    config = RunConfig.load(options.config, {"training.steps": 100, **overrides})
+    out = _out(options, f"validate-{config.name}")
+    _refuse_used_folder(out, resumable=False)
+    from transcoder.training.validate import validate
+
+    result = validate(config, out)
+    print(result.format())
+    return Exit.OK if result.passed else Exit.FAILED
+
+
+@command(
+    CONFIG,
+    argument("--k K,K,...", "the k to try, with commas between", required=True),
+    argument("--out DIR", "folder of the runs (default: runs/sweep-<name>); finished runs are kept"),
+    words="CONFIG --k K,K,... ",
+)
+def sweep(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
+    """Train with several k; show duplicates, decoder cosines and FVU against k. A k that is too large makes duplicates."""
+    config = RunConfig.load(options.config, overrides)
+    out = _out(options, f"sweep-{config.name}")
+    try:
+        ks = [int(word) for word in options.k.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"sweep: --k: expected whole numbers with commas between, got {options.k!r}") from error
+    from transcoder.training.sweep import format_sweep, sweep_k
+
+    print(format_sweep(sweep_k(config, ks, out)))
+    print(f"sweep folder: {out}")
+    return Exit.OK
+
+
+@command(
+    CONFIG,
+    argument("--steps N", "steps under the clock (default: 30)", type=int, default=30),
+    argument("--out DIR", "folder for trace.json (default: runs/profile-<name>)"),
+    words="CONFIG ",
+)
+def profile(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
+    """Where a step's time goes, with a trace to open."""
+    from transcoder.training.profile import QUIET, profile_run
+
+    config = RunConfig.load(options.config, {**overrides, **QUIET})
+    out = _out(options, f"profile-{config.name}")
+    print(profile_run(config, options.steps, out / "trace.json").format())
+    return Exit.OK
+
+
+def _out(options: argparse.Namespace, name: str) -> Path:
+    return Path("runs") / name if options.out is None else Path(options.out)
+
+
+def _refuse_used_folder(out: Path, resumable: bool = True) -> None:
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"--out {out}: expected a folder, this is a file")
+    # A run that was refused before its first step leaves its lock file, and nothing that could be lost.
+    if out.is_dir() and any(not entry.name.startswith(".") for entry in out.iterdir()):
+        way = "add --resume to go on with its run, or " if resumable else ""
+        raise FileExistsError(f"--out {out}: the folder is not empty; {way}choose another --out")
+
+
+# -- what a run has written
+# ---------------------------------------------------------------------------------------------------
+
+
+METHOD = "a run folder; or NAME=RUN,RUN,... for a method's runs over seeds, compared with intervals over seeds"
+PAGE = "also write all of it as one page (default: comparison.html); give this after the runs"
+
+
+@command(argument("runs RUN", METHOD, nargs="+"), argument("--html PATH", PAGE, nargs="?", const="comparison.html"))
+def compare(options: argparse.Namespace, _: dict[str, Any]) -> int:
+    """Compare finished runs with the first of them."""
+    runs: list[str] = options.runs
+    if len(runs) < 2:
+        raise ConfigError(f"compare: expected at least two run folders, got {len(runs)}")
+    if any("=" in run and not Path(run).is_dir() for run in runs):
+        methods = _methods(runs)
+        from transcoder.reporting.compare_seeds import compare_methods, format_methods
+
+        comparison: Any = compare_methods(methods)
+        print(format_methods(comparison))
+        for name, folders in methods.items():
+            _print_similarity(folders, name)
+    else:
+        folders = [run_folder(run) for run in runs]
+        from transcoder.reporting.compare import compare_runs, format_comparison
+
+        methods, comparison = {}, compare_runs(*folders)
+        print(format_comparison(comparison))
+        _print_similarity(folders)
+    if options.html is not None:
+        from transcoder.reporting.compare_page import write_method_comparison, write_run_comparison
+
+        write = write_method_comparison if methods else write_run_comparison
+        print(f"page: {write(comparison, options.html)}")
+    return Exit.OK
+
+
+def _methods(words: list[str]) -> dict[str, list[Path]]:
+    """{method: its run folders} of words such as `ours=runs/a,runs/b`."""
+    methods: dict[str, list[Path]] = {}
+    for word in words:
+        name, _, runs = word.partition("=")
+        if not (name and runs) or name in methods:
+            raise ConfigError(
+                f"compare: expected NAME=RUN,RUN,... with a new name each (or run folders only), got {word!r}"
+            )
+        methods[name] = [run_folder(run) for run in runs.split(",")]
+    return methods
+
+
+def _print_similarity(folders: list[Path], method: str | None = None) -> None:
+    """CKA between the runs, if each of them has saved the codes that it is computed from."""
+    if len(folders) < 2 or not all((folder / "heldout_codes.safetensors").is_file() for folder in folders):
+        return
+    from transcoder.training.similarity import format_run_similarity, format_seed_similarity, run_similarity
+
+    try:
+        found = run_similarity(folders)
+    except ValueError as error:
+        print(f"\nno CKA between {method or 'these'} runs: {error}")
+        return
+    print("", format_run_similarity(found) if method is None else format_seed_similarity(method, found), sep="\n")
+
+
+@command(RUN)
+def report(options: argparse.Namespace, _: dict[str, Any]) -> int:
+    """Write report.html of a run again, from its files."""
+    folder = run_folder(options.run_folder)
+    from transcoder.reporting import write_report
+
+    print(write_report(folder))
+    return Exit.OK
+
+
+SOURCE = "a run folder (its newest checkpoint), a checkpoint, or a saved transcoder; several for circuit-tracer"
+ARCHITECTURE = "saelens: topk writes a TopK transcoder as its SAE; transcoder, skip_transcoder a plain ReLU"
+
+
+@command(
+    argument("runs RUN", SOURCE, nargs="+"),
+    argument("--to FORMAT", FORMATS, required=True),
+    argument("--out DIR", "a new folder (default: RUN/exports/FORMAT)"),
+    *CONVERSION,
+    argument("--layer", "circuit-tracer: the layer, where the source hook does not name it", type=int),
+    argument("--n-layers", "circuit-tracer: layers of the model; those without a run are zeros", type=int),
+    argument("--architecture NAME", ARCHITECTURE),
+    argument("--threshold", "for TopK as thresholds: the one to use (default: the tracked one)", type=float),
+)
+def export(options: argparse.Namespace, _: dict[str, Any]) -> int:
+    """Write a run's transcoder in another library's format."""
+    from transcoder.interop.formats import export_transcoder, format_name
+
+    name, first = format_name(options.to), Path(options.runs[0])
+    # A checkpoint's own folder stays as it was written: its run takes the export.
+    home = first.parent.parent if first.parent.name == "checkpoints" else first
+    out = home / "exports" / name if options.out is None else Path(options.out)
+    runs = options.runs if len(options.runs) > 1 else options.runs[0]
+    record = export_transcoder(runs, name, out, **_given(options, "runs", "to", "out"))
+    print(f"{record.format_lines()}\nwritten: {out}")
+    return Exit.OK
+
+
+@command(
+    argument("format FORMAT", FORMATS),
+    argument("path PATH", "the folder or file that the library wrote"),
+    argument("--out DIR", "a new folder, which Transcoder.from_pretrained loads", required=True),
+    *CONVERSION,
+    argument("--layer", "circuit-tracer, gemma-scope: which layer", type=int),
+    argument("--k", "latents a token for further training, where the files do not say", type=int),
+    argument("--allow-pickle", PICKLE, action="store_true", default=None),
+)
+def import_(options: argparse.Namespace, _: dict[str, Any]) -> int:
+    """Make a transcoder of another library's files."""
+    from transcoder.interop.formats import read_transcoder
+
+    found = read_transcoder(options.format, options.path, **_given(options, "format", "path", "out"))
+    out = found.save(options.out)
+    print(f"{found.record.format_lines()}\nwritten: {out}")
+    return Exit.OK
+
+
+def _given(options: argparse.Namespace, *own: str) -> dict[str, Any]:
+    """The conversion's options among those of the command, where they were given."""
+    others = {"command", "debug", *own}
+    return {name: value for name, value in vars(options).items() if value is not None and name not in others}
+
+
+@command(
+    RUN,
+    argument("--terminal", "in this terminal, as over ssh on a cluster", action="store_true"),
+    argument("--port N", "port on 127.0.0.1 (default: a free one)", type=int, default=0),
+)
+def watch(options: argparse.Namespace, _: dict[str, Any]) -> int:
+    """Show a run while it runs, as its report in a browser on this machine; nothing of it is written or locked."""
+    folder = run_folder(options.run_folder)
+    if options.terminal:
+        from transcoder.reporting.watch_terminal import watch_terminal
+
+        return watch_terminal(folder)
+    from transcoder.reporting.watch_server import watch
+
+    watch(folder, options.port)
+    return Exit.OK
+
+
+@command(RUN)
+def sync(options: argparse.Namespace, _: dict[str, Any]) -> int:
+    """Send the metrics of a run to W&B afterwards, from its metrics.jsonl."""
+    folder = run_folder(options.run_folder)
+    from transcoder.reporting.follower import sync_run
+
+    try:
+        done = sync_run(folder)
+    except RuntimeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return Exit.FAILED
+    for warning in done["warnings"]:
+        print(f"warning: {warning}", file=sys.stderr)
+    print(f"{done['lines']} lines sent to W&B: {done['url'] or folder / 'wandb'}")
+    return Exit.OK
+
+
+@command()
+def doctor(options: argparse.Namespace, _: dict[str, Any]) -> int:
+    """Say what this machine has and what is missing."""
+    from transcoder.doctor import examine
+
+    facts = examine()
+    print(*facts, sep="\n")
+    return Exit.OK if all(fact.fine for fact in facts) else Exit.FAILED
