@@ -7,7 +7,7 @@ import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 import yaml
@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from transcoder.config import ConfigError, RunConfig, flags, parse_flag, preset_names
 from transcoder.setting_help import settings as all_settings
 from transcoder.setting_help import settings_help
+from transcoder.settings import convert
 
 LEAVES = dict(flags())
 
@@ -192,3 +193,22 @@ def test_dates_in_a_file_are_text(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("training: {steps: 2026-01-31}\n")
     with pytest.raises(ConfigError, match=r"training\.steps: expected a whole number, got '2026-01-31'"):
         RunConfig.load(tmp_path / "run.yaml")
+
+
+@pytest.mark.parametrize(
+    ("bound", "inside", "outside", "words"),
+    [
+        ("[1, inf)", [1, 10**30], [0], "at least 1"),
+        ("(0, inf)", [5e-324, 1e300], [0, -1], "positive"),
+        ("(1, inf)", [1.5], [1], "above 1"),
+        ("[0, 1]", [0, 1], [-0.1, 1.1], r"in \[0, 1\]"),
+        ("(0, 1)", [0.5], [0, 1], r"in \(0, 1\)"),
+        ("[0, 2^63)", [0, 2**63 - 1], [2**63], r"in \[0, 2\^63\)"),
+    ],
+)
+def test_bounds(bound: str, inside: list[float], outside: list[float], words: str) -> None:
+    for value in inside:
+        assert convert(Annotated[type(value), bound], value, "x") == value
+    for value in outside:
+        with pytest.raises(ConfigError, match=f"^x: expected {words} or null, got "):
+            convert(Annotated[type(value), bound] | None, value, "x")

@@ -350,7 +350,7 @@ def watch(options: argparse.Namespace, _: dict[str, Any]) -> int:
 def sync(options: argparse.Namespace, _: dict[str, Any]) -> int:
     """Send the metrics of a run to W&B afterwards, from its metrics.jsonl."""
     folder = run_folder(options.run_folder)
-    from transcoder.reporting.wandb_sync import sync_run
+    from transcoder.reporting.follower import sync_run
 
     try:
         done = sync_run(folder)

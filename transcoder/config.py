@@ -106,11 +106,13 @@ class TranscoderSection(DictionarySettings, where="transcoder."):
     """The dictionary. d_in and d_out come from the hooks."""
 
     d_sae: Positive = 2048
+    """Latents in the dictionary."""
     k: int = 16
     activation: Activation = "batch_topk"
     normalize: Literal["none", "rms", "standardize"] = "standardize"
     """Source and target each by its own statistics: scaled to mean square 1, `standardize` also subtracts the mean."""
     normalization_tokens: Annotated[int, "[2, inf)"] = 16384
+    """Tokens that these statistics are taken from, before the first step."""
 
     def config(self, d_in: int, d_out: int) -> TranscoderConfig:
         """The config of a transcoder of these settings."""
@@ -256,6 +258,7 @@ class MonitorSection(Section, where="antidup.monitor."):
     correlation_save_frequency: Positive = 100
     """Steps between reports into anti_duplication_logs/."""
     max_reported_pairs: Positive = 1000
+    """Most pairs in a report."""
     merge_test_tokens: Count = 8192
     """Held-out tokens on which each report tests whether a pair can be merged into one latent at no cost; 0 tests nothing."""
     merge_share_to_act: Weight | None = 0.3
@@ -309,6 +312,7 @@ class RecycleSection(Section, where="antidup.recycle."):
     every: Positive = 500
     """Steps between rounds; a round follows the correlation report of its step."""
     max_per_round: Positive = 64
+    """Most latents reset in a round."""
     until: InnerFraction = 0.8
     """No round after this share of the steps: a reset latent needs the remaining steps to train."""
 
@@ -357,6 +361,7 @@ class LoggingSection(Section, where="logging."):
     progress: bool = True
     """Show the progress of the run on the terminal."""
     wandb: Literal["off", "offline", "online"] = "off"
+    """Send metrics to Weights & Biases; `offline` keeps them in the run folder."""
     wandb_project: str = "transcoder"
     wandb_upload_checkpoints: bool = False
     tensorboard: bool = False
@@ -373,6 +378,7 @@ class RunConfig(Section):
     """One run. `RunConfig.load("demo")`, `RunConfig.load("my.yaml")`, `RunConfig.from_dict({...})`."""
 
     name: str = "run"
+    """Name of the run. Its folder is runs/<name> unless --out says otherwise."""
     model: ModelSection = field(default_factory=ModelSection)
     activations: ActivationsSection = field(default_factory=ActivationsSection)
     transcoder: TranscoderSection = field(default_factory=TranscoderSection)

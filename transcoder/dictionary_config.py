@@ -37,6 +37,7 @@ class JumpReLUSettings(Section, where="transcoder.jumprelu."):
     learning_rate_ratio: PositiveNumber | None = None
     """Learning rate of the thresholds as a multiple of the weights'; null is sqrt(d_in)."""
     tanh_scale: PositiveNumber = 4.0
+    """Scale of the activations in penalty `tanh`."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,9 @@ class DictionarySettings(Section):
     aux_k: Count | None = None
     """Dead latents that AuxK may revive a token; null is d_in // 2 (at least 1), 0 switches AuxK off."""
     aux_coefficient: Weight = 1 / 32
+    """Weight of the AuxK loss."""
     dead_after_tokens: Positive = 10_000_000
+    """A latent is dead when it has not fired on this many tokens."""
     threshold_rate: PositiveShare = 0.05
     """Rate of the fp32 running mean of the smallest selected value (BatchTopK's threshold at inference). That minimum is
     taken over batch_size * k values and hardly varies, so a short memory costs no noise and keeps up with training."""

@@ -7,14 +7,13 @@ import textwrap
 import types
 import typing
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from transcoder.config import RunConfig
 from transcoder.settings import field_types
 
 
-@dataclasses.dataclass(frozen=True)
-class Setting:
+class Setting(NamedTuple):
     """One leaf field of the configuration."""
 
     name: str

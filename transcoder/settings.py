@@ -70,12 +70,8 @@ def field_types(cls: Any, bounds: bool = True) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
-def refusal(name: str, expected: str, got: object) -> ConfigError:
-    return ConfigError(f"{name}: expected {expected}, got {short(got)}")
-
-
-def wrong_type(name: str, expected: str, got: object) -> ConfigError:
-    return WrongTypeError(str(refusal(name, expected, got)))
+def refusal(name: str, expected: str, got: object, error: type[ConfigError] = ConfigError) -> ConfigError:
+    return error(f"{name}: expected {expected}, got {short(got)}")
 
 
 def short(value: object) -> str:
@@ -138,7 +134,7 @@ def convert(kind: Any, value: Any, name: str, or_null: str = "") -> Any:
         return value
     if origin in (tuple, Sequence):
         if not isinstance(value, Sequence) or isinstance(value, str):
-            raise wrong_type(name, "a list", value)
+            raise refusal(name, "a list", value, WrongTypeError)
         if origin is tuple and Ellipsis not in args and len(value) != len(args):
             raise refusal(name, f"{len(args)} values", list(value))
         return tuple(convert(args[0], inner, f"{name}[{i}]") for i, inner in enumerate(value))
@@ -149,7 +145,7 @@ def convert(kind: Any, value: Any, name: str, or_null: str = "") -> Any:
     if kind in (int, float):
         return _number(kind, value, name)
     if kind is bool and not isinstance(value, bool):
-        raise wrong_type(name, "true or false", value)
+        raise refusal(name, "true or false", value, WrongTypeError)
     if kind is str and not isinstance(value, str):
         raise WrongTypeError(f"{name}: expected text, got {short(value)}; put it in quotes")
     return value
@@ -177,10 +173,10 @@ def _number(kind: type, value: Any, name: str) -> int | float:
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         if not isinstance(value, int) or isinstance(value, bool):
-            raise wrong_type(name, "a whole number", given)
+            raise refusal(name, "a whole number", given, WrongTypeError)
         return value
     if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise wrong_type(name, "a number", given)
+        raise refusal(name, "a number", given, WrongTypeError)
     if not abs(value) <= sys.float_info.max:
         raise refusal(name, "a finite number", value)
     return float(value)

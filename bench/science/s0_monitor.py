@@ -13,8 +13,7 @@ from bench.science.planted import Stream, batches
 from bench.science.statistics import of_share
 from bench.science.table import Line, at_least, at_most, holds, told
 from transcoder.antidup import CorrelationMonitor, UsageLedger
-from transcoder.antidup.confidence import correlation_bounds
-from transcoder.antidup.pair_errors import PairJackknife, most_pairs
+from transcoder.antidup.pair_errors import PairJackknife, correlation_bounds, most_pairs
 from transcoder.config import MonitorSection
 from transcoder.kernels import FeatureCorrelation
 

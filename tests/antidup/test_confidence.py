@@ -7,9 +7,8 @@ import math
 import pytest
 import torch
 
-from transcoder.antidup.confidence import correlation_bounds, pooled_lower_bound
 from transcoder.antidup.monitor import _scaled
-from transcoder.antidup.pair_errors import PairErrors
+from transcoder.antidup.pair_errors import PairErrors, correlation_bounds, pooled_lower_bound
 
 
 def test_bounds_are_those_of_the_formula() -> None:

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from transcoder.antidup import CorrelationMonitor, UsageLedger
 from transcoder.antidup.flags import FlagBook
-from transcoder.antidup.ledger import REQUIRED_EFFECTS
 from transcoder.antidup.merge_cost import MergeResult
 from transcoder.config import MonitorSection
 from transcoder.kernels import SparseCodes, use_backend
+from transcoder.usage import REQUIRED_EFFECTS
 
 TOKENS = 400
 """Of a block."""

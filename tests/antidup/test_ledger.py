@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from transcoder.antidup import LedgerError, UsageLedger
-from transcoder.antidup.ledger import REQUIRED_EFFECTS, TERM_UNITS, missing_effects
+from transcoder.usage import REQUIRED_EFFECTS, TERM_UNITS, missing_effects
 
 ALL = dict.fromkeys(REQUIRED_EFFECTS, True)
 TERMS = {f"{term}_{what}": 3 for term, unit in TERM_UNITS.items() for what in ("evaluations", unit)}

@@ -16,18 +16,17 @@ from torch import Tensor
 
 from transcoder.antidup import CorrelationMonitor, UsageLedger, validate_correlation_report
 from transcoder.antidup import flags as flags_module
-from transcoder.antidup.confidence import correlation_bounds
-from transcoder.antidup.connected_components import connected_components
-from transcoder.antidup.cosine_tail import cosine_tail, random_cosine_tail
+from transcoder.antidup.correlation_report import connected_components
 from transcoder.antidup.flags import FlagBook
-from transcoder.antidup.ledger import REQUIRED_EFFECTS
 from transcoder.antidup.merge_cost import MergeResult
 from transcoder.antidup.monitor import _pairs_in
-from transcoder.antidup.sequence_counts import SequenceCounts
-from transcoder.antidup.state_size import correlation_state_bytes
+from transcoder.antidup.pair_errors import correlation_bounds
+from transcoder.antidup.row_cosines import cosine_tail, random_cosine_tail
+from transcoder.antidup.window import SequenceCounts, correlation_state_bytes
 from transcoder.config import MonitorSection
 from transcoder.kernels import FeatureCorrelation, SparseCodes, use_backend
 from transcoder.kernels.correlation.reference import correlation_reference
+from transcoder.usage import REQUIRED_EFFECTS
 
 SECTION = MonitorSection(block_tokens=4000, min_support=100, min_sequences=30, correlation_save_frequency=1)
 RHOS = (0.5, 0.6, 0.7, 0.95, 0.98, 1.0)
@@ -823,8 +822,8 @@ def test_flagged_pairs_are_judged_first_and_in_parts(tmp_path: Path, monkeypatch
 
 def test_the_cosine_tail_of_many_rows_is_that_of_some_against_all(monkeypatch: pytest.MonkeyPatch) -> None:
     W = torch.randn(301, 16, generator=torch.Generator().manual_seed(4))
-    monkeypatch.setattr("transcoder.antidup.cosine_tail.MOST_ROWS", 43)
-    monkeypatch.setattr("transcoder.antidup.cosine_tail.TILE_ROWS", 20)
+    monkeypatch.setattr("transcoder.antidup.row_cosines.MOST_ROWS", 43)
+    monkeypatch.setattr("transcoder.antidup.row_cosines.TILE_ROWS", 20)
     unit = torch.nn.functional.normalize(W, dim=1)
     nearest = (unit @ unit.T).fill_diagonal_(-1).max(1).values
     some = nearest[torch.arange(43) * 301 // 43].sort().values

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from transcoder.antidup import PositionSampler, UsageLedger
-from transcoder.antidup.ledger import REQUIRED_EFFECTS
 from transcoder.config import PositionsSection
+from transcoder.usage import REQUIRED_EFFECTS
 
 SECTION = PositionsSection()
 BOS, PAD = 1, 0
@@ -49,7 +49,7 @@ def test_positions_are_drawn_as_often_as_stated(tmp_path: Path) -> None:
     part, tokens = sampler(SECTION, tmp_path), tokens_with_specials()
     steps = 3000
     kept, _ = draws(part, tokens, steps)
-    chance = part.inclusion(tokens)
+    chance = part._inclusion(part._strata(tokens))
     error = (kept - chance) / (chance * (1 - chance) / steps).sqrt().clamp(min=1e-9)
     sure = (chance == 0) | (chance == 1)
     assert torch.equal(kept[sure], chance[sure])
@@ -64,7 +64,7 @@ def test_weights_keep_the_expectation_of_any_objective(tmp_path: Path) -> None:
     f = torch.linspace(-1, 3, tokens.shape[1], dtype=torch.float64).square() + (tokens == BOS).double() * 5
     for section in (SECTION, replace(SECTION, keep_fraction=0.2, min_samples_per_bin=2)):
         part = sampler(section, tmp_path)
-        chance = part.inclusion(tokens)
+        chance = part._inclusion(part._strata(tokens))
         totals = torch.tensor(
             [float((part.sample_positions(tokens, step).weights * f).sum()) for step in range(2000)],
             dtype=torch.float64,
@@ -79,7 +79,7 @@ def test_weights_keep_the_expectation_of_any_objective(tmp_path: Path) -> None:
 
 def test_each_weight_has_the_same_expectation_and_their_mean_is_one(tmp_path: Path) -> None:
     part, tokens = sampler(SECTION, tmp_path), tokens_with_specials(seed=3)
-    chance = part.inclusion(tokens)
+    chance = part._inclusion(part._strata(tokens))
     sample = part.sample_positions(tokens, 5)
     scale = chance.sum() / (chance > 0).sum()
     torch.testing.assert_close(sample.weights[sample.keep].double(), (scale / chance)[sample.keep], rtol=1e-6, atol=0)

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from transcoder.activations.batch import ActivationBatch
 from transcoder.antidup import DiversityRegularizer, UsageLedger
-from transcoder.antidup.ledger import REQUIRED_EFFECTS
 from transcoder.antidup.penalties import pair_penalty, position_penalty
-from transcoder.antidup.position_mass import PositionMass
+from transcoder.antidup.running_mass import PositionMass
 from transcoder.config import RegularizerSection
 from transcoder.kernels import SparseCodes
+from transcoder.usage import REQUIRED_EFFECTS
 
 LATENTS, TOKENS, STEPS = 20, 40, 1000
 SECTION = RegularizerSection(

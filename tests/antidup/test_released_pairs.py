@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from transcoder.antidup import CorrelationMonitor, UsageLedger
-from transcoder.antidup.ledger import REQUIRED_EFFECTS
 from transcoder.config import MonitorSection
 from transcoder.kernels import SparseCodes
+from transcoder.usage import REQUIRED_EFFECTS
 
 
 def tokens(tied: list[tuple[int, int]], seed: int) -> Tensor:

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from transcoder.activations.batch import ActivationBatch
 from transcoder.antidup import ActivationSampleCollector, UsageLedger
-from transcoder.antidup.ledger import REQUIRED_EFFECTS
 from transcoder.antidup.sample_store import Samples, best_entries, merged, without_overlap
 from transcoder.config import SamplesSection
 from transcoder.kernels import SparseCodes, use_backend
+from transcoder.usage import REQUIRED_EFFECTS
 
 pq = pytest.importorskip("pyarrow.parquet")
 
@@ -389,7 +389,7 @@ def test_a_forgotten_latent_has_the_samples_of_its_new_life_alone(backend: str, 
     assert mine == theirs
 
 
-def test_replicas_draw_apart(tmp_path: Path) -> None:
+def test_processes_draw_apart(tmp_path: Path) -> None:
     section = replace(SECTION, position_bins=1, stratified_per_latent=1, min_per_bin=0, context_tokens=1)
     nothing, places = torch.zeros(8, 1), torch.arange(8)
     drawn = []

@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from transcoder.activations import ActivationBatch
-from transcoder.antidup import ActivationSampleCollector
-from transcoder.antidup.ledger import REQUIRED_EFFECTS, UsageLedger
+from transcoder.antidup import ActivationSampleCollector, UsageLedger
 from transcoder.antidup.pair_errors import PairJackknife
-from transcoder.antidup.sequence_counts import SequenceCounts
+from transcoder.antidup.window import SequenceCounts
 from transcoder.config import SamplesSection
 from transcoder.kernels import SparseCodes, extension, use_backend
 from transcoder.kernels.correlation import cpp_backend
 from transcoder.kernels.correlation.torch_backend import entries_of
+from transcoder.usage import REQUIRED_EFFECTS
 
 pytestmark = pytest.mark.skipif(not extension.usable(), reason="no compiler")
 CPU = torch.device("cpu")

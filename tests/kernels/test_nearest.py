@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from transcoder.antidup import DiversityRegularizer
-from transcoder.antidup.ledger import REQUIRED_EFFECTS, UsageLedger
-from transcoder.antidup.penalties import decoder_penalty, decoder_penalty_rows
+from transcoder.antidup import DiversityRegularizer, UsageLedger
+from transcoder.antidup.penalties import decoder_penalty
 from transcoder.config import RegularizerSection
 from transcoder.kernels import extension, nearest_cpp, use_backend
+from transcoder.usage import REQUIRED_EFFECTS
 
 pytestmark = pytest.mark.skipif(not extension.usable(), reason="no compiler")
 EPS = torch.finfo(torch.float32).eps
@@ -121,7 +121,7 @@ def test_the_penalty_is_that_of_backend_torch(twins: float, monkeypatch: pytest.
     for name in ("cpp", "torch"):
         decoder = Decoder(w)
         with use_backend(name):
-            rows = decoder_penalty_rows(w, torch.arange(0, 300, 3), 0.3).rows
+            rows = decoder_penalty(w, torch.arange(0, 300, 3), 0.3).rows
             assert (rows is None) == (name == "torch")
             assert rows is None or (rows.numel() == 0) == (twins == 0)
             regularizer = DiversityRegularizer(

@@ -211,7 +211,9 @@ def test_tensorboard_gets_the_same_figures(tmp_path: Path) -> None:
 def test_tensorboard_absent_is_one_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    (tmp_path / "fake" / "tensorboard").mkdir(parents=True)
+    (tmp_path / "fake" / "tensorboard" / "__init__.py").write_text("raise ImportError('no tensorboard here')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "fake"))
     with MetricsWriter(tmp_path, CONFIG.replace({"logging.tensorboard": True})) as writer:
         for step in range(5):
             writer.write(step, {"x": 1.0})

@@ -19,7 +19,7 @@ import torch
 import yaml
 
 from tests.reporting.page_tree import Page, read
-from transcoder.antidup.sequence_counts import SequenceCounts
+from transcoder.antidup.window import SequenceCounts
 from transcoder.kernels import SparseCodes
 from transcoder.reporting import Run, latent_cards, sections, write_report
 from transcoder.reporting.page import environment, plotly
@@ -50,7 +50,7 @@ def test_overview_tells_figures_baselines_and_verdicts(page: Page, finished_run:
     told = page.tiles
     assert "Cross-entropy recovered" not in told, "no language model was at hand"
     assert int(told["Mergeable pairs"]) == run.correlation["pairs_mergeable"]
-    assert "it had no measured effect; anti_duplication_logs/positions.json is not there" in page.words
+    assert "no effect (positions_resampled is 0); file anti_duplication_logs/positions.json is not there" in page.words
     for verdict in ("used", "not proven", "off"):
         assert verdict in page.words
     assert run.missing == []
@@ -367,7 +367,7 @@ def test_a_penalty_of_nothing_is_a_finding_and_a_term_not_evaluated_a_fault(make
     assert "nothing to penalise: it looked" in words
     assert "never evaluated" not in words
     words = changed_regularizer(run, **{**nothing, "penalty": 1.0, "correlation_evaluations": 0.0})
-    assert "never evaluated: correlation" in words
+    assert "the correlation term was never evaluated" in words
 
 
 def test_sequences_beyond_what_can_be_counted_are_said_to_be_more(make_run: Callable[..., Path]) -> None:

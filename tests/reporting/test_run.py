@@ -15,12 +15,12 @@ import torch
 
 from transcoder import Run, Transcoder, TranscoderConfig
 from transcoder.antidup import CorrelationMonitor, UsageLedger
-from transcoder.antidup.ledger import REQUIRED_EFFECTS
 from transcoder.config import CheckpointSection, MonitorSection
 from transcoder.kernels import topk_encode
 from transcoder.reporting import RunPartMissingError
 from transcoder.reporting.latents import Latents
 from transcoder.training.checkpoint import CheckpointStore
+from transcoder.usage import REQUIRED_EFFECTS
 
 WIDTHS, TOKENS = (64, 192, 448, 512), 3 * 256
 MakeRun = Callable[..., Path]

@@ -10,16 +10,15 @@ import shutil
 import socket
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import pytest
 
 from transcoder.config import RunConfig
-from transcoder.reporting import MetricsWriter
-from transcoder.reporting import wandb_sink as sink_module
-from transcoder.reporting.wandb_sync import sync_run
+from transcoder.reporting import MetricsWriter, follow_metrics
+from transcoder.reporting import follower as follower_module
+from transcoder.reporting.follower import sync_run
 
 CONFIG = RunConfig(name="wandb-test").replace({"logging.wandb": "offline"})
 ONLINE = CONFIG.replace({"logging.wandb": "online"})
@@ -96,8 +95,7 @@ def test_absent_says_how_to_get_it(tmp_path: Path, fake_wandb: Path, caplog: pyt
 
 def test_crashing_is_one_warning(tmp_path: Path, fake_wandb: Path, caplog: pytest.LogCaptureFixture) -> None:
     fake_wandb.write_text("import os\nos._exit(7)\n")
-    # More than a pipe holds, so that the feeder meets the broken pipe for certain.
-    use(CONFIG, tmp_path / "run", writes=2000)
+    use(CONFIG, tmp_path / "run")
     (warning,) = warnings(caplog)
     assert "worker ended unasked" in warning
 
@@ -107,14 +105,11 @@ def test_hanging_forever_costs_the_deadline_and_no_more(
 ) -> None:
     pid_file = tmp_path / "pid"
     fake_wandb.write_text(HANGING.format(pid_file=str(pid_file)))
-    monkeypatch.setattr(sink_module, "CLOSE_SECONDS", 1.5)
-    # Beyond the queue's and the pipe's capacity: the feeder is stuck in a write, and lines are dropped.
+    monkeypatch.setattr(follower_module, "CLOSE_SECONDS", 1.5)
     closing = use(CONFIG, tmp_path / "run", writes=8000)
     assert closing < 4
-    told = warnings(caplog)
-    assert len(told) == 2
-    assert "cannot keep up" in told[0]
-    assert "not finished 1.5 s after the run's end" in told[1]
+    (told,) = warnings(caplog)
+    assert "not finished 1.5 s after the run's end" in told
     for pid in map(int, pid_file.read_text().split()):
         assert _gone(pid), "the worker and its helpers are ended with it"
 
@@ -123,7 +118,7 @@ def test_hanging_forever_costs_the_deadline_and_no_more(
 def test_a_server_that_cannot_be_used(
     server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(sink_module, "CLOSE_SECONDS", 3.0)
+    monkeypatch.setattr(follower_module, "CLOSE_SECONDS", 3.0)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         if server == "hangs":
@@ -197,7 +192,7 @@ def test_a_disk_that_is_full_in_its_own_folder(tmp_path: Path, caplog: pytest.Lo
 
 def test_its_own_log_is_bounded(tmp_path: Path, fake_wandb: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A W&B that prints without end."""
-    monkeypatch.setattr(sink_module, "WORKER_LOG_BYTES", 20_000)
+    monkeypatch.setattr(follower_module, "LOG_BYTES", 20_000)
     loud = FAKE.replace('note(call="log", step=step)', 'print("x" * 1000, flush=True); note(call="log", step=step)')
     record = tmp_path / "record.jsonl"
     fake_wandb.write_text(loud.format(record=str(record)))
@@ -213,11 +208,11 @@ def test_its_own_log_is_bounded(tmp_path: Path, fake_wandb: Path, monkeypatch: p
 
 
 def test_figures_are_sent_afterwards(tmp_path: Path, fake_wandb: Path) -> None:
-    """What W&B missed is in metrics.jsonl: all of it, each step once, without events and what is no number."""
+    """What W&B missed is in metrics.jsonl: all of it, each step once, without events."""
     run = tmp_path / "run"
     with MetricsWriter(run, RunConfig(name="late")) as writer:
         for step in (10, 20):
-            writer.write(step, {"losses/overall_loss": 1 / step, "x": float("nan")})
+            writer.write(step, {"losses/overall_loss": 1 / step, "x": float("inf")})
             writer.write(step, {"evaluation/fvu": 0.5})
             writer.write_event("checkpoint", {"step": step})
     (run / "config.yaml").write_text(RunConfig(name="late").to_yaml())
@@ -227,8 +222,8 @@ def test_figures_are_sent_afterwards(tmp_path: Path, fake_wandb: Path) -> None:
     assert said["lines"] == 2
     calls = [json.loads(line) for line in record.read_text().splitlines()]
     assert [(c["step"], c["metrics"]) for c in calls if c["call"] == "log"] == [
-        (10, {"losses/overall_loss": 0.1, "evaluation/fvu": 0.5}),
-        (20, {"losses/overall_loss": 0.05, "evaluation/fvu": 0.5}),
+        (10, {"losses/overall_loss": 0.1, "x": float("inf"), "evaluation/fvu": 0.5}),
+        (20, {"losses/overall_loss": 0.05, "x": float("inf"), "evaluation/fvu": 0.5}),
     ]
     assert calls[0]["name"] == "late"
     assert calls[-1] == {"call": "finish", "exit_code": 0}
@@ -245,30 +240,38 @@ def test_figures_are_sent_afterwards(tmp_path: Path, fake_wandb: Path) -> None:
 @pytest.mark.parametrize("content", [b"../../elsewhere\n", b"\xff\xfe", b""])
 def test_an_id_that_is_none_is_replaced(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "run_id").write_bytes(content)
-    fresh = sink_module.run_id(tmp_path)
+    fresh = follower_module.run_id(tmp_path)
     assert fresh.isalnum()
-    assert sink_module.run_id(tmp_path) == fresh
+    assert follower_module.run_id(tmp_path) == fresh
 
 
-def test_the_feed_never_blocks_nor_raises(caplog: pytest.LogCaptureFixture) -> None:
-    from transcoder.reporting.background import BackgroundFeed
+def test_the_cursor_reads_what_is_added_also_to_a_file_that_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
 
-    gate = threading.Event()
-    seen: list[int] = []
+    def lines(*times: float) -> bytes:
+        return b"".join(b'{"step": 1, "time": %.1f, "x": 1}\n' % time for time in times)
 
-    def consume(item: int) -> None:
-        gate.wait(10)
-        seen.append(item)
+    def read(cursor: follow_metrics.MetricsCursor, ended: bool = False) -> list[float]:
+        return [record["time"] for record in cursor.read(ended)]
 
-    feed = BackgroundFeed("slow", consume, capacity=4)
-    for item in range(20):
-        feed.offer(item)
-    assert 15 <= feed.dropped + 0 <= 16
-    assert not feed.close(0.1)
-    gate.set()
-    assert feed.close(5)
-    assert seen == sorted(seen)
-    assert len([m for m in warnings(caplog) if "cannot keep up" in m]) == 1
+    cursor = follow_metrics.MetricsCursor(str(path))
+    assert read(cursor) == []
+    path.write_bytes(lines(1, 2) + b"\xff[\n[1]\n" + lines(3)[:9])
+    assert read(cursor) == [1, 2]
+    path.write_bytes(lines(1, 2) + b"\xff[\n[1]\n" + lines(3)[:-1])
+    assert read(cursor) == [], "the line is still being written"
+    assert read(cursor, ended=True) == [3]
+    thinned = tmp_path / "thinned"
+    thinned.write_bytes(lines(1, 3, 4))
+    thinned.replace(path)
+    assert read(cursor) == [4]
+    resumed = follow_metrics.MetricsCursor(str(path), len(lines(1, 3)), 3)
+    assert read(resumed) == [4]
+    thinned.write_bytes(lines(3, 4, 5))
+    thinned.replace(path)
+    assert read(resumed) == [5]
+    path.unlink()
+    assert read(resumed) == []
 
 
 def _gone(pid: int) -> bool:

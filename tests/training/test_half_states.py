@@ -13,8 +13,8 @@ import torch
 from transcoder.activations import ActivationBatch
 from transcoder.antidup import ActivationSampleCollector, DiversityRegularizer, PositionSampler, UsageLedger
 from transcoder.antidup.flags import FlagBook
-from transcoder.antidup.position_mass import PositionMass
-from transcoder.antidup.sequence_counts import SequenceCounts
+from transcoder.antidup.running_mass import PositionMass
+from transcoder.antidup.window import SequenceCounts
 from transcoder.config import PositionsSection, RegularizerSection, SamplesSection
 from transcoder.kernels import SparseCodes
 from transcoder.model import Transcoder, TranscoderConfig

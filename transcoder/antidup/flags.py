@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transcoder.antidup.confidence import pooled_lower_bound
+from transcoder.antidup.pair_errors import pooled_lower_bound
 
 Pair = tuple[int, int]
 Evidence = tuple[float, float, float]

@@ -16,76 +16,7 @@ import torch
 from torch import Tensor
 
 from transcoder.files import replace_atomically
-
-REQUIRED_EFFECTS: Mapping[str, tuple[str, ...]] = {
-    "diversity_regularizer": ("penalty", "gradient_norm"),
-    "position_sampler": ("positions_resampled",),
-    "correlation_monitor": ("pairs_seen",),
-    "activation_samples": ("samples_kept",),
-}
-"""The parts, and the effects that must have been recorded, with finite totals, by the verified step."""
-MAY_BE_NOTHING = frozenset({"penalty", "gradient_norm"})
-"""Effects whose total may be 0: penalties that were evaluated and found nothing to penalise. With 384 or more
-dimensions random decoder rows stay below a cosine of 0.3, and a healthy dictionary has no duplicate pairs."""
-TERM_UNITS: Mapping[str, str] = {
-    "correlation": "pairs",
-    "orthogonality": "rows",
-    "all_pairs": "entries",
-    "position_entropy": "entries",
-    "sink_mass": "entries",
-}
-"""The regularizer's terms and what each is evaluated on. The effects of a term of weight above 0 are
-`{term}_evaluations` (times evaluated) and `{term}_{unit}` (how many in all), from 0 on."""
-_REGULARIZER, _MONITOR = "diversity_regularizer", "correlation_monitor"
-
-
-def missing_effects(name: str, effect: Mapping[str, Any]) -> list[str]:
-    """What a part's effects, as `usage.json` has them, lack; empty if nothing."""
-    missing = []
-    for key in REQUIRED_EFFECTS[name]:
-        value = effect.get(key)
-        if value is None:
-            missing.append(f"no effect ({key} was never recorded)")
-        elif not isinstance(value, (int, float)) or not math.isfinite(value):
-            missing.append(f"no effect ({key} is {value})")
-        elif value == 0 and key not in MAY_BE_NOTHING and not _no_pairs_possible(key, effect):
-            missing.append(f"no effect ({key} is 0)")
-    return missing + (_missing_terms(effect) if name == _REGULARIZER else [])
-
-
-def _no_pairs_possible(key: str, effect: Mapping[str, Any]) -> bool:
-    return key == "pairs_seen" and effect.get("pairs_possible") == 0
-
-
-def _missing_terms(effect: Mapping[str, Any]) -> list[str]:
-    terms = [term for term in TERM_UNITS if f"{term}_evaluations" in effect]
-    missing = [] if terms else ["no effect (no penalty term of weight above 0 was recorded)"]
-    for term in terms:
-        unit = TERM_UNITS[term]
-        if not effect[f"{term}_evaluations"] > 0:
-            why = ": it was given no pairs, which come from the correlation monitor" if term == "correlation" else ""
-            missing.append(f"the {term} term was never evaluated{why}")
-        elif not effect.get(f"{term}_{unit}", 0) > 0:
-            if term != "correlation":
-                missing.append(f"the {term} term was evaluated on 0 {unit}")
-            elif not effect.get("surveys", 0) > 0:
-                # After a survey, no pairs are a finding: there was nothing to penalise.
-                missing.append("the correlation term was evaluated on 0 pairs and the monitor never surveyed for any")
-    return missing
-
-
-def _finding(effect: Mapping[str, float]) -> str | None:
-    """The plain sentence about a penalty of 0, where its terms were evaluated all the same."""
-    if effect.get("penalty") != 0 or missing_effects(_REGULARIZER, effect):
-        return None
-    said = [
-        f"{term} was evaluated {effect[f'{term}_evaluations']:.0f} times over {effect[f'{term}_{unit}']:.0f} {unit}"
-        for term, unit in TERM_UNITS.items()
-        if f"{term}_evaluations" in effect
-    ]
-    if "correlation_evaluations" in effect:
-        said.append(f"{effect.get('surveys', 0):.0f} surveys looked for pairs")
-    return f"nothing to penalise: {'; '.join(said)}"
+from transcoder.usage import MONITOR, REGULARIZER, REQUIRED_EFFECTS, judge, no_pairs_possible, zero_penalty_finding
 
 
 class LedgerError(RuntimeError):
@@ -135,17 +66,17 @@ class UsageLedger:
 
     def record_no_pairs_possible(self) -> None:
         """No token can have two latents (TopK with k = 1, or one latent): that the monitor saw no pair is no defect."""
-        self.record_effect(_MONITOR, pairs_possible=0)
+        self.record_effect(MONITOR, pairs_possible=0)
 
     def record_survey(self) -> None:
         """Count one search of the monitor for pairs to penalise."""
-        self.record_effect(_MONITOR, surveys=1)
+        self.record_effect(MONITOR, surveys=1)
 
     @property
     def surveys(self) -> int:
         """Searches for pairs so far. Never waits for a device."""
         with self._lock:
-            return int(self._effects[_MONITOR].get("surveys", 0))
+            return int(self._effects[MONITOR].get("surveys", 0))
 
     def record_file(self, name: str, path: Path) -> None:
         """List a file that the part wrote, once, relative to the run's folder."""
@@ -160,21 +91,20 @@ class UsageLedger:
     def record(self) -> dict[str, Any]:
         """The content of usage.json; reads the totals from the device.
 
-        The regularizer's effect says beside its numbers how often the monitor searched for pairs (`surveys`,
-        where it has a correlation term) and, if its penalties came to 0 though they were evaluated, a sentence
-        (`finding`).
+        To the regularizer's effect are added how often the monitor searched for pairs (`surveys`, where it has a
+        correlation term) and, if its penalties are 0 though they were evaluated, a sentence (`finding`).
         """
         components: dict[str, dict[str, Any]] = {
             name: {"enabled": self._enabled[name], **part} for name, part in self.state_dict().items()
         }
-        effect = components[_REGULARIZER]["effect"]
+        effect = components[REGULARIZER]["effect"]
         if "correlation_evaluations" in effect:
-            effect["surveys"] = components[_MONITOR]["effect"].get("surveys", 0.0)
-        finding = _finding(effect)
+            effect["surveys"] = components[MONITOR]["effect"].get("surveys", 0.0)
+        finding = zero_penalty_finding(effect)
         if finding is not None:
             effect["finding"] = finding
-        seen = components[_MONITOR]["effect"]
-        if seen.get("pairs_possible") == 0:
+        seen = components[MONITOR]["effect"]
+        if no_pairs_possible(seen):
             seen["finding"] = "no token can have two latents (k = 1, or one latent): there are no pairs to see"
         return {"components": components}
 
@@ -186,7 +116,7 @@ class UsageLedger:
         """
         record = self.record()
         for part in record["components"].values():
-            # JSON has no NaN; a total that is not a number is worth a word.
+            # JSON has no NaN: it is written as text.
             part["effect"] = {
                 k: v if isinstance(v, str) or math.isfinite(v) else str(v) for k, v in part["effect"].items()
             }
@@ -194,34 +124,18 @@ class UsageLedger:
         return self.path
 
     def verify(self, step: int) -> None:
-        """Raise LedgerError unless every enabled part has calls, each required effect and files that exist
-        and hold bytes.
-
-        The regularizer's penalty and gradient may be 0, but every term of weight above 0 must have been
-        evaluated on something; the correlation term on 0 pairs only if the monitor searched for pairs.
-        """
-        lacking = []
-        for name, part in self.record()["components"].items():
-            if part["enabled"]:
-                missing = self._missing(name, part)
-                if missing:
-                    lacking.append(f"{name}: {', '.join(missing)}")
-        if lacking:
+        """Raise LedgerError unless every enabled part was really used, by the rules of `transcoder.usage.judge`."""
+        lacking = {
+            name: judge(name, part, self.path.parent).lacking
+            for name, part in self.record()["components"].items()
+            if part["enabled"]
+        }
+        unused = [f"{name}: {', '.join(missing)}" for name, missing in lacking.items() if missing]
+        if unused:
             raise LedgerError(
-                f"anti-duplication parts that are enabled but were not really used by step {step}: {'; '.join(lacking)}. "
+                f"anti-duplication parts that are enabled but were not really used by step {step}: {'; '.join(unused)}. "
                 "Wire the part into the run, give it something to act on, or set its `enabled` to false"
             )
-
-    def _missing(self, name: str, part: dict[str, Any]) -> list[str]:
-        missing = [] if part["calls"] > 0 else ["no calls"]
-        missing += missing_effects(name, part["effect"])
-        if not part["files"]:
-            missing.append("no files")
-        for file in part["files"]:
-            path = self.path.parent / file
-            if not path.is_file() or path.stat().st_size == 0:
-                missing.append(f"file {file} is {'empty' if path.is_file() else 'not there'}")
-        return missing
 
     def state_dict(self) -> dict[str, Any]:
         with self._lock:

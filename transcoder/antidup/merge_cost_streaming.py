@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from transcoder.antidup.merge_cost import MIN_FIRINGS, MergeResult, PairTotals, cheaper_fold
+from transcoder.antidup.pair_errors import places_of
 from transcoder.kernels import SparseCodes
 from transcoder.kernels.correlation.torch_backend import add_at
 
@@ -189,7 +190,7 @@ class MergeEvidence:
         missing = (~found.known).nonzero().flatten()
         low, high = torch.minimum(found.kept, found.dropped)[missing], torch.maximum(found.kept, found.dropped)[missing]
         self._wanted.append(torch.stack([low, high]))
-        place = self._places(low, high)
+        place = places_of(low, high, (self._pairs[0], self._pairs[1]), self.d_sae)
         at = missing[place >= 0]
         if at.numel() == 0:
             return found
@@ -217,20 +218,12 @@ class MergeEvidence:
             column[at[better]] = getattr(mine, name)[better]
         return MergeResult(**columns)
 
-    def _places(self, i: Tensor, j: Tensor) -> Tensor:
-        if len(self) == 0:
-            return torch.full_like(i, -1)
-        key, order = (self._pairs[0] * self.d_sae + self._pairs[1]).sort()
-        wanted = i * self.d_sae + j
-        place = torch.searchsorted(key, wanted).clamp_(max=key.numel() - 1)
-        return torch.where(key[place] == wanted, order[place], -1)
-
     def settle(self) -> None:
         """After a search for pairs: follow those that `completed` found no held-out verdict for. A pair that stays keeps its
         sums, halved where there are plenty."""
         pairs = torch.cat([torch.zeros(2, 0, dtype=torch.int64, device=self.device), *self._wanted], 1)[:, :MOST_PAIRS]
         self._wanted = []
-        place = self._places(*pairs)
+        place = places_of(pairs[0], pairs[1], (self._pairs[0], self._pairs[1]), self.d_sae)
         old, sums, fired = place >= 0, self._sums, self._fired
         self._begin(pairs)
         self._round += 1

@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from transcoder.antidup.confidence import correlation_bounds
-from transcoder.antidup.connected_components import connected_components
-from transcoder.antidup.cosine_tail import cosine_tail, random_cosine_tail
+from transcoder.antidup.correlation_report import (
+    HISTOGRAM_BINS,
+    SCHEMA_VERSION,
+    connected_components,
+    cosines,
+    distinct_latents,
+    effective_size,
+    histogram,
+    pair_entries,
+    report_metrics,
+)
 from transcoder.antidup.flags import MAX_PAIRS, Evidence, FlagBook, Pair
 from transcoder.antidup.ledger import UsageLedger
 from transcoder.antidup.merge_cost import MergeResult
 from transcoder.antidup.merge_cost_streaming import MergeEvidence
-from transcoder.antidup.pair_errors import LEAST_SHARE, PairErrors, PairJackknife, most_pairs
-from transcoder.antidup.replicas import Replicas
-from transcoder.antidup.report_schema import SCHEMA_VERSION
-from transcoder.antidup.sequence_counts import SequenceCounts
-from transcoder.antidup.state_size import correlation_state_bytes
-from transcoder.antidup.window import Stretch, nothing, state_names
+from transcoder.antidup.pair_errors import LEAST_SHARE, PairErrors, PairJackknife, correlation_bounds, most_pairs
+from transcoder.antidup.window import SequenceCounts, Window, correlation_state_bytes, nothing, state_names
 from transcoder.config import MonitorSection
 from transcoder.files import replace_atomically
 from transcoder.kernels import CorrelatedPairs, FeatureCorrelation, SparseCodes
@@ -41,7 +44,6 @@ rows of both sides."""
 JUDGED_AT_A_TIME = 1024
 SKETCH_DIM = 128
 """Used beyond the widest exactly counted dictionary: standard deviation 0.03 at r = 0.8."""
-HISTOGRAM_BINS = 40
 _NUMBERS_BYTES = 4096
 """Room for the numbers of a state that are no tensors, as text."""
 
@@ -61,9 +63,6 @@ class CorrelationMonitor:
     Pairs that a search finds are followed from then on with sums by groups of sequences (`PairJackknife`): their bounds, and
     the flags, rest on their own error then. Other pairs' bounds are those of a rule of thumb.
 
-    With `replicas`, `refresh_targets` and `report` are collective calls that add up what all of them have counted, blocks are
-    of all their tokens, and only the first replica writes files; `update_correlations` stays local.
-
     A candidate has correlation > threshold, support >= min_support and, where sequences are known, at least
     min_sequences distinct ones (linear counting). A flag rests on the lower 95 % bound in disjoint blocks:
     see `FlagBook`.
@@ -73,7 +72,6 @@ class CorrelationMonitor:
         d_sae, device: of the codes.
         out_dir: folder of `correlation_step_%08d.json`.
         ledger: told of calls, pairs seen and files.
-        replicas: the data-parallel replicas whose tokens count as one stream; None is this process alone.
     """
 
     def __init__(
@@ -83,17 +81,15 @@ class CorrelationMonitor:
         device: torch.device | str,
         out_dir: Path,
         ledger: UsageLedger,
-        replicas: Replicas | None = None,
     ) -> None:
         self.section, self.d_sae = section, d_sae
         self.device = torch.empty(0, device=device).device
-        self._out_dir, self._ledger, self._replicas = Path(out_dir), ledger, replicas
-        self._rank = 0 if replicas is None else replicas.rank
+        self._out_dir, self._ledger = Path(out_dir), ledger
         self._sketch_dim = section.sketch_dim
         if self._sketch_dim is None and d_sae > EXACT_LIMIT:
             self._sketch_dim = SKETCH_DIM
-        self._block = Stretch(self._statistics())
-        self._past: Stretch | None = None
+        self._block = Window(self._statistics())
+        self._past: Window | None = None
         """The last full block; with the one in progress it is the live view. Made when the first one closes."""
         self._fading = self._statistics(section.halflife_tokens) if section.halflife_tokens is not None else None
         self._book = self._new_book()
@@ -135,11 +131,10 @@ class CorrelationMonitor:
 
         Returns: the number of pairs that `target_pairs` has now.
         """
-        seen = self._seen()
-        view, beside = seen.view()
+        view, beside = self._view()
         survey = view.survey(self.section.correlation_threshold, self.section.min_support, beside=beside)
-        pairs, _ = self._listed(seen, survey.pairs, sorted(self._book.flagged))
-        self._watch(seen, survey, pairs)
+        pairs, _ = self._listed(survey.pairs, sorted(self._book.flagged))
+        self._watch(survey, pairs)
         self._set_targets(pairs, self._verdicts(pairs, judge))
         return self._targets[0].numel()
 
@@ -168,20 +163,18 @@ class CorrelationMonitor:
                 metrics are new), and the next one is not affected.
         """
         section = self.section
-        seen = self._seen()
-        closes = seen.block.statistics.tokens_offered >= section.block_tokens
+        closes = self._block.statistics.tokens_offered >= section.block_tokens
         if closes:
-            self._close_block(seen.block)
-            seen = self._seen()
+            self._close_block()
         with_cosines = closes or not cosines_by_block
         edges = torch.linspace(-1, 1, HISTOGRAM_BINS + 1, dtype=torch.float64, device=self.device)
-        live_view, beside = seen.view()
-        survey = live_view.survey(section.correlation_threshold, section.min_support, edges, beside=beside)
+        view, beside = self._view()
+        survey = view.survey(section.correlation_threshold, section.min_support, edges, beside=beside)
         flagged = sorted(self._book.flagged)
-        pairs, sequences = self._listed(seen, survey.pairs, flagged)
-        errors = self._own_errors(seen, pairs)
-        self._watch(seen, survey, pairs)
-        live = int((live_view.counts(beside=beside) > 0).sum())
+        pairs, sequences = self._listed(survey.pairs, flagged)
+        errors = self._own_errors(pairs)
+        self._watch(survey, pairs)
+        live = int((view.counts(beside=beside) > 0).sum())
         paired = torch.cat([pairs.i, pairs.j]).unique().numel()
         components = connected_components(flagged)
         verdicts = self._verdicts(pairs, judge)
@@ -190,7 +183,7 @@ class CorrelationMonitor:
         report: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
             "step": step,
-            "tokens": seen.tokens,
+            "tokens": self._tokens,
             "block_tokens": section.block_tokens,
             "d_sae": self.d_sae,
             "live_latents": live,
@@ -200,7 +193,7 @@ class CorrelationMonitor:
                 "min_support": section.min_support,
                 "min_sequences": section.min_sequences,
             },
-            "pairs": self._entries(pairs, sequences, errors, verdicts),
+            "pairs": pair_entries(pairs, sequences, errors, verdicts, self._book, section.max_reported_pairs),
             "pairs_total": len(pairs),
             "pairs_flagged": len(flagged),
             "pairs_mergeable": None if verdicts is None else int(verdicts.mergeable().sum()),
@@ -208,17 +201,17 @@ class CorrelationMonitor:
             "pairs_untested": len(pairs) if verdicts is None else int((~verdicts.known).sum()),
             "components": components,
             "candidate_components": wider,
-            "distinct_latents": _distinct(live, components),
-            "distinct_latents_candidates": _distinct(live, wider),
+            "distinct_latents": distinct_latents(live, components),
+            "distinct_latents_candidates": distinct_latents(live, wider),
             "share_of_live_with_neighbour": min(1.0, paired / live) if live else 0.0,
-            "effective_dictionary_size": _effective_size(live, survey, live_view.effective_tokens(beside=beside)),
-            "decoder_cosine": _cosines(W_dec) if with_cosines else None,
-            "encoder_cosine": _cosines(W_enc) if with_cosines else None,
-            "histogram": _histogram(survey, edges),
+            "effective_dictionary_size": effective_size(live, survey, view.effective_tokens(beside=beside)),
+            "decoder_cosine": cosines(W_dec) if with_cosines else None,
+            "encoder_cosine": cosines(W_enc) if with_cosines else None,
+            "histogram": histogram(survey, edges),
         }
         self._set_targets(pairs, verdicts)
         self._judged = MergeResult.untested(*nothing(self.device)) if verdicts is None else verdicts
-        self._metrics = _metrics(report)
+        self._metrics = report_metrics(report)
         self._write(step, report)
         return report
 
@@ -310,7 +303,13 @@ class CorrelationMonitor:
         # Read into new parts first, so that a state that does not fit leaves this monitor as it is.
         evidence = MergeEvidence(self.d_sae, self.device)
         evidence.load_state_dict(state["evidence"])
-        block, past, fading = self._loaded(state, self._rank)
+        block, past = Window(self._statistics()), Window(self._statistics()) if "past" in state else None
+        block.load_state_dict("block", state)
+        if past is not None:
+            past.load_state_dict("past", state)
+        fading = self._statistics(self.section.halflife_tokens) if "fading" in state else None
+        if fading is not None:
+            fading.load_state_dict(state["fading"])
         book = self._new_book()
         book.load_state_dict(state["book"])
         i, j = state["targets"]["i"].to(self.device), state["targets"]["j"].to(self.device)
@@ -319,50 +318,25 @@ class CorrelationMonitor:
         self.evidence = evidence
         self._tokens, self._targets, self._metrics = tokens, (i, j), metrics
 
-    def _loaded(self, state: Mapping[str, Any], rank: int) -> tuple[Stretch, Stretch | None, FeatureCorrelation | None]:
-        """(block, past, fading) of a state of the replica `rank`, as new objects."""
-        block = Stretch(self._statistics(rank=rank))
-        block.load_state_dict("block", state)
-        past = Stretch(self._statistics(rank=rank)) if "past" in state else None
-        if past is not None:
-            past.load_state_dict("past", state)
-        fading = self._statistics(self.section.halflife_tokens, rank) if "fading" in state else None
-        if fading is not None:
-            fading.load_state_dict(state["fading"])
-        return block, past, fading
+    def _view(self) -> tuple[FeatureCorrelation, list[FeatureCorrelation]]:
+        """What reports rest on: the fading statistics, or the block in progress with the last full one."""
+        return self._by_blocks() if self._fading is None else (self._fading, [])
 
-    def _seen(self) -> _Seen:
-        """What was counted, by all replicas together. A collective call where there are several."""
-        if self._replicas is None:
-            return _Seen(self._block, self._past, self._fading, self._tokens)
-        mine: dict[str, Any] = {**self._block.state_dict("block"), "tokens": self._tokens}
-        if self._past is not None:
-            mine.update(self._past.state_dict("past"))
-        if self._fading is not None:
-            mine["fading"] = self._fading.state_dict()
-        total: _Seen | None = None
-        for rank, state in enumerate(self._replicas.states(mine, self.device)):
-            block, past, fading = self._loaded(state, rank)
-            if total is None:
-                total = _Seen(block, past, fading, state["tokens"])
-            else:
-                total.add(_Seen(block, past, fading, state["tokens"]))
-        assert total is not None
-        return total
+    def _by_blocks(self) -> tuple[FeatureCorrelation, list[FeatureCorrelation]]:
+        return self._block.statistics, [] if self._past is None else [self._past.statistics]
 
-    def _statistics(self, halflife: int | None = None, rank: int | None = None) -> FeatureCorrelation:
-        rank = self._rank if rank is None else rank
-        return FeatureCorrelation(self.d_sae, self._sketch_dim, halflife, device=self.device, rank=rank)
+    def _statistics(self, halflife: int | None = None) -> FeatureCorrelation:
+        return FeatureCorrelation(self.d_sae, self._sketch_dim, halflife, device=self.device)
 
     def _new_book(self) -> FlagBook:
         section = self.section
         return FlagBook(section.blocks_to_flag, section.blocks_remembered, section.correlation_threshold)
 
-    def _watch(self, seen: _Seen, survey: Survey, listed: CorrelatedPairs) -> None:
-        """Follow the pairs in question from now on: by groups of sequences what is listed and what the book remembers, flagged
-        pairs first. And have the block count exactly what its sketch proposes, and what is flagged: a pair that is too rare
-        for the sketch's recent tokens is decided by the counts of its block. At the report that closes a block, the new one
-        follows what the old one proposed before it sees a token."""
+    def _watch(self, survey: Survey, listed: CorrelatedPairs) -> None:
+        """Follow pairs from now on. By groups of sequences: the listed pairs and those that the book remembers, flagged ones
+        first. Under a sketch, by exact counts of the block: the pairs that the sketch proposes and the flagged ones, for a pair
+        that is too rare for the sketch's recent tokens is decided by the counts of its block. After a report that closes a
+        block, the new block follows what the old one proposed, from its first token on."""
         flagged = self._table(self._book.flagged)
         remembered = self._table(self._book.remembered() - self._book.flagged)
         i, j = (torch.cat([flagged[n], remembered[n], side]) for n, side in enumerate((listed.i, listed.j)))
@@ -371,7 +345,7 @@ class CorrelationMonitor:
             return
         if self._fading is not None:
             # A fading sketch proposes what fits its own span, and cannot watch.
-            view, beside = _Seen(seen.block, seen.past, None, 0).view()
+            view, beside = self._by_blocks()
             survey = view.survey(self.section.correlation_threshold, self.section.min_support, beside=beside)
         assert survey.candidates is not None
         i, j = (torch.cat([part, flagged[n]]) for n, part in enumerate(survey.candidates))
@@ -381,22 +355,22 @@ class CorrelationMonitor:
         """[2, P] int64, ascending."""
         return torch.tensor(sorted(pairs), dtype=torch.int64, device=self.device).view(-1, 2).T
 
-    def _own_errors(self, seen: _Seen, pairs: CorrelatedPairs) -> list[float | None]:
-        """Of atanh r over the live view, where a pair was followed on enough of it; None under a half-life."""
-        if seen.fading is not None:
+    def _own_errors(self, pairs: CorrelatedPairs) -> list[float | None]:
+        """Standard errors of atanh(r) over the live view; None where a pair was not followed on enough of it, and under a
+        half-life."""
+        if self._fading is not None:
             return [None] * len(pairs)
-        found = seen.block.errors.errors(pairs.i, pairs.j, beside=None if seen.past is None else seen.past.errors)
+        past = None if self._past is None else self._past.errors
+        found = self._block.errors.errors(pairs.i, pairs.j, earlier=past)
         return [None if math.isnan(e) else e for e in _scaled(found, found.fisher, pairs.weight).tolist()]
 
-    def _listed(
-        self, view: _Seen, found: CorrelatedPairs, flagged: list[Pair]
-    ) -> tuple[CorrelatedPairs, list[int | None]]:
+    def _listed(self, found: CorrelatedPairs, flagged: list[Pair]) -> tuple[CorrelatedPairs, list[int | None]]:
         """Candidates (above the threshold, on enough sequences) and flagged pairs, sorted, and each one's
         sequences."""
         seen = SequenceCounts(self.d_sae, self.device)
-        seen.merge(view.block.sequences)
-        if view.past is not None:
-            seen.merge(view.past.sequences)
+        seen.merge(self._block.sequences)
+        if self._past is not None:
+            seen.merge(self._past.sequences)
         keep = found.correlation > self.section.correlation_threshold
         distinct = seen.distinct(found.i, found.j)
         if distinct is not None:
@@ -406,7 +380,7 @@ class CorrelationMonitor:
         extra = [pair for pair in flagged if pair not in known]
         if extra:
             i, j = (torch.tensor(side, device=self.device) for side in zip(*extra, strict=True))
-            statistics, beside = view.view()
+            statistics, beside = self._view()
             parts.append(statistics.statistics(i, j, beside=beside))
         pairs = sorted_pairs(parts, self.d_sae, self.device)
         distinct = seen.distinct(pairs.i, pairs.j)
@@ -434,42 +408,9 @@ class CorrelationMonitor:
         limit = self.section.merge_share_to_act
         return torch.zeros_like(verdicts.known) if limit is None else verdicts.known & ~verdicts.mergeable(limit)
 
-    def _entries(
-        self,
-        pairs: CorrelatedPairs,
-        sequences: list[int | None],
-        errors: list[float | None],
-        verdicts: MergeResult | None,
-    ) -> list[dict[str, Any]]:
-        most = self.section.max_reported_pairs
-        tests = [_untested()] * min(most, len(pairs)) if verdicts is None else _tests(verdicts, min(most, len(pairs)))
-        columns = (pairs.i, pairs.j, pairs.correlation, pairs.cosine, pairs.jaccard, pairs.support)
-        rows = zip(*(c[:most].tolist() for c in columns), sequences[:most], errors[:most], strict=True)
-        entries = []
-        for (i, j, r, cosine, jaccard, support, seen, error), test in zip(rows, tests, strict=True):
-            lower, upper = correlation_bounds(r, support, error)
-            entries.append(
-                {
-                    "i": i,
-                    "j": j,
-                    "correlation": r,
-                    "cosine": cosine,
-                    "jaccard": jaccard,
-                    "support": support,
-                    "sequences": seen,
-                    "lower": lower,
-                    "upper": upper,
-                    "bounds": "rule" if error is None else "jackknife",
-                    "blocks_above": self._book.blocks_above((i, j)),
-                    "flagged": (i, j) in self._book.flagged,
-                    **test,
-                }
-            )
-        return entries
-
-    def _close_block(self, block: Stretch) -> None:
-        """Take the block's evidence (that of all replicas), keep it as the last full block and begin the next."""
-        section = self.section
+    def _close_block(self) -> None:
+        """Give the block's evidence to the book, keep the block as the last full one and begin the next."""
+        section, block = self.section, self._block
         pairs = block.statistics.pairs(section.correlation_threshold, section.min_support)
         distinct = block.sequences.distinct(pairs.i, pairs.j)
         enough = [True] * len(pairs) if distinct is None else (distinct >= section.min_sequences).tolist()
@@ -480,12 +421,12 @@ class CorrelationMonitor:
             if often and correlation_bounds(r, support)[0] > section.correlation_threshold
         ]
         self._book.close_block(above, self._released(block), self._evidence(block))
-        fresh = Stretch(self._statistics()) if self._past is None else self._past
+        fresh = Window(self._statistics()) if self._past is None else self._past
         # The block before last goes: a pair that no longer holds must leave the live view, and a new one enter it.
         self._past, self._block = self._block, fresh
         self._block.begin(self._past)
 
-    def _evidence(self, block: Stretch) -> dict[Pair, Evidence]:
+    def _evidence(self, block: Window) -> dict[Pair, Evidence]:
         """Of every pair that was followed on enough of the block, whatever its correlation."""
         i, j = block.errors.i, block.errors.j
         stats, found = block.statistics.statistics(i, j), block.errors.errors(i, j)
@@ -495,7 +436,7 @@ class CorrelationMonitor:
         rows = zip(*(column[kept].tolist() for column in columns), strict=True)
         return {(a, b): (r, e, support) for a, b, r, e, support in rows}
 
-    def _released(self, block: Stretch) -> list[Pair]:
+    def _released(self, block: Window) -> list[Pair]:
         flagged = sorted(self._book.flagged)
         if not flagged:
             return []
@@ -527,35 +468,9 @@ class CorrelationMonitor:
             self._ledger.record_survey()
 
     def _write(self, step: int, report: dict[str, Any]) -> None:
-        if self._rank != 0:
-            return
         path = self._out_dir / f"correlation_step_{step:08d}.json"
         replace_atomically(path, json.dumps(report, indent=1, allow_nan=False) + "\n")
         self._ledger.record_file(_NAME, path)
-
-
-@dataclass
-class _Seen:
-    """What reports rest on: the live view is what fades, or else the block in progress and the last full one."""
-
-    block: Stretch
-    past: Stretch | None
-    fading: FeatureCorrelation | None
-    tokens: int
-
-    def view(self) -> tuple[FeatureCorrelation, list[FeatureCorrelation]]:
-        if self.fading is not None:
-            return self.fading, []
-        return self.block.statistics, [] if self.past is None else [self.past.statistics]
-
-    def add(self, other: _Seen) -> None:
-        """Of another replica at the same step."""
-        self.block.merge(other.block)
-        if self.past is not None and other.past is not None:
-            self.past.merge(other.past)
-        if self.fading is not None and other.fading is not None:
-            self.fading.merge(other.fading)
-        self.tokens += other.tokens
 
 
 def _scaled(found: PairErrors, error: Tensor, weight: Tensor) -> Tensor:
@@ -573,34 +488,6 @@ def _first_of_each(i: Tensor, j: Tensor, d_sae: int) -> tuple[Tensor, Tensor]:
     return i[order], j[order]
 
 
-def _untested() -> dict[str, Any]:
-    return {"mergeable": None, "merge_share": None, "merge_fvu_change": None}
-
-
-def _tests(verdicts: MergeResult, listed: int) -> list[dict[str, Any]]:
-    """The merge test's part of each of the first `listed` entries; None where there is no verdict."""
-    rows = zip(
-        verdicts.known.tolist(),
-        verdicts.mergeable().tolist(),
-        verdicts.cost_share.tolist(),
-        verdicts.fvu_change.tolist(),
-        strict=True,
-    )
-    tests = []
-    for known, passed, share, change in itertools.islice(rows, listed):
-        finite = math.isfinite(share) and math.isfinite(change)
-        test = (
-            {"mergeable": passed, "merge_share": share, "merge_fvu_change": change} if known and finite else _untested()
-        )
-        tests.append({**test, "mergeable": passed if known else None})
-    return tests
-
-
-def _distinct(live: int, components: list[list[int]]) -> int:
-    """Live latents with each component counted once."""
-    return max(0, live - sum(len(c) - 1 for c in components))
-
-
 def _pairs_in(codes: SparseCodes) -> Tensor:
     """0-dim: pairs of latents that fire on the same token, summed over tokens."""
     fires = codes.values.detach() > 0
@@ -611,53 +498,3 @@ def _pairs_in(codes: SparseCodes) -> Tensor:
         torch.cumsum(fires, 0, out=fired[1:])
         active = fired[codes.row_ptr].diff()
     return (active * (active - 1)).sum() // 2
-
-
-def _effective_size(live: int, survey: Survey, tokens: float) -> float | None:
-    """N^2 / sum_ij r_ij^2 over live latents, the noise N (N - 1) / n of independent ones taken off; None
-    under a sketch.
-
-    N copies of one latent give 1, N independent latents give N.
-    """
-    if survey.squared_sum is None or live == 0 or tokens <= 0:
-        return None
-    noise = live * (live - 1) / tokens
-    return live**2 / (live + max(0.0, 2 * survey.squared_sum - noise))
-
-
-def _histogram(survey: Survey, edges: Tensor) -> dict[str, list[float]]:
-    """Of all pairs that fired together; under a sketch, of the reported pairs only."""
-    counts = survey.histogram
-    if counts is None:
-        place = (torch.searchsorted(edges, survey.pairs.correlation, right=True) - 1).clamp(0, HISTOGRAM_BINS - 1)
-        counts = torch.bincount(place, minlength=HISTOGRAM_BINS)
-    return {"edges": [round(x, 9) for x in edges.tolist()], "counts": counts.tolist()}
-
-
-def _metrics(report: dict[str, Any]) -> dict[str, float]:
-    metrics = {
-        "duplicates/pairs": float(report["pairs_total"]),
-        "duplicates/flagged": float(report["pairs_flagged"]),
-        "duplicates/share_of_live": float(report["share_of_live_with_neighbour"]),
-        "duplicates/distinct_latents": float(report["distinct_latents"]),
-        "duplicates/distinct_latents_candidates": float(report["distinct_latents_candidates"]),
-        "duplicates/live_latents": float(report["live_latents"]),
-        "duplicates/largest_component": float(max(map(len, report["components"]), default=0)),
-        "duplicates/largest_candidate_component": float(max(map(len, report["candidate_components"]), default=0)),
-    }
-    for name in ("mergeable", "refused", "untested"):
-        if report[f"pairs_{name}"] is not None:
-            metrics[f"duplicates/{name}"] = float(report[f"pairs_{name}"])
-    if report["effective_dictionary_size"] is not None:
-        metrics["duplicates/effective_dictionary_size"] = float(report["effective_dictionary_size"])
-    for side in ("decoder_cosine", "encoder_cosine"):
-        if report[side] is not None:
-            metrics.update({f"duplicates/{side}_{k}": v for k, v in report[side].items() if k != "random"})
-    return metrics
-
-
-def _cosines(rows: Tensor | None) -> dict[str, Any] | None:
-    tail = None if rows is None else cosine_tail(rows)
-    if rows is None or tail is None:
-        return None
-    return {**tail, "random": random_cosine_tail(*rows.shape)}

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from transcoder.antidup.position_mass import MIN_FIRINGS, POSITION_BINS, PositionMass
-from transcoder.antidup.sink_mass import SinkMass
+from transcoder.antidup.row_cosines import nearest_rows
+from transcoder.antidup.running_mass import MIN_FIRINGS, POSITION_BINS, PositionMass, SinkMass
 from transcoder.kernels import SparseCodes, nearest_cpp
 from transcoder.kernels.correlation.torch_backend import add_at
 
@@ -90,22 +90,16 @@ def decoder_penalty(decoder: Tensor, rows: Tensor, threshold: float) -> Penalty:
     """mean over `rows` of relu(max_{j != i} cos(w_i, w_j) - threshold)^2, against the whole decoder.
 
     Equivalent to: `u = F.normalize(W, dim=1); c = u[rows] @ u.T; c[arange, rows] = -1;
-    ((c.max(1).values - threshold).relu() ** 2).mean()`. The hinge keeps antipodal pairs and the ordinary
-    crowding of N > d directions; the mean of cos^2 would see nothing: its Welch floor (N - d) / (d (N - 1))
-    is met exactly by an orthonormal basis copied N / d times.
+    ((c.max(1).values - threshold).relu() ** 2).mean()`. The hinge keeps antipodal pairs and the ordinary crowding of N > d
+    directions; the mean of cos^2 would see nothing: its Welch floor (N - d) / (d (N - 1)) is met exactly by an orthonormal
+    basis copied N / d times.
 
     Args:
         decoder: [d_sae, d_out].
         rows: [R] int64, distinct.
+
+    Returns: where backend `cpp` finds the neighbours, a gradient of only the `rows` of it that are not 0.
     """
-    value, gradient, places = decoder_penalty_rows(decoder, rows, threshold)
-    if places is not None:
-        gradient = gradient.new_zeros(decoder.shape).index_copy_(0, places, gradient)
-    return Penalty(value, gradient)
-
-
-def decoder_penalty_rows(decoder: Tensor, rows: Tensor, threshold: float) -> Penalty:
-    """`decoder_penalty`, of whose gradient only the rows are made that are not 0 where backend `cpp` finds them."""
     w = _wide(decoder)
     found = nearest_cpp.nearest_above(w, rows, threshold) if nearest_cpp.runs(w) and threshold >= 0 else None
     if found is None:
@@ -130,17 +124,7 @@ def _decoder_penalty(w: Tensor, rows: Tensor, threshold: float) -> Penalty:
     if w.shape[0] < 2:
         return Penalty(w.new_zeros(()), torch.zeros_like(w))
     mine = unit[rows]
-    best = w.new_full((rows.numel(),), -2.0)
-    partner = torch.zeros_like(rows)
-    step = max(1, TILE_NUMBERS // rows.numel())
-    for a in range(0, w.shape[0], step):
-        cosine = mine @ unit[a : a + step].T
-        inside = (rows >= a) & (rows < a + cosine.shape[1])
-        column = torch.where(inside, rows - a, 0)[:, None]
-        cosine.scatter_(1, column, torch.where(inside[:, None], -2.0, cosine.gather(1, column)))
-        top, where = cosine.max(1)
-        partner = torch.where(top > best, where + a, partner)
-        best = torch.maximum(best, top)
+    best, partner = nearest_rows(unit, rows, max(1, TILE_NUMBERS // rows.numel()))
     excess = (best - threshold).relu()
     slope = (2 * excess / rows.numel())[:, None]
     other = unit[partner]
@@ -210,7 +194,7 @@ def sink_penalty(codes: SparseCodes, sink: Tensor, running: SinkMass, allowed: f
     As in `position_penalty`, a latent is judged from `MIN_FIRINGS` remembered firings on, and the gradient goes through this
     batch's part of the numerator: db_i/dz = 1 / (activation on all tokens) at sinks, 0 elsewhere, that sum held constant.
 
-    Where sinks are masked out of training there is nothing to penalise. SCIENCE: beside masking it moved little.
+    Where sinks are masked out of training there is nothing to penalise. Added to masking it moved little.
 
     Args:
         sink: [B] bool.

@@ -132,10 +132,6 @@ class PositionSampler:
             positions_resampled=sample.resampled,
         )
 
-    def inclusion(self, batch_tokens: Tensor) -> Tensor:
-        """[S, L] float64: the probability with which `sample_positions` draws each position."""
-        return self._inclusion(self._strata(batch_tokens))
-
     def _strata(self, batch_tokens: Tensor) -> Tensor:
         """[S, L]: the position's bin; the number of bins for a special token."""
         length = batch_tokens.shape[1]

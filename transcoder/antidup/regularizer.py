@@ -11,22 +11,22 @@ import torch
 from torch import Tensor
 
 from transcoder.activations.batch import ActivationBatch
-from transcoder.antidup.ledger import TERM_UNITS, UsageLedger
+from transcoder.antidup.ledger import UsageLedger
 from transcoder.antidup.penalties import (
     Penalty,
     all_pairs_penalty,
-    decoder_penalty_rows,
+    decoder_penalty,
     pair_penalty,
     position_penalty,
     sink_penalty,
 )
-from transcoder.antidup.position_mass import PositionMass
-from transcoder.antidup.sink_mass import SinkMass
+from transcoder.antidup.running_mass import PositionMass, SinkMass
 from transcoder.antidup.special_tokens import SpecialTokens
 from transcoder.config import RegularizerSection
 from transcoder.files import replace_lines
 from transcoder.kernels import SparseCodes, nearest_cpp
 from transcoder.kernels.correlation.counter_rng import hash_bits
+from transcoder.usage import TERM_UNITS
 
 _NAME = "diversity_regularizer"
 _LIVE_STEPS = 100
@@ -194,7 +194,7 @@ class DiversityRegularizer:
         if section.orthogonality_weight > 0 and step % section.orthogonality_every == 0 and micro == 0:
             rows = self._chunk(step)
             with torch.no_grad():
-                found = decoder_penalty_rows(transcoder.W_dec, rows, section.orthogonality_threshold)
+                found = decoder_penalty(transcoder.W_dec, rows, section.orthogonality_threshold)
             add("orthogonality", found, transcoder.W_dec, section.orthogonality_weight * self._accumulation)
             self._evaluated("orthogonality", 1, rows.numel())
         if section.all_pairs_weight > 0:

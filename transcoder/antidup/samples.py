@@ -1,27 +1,28 @@
-"""ActivationSampleCollector: for each followed latent its strongest examples, and beside them a sample over
-positions."""
+"""ActivationSampleCollector: for each followed latent its strongest examples and a sample over positions; their file."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from transcoder.activations.batch import ActivationBatch
 from transcoder.antidup.ledger import UsageLedger
-from transcoder.antidup.replicas import Replicas
-from transcoder.antidup.sample_file import write_samples
 from transcoder.antidup.sample_store import EMPTY, Samples, best_entries, merged, without_overlap
 from transcoder.antidup.special_tokens import SpecialTokens
 from transcoder.config import SamplesSection
+from transcoder.files import replacing_all
 from transcoder.kernels import SparseCodes, counts_cpp
 from transcoder.kernels.correlation.counter_rng import uniform
 
 _NAME = "activation_samples"
+COLUMNS = ("latent", "kind", "activation", "token", "position", "sequence", "step")
 _BYTES_A_SAMPLE, _BYTES_A_TOKEN = 4 + 4 + 4 * 8, 4
 """Of the fields of `Samples`: score and activation, four int64 numbers; and a token of the context."""
 _NUMBERS_BYTES = 64
@@ -52,8 +53,6 @@ class ActivationSampleCollector:
         special_ids: token ids counted as special.
         sequence_length: positions run from 0 to sequence_length - 1.
         ledger: told of calls, samples kept and files.
-        replicas: the data-parallel replicas that collect from disjoint tokens. `save` is then a collective call and writes,
-            in the first of them, the best of all their samples; `collect` stays local. None is this process alone.
     """
 
     def __init__(
@@ -66,10 +65,9 @@ class ActivationSampleCollector:
         special_ids: Sequence[int],
         sequence_length: int,
         ledger: UsageLedger,
-        replicas: Replicas | None = None,
     ) -> None:
-        self._replicas = replicas
-        self._rank = 0 if replicas is None else replicas.rank
+        self._rank = 0
+        """Keys the random draws, with seed and step."""
         self.section, self.d_sae, self.seed, self.sequence_length = section, d_sae, seed, sequence_length
         self.device = torch.empty(0, device=device).device
         self._out_dir, self._ledger = Path(out_dir), ledger
@@ -180,14 +178,12 @@ class ActivationSampleCollector:
             step: recorded in the summary.
             decode_tokens: ids to display strings, one each.
 
-        Returns: the paths written; none in replicas but the first.
+        Returns: the paths written.
 
         Raises:
             OSError: a file could not be written; the former ones stand, what was collected stays.
         """
-        top, spread = self._opened(1, 0) if self._replicas is None else self._of_all(self._replicas)
-        if self._rank != 0:
-            return []
+        top, spread = self._opened(1, 0)
         spread = self._chosen(spread)
         latents = self.latents.cpu().numpy()
         parts = []
@@ -204,23 +200,6 @@ class ActivationSampleCollector:
         for path in paths:
             self._ledger.record_file(_NAME, path)
         return paths
-
-    def _of_all(self, replicas: Replicas) -> tuple[Samples, Samples]:
-        """The stores of all replicas merged, as if one had collected everything."""
-        total: tuple[Samples, Samples] | None = None
-        for state in replicas.states(self.state_dict(), self.device):
-            if not state["opened"]:
-                continue
-            self._anchor = state["anchor"]
-            parts = [Samples(**state[name]) for name in ("top", "spread")]
-            if total is None:
-                total = (parts[0], parts[1])
-                continue
-            window = max(1, parts[0].context.shape[2])
-            sizes = (self.section.top_per_latent, self._per_bin)
-            top, spread = (merged(a, b, k, window)[0] for a, b, k in zip(total, parts, sizes, strict=True))
-            total = (top, spread)
-        return self._opened(1, 0) if total is None else total
 
     def state_dict(self) -> dict[str, Any]:
         if self._stores is None:
@@ -298,3 +277,60 @@ class ActivationSampleCollector:
 
 def _plain(samples: Samples) -> dict[str, Tensor]:
     return {name: part.clone() for name, part in samples._asdict().items()}
+
+
+def write_samples(
+    folder: Path,
+    columns: dict[str, NDArray[Any]],
+    contexts: NDArray[np.int32],
+    anchor: int,
+    decode_tokens: Callable[[Sequence[int]], list[str]],
+    summary: dict[str, Any],
+) -> list[Path]:
+    """Write `samples.parquet` and `summary.json` into `folder`; both are written before either takes its place.
+
+    Args:
+        columns: the columns of `COLUMNS`, each [n]; `kind` is bool, True for "top".
+        contexts: [n, C] int32 token ids, -1 where there is none (left out of the file's lists).
+        anchor: the column of `contexts` that holds the token itself.
+        decode_tokens: ids to display strings, one each.
+        summary: content of summary.json without `file`.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    present = contexts >= 0
+    lengths = present.sum(1)
+    ids = contexts[present]
+    # By the vocabulary and not by a sort: there are millions of ids and few different ones.
+    used = np.zeros(int(ids.max(initial=-1)) + 1, dtype=bool)
+    used[ids] = True
+    distinct, place = np.flatnonzero(used), (np.cumsum(used) - 1)[ids]
+    # Half of a surrogate pair, which a byte-level vocabulary may hold, is no UTF-8.
+    words = [w.encode("utf-8", "replace").decode("utf-8") for w in decode_tokens(distinct.tolist())]
+    if len(words) != len(distinct):
+        raise ValueError(f"decode_tokens: expected {len(distinct)} strings, got {len(words)}")
+    offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+    strings = pa.array(words, type=pa.string()).take(pa.array(place))
+    kind = pa.array(np.where(columns["kind"], "top", "stratified"), type=pa.string())
+    table = pa.table(
+        {
+            "latent": pa.array(columns["latent"].astype(np.int32)),
+            "kind": kind,
+            "activation": pa.array(columns["activation"].astype(np.float32)),
+            "token": pa.array(columns["token"].astype(np.int32)),
+            "position": pa.array(columns["position"].astype(np.int32)),
+            "sequence": pa.array(columns["sequence"].astype(np.int64)),
+            "step": pa.array(columns["step"].astype(np.int32)),
+            "context": pa.ListArray.from_arrays(offsets, pa.array(ids.astype(np.int32))),
+            "anchor": pa.array(present[:, :anchor].sum(1).astype(np.int16)),
+            "tokens": pa.ListArray.from_arrays(offsets, strings),
+        }
+    )
+    data, about = folder / "samples.parquet", folder / "summary.json"
+    content = json.dumps({**summary, "file": data.name}, indent=1, allow_nan=False) + "\n"
+
+    with replacing_all(data, about) as (samples, text):
+        pq.write_table(table, samples)
+        text.write(content.encode())
+    return [data, about]

@@ -1,4 +1,4 @@
-"""What the monitor knows of one stretch of tokens: correlations, distinct sequences, and how sure some pairs are."""
+"""What the monitor counts over a window of tokens: correlations, distinct sequences, and how sure some pairs are."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ import torch
 from torch import Tensor
 
 from transcoder.antidup.pair_errors import PairJackknife
-from transcoder.antidup.sequence_counts import SequenceCounts
-from transcoder.kernels import FeatureCorrelation, SparseCodes
+from transcoder.kernels import FeatureCorrelation, SparseCodes, counts_cpp
+from transcoder.kernels.correlation.counter_rng import hash_bits
+from transcoder.kernels.correlation.tracked_pairs import MAX_WATCHED
 
 PARTS = {"": "statistics", "_sequences": "sequences", "_errors": "errors"}
 """Suffix in a saved state -> field."""
 
 
-class Stretch:
-    """Three statistics of the same tokens. They add up over disjoint tokens."""
+class Window:
+    """Three statistics of the same tokens: correlations, distinct sequences of each latent, and the errors of some pairs."""
 
     def __init__(self, statistics: FeatureCorrelation) -> None:
         self.statistics = statistics
@@ -29,18 +30,13 @@ class Stretch:
         self.sequences.update(codes, sequences, weights)
         self.errors.update(codes, sequences, weights)
 
-    def merge(self, other: Stretch) -> None:
-        self.statistics.merge(other.statistics)
-        self.sequences.merge(other.sequences)
-        self.errors.merge(other.errors)
-
     def forget(self, latents: Tensor) -> None:
         self.statistics.forget(latents)
         self.sequences.forget(latents)
         self.errors.forget(latents)
 
-    def begin(self, before: Stretch) -> None:
-        """Forget every token; go on behind `before`: a sketch's sign never serves two tokens of one stream."""
+    def begin(self, before: Window) -> None:
+        """Forget every token and follow the stream after `before`: a sketch's random sign must not serve two of its tokens."""
         self.statistics.reset()
         self.statistics.updates = before.statistics.updates
         self.sequences.reset()
@@ -65,3 +61,103 @@ def nothing(device: torch.device) -> tuple[Tensor, Tensor]:
     """No pairs: (i, j), each [0] int64."""
     empty = torch.empty(0, dtype=torch.int64, device=device)
     return empty, empty
+
+
+class SequenceCounts:
+    """One bitmap a latent: bit hash(sequence) mod bits is set when the latent fires in that sequence.
+
+    The union of two bitmaps estimates the distinct sequences on which either fires (linear counting, Whang et
+    al. 1990): -m ln(1 - x / m) for x of m bits set; about +-1.4 at 30 sequences and m = 256. A full bitmap
+    says "m ln m or more".
+
+    Memory: `bits` bytes a latent (4.5 MiB at 18432 latents and 256 bits).
+    """
+
+    def __init__(self, d_sae: int, device: torch.device, bits: int = 256) -> None:
+        self.bits = bits
+        self._map = torch.zeros(d_sae * bits, dtype=torch.uint8, device=device)
+        self.known = False
+        """Whether any update said which sequences its tokens come from."""
+
+    def update(self, codes: SparseCodes, sequences: Tensor | None, weights: Tensor | None = None) -> None:
+        """`sequences` [B] ids, whole numbers. Tokens of unknown sequences, or of weight 0 in `weights` [B], leave the
+        counts as they are."""
+        if sequences is None:
+            return
+        self.known = True
+        place = hash_bits(sequences.long()) & (self.bits - 1)
+        if counts_cpp.runs(codes):
+            counts_cpp.mark_places(codes, place, weights, self.bits, self._map)
+            return
+        place = place[codes.rows()]
+        # A maximum: repeated places and entries that do not fire change nothing, whatever the order.
+        fires = codes.values.detach() > 0
+        if weights is not None:
+            fires = fires & (weights > 0)[codes.rows()]
+        self._map.scatter_reduce_(0, codes.indices * self.bits + place, fires.to(torch.uint8), "amax")
+
+    def distinct(self, i: Tensor, j: Tensor) -> Tensor | None:
+        """[P] int64: estimated distinct sequences on which at least one of the pair fired; None if never
+        told."""
+        if not self.known:
+            return None
+        rows = self._map.view(-1, self.bits)
+        empty = self.bits - (rows[i] | rows[j]).sum(1)
+        return (-self.bits * (empty.clamp(min=1).double() / self.bits).log()).round().long()
+
+    def merge(self, other: SequenceCounts) -> None:
+        self._map |= other._map
+        self.known = self.known or other.known
+
+    def forget(self, latents: Tensor) -> None:
+        """As if these latents had never fired."""
+        self._map.view(-1, self.bits).index_fill_(0, latents, 0)
+
+    def reset(self) -> None:
+        self._map.zero_()
+        self.known = False
+
+    def state_bytes(self) -> int:
+        """Bytes of the state's tensor."""
+        return self._map.numel()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"map": self._map.clone(), "known": self.known}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """All of it or, with a ValueError, nothing."""
+        known = bool(state["known"])
+        if state["map"].shape != self._map.shape:
+            raise ValueError(
+                f"SequenceCounts.load_state_dict: map: expected {self._map.numel()} bits (d_sae * {self.bits}), got "
+                f"{state['map'].numel()}"
+            )
+        self._map.copy_(state["map"])
+        self.known = known
+
+
+_NUMBERS_BYTES = 1024
+"""Room for the numbers of a state that are no tensors, as text."""
+_WATCHED_BYTES = 88
+"""A watched pair: two latents, the weight, three sums of each latent, the product and the joint count, 8 bytes each."""
+
+
+def correlation_state_bytes(part: FeatureCorrelation, batch_tokens: int, entries_per_token: int) -> int:
+    """Upper bound of the bytes in `part.state_dict()`, however long the stream.
+
+    Args:
+        batch_tokens, entries_per_token: of the largest update; the ring of a sketch keeps codes, up to a batch
+            more than `ring_tokens`.
+    """
+    moments = 8 * (2 + 3 * part.d_sae)
+    if part.sketch_dim is None:
+        # float64 products; counts in int32, int64 once they could overflow, float64 where they decay. A state
+        # that lists pairs is written only where it is smaller.
+        return moments + 16 * max(1, part.d_sae * (part.d_sae - 1) // 2) + _NUMBERS_BYTES
+    tokens = part.ring_tokens + batch_tokens
+    # A token's row_ptr and weight take 8 bytes each, and every update's row_ptr has one place more than tokens;
+    # an entry takes 4 bytes of latent and at most 8 of value.
+    ring = tokens * (24 + 12 * entries_per_token)
+    # Statistics with a half-life watch nothing.
+    watched = min(MAX_WATCHED, part.d_sae * (part.d_sae - 1) // 2) if part.halflife is None else 0
+    return moments + 4 * part.sketch_dim * (part.d_sae + 1) + ring + _WATCHED_BYTES * watched + _NUMBERS_BYTES

@@ -1,23 +1,17 @@
-"""Whether an anti-duplication part was really used, as far as the run folder shows."""
+"""The ledger's verdicts on a run's anti-duplication parts, in words for a page or a notebook."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, overload
 
 from transcoder.reporting.format import number
 from transcoder.reporting.tables import ShownAsTable
+from transcoder.usage import REQUIRED_EFFECTS, judge
 
 if TYPE_CHECKING:
     from transcoder.reporting.run import Run
-
-TITLES = {
-    "diversity_regularizer": "Diversity regularizer",
-    "position_sampler": "Position sampler",
-    "correlation_monitor": "Correlation monitor",
-    "activation_samples": "Activation samples",
-}
 
 
 @dataclass(frozen=True)
@@ -33,59 +27,21 @@ class Verdict:
 
 
 def verdicts(run: Run) -> list[Verdict]:
-    return [_verdict(run, name) for name in TITLES]
+    return [_verdict(run, name) for name in REQUIRED_EFFECTS]
 
 
-def _verdict(run: Run, component: str) -> Verdict:
-    title, enabled = TITLES[component], run.part_enabled(component)
-    record = run.usage.get(component)
+def _verdict(run: Run, name: str) -> Verdict:
+    title, enabled, record = name.replace("_", " ").capitalize(), run.part_enabled(name), run.usage.get(name)
     if not isinstance(record, dict):
-        state = "off" if enabled is False else "unknown"
-        return Verdict(title, state, None, "", None, "" if state == "off" else "usage.json has no record of it")
-    calls = record.get("calls")
-    calls = float(calls) if isinstance(calls, (int, float)) else None
-    effect = dict(_numbers(record.get("effect")))
-    listed = record.get("files")
-    files = [f for f in listed if isinstance(f, str)] if isinstance(listed, list) else []
-    spoken = ", ".join(f"{name.replace('_', ' ')} {number(value)}" for name, value in effect.items())
-    finding = _finding(record.get("effect"))
-    spoken = f"{spoken}; {finding}" if finding else spoken
-    if not enabled:
-        return Verdict(title, "off", calls, spoken, len(files), "")
-    lacking = [] if calls else ["it was never called"]
-    never = [name.removesuffix("_evaluations") for name, value in effect.items() if _is_unused_term(name, value)]
-    if not any(effect.values()):
-        lacking.append("it had no measured effect")
-    elif never:
-        lacking.append(f"never evaluated: {', '.join(never)}")
-    if not files:
-        lacking.append("it wrote no file")
-    gone = [f for f in files if not (run.path / f).exists()]
-    if gone:
-        lacking.append(f"{gone[0]} is not there" if len(gone) == 1 else f"{len(gone)} of its files are not there")
-    return Verdict(title, "not proven" if lacking else "used", calls, spoken, len(files), "; ".join(lacking))
-
-
-def _is_unused_term(name: str, value: float) -> bool:
-    """Whether an effect says that a penalty term of weight above 0 was never evaluated."""
-    return name.endswith("_evaluations") and value == 0
-
-
-def _finding(effect: Any) -> str:
-    """The sentence in which a part says that it looked and found nothing to act on."""
-    finding = effect.get("finding") if isinstance(effect, Mapping) else None
-    return finding if isinstance(finding, str) else ""
-
-
-def _numbers(effect: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
-    """The numbers of an effect; one level of nesting is read, more is not shown."""
-    if not isinstance(effect, Mapping):
-        return
-    for name, value in effect.items():
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            yield f"{prefix}{name}", float(value)
-        elif isinstance(value, Mapping) and not prefix:
-            yield from _numbers(value, f"{name} ")
+        state, why = ("off", "") if enabled is False else ("unknown", "usage.json has no record of it")
+        return Verdict(title, state, None, "", None, why)
+    usage = judge(name, record, run.path)
+    effect = ", ".join(f"{key.replace('_', ' ')} {number(value)}" for key, value in usage.effect.items())
+    if usage.finding:
+        effect = f"{effect}; {usage.finding}"
+    why = "; ".join(usage.lacking) if enabled else ""
+    state = "off" if not enabled else "not proven" if why else "used"
+    return Verdict(title, state, usage.calls, effect, len(usage.files), why)
 
 
 class Ledger(ShownAsTable, Sequence[Verdict]):

@@ -1,4 +1,4 @@
-"""MetricsWriter: one call a logging interval, the JSONL file first, every other sink at arm's length."""
+"""MetricsWriter: one call a logging interval, one line of metrics.jsonl; W&B and TensorBoard follow the file."""
 
 from __future__ import annotations
 
@@ -13,31 +13,28 @@ from typing import Any
 from torch import Tensor
 
 from transcoder.config import RunConfig
+from transcoder.reporting.follow_metrics import FILE_NAME, RESERVED, UPLOAD_EVENT
+from transcoder.reporting.follower import Follower
 from transcoder.reporting.jsonl import JsonlFile, drop_after
-from transcoder.reporting.metrics_table import FILE_NAME, RESERVED
-from transcoder.reporting.tensorboard_sink import TensorboardSink
-from transcoder.reporting.wandb_sink import WandbSink
 
 logger = logging.getLogger(__name__)
 
 
 class MetricsWriter:
-    """Writes a run's figures to `run_dir/metrics.jsonl`, and to W&B and TensorBoard where the config asks
-    for them.
+    """Writes a run's metrics to `run_dir/metrics.jsonl`. Where the config asks for W&B or TensorBoard, a process of its own
+    follows the file (`Follower`).
 
-    A line is a strict JSON object: {"step": int, "time": seconds of training since the run's start, name:
-        number, ...}. A value
-    that is NaN or infinite is null, and "nonfinite" says which it was: {"nonfinite": {"losses/overall_loss":
-    "nan"}}. An event is {"event": kind, "step", "time", "payload": {...}}.
+    A line is a strict JSON object: {"step": int, "time": seconds of training since the run's start, name: number, ...}. A value
+    that is NaN or infinite is null, and "nonfinite" says which it was: {"nonfinite": {"losses/overall_loss": "nan"}}. An event
+    is {"event": kind, "step", "time", "payload": {...}}.
 
     Args:
         run_dir: The run's folder; made if absent.
         config: Read for `name` and `logging`.
-        resume_step: The step that the run continues from: later lines are dropped (atomically) and `time`
-            goes on from the last line kept. None begins a new file; an old one is set aside as
-            metrics.jsonl.1 (2, ...), never overwritten.
+        resume_step: The step that the run continues from: later lines are dropped (atomically) and `time` goes on from the last
+            line kept. None begins a new file; an old one is renamed to metrics.jsonl.1 (2, ...), never overwritten.
 
-    Nothing here waits for a network: a write is one `write(2)` and two queue insertions.
+    A write is one `write(2)`; nothing here waits for a network.
     """
 
     def __init__(self, run_dir: Path, config: RunConfig, resume_step: int | None = None) -> None:
@@ -46,17 +43,21 @@ class MetricsWriter:
         self.run_dir = Path(run_dir)
         self.run_dir.mkdir(parents=True, exist_ok=True)
         path = self.run_dir / FILE_NAME
-        earlier, dropped = 0.0, 0
+        dropped, last = 0, None
         if resume_step is None:
             _set_aside(path)
         else:
             dropped, last = drop_after(path, resume_step)
-            earlier = _number_or(last.get("time"), 0.0) if last else 0.0
+        earlier = _number_or(last.get("time"), 0.0) if last else 0.0
         self._start = time.monotonic() - earlier
         self._step = resume_step or 0
         self._file = JsonlFile(path, config.logging.max_megabytes << 20)
-        self._wandb = None if config.logging.wandb == "off" else WandbSink(self.run_dir, config)
-        self._tensorboard = TensorboardSink(self.run_dir, resume_step) if config.logging.tensorboard else None
+        self._uploads = config.logging.wandb_upload_checkpoints
+        self._follower: Follower | None = None
+        if config.logging.wandb != "off" or config.logging.tensorboard:
+            place = {"offset": path.stat().st_size, "since": earlier if last else None}
+            purge = {"purge_step": None if resume_step is None else resume_step + 1}
+            self._follower = Follower(self.run_dir, config, {**place, **purge})
         if resume_step is not None:
             self.write_event("resume", {"from_step": resume_step, "lines_dropped": dropped})
 
@@ -69,10 +70,10 @@ class MetricsWriter:
     @property
     def wandb_url(self) -> str | None:
         """The address of the W&B run, once it is known."""
-        return None if self._wandb is None else self._wandb.url
+        return None if self._follower is None else self._follower.url
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write the figures of one step.
+        """Write the metrics of one step.
 
         Values are numbers on the host; a 0-dim tensor is read (which waits for its device).
 
@@ -88,16 +89,11 @@ class MetricsWriter:
         if odd:
             record["nonfinite"] = odd
         self._file.append(record)
-        if self._wandb is not None:
-            self._wandb.write(self._step, values)
-        if self._tensorboard is not None:
-            self._tensorboard.write(self._step, values)
 
     def write_event(self, kind: str, payload: Mapping[str, Any] | None = None, step: int | None = None) -> None:
-        """Write something that happened ("checkpoint", "evaluation", "stopped"): the file alone gets it.
+        """Write a line about something that happened ("checkpoint", "resume").
 
-        `payload` is what JSON holds; other objects are written as their text. It stands at `step`, or else at
-        the step last written.
+        `payload` is what JSON holds; other objects are written as their text. `step` None is the step last written.
         """
         record = {
             "step": self._step if step is None else step,
@@ -108,25 +104,20 @@ class MetricsWriter:
         self._file.append(record)
 
     def upload_checkpoint(self, folder: Path, step: int) -> None:
-        """Hand a checkpoint to W&B, only where `logging.wandb_upload_checkpoints` is set."""
-        if self._wandb is not None:
-            self._wandb.upload_checkpoint(folder, step)
+        """Have a checkpoint uploaded to W&B, where `logging.wandb_upload_checkpoints` is set: an event names it to the
+        follower."""
+        if self._uploads:
+            self.write_event(UPLOAD_EVENT, {"folder": str(Path(folder).absolute())}, step)
 
     def flush(self) -> None:
         """Bring metrics.jsonl to the disk; a checkpoint's lines should be there before the checkpoint is."""
         self._file.flush()
-        if self._tensorboard is not None:
-            self._tensorboard.flush()
 
     def close(self, exit_code: int = 0) -> None:
-        """Finish every sink; W&B and TensorBoard get a few seconds each and no more. Safe to call twice."""
+        """Close the file; W&B and TensorBoard get a few seconds for the rest of it and no more. Safe to call twice."""
         self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-            self._tensorboard = None
-        if self._wandb is not None:
-            self._wandb.close(exit_code)
-            self._wandb = None
+        if self._follower is not None:
+            self._follower.close(exit_code)
 
     def _elapsed(self) -> float:
         return round(time.monotonic() - self._start, 3)

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from transcoder.reporting.follow_metrics import FILE_NAME as FILE_NAME
+from transcoder.reporting.follow_metrics import RESERVED
 from transcoder.reporting.format import MISSING, as_float, number, whole
 from transcoder.reporting.jsonl import parse_record
 from transcoder.reporting.tables import ShownAsTable
@@ -24,9 +26,6 @@ from transcoder.reporting.tables import ShownAsTable
 if TYPE_CHECKING:
     import pandas as pd
 
-FILE_NAME = "metrics.jsonl"
-RESERVED = ("step", "time", "event", "nonfinite")
-"""Names in a line of metrics.jsonl that are no metric."""
 TAIL = 10
 """Logged values that a noisy training metric is averaged over."""
 CHUNK = 1 << 23

@@ -27,19 +27,13 @@ from transcoder.reporting.parts import Missing, Part, RunPartMissingError
 from transcoder.reporting.samples import SampleTable, read_samples
 from transcoder.reporting.summary_metrics import SUMMARY_METRICS
 from transcoder.reporting.tables import html_table, safe, text_table
+from transcoder.usage import SECTIONS
 
 if TYPE_CHECKING:
     import torch
 
     from transcoder.model import Transcoder
 
-COMPONENTS = {
-    "diversity_regularizer": "regularizer",
-    "position_sampler": "positions",
-    "correlation_monitor": "monitor",
-    "activation_samples": "samples",
-}
-"""The ledger's anti-duplication parts, and the section of `antidup` that configures each."""
 _REPORTED = {
     "duplicates/pairs": "pairs_total",
     "duplicates/flagged": "pairs_flagged",
@@ -385,7 +379,7 @@ class Run:
         record = self.usage.get(component)
         if isinstance(record, dict) and isinstance(record.get("enabled"), bool):
             return record["enabled"]
-        enabled = self.setting(f"antidup.{COMPONENTS[component]}.enabled")
+        enabled = self.setting(f"antidup.{SECTIONS[component]}.enabled")
         return enabled if isinstance(enabled, bool) else None
 
     # -- latents, duplicates and tables

@@ -12,7 +12,7 @@ from torch import Tensor
 from transcoder.activations import ActivationBatch
 from transcoder.activations.rows import Substitute
 from transcoder.antidup.merge_cost import MergeResult, MergeTest
-from transcoder.antidup.position_mass import PositionMass
+from transcoder.antidup.running_mass import PositionMass
 from transcoder.kernels import SparseCodes, nested_loss, sparse_decode
 from transcoder.model import Transcoder
 from transcoder.training.baselines import LinearBaseline

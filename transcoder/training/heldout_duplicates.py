@@ -11,10 +11,10 @@ import torch
 
 from transcoder.activations import ActivationBatch
 from transcoder.antidup import CorrelationMonitor, UsageLedger
-from transcoder.antidup.ledger import REQUIRED_EFFECTS
 from transcoder.config import MonitorSection
 from transcoder.model import Transcoder
 from transcoder.training.evaluation import at_inference, merge_test
+from transcoder.usage import REQUIRED_EFFECTS
 
 _METRICS = tuple(
     f"duplicates/{name}"

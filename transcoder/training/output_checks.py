@@ -9,17 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from transcoder.antidup import validate_correlation_report
-from transcoder.antidup.ledger import missing_effects
+from transcoder.checkpoint_folder import CheckpointError, verify_checkpoint
 from transcoder.config import RunConfig
-from transcoder.training.checkpoint import CheckpointError, verify_checkpoint
+from transcoder.usage import SECTIONS, judge
 
-COMPONENTS = {
-    "diversity_regularizer": "regularizer",
-    "position_sampler": "positions",
-    "correlation_monitor": "monitor",
-    "activation_samples": "samples",
-}
-"""Names in usage.json, and their sections of antidup in the config."""
 SAMPLE_COLUMNS = {
     *("latent", "kind", "activation", "token", "position", "sequence", "step", "context", "anchor", "tokens"),
 }
@@ -121,19 +114,15 @@ def _checkpoints(run_dir: Path, config: RunConfig) -> str:
 def _ledger(run_dir: Path, config: RunConfig) -> str:
     components = json.loads((run_dir / "usage.json").read_bytes())["components"]
     said = []
-    for name, section in COMPONENTS.items():
+    for name, section in SECTIONS.items():
         record = components[name]
         enabled = getattr(config.antidup, section).enabled
         _require(record["enabled"] is enabled, f"{name}: enabled is {record['enabled']}, the settings say {enabled}")
         if not enabled:
             _require(not record["calls"] and not record["files"], f"{name} is off and was used: {record}")
             continue
-        _require(record["calls"] > 0, f"{name} was never called")
-        lacking = missing_effects(name, record["effect"])
-        _require(not lacking, f"{name}: {', '.join(lacking)}")
-        _require(record["files"], f"{name} wrote no file")
-        lost = [f for f in record["files"] if not (run_dir / f).is_file() or not (run_dir / f).stat().st_size]
-        _require(not lost, f"{name}: files that are missing or empty: {', '.join(lost)}")
+        usage = judge(name, record, run_dir)
+        _require(not usage.lacking, f"{name}: {', '.join(usage.lacking)}")
         said.append(f"{name} {record['calls']} calls, {len(record['files'])} files")
     return "; ".join(said) or "all four off, none used"
 

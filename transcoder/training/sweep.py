@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transcoder.antidup.cosine_tail import cosine_tail, random_cosine_tail
+from transcoder.antidup.row_cosines import cosine_tail, random_cosine_tail
 from transcoder.config import ConfigError, RunConfig
 from transcoder.files import replace_atomically
 from transcoder.training.heldout_duplicates import heldout_duplicates

@@ -11,8 +11,9 @@ from transcoder.config import RunConfig
 from transcoder.files import replace_atomically
 from transcoder.reporting.compare import compare_runs, format_comparison, write_comparison
 from transcoder.training.heldout_duplicates import heldout_duplicates
-from transcoder.training.output_checks import COMPONENTS, Check, check_run
+from transcoder.training.output_checks import Check, check_run
 from transcoder.training.trainer import train_transcoder
+from transcoder.usage import SECTIONS
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def validate(config: RunConfig, out: Path | str) -> ValidationResult:
     out = Path(out)
     checks: dict[str, list[Check]] = {}
     for name, enabled in (("with_antidup", True), ("baseline", False)):
-        switches = {f"antidup.{section}.enabled": enabled for section in COMPONENTS.values()}
+        switches = {f"antidup.{section}.enabled": enabled for section in SECTIONS.values()}
         if not enabled:
             switches["antidup.recycle.enabled"] = False  # it acts on what the monitor finds
         run = config.replace({**switches, "name": name})

@@ -1,4 +1,4 @@
-"""Where in the sequence each latent is active, over recent batches."""
+"""Where each latent is active, over recent batches: its activation by position in the sequence, and on sink tokens."""
 
 from __future__ import annotations
 
@@ -103,3 +103,31 @@ class PositionMass:
 
     def _tensors(self) -> dict[str, Tensor]:
         return {"mass": self.mass, "offered": self.offered, "firings": self.firings, "length": self._length}
+
+
+class SinkMass:
+    """Decayed sums over batches, on the device: each latent's activation on sinks and on all tokens, and its firings."""
+
+    def __init__(self, d_sae: int, device: torch.device | str, dtype: torch.dtype = torch.float32) -> None:
+        self.sums = torch.zeros(3, d_sae, dtype=dtype, device=device)
+        """Activation on sinks, on all tokens, firings."""
+
+    @torch.no_grad()
+    def add(self, codes: SparseCodes, sink: Tensor) -> None:
+        """Decay, then add the tokens of `codes`, of which `sink` [B] bool says which are sinks. Never waits for a device."""
+        values = codes.values.detach().to(self.sums.dtype)
+        at_sink = torch.where(sink[codes.rows()], values, 0)
+        self.sums *= DECAY
+        for row, part in zip(self.sums, (at_sink, values, (values > 0).to(values.dtype)), strict=True):
+            add_at(row, codes.indices, part)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sums": self.sums.clone()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """All of it or, with a ValueError, nothing."""
+        if state["sums"].shape != self.sums.shape:
+            raise ValueError(
+                f"SinkMass.load_state_dict: sums: expected shape {list(self.sums.shape)}, got {list(state['sums'].shape)}"
+            )
+        self.sums.copy_(state["sums"])

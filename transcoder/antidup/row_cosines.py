@@ -1,4 +1,4 @@
-"""How close a dictionary's directions stand, beside how close random ones would, for the report."""
+"""Cosines of a dictionary's rows with their nearest other row: the search, its quantiles, and what random rows would have."""
 
 from __future__ import annotations
 
@@ -11,10 +11,8 @@ from transcoder.kernels import nearest_cpp
 
 TILE_ROWS = 1024
 MOST_ROWS = 8192
-"""Rows whose nearest neighbour is sought, evenly spread over the dictionary: all pairs of 131,072 rows would take longer than
-the steps between two reports."""
-
-
+"""Rows whose nearest neighbour is searched for, evenly spread over the dictionary: all pairs of 131,072 rows would take longer
+than the steps between two reports."""
 QUANTILES = {"median": 0.5, "p99": 0.99, "p999": 0.999}
 
 
@@ -36,7 +34,7 @@ def cosine_tail(rows: Tensor) -> dict[str, float] | None:
     some = torch.arange(min(total, MOST_ROWS), device=unit.device) * total // min(total, MOST_ROWS)
     best = nearest_cpp.nearest(unit, some)
     if best is None:
-        best = _nearest(unit, some)
+        best = torch.cat([nearest_rows(unit, part, TILE_ROWS)[0] for part in some.split(TILE_ROWS)])
     ordered = best.sort().values
 
     # torch.quantile refuses more than 16M values; the nearest rank needs no interpolation.
@@ -44,8 +42,8 @@ def cosine_tail(rows: Tensor) -> dict[str, float] | None:
 
 
 def random_cosine_tail(count: int, width: int) -> dict[str, float] | None:
-    """What `cosine_tail` is, in expectation, of `count` independent random directions in `width` dimensions: the curve beside
-    which a dictionary's is to be read. None below two.
+    """What `cosine_tail` expects of `count` independent random directions in `width` dimensions, to compare a dictionary with.
+    None below two.
 
     The angle between two has the density sin(t)^(width - 2); all of count - 1 are beyond the angle t with probability
     (1 - F(t))^(count - 1), which is the quantile q of the largest cosine at t.
@@ -55,7 +53,7 @@ def random_cosine_tail(count: int, width: int) -> dict[str, float] | None:
     if width == 1:
         return dict.fromkeys(QUANTILES, 1.0)
     angle = torch.linspace(0, math.pi, 1 << 17, dtype=torch.float64, device="cpu")
-    # The middle of each stretch: at the ends, sin is 0.
+    # The middle of each interval: at the ends, sin is 0.
     middle = (angle[1:] + angle[:-1]) / 2
     within = torch.exp((width - 2) * middle.sin().log()).cumsum(0)
     within /= within[-1].clone()
@@ -67,18 +65,21 @@ def random_cosine_tail(count: int, width: int) -> dict[str, float] | None:
     return found
 
 
-def _nearest(unit: Tensor, some: Tensor) -> Tensor:
-    """[R]: the largest cosine of each of the rows `some` [R] with another."""
-    best = unit.new_full(some.shape, -1.0)
-    for a in range(0, some.numel(), TILE_ROWS):
-        mine = some[a : a + TILE_ROWS]
-        rows = unit[mine]
-        for b in range(0, unit.shape[0], TILE_ROWS):
-            cosine = rows @ unit[b : b + TILE_ROWS].T
-            own = mine - b
-            inside = (own >= 0) & (own < cosine.shape[1])
-            column = torch.where(inside, own, 0)[:, None]
-            # A row is no neighbour of its own.
-            cosine.scatter_(1, column, torch.where(inside[:, None], -1.0, cosine.gather(1, column)))
-            best[a : a + TILE_ROWS] = torch.maximum(best[a : a + TILE_ROWS], cosine.max(1).values)
-    return best
+def nearest_rows(unit: Tensor, rows: Tensor, tile: int) -> tuple[Tensor, Tensor]:
+    """(cosine [R], partner [R] int64): for each of `rows` [R] the largest inner product with another row of `unit` [n, d], and
+    the lowest row that has it. Rows are of unit length, n >= 2; `tile` columns of the product are made at a time.
+
+    Equivalent to: `c = unit[rows] @ unit.T; c[arange(R), rows] = -2; c.max(1)`.
+    """
+    mine = unit[rows]
+    best, partner = unit.new_full(rows.shape, -2.0), torch.zeros_like(rows)
+    for a in range(0, unit.shape[0], tile):
+        cosine = mine @ unit[a : a + tile].T
+        inside = (rows >= a) & (rows < a + cosine.shape[1])
+        column = torch.where(inside, rows - a, 0)[:, None]
+        # A row is no neighbour of its own.
+        cosine.scatter_(1, column, torch.where(inside[:, None], -2.0, cosine.gather(1, column)))
+        top, where = cosine.max(1)
+        partner = torch.where(top > best, where + a, partner)
+        best = torch.maximum(best, top)
+    return best, partner
