@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from transcoder.reporting import summary_metrics
+from transcoder.reporting.sections import LOSSES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -15,18 +16,11 @@ if TYPE_CHECKING:
 
     from transcoder.reporting.run import Run
 
-_LOSSES = (
-    ("losses/overall_loss", "overall"),
-    ("losses/mse_loss", "full width"),
-    ("losses/auxiliary_reconstruction_loss", "AuxK"),
-    ("losses/diversity_penalty", "diversity"),
-)
-
 
 def plot_loss(run: Run) -> Figure:
     """The losses over the steps. Needs matplotlib."""
     figure, (axes,) = _figure(1)
-    drawn = [_line(axes, run, name, label) for name, label in _LOSSES]
+    drawn = [_line(axes, run, name, label) for label, name in LOSSES.items()]
     if not any(drawn):
         raise run.missing_error("losses", "metrics.jsonl")
     axes.set(title="Loss", xlabel="step", ylabel="loss", yscale="log")
