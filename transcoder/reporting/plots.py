@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from transcoder.reporting import summary_metrics
-from transcoder.reporting.sections import LOSSES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 def plot_loss(run: Run) -> Figure:
     """The losses over the steps. Needs matplotlib."""
     figure, (axes,) = _figure(1)
-    drawn = [_line(axes, run, name, label) for label, name in LOSSES.items()]
+    drawn = [_line(axes, run, name, label) for label, name in summary_metrics.LOSSES.items()]
     if not any(drawn):
         raise run.missing_error("losses", "metrics.jsonl")
     axes.set(title="Loss", xlabel="step", ylabel="loss", yscale="log")
