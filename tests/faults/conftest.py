@@ -14,7 +14,7 @@ import pytest
 
 from tests.faults.small_disk import MIB, Limited, SmallDisk
 from transcoder import files
-from transcoder.training import checkpoint, disk_reserve, storage
+from transcoder.training import checkpoint, disk_space
 
 
 @pytest.fixture(autouse=True)
@@ -41,15 +41,15 @@ def disk(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
 
         monkeypatch.setattr(files, "open", limited_open, raising=False)
         monkeypatch.setattr(checkpoint, "open", limited_open, raising=False)
-        inside_allocate = disk_reserve.allocate
+        inside_allocate = disk_space.allocate
 
         def limited_allocate(descriptor: int, size: int) -> None:
             if size > small.free():
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             inside_allocate(descriptor, size)
 
-        monkeypatch.setattr(disk_reserve, "allocate", limited_allocate)
-        inside = storage.free_bytes
+        monkeypatch.setattr(disk_space, "allocate", limited_allocate)
+        inside = disk_space.free_bytes
         monkeypatch.setattr(
             checkpoint, "free_bytes", lambda p: small.free() if folder in [p, *p.parents] else inside(p)
         )

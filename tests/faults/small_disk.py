@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 
 import pytest
 
-from transcoder.training import checkpoint, storage
+from transcoder.training import checkpoint, disk_space
 
 KIB, MIB = 2**10, 2**20
 
@@ -24,7 +24,7 @@ class SmallDisk:
         return sum(p.stat().st_size for p in self.folder.rglob("*") if p.is_file())
 
     def free(self) -> int:
-        return storage.free_bytes(self.folder) if self.mounted else self.size - self.used()
+        return disk_space.free_bytes(self.folder) if self.mounted else self.size - self.used()
 
     def leave(self, room: int) -> Path:
         """Fill the disk but for `room` bytes."""

@@ -15,9 +15,9 @@ import torch
 from tests.training.test_trainer import Planted, config, records
 from transcoder import tensor_file
 from transcoder.activations import ActivationBatch
+from transcoder.checkpoint_folder import CheckpointError, find_checkpoint
 from transcoder.training import RunResult, checkpointing, train_transcoder
 from transcoder.training.background_task import BackgroundTask
-from transcoder.training.checkpoint import CheckpointError, find_checkpoint
 from transcoder.training.snapshot import Snapshots
 
 

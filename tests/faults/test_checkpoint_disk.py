@@ -18,14 +18,10 @@ import torch
 from torch import Tensor
 
 from tests.faults.small_disk import KIB, SmallDisk, believe_there_is_room
+from transcoder.checkpoint_folder import CheckpointError, verify_checkpoint
 from transcoder.config import CheckpointSection
 from transcoder.training import checkpoint
-from transcoder.training.checkpoint import (
-    CheckpointError,
-    CheckpointStore,
-    load_checkpoint,
-    verify_checkpoint,
-)
+from transcoder.training.checkpoint import CheckpointStore, load_checkpoint
 
 FILES = ["state.json", "trainer.safetensors", "transcoder.safetensors"]
 

@@ -12,11 +12,13 @@ import torch
 from tests.faults.small_disk import KIB, MIB, SmallDisk, believe_there_is_room
 from tests.training.test_trainer import Planted, config
 from transcoder.activations import ActivationBatch, build_stream
+from transcoder.checkpoint_folder import CheckpointError
 from transcoder.config import CheckpointSection, RunConfig
-from transcoder.training import checkpoint, checkpointing, disk_budget, train_transcoder
-from transcoder.training.checkpoint import CheckpointError, CheckpointStore, load_checkpoint
-from transcoder.training.disk_reserve import RESERVE_NAME, Reserve, room_for
+from transcoder.training import checkpoint, checkpointing, disk_space, train_transcoder
+from transcoder.training.checkpoint import CheckpointStore, load_checkpoint
+from transcoder.training.disk_space import RESERVE_NAME, Reserve, room_for
 from transcoder.training.run_state import essential_tree
+from transcoder.training.state_tree import pack_state
 
 
 def state(step: int, beside: int = 300 * KIB) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -157,7 +159,7 @@ def test_space_that_only_taking_it_shows(disk: SmallDisk, monkeypatch: pytest.Mo
     with pytest.raises(CheckpointError, match=r"keep_best false --checkpoint\.keep_last 1 \(needs"):
         store.check_space(150 * KIB, steps=100)
     with pytest.raises(CheckpointError, match="what a run writes beside them"):
-        store.check_space(KIB, steps=3, beside=700 * KIB)
+        store.check_space(KIB, steps=3, others=700 * KIB)
 
 
 class Filled(Planted):
@@ -178,8 +180,8 @@ class Filled(Planted):
 def test_a_run_on_a_full_disk_keeps_its_last_state_and_goes_on_from_it(
     disk: SmallDisk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asynchronous: bool
 ) -> None:
-    monkeypatch.setattr(disk_budget, "PAGES", 0)
-    monkeypatch.setattr(disk_budget, "PAIR_BYTES", 8)
+    monkeypatch.setattr(disk_space, "PAGES", 0)
+    monkeypatch.setattr(disk_space, "PAIR_BYTES", 8)
     # As in a run of real size: what is held is less than the whole state.
     monkeypatch.setattr(checkpointing, "STATE_SLACK", 24 * KIB)
     settings = config(
@@ -225,7 +227,7 @@ def test_the_essential_state_of_a_stream_goes_on_behind_its_rows(tmp_path: Path)
             next(stream)
         saved = essential_tree({"source": stream.state_dict()})
         assert saved["source"]["buffer"]["rows"] == {}
-        tensors, _ = checkpoint.pack_state(saved)
+        tensors, _ = pack_state(saved)
         assert sum(t.nbytes for t in tensors.values()) <= stream.essential_bytes_at_most()
         before = stream.counters()["sequences"]
     with build_stream(settings, torch.device("cpu")) as again:

@@ -27,7 +27,7 @@ from transcoder.reporting.metrics_table import Metrics, Series
 from transcoder.reporting.run_process import LOCK_FILE, process_of
 from transcoder.reporting.terminal_view import Snapshot, sparkline
 from transcoder.reporting.watch_terminal import watch_terminal
-from transcoder.training.storage import LOCK_NAME, FolderLock
+from transcoder.training.run_folder import LOCK_NAME, FolderLock
 
 MakeRun = Callable[..., Path]
 # Holds the lock as a trainer does, says so, and writes what it is told until its input ends.

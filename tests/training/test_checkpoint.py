@@ -1,13 +1,10 @@
-"""Checkpoints: bitwise round trips, retention, replacing, space, the run folder's lock."""
+"""Checkpoints: bitwise round trips, retention, replacing, space."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from transcoder.checkpoint_folder import content_digest
+from transcoder.checkpoint_folder import CheckpointError, content_digest, find_checkpoint, verify_checkpoint
 from transcoder.config import CheckpointSection
 from transcoder.files import WrittenFile
 from transcoder.tensor_file import read_tensors, tensor_bytes, write_tensors
 from transcoder.training.checkpoint import (
-    CheckpointError,
     CheckpointStore,
-    find_checkpoint,
     load_checkpoint,
-    pack_state,
-    unpack_state,
-    verify_checkpoint,
 )
-from transcoder.training.storage import FolderLock, RunLockedError, free_bytes, human_bytes
+from transcoder.training.disk_space import checkpoint_bytes, free_bytes, human_bytes
+from transcoder.training.state_tree import pack_state, unpack_state
 
 DTYPES = [
     *(torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.bool),
@@ -299,8 +292,9 @@ def test_space_is_checked_with_settings_that_would_fit(tmp_path: Path) -> None:
     with pytest.raises(
         CheckpointError, match=r"checkpoints \(.* and what a run writes beside them \(.* need .* free are"
     ):
-        store.check_space(1000, steps=100, beside=2 * free)
-    assert store.budget(1000, steps=10) == store.budget(1000, steps=5) < store.budget(1000, steps=100)
+        store.check_space(1000, steps=100, others=2 * free)
+    few, more, many = (checkpoint_bytes(section, 1000, steps) for steps in (5, 10, 100))
+    assert few == more < many
 
 
 def test_what_a_resumed_run_already_keeps_counts_as_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,30 +316,6 @@ def test_an_unusable_second_location_is_refused_before_training(tmp_path: Path) 
     store = CheckpointStore(tmp_path / "run", CheckpointSection(second_location=second))
     with pytest.raises(CheckpointError, match="second_location"):
         store.check_space(1, steps=1)
-
-
-LOCK_AND_WAIT = """
-import sys
-from pathlib import Path
-from transcoder.training.storage import FolderLock
-with FolderLock(Path(sys.argv[1])):
-    print("locked", flush=True)
-    sys.stdin.read()
-"""
-
-
-def test_a_second_run_in_one_folder_is_refused_by_name(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", LOCK_AND_WAIT, str(tmp_path / "run")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as owner:
-        assert owner.stdout is not None
-        assert owner.stdout.readline() == b"locked\n"
-        with pytest.raises(RunLockedError, match=rf"run: in use by process {owner.pid} on "):
-            FolderLock(tmp_path / "run")
-        owner.kill()
-    with FolderLock(tmp_path / "run") as lock:
-        assert json.loads(lock.path.read_text())["pid"] == os.getpid()
-    with FolderLock(tmp_path / "run"):
-        pass
 
 
 def test_human_bytes() -> None:

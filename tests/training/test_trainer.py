@@ -14,16 +14,16 @@ import pytest
 import torch
 
 from transcoder.activations import ActivationBatch
+from transcoder.checkpoint_folder import CheckpointError
 from transcoder.config import ConfigError, RunConfig
 from transcoder.kernels import SparseCodes
 from transcoder.losses import penalty_scale, reconstruction_loss
 from transcoder.model import Transcoder
 from transcoder.training import RunResult, train_transcoder
 from transcoder.training import trainer as trainer_module
-from transcoder.training.checkpoint import CheckpointError, load_checkpoint
+from transcoder.training.checkpoint import load_checkpoint
 from transcoder.training.output_checks import check_run
 from transcoder.training.sources import TrainingDataError
-from transcoder.training.storage import FolderLock, RunLockedError
 
 D_IN, D_OUT, SEQUENCE = 12, 10, 16
 
@@ -476,25 +476,6 @@ def test_a_resume_that_fails_leaves_the_run_as_it_was(whole: RunResult) -> None:
     with pytest.raises(TrainingDataError, match="empty iterable"):
         train_transcoder(config(), whole.run_dir, resume=True, batches=[])
     assert content() == before
-
-
-def test_a_lock_that_was_discarded_meanwhile_locks_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its file was opened before, and locked after, its owner took it away: the next one takes the new file's lock."""
-    owner = FolderLock(tmp_path)
-    take = FolderLock._take
-    taken = []
-
-    def late(self: FolderLock) -> None:
-        if not taken:
-            owner.discard()
-        taken.append(self.path)
-        take(self)
-
-    monkeypatch.setattr(FolderLock, "_take", late)
-    with FolderLock(tmp_path):
-        assert len(taken) == 2
-        with pytest.raises(RunLockedError, match="in use by process"):
-            FolderLock(tmp_path)
 
 
 @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, torch.device("meta")])

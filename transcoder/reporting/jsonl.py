@@ -21,9 +21,10 @@ BACKLOG_LINES = 10_000
 class JsonlFile:
     """An append-only file of JSON objects that outlives a full disk and a folder that is deleted under it.
 
-    A line that cannot be written is kept and tried again with the next one; the file is cut back to its last
-    whole line, so a torn one never stays. The run goes on: figures are not worth a lost run. A file that somebody deleted
-    is made again, with what was in it.
+    A line is one write(2), so a killed process loses none; `flush` brings the lines to the disk, and a machine that loses its
+    power may lose those since. A line that cannot be written is kept and tried again with the next one; the file is cut back
+    to its last whole line, so that a torn one never stays, and the run goes on. A file that was deleted is made again, with
+    what was in it.
 
     Args:
         max_bytes: where the file grows beyond, every second line of its older half that is no event goes (where that is

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from transcoder.files import process_is_alive
+
 LOCK_FILE = ".lock"
 LOCK_TABLE = Path("/proc/locks")
 
@@ -44,7 +46,7 @@ def process_of(run_dir: Path) -> RunProcess:
         return RunProcess("unknown") if holder is None else RunProcess("running", holder, here)
     if host != here:
         return RunProcess("elsewhere", pid, host)
-    held = _alive(pid) if table is None else any(p == pid or same_device for p, same_device in table)
+    held = process_is_alive(pid) if table is None else any(p == pid or same_device for p, same_device in table)
     return RunProcess("running" if held else "gone", pid, host)
 
 
@@ -64,14 +66,3 @@ def _locks(found: os.stat_result) -> list[tuple[int, bool]] | None:
             if inode == str(found.st_ino):
                 holders.append((int(words[4]), at == device))
     return holders
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        # Another user's process is a process.
-        return True
-    return True

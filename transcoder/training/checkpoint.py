@@ -1,14 +1,13 @@
 """Checkpoints that are whole or absent: `checkpoints/step_00000500/`.
 
-Each holds transcoder.safetensors (the weights), trainer.safetensors and state.json (the rest of the run's
-state).
+Each holds transcoder.safetensors (the weights), trainer.safetensors and state.json (the rest of the run's state).
 
-How a write fails, in order: the temporary folder is removed; checkpoints that the retention lets go are
-deleted and the write is tried again, and again after each pause of `BACK_OFF`; then `checkpoint.second_location`
-takes it, if set; then it takes the space of the reserve; then the essential state alone takes that; then `save`
-raises `CheckpointError`. The newest checkpoint that was good before is still good after any of these. A trainer may
-go on after the error and try again at the next interval. The reserve is for the last state: an earlier one takes it
-only where the retention then frees enough to hold it again.
+Where a write fails, in this order: the temporary folder is removed; checkpoints that the retention lets go are deleted and the
+write is tried again, and again after each pause of `BACK_OFF`; then `checkpoint.second_location` takes it, if set; then it
+takes the space of the reserve; then the essential state alone takes that; then `save` raises `CheckpointError`. The newest
+checkpoint that was good before is still good after any of these. A trainer may go on after the error and try again at the next
+interval. The reserve is for the last state: an earlier one takes it only where the retention then frees enough to hold it
+again.
 """
 
 from __future__ import annotations
@@ -31,7 +30,6 @@ import torch
 from torch import Tensor
 
 from transcoder.checkpoint_folder import (
-    FOLDER,
     FORMAT,
     MODEL_FILE,
     STATE_FILE,
@@ -40,47 +38,23 @@ from transcoder.checkpoint_folder import (
     CheckpointError,
     candidates,
     content_digest,
-    find_checkpoint,
     newest,
     read_state,
     verify_checkpoint,
 )
 from transcoder.config import CheckpointSection
-from transcoder.files import (
-    DELETING,
-    REPLACED,
-    WRITING,
-    WrittenFile,
-    remove_folder,
-    replace_atomically,
-    replacing_folder,
-)
-from transcoder.tensor_file import (
-    read_tensors,
-    tensor_bytes,
-    write_tensors,
-)
-from transcoder.training.disk_budget import SLACK, checkpoint_bytes, refuse_what_cannot_fit
-from transcoder.training.disk_reserve import Reserve, room_for
-from transcoder.training.state_tree import pack_state, unpack_state
-from transcoder.training.storage import (
-    FolderLock,
-    RunLockedError,
+from transcoder.files import DELETING, REPLACED, WRITING, remove_folder, replace_atomically, replacing_folder
+from transcoder.tensor_file import read_tensors, tensor_bytes, write_tensors
+from transcoder.training.disk_space import (
+    CHECKPOINT_SLACK,
+    Reserve,
+    checkpoint_bytes,
     free_bytes,
     human_bytes,
+    refuse_what_cannot_fit,
+    room_for,
 )
-
-__all__ = [
-    "CheckpointError",
-    "CheckpointStore",
-    "FolderLock",
-    "Loaded",
-    "RunLockedError",
-    "find_checkpoint",
-    "load_checkpoint",
-    "pack_state",
-    "unpack_state",
-]
+from transcoder.training.state_tree import pack_state, unpack_state
 
 BACK_OFF = (1.0, 4.0)
 """Seconds before each further try of a write that failed."""
@@ -104,9 +78,8 @@ class CheckpointStore:
 
     Args:
         run_dir: the run's folder. One process may write to it at a time: hold a `FolderLock` on it.
-        section: retention and second location. Kept are the last `keep_last`, the one of the lowest metric
-            (`keep_best`), those whose step is a multiple of `keep_every`. The second location keeps the
-            newest only.
+        section: retention and second location. Kept are the last `keep_last`, the one of the lowest metric (`keep_best`),
+            those whose step is a multiple of `keep_every`. The second location keeps the newest only.
     """
 
     def __init__(self, run_dir: Path | str, section: CheckpointSection | None = None) -> None:
@@ -151,15 +124,15 @@ class CheckpointStore:
             trainer_tree: everything else that a bitwise resume needs, see `pack_state`.
             summary: JSON values for people and reports; no tensors.
             metric: lower is better (held-out FVU); None or NaN never counts as best.
-            essential: what of `trainer_tree` is kept where not all of it fits; None: all of it or nothing.
+            essential: gives what of `trainer_tree` is kept where not all of it fits; None: all of it or nothing.
             last: no later state will come: the reserve is for this one.
 
         Returns:
             The checkpoint's folder.
 
         Raises:
-            CheckpointError: neither the run's folder nor the second location took it; older ones are
-            untouched. TypeError: a leaf that cannot be stored; nothing was written.
+            CheckpointError: neither the run's folder nor the second location took it; older ones are untouched.
+            TypeError: a leaf that cannot be stored; nothing was written.
         """
         summary_tensors, packed_summary = pack_state(summary)
         if summary_tensors:
@@ -167,29 +140,21 @@ class CheckpointStore:
             raise TypeError(f"summary: expected JSON values, got tensors at {names}; read them with .item()")
         metric = None if metric is None or math.isnan(metric) else float(metric)
 
-        def writer(tree: Any) -> _Writer:
-            tensors, skeleton = pack_state(tree)
-            state = {
-                "step": step,
-                "metric": metric,
-                "summary": packed_summary,
-                "trainer": skeleton,
-                "torch": torch.__version__,
-            }
-            return _Writer({MODEL_FILE: model, TRAINER_FILE: tensors}, state)
+        def packed(tree: Any) -> _PackedState:
+            return _PackedState(step, metric, packed_summary, model, tree)
 
-        whole, second = writer(trainer_tree), self._second_folder(create=True)
+        whole, second = packed(trainer_tree), self._second_folder(create=True)
         failures: list[str] = []
 
-        def written(place: Path, write: _Writer) -> Path | None:
+        def written(place: Path, state: _PackedState) -> Path | None:
             try:
                 if failures:
                     self._make_room(step, metric)
-                path = write(place)
+                path = state.write(place)
             except OSError as error:
                 failures.append(f"{place}: {error}")
                 return None
-            self._retain(place, step)
+            self._retain(place, step, metric)
             self._hold_reserve_again()
             return path
 
@@ -201,22 +166,21 @@ class CheckpointStore:
         if second is not None and (path := written(second, whole)) is not None:
             _warn(f"checkpoint of step {step} went to the second location {path}: {failures[-1]}")
             return path
-        for write in (whole, *([writer(essential(trainer_tree))] if essential is not None else [])):
-            if not (last or self._fits_in_the_end(step, metric, write.bytes)):
+        for state in (whole, *([packed(essential(trainer_tree))] if essential is not None else [])):
+            if not (last or self._fits_in_the_end(step, metric, state.bytes)):
                 continue
             self.reserve.release()
-            if (path := written(self.folder, write)) is None:
+            if (path := written(self.folder, state)) is None:
                 continue
-            self.degraded = write is not whole
-            said = (
-                "only the essential state could be kept"
-                if self.degraded
-                else "the state took the space held for the last"
-            )
-            _warn(
-                f"of step {step} {said} ({path}): {failures[-1]}"
-                + "; a run resumed from it goes on, but not to the same bits" * self.degraded
-            )
+            self.degraded = state is not whole
+            if self.degraded:
+                kept, so = (
+                    "only the essential state could be kept",
+                    "; a run resumed from it goes on, but not to the same bits",
+                )
+            else:
+                kept, so = "the state took the space held for the last", ""
+            _warn(f"of step {step} {kept} ({path}): {failures[-1]}{so}")
             return path
         self._hold_reserve_again()
         causes = "; ".join(dict.fromkeys(failures))
@@ -226,8 +190,7 @@ class CheckpointStore:
         )
 
     def latest(self) -> Loaded | None:
-        """The newest checkpoint that verifies, in the run's folder or the second location; None if none is
-        there.
+        """The newest checkpoint that verifies, in the run's folder or the second location; None if none is there.
 
         Torn, corrupted or half-missing ones are passed over with a warning.
 
@@ -237,17 +200,13 @@ class CheckpointStore:
         places = [self.folder, self._second_folder(create=False)]
         return newest(candidates(p for p in places if p is not None), load_checkpoint)
 
-    def budget(self, each: int, steps: int) -> int:
-        """Bytes that checkpoints of `each` bytes take at most in a run of `steps`: those kept and the one in writing."""
-        return checkpoint_bytes(self.section, each, steps)
-
-    def check_space(self, each: int, steps: int, beside: int = 0) -> None:
-        """Refuse, before training, what cannot fit beside what others have on the disk or under a quota.
+    def check_space(self, each: int, steps: int, others: int = 0) -> None:
+        """Refuse, before training, what cannot fit on the disk or under a quota.
 
         Args:
             each: bytes of one checkpoint.
             steps: length of the run.
-            beside: bytes of everything else: logs, samples, reserve.
+            others: bytes of all other files: logs, samples, reserve.
 
         Raises:
             CheckpointError: with bytes needed, bytes free and the settings that would fit.
@@ -255,10 +214,10 @@ class CheckpointStore:
         self._check_second_location()
         present = sum(_size(path) for _, path in candidates([self.folder])) + self.reserve.held
         free = free_bytes(self.folder)
-        wanted = self.budget(each, steps) + beside - present
+        wanted = checkpoint_bytes(self.section, each, steps) + others - present
         if 0 < wanted <= free and (room := room_for(self.run_dir, wanted)) < wanted:
             free = room
-        refuse_what_cannot_fit(self.folder, self.section, each, steps, beside, free + present)
+        refuse_what_cannot_fit(self.folder, self.section, each, steps, others, free + present)
 
     def _check_second_location(self) -> None:
         if self.section.second_location is None:
@@ -270,18 +229,21 @@ class CheckpointStore:
             raise CheckpointError(f"checkpoint.second_location: cannot be made: {error}") from error
         if not writable:
             raise CheckpointError(f"checkpoint.second_location: {self.section.second_location} is not writable")
-        # The marker is made while there is room for it.
+        # The file with the run's id is made while there is room for it.
         self._second_folder(create=True)
 
     def _second_folder(self, create: bool) -> Path | None:
         """The run's own folder in the second location.
 
-        Named by an id that dies with the run folder: another run of this name must never resume from it.
+        Named by an id that is deleted with the run folder: another run of this name must never resume from it.
         """
         if self.section.second_location is None:
             return None
-        marker = self.run_dir / ".run_id"
-        written = _read_id(marker)
+        id_file = self.run_dir / ".run_id"
+        written = None
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            text = id_file.read_text(encoding="utf-8").strip()
+            written = text if text.isalnum() else None
         # Known from here on: a disk that stops to answer must not give the run a new name at each save.
         self._run_id = self._run_id or written
         if self._run_id is None:
@@ -290,24 +252,19 @@ class CheckpointStore:
             self._run_id = secrets.token_hex(8)
         if create and written is None:
             with contextlib.suppress(OSError):
-                self.run_dir.mkdir(parents=True, exist_ok=True)
-                replace_atomically(marker, self._run_id)
+                replace_atomically(id_file, self._run_id)
         return Path(self.section.second_location) / f"{self.run_dir.resolve().name}-{self._run_id}"
 
     def _hold_reserve_again(self) -> None:
-        # Where there is no room for it, the next checkpoint is the next occasion.
+        # Where there is no room for it, the next save tries again.
         with contextlib.suppress(OSError):
             self.reserve.make()
-
-    def _let_go(self, step: int, metric: float | None) -> list[Path]:
-        """What the retention will delete once this step is saved."""
-        saved = self.folder / _name(step)
-        return _superfluous(self.section, {**_metrics(self.folder), saved: metric}, saved)
 
     def _fits_in_the_end(self, step: int, metric: float | None, size: int) -> bool:
         """Whether a checkpoint of `size` bytes and the reserve both fit once the retention has done its work."""
         try:
-            return free_bytes(self.folder) + sum(_size(folder) for folder in self._let_go(step, metric)) >= size
+            freed = sum(_size(folder) for folder in _superfluous(self.section, self.folder, step, metric))
+            return free_bytes(self.folder) + freed >= size
         except OSError:
             # A disk that does not even answer takes no checkpoint.
             return False
@@ -317,12 +274,13 @@ class CheckpointStore:
         # A folder that cannot be listed (a network disk that is gone) must not keep the second location from being tried.
         with contextlib.suppress(OSError):
             good = next((folder for _, folder in candidates([self.folder]) if _verifies(folder)), None)
-            _delete(folder for folder in self._let_go(step, metric) if folder != good)
+            superfluous = _superfluous(self.section, self.folder, step, metric)
+            _delete(folder for folder in superfluous if folder != good)
 
-    def _retain(self, place: Path, step: int) -> None:
+    def _retain(self, place: Path, step: int, metric: float | None) -> None:
         section = self.section if place == self.folder else CheckpointSection(keep_last=1, keep_best=False)
         try:
-            _delete(_superfluous(section, _metrics(place), place / _name(step)))
+            _delete(_superfluous(section, place, step, metric))
         except OSError as error:
             _warn(f"{place}: old checkpoints could not be looked for: {error}")
 
@@ -351,49 +309,53 @@ def load_checkpoint(path: Path | str) -> Loaded:
         raise ValueError(f"{path}: {STATE_FILE} does not hold a run's state: {error!r}") from error
 
 
-class _Writer:
-    """Writes one state to any place: a temporary folder beside the target, fsync of all, rename."""
+class _PackedState:
+    """One state as tensors and JSON, to be written to any place; `bytes` is what it takes there at most."""
 
-    def __init__(self, files: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
-        self.files, self.state = files, state
-        self.bytes = sum(tensor_bytes(tensors) for tensors in files.values()) + len(json.dumps(state)) + SLACK
+    def __init__(self, step: int, metric: float | None, summary: Any, model: dict[str, Tensor], tree: Any) -> None:
+        tensors, skeleton = pack_state(tree)
+        self._name, self._files = _name(step), {MODEL_FILE: model, TRAINER_FILE: tensors}
+        state = {"step": step, "metric": metric, "summary": summary, "trainer": skeleton, "torch": torch.__version__}
+        self._json = {"format": FORMAT, "version": VERSION, **state}
+        self.bytes = sum(map(tensor_bytes, self._files.values())) + len(json.dumps(self._json)) + CHECKPOINT_SLACK
 
-    def __call__(self, place: Path) -> Path:
+    def write(self, place: Path) -> Path:
+        """Raises: OSError; nothing is left in `place`."""
         place.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(place)
-        free = free_bytes(place)
-        if free < self.bytes:
+        if (free := free_bytes(place)) < self.bytes:
             # The same error as a failed write, without filling the disk to the brim first.
             raise OSError(errno.ENOSPC, f"needs {human_bytes(self.bytes)}, free are {human_bytes(free)}")
-        final = place / _name(self.state["step"])
-        # While it replaces one of the same step, `candidates` knows that by its `.replaced_` name.
-        with replacing_folder(final) as temporary:
+        # While one of the same step is replaced, `candidates` finds that by its `.replaced_` name.
+        with replacing_folder(place / self._name) as folder:
             written = {}
-            for name, tensors in self.files.items():
-                with open(temporary / name, "wb") as file:
-                    written[name] = write_tensors(file, tensors)
-            with open(temporary / STATE_FILE, "wb") as file:
-                file.write(_state_bytes(self.state, written))
-        return final
+            for name, tensors in self._files.items():
+                with open(folder / name, "wb") as file:
+                    written[name] = write_tensors(file, tensors)._asdict()
+            body = {**self._json, "files": written}
+            with open(folder / STATE_FILE, "wb") as file:
+                file.write(json.dumps({**body, "sha256": content_digest(body)}, indent=1).encode())
+        return place / self._name
 
 
-def _state_bytes(state: dict[str, Any], files: dict[str, WrittenFile]) -> bytes:
-    body = {
-        "format": FORMAT,
-        "version": VERSION,
-        **state,
-        "files": {name: f._asdict() for name, f in files.items()},
-    }
-    return json.dumps({**body, "sha256": content_digest(body)}, indent=1).encode()
+def _superfluous(section: CheckpointSection, place: Path, step: int, metric: float | None) -> list[Path]:
+    """What the retention lets go in `place` once the checkpoint of `step` is there, which is always kept.
 
-
-def _read_id(marker: Path) -> str | None:
-    """What a run calls its folder in the second location; None where it has no such name yet, or none that is one."""
-    try:
-        written = marker.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError):
-        return None
-    return written if written.isalnum() else None
+    A later one is of a run that went back behind it because it is damaged: it does not count, unless it verifies after all.
+    """
+    saved, found = place / _name(step), candidates([place])
+    counted = {saved: (step, metric)}
+    for at, folder in found:
+        if folder != saved and (at <= step or _verifies(folder)):
+            counted[folder] = (at, _metric(folder))
+    newest_first = sorted(counted, key=lambda folder: -counted[folder][0])
+    keep = {saved, *newest_first[: section.keep_last]}
+    scored = [(value, -at, folder) for folder, (at, value) in counted.items() if value is not None]
+    if section.keep_best and scored:
+        keep.add(min(scored)[2])
+    if section.keep_every is not None:
+        keep.update(folder for folder, (at, _) in counted.items() if at % section.keep_every == 0)
+    return [folder for _, folder in found if folder not in keep]
 
 
 def _verifies(folder: Path) -> bool:
@@ -402,44 +364,6 @@ def _verifies(folder: Path) -> bool:
     except (ValueError, OSError, CheckpointError):
         return False
     return True
-
-
-def _metrics(place: Path) -> dict[Path, float | None]:
-    """The checkpoints in a folder, and the metric of each."""
-    return {folder: _metric(folder) for _, folder in candidates([place])}
-
-
-def _superfluous(section: CheckpointSection, metrics: dict[Path, float | None], saved: Path) -> list[Path]:
-    """What the retention lets go where `saved` is the one just written, which is always kept.
-
-    A later one is of a run that went back behind it because it is damaged: it takes nobody's place, unless it verifies after
-    all.
-    """
-    counted = {
-        folder: metric for folder, metric in metrics.items() if _step(folder) <= _step(saved) or _verifies(folder)
-    }
-    keep = {saved, *_kept(section, counted)}
-    return [folder for folder in metrics if folder not in keep]
-
-
-def _step(folder: Path) -> int:
-    match = FOLDER.fullmatch(folder.name)
-    return int(match[1]) if match else -1
-
-
-def _kept(section: CheckpointSection, metrics: dict[Path, float | None]) -> set[Path]:
-    newest_first = sorted(metrics, key=_step, reverse=True)
-    keep = set(newest_first[: section.keep_last])
-    scored = [(metric, -_step(folder), folder) for folder, metric in metrics.items() if metric is not None]
-    if section.keep_best and scored:
-        keep.add(min(scored)[2])
-    if section.keep_every is not None:
-        keep.update(folder for folder in metrics if _step(folder) % section.keep_every == 0)
-    return keep
-
-
-def _warn(message: str) -> None:
-    warnings.warn(message, stacklevel=3)
 
 
 def _metric(folder: Path) -> float | None:
@@ -455,7 +379,7 @@ def _delete(folders: Iterable[Path]) -> None:
         try:
             remove_folder(folder)
         except OSError as error:
-            warnings.warn(f"old checkpoint {folder} could not be deleted: {error}", stacklevel=3)
+            _warn(f"old checkpoint {folder} could not be deleted: {error}")
 
 
 def _remove_leftovers(place: Path) -> None:
@@ -473,3 +397,7 @@ def _size(folder: Path) -> int:
 
 def _name(step: int) -> str:
     return f"step_{step:08d}"
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=3)

@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from transcoder.checkpoint_folder import CheckpointError
 from transcoder.config import RunConfig
 from transcoder.reporting import MetricsWriter
 from transcoder.tensor_file import tensor_bytes
 from transcoder.training.background_task import BackgroundTask
-from transcoder.training.checkpoint import CheckpointError, CheckpointStore, pack_state
-from transcoder.training.disk_budget import SLACK, log_bytes
+from transcoder.training.checkpoint import CheckpointStore
+from transcoder.training.disk_space import CHECKPOINT_SLACK, log_bytes
 from transcoder.training.run_state import essential_tree
 from transcoder.training.snapshot import Snapshots
+from transcoder.training.state_tree import pack_state
 
 if TYPE_CHECKING:
     from transcoder.training.run_parts import RunParts
@@ -62,7 +64,7 @@ class Saver:
         bounded = [source, *(part for part in (parts.monitor, parts.samples) if part is not None)]
         baseline = _packed_bytes(parts.evaluation.baseline.state_dict())
         whole = weights + baseline + sum(part.state_bytes_at_most() for part in bounded)
-        reserve = weights + source.essential_bytes_at_most() + SLACK if section.reserve else 0
+        reserve = weights + source.essential_bytes_at_most() + CHECKPOINT_SLACK if section.reserve else 0
         samples = 0 if parts.samples is None else parts.samples.state_bytes_at_most()
         self.store.check_space(whole, self._config.training.steps, log_bytes(self._config, samples) + reserve)
         self.store.hold_reserve(reserve)
@@ -103,20 +105,21 @@ class Saver:
             return
         # The lines up to here must be on disk first: a resumed run drops those after its step and writes them again.
         self._writer.flush()
-        state = (tree(), dict(model))
+        state, arrived = (tree(), dict(model)), None
+        in_background = self._config.checkpoint.asynchronous and not wait
+        if in_background:
+            state, arrived = self._snapshots.take(state)
         self._step_in_flight = step
-        if wait or not self._config.checkpoint.asynchronous:
-            self._settle(
-                lambda: self.store.save(step, state[1], state[0], dict(summary), metric, essential_tree, wait), wait
-            )
-            return
-        copy, arrived = self._snapshots.take(state)
 
         def write() -> Path:
-            arrived()
-            return self.store.save(step, copy[1], copy[0], dict(summary), metric, essential_tree)
+            if arrived is not None:
+                arrived()
+            return self.store.save(step, state[1], state[0], dict(summary), metric, essential_tree, wait)
 
-        self._task.start(write)
+        if in_background:
+            self._task.start(write)
+        else:
+            self._settle(write, wait)
 
     def look(self) -> None:
         """Report how a write in the background ended, if it has. Waits for nothing."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -408,6 +409,7 @@ class Checkpoints(Observer):
     def act(self, run: Trainer) -> None:
         found = self._evaluation
         run.save(found.latest["evaluation/fvu"] if found.step == run.step else None)
-        if not (run.run_dir / "config.yaml").exists():
+        # Not Path.exists, which raises where a disk no longer answers.
+        if not os.path.exists(run.run_dir / "config.yaml"):
             # The folder was deleted: the checkpoints that it gets from now on cannot be resumed without this.
             run.write("config.yaml", run.write_config)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from transcoder.antidup import validate_correlation_report
+from transcoder.checkpoint_folder import CheckpointError, verify_checkpoint
 from transcoder.config import RunConfig
-from transcoder.training.checkpoint import CheckpointError, verify_checkpoint
 from transcoder.usage import SECTIONS, judge
 
 SAMPLE_COLUMNS = {

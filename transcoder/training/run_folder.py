@@ -3,14 +3,76 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import json
+import os
+import socket
+import time
+import warnings
 from pathlib import Path
 from types import TracebackType
 
-from transcoder.training.disk_reserve import RESERVE_NAME
-from transcoder.training.storage import FolderLock
+from transcoder.training.disk_space import RESERVE_NAME
 
+LOCK_NAME = ".lock"
 MADE = ("config.yaml", "metrics.jsonl", ".run_id", RESERVE_NAME)
-"""What a start can leave in the folder, besides the lock, before training begins."""
+"""What a start can leave in the folder besides the lock, before training begins."""
+
+
+class RunLockedError(RuntimeError):
+    """Another process is writing this run folder. The message names its process id and host."""
+
+
+class FolderLock(contextlib.AbstractContextManager["FolderLock"]):
+    """Exclusive use of a run folder, held until `release` or the end of the process, however it ends.
+
+    The lock is `flock` on `<folder>/.lock` (by filelock), so a killed run leaves none; the file's content (process id, host,
+    start time) is for the message of a run that is refused, and for `transcoder watch`.
+
+    Raises:
+        RunLockedError: another process holds the folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        from filelock import FileLock, Timeout
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / LOCK_NAME
+        self._was_there = self.path.exists()
+        # A second try: the holder may discard its file between our opening and our locking it. Soft locks outlive a kill.
+        self._lock = FileLock(self.path, timeout=0.1, poll_interval=0.05, thread_local=False, fallback_to_soft=False)
+        try:
+            self._lock.acquire()
+        except Timeout:
+            raise RunLockedError(
+                f"run folder {folder}: in use by {_owner(self.path)}; "
+                "wait for it, stop it, or choose another folder with --out"
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                raise
+            warnings.warn(f"{self.path}: no locks here ({error}); two runs in one folder would clash", stacklevel=2)
+        owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        # On a full disk the lock still holds; only the owner's name is missing from the refusal.
+        with contextlib.suppress(OSError):
+            self.path.write_text(json.dumps(owner), encoding="utf-8")
+
+    def release(self) -> None:
+        """Give the folder free. The lock file stays."""
+        self._lock.release(force=True)
+
+    def discard(self) -> None:
+        """Give the folder free without a trace: the lock file goes too, if this lock made it."""
+        if not self._was_there:
+            # While it is still held: a process that has opened it meanwhile finds that it is no longer the folder's.
+            with contextlib.suppress(OSError):
+                self.path.unlink(missing_ok=True)
+        self.release()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
 
 
 class RunStart(contextlib.AbstractContextManager["RunStart"]):
@@ -44,3 +106,11 @@ class RunStart(contextlib.AbstractContextManager["RunStart"]):
         for folder in self._new_folders:
             with contextlib.suppress(OSError):
                 folder.rmdir()
+
+
+def _owner(path: Path) -> str:
+    try:
+        owner = json.loads(path.read_text(encoding="utf-8"))
+        return f"process {owner['pid']} on {owner['host']} since {owner['since']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"

@@ -5,21 +5,18 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, strided
 
-# A marked node is a JSON object with one key that begins with "$"; dicts that would look like one are marked
-# too.
 _TENSOR, _ITEMS, _TUPLE, _FLOAT = "$tensor", "$items", "$tuple", "$float"
+"""A marked node is a JSON object of one key that begins with "$"; dicts that would look like one are marked too."""
 
 
 def pack_state(tree: Any) -> tuple[dict[str, Tensor], Any]:
     """Split a nested state into tensors (by unique name) and a JSON-ready skeleton that names them.
 
     Args:
-        tree: dicts (keys str or int), lists, tuples; leaves are dense tensors, None, bool, int, str, and
-        float
-            (NaN and Inf too).
+        tree: dicts (keys str or int), lists, tuples; leaves are dense tensors, None, bool, int, str, and float (NaN and Inf
+            too).
 
     Returns:
         (tensors, skeleton). Tensors are detached, not copied: write them before the state moves on.
@@ -43,38 +40,40 @@ def unpack_state(tensors: dict[str, Tensor], skeleton: Any) -> Any:
         return [unpack_state(tensors, value) for value in skeleton]
     if not isinstance(skeleton, dict):
         return skeleton
-    if len(skeleton) == 1:
-        ((mark, value),) = skeleton.items()
-        if mark == _TENSOR:
-            if value not in tensors:
-                raise ValueError(f"state: expected a tensor named {value!r}, it is missing from the file")
-            return tensors[value]
-        if mark == _TUPLE:
-            return tuple(unpack_state(tensors, item) for item in value)
-        if mark == _ITEMS:
-            return {key: unpack_state(tensors, item) for key, item in value}
-        if mark == _FLOAT:
-            return float(value)
+    mark: Any
+    value: Any
+    mark, value = next(iter(skeleton.items())) if len(skeleton) == 1 else (None, None)
+    if mark == _TENSOR:
+        if value not in tensors:
+            raise ValueError(f"state: expected a tensor named {value!r}, it is missing from the file")
+        return tensors[value]
+    if mark == _TUPLE:
+        return tuple(unpack_state(tensors, item) for item in value)
+    if mark == _ITEMS:
+        return {key: unpack_state(tensors, item) for key, item in value}
+    if mark == _FLOAT:
+        return float(value)
     return {key: unpack_state(tensors, value) for key, value in skeleton.items()}
 
 
 def _pack(node: Any, place: str, tensors: dict[str, Tensor]) -> Any:
+    where = f"state {place or 'root'}"
     if isinstance(node, Tensor):
-        if node.layout != torch.strided or node.is_quantized or node.device.type == "meta":
-            raise TypeError(f"state {place or 'root'}: expected a dense tensor, got {node.layout} on {node.device}")
+        if node.layout != strided or node.is_quantized or node.device.type == "meta":
+            raise TypeError(f"{where}: expected a dense tensor, got {node.layout} on {node.device}")
         name = place or "tensor"
         while name in tensors:
             name += "'"
         tensors[name] = node.detach()
         return {_TENSOR: name}
     if isinstance(node, dict):
-        packed = [
-            (_key(key, place), _pack(value, f"{place}/{key}" if place else str(key), tensors))
-            for key, value in node.items()
-        ]
-        if all(isinstance(key, str) and not key.startswith("$") for key, _ in packed):
-            return dict(packed)
-        return {_ITEMS: [[key, value] for key, value in packed]}
+        for key in node:
+            if type(key) not in (str, int):
+                raise TypeError(f"{where}: expected keys of type str or int, got {key!r} of type {type(key).__name__}")
+        packed = {key: _pack(value, f"{place}/{key}" if place else str(key), tensors) for key, value in node.items()}
+        if all(isinstance(key, str) and not key.startswith("$") for key in packed):
+            return packed
+        return {_ITEMS: [[key, value] for key, value in packed.items()]}
     if isinstance(node, (list, tuple)):
         values = [_pack(value, f"{place}/{i}" if place else str(i), tensors) for i, value in enumerate(node)]
         return {_TUPLE: values} if isinstance(node, tuple) else values
@@ -84,15 +83,6 @@ def _pack(node: Any, place: str, tensors: dict[str, Tensor]) -> Any:
     if node is None or type(node) in (bool, int, float, str):
         return node
     raise TypeError(
-        f"state {place or 'root'}: expected a tensor, None, bool, int, float or str, got "
-        f"{type(node).__name__}; "
+        f"{where}: expected a tensor, None, bool, int, float or str, got {type(node).__name__}; "
         "convert it (for a NumPy scalar: .item())"
     )
-
-
-def _key(key: Any, place: str) -> str | int:
-    if type(key) not in (str, int):
-        raise TypeError(
-            f"state {place or 'root'}: expected keys of type str or int, got {key!r} of type {type(key).__name__}"
-        )
-    return key
