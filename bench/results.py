@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import machine
-from bench.machine_rates import rates
+from bench.reference_rates import machine_rates
 
 FOLDER = Path(__file__).resolve().parent / "results"
 FORMAT = 2
@@ -24,7 +24,7 @@ def about() -> dict[str, Any]:
         "commit": machine.commit(),
         "versions": machine.versions(),
         "load": machine.load(),
-        "machine_rates": rates(),
+        "machine_rates": machine_rates(),
     }
 
 

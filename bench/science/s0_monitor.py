@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from bench.science.planted import Stream, batches
-from bench.science.statistics import of_share
 from bench.science.table import Line, at_least, at_most, holds, told
+from bench.statistics import of_share
 from transcoder.antidup import CorrelationMonitor, UsageLedger
 from transcoder.antidup.pair_errors import PairJackknife, correlation_bounds, most_pairs
 from transcoder.config import MonitorSection

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.science.statistics import of_mean, of_share, of_two
 from bench.science.table import Line, at_least, at_most, told
 from bench.science.toy import D_SAE, Found, Sinks, Toy, examine, independent, train, unmasked
+from bench.statistics import of_mean, of_share, of_two
 from transcoder.reporting.statistics import interval
 
 FEATURES = 160
