@@ -11,7 +11,7 @@ Rows = Sequence[Sequence[str]]
 
 
 class ShownAsTable:
-    """Shows itself as a headline, a table of at most `SHOWN` rows and how many rows are left out, as text and as HTML."""
+    """A sequence or mapping that shows itself as a headline, a table of at most `SHOWN` rows and how many rows are left out, as text and as HTML."""
 
     HEAD: Sequence[str]
 
@@ -20,9 +20,6 @@ class ShownAsTable:
 
     def _cells(self) -> Rows:
         """The first rows."""
-        raise NotImplementedError
-
-    def __len__(self) -> int:
         raise NotImplementedError
 
     def __repr__(self) -> str:
@@ -37,7 +34,8 @@ class ShownAsTable:
         return "".join(f"<p>{safe(self._headline())}</p>{table}<p>{safe(self._left_out())}</p>").replace("<p></p>", "")
 
     def _left_out(self) -> str:
-        return f"{len(self) - SHOWN:,} more" if len(self) > SHOWN else ""
+        rows = len(self)  # type: ignore[arg-type]
+        return f"{rows - SHOWN:,} more" if rows > SHOWN else ""
 
 
 def visible(text: str) -> str:
