@@ -115,11 +115,11 @@ def _line(snapshot: Snapshot) -> str:
     known = {name: value for name in snapshot.run.metrics if (value := snapshot.metric(name)) is not None}
     of = "" if snapshot.steps is None else f"/{snapshot.steps}"
     parts = ["no step yet" if snapshot.step is None else f"step {snapshot.step}{of}", metrics_text(known)]
-    if snapshot.elapsed is not None:
-        parts.append(f"elapsed {clock(snapshot.elapsed)}")
+    if snapshot.run.metrics.seconds is not None:
+        parts.append(f"elapsed {clock(snapshot.run.metrics.seconds)}")
     if snapshot.left is not None and not snapshot.ended:
         parts.append(f"left {clock(snapshot.left)}")
-    # A run that goes well needs no word.
+    # That a run goes on needs no words.
     if snapshot.state != "running":
         parts.append(snapshot.words)
     return "  ".join(filter(None, parts))
