@@ -200,29 +200,6 @@ def test_loading_names_a_missing_file(tmp_path: Path) -> None:
         Transcoder.from_pretrained(folder)
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"k": 0}, "k: expected between 1 and d_sae = 30, got 0"),
-        ({"k": 31}, "k: expected between 1 and d_sae = 30, got 31"),
-        ({"widths": [8, 8, 30]}, "strictly increasing"),
-        ({"widths": [8, 20]}, "expected a last width of d_sae = 30"),
-        ({"widths": [30, 8]}, "strictly increasing"),
-        ({"prefix_weights": [1.0, 1.0]}, "expected 1 finite weights"),
-        ({"activation": "relu"}, "activation: expected one of 'topk', 'batch_topk'"),
-        ({"loss": "l2"}, "loss: expected one of"),
-        ({"d_in": 0}, "d_in: expected at least 1"),
-        ({"aux_k": -1}, "aux_k"),
-        ({"aux_coefficient": -1.0}, "aux_coefficient: expected at least 0"),
-        ({"dead_after_tokens": 0}, "dead_after_tokens: expected at least 1"),
-        ({"threshold_rate": 0.0}, "threshold_rate: expected in"),
-    ],
-)
-def test_bad_shapes_are_refused_by_name(change: dict, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        TranscoderConfig(**{"d_in": 10, "d_out": 7, "d_sae": 30, "k": 4, **change})
-
-
 @pytest.mark.parametrize("shape", [(5, 1), (5, 9), (10,)])
 def test_inputs_of_another_width_are_refused_not_broadcast(shape: tuple[int, ...]) -> None:
     model = Transcoder(TranscoderConfig(10, 7, 30, 4))
@@ -456,27 +433,33 @@ except OSError as error:
         ({"k": 4.5}, TypeError, "k: expected a whole number, got 4.5"),
         ({"k": True}, TypeError, "k: expected a whole number, got True"),
         ({"k": "four"}, TypeError, "k: expected a whole number, got 'four'"),
-        ({"d_in": -3}, ValueError, "d_in: expected at least 1"),
-        ({"d_in": None}, TypeError, "d_in: expected a whole number"),
+        ({"k": 0}, ValueError, "k: expected between 1 and d_sae = 30, got 0"),
+        ({"k": 31}, ValueError, "k: expected between 1 and d_sae = 30, got 31"),
+        ({"widths": [8, 8, 30]}, ValueError, "strictly increasing"),
+        ({"widths": [8, 20]}, ValueError, "expected a last width of d_sae = 30"),
+        ({"prefix_weights": [1.0, 1.0]}, ValueError, "expected 1 finite weights"),
+        ({"activation": "relu"}, ValueError, "activation: expected one of 'topk', 'batch_topk'"),
+        ({"loss": "l2"}, ValueError, "loss: expected one of"),
+        ({"aux_coefficient": -1.0}, ValueError, "aux_coefficient: expected at least 0"),
+        ({"dead_after_tokens": 0}, ValueError, "dead_after_tokens: expected at least 1"),
+        ({"threshold_rate": 0.0}, ValueError, "threshold_rate: expected in"),
+        ({"d_in": 0}, ValueError, "d_in: expected at least 1"),
         ({"widths": "128"}, TypeError, "widths: expected a list"),
         ({"widths": (w for w in (8, 30))}, TypeError, "widths: expected a list"),
-        ({"widths": 30}, TypeError, "widths: expected a list"),
         ({"widths": [8.5, 30]}, TypeError, r"widths\[0\]: expected a whole number, got 8.5"),
-        ({"widths": [True, 30]}, TypeError, r"widths\[0\]: expected a whole number"),
-        ({"prefix_weights": "1"}, TypeError, "prefix_weights: expected a list"),
         ({"prefix_weights": ["one"]}, TypeError, r"prefix_weights\[0\]: expected a number"),
         ({"prefix_weights": [float("inf")]}, ValueError, r"prefix_weights\[0\]: expected a finite number, got inf"),
         ({"skip": 1}, TypeError, "skip: expected true or false, got 1"),
         ({"aux_k": 2.5}, TypeError, "aux_k: expected a whole number"),
+        ({"aux_k": -1}, ValueError, "aux_k: expected at least 0 or null, got -1"),
         ({"aux_coefficient": "much"}, TypeError, "aux_coefficient: expected a number"),
         ({"aux_coefficient": float("nan")}, ValueError, "aux_coefficient: expected a finite number"),
         ({"threshold_rate": None}, TypeError, "threshold_rate: expected a number"),
         ({"activation": ["topk"]}, ValueError, "activation: expected"),
-        ({"loss": None}, ValueError, "loss: expected one of"),
     ],
 )
-def test_wrong_types_are_refused_by_name(change: dict, kind: type[Exception], words: str) -> None:
-    with pytest.raises(kind, match=rf"TranscoderConfig\.{words}"):
+def test_wrong_settings_are_refused_by_name(change: dict, kind: type[Exception], words: str) -> None:
+    with pytest.raises(kind, match=rf"TranscoderConfig\..*{words}"):
         TranscoderConfig(**{"d_in": 10, "d_out": 7, "d_sae": 30, "k": 4, **change})
 
 

@@ -26,10 +26,10 @@ class Reconstruction(NamedTuple):
 
 
 def spread(y: Tensor) -> Tensor:
-    """What FVU is a fraction of: the mean square of y [B, d] around its mean row. Reads nothing back.
+    """The denominator of FVU: the mean square of y [B, d] around its mean row. Reads nothing back.
 
-    A batch that does not vary beyond rounding (one row, constant targets) has no variance to explain: its mean square
-    itself stands in, and 1 where that is 0 too. The result, and FVU with it, is so finite and positive for every batch.
+    For a batch that does not vary beyond rounding (one row, constant targets) it is the mean square of y itself, and 1 where
+    that is 0 too: the result is finite and positive for every batch.
     """
     variance, size = (y - y.mean(0)).square().mean(), y.square().mean()
     rounding = (8 * torch.finfo(y.dtype).eps) ** 2 * size
@@ -54,12 +54,11 @@ def reconstruction_loss(
         `mse`: sum_p w_p m_p / sum_p w_p. Independent of d_out and of the number of prefixes.
         `saelens`: d_out * sum_p w_p m_p. SAELens sums over d_out and over prefixes, means over tokens.
         `dictionary_learning`: d_out * sum_p w_p m_p / P. It weighs prefixes, then takes their mean.
-        `fvu`: sum_p w_p fvu_p / sum_p w_p, fvu_p = m_p / var(target). sparsify minimises FVU. A batch whose targets do not
-            vary has their mean square in the place of the variance, see `spread`.
+        `fvu`: sum_p w_p fvu_p / sum_p w_p, fvu_p = m_p / var(target), see `spread`. sparsify minimises FVU.
 
     Shapes: codes (B, d_sae), W_dec [d_sae, d_out], b_dec [d_out], target [B, d_out], token_weights [B] or None.
-    `explained` [B, d_out] is what FVU is a fraction of where the dictionary only has a part of it to reconstruct (a skip
-    connection takes the rest); None is `target`.
+    FVU is relative to the variance of `explained` [B, d_out]: the whole target, where a skip connection leaves only a part of
+    it to the dictionary. None is `target`.
     """
     nested = nested_loss(codes, W_dec, b_dec, target, widths, prefix_weights, token_weights=token_weights)
     with torch.no_grad():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -51,10 +52,15 @@ class Transcoder(nn.Module):
     until then) and gives reconstructions back in raw units. Parameters, thresholds, dead counters and statistics are fp32
     whatever the compute type; under `torch.autocast` the encoder's product runs in autocast's type.
 
-    In training mode BatchTopK selects over the batch; in eval mode it uses the tracked threshold, so a token's codes do not
-    depend on its neighbours.
+    How latents are selected is `selection`'s (transcoder.selection). In training mode BatchTopK selects over the batch; in eval
+    mode a token's codes do not depend on the other tokens of its batch.
     """
 
+    W_enc: nn.Parameter
+    b_enc: nn.Parameter
+    W_dec: nn.Parameter
+    b_dec: nn.Parameter
+    W_skip: nn.Parameter | None
     threshold: Tensor
     source_mean: Tensor
     source_scale: Tensor
@@ -67,27 +73,22 @@ class Transcoder(nn.Module):
         super().__init__()
         self.config = config
         self.selection = SELECTIONS[config.activation](config)
+        for name, (shape, dtype) in _tensors_of(config).items():
+            # Type and device are always named: a process may have set other defaults.
+            zeros = torch.zeros(shape, dtype=dtype, device="cpu")
+            if name.startswith(("W_", "b_")) or (name == "threshold" and self.selection.trains_threshold):
+                self.register_parameter(name, nn.Parameter(zeros))
+            else:
+                self.register_buffer(name, zeros)
+        if not config.skip:
+            self.register_parameter("W_skip", None)
         generator = torch.Generator().manual_seed(seed)
-        # Drawn on the CPU so that a seed means the same dictionary on every device.
-        # Type and device are always named: a process may have set other defaults.
-        real: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
-        d_in, d_out, d_sae = config.d_in, config.d_out, config.d_sae
-        self.W_enc = nn.Parameter(_unit_rows(torch.randn(d_sae, d_in, generator=generator, **real)))
-        self.b_enc = nn.Parameter(torch.zeros(d_sae, **real))
-        self.W_dec = nn.Parameter(_unit_rows(torch.randn(d_sae, d_out, generator=generator, **real)))
-        self.b_dec = nn.Parameter(torch.zeros(d_out, **real))
-        self.W_skip = nn.Parameter(torch.zeros(d_out, d_in, **real)) if config.skip else None
-        threshold = torch.full(self.selection.threshold_shape, self.selection.initial_threshold, **real)
-        if self.selection.trains_threshold:
-            self.threshold = nn.Parameter(threshold)
-        else:
-            self.register_buffer("threshold", threshold)
-        self.register_buffer("source_mean", torch.zeros(d_in, **real))
-        self.register_buffer("source_scale", torch.ones((), **real))
-        self.register_buffer("target_mean", torch.zeros(d_out, **real))
-        self.register_buffer("target_scale", torch.ones((), **real))
-        self.register_buffer("tokens_since_fired", torch.zeros(d_sae, dtype=torch.int64, device="cpu"))
-        self.register_buffer("dead", torch.zeros(d_sae, dtype=torch.bool, device="cpu"))
+        with torch.no_grad():
+            for matrix in (self.W_enc, self.W_dec):
+                matrix.copy_(_random_rows(matrix.shape, generator))
+            self.threshold.fill_(self.selection.initial_threshold)
+            self.source_scale.fill_(1)
+            self.target_scale.fill_(1)
         self._dead_ids: Tensor | None = None
         self.to(device)
 
@@ -103,16 +104,16 @@ class Transcoder(nn.Module):
     def encode(self, x: Tensor, *, checks: Checks = "fast") -> SparseCodes:
         """Codes of raw activations x [B, d_in].
 
-        `checks="full"` reads the device and refuses NaN and Inf with a ValueError that names the first such row. `fast`
-        waits for nothing: NaN goes on into TopK's values, but against BatchTopK's threshold (eval mode) no comparison with
-        NaN holds, and such a row has no code at all.
+        `checks="full"` reads the device and refuses NaN and Inf with a ValueError that names the first such row. `fast` reads
+        nothing back: TopK's values of such a row are NaN, and where a threshold selects, the row has no codes, since no
+        comparison with NaN holds.
         """
         self._check_source("encode", x)
         check_mode("Transcoder.encode", checks)
         if checks == "full":
             # Before the normalisation, so that what is named is what came.
             check_finite_rows("Transcoder.encode", "x", x)
-        return self._encode_normalized(self.normalize_source(x))
+        return self._select(self.normalize_source(x)).codes
 
     def decode(self, codes: SparseCodes) -> Tensor:
         """Raw-unit reconstruction [B, d_out] from codes alone: without the skip connection, which needs x."""
@@ -122,7 +123,7 @@ class Transcoder(nn.Module):
         """Raw-unit reconstruction [B, d_out] of the target from raw x [B, d_in]."""
         self._check_source("forward", x)
         x = self.normalize_source(x)
-        y_hat = sparse_decode(self._encode_normalized(x), self.W_dec, self.b_dec)
+        y_hat = sparse_decode(self._select(x).codes, self.W_dec, self.b_dec)
         return self._to_raw_target(y_hat if self.W_skip is None else y_hat + self._skip(x))
 
     def training_step(
@@ -183,9 +184,9 @@ class Transcoder(nn.Module):
 
     @torch.no_grad()
     def refresh_dead(self) -> int:
-        """Read which latents have not fired for `dead_after_tokens`: the AuxK list of the next steps. Returns how many.
+        """List the latents that have not fired for `dead_after_tokens`, for AuxK in the next steps. Returns how many.
 
-        The one read of the host that AuxK needs, kept out of the step; call it every few dozen steps.
+        AuxK's only device-to-host read. It is not part of the step: call it every few dozen steps.
         """
         self.dead.copy_(self.tokens_since_fired >= self.config.dead_after_tokens)
         return self._list_dead()
@@ -255,13 +256,13 @@ class Transcoder(nn.Module):
 
     @torch.no_grad()
     def recycle(self, kept: Tensor, dropped: Tensor, scale: Tensor, *, seed: int) -> None:
-        """Fold each latent of `dropped` into its partner of `kept`, and begin it anew as a dead latent.
+        """Fold each latent of `dropped` into its partner of `kept`, and reset it to a dead latent with random rows.
 
-        The kept latent's decoder row becomes W[kept] + scale W[dropped]; rows are of unit norm, so what that row is longer
-        goes into its encoder. Where both fired together the reconstruction stays; but the larger activation also wins places
-        in the selection that it did not have, at the cost of others, and training has to settle that. The freed latent gets
-        random rows, the encoder's at a fifth of the usual norm: it wins few places at once, and AuxK trains it meanwhile (at a
-        twentieth, four times as many of them stay dead).
+        The kept latent's decoder row becomes W[kept] + scale W[dropped], scaled back to unit norm; its encoder row and bias are
+        multiplied by the length taken off. Where both were active the reconstruction stays the same. The larger activation may
+        also be selected on further tokens, in place of other latents, which training corrects. The encoder row of the reset
+        latent has a fifth of the usual norm, so that it is rarely selected until AuxK has trained it (with a twentieth, four
+        times as many of them stay dead).
 
         Args:
             kept, dropped: [n] int64, no latent twice in the two together.
@@ -291,19 +292,16 @@ class Transcoder(nn.Module):
         if self.selection.trains_threshold:
             # As all its pre-activations, so that the kept latent is active on the same tokens.
             self.threshold[kept] *= length.squeeze(1)
-        # Drawn on the CPU, like the first rows: a seed means the same on every device.
         generator = torch.Generator().manual_seed(seed)
         for matrix, norm in ((self.W_enc, 0.2 * usual), (self.W_dec, torch.ones_like(usual))):
-            size = (dropped.numel(), matrix.shape[1])
-            rows = torch.randn(size, generator=generator, dtype=torch.float32, device="cpu")
-            matrix[dropped] = norm * _unit_rows(rows).to(matrix.device)
+            matrix[dropped] = norm * _random_rows((dropped.numel(), matrix.shape[1]), generator).to(matrix.device)
         self.b_enc[dropped] = 0
         self.tokens_since_fired[dropped] = self.config.dead_after_tokens
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write transcoder.safetensors and config.json. Both are written beside an existing pair before either is replaced.
+        """Write transcoder.safetensors and config.json. An existing pair is replaced after both are written in full.
 
-        OSError: the folder cannot be written; what was there is as it was, and nothing half-written is left.
+        OSError: the folder cannot be written. An existing pair is unchanged then, and no partial file is left.
         """
         write_pair(Path(directory), self.config.to_dict(), self.state_dict())
 
@@ -355,9 +353,6 @@ class Transcoder(nn.Module):
         # Before the normalisation, which would broadcast a wrong width.
         check_float_matrix(f"Transcoder.{method}", "x", x, columns=self.config.d_in)
 
-    def _encode_normalized(self, x: Tensor) -> SparseCodes:
-        return self._select(x).codes
-
     def _select(self, x: Tensor, token_weights: Tensor | None = None) -> Selected:
         weights = x, self.W_enc, self.b_enc, self.threshold
         if self.training:
@@ -406,6 +401,11 @@ def _tensors_of(config: TranscoderConfig) -> dict[str, tuple[tuple[int, ...], to
     }
     others = {"tokens_since_fired": torch.int64, "dead": torch.bool}
     return {name: (shape, others.get(name, torch.float32)) for name, shape in shapes.items()}
+
+
+def _random_rows(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    # Drawn on the CPU, so that a seed means the same rows on every device.
+    return _unit_rows(torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu"))
 
 
 def _unit_rows(W: Tensor) -> Tensor:

@@ -253,9 +253,9 @@ def no_tokens(folder: Path) -> None:
         (lambda f: damage_index(f, d_in="x"), "not an index"),
         (
             lambda f: damage_index(f, shards=[{"file": "../x.safetensors", "tokens": 1}]),
-            "names of files beside it, got",
+            "names of files in its folder, got",
         ),
-        (lambda f: damage_index(f, shards=[{"file": "/etc/passwd", "tokens": 1}]), "names of files beside it, got"),
+        (lambda f: damage_index(f, shards=[{"file": "/etc/passwd", "tokens": 1}]), "names of files in its folder, got"),
         (lambda f: damage_index(f, special_ids=[5000]), "special_ids lie outside"),
     ],
 )

@@ -396,6 +396,9 @@ def test_a_plot_without_its_part_says_what_is_missing(make_run: MakeRun) -> None
     (run.path / "metrics.jsonl").unlink()
     with pytest.raises(RunPartMissingError, match="not in the folder: there are no curves"):
         run.plot_loss()
+    with pytest.raises(RunPartMissingError, match="no metrics: not in the folder"):
+        run.metrics["metrics/fvu"]
+    assert "there are no curves" in repr(run.metrics)
     with pytest.raises(RunPartMissingError, match="no checkpoint"):
         run.plot_density()
 

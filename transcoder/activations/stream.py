@@ -83,7 +83,7 @@ class ActivationStream:
         """The next batches, at least `tokens` tokens, without using them up: iterating gives the same objects
         again, in the same order. Do not write into them.
 
-        They are drawn now and held until they are due, beside the buffer, and are part of `state_dict`.
+        They are drawn now, held outside the buffer until they are due, and part of `state_dict`.
         """
         count = -(-tokens // self._batch_size)
         while len(self._peeked) < count:
@@ -145,7 +145,7 @@ class ActivationStream:
         return self._heldout[tokens][0]
 
     def heldout_sinks(self) -> ActivationBatch | None:
-        """The tokens masked out of the sequences that `heldout` read last, for their own figures; or None."""
+        """The tokens masked out of the sequences that `heldout` read last, for metrics of their own; or None."""
         if not self._heldout:
             self.heldout(self._evaluation_tokens)
         ((_, sinks),) = self._heldout.values()

@@ -32,9 +32,8 @@ from transcoder.antidup.window import SequenceCounts, Window, correlation_state_
 from transcoder.config import MonitorSection
 from transcoder.files import replace_atomically
 from transcoder.kernels import CorrelatedPairs, FeatureCorrelation, SparseCodes
-from transcoder.kernels.correlation.moments import PairStatistics
 from transcoder.kernels.correlation.op import EXACT_LIMIT
-from transcoder.kernels.correlation.pairs import Survey, sorted_pairs
+from transcoder.kernels.correlation.statistics import PairStatistics, Survey, sorted_pairs
 
 _NAME = "correlation_monitor"
 Judge = Callable[[Tensor, Tensor], MergeResult]

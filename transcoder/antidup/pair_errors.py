@@ -16,7 +16,7 @@ from torch import Tensor
 
 from transcoder.kernels import SparseCodes, counts_cpp
 from transcoder.kernels.correlation.counter_rng import hash_bits
-from transcoder.kernels.correlation.moments import CONSTANT
+from transcoder.kernels.correlation.statistics import CONSTANT
 
 STANDARD_ERROR = 1.32
 """SE(atanh r) ~ 1.32 / sqrt(U - 3) with U union-firing tokens (calibrated on planted pairs). Fisher's 1 / sqrt(n - 3) over all

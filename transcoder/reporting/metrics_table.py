@@ -21,6 +21,7 @@ from transcoder.reporting.follow_metrics import FILE_NAME as FILE_NAME
 from transcoder.reporting.follow_metrics import RESERVED
 from transcoder.reporting.format import MISSING, as_float, number, whole
 from transcoder.reporting.jsonl import parse_record
+from transcoder.reporting.parts import RunPartMissingError
 from transcoder.reporting.tables import ShownAsTable
 
 if TYPE_CHECKING:
@@ -136,6 +137,13 @@ class Metrics(ShownAsTable, Mapping[str, Series]):
         return pd.DataFrame(columns).rename_axis("step")
 
     @property
+    def why_empty(self) -> str:
+        """Why there are no metrics, where there are none."""
+        if not self.path.exists():
+            return "not in the folder: there are no curves"
+        return "holds no metrics: the run ended before its first logging step"
+
+    @property
     def age_seconds(self) -> float | None:
         """Seconds since a line was last written, by the clocks of the file system and of this machine."""
         try:
@@ -159,6 +167,8 @@ class Metrics(ShownAsTable, Mapping[str, Series]):
         return (self._pace[-1][1] - self._pace[0][1]) / (len(self._pace) - 1)
 
     def __getitem__(self, name: str) -> Series:
+        if not self.series:
+            raise RunPartMissingError(f"run {str(self.path.parent)!r} has no metrics: {self.why_empty}")
         if name not in self.series:
             near = difflib.get_close_matches(name, self.series, n=3)
             hint = f"; near are {', '.join(near)}" if near else ""
@@ -170,6 +180,9 @@ class Metrics(ShownAsTable, Mapping[str, Series]):
 
     def __len__(self) -> int:
         return len(self.series)
+
+    def _headline(self) -> str:
+        return "" if self.series else f"{FILE_NAME}: {self.why_empty}"
 
     def _cells(self) -> list[tuple[str, ...]]:
         rows: list[tuple[str, ...]] = []

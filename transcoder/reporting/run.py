@@ -241,12 +241,9 @@ class Run:
             getattr(self, part)
         why = {}
         if FILE_NAME not in self._why:
-            bad = self.metrics.unreadable
-            if not self.metrics.path.exists():
-                why[FILE_NAME] = "not in the folder: there are no curves"
-            elif not self.metrics.series:
-                why[FILE_NAME] = "holds no metrics: the run ended before its first logging step"
-            if bad:
+            if not self.metrics.series:
+                why[FILE_NAME] = self.metrics.why_empty
+            if bad := self.metrics.unreadable:
                 lines = "line is" if bad == 1 else "lines are"
                 why[f"part of {FILE_NAME}"] = f"{bad} {lines} unreadable (a run that was killed?)"
         if self.earlier_session is not None:

@@ -43,15 +43,9 @@ class Curve(NamedTuple):
 
 
 FVU_CURVES, PREFIX_CURVES = "Fraction of variance unexplained", "FVU per prefix"
-LOSSES = {
-    "overall": "losses/overall_loss",
-    "full width": "losses/mse_loss",
-    "AuxK": "losses/auxiliary_reconstruction_loss",
-    "diversity": "losses/diversity_penalty",
-}
 PAIRS = {"candidates": "duplicates/pairs", "flagged": "duplicates/flagged"}
 CURVES = (
-    Curve("Loss", "loss", LOSSES, allow_log=True),
+    Curve("Loss", "loss", summary_metrics.LOSSES, allow_log=True),
     Curve(FVU_CURVES, "FVU", {"training": "metrics/fvu", "held-out": "evaluation/fvu"}, from_zero=True),
     Curve(PREFIX_CURVES, "FVU", {}, from_zero=True),
     Curve("L0", "latents a token", {"L0": "metrics/l0"}),

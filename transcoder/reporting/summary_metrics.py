@@ -151,3 +151,10 @@ SUMMARY_METRICS = (
     HELDOUT_DICTIONARY_SIZE,
     TOKENS_PER_SECOND,
 )
+LOSSES = {
+    "overall": "losses/overall_loss",
+    "full width": "losses/mse_loss",
+    "AuxK": "losses/auxiliary_reconstruction_loss",
+    "diversity": "losses/diversity_penalty",
+}
+"""The parts of a loss that are drawn together: label and metric."""
