@@ -63,7 +63,12 @@ def config(path: Path, **activations: Any) -> RunConfig:
 
 
 def stream_of(path: Path, context_tokens: int = 0, sampler: Any = None, **activations: Any) -> ActivationStream:
-    return build_stream(config(path, **activations), CPU, context_tokens=context_tokens, position_sampler=sampler)
+    return build_stream(
+        config(path, **activations),
+        CPU,
+        context_tokens=context_tokens,
+        position_sampler=sampler and (lambda ids: sampler),
+    )
 
 
 @pytest.mark.parametrize("with_sequences", [True, False])

@@ -23,7 +23,7 @@ from transcoder.activations.buffer import (
 )
 from transcoder.activations.documents import DataError
 from transcoder.activations.prefetch import Prefetcher
-from transcoder.activations.rows import ActivationSource, Chunk, PositionChoice, Substitute
+from transcoder.activations.rows import ActivationSource, Chunk, MakePositionChoice, Substitute
 from transcoder.config import RunConfig
 
 _JSON_BYTES = 1 << 16
@@ -307,7 +307,7 @@ def build_stream(
     config: RunConfig,
     device: torch.device,
     *,
-    position_sampler: PositionChoice | None = None,
+    position_sampler: MakePositionChoice | None = None,
     context_tokens: int = 0,
 ) -> ActivationStream:
     """The stream that a run's configuration describes.
@@ -315,8 +315,8 @@ def build_stream(
     Args:
         config: sections `model`, `activations` and `training` (batch_size, seed, evaluation_tokens) are read.
         device: where the language model runs and the buffer lies.
-        position_sampler: chooses the positions of a pass that train, called with that pass's number; None
-            keeps all.
+        position_sampler: makes, from the ids of special tokens, what chooses the positions of a pass that train (see
+            `PositionChoice`); None keeps all.
         context_tokens: width of the token windows that travel with every activation; 0 for none.
 
     Raises:
