@@ -66,7 +66,7 @@ LEAST_SHARE = 0.25
 TILE_NUMBERS = 1 << 20
 """Numbers in the largest temporary (8 MiB)."""
 _KEY = 0x6A61636B
-"""Groups are drawn apart from the bits of `SequenceCounts`."""
+"""Keys the hash, so that groups are independent of the bits of `SequenceCounts`."""
 
 
 def most_pairs(d_sae: int) -> int:

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from transcoder.reporting import summary_metrics
 from transcoder.reporting.charts import Chart, Line, bar_chart, graph_chart, line_chart, ordered_colors
 from transcoder.reporting.format import MISSING, number, percent, real, whole
-from transcoder.reporting.ledger_verdict import verdicts
 from transcoder.reporting.run import Run
 from transcoder.reporting.samples import SampleTable
 
@@ -80,7 +79,7 @@ def overview(run: Run) -> Section:
         "baselines": [(metric, metric.of(run)) for metric in baselines],
         "tiles": [(metric.label, metric.text(metric.of(run)), metric.meaning) for metric in metrics],
         "missing": [*run.missing, *run.lacking],
-        "verdicts": verdicts(run),
+        "verdicts": run.ledger,
     }
 
 
