@@ -25,7 +25,7 @@ demo:
 SANITIZED = tests/kernels/test_cpp_backend.py tests/kernels/test_decode.py tests/kernels/test_encode.py \
 	tests/kernels/test_screened_encode.py tests/kernels/test_screened_batch.py tests/kernels/test_cpp_sketch.py \
 	tests/kernels/test_nearest.py tests/kernels/test_counts.py tests/kernels/test_cpp_adam.py \
-	tests/kernels/test_correlation.py tests/training/test_optimizer.py
+	tests/kernels/test_correlation.py tests/antidup/test_samples.py tests/training/test_optimizer.py
 sanitize: export CXX = g++ -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=all \
 	-fno-omit-frame-pointer -g
 sanitize: export ASAN_OPTIONS = detect_leaks=0

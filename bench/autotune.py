@@ -3,7 +3,7 @@
     python -m bench.autotune [--list] [--only NAME] [--rows 4096] [--d 2304] [--latents 18432] [--k 48]
 
 Nothing chooses at run time: what this prints goes into the config files by hand, with its reason. Each candidate must first
-agree with the op's float64 reference (kernels/conformance.py) and only then is timed: medians, the second-level
+agree with the op's float64 reference (kernels/gpu_selftest.py) and only then is timed: medians, the second-level
 cache flushed before every call, all candidates of a choice in one session. `--list` shows the candidates anywhere.
 """
 
@@ -23,7 +23,7 @@ from unittest import mock
 
 import torch
 
-from transcoder.kernels import FeatureCorrelation, conformance, gather_config, nested_loss, topk_encode, use_backend
+from transcoder.kernels import FeatureCorrelation, gather_config, gpu_selftest, nested_loss, topk_encode, use_backend
 from transcoder.kernels.correlation import config as correlation_config
 from transcoder.kernels.decode import config as decode_config
 from transcoder.kernels.encode import config as encode_config
@@ -84,7 +84,7 @@ def _product(architecture: str, inputs: str, dtype: torch.dtype) -> Choice:
     def check(device: torch.device) -> None:
         rows, d, latents, k = CHECKED
         x, W, b = (t.to(dtype) for t in _draw(device, (rows, d), (latents, d), (latents,)))
-        conformance.check_encode(topk_encode, k, x, W / math.sqrt(d), b)
+        gpu_selftest.check_encode(topk_encode, k, x, W / math.sqrt(d), b)
 
     def work(size: Size, device: torch.device) -> Callable[[], object]:
         x, W, b = (t.to(dtype) for t in _draw(device, (size.rows, size.d), (size.latents, size.d), (size.latents,)))
@@ -130,7 +130,7 @@ def _pairs() -> Choice:
     def check(device: torch.device) -> None:
         rows, d, _, k = CHECKED
         x, W, b = _draw(device, (rows, d), (512, d), (512,))
-        conformance.check_correlation(topk_encode(x, W, b, k).detach())
+        gpu_selftest.check_correlation(topk_encode(x, W, b, k).detach())
 
     def work(size: Size, device: torch.device) -> Callable[[], object]:
         codes = _codes(size, device)
@@ -162,7 +162,7 @@ def _check_nested(device: torch.device, dtype: torch.dtype) -> None:
     rows, d, latents, k = CHECKED
     x, W, b, y = _draw(device, (rows, d), (latents, d), (latents,), (rows, d))
     codes = topk_encode(x, W / math.sqrt(d), b, k).detach()
-    conformance.check_decode(codes, W.to(dtype), W.new_zeros(d, dtype=dtype), y)
+    gpu_selftest.check_decode(codes, W.to(dtype), W.new_zeros(d, dtype=dtype), y)
 
 
 def _nested_work(size: Size, device: torch.device, dtype: torch.dtype) -> Callable[[], object]:

@@ -1,4 +1,4 @@
-"""What a checkpoint costs the step that saves it, written in the step and beside training: `python bench/checkpoint_cost.py`.
+"""What a checkpoint costs the step that saves it, written within the step or asynchronously: `python bench/checkpoint_cost.py`.
 
 One line of JSON a run: milliseconds that each save took, on the clock and of the training thread's own CPU
 time (the latter hardly depends on what else the machine does).

@@ -79,7 +79,7 @@ def record_row(pytestconfig: pytest.Config) -> Callable[[dict[str, Any]], None]:
     def record(found: dict[str, Any]) -> None:
         _rows.append(found)
         if pytestconfig.option.bench_json is not None:
-            # `bench.measure` runs for many minutes: whoever waits for it wants to see them pass.
+            # `bench.measure` runs for many minutes: its rows are shown as they pass.
             with capture.global_and_fixture_disabled():
                 reporter.write_line("\n".join(results.table([found])))
 

@@ -1,4 +1,4 @@
-"""Tables that commands write into documents, between marks; nobody types a figure by hand."""
+"""Tables that commands write into documents, between marks; no number is typed by hand."""
 
 from __future__ import annotations
 

@@ -44,8 +44,7 @@ from torch import Tensor
 from bench import machine
 from transcoder.config import TrainingSection
 from transcoder.kernels.backend import NAMES, has_backend
-from transcoder.kernels.conformance import FAMILIES, SHAPES, SMALL, Mismatch, op_checks, outcome, same_bits
-from transcoder.kernels.gpu_selftest import proof
+from transcoder.kernels.gpu_selftest import FAMILIES, SHAPES, SMALL, Mismatch, op_checks, outcome, proof, same_bits
 from transcoder.model import Transcoder, TranscoderConfig
 from transcoder.training.optimizer import make_optimizer, optimizer_step
 

@@ -1,5 +1,6 @@
-"""What this very machine can do, timed in the same rounds as what is measured: a copy, PyTorch's fp32 product of the encoder's
-operands, and the fastest product that it was seen to do at all.
+"""What this very machine can do. Of a whole file (`machine_rates`): what two result files are compared by. Of one row
+(`Yardsticks`), timed in the same rounds as what is measured: a copy, PyTorch's fp32 product of the encoder's operands, and the
+fastest product that the machine was seen to do at all.
 
 The floor under an exact computation is the longer of two times: to copy as many bytes as any implementation must move, and to
 do as many operations as it must at the rate of the fastest product. That may be one in bf16: an exact selection may propose in
@@ -10,11 +11,12 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
+from bench import machine
 from bench.cases import Case, Floor
 from bench.interleaved_timing import Variant
 from bench.statistics import summary
@@ -102,10 +104,42 @@ def fastest_product(device: torch.device) -> tuple[str, torch.Tensor]:
 
 
 def _seconds(square: torch.Tensor) -> float:
-    if square.is_cuda:
-        torch.cuda.synchronize()
+    _wait()
     start = time.perf_counter()
     torch.mm(square, square)
-    if square.is_cuda:
-        torch.cuda.synchronize()
+    _wait()
     return time.perf_counter() - start
+
+
+TIMED = 9
+SIDE = {"cpu": 1024, "cuda": 8192}
+
+
+def machine_rates() -> dict[str, float]:
+    """{"copy_bytes_per_second", "product_operations_per_second"}: medians of a copy of four caches (read and written) and of a
+    square fp32 product. About 0.3 s on a CPU."""
+    device = machine.device()
+    source, target = torch.ones(2, machine.cache_bytes() // 2, device=device).unbind()
+    side = SIDE[device.type]
+    left, right = torch.ones(2, side, side, device=device).unbind()
+    result = torch.empty_like(left)
+    return {
+        "copy_bytes_per_second": 8 * source.numel() / _median_seconds(lambda: target.copy_(source)),
+        "product_operations_per_second": 2 * side**3 / _median_seconds(lambda: torch.mm(left, right, out=result)),
+    }
+
+
+def _median_seconds(call: Callable[[], object]) -> float:
+    taken = []
+    for _ in range(TIMED + 1):
+        _wait()
+        start = time.perf_counter()
+        call()
+        _wait()
+        taken.append(time.perf_counter() - start)
+    return sorted(taken[1:])[TIMED // 2]
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

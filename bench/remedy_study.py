@@ -180,7 +180,7 @@ def table(found: dict[str, Any]) -> str:
 
 
 def write_document(found: dict[str, Any], document: Path) -> None:
-    """Replace what stands between the marks; draw the figure beside it."""
+    """Replace what stands between the marks, and draw the plot that goes with it."""
     said = (
         f"{found['seeds']} seeds, {found['steps']} steps of 1024 tokens, k = {found['k']}; means over seeds, and below each "
         "the paired difference from `mask` with its 95 % interval (Student's t over seeds). All variants are measured on the "

@@ -34,12 +34,12 @@ How to read it:
   of it could not be compared, stands in its row.
 - **Variants of a row take turns in the same rounds**, each on another of several inputs that together are twice the last cache.
   A ratio is taken within each round; given are its median and quartiles.
-- **Peers.** `eager PyTorch` and `torch.compile` are the dense layer as anyone would write it. `original project` is its step
-  written anew from its description. SAELens, sparsify and dictionary_learning are the released libraries, called as their own
+- **Peers.** `eager PyTorch` and `torch.compile` are the dense layer as anyone would write it. `original project` is its step,
+  reimplemented from its description. SAELens, sparsify and dictionary_learning are the released libraries, called as their own
   trainers call them; `python -m bench.peers saelens` (or `sparsify`, `dictionary-learning`) makes the library's environment
   (`tests/interop/environment.py`) and times it there, with ours in the same rounds: `ours (cpp), in the saelens run` is that
   time, and what the rows below it are ratios to. SAELens and dictionary_learning train autoencoders only, so every step here
-  has the source as its target. A library that is installed beside us takes part in `pytest bench/` itself.
+  has the source as its target. A library that is installed in the same environment takes part in `pytest bench/` itself.
 - **Times** are medians with quartiles. `forward` and `backward` are two parts of one run, `both` is their sum. A step is
   everything from the batch to the updated weights. Times of another day or machine say little; ratios within a row say much.
 - **x floor** is the time as a multiple of what this very machine, in the same rounds, needs to copy as many bytes as any exact

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import machine
-from bench.machine_rates import rates
+from bench.reference_rates import machine_rates
 
 FOLDER = Path(__file__).resolve().parent / "results"
 FORMAT = 2
@@ -17,14 +17,14 @@ SECTIONS = ("rows", "scaling", "whole_run")
 
 
 def about() -> dict[str, Any]:
-    """What every section says of itself: when, by which code and versions, beside how much other work, on how fast a machine
+    """What every section says of itself: when, by which code and versions, under how much other load, on how fast a machine
     just then."""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": machine.commit(),
         "versions": machine.versions(),
         "load": machine.load(),
-        "machine_rates": rates(),
+        "machine_rates": machine_rates(),
     }
 
 
@@ -55,9 +55,9 @@ def load(path: Path) -> dict[str, Any]:
 def save(found: dict[str, Any], path: Path) -> None:
     """Replaces what was there, all at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".writing")
-    beside.write_text(json.dumps(rounded(found), indent=1) + "\n", encoding="utf-8")
-    beside.replace(path)
+    partial = path.with_suffix(".writing")
+    partial.write_text(json.dumps(rounded(found), indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
 
 
 def rounded(value: Any) -> Any:

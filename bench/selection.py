@@ -14,7 +14,7 @@ TRIES = 100
 
 
 def clear(x: Tensor, W: Tensor, k: int, batch: bool, draw: Callable[..., Tensor]) -> Tensor:
-    """x [rows, d] with those rows drawn anew whose activations relu(x @ W.T) leave less than MARGIN between the last that is
+    """x [rows, d] with those rows drawn again whose activations relu(x @ W.T) leave less than MARGIN between the last that is
     selected and the next. Raises RuntimeError where that does not end."""
     x = x.clone()
     for _ in range(TRIES):

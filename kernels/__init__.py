@@ -1,8 +1,9 @@
 """Fused sparse ops for transcoders: import name `transcoder.kernels`. Public functions, nothing else."""
 
 if __name__ == "kernels":
-    # The checkout is on sys.path and somebody asked for Hugging Face's package of this name (transformers probes for it).
-    # Step aside: hand over the real one from the rest of the path or, where there is none, look absent.
+    # This folder installs as transcoder.kernels; the bare name belongs to Hugging Face's package, which transformers looks for.
+    # With the checkout on sys.path (`python -m`, a script in the root) that import finds this file instead. So it steps aside:
+    # the real package from the rest of the path takes its place or, where there is none, it looks absent.
     def _step_aside() -> None:
         import importlib.machinery
         import importlib.util

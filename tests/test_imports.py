@@ -47,6 +47,7 @@ ALLOWED: dict[str, set[str]] = {
 HEAVY = {
     *("transformer_lens", "transformers", "tokenizers", "huggingface_hub", "datasets", "pyarrow", "wandb"),
     *("jinja2", "markupsafe", "pandas", "plotly", "scipy"),
+    "docstring_parser",
     *("tensorboard", "matplotlib", "sae_lens", "sparsify", "dictionary_learning", "circuit_tracer"),
 }
 DAILY = {"yaml", "safetensors", "tqdm"}
@@ -182,6 +183,12 @@ sys.meta_path.insert(0, Block())
 
 def test_import_transcoder_needs_torch_triton_and_numpy_only() -> None:
     run_blocked(HEAVY | DAILY, "import transcoder, transcoder.kernels; transcoder.kernels.SparseCodes")
+
+
+def test_what_gpu_check_imports_needs_yaml_besides() -> None:
+    """bench.gpu_check runs where only torch, triton, numpy, pyyaml and pytest are installed."""
+    code = "import transcoder.config, transcoder.kernels, transcoder.model, transcoder.training.optimizer"
+    run_blocked(HEAVY | {"filelock", "rich", "safetensors", "tqdm"}, code)
 
 
 def test_import_transcoder_loads_nothing_heavy() -> None:

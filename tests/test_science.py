@@ -16,9 +16,9 @@ from bench.science import stages
 from bench.science import toy as toy_module
 from bench.science.planted import RHOS, Stream, batches
 from bench.science.s0_monitor import two_pass
-from bench.science.statistics import of_mean, of_share, of_two
 from bench.science.table import Line, at_least, at_most, render
 from bench.science.toy import D_SAE, D, Sinks, Toy, examine, independent, unmasked
+from bench.statistics import of_mean, of_share, of_two
 from transcoder import Transcoder, TranscoderConfig
 from transcoder.activations.masking import SinkMask, SinkMasker
 

@@ -271,7 +271,7 @@ def train(
         out: model folder to write.
         max_minutes: shorten the schedule so that training ends after this wall time; 0 for no limit.
         checkpoint_minutes: wall time between two checkpoints, each with a usable model in ``out``.
-        checkpoint: file to resume from and to write to; by default beside ``out``, removed at the end.
+        checkpoint: file to resume from and to write to; by default next to ``out``, removed at the end.
         compiled: let `torch.compile` fuse the loss (needs a C++ compiler; about 1.5 times as fast on a CPU).
 
     Returns:
@@ -282,7 +282,7 @@ def train(
     if checkpoint.is_file():
         state = torch.load(checkpoint, weights_only=True)
         if state["recipe"] != asdict(recipe):
-            raise ValueError(f"{checkpoint} is of another recipe: {state['recipe']}; remove it to start anew")
+            raise ValueError(f"{checkpoint} is of another recipe: {state['recipe']}; remove it to start again")
 
     train_texts = [document.text for document in islice(iter_documents("train"), recipe.max_documents)]
     heldout_documents = list(islice(iter_documents("heldout"), recipe.max_documents))

@@ -118,8 +118,7 @@ def _backends() -> Iterator[Fact]:
 
 
 def _native_verdicts(device: torch.device) -> Iterator[Fact]:
-    from transcoder.kernels.conformance import FAMILIES
-    from transcoder.kernels.gpu_selftest import proof
+    from transcoder.kernels.gpu_selftest import FAMILIES, proof
 
     for family in FAMILIES:
         verdict = proof(family, device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import textwrap
 import types
 import typing
@@ -53,8 +54,9 @@ def _settings(cls: type, prefix: str) -> Iterator[Setting]:
         if dataclasses.is_dataclass(kind):
             yield from _settings(typing.cast(type, kind), f"{prefix}{name}.")
         else:
-            text = " ".join((texts.get(name) or "").split())
-            yield Setting(prefix + name, _kind(kind), _shown(getattr(cls, name)), text)
+            default, text = getattr(cls, name), " ".join((texts.get(name) or "").split())
+            shown = default if isinstance(default, str) else json.dumps(default)
+            yield Setting(prefix + name, _kind(kind), shown, text)
 
 
 def _kind(hint: Any) -> str:
@@ -66,11 +68,3 @@ def _kind(hint: Any) -> str:
     if origin in (tuple, Sequence):
         return f"[{_kind(args[0])}, ...]"
     return {int: "INT", float: "FLOAT", bool: "{true,false}", str: "TEXT"}.get(hint, str(hint))
-
-
-def _shown(default: Any) -> str:
-    if default is None:
-        return "null"
-    if isinstance(default, bool):
-        return str(default).lower()
-    return str(list(default)) if isinstance(default, tuple) else str(default)

@@ -76,7 +76,7 @@ def decoding(
     weights: tuple[Tensor, Tensor] | None = None,
     transposed: bool = False,
 ) -> Variant:
-    """`function(z, y, W, b)` from dense codes, which cost nothing here: whoever made them has paid for them.
+    """`function(z, y, W, b)` from dense codes, which cost nothing here: they were timed where they were made.
 
     `weights` are the leaves that collect the gradients where `function` holds its own; `transposed` says that W is [d, N].
     """

@@ -1,4 +1,4 @@
-"""The original project's step, written anew from its description (its code is not here): BatchTopK over dense codes, each
+"""The original project's step, reimplemented from its description (its code is not here): BatchTopK over dense codes, each
 Matryoshka prefix decoded by a dense product of its own, and its monitor: every step's dense codes [B, N] copied to the host and
 100 of them kept, and every 100 steps a Python loop over all pairs of latents.
 

@@ -89,7 +89,7 @@ def encode(case: Case) -> Variant:
 
 
 def _fresh(codes: SparseCodes, values: Tensor) -> SparseCodes:
-    """As from the encoder: a step sorts its codes by latent anew."""
+    """As from the encoder: each step sorts its codes by latent."""
     return SparseCodes.trusted(values, codes.indices, codes.row_ptr, codes.shape)
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from bench.science.planted import Stream, batches
-from bench.science.statistics import of_share
 from bench.science.table import Line, at_least, at_most, holds, told
+from bench.statistics import of_share
 from transcoder.antidup import CorrelationMonitor, UsageLedger
 from transcoder.antidup.pair_errors import PairJackknife, correlation_bounds, most_pairs
 from transcoder.config import MonitorSection
@@ -22,7 +22,7 @@ RANKS = 8
 MOST_LISTED = 1 << 17
 """Every flag is counted, not only the strongest that a report lists by default."""
 STRANGERS = 500
-"""Pairs drawn at random, checked beside the planted ones."""
+"""Pairs drawn at random, checked together with the planted ones."""
 SEARCHES = 4
 """Reports in each block: what a sketch proposes is counted exactly from then on, what is listed gets its own error."""
 PARTS = ("diversity_regularizer", "position_sampler", "correlation_monitor", "activation_samples")

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.science.statistics import of_mean, of_share, of_two
 from bench.science.table import Line, at_least, at_most, told
 from bench.science.toy import D_SAE, Found, Sinks, Toy, examine, independent, train, unmasked
+from bench.statistics import of_mean, of_share, of_two
 from transcoder.reporting.statistics import interval
 
 FEATURES = 160
@@ -99,7 +99,7 @@ def s1_sinks(quick: bool, seed: int) -> list[Line]:
 
 
 def s2_k_too_large(quick: bool, seed: int) -> list[Line]:
-    """True L0 of 5 and k = 16: features split; the pair penalty, beside the cure of choosing k."""
+    """True L0 of 5 and k = 16: features split; the pair penalty, compared with choosing a smaller k."""
     steps, seeds = _runs(quick, seed)
     toys = [Toy(independent(FEATURES, TRUE_L0), FEATURES, s) for s in seeds]
     base = [examine(train(toy, steps, transcoder__k=16), toy) for toy in toys]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from transcoder.kernels.adam.op import AdamUpdate
 from transcoder.kernels.extension import usable
 
 __all__ = ["adam_step", "takes", "usable"]
@@ -20,32 +21,11 @@ def takes(tensors: Sequence[Tensor]) -> bool:
     return plain and len({t.dtype for t in tensors}) == 1 and tensors[0].dtype in DTYPES
 
 
-def adam_step(
-    parameters: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    steps: Sequence[Tensor],
-    *,
-    unit_rows: int | None,
-    lr: float | Tensor,
-    betas: tuple[float, float],
-    eps: float,
-    max_norm: float,
-    bad: Tensor | None,
-) -> Tensor:
+def adam_step(update: AdamUpdate) -> Tensor:
     """Bitwise the same for any number of threads."""
+    unit = -1 if update.unit_rows is None else update.unit_rows
     norm: Tensor = torch.ops.transcoder_cpp.adam_step(
-        parameters,
-        gradients,
-        exp_avgs,
-        exp_avg_sqs,
-        steps,
-        -1 if unit_rows is None else unit_rows,
-        float(lr),
-        *betas,
-        eps,
-        max_norm,
-        bad,
+        *(update.parameters, update.gradients, update.exp_avgs, update.exp_avg_sqs, update.steps),
+        *(unit, float(update.lr), *update.betas, update.eps, update.max_norm, update.bad),
     )
     return norm

@@ -3,12 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from transcoder.kernels.backend import implementation
+
+
+@dataclass(frozen=True, eq=False)
+class AdamUpdate:
+    """What one update reads and writes."""
+
+    parameters: Sequence[Tensor]
+    """Each with a gradient, which stays as it is."""
+    exp_avgs: Sequence[Tensor]
+    exp_avg_sqs: Sequence[Tensor]
+    """Moments of the parameters."""
+    steps: Sequence[Tensor]
+    """float32, one number each, on the parameters' device."""
+    unit_rows: int | None
+    """Which parameter is a matrix of unit rows: its gradient loses the part along each row first, and its rows are scaled back
+    to unit length after. None: no such matrix."""
+    lr: float | Tensor
+    """A number, or 0-dim on the device (a CUDA graph then follows it; backend `triton`)."""
+    betas: tuple[float, float]
+    eps: float
+    max_norm: float
+    """The gradients' global norm is clipped to it; infinity does not clip."""
+    bad: Tensor | None = None
+    """0-dim bool on the device. It is set, in place, where the norm is not finite; where it holds, nothing is updated. None
+    updates always."""
+
+    @property
+    def gradients(self) -> list[Tensor]:
+        return [p.grad for p in self.parameters if p.grad is not None]
 
 
 def one_op_for(parameters: Sequence[Tensor]) -> Any:
@@ -21,51 +51,19 @@ def one_op_for(parameters: Sequence[Tensor]) -> Any:
 
 
 @torch.no_grad()
-def adam_step(
-    module: Any,
-    parameters: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    steps: Sequence[Tensor],
-    *,
-    unit_rows: int | None,
-    lr: float | Tensor,
-    betas: tuple[float, float],
-    eps: float,
-    max_norm: float,
-    bad: Tensor | None = None,
-) -> Tensor:
-    """One Adam update of parameters and state in place, from the parameters' gradients, which stay as they are.
+def adam_step(module: Any, update: AdamUpdate) -> Tensor:
+    """One Adam update of parameters and state, in place.
 
     Args:
         module: what `one_op_for` gave for these parameters.
-        exp_avgs, exp_avg_sqs: their moments.   steps: float32, one number each, on the parameters' device.
-        unit_rows: which parameter is a matrix of unit rows: its gradient loses the part along each row first, and its rows
-            are scaled back to unit length after. None: no such matrix.
-        lr: a number, or 0-dim on the device (a CUDA graph then follows it; backend `triton`).
-        max_norm: the gradients' global norm is clipped to it; infinity does not clip.
-        bad: 0-dim bool on the device. It is set, in place, where the norm is not finite; where it holds, nothing is updated.
-            None updates always.
 
     Returns: the norm before clipping, 0-dim on the device. Bitwise the same for equal inputs on one backend and device.
 
-    Equivalent to: `grad -= (grad * W).sum(1, keepdim=True) * W` of that matrix, `torch.nn.utils.clip_grad_norm_`,
+    Equivalent to: `grad -= (grad * W).sum(1, keepdim=True) * W` of the matrix of unit rows, `torch.nn.utils.clip_grad_norm_`,
     `torch.optim.Adam.step` and `W /= W.norm(dim=1, keepdim=True)`, up to rounding (`adam_step_reference`).
     """
-    gradients = [p.grad for p in parameters]
-    norm: Tensor = module.adam_step(
-        parameters,
-        gradients,
-        exp_avgs,
-        exp_avg_sqs,
-        steps,
-        unit_rows=unit_rows,
-        lr=lr,
-        betas=betas,
-        eps=eps,
-        max_norm=max_norm,
-        bad=bad,
-    )
+    norm: Tensor = module.adam_step(update)
     # A graph that saved a parameter before this must not be walked after it.
-    torch.autograd.graph.increment_version([*parameters, *exp_avgs, *exp_avg_sqs, *steps])
+    written = [*update.parameters, *update.exp_avgs, *update.exp_avg_sqs, *update.steps]
+    torch.autograd.graph.increment_version(written)
     return norm

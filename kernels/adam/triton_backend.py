@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from transcoder.kernels.adam import config
+from transcoder.kernels.adam.op import AdamUpdate
 from transcoder.kernels.triton_support import cdiv, check_device, on_device, usable
 
 if usable():
@@ -29,20 +30,9 @@ def takes(tensors: Sequence[Tensor]) -> bool:
     return plain and all(t.dtype == torch.float32 and t.device == tensors[0].device for t in tensors)
 
 
-def adam_step(
-    parameters: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    steps: Sequence[Tensor],
-    *,
-    unit_rows: int | None,
-    lr: float | Tensor,
-    betas: tuple[float, float],
-    eps: float,
-    max_norm: float,
-    bad: Tensor | None,
-) -> Tensor:
+def adam_step(update: AdamUpdate) -> Tensor:
+    parameters, gradients, unit_rows = update.parameters, update.gradients, update.unit_rows
+    lr, betas, max_norm, bad = update.lr, update.betas, update.max_norm, update.bad
     device = parameters[0].device
     check_device(NAME, device)
     with on_device(device):
@@ -66,9 +56,9 @@ def adam_step(
         rate = rate.to(device, torch.float64)
         # Four columns: each row begins at a multiple of 16 bytes, which kernels are compiled for.
         scalars = torch.zeros(len(parameters), 4, dtype=torch.float32, device=device)
-        weights = (betas[0], 1 - betas[0], betas[1], 1 - betas[1], eps)
+        weights = (betas[0], 1 - betas[0], betas[1], 1 - betas[1], update.eps)
         for i, (p, g, m, v, step, mine) in enumerate(
-            zip(parameters, gradients, exp_avgs, exp_avg_sqs, steps, scalars, strict=True)
+            zip(parameters, gradients, update.exp_avgs, update.exp_avg_sqs, update.steps, scalars, strict=True)
         ):
             kernel.step_scalars[(1,)](
                 norm, flag, step, rate, mine, float(max_norm),

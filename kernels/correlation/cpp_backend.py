@@ -22,7 +22,7 @@ from transcoder.kernels.extension import usable
 from transcoder.kernels.sparse_codes import SparseCodes
 
 if TYPE_CHECKING:
-    from transcoder.kernels.correlation.moments import Moments
+    from transcoder.kernels.correlation.statistics import Moments
 
 __all__ = ["Mined", "WaitingPairs", "add_moments", "firing_entries", "mine", "similar_rows", "sketch_add", "usable"]
 

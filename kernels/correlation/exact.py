@@ -13,9 +13,18 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from transcoder.kernels.backend import active_backend
+from transcoder.kernels.correlation import cpp_backend
+from transcoder.kernels.correlation.checks import check_fields, check_tensor, refuse
 from transcoder.kernels.correlation.cpp_backend import WaitingPairs
-from transcoder.kernels.correlation.moments import Moments
-from transcoder.kernels.correlation.state_checks import check_fields, check_tensor, refuse
+from transcoder.kernels.correlation.statistics import (
+    Moments,
+    PairStatistics,
+    Survey,
+    kept,
+    pair_statistics,
+    sorted_pairs,
+)
 from transcoder.kernels.correlation.torch_backend import Entries, add_at, pair_pages, pair_products
 from transcoder.kernels.sparse_codes import SparseCodes
 
@@ -196,6 +205,47 @@ def fired_tiles(triangles: Sequence[PackedTriangle], everything: bool) -> Iterat
                 fired |= t.joint[tile] > 0
             key = fired.nonzero().flatten().add_(a)
         yield key, *summed_at(triangles, key)
+
+
+def survey_exact(
+    triangles: Sequence[PackedTriangle],
+    moments: Moments,
+    min_correlation: float,
+    min_support: int,
+    edges: Tensor | None,
+    unit: float,
+) -> Survey:
+    """`FeatureCorrelation.survey` over triangles of disjoint parts of a stream; `moments` are those of all of it."""
+    mean, inverse = moments.centred()
+    # r_ij = C_ij / W / (sd_i sd_j) - t_i t_j with t = mean / sd. A pair that never fires together has C_ij = 0, so only the
+    # others are visited, and the sum over all is corrected for them.
+    t = mean * inverse
+    inverse = inverse / moments.weight.clamp(min=1e-300).sqrt()
+    squared = ((t.square().sum().square() - t.pow(4).sum()) / 2).clamp(min=0)
+    d_sae, device = t.numel(), t.device
+    # The other statistics are for the few pairs that may pass; the slack covers this formula's own rounding.
+    least = min_correlation - 1e-6
+    found: list[PairStatistics] = []
+    if min_correlation > 0 and active_backend(device, "correlation") == "cpp":
+        parts = [part.product for part in triangles], [part.joint for part in triangles]
+        mined = cpp_backend.mine(*parts, t, inverse, least, edges)
+        stats = pair_statistics(moments, mined.i, mined.j, mined.product, mined.joint, unit)
+        pairs = sorted_pairs([kept(stats, min_correlation, min_support)], d_sae, device)
+        return Survey(pairs, None if edges is None else mined.histogram, float(squared + mined.squared))
+    histogram = None if edges is None else torch.zeros(edges.numel() - 1, dtype=torch.int64, device=device)
+    for key, product, joint in fired_tiles(triangles, everything=min_correlation <= 0):
+        i, j = pair_of_key(key)
+        apart = t[i] * t[j]
+        correlation = product * inverse[i] * inverse[j] - apart
+        squared += (correlation.square() - apart.square()).sum()
+        if histogram is not None and edges is not None:
+            together = correlation if min_correlation > 0 else correlation[joint > 0]
+            place = torch.searchsorted(edges, together, right=True) - 1
+            histogram += torch.bincount(place.clamp(0, histogram.numel() - 1), minlength=histogram.numel())
+        near = (correlation >= least).nonzero().flatten()
+        stats = pair_statistics(moments, i[near], j[near], product[near], joint[near], unit)
+        found.append(kept(stats, min_correlation, min_support))
+    return Survey(sorted_pairs(found, d_sae, device), histogram, float(squared))
 
 
 def _wide(counts: Tensor) -> torch.dtype:

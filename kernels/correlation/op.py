@@ -13,18 +13,14 @@ from torch import Tensor
 from transcoder.kernels.backend import active_backend, implementation
 from transcoder.kernels.checks import check_mode
 from transcoder.kernels.correlation.async_scalar import DeferredSize
-from transcoder.kernels.correlation.exact import PackedTriangle, fired_tiles, pair_key, pair_of_key, summed_at
-from transcoder.kernels.correlation.inputs import NAME, check_int, check_update, latent_ids
-from transcoder.kernels.correlation.moments import Moments, PairStatistics, pair_statistics
-from transcoder.kernels.correlation.pairs import CorrelatedPairs, Survey, kept, sorted_pairs
-from transcoder.kernels.correlation.sign_ranges import SignRange, shared, union
-from transcoder.kernels.correlation.sketch import Sketch, candidates, confirm, estimated_correlation
-from transcoder.kernels.correlation.state_checks import check_count, check_fields, refuse
+from transcoder.kernels.correlation.checks import EXACT_LIMIT as EXACT_LIMIT
+from transcoder.kernels.correlation.checks import NAME, check_settings, check_state_fields, check_update, latent_ids
+from transcoder.kernels.correlation.exact import PackedTriangle, pair_key, summed_at, survey_exact
+from transcoder.kernels.correlation.sketch import Sketch, check_signs, confirm, estimated_correlation, survey_sketches
+from transcoder.kernels.correlation.statistics import CorrelatedPairs, Moments, PairStatistics, Survey, pair_statistics
 from transcoder.kernels.correlation.torch_backend import Entries, entries_of, pair_total
 from transcoder.kernels.sparse_codes import SparseCodes
 
-EXACT_LIMIT = 32768
-"""Widest dictionary that is counted exactly: 4 GiB of products and 2 GiB of counts."""
 RENORMALISE_AT = 20.0
 """Half-lives after which growing increments are brought back to 1 by an exact power of two."""
 _SIGN_KEYS = ("seed", "rank")
@@ -80,21 +76,7 @@ class FeatureCorrelation:
         checks: str = "fast",
     ) -> None:
         check_mode(NAME, checks)
-        check_int("d_sae", d_sae, 1)
-        check_int("ring_tokens", ring_tokens, 1)
-        check_int("seed", seed, -(1 << 63))
-        check_int("rank", rank, 0)
-        if sketch_dim is not None:
-            check_int("sketch_dim", sketch_dim, 8)
-        elif d_sae > EXACT_LIMIT:
-            raise ValueError(
-                f"{NAME}: d_sae: expected at most {EXACT_LIMIT} without a sketch, got {d_sae} (its pairs "
-                f"would take {d_sae * (d_sae - 1) // 2 * 12 / 2**30:.0f} GiB); pass sketch_dim=128"
-            )
-        if halflife is not None and not (halflife > 0 and math.isfinite(halflife)):
-            raise ValueError(f"{NAME}: halflife: expected a positive number of tokens or None, got {halflife!r}")
-        if not 0 <= sketch_margin < 1:
-            raise ValueError(f"{NAME}: sketch_margin: expected in [0, 1), got {sketch_margin!r}")
+        check_settings(d_sae, sketch_dim, halflife, seed, rank, ring_tokens, sketch_margin)
         self.d_sae, self.sketch_dim, self.halflife = d_sae, sketch_dim, halflife
         self.device = torch.empty(0, device=device).device
         self.seed, self.rank, self.checks = seed, rank, checks
@@ -181,8 +163,7 @@ class FeatureCorrelation:
             triton.add_to_sketch(codes, plain, self._sketch, self.seed, self.rank, self.updates)
             self._sketch.remember(codes, plain)
             if len(self._sketch.watched):
-                on_cpu = self.device.type == "cpu"
-                self._count_watched(entries_of(codes, plain, None, torch.int64, compact=on_cpu))
+                self._count_watched(entries_of(codes, plain, None, torch.int64, compact=self.device.type == "cpu"))
         self._count_update(codes.shape[0])
 
     def _count_watched(self, entries: Entries) -> None:
@@ -201,8 +182,7 @@ class FeatureCorrelation:
 
     def _count_update(self, batch: int) -> None:
         if self._sketch is not None:
-            drawn = SignRange(self.rank, self.updates, self.updates + 1)
-            self._sketch.signs = union(self._sketch.signs, [drawn])
+            self._sketch.draw(self.rank, self.updates)
         self.tokens_offered += batch
         self.updates += 1
 
@@ -353,46 +333,11 @@ class FeatureCorrelation:
         if min_support < 0:
             raise ValueError(f"{NAME}.pairs: min_support: expected at least 0, got {min_support!r}")
         parts = self._parts(beside)
-        sketches = _sketches(parts)
+        sketches, moments = _sketches(parts), _summed_moments(parts)
         if sketches:
-            backend = active_backend(self.device, "correlation")
-            propose = implementation("correlation", self.device).similar if backend == "triton" else candidates
             above = min_correlation - self.sketch_margin
-            i, j = propose([sketch for sketch, _ in sketches], _summed_moments(parts), above)
-            decided = [kept(confirm(sketches, i, j), min_correlation, min_support)]
-            return Survey(sorted_pairs(decided, self.d_sae, self.device), None, None, (i, j))
-        moments = _summed_moments(parts)
-        mean, inverse = moments.centred()
-        # r_ij = C_ij / W / (sd_i sd_j) - t_i t_j with t = mean / sd. A pair that never fires together has
-        # C_ij = 0, so only the others are visited, and the sum over all is corrected for them.
-        t = mean * inverse
-        inverse = inverse / moments.weight.clamp(min=1e-300).sqrt()
-        squared = ((t.square().sum().square() - t.pow(4).sum()) / 2).clamp(min=0)
-        histogram = None if edges is None else torch.zeros(edges.numel() - 1, dtype=torch.int64, device=self.device)
-        found: list[PairStatistics] = []
-        # The other statistics are for the few pairs that may pass; the slack covers this formula's own rounding.
-        least = min_correlation - 1e-6
-        if min_correlation > 0 and active_backend(self.device, "correlation") == "cpp":
-            triangles = _triangles(parts)
-            mined = implementation("correlation", self.device).mine(
-                [part.product for part in triangles], [part.joint for part in triangles], t, inverse, least, edges
-            )
-            stats = pair_statistics(moments, mined.i, mined.j, mined.product, mined.joint, self._unit())
-            pairs = sorted_pairs([kept(stats, min_correlation, min_support)], self.d_sae, self.device)
-            return Survey(pairs, None if edges is None else mined.histogram, float(squared + mined.squared))
-        for key, product, joint in fired_tiles(_triangles(parts), everything=min_correlation <= 0):
-            i, j = pair_of_key(key)
-            apart = t[i] * t[j]
-            correlation = product * inverse[i] * inverse[j] - apart
-            squared += (correlation.square() - apart.square()).sum()
-            if histogram is not None and edges is not None:
-                together = correlation if min_correlation > 0 else correlation[joint > 0]
-                place = torch.searchsorted(edges, together, right=True) - 1
-                histogram += torch.bincount(place.clamp(0, histogram.numel() - 1), minlength=histogram.numel())
-            near = (correlation >= least).nonzero().flatten()
-            stats = pair_statistics(moments, i[near], j[near], product[near], joint[near], self._unit())
-            found.append(kept(stats, min_correlation, min_support))
-        return Survey(sorted_pairs(found, self.d_sae, self.device), histogram, float(squared))
+            return survey_sketches(sketches, moments, above, min_correlation, min_support)
+        return survey_exact(_triangles(parts), moments, min_correlation, min_support, edges, self._unit())
 
     def counts(self, *, beside: Sequence[FeatureCorrelation] = ()) -> Tensor:
         """[d_sae] tokens on which each latent fired: int64, float64 (decayed) with a half-life."""
@@ -424,7 +369,7 @@ class FeatureCorrelation:
                 raise ValueError(
                     f"{NAME}.merge: expected equal {name}, got {getattr(self, name)!r} and {getattr(other, name)!r}"
                 )
-        self._check_signs("merge", [self, other])
+        check_signs(f"{NAME}.merge", _seeded([self, other]))
         self._drain(0)
         other._drain(0)
         scale = self._unit() / other._unit()
@@ -480,15 +425,9 @@ class FeatureCorrelation:
         Raises: ValueError naming the field that is missing, unknown, of another shape or dtype, or made by statistics that
             were built otherwise (d_sae, sketch_dim, halflife; seed and rank of a sketch). Nothing has changed then.
         """
-        built = ("d_sae", "sketch_dim", "halflife", *(_SIGN_KEYS if self._sketch is not None else ()))
-        for name in built:
-            if isinstance(state, dict) and name in state and state[name] != getattr(self, name):
-                raise refuse(name, f"{getattr(self, name)!r} as built", repr(state[name]))
-        check_fields("state", state, (*built, "updates", "tokens_offered", "origin", "moments", "pairs"))
-        check_count("updates", state["updates"])
-        check_count("tokens_offered", state["tokens_offered"])
-        if not isinstance(state["origin"], (int, float)) or not math.isfinite(state["origin"]):
-            raise refuse("origin", "a finite number", repr(state["origin"]))
+        built = {name: getattr(self, name) for name in ("d_sae", "sketch_dim", "halflife")}
+        built |= {name: getattr(self, name) for name in _SIGN_KEYS if self._sketch is not None}
+        check_state_fields(state, built)
         self._moments.check_state(state["moments"])
         self._pair_sums().check_state(state["pairs"])
         self.reset()
@@ -518,29 +457,16 @@ class FeatureCorrelation:
                     f"{NAME}: beside: expected d_sae {self.d_sae}, sketch_dim {self.sketch_dim}, device "
                     f"{self.device}, got {other.d_sae}, {other.sketch_dim}, {other.device}"
                 )
-        self._check_signs("beside", parts)
+        check_signs(f"{NAME}.beside", _seeded(parts))
         return parts
-
-    def _check_signs(self, where: str, parts: list[FeatureCorrelation]) -> None:
-        """Sketches of one seed that share no sign: only then do inner products of their sums mean anything."""
-        held: list[SignRange] = []
-        for part in parts:
-            if part._sketch is None:
-                return
-            if part.seed != self.seed:
-                raise ValueError(f"{NAME}.{where}: expected equal seed, got {self.seed} and {part.seed}")
-            twice = shared(held, part._sketch.signs)
-            if twice is not None:
-                raise ValueError(
-                    f"{NAME}.{where}: the random signs of seed {self.seed}, rank {twice.rank}, updates {twice.first} .. "
-                    f"{twice.stop - 1} are in both sketches and would make different tokens look alike: give each replica "
-                    "its own rank (blocks of one stream share a rank and go on counting `updates`)"
-                )
-            held = union(held, part._sketch.signs)
 
 
 def _sketches(parts: list[FeatureCorrelation]) -> list[tuple[Sketch, Moments]]:
     return [(p._sketch, p._moments) for p in parts if p._sketch is not None]
+
+
+def _seeded(parts: list[FeatureCorrelation]) -> list[tuple[int, Sketch]]:
+    return [(p.seed, p._sketch) for p in parts if p._sketch is not None]
 
 
 def _triangles(parts: list[FeatureCorrelation]) -> list[PackedTriangle]:

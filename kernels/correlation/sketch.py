@@ -11,21 +11,27 @@ standard deviation (1 - c^2) / sqrt(m).
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from transcoder.kernels.backend import active_backend
+from transcoder.kernels.backend import active_backend, implementation
 from transcoder.kernels.checks import FLOATS
 from transcoder.kernels.correlation import cpp_backend
+from transcoder.kernels.correlation.checks import NAME, check_fields, check_tensor, refuse
 from transcoder.kernels.correlation.counter_rng import signs
-from transcoder.kernels.correlation.inputs import NAME
-from transcoder.kernels.correlation.moments import Moments, PairStatistics, PairSums, statistics_of
-from transcoder.kernels.correlation.sign_ranges import SignRange, from_tensor, to_tensor, union
-from transcoder.kernels.correlation.state_checks import check_fields, check_tensor, refuse
+from transcoder.kernels.correlation.statistics import (
+    Moments,
+    PairStatistics,
+    PairSums,
+    Survey,
+    kept,
+    sorted_pairs,
+    statistics_of,
+)
 from transcoder.kernels.correlation.torch_backend import Entries, add_at, entries_of
 from transcoder.kernels.correlation.tracked_pairs import MAX_WATCHED, PairIndex, Watched, check_watched, latents_alone
 from transcoder.kernels.sparse_codes import SparseCodes
@@ -38,6 +44,49 @@ MAX_CANDIDATES = 1_000_000
 """Pairs that are put before the exact counts; the highest estimates win."""
 ESTIMATED_TOGETHER = 1 << 16
 """Pairs whose sketches are gathered at a time."""
+
+
+class SignRange(NamedTuple):
+    """Signs that a sketch holds: those of (seed, rank, n) for first <= n < stop; the seed is that of the whole sketch.
+
+    A sign that serves two tokens makes them look alike, so sketches that share one must not be added; blocks of one stream
+    and streams of different ranks share none.
+    """
+
+    rank: int
+    first: int
+    stop: int
+
+
+def union(*parts: Iterable[SignRange]) -> list[SignRange]:
+    """Sorted, with touching ranges joined."""
+    joined: list[SignRange] = []
+    for new in sorted(one for part in parts for one in part):
+        if joined and joined[-1].rank == new.rank and new.first <= joined[-1].stop:
+            joined[-1] = joined[-1]._replace(stop=max(joined[-1].stop, new.stop))
+        else:
+            joined.append(new)
+    return joined
+
+
+def shared(left: Iterable[SignRange], right: Iterable[SignRange]) -> SignRange | None:
+    """The first range that is in both, if there is one."""
+    theirs = list(right)
+    for a in left:
+        for b in theirs:
+            first, stop = max(a.first, b.first), min(a.stop, b.stop)
+            if a.rank == b.rank and first < stop:
+                return SignRange(a.rank, first, stop)
+    return None
+
+
+def to_tensor(ranges: Iterable[SignRange]) -> Tensor:
+    """[n, 3] int64."""
+    return torch.tensor(list(ranges), dtype=torch.int64, device="cpu").view(-1, 3)
+
+
+def from_tensor(rows: Tensor) -> list[SignRange]:
+    return [SignRange(*row) for row in rows.tolist()]
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +139,10 @@ class Sketch:
         recent = _Recent(codes.indices.int(), codes.values.detach().clone(), codes.row_ptr.clone(), weight)
         self.ring.append(recent)
         self._trim()
+
+    def draw(self, rank: int, update: int) -> None:
+        """Note whose signs are in the sums from now on."""
+        self.signs = union(self.signs, [SignRange(rank, update, update + 1)])
 
     def _trim(self) -> None:
         held = sum(part.tokens for part in self.ring)
@@ -293,6 +346,35 @@ def best_candidates(i: Tensor, j: Tensor, estimate: Tensor) -> tuple[Tensor, Ten
         kept = estimate.sort(descending=True, stable=True).indices[:MAX_CANDIDATES]
         i, j, estimate = i[kept], j[kept], estimate[kept]
     return i, j, estimate
+
+
+def survey_sketches(
+    parts: list[tuple[Sketch, Moments]], moments: Moments, above: float, min_correlation: float, min_support: int
+) -> Survey:
+    """`FeatureCorrelation.survey`: pairs whose estimate exceeds `above`, decided exactly. `moments` are those of all parts."""
+    device = moments.total.device
+    on_triton = active_backend(device, "correlation") == "triton"
+    propose = implementation("correlation", device).similar if on_triton else candidates
+    i, j = propose([sketch for sketch, _ in parts], moments, above)
+    decided = [kept(confirm(parts, i, j), min_correlation, min_support)]
+    return Survey(sorted_pairs(decided, moments.total.numel(), device), None, None, (i, j))
+
+
+def check_signs(where: str, parts: list[tuple[int, Sketch]]) -> None:
+    """Sketches, each with its seed, are of one seed and share no sign: only then do inner products of their sums mean
+    anything."""
+    held: list[SignRange] = []
+    for seed, sketch in parts:
+        if seed != parts[0][0]:
+            raise ValueError(f"{where}: expected equal seed, got {parts[0][0]} and {seed}")
+        twice = shared(held, sketch.signs)
+        if twice is not None:
+            raise ValueError(
+                f"{where}: the random signs of seed {seed}, rank {twice.rank}, updates {twice.first} .. "
+                f"{twice.stop - 1} are in both sketches and would make different tokens look alike: give each replica "
+                "its own rank (blocks of one stream share a rank and go on counting `updates`)"
+            )
+        held = union(held, sketch.signs)
 
 
 def confirm(parts: list[tuple[Sketch, Moments]], i: Tensor, j: Tensor) -> PairStatistics:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transcoder.kernels.correlation.moments import Moments, PairSums
-from transcoder.kernels.correlation.state_checks import check_fields, check_tensor, refuse
+from transcoder.kernels.correlation.checks import check_fields, check_tensor, refuse
+from transcoder.kernels.correlation.statistics import Moments, PairSums
 from transcoder.kernels.correlation.torch_backend import Entries, add_at, pair_pages, pair_products
 
 MAX_WATCHED = 1_000_000

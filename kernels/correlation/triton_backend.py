@@ -14,8 +14,8 @@ from torch import Tensor
 from transcoder.kernels.correlation import config
 from transcoder.kernels.correlation.counter_rng import FIRST, GOLDEN, SECOND, key_state
 from transcoder.kernels.correlation.exact import PackedTriangle
-from transcoder.kernels.correlation.moments import Moments
 from transcoder.kernels.correlation.sketch import Sketch, best_candidates, candidates, directions
+from transcoder.kernels.correlation.statistics import Moments
 from transcoder.kernels.sparse_codes import LatentOrder, SparseCodes
 from transcoder.kernels.triton_support import cdiv, check_device, on_device, on_its_device, usable
 

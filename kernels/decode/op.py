@@ -7,11 +7,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from transcoder.kernels import checks as check
 from transcoder.kernels import registration
-from transcoder.kernels.backend import active_backend, backend_module, use_backend
+from transcoder.kernels.backend import active_backend, backend_module
 from transcoder.kernels.registration import codes_of
 from transcoder.kernels.sparse_codes import SparseCodes
 
@@ -44,9 +43,7 @@ def _decode(
     return out
 
 
-def _decode_sizes(
-    values: Tensor, indices: Tensor, row_ptr: Tensor, W_dec: Tensor, b_dec: Tensor, backend: str
-) -> Tensor:
+def _decode_sizes(values: Tensor, indices: Tensor, row_ptr: Tensor, W_dec: Tensor, *_: Any) -> Tensor:
     return values.new_empty(row_ptr.shape[0] - 1, W_dec.shape[1])
 
 
@@ -66,16 +63,8 @@ def _decode_gradients(
     return [g for g in module.decode_gradients(grad, values, codes, W_dec, tuple(needs)) if g is not None]
 
 
-def _decode_gradient_sizes(
-    grad: Tensor,
-    values: Tensor,
-    indices: Tensor,
-    row_ptr: Tensor,
-    order: Sequence[Tensor],
-    W_dec: Tensor,
-    needs: list[bool],
-    backend: str,
-) -> list[Tensor]:
+def _decode_gradient_sizes(grad: Tensor, values: Tensor, *rest: Any) -> list[Tensor]:
+    *_, W_dec, needs, _ = rest
     shapes = (values.shape, W_dec.shape, W_dec.shape[1:])
     return [values.new_empty(shape) for shape, needed in zip(shapes, needs, strict=True) if needed]
 
@@ -99,17 +88,8 @@ def _nested(
     return errors, residual.contiguous()
 
 
-def _nested_sizes(
-    values: Tensor,
-    indices: Tensor,
-    row_ptr: Tensor,
-    W_dec: Tensor,
-    b_dec: Tensor,
-    y: Tensor,
-    token_weights: Tensor | None,
-    widths: list[int],
-    backend: str,
-) -> tuple[Tensor, Tensor]:
+def _nested_sizes(values: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    *_, y, _, widths, _ = rest
     # Losses are sums of squares: fp32 at least, whatever the codes are.
     wide = torch.float64 if values.dtype == torch.float64 else torch.float32
     return values.new_empty(len(widths), dtype=wide), values.new_empty(y.shape)
@@ -135,18 +115,8 @@ def _nested_gradients(
     return tuple(found)
 
 
-def _nested_gradient_sizes(
-    grad_errors: Tensor,
-    values: Tensor,
-    indices: Tensor,
-    row_ptr: Tensor,
-    order: Sequence[Tensor],
-    W_dec: Tensor,
-    residual: Tensor,
-    token_weights: Tensor | None,
-    widths: list[int],
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _nested_gradient_sizes(grad_errors: Tensor, values: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *_, W_dec, residual, _, _, _ = rest
     return values.new_empty(values.shape), values.new_empty(W_dec.shape), values.new_empty(residual.shape)
 
 
@@ -235,38 +205,8 @@ registration.differentiable_once(DECODE_GRADIENTS)
 registration.differentiable_once(NESTED_GRADIENTS)
 
 
-class _Decode(torch.autograd.Function):
-    """An op that nothing traces: its run and its gradient, with what is derived from the codes shared by all who hold them."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        out = _decode(*inputs)
-        _remember_decode(ctx, inputs[:-1], out)
-        ctx.derived = inputs[-1]
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        with use_backend(ctx.backend):
-            return *_decode_backward(ctx, grad), None
-
-
-class _Nested(torch.autograd.Function):
-    """As _Decode."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        out = _nested(*inputs)
-        _remember_nested(ctx, inputs[:-1], out)
-        ctx.derived = inputs[-1]
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        with use_backend(ctx.backend):
-            return *_nested_backward(ctx, *grads), None
+_decode_directly = registration.run_directly(_decode, _remember_decode, _decode_backward)
+_nested_directly = registration.run_directly(_nested, _remember_nested, _nested_backward)
 
 
 def sparse_decode(codes: SparseCodes, W_dec: Tensor, b_dec: Tensor) -> Tensor:
@@ -287,11 +227,10 @@ def sparse_decode(codes: SparseCodes, W_dec: Tensor, b_dec: Tensor) -> Tensor:
     backend = active_backend(codes.device, "decode")
     arguments = (codes.values, codes.indices, codes.row_ptr, W_dec, b_dec, backend)
     with torch.autocast(codes.device.type, enabled=False):
-        out: Tensor = (
-            DECODE(*arguments)
-            if registration.traced(codes.values, W_dec, b_dec)
-            else _Decode.apply(*arguments, codes._derived)
-        )
+        if registration.traced(codes.values, W_dec, b_dec):
+            out: Tensor = DECODE(*arguments)
+        else:
+            out = _decode_directly(*arguments, codes._derived)
     return out
 
 
@@ -340,7 +279,7 @@ def nested_loss(
         if registration.traced(codes.values, W_dec, b_dec, y):
             errors, residual = NESTED(*arguments)
         else:
-            errors, residual = _Nested.apply(*arguments, codes._derived)
+            errors, residual = _nested_directly(*arguments, codes._derived)
         per_prefix = errors / max(1, y.numel())
         # Numbers multiply as numbers: a tensor of them would cost a transfer each step.
         terms = (

@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from transcoder.kernels import checks as check
 from transcoder.kernels import registration
-from transcoder.kernels.backend import active_backend, backend_module, use_backend
+from transcoder.kernels.backend import active_backend, backend_module
 from transcoder.kernels.registration import codes_of
 from transcoder.kernels.sparse_codes import SparseCodes
 
@@ -20,34 +19,26 @@ Selected = tuple[Tensor, Tensor, Tensor]
 """(values, indices, row_ptr) of the codes."""
 
 
-def _select(
-    how: str, x: Tensor, W_enc: Tensor, b_enc: Tensor, argument: int | Tensor, dtype: torch.dtype, backend: str
-) -> Selected:
-    select = getattr(backend_module("encode", backend), how)
-    return tuple(select(x.to(dtype), W_enc.to(dtype), b_enc.to(_wide(dtype)), argument))
+def _selecting(how: str) -> Callable[..., Selected]:
+    """What runs an op: the backends' function of this name."""
+
+    def run(
+        x: Tensor, W_enc: Tensor, b_enc: Tensor, argument: int | Tensor, dtype: torch.dtype, backend: str, *_: object
+    ) -> Selected:
+        select = getattr(backend_module("encode", backend), how)
+        return tuple(select(x.to(dtype), W_enc.to(dtype), b_enc.to(_wide(dtype)), argument))
+
+    return run
 
 
-def _topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, dtype: torch.dtype, backend: str) -> Selected:
-    return _select("select_topk", x, W_enc, b_enc, k, dtype, backend)
+_topk, _batch_topk, _threshold = (_selecting(f"select_{how}") for how in ("topk", "batch_topk", "threshold"))
 
 
-def _batch_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, dtype: torch.dtype, backend: str) -> Selected:
-    return _select("select_batch_topk", x, W_enc, b_enc, k, dtype, backend)
-
-
-def _threshold(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, dtype: torch.dtype, backend: str
-) -> Selected:
-    return _select("select_threshold", x, W_enc, b_enc, threshold, dtype, backend)
-
-
-def _static_sizes(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, dtype: torch.dtype, backend: str) -> Selected:
+def _static_sizes(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, dtype: torch.dtype, _: str) -> Selected:
     return _sizes(x, x.shape[0] * k, dtype)
 
 
-def _dynamic_sizes(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, dtype: torch.dtype, backend: str
-) -> Selected:
+def _dynamic_sizes(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, dtype: torch.dtype, _: str) -> Selected:
     return _sizes(x, torch.library.get_ctx().new_dynamic_size(), dtype)
 
 
@@ -78,19 +69,8 @@ def _gradients(
     return [g for g in found if g is not None]
 
 
-def _gradient_sizes(
-    grad: Tensor,
-    values: Tensor,
-    indices: Tensor,
-    row_ptr: Tensor,
-    order: Sequence[Tensor],
-    x: Tensor,
-    W_enc: Tensor | None,
-    d_sae: int,
-    needs: list[bool],
-    dtype: torch.dtype,
-    backend: str,
-) -> list[Tensor]:
+def _gradient_sizes(grad: Tensor, *rest: Any) -> list[Tensor]:
+    *_, x, _, d_sae, needs, _, _ = rest
     shapes = ((x.shape[0], x.shape[1]), (d_sae, x.shape[1]), (d_sae,))
     return [grad.new_empty(shape) for shape, needed in zip(shapes, needs, strict=True) if needed]
 
@@ -147,22 +127,10 @@ for _op in (TOPK, BATCH_TOPK, THRESHOLD):
 registration.differentiable_once(GRADIENTS)
 
 
-class _Encode(torch.autograd.Function):
-    """An op that nothing traces: its run and its gradient, with what is derived from the codes shared by all who hold them."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Selected:
-        *arguments, run, derived = inputs
-        selected: Selected = run(*arguments)
-        _remember(ctx, tuple(arguments), selected)
-        ctx.derived = derived
-        return selected
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        with use_backend(ctx.backend):
-            return *_backward(ctx, *grads), None, None
+_DIRECTLY = {
+    op: registration.run_directly(run, _remember, _backward)
+    for op, run in ((TOPK, _topk), (BATCH_TOPK, _batch_topk), (THRESHOLD, _threshold))
+}
 
 
 def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, *, checks: check.Checks = "fast") -> SparseCodes:
@@ -188,7 +156,7 @@ def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, *, checks: chec
     """
     _check_inputs("topk_encode", x, W_enc, b_enc, checks)
     check.check_k("topk_encode", k, W_enc.shape[0])
-    return _encode(TOPK, _topk, x, W_enc, b_enc, k)
+    return _encode(TOPK, x, W_enc, b_enc, k)
 
 
 def batch_topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, *, checks: check.Checks = "fast") -> SparseCodes:
@@ -200,7 +168,7 @@ def batch_topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, *, checks
     """
     _check_inputs("batch_topk_encode", x, W_enc, b_enc, checks)
     check.check_k("batch_topk_encode", k, W_enc.shape[0])
-    return _encode(BATCH_TOPK, _batch_topk, x, W_enc, b_enc, k)
+    return _encode(BATCH_TOPK, x, W_enc, b_enc, k)
 
 
 def threshold_encode(
@@ -227,7 +195,7 @@ def threshold_encode(
         if not threshold >= 0:
             raise ValueError(f"threshold_encode: threshold: expected at least 0, got {threshold}")
         limit = torch.tensor(float(threshold), device=x.device, dtype=wide)
-    return _encode(THRESHOLD, _threshold, x, W_enc, b_enc, limit.clamp_min(0))
+    return _encode(THRESHOLD, x, W_enc, b_enc, limit.clamp_min(0))
 
 
 def _check_inputs(op: str, x: Tensor, W_enc: Tensor, b_enc: Tensor, checks: str) -> None:
@@ -256,19 +224,12 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _encode(
-    op: Callable[..., Selected],
-    run: Callable[..., Selected],
-    x: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    argument: int | Tensor,
-) -> SparseCodes:
+def _encode(op: torch._ops.OpOverload, x: Tensor, W_enc: Tensor, b_enc: Tensor, argument: int | Tensor) -> SparseCodes:
     derived: dict[str, object] = {}
     arguments = (x, W_enc, b_enc, argument, _compute_dtype(x, W_enc), active_backend(x.device, "encode"))
     with torch.autocast(x.device.type, enabled=False):
         if registration.traced(x, W_enc, b_enc):
             values, indices, row_ptr = op(*arguments)
         else:
-            values, indices, row_ptr = _Encode.apply(*arguments, run, derived)
+            values, indices, row_ptr = _DIRECTLY[op](*arguments, derived)
     return SparseCodes.trusted(values, indices, row_ptr, (x.shape[0], W_enc.shape[0]), derived)

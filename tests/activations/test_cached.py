@@ -63,7 +63,12 @@ def config(path: Path, **activations: Any) -> RunConfig:
 
 
 def stream_of(path: Path, context_tokens: int = 0, sampler: Any = None, **activations: Any) -> ActivationStream:
-    return build_stream(config(path, **activations), CPU, context_tokens=context_tokens, position_sampler=sampler)
+    return build_stream(
+        config(path, **activations),
+        CPU,
+        context_tokens=context_tokens,
+        position_sampler=sampler and (lambda ids: sampler),
+    )
 
 
 @pytest.mark.parametrize("with_sequences", [True, False])
@@ -253,9 +258,9 @@ def no_tokens(folder: Path) -> None:
         (lambda f: damage_index(f, d_in="x"), "not an index"),
         (
             lambda f: damage_index(f, shards=[{"file": "../x.safetensors", "tokens": 1}]),
-            "names of files beside it, got",
+            "names of files in its folder, got",
         ),
-        (lambda f: damage_index(f, shards=[{"file": "/etc/passwd", "tokens": 1}]), "names of files beside it, got"),
+        (lambda f: damage_index(f, shards=[{"file": "/etc/passwd", "tokens": 1}]), "names of files in its folder, got"),
         (lambda f: damage_index(f, special_ids=[5000]), "special_ids lie outside"),
     ],
 )

@@ -32,7 +32,8 @@ def build(make_config: Callable[..., RunConfig]) -> Iterator[Callable[..., Activ
 
     def make(position_sampler: Any = None, context_tokens: int = 0, **activations: Any) -> ActivationStream:
         config = make_config(**activations)
-        made.append(build_stream(config, CPU, position_sampler=position_sampler, context_tokens=context_tokens))
+        sampler = position_sampler and (lambda ids: position_sampler)
+        made.append(build_stream(config, CPU, position_sampler=sampler, context_tokens=context_tokens))
         return made[-1]
 
     yield make
@@ -312,7 +313,9 @@ def test_no_state_takes_more_bytes_than_said_and_a_full_one_little_less(
     make_config: Callable[..., RunConfig], sampled: bool, dtype: str
 ) -> None:
     config = make_config(buffer_tokens=4096).replace({"model.dtype": dtype})
-    with build_stream(config, CPU, position_sampler=Recording() if sampled else None, context_tokens=7) as stream:
+    with build_stream(
+        config, CPU, position_sampler=(lambda ids: Recording()) if sampled else None, context_tokens=7
+    ) as stream:
         at_first = stream.state_bytes_at_most()
         largest = 0
         for i in range(140):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from transcoder.kernels.adam.op import AdamUpdate
 from transcoder.kernels.adam.reference import adam_step_reference
 
 EPS = torch.finfo(torch.float32).eps
@@ -38,9 +39,11 @@ class Case:
     def run(self, gradients: list[Tensor], lr: float | Tensor, max_norm: float, guarded: bool = True) -> Tensor:
         from transcoder.kernels.adam.triton_backend import adam_step
 
-        state = (self.parameters, gradients, self.first, self.second, self.steps)
+        for p, gradient in zip(self.parameters, gradients, strict=True):
+            p.grad = gradient
+        state = (self.parameters, self.first, self.second, self.steps)
         bad = self.bad if guarded else None
-        return adam_step(*state, unit_rows=2, lr=lr, max_norm=max_norm, bad=bad, **BY)
+        return adam_step(AdamUpdate(*state, unit_rows=2, lr=lr, max_norm=max_norm, bad=bad, **BY))
 
     def tensors(self) -> list[Tensor]:
         return [t.clone() for t in (*self.parameters, *self.first, *self.second, *self.steps)]

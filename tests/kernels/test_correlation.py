@@ -14,8 +14,8 @@ from transcoder.kernels.correlation import sketch as sketch_module
 from transcoder.kernels.correlation import torch_backend
 from transcoder.kernels.correlation.counter_rng import hash_bits, signs, uniform
 from transcoder.kernels.correlation.exact import PackedTriangle, pair_key, pair_of_key
-from transcoder.kernels.correlation.moments import Moments
 from transcoder.kernels.correlation.reference import correlation_reference
+from transcoder.kernels.correlation.statistics import Moments
 from transcoder.kernels.correlation.torch_backend import entries_of, pair_pages
 
 CLOSE = 1e-9

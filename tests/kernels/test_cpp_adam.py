@@ -10,7 +10,7 @@ from torch import Tensor
 
 from transcoder.kernels import extension
 from transcoder.kernels.adam import cpp_backend
-from transcoder.kernels.adam.op import adam_step
+from transcoder.kernels.adam.op import AdamUpdate, adam_step
 
 pytestmark = pytest.mark.skipif(not extension.usable(), reason="no compiler")
 SHAPES = [(37,), (200, 130), (90, 70), (3, 5, 7)]
@@ -32,10 +32,8 @@ class State:
         return [t.clone() for t in (*self.parameters, *self.firsts, *self.seconds, *self.steps)]
 
     def step(self, bad: Tensor | None) -> Tensor:
-        return adam_step(
-            cpp_backend, self.parameters, self.firsts, self.seconds, self.steps,
-            unit_rows=UNIT, lr=0.1, betas=(0.9, 0.99), eps=1e-8, max_norm=1.0, bad=bad,
-        )  # fmt: skip
+        by = {"unit_rows": UNIT, "lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "max_norm": 1.0, "bad": bad}
+        return adam_step(cpp_backend, AdamUpdate(self.parameters, self.firsts, self.seconds, self.steps, **by))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

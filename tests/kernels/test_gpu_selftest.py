@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from transcoder.kernels import CorrelatedPairs, FeatureCorrelation, active_backend, backend, conformance, gpu_selftest
+from transcoder.kernels import CorrelatedPairs, FeatureCorrelation, active_backend, backend, gpu_selftest
+from transcoder.kernels.adam.op import AdamUpdate
 from transcoder.kernels.adam.reference import AdamStep
 from transcoder.kernels.decode import torch_backend
 from transcoder.kernels.gpu_selftest import Verdict
@@ -145,7 +146,7 @@ def test_a_wrong_kernel_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each family has a check that fails when its result is slightly wrong."""
     right = torch_backend.decode
     monkeypatch.setattr(torch_backend, "decode", lambda *given: right(*given) * (1 + 1e-3))
-    found = dict(conformance.op_checks("torch", CPU, conformance.SMALL[1:], 0, ("decode",)))
+    found = dict(gpu_selftest.op_checks("torch", CPU, gpu_selftest.SMALL[1:], 0, ("decode",)))
     assert any("y_hat: off by" in (problem or "") for problem in found.values()), found
 
     pairs = FeatureCorrelation.pairs
@@ -155,32 +156,33 @@ def test_a_wrong_kernel_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
         return CorrelatedPairs(**{field.name: getattr(found, field.name)[1:] for field in dataclasses.fields(found)})
 
     monkeypatch.setattr(FeatureCorrelation, "pairs", one_short)
-    found = dict(conformance.op_checks("torch", CPU, conformance.SMALL[1:], 0, ("correlation",)))
+    found = dict(gpu_selftest.op_checks("torch", CPU, gpu_selftest.SMALL[1:], 0, ("correlation",)))
     assert all("is missing" in (problem or "") for problem in found.values()), found
 
 
 @pytest.mark.parametrize("which", [1, 2])
 def test_a_small_wrong_moment_of_the_step_is_seen(which: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Moments of a wide matrix are far below 1, and each step of the check starts from the op's own."""
-    exact = conformance.adam_step_reference
+    exact = gpu_selftest.adam_step_reference
 
     def inexact(*given: Any, **by: Any) -> AdamStep:
         found = exact(*given, **by)
         return found._replace(**{AdamStep._fields[which]: [1.001 * t for t in found[which]]})
 
-    def step(module: Any, ps: list[Tensor], first: list[Tensor], second: list[Tensor], steps: Any, **by: Any) -> Tensor:
-        by.pop("bad")
-        found = exact(ps, [p.grad for p in ps], first, second, 1, **by)
+    def step(module: Any, update: AdamUpdate) -> Tensor:
+        ps, first, second = update.parameters, update.exp_avgs, update.exp_avg_sqs
+        by = {name: getattr(update, name) for name in ("unit_rows", "lr", "betas", "eps", "max_norm")}
+        found = exact(ps, update.gradients, first, second, 1, **by)
         for mine, new in zip((ps, first, second), found[:3], strict=True):
             for a, b in zip(mine, new, strict=True):
                 a.copy_(b)
         return found.norm
 
-    monkeypatch.setattr(conformance, "one_op_for", lambda parameters: "a module")
-    monkeypatch.setattr(conformance, "adam_step", step)
-    monkeypatch.setattr(conformance, "adam_step_reference", inexact)
-    with pytest.raises(conformance.Mismatch, match=AdamStep._fields[which]):
-        conformance.check_step([torch.full((3000, 2), 0.5)] * 3)
+    monkeypatch.setattr(gpu_selftest, "one_op_for", lambda parameters: "a module")
+    monkeypatch.setattr(gpu_selftest, "adam_step", step)
+    monkeypatch.setattr(gpu_selftest, "adam_step_reference", inexact)
+    with pytest.raises(gpu_selftest.Mismatch, match=AdamStep._fields[which]):
+        gpu_selftest.check_step([torch.full((3000, 2), 0.5)] * 3)
 
 
 def test_the_child_says_what_it_found_line_by_line() -> None:

@@ -14,8 +14,8 @@ from transcoder.kernels.correlation import op as op_module
 from transcoder.kernels.correlation import sketch as sketch_module
 from transcoder.kernels.correlation import torch_backend
 from transcoder.kernels.correlation.exact import PackedTriangle, pair_key
-from transcoder.kernels.correlation.moments import PairStatistics
 from transcoder.kernels.correlation.reference import correlation_reference
+from transcoder.kernels.correlation.statistics import PairStatistics
 from transcoder.kernels.correlation.torch_backend import entries_of
 from transcoder.kernels.correlation.tracked_pairs import PairIndex
 

@@ -206,6 +206,11 @@ def test_tensorboard_gets_the_same_figures(tmp_path: Path) -> None:
     events.Reload()
     (scalar,) = events.Scalars("metrics/fvu")
     assert (scalar.step, scalar.value) == (3, 0.25)
+    with MetricsWriter(tmp_path, config, resume_step=2) as writer:
+        writer.write(4, {"metrics/fvu": 0.125})
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(s.step, s.value) for s in events.Scalars("metrics/fvu")] == [(4, 0.125)], "step 3 was purged"
 
 
 def test_tensorboard_absent_is_one_warning(

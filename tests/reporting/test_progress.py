@@ -7,7 +7,7 @@ import re
 
 from transcoder.reporting import ProgressBar
 from transcoder.reporting.format import clock, number, percent, thousands
-from transcoder.reporting.progress import figures
+from transcoder.reporting.progress import metrics_text
 
 METRICS = {
     "losses/overall_loss": 0.53124,
@@ -27,10 +27,10 @@ class Terminal(io.StringIO):
 
 
 def test_figures_leave_out_what_is_unknown() -> None:
-    assert figures(METRICS) == TEXT
-    assert figures({}) == ""
-    assert figures({"metrics/fvu": float("nan"), "duplicates/pairs": 2}) == "FVU nan  duplicates 2"
-    assert figures({"sparsity/dead_share": float("inf")}) == "dead inf%"
+    assert metrics_text(METRICS) == TEXT
+    assert metrics_text({}) == ""
+    assert metrics_text({"metrics/fvu": float("nan"), "duplicates/pairs": 2}) == "FVU nan  duplicates 2"
+    assert metrics_text({"sparsity/dead_share": float("inf")}) == "dead inf%"
 
 
 def test_numbers_for_people() -> None:

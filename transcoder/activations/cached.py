@@ -14,7 +14,7 @@ from transcoder.activations.batch import ActivationBatch
 from transcoder.activations.documents import DataError, is_heldout
 from transcoder.activations.fingerprint import files_digest
 from transcoder.activations.masking import SinkMasker
-from transcoder.activations.rows import Chunk, Pass, PositionChoice, RowMaker, Substitute, counters_of, row_bytes
+from transcoder.activations.rows import Chunk, MakePositionChoice, Pass, RowMaker, Substitute, counters_of, row_bytes
 from transcoder.activations.shards import (
     DTYPES,
     INDEX_NAME,
@@ -48,7 +48,7 @@ class CachedSource:
     """
 
     def __init__(
-        self, config: RunConfig, device: torch.device, sampler: PositionChoice | None, context_tokens: int
+        self, config: RunConfig, device: torch.device, make_sampler: MakePositionChoice | None, context_tokens: int
     ) -> None:
         section = config.activations
         assert section.cached_path is not None  # the configuration checks it
@@ -57,7 +57,7 @@ class CachedSource:
         self._index = index
         self.d_in, self.d_out = int(index["d_in"]), int(index["d_out"])
         whole = index.get("sequence_length")
-        if sampler is not None and whole is None:
+        if make_sampler is not None and whole is None:
             raise DataError(
                 f"{self._folder / INDEX_NAME}: positions can only be sampled from whole sequences and this "
                 "cache has no sequence_length; set antidup.positions.enabled to false, or cache whole sequences"
@@ -72,9 +72,10 @@ class CachedSource:
         self._device, self._fraction = device, section.heldout_fraction
         self._chunk = section.sequences_per_forward * self.sequence_length
         self._context_tokens = context_tokens
+        sampler = None if make_sampler is None else make_sampler(self.vocabulary.special_ids)
         self._rows = RowMaker(self._masker, context_tokens, sampler)
         size = DTYPES[index["dtype"]].itemsize
-        self.row_bytes = row_bytes((self.d_in + self.d_out) * size, sampler is not None, context_tokens)
+        self.row_bytes = row_bytes((self.d_in + self.d_out) * size, make_sampler is not None, context_tokens)
         self.pass_rows = self._chunk
         self.identity: dict[str, Any] = {
             "kind": "cached",

@@ -124,7 +124,7 @@ class HookedModel:
 
     Attributes:
         d_in, d_out: widths at the two hooks (a hook with heads is flattened).
-        vocabulary: the tokenizer beside the model's vocabulary size.
+        vocabulary: the tokenizer and the model's vocabulary size.
         token_bytes: bytes of a token's activations at both hooks.
 
     Raises:

@@ -16,8 +16,8 @@ from transcoder.activations.masking import SinkMasker
 from transcoder.activations.packing import Packed, Packer
 from transcoder.activations.rows import (
     Chunk,
+    MakePositionChoice,
     Pass,
-    PositionChoice,
     RowMaker,
     Substitute,
     counters_of,
@@ -36,7 +36,7 @@ class ModelSource:
     """
 
     def __init__(
-        self, config: RunConfig, device: torch.device, sampler: PositionChoice | None, context_tokens: int
+        self, config: RunConfig, device: torch.device, make_sampler: MakePositionChoice | None, context_tokens: int
     ) -> None:
         self._section = section = config.activations
         # Before the model is loaded: a wrong path or an unreadable file should not cost minutes.
@@ -81,11 +81,12 @@ class ModelSource:
         }
         self.holds_out = self._fraction > 0 or self._heldout_source is not self._training_source
         self._device, self._context_tokens = device, context_tokens
-        self.row_bytes = row_bytes(self._model.token_bytes, sampler is not None, context_tokens)
+        self.row_bytes = row_bytes(self._model.token_bytes, make_sampler is not None, context_tokens)
         self.pass_rows = section.sequences_per_forward * section.sequence_length
         self._masker = SinkMasker(
             section, self.vocabulary.special_ids, self.vocabulary.size, self.vocabulary.pad_id, device
         )
+        sampler = None if make_sampler is None else make_sampler(self.vocabulary.special_ids)
         self._rows = RowMaker(self._masker, context_tokens, sampler)
         self._packer = self._pack(self._training_source, self._trains)
 

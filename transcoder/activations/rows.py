@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -42,6 +42,10 @@ class PositionChoice(Protocol):
     """
 
     def sample_positions(self, batch_tokens: Tensor, step: int = 0) -> PositionSample: ...
+
+
+MakePositionChoice = Callable[[Sequence[int]], PositionChoice]
+"""From the ids of special tokens, which the data knows."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,4 @@
-"""The files of an activation cache: safetensors shards beside an index that says what each must hold."""
+"""The files of an activation cache: safetensors shards, and an index that says what each must hold."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def read_index(folder: Path) -> dict[str, Any]:
         raise DataError(f"{path}: not an index of activation shards: {type(error).__name__}: {error}") from error
     outside = [name for name in names if Path(name).name != name or name in ("", ".", "..")]
     if outside:
-        raise DataError(f"{path}: expected the names of files beside it, got {outside[0]!r}")
+        raise DataError(f"{path}: expected the names of files in its folder, got {outside[0]!r}")
     if not shards or needed["tokens"] < 1:
         raise DataError(f"{path}: names no shard with tokens")
     for shard, tokens in shards:

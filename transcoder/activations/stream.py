@@ -23,7 +23,7 @@ from transcoder.activations.buffer import (
 )
 from transcoder.activations.documents import DataError
 from transcoder.activations.prefetch import Prefetcher
-from transcoder.activations.rows import ActivationSource, Chunk, PositionChoice, Substitute
+from transcoder.activations.rows import ActivationSource, Chunk, MakePositionChoice, Substitute
 from transcoder.config import RunConfig
 
 _JSON_BYTES = 1 << 16
@@ -83,7 +83,7 @@ class ActivationStream:
         """The next batches, at least `tokens` tokens, without using them up: iterating gives the same objects
         again, in the same order. Do not write into them.
 
-        They are drawn now and held until they are due, beside the buffer, and are part of `state_dict`.
+        They are drawn now, held outside the buffer until they are due, and part of `state_dict`.
         """
         count = -(-tokens // self._batch_size)
         while len(self._peeked) < count:
@@ -145,7 +145,7 @@ class ActivationStream:
         return self._heldout[tokens][0]
 
     def heldout_sinks(self) -> ActivationBatch | None:
-        """The tokens masked out of the sequences that `heldout` read last, for their own figures; or None."""
+        """The tokens masked out of the sequences that `heldout` read last, for metrics of their own; or None."""
         if not self._heldout:
             self.heldout(self._evaluation_tokens)
         ((_, sinks),) = self._heldout.values()
@@ -307,7 +307,7 @@ def build_stream(
     config: RunConfig,
     device: torch.device,
     *,
-    position_sampler: PositionChoice | None = None,
+    position_sampler: MakePositionChoice | None = None,
     context_tokens: int = 0,
 ) -> ActivationStream:
     """The stream that a run's configuration describes.
@@ -315,8 +315,8 @@ def build_stream(
     Args:
         config: sections `model`, `activations` and `training` (batch_size, seed, evaluation_tokens) are read.
         device: where the language model runs and the buffer lies.
-        position_sampler: chooses the positions of a pass that train, called with that pass's number; None
-            keeps all.
+        position_sampler: makes, from the ids of special tokens, what chooses the positions of a pass that train (see
+            `PositionChoice`); None keeps all.
         context_tokens: width of the token windows that travel with every activation; 0 for none.
 
     Raises:

@@ -34,7 +34,7 @@ class HubSource:
         return _HubRecords(dataset or self._load_again(), self._name, self._column, self._tokens, state)
 
     def _load_again(self) -> Any:
-        """As the first time. A folder's files are listed anew: one that is away for a moment must not be left out silently."""
+        """As the first time, and a folder's files are listed again: one that is missing for a moment is an error."""
         dataset = self._load()
         if self._local and self.digest() != self._listed:
             raise FileNotFoundError(f"the files of {self._name} are not those that were there at first")

@@ -14,7 +14,7 @@ Ids = npt.NDArray[np.int32]
 
 
 class Vocabulary:
-    """A Hugging Face tokenizer (or none) beside a model's vocabulary size.
+    """A Hugging Face tokenizer (or none) and the model's vocabulary size.
 
     Args:
         tokenizer: a `PreTrainedTokenizerBase`, or None where only ids are known.

@@ -15,7 +15,7 @@ from transcoder.antidup.merge_cost import MergeResult
 from transcoder.antidup.pair_errors import correlation_bounds
 from transcoder.antidup.row_cosines import cosine_tail, random_cosine_tail
 from transcoder.kernels import CorrelatedPairs
-from transcoder.kernels.correlation.pairs import Survey
+from transcoder.kernels.correlation.statistics import Survey
 
 HISTOGRAM_BINS = 40
 SCHEMA_VERSION = 5

@@ -16,18 +16,19 @@ Pair = tuple[int, int]
 Evidence = tuple[float, float, float]
 """Of a pair in a block: its correlation, the correlation's own standard error, the weight that the block has."""
 MAX_PAIRS = 1 << 18
-"""Pairs that a book holds of each kind. A dictionary with more duplicates than this has failed as a whole, and
-which of its pairs are the worst no longer matters; the state stays within 4 MiB a kind."""
+"""Pairs of each kind (above the threshold in a block, flagged) that a book holds, 4 MiB each: with more duplicates than this a
+dictionary has failed as a whole."""
 
 
 class FlagBook:
     """Flags a pair when its lower bound was above the threshold in `needed` of the last `remembered` closed
     blocks and, where its own standard error is known in some of those, also the lower bound over all of these blocks
     together; releases it when its upper bound in a closed block falls below the release threshold, or one of the two died.
-    A released pair begins anew: what spoke for it before the release counts no more.
+    A released pair starts over: evidence from before the release is dropped.
 
-    Why both: bounds of single blocks by the rule of thumb are too narrow for amplitudes of heavy tails, and honest bounds of
-    single blocks are so wide that three of four hardly ever clear the threshold. Together the blocks do.
+    Why both conditions: a single block's bounds by the rule of thumb are too narrow where amplitudes have heavy tails, and its
+    bounds by the pair's own error are so wide that three of four blocks hardly ever clear the threshold. All blocks together
+    do.
     """
 
     def __init__(self, needed: int, remembered: int, threshold: float) -> None:
@@ -39,9 +40,13 @@ class FlagBook:
     def close_block(
         self, above: Iterable[Pair], released: Iterable[Pair], evidence: Mapping[Pair, Evidence] | None = None
     ) -> None:
-        """Evidence of one block: pairs whose lower bound exceeds the threshold, and flagged pairs that no
-        longer hold; what is known of the pairs that were followed, those below the threshold included. Of more than
-        `MAX_PAIRS` in `above` the first are taken, and new flags only while there is room."""
+        """Take the evidence of one block, release flags and set new ones.
+
+        Args:
+            above: pairs whose lower bound exceeds the threshold; the first `MAX_PAIRS` are taken.
+            released: flagged pairs that no longer hold.
+            evidence: of the followed pairs, those below the threshold included.
+        """
         gone = set(released)
         self.flagged -= gone
         for block in self._blocks:

@@ -1,6 +1,6 @@
 """The ledger: proof that each enabled anti-duplication part was called, had an effect and wrote its files.
 
-The project that this one repairs configured all of these parts and called none of them; nothing noticed.
+Without it, a run whose parts are configured but never called looks like any other.
 """
 
 from __future__ import annotations

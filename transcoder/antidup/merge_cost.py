@@ -1,7 +1,7 @@
 """The merge test: what it costs, on held-out tokens, to fold one latent of a pair into the other.
 
-A high correlation says that two latents fire together; only this test says that one of them is superfluous. Two latents
-with correlated causes but directions of their own fail it.
+A high correlation says that two latents fire together; only this test says that one of them can be removed. Two latents
+with correlated causes but different directions fail it.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from transcoder.kernels import SparseCodes
 TILE_NUMBERS = 1 << 22
 """Numbers in the largest temporary (32 MiB of fp64)."""
 MERGEABLE_SHARE = 0.1
-"""A fold is free when it costs at most this share of what leaving the latent out costs. With a decoder row of its own, a
+"""A fold counts as free when it costs at most this share of what leaving the latent out costs. With a decoder row of its own, a
 latent whose uncentred cosine with its partner is c costs the share 1 - c^2: 0.1 lets pass c > 0.949. In `bench.science` (S2,
 S3) four fifths of the pairs that a k too large splits cost less, and planted pairs that are no duplicates 0.145 and more.
 Two features that always fire together with amplitudes of little spread pass it, whatever their directions: one latent does
-carry most of what they say."""
+carry most of their output."""
 MIN_FIRINGS = 10
 """Held-out tokens on which the dropped latent must fire before the test says anything."""
 
@@ -49,7 +49,7 @@ class MergeResult:
 
     @classmethod
     def untested(cls, i: Tensor, j: Tensor) -> MergeResult:
-        """Of pairs that nobody looked at: no firings, hence no verdict."""
+        """Of pairs that were not tested: no firings, hence no verdict."""
         nothing = torch.zeros(i.shape, dtype=torch.float64, device=i.device)
         return cls(i.clone(), j.clone(), nothing, nothing.clone(), nothing.clone(), torch.zeros_like(i))
 

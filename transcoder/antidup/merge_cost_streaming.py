@@ -22,17 +22,17 @@ MOST_PAIRS = 1024
 """Pairs followed at a time: residuals are multiplied by the decoder rows of both sides."""
 MOST_FIRINGS = 4096
 """Firings of followed pairs that a micro-batch on a GPU is asked for: its cost is bounded, and the host need not know their
-number. 3 rows of d_out numbers each, about 0.35 GB moved at d_out 2304, a tenth of a millisecond at 3 TB/s. A batch with more
-says what its first tokens say, as many as fit. That is rare: latents that held-out tokens had no verdict for fire on fewer than
-10 of thousands of tokens."""
+number. 3 rows of d_out numbers each, about 0.35 GB moved at d_out 2304, a tenth of a millisecond at 3 TB/s. Of a batch
+with more, only the first tokens that fit are used. That is rare: latents that held-out tokens had no verdict for fire on fewer
+than 10 of thousands of tokens."""
 SUMS = ("square_i", "square_j", "along_i", "along_j", "cross_i", "cross_j", "product", "target")
 DOTS_AT_A_TIME = 4096
 ENOUGH = 4 * MIN_FIRINGS
-"""Firings from which what is known of a pair counts half at every settling: the weights go on changing."""
+"""From this many firings on, a pair's sums are halved at every `settle`, because the weights go on changing."""
 
 
 class Measured(NamedTuple):
-    """A micro-batch's sums, not counted yet: its step may turn out to be bad."""
+    """A micro-batch's sums, not counted yet: its step may turn out not to be finite."""
 
     round: int
     """Of `MergeEvidence.settle`; sums of other pairs than those followed now are left out."""

@@ -1,4 +1,4 @@
-"""CorrelationMonitor: which latents rise and fall together, all the time, at almost no cost."""
+"""CorrelationMonitor: streams the correlation of all pairs of latents during training and reports duplicates."""
 
 from __future__ import annotations
 
@@ -32,9 +32,8 @@ from transcoder.antidup.window import SequenceCounts, Window, correlation_state_
 from transcoder.config import MonitorSection
 from transcoder.files import replace_atomically
 from transcoder.kernels import CorrelatedPairs, FeatureCorrelation, SparseCodes
-from transcoder.kernels.correlation.moments import PairStatistics
 from transcoder.kernels.correlation.op import EXACT_LIMIT
-from transcoder.kernels.correlation.pairs import Survey, sorted_pairs
+from transcoder.kernels.correlation.statistics import PairStatistics, Survey, sorted_pairs
 
 _NAME = "correlation_monitor"
 Judge = Callable[[Tensor, Tensor], MergeResult]
@@ -56,12 +55,12 @@ class CorrelationMonitor:
     everything since the start, or, with `halflife_tokens`, a second, forgetting statistic (twice the cost of
     an update).
 
-    Where the statistics are sketched, every search (`report`, `refresh_targets`) has the block count the pairs that the
-    sketch proposes exactly from then on, those whose support is not enough yet included. The forgetting statistic cannot
-    do that: under a sketch its pairs rest on the recent tokens alone, flags on the blocks all the same.
+    Where the statistics are sketched, the pairs that a search (`report`, `refresh_targets`) proposes are counted exactly by the
+    block from then on, also those whose support is still too small. The forgetting statistic cannot do that: under a sketch its
+    pairs are estimated from the recent tokens alone; flags come from the blocks in either case.
 
-    Pairs that a search finds are followed from then on with sums by groups of sequences (`PairJackknife`): their bounds, and
-    the flags, rest on their own error then. Other pairs' bounds are those of a rule of thumb.
+    Pairs that a search finds are followed from then on with sums by groups of sequences (`PairJackknife`): their bounds and
+    flags use the pair's own error. Bounds of other pairs use a rule of thumb.
 
     A candidate has correlation > threshold, support >= min_support and, where sequences are known, at least
     min_sequences distinct ones (linear counting). A flag rests on the lower 95 % bound in disjoint blocks:
@@ -98,7 +97,7 @@ class CorrelationMonitor:
         self._judged = MergeResult.untested(*nothing(self.device))
         self._metrics: dict[str, float] = {}
         self.evidence = MergeEvidence(d_sae, self.device)
-        """What training tokens say of pairs that `judge` had no verdict for, for judges that complete theirs by it."""
+        """Sums over training tokens for pairs that `judge` had no verdict for; a judge may complete its verdicts with them."""
 
     def update_correlations(
         self, codes: SparseCodes, step: int, sequences: Tensor | None = None, weights: Tensor | None = None
@@ -124,10 +123,10 @@ class CorrelationMonitor:
         self._ledger.record_effect(_NAME, pairs_seen=_pairs_in(codes))
 
     def refresh_targets(self, judge: Judge | None = None) -> int:
-        """Search the live view for pairs to penalise, and nothing else: no file, no block closed, the metrics
-        of the last report stay. Reads the device; one pass over the pairs that fired together.
+        """Search the live view for pairs to penalise, without writing a report, closing a block or changing `metrics`. Reads
+        the device; one pass over the pairs that fired together.
 
-        For the steps before the first report, so that the pair penalty acts early. `judge` as in `report`.
+        Called before the first report, so that the pair penalty acts early. `judge` as in `report`.
 
         Returns: the number of pairs that `target_pairs` has now.
         """
@@ -152,8 +151,9 @@ class CorrelationMonitor:
 
         Args:
             step: the training step, in the file's name.
-            W_dec, W_enc: [d_sae, d_out] and [d_sae, d_in], add the tails of their rows' cosines, beside those of random rows.
-            cosines_by_block: leave them out where this report closes no block: all pairs of rows are a large product.
+            W_dec, W_enc: [d_sae, d_out] and [d_sae, d_in]; given, the report has the tails of their rows' cosines, and those of
+                random rows to compare with.
+            cosines_by_block: report cosines only when a block closes: a product of all pairs of rows is expensive.
             judge: (i, j), each [P] int64 -> the merge test on held-out tokens. `MOST_JUDGED` pairs are put before it, flagged
                 ones first; what it refuses (`merge_share_to_act`), or has no verdict for (`act_on_untested`), is no
                 target. None tests nothing, and every candidate is one.
@@ -223,8 +223,8 @@ class CorrelationMonitor:
         return i[:max_pairs], j[:max_pairs]
 
     def foldable(self) -> MergeResult:
-        """The flagged pairs of the last report that the merge test passed, the cheapest first. Not in the state: to be asked
-        for right after the report."""
+        """The flagged pairs of the last report that passed the merge test, the cheapest first. Not saved in `state_dict`: call
+        it right after the report."""
         found = self._judged
         flagged = [
             tuple(sorted(p)) in self._book.flagged
@@ -235,7 +235,7 @@ class CorrelationMonitor:
         return MergeResult(*(getattr(found, f.name)[order] for f in fields(MergeResult)))
 
     def forget(self, latents: Tensor) -> None:
-        """These latents [n] int64 have become others: what was known of them, and every pair they are in, is dropped."""
+        """Drop the statistics of these latents [n] int64, which were reset, and every pair that one of them is in."""
         for part in (self._block, self._past, self._fading):
             if part is not None:
                 part.forget(latents)
@@ -261,9 +261,9 @@ class CorrelationMonitor:
                 codes, about 262,144 recent tokens, and depends on them.
         """
         one = correlation_state_bytes(self._block.statistics, batch_tokens, entries_per_token)
-        beside = self._block.sequences.state_bytes() + PairJackknife.state_bytes_at_most(self.d_sae)
+        rest = self._block.sequences.state_bytes() + PairJackknife.state_bytes_at_most(self.d_sae)
         # The block and the past, each with its bitmap of sequences and its errors; the fading view has none.
-        statistics = 2 * (one + beside) + (one if self._fading is not None else 0)
+        statistics = 2 * (one + rest) + (one if self._fading is not None else 0)
         held = min(MAX_PAIRS, self.d_sae * (self.d_sae - 1) // 2)
         # int64 (i, j): targets, flagged pairs, and the pairs of each block remembered; with three numbers, its evidence.
         remembered = (16 * held + 40 * most_pairs(self.d_sae)) * self.section.blocks_remembered

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from transcoder.kernels import SparseCodes, counts_cpp
 from transcoder.kernels.correlation.counter_rng import hash_bits
-from transcoder.kernels.correlation.moments import CONSTANT
+from transcoder.kernels.correlation.statistics import CONSTANT
 
 STANDARD_ERROR = 1.32
 """SE(atanh r) ~ 1.32 / sqrt(U - 3) with U union-firing tokens (calibrated on planted pairs). Fisher's 1 / sqrt(n - 3) over all
@@ -66,7 +66,7 @@ LEAST_SHARE = 0.25
 TILE_NUMBERS = 1 << 20
 """Numbers in the largest temporary (8 MiB)."""
 _KEY = 0x6A61636B
-"""Groups are drawn apart from the bits of `SequenceCounts`."""
+"""Keys the hash, so that groups are independent of the bits of `SequenceCounts`."""
 
 
 def most_pairs(d_sae: int) -> int:

@@ -59,8 +59,7 @@ class PositionSampler:
     Args:
         section: fractions and bins.
         seed: keys the draw, with the step.
-        special_ids: token ids counted as special (BOS, EOS, PAD, ...). May be set later, before the first
-            draw: a stream that is built around a sampler knows its tokenizer's only then.
+        special_ids: token ids counted as special (BOS, EOS, PAD, ...).
         ledger: told of calls, positions drawn and files.
         out_dir: folder of `positions.json` (`save`).
     """
@@ -74,18 +73,10 @@ class PositionSampler:
         out_dir: Path | None = None,
     ) -> None:
         self.section, self.seed = section, seed
-        self.special_ids = special_ids
+        self._special = SpecialTokens(special_ids)
         self._ledger, self._out_dir = ledger, out_dir
         self._counts = torch.zeros(2, section.bins + 1, dtype=torch.int64, device="cpu")
         """Positions seen and drawn, per bin; special tokens last."""
-
-    @property
-    def special_ids(self) -> Sequence[int]:
-        return self._special.ids
-
-    @special_ids.setter
-    def special_ids(self, ids: Sequence[int]) -> None:
-        self._special = SpecialTokens(ids)
 
     def sample_positions(self, batch_tokens: Tensor, step: int = 0, record: bool = True) -> PositionSample:
         """Draw positions of batch_tokens [S, L] int64 (padding counts as special if its id is). Never waits

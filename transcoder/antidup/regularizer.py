@@ -1,4 +1,4 @@
-"""DiversityRegularizer: the losses that push duplicates apart, on compressed codes, bounded and measured."""
+"""DiversityRegularizer: adds the penalties on duplicate latents to the loss, with bounded weights."""
 
 from __future__ import annotations
 
@@ -73,8 +73,8 @@ class DiversityRegularizer:
             a step, from the step after on, where rate is the share of recently firing latents that are in some
             pair (mean over the step's micro-batches): bounded dual control. g is such that a tenth of the run takes it from
             one bound to the other, so that short runs are controlled too. With `adaptive_step` the exponent is
-            adaptive_step (rate - target) and the lower bound 0. It rests until the monitor has searched for pairs: no
-            pairs before that say nothing.
+            adaptive_step (rate - target) and the lower bound 0. The weight stays as it is until the monitor has searched for
+            pairs: until then, an absence of pairs has no meaning.
         orthogonality: mean relu(max cos - threshold)^2 over a random chunk of decoder rows, each row once
             before any twice, every `orthogonality_every` steps, in the step's first micro-batch.
         all_pairs: mean r_ij^2 over all pairs of the batch.
@@ -230,7 +230,7 @@ class DiversityRegularizer:
             self._evaluated("sink_mass", 1, (given.values.detach() > 0).sum())
 
         self._ledger.record_call(_NAME)
-        # Also where no term acted: that the penalty is 0 is known then, not missing.
+        # Also where no term acted: the penalty is then 0, not missing.
         self._ledger.record_effect(_NAME, penalty=0.0, gradient_norm=0.0)
         for value, norm in effects:
             self._ledger.record_effect(_NAME, penalty=value, gradient_norm=norm)
@@ -242,9 +242,8 @@ class DiversityRegularizer:
         return dict(self._metrics)
 
     def set_metrics(self, metrics: Mapping[str, Tensor]) -> None:
-        """What `metrics` gives from now on, until terms are evaluated again: a resumed run goes on with the last figures, and
-        one that takes a step back returns to those before."""
-        self._metrics = {name: figure.to(self.device) for name, figure in metrics.items()}
+        """Set what `metrics` returns until terms are evaluated again, so that a resumed run logs the last values."""
+        self._metrics = {name: value.to(self.device) for name, value in metrics.items()}
 
     def save(self, step: int) -> Path:
         """Append the metrics to `regularizer.jsonl`, dropping lines of this step and later (a resumed run
@@ -256,8 +255,8 @@ class DiversityRegularizer:
         if self._out_dir is None:
             raise ValueError("DiversityRegularizer.save: expected an out_dir at construction, got None")
         path = self._out_dir / "regularizer.jsonl"
-        figures = {name: float(value) for name, value in self._metrics.items()}
-        replace_lines(path, step, [{"step": step, **figures}])
+        values = {name: float(value) for name, value in self._metrics.items()}
+        replace_lines(path, step, [{"step": step, **values}])
         self._ledger.record_file(_NAME, path)
         return path
 

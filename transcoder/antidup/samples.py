@@ -158,7 +158,7 @@ class ActivationSampleCollector:
         self._ledger.record_effect(_NAME, samples_kept=new_top + new_spread)
 
     def forget(self, latents: Tensor) -> None:
-        """These latents [n] int64 have become others (recycled ones): the samples of what they were are dropped."""
+        """Drop the samples of these latents [n] int64, which were reset (recycled)."""
         if self._stores is None:
             return
         slot = self._slot[latents]

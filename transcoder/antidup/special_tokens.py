@@ -1,4 +1,4 @@
-"""Which tokens are special, looked up without a wait."""
+"""Which tokens are special, by a lookup that needs no device synchronisation."""
 
 from __future__ import annotations
 

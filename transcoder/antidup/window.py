@@ -110,7 +110,7 @@ class SequenceCounts:
         self.known = self.known or other.known
 
     def forget(self, latents: Tensor) -> None:
-        """As if these latents had never fired."""
+        """Count as if these latents had never fired."""
         self._map.view(-1, self.bits).index_fill_(0, latents, 0)
 
     def reset(self) -> None:

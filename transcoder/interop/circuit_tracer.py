@@ -167,7 +167,7 @@ def read(path: Path, record: Conversion, options: Mapping[str, Any]) -> PlainWei
         k = int(found["k"]) if k is None and "k" in found and found["k"].numel() == 1 else k
         if k is None or not 0 < k <= W_enc.shape[0]:
             raise ValueError(
-                f"{settings}: k: expected a whole number of the {W_enc.shape[0]} latents beside activation topk, got {k}"
+                f"{settings}: k: expected a whole number of the {W_enc.shape[0]} latents for activation topk, got {k}"
             )
     if activation in ("topk", "relu") and threshold is not None:
         raise ValueError(

@@ -10,8 +10,8 @@ RECORD_FILE = "conversion.json"
 
 Effect = Literal["layout", "rounding", "note", "changed"]
 """layout: the same numbers, arranged otherwise. rounding: folded in fp64, rounded once to the file's type; the function is the
-same in exact arithmetic. note: something beside the function (training settings, names) was lost or assumed. changed: another
-function, because the caller asked for it."""
+same in exact arithmetic. note: something other than the function (training settings, names) was lost or assumed. changed:
+another function, because the caller asked for it."""
 
 
 class ChangedFunctionError(ValueError):

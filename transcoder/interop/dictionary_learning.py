@@ -137,7 +137,7 @@ def _class_of(where: str, state: Mapping[str, Any], trainer: Mapping[str, Any]) 
             return fitting[0]
         if fitting:
             raise ValueError(
-                f"{where}: no {CONFIG_FILE} beside the weights, whose names fit {' and '.join(fitting)}: write one with "
+                f"{where}: no {CONFIG_FILE} next to the weights, whose names fit {' and '.join(fitting)}: write one with "
                 '{"trainer": {"dict_class": ...}}'
             )
         raise ValueError(f"{where}: the tensors {', '.join(sorted(map(str, state)))} fit none of {', '.join(_NAMES)}")

@@ -61,7 +61,7 @@ def read_pickle(where: str, path: Path, allow_pickle: bool = False) -> dict[str,
         if "weights_only" not in str(error) and "Weights only" not in str(error):
             raise ValueError(f"{where}: {path} is not a file that torch.save wrote, or a torn one: {error}") from error
         raise ValueError(
-            f"{where}: {path} holds Python objects beside tensors, and loading them can run any code. Expected a state dict "
+            f"{where}: {path} holds Python objects besides tensors, and loading them can run any code. Expected a state dict "
             "(torch.save(model.state_dict())). If you trust its author: allow_pickle=True (--allow-pickle)"
         ) from error
     except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:

@@ -95,7 +95,7 @@ def export_transcoder(
     allow_changed_function: bool = False,
     **options: Any,
 ) -> Conversion:
-    """Write a transcoder in another library's format into a new folder, with conversion.json beside it.
+    """Write a transcoder in another library's format into a new folder that also holds conversion.json.
 
     The normalisation of source and target is folded into the weights; latents keep their numbers and their activations.
 

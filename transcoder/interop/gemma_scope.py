@@ -55,7 +55,7 @@ def _to_normalized(plain: PlainWeights, record: Conversion, options: Mapping[str
             f"({READ} to {WRITTEN}). Give source_hook= and target_hook= (--source-hook, --target-hook)"
         )
     if target != WRITTEN:
-        record.change(f"it writes {target}, and whoever reads this format adds it at {WRITTEN}")
+        record.change(f"it writes {target}, and readers of this format add it at {WRITTEN}")
     if source != READ_BEHIND:
         _unused_weight(options, plain.d_in, plain.hooks.layer, record)
     if source == READ:

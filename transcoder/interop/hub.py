@@ -17,7 +17,7 @@ from transcoder.interop.files import write_json
 
 CARD_FILE = "README.md"
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_FIGURES = {
+_METRICS = {
     "evaluation/fvu": "fraction of variance unexplained, held-out tokens",
     "evaluation/baseline_linear_fvu": "the same of a least-squares linear map",
     "evaluation/l0": "active latents a token",
@@ -42,7 +42,7 @@ def push_to_hub(
     """Upload a transcoder with a generated model card; `Transcoder.from_pretrained(repo_id)` loads it again.
 
     Uploaded are the weights, their config, where they belong (hooks.json) and README.md. No path or other setting of the run is
-    uploaded beside the figures and names that the card shows.
+    uploaded, except the metrics and names that the card shows.
 
     Args:
         source: a Transcoder, a run folder (its newest checkpoint), a checkpoint, or a saved folder.
@@ -80,9 +80,9 @@ def write_hub_folder(source: Source, folder: Path, repo_id: str, *, license: str
 
 
 def model_card(source: Source, repo_id: str, *, license: str | None = None) -> str:
-    """README.md: YAML metadata, what it is, the run's figures from summary.json, how to load it.
+    """README.md: YAML metadata, what it is, the run's metrics from summary.json, how to load it.
 
-    Names and figures come from files: each is one escaped line, whatever it holds.
+    Names and metrics come from files: each is written as one escaped line.
     """
     config, hooks = source.model.config, source.hooks
     nested = len(config.widths or ()) > 1
@@ -114,10 +114,10 @@ def model_card(source: Source, repo_id: str, *, license: str | None = None) -> s
         f'## Load\n\n```python\nfrom transcoder import Transcoder\n\nmodel = Transcoder.from_pretrained("{repo_id}")\n'
         "codes = model.encode(x)  # x [B, d_in], raw activations\ny_hat = model(x)  # [B, d_out]\n```",
     ]
-    known = [name for name in _FIGURES if _is_number(source.summary, name)]
+    known = [name for name in _METRICS if _is_number(source.summary, name)]
     if known:
-        table = _table(("figure", "value"), [(_FIGURES[name], _number(source.summary[name])) for name in known])
-        sections.append(f"## Figures\n\nFrom the run's summary.json, held-out non-sink tokens.\n\n{table}")
+        table = _table(("metric", "value"), [(_METRICS[name], _number(source.summary[name])) for name in known])
+        sections.append(f"## Metrics\n\nFrom the run's summary.json, held-out non-sink tokens.\n\n{table}")
     return "\n\n".join(sections) + "\n"
 
 

@@ -49,7 +49,7 @@ def write(plain: PlainWeights, folder: Path, record: Conversion, options: Mappin
         "seed": 0,
         "dtype": "torch.float32",
         "device": "cpu",
-        # What its constructor and losses read beside the above.
+        # What its constructor and losses read besides the above.
         "l1_coeff": 0,
         "top_k_aux": max(1, plain.d_in // 2),
         "aux_penalty": 1 / 32,
@@ -124,7 +124,7 @@ def _config_file(where: str, file: Path) -> Path:
         if (folder / CONFIG_FILE).is_file():
             return folder / CONFIG_FILE
     raise FileNotFoundError(
-        f"{where}: expected {CONFIG_FILE} beside {file} or one folder up: without it nothing says whether each token "
+        f"{where}: expected {CONFIG_FILE} next to {file} or one folder up: without it nothing says whether each token "
         "was normalised (input_unit_norm) and what the prefixes are"
     )
 
@@ -139,7 +139,7 @@ def _check_transcoder(where: str, config: Mapping[str, Any], options: Mapping[st
     )
     if kind not in _TRANSCODERS and not (kind in (None, "topk") and two_sides):
         raise ValueError(
-            f"{where}: sae_type: expected {' or '.join(_TRANSCODERS)}, or none or 'topk' beside source_hook_point and "
+            f"{where}: sae_type: expected {' or '.join(_TRANSCODERS)}, or none or 'topk' together with source_hook_point and "
             f"target_hook_point, got {kind!r}. A transcoder that does not say so: give both (--source-hook, --target-hook)"
         )
 

@@ -1,4 +1,4 @@
-"""The scale that SAELens' trainer keeps beside a checkpoint, folded into the weights as it does itself when training ends."""
+"""The scale that SAELens' trainer keeps next to a checkpoint, folded into the weights as SAELens does when training ends."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def _plain(mode: object) -> bool:
 def _without_scale(mode: str, trained: bool, record: Conversion) -> None:
     if trained:
         record.change(
-            f"it was trained with normalize_activations {mode!r}, and the scale is not in {SCALER_FILE} beside the weights: "
+            f"it was trained with normalize_activations {mode!r}, and the scale is not in {SCALER_FILE} next to the weights: "
             "raw activations would be taken for scaled ones",
             "Put the checkpoint's file there, or import what SAELens saved when training ended.",
         )

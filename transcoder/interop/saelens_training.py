@@ -1,7 +1,7 @@
 """Transcoders that SAELens trains: TopK, BatchTopK and Matryoshka, in its registry once this module is imported.
 
 SAELens' trainer hands a training SAE one tensor a step. A transcoder needs two, so a row holds both: source [d_in] and target
-[d_out] of one token beside each other, [B, d_in + d_out]. `TranscoderTrainingRunner` is its runner with a store that reads two
+[d_out] of one token, concatenated: [B, d_in + d_out]. `TranscoderTrainingRunner` is its runner with a store that reads two
 hooks; `paired` makes such rows from anything else, for its `SAETrainer`.
 
     from transcoder.interop.saelens_training import MatryoshkaBatchTopKTranscoderConfig, TranscoderTrainingRunner
@@ -13,7 +13,7 @@ hooks; `paired` makes such rows from anything else, for its `SAETrainer`.
 What is saved for inference SAELens loads without this package: a `jumprelu_transcoder` (with `skip=True` a
 `jumprelu_skip_transcoder`), or what `inference_architecture` names. Where that is another function than the trained one, a
 runner that would save it refuses before it trains, unless the config says `allow_changed_function=True`; a conversion.json
-beside the weights says what changed.
+next to the weights says what changed.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class _Config:
 
     Args:
         d_out: the target's width.
-        skip: a linear map of the source beside the latents, W_skip [d_out, d_in], zeros at first.
+        skip: a linear map of the source in addition to the latents, W_skip [d_out, d_in], zeros at first.
         inference_architecture: what `save_inference_model` writes. None: `jumprelu_transcoder`, with a skip connection
             `jumprelu_skip_transcoder`. `transcoder` and `skip_transcoder` are plain ReLUs: thresholds go into the biases.
             `topk`, of TopK without a skip connection and with d_in = d_out: SAELens' TopK SAE, the same function.

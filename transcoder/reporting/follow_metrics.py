@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -59,11 +60,11 @@ class MetricsCursor:
                     continue
                 if not isinstance(record, dict) or not isinstance(record.get("step"), int):
                     continue
-                time = record.get("time")
-                if isinstance(time, (int, float)):
-                    if self._skip is not None and time <= self._skip:
+                at = record.get("time")
+                if isinstance(at, (int, float)):
+                    if self._skip is not None and at <= self._skip:
                         continue
-                    self._time = time
+                    self._time = at
                 yield record
 
 
@@ -168,17 +169,29 @@ class TensorboardSink:
     name, advice = "TensorBoard", "pip install tensorboard, or set logging.tensorboard to false"
 
     def __init__(self, settings: dict[str, Any], answer: Callable[..., None]) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+        # What torch.utils.tensorboard writes with; without torch it starts in a fraction of a second.
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-        # Scalars of an earlier session beyond the step that a run resumes from are purged.
-        folder, purge = os.path.join(settings["dir"], "tensorboard"), settings["purge_step"]
-        self._open: Callable[[], Any] = lambda: SummaryWriter(folder, purge_step=purge)
+        self._event, self._summary = event_pb2, summary_pb2
+        folder = os.path.join(settings["dir"], "tensorboard")
+        self._open: Callable[[], Any] = lambda: EventFileWriter(folder)
+        self._purge_step: int | None = settings["purge_step"]
         self._writer: Any = None
 
+    def _add(self, step: int, **content: Any) -> None:
+        if self._writer is None:
+            self._writer = self._open()
+            if self._purge_step is not None:
+                # Scalars of an earlier session from this step on are dropped by TensorBoard.
+                start = self._event.SessionLog(status=self._event.SessionLog.START)
+                self._add(self._purge_step, file_version="brain.Event:2")
+                self._add(self._purge_step, session_log=start)
+        self._writer.add_event(self._event.Event(wall_time=time.time(), step=step, **content))
+
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        self._writer = self._writer or self._open()
-        for name, value in metrics.items():
-            self._writer.add_scalar(name, value, step)
+        values = [self._summary.Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
+        self._add(step, summary=self._summary.Summary(value=values))
 
     def event(self, record: dict[str, Any]) -> None:
         """TensorBoard gets metrics only."""

@@ -143,8 +143,9 @@ class Follower:
             process.wait(seconds)
         except subprocess.TimeoutExpired:
             self._ended = True
-            where = f"what W&B has lies in {self._log.parent}; `transcoder sync` sends all of it"
-            self._fail("W&B and TensorBoard", f"not finished {seconds:g} s after the run's end, so ended ({where})")
+            if not self.failed:
+                where = f"what W&B has lies in {self._log.parent}; `transcoder sync` sends all of it"
+                self._fail("W&B and TensorBoard", f"not finished {seconds:g} s after the run's end, so ended ({where})")
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()

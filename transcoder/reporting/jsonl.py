@@ -118,14 +118,14 @@ class JsonlFile:
 
 
 def _thinned(lines: list[bytes]) -> list[bytes]:
-    """Without every second line of figures of the older half, or of anything where that frees less than an eighth."""
+    """Without every second line of metrics in the older half; where that frees less than an eighth, of any lines."""
     older = len(lines) // 2
     for spared in (b'"event": ', None):
         drop, kept = True, []
         for number, line in enumerate(lines):
-            figures = spared is None or spared not in line
-            drop = figures and not drop
-            if number >= older or not (figures and drop):
+            removable = spared is None or spared not in line
+            drop = removable and not drop
+            if number >= older or not (removable and drop):
                 kept.append(line)
         if 8 * sum(map(len, kept)) <= 7 * sum(map(len, lines)):
             break

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING
 
 from transcoder.reporting.format import number
 from transcoder.reporting.tables import ShownAsTable
@@ -26,10 +25,6 @@ class Verdict:
     why: str
 
 
-def verdicts(run: Run) -> list[Verdict]:
-    return [_verdict(run, name) for name in REQUIRED_EFFECTS]
-
-
 def _verdict(run: Run, name: str) -> Verdict:
     title, enabled, record = name.replace("_", " ").capitalize(), run.part_enabled(name), run.usage.get(name)
     if not isinstance(record, dict):
@@ -44,23 +39,15 @@ def _verdict(run: Run, name: str) -> Verdict:
     return Verdict(title, state, usage.calls, effect, len(usage.files), why)
 
 
-class Ledger(ShownAsTable, Sequence[Verdict]):
+class Ledger(ShownAsTable, tuple[Verdict, ...]):
     """The verdict on each anti-duplication part, with its calls, effect, files and what is lacking."""
 
     HEAD = ("part", "verdict", "calls", "effect", "files", "lacking")
 
-    def __init__(self, run: Run) -> None:
-        self._verdicts = verdicts(run)
-
-    @overload
-    def __getitem__(self, index: int) -> Verdict: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Verdict]: ...
-    def __getitem__(self, index: int | slice) -> Verdict | Sequence[Verdict]:
-        return self._verdicts[index]
-
-    def __len__(self) -> int:
-        return len(self._verdicts)
-
     def _cells(self) -> list[tuple[str, ...]]:
         return [(v.title, v.state, number(v.calls), v.effect, number(v.files), v.why) for v in self]
+
+
+def read_ledger(run: Run) -> Ledger:
+    """Whether each anti-duplication part of a run was really used."""
+    return Ledger(_verdict(run, name) for name in REQUIRED_EFFECTS)

@@ -15,18 +15,11 @@ if TYPE_CHECKING:
 
     from transcoder.reporting.run import Run
 
-_LOSSES = (
-    ("losses/overall_loss", "overall"),
-    ("losses/mse_loss", "full width"),
-    ("losses/auxiliary_reconstruction_loss", "AuxK"),
-    ("losses/diversity_penalty", "diversity"),
-)
-
 
 def plot_loss(run: Run) -> Figure:
     """The losses over the steps. Needs matplotlib."""
     figure, (axes,) = _figure(1)
-    drawn = [_line(axes, run, name, label) for name, label in _LOSSES]
+    drawn = [_line(axes, run, name, label) for label, name in summary_metrics.LOSSES.items()]
     if not any(drawn):
         raise run.missing_error("losses", "metrics.jsonl")
     axes.set(title="Loss", xlabel="step", ylabel="loss", yscale="log")

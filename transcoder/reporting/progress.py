@@ -52,16 +52,16 @@ class ProgressBar:
                 file=self._stream,
                 unit="step",
                 dynamic_ncols=True,
-                # The figures matter more than a wide bar: 120 columns hold all of them.
+                # A narrow bar, so that the metrics fit into 120 columns.
                 bar_format="{percentage:3.0f}%|{bar:8}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}",
             )
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Show the figures at `step` (steps done). A name that is not among them keeps its last value."""
+        """Show the metrics at `step` (steps done). A name that is not among them keeps its last value."""
         self._step = step
         self._seen.update(metrics)
         if self._bar is not None:
-            self._bar.set_postfix_str(figures(self._seen), refresh=False)
+            self._bar.set_postfix_str(metrics_text(self._seen), refresh=False)
             self._bar.update(step - self._bar.n)
         elif self._enabled and (step >= self._total or time.monotonic() - self._shown_at >= self._plain_seconds):
             self._line()
@@ -81,16 +81,16 @@ class ProgressBar:
         share = 100 * self._step / self._total if self._total else 100.0
         head = f"step {self._step}/{self._total} ({share:.0f}%)"
         print(
-            f"{head}  {figures(self._seen)}  elapsed {clock(elapsed)}  left {left}",
+            f"{head}  {metrics_text(self._seen)}  elapsed {clock(elapsed)}  left {left}",
             file=self._stream,
             flush=True,
         )
 
 
-def figures(metrics: Mapping[str, float]) -> str:
-    """The line's figures; what is not known yet is left out.
+def metrics_text(metrics: Mapping[str, float]) -> str:
+    """The metrics as one line; what is not known yet is left out.
 
-    >>> figures({"losses/overall_loss": 0.5312, "sparsity/dead_share": 0.021})
+    >>> metrics_text({"losses/overall_loss": 0.5312, "sparsity/dead_share": 0.021})
     'loss 0.531  dead 2.1%'
     """
     parts = []

@@ -1,4 +1,4 @@
-"""report.html by a process of its own: low priority, bounded memory, and no part of what training waits for."""
+"""report.html written by another process: of low priority, with a memory limit, and waited for only so long."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class ReportError(RuntimeError):
 def write_report_apart(run_dir: Path, patience: float) -> Path | None:
     """Have `run_dir/report.html` written by another process, and wait `patience` seconds for it.
 
-    Returns its path, or None where the process is still at it: it goes on by itself, also when this one ends.
+    Returns its path, or None where the process still writes: it goes on by itself, also when this one ends.
 
     Raises:
         ReportError: the page could not be written.
@@ -34,7 +34,7 @@ def write_report_apart(run_dir: Path, patience: float) -> Path | None:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         env=environment,
-        # A Ctrl-C for the run is none for its report.
+        # Ctrl-C stops the run, not its report.
         start_new_session=True,
         text=True,
         errors="replace",
@@ -62,7 +62,6 @@ def _main() -> None:
     except (ImportError, ValueError, OSError):
         # No such limits here: the page's own bounds stand.
         pass
-    # Nobody reads the pipe any more once the run has gone its way.
     try:
         write_report(sys.argv[1])
     except Exception as error:

@@ -21,7 +21,7 @@ from transcoder.reporting.format import as_float, number, whole
 from transcoder.reporting.latent_table import FILE_NAME as LATENTS_FILE
 from transcoder.reporting.latent_table import LatentTable, read_latents
 from transcoder.reporting.latents import LatentColumns, Latents
-from transcoder.reporting.ledger_verdict import Ledger
+from transcoder.reporting.ledger_verdict import read_ledger
 from transcoder.reporting.metrics_table import FILE_NAME, Metrics
 from transcoder.reporting.parts import Missing, Part, RunPartMissingError
 from transcoder.reporting.samples import SampleTable, read_samples
@@ -400,7 +400,7 @@ class Run:
 
     prefixes = property(run_frames.prefixes)
     positions = property(run_frames.positions)
-    ledger = property(Ledger, doc="Whether each anti-duplication part was really used.")
+    ledger = property(read_ledger)
     plot_loss, plot_fvu, plot_duplicates = plots.plot_loss, plots.plot_fvu, plots.plot_duplicates
     plot_density, plot_positions = plots.plot_density, plots.plot_positions
 

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from transcoder.reporting import summary_metrics
 from transcoder.reporting.charts import Chart, Line, bar_chart, graph_chart, line_chart, ordered_colors
 from transcoder.reporting.format import MISSING, number, percent, real, whole
-from transcoder.reporting.ledger_verdict import verdicts
 from transcoder.reporting.run import Run
 from transcoder.reporting.samples import SampleTable
 
@@ -43,15 +42,9 @@ class Curve(NamedTuple):
 
 
 FVU_CURVES, PREFIX_CURVES = "Fraction of variance unexplained", "FVU per prefix"
-LOSSES = {
-    "overall": "losses/overall_loss",
-    "full width": "losses/mse_loss",
-    "AuxK": "losses/auxiliary_reconstruction_loss",
-    "diversity": "losses/diversity_penalty",
-}
 PAIRS = {"candidates": "duplicates/pairs", "flagged": "duplicates/flagged"}
 CURVES = (
-    Curve("Loss", "loss", LOSSES, allow_log=True),
+    Curve("Loss", "loss", summary_metrics.LOSSES, allow_log=True),
     Curve(FVU_CURVES, "FVU", {"training": "metrics/fvu", "held-out": "evaluation/fvu"}, from_zero=True),
     Curve(PREFIX_CURVES, "FVU", {}, from_zero=True),
     Curve("L0", "latents a token", {"L0": "metrics/l0"}),
@@ -86,7 +79,7 @@ def overview(run: Run) -> Section:
         "baselines": [(metric, metric.of(run)) for metric in baselines],
         "tiles": [(metric.label, metric.text(metric.of(run)), metric.meaning) for metric in metrics],
         "missing": [*run.missing, *run.lacking],
-        "verdicts": verdicts(run),
+        "verdicts": run.ledger,
     }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from transcoder.reporting.format import number, percent
@@ -102,30 +102,14 @@ DICTIONARY_SIZE = SummaryMetric(
     "Live latents squared over the sum of squared correlations.",
     "higher",
 )
-HELDOUT_PAIRS = SummaryMetric(
-    "heldout_duplicates/pairs",
-    "Candidate pairs, held-out",
-    "Counted after training on the held-out codes, in every run alike (transcoder validate).",
-    "lower",
-)
-HELDOUT_MERGEABLE = SummaryMetric(
-    "heldout_duplicates/mergeable",
-    "Mergeable pairs, held-out",
-    "Those of them that fold into one latent at a tenth or less of what the dropped one is worth.",
-    "lower",
-)
-HELDOUT_PAIRED_SHARE = SummaryMetric(
-    "heldout_duplicates/share_of_live",
-    "Live latents with a neighbour, held-out",
-    "Share of the latents live on held-out tokens that are in such a pair.",
-    "lower",
-    share=True,
-)
-HELDOUT_DICTIONARY_SIZE = SummaryMetric(
-    "heldout_duplicates/effective_dictionary_size",
-    "Effective dictionary size, held-out",
-    "Live latents squared over the sum of squared correlations, on held-out tokens.",
-    "higher",
+HELDOUT_DUPLICATES = tuple(
+    replace(
+        metric,
+        name=f"heldout_{metric.name}",
+        label=f"{metric.label}, held-out",
+        meaning=f"{metric.meaning} Counted after training on held-out tokens, in every run alike (transcoder validate).",
+    )
+    for metric in (PAIRS, MERGEABLE, PAIRED_SHARE, DICTIONARY_SIZE)
 )
 TOKENS_PER_SECOND = SummaryMetric(
     "metrics/tokens_per_second", "Tokens per second", "Median over the run.", "higher", "median"
@@ -145,9 +129,13 @@ SUMMARY_METRICS = (
     MERGEABLE,
     PAIRED_SHARE,
     DICTIONARY_SIZE,
-    HELDOUT_PAIRS,
-    HELDOUT_MERGEABLE,
-    HELDOUT_PAIRED_SHARE,
-    HELDOUT_DICTIONARY_SIZE,
+    *HELDOUT_DUPLICATES,
     TOKENS_PER_SECOND,
 )
+LOSSES = {
+    "overall": "losses/overall_loss",
+    "full width": "losses/mse_loss",
+    "AuxK": "losses/auxiliary_reconstruction_loss",
+    "diversity": "losses/diversity_penalty",
+}
+"""The parts of a loss that are drawn together: label and metric."""

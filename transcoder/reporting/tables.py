@@ -11,7 +11,7 @@ Rows = Sequence[Sequence[str]]
 
 
 class ShownAsTable:
-    """Shows itself as a headline, a table of at most `SHOWN` rows and how many rows are left out, as text and as HTML."""
+    """A sequence or mapping that shows itself, as text and as HTML: a headline, at most `SHOWN` rows, how many are left out."""
 
     HEAD: Sequence[str]
 
@@ -22,22 +22,19 @@ class ShownAsTable:
         """The first rows."""
         raise NotImplementedError
 
-    def __len__(self) -> int:
-        raise NotImplementedError
-
     def __repr__(self) -> str:
         rows = self._cells()
-        return "\n".join(
-            filter(None, [self._headline(), text_table(self.HEAD, rows) if rows else "", self._left_out()])
-        )
+        table = text_table(self.HEAD, rows) if rows else ""
+        return "\n".join(filter(None, [self._headline(), table, self._left_out()]))
 
     def _repr_html_(self) -> str:
         rows = self._cells()
         table = html_table(self.HEAD, rows) if rows else ""
-        return "".join(f"<p>{safe(self._headline())}</p>{table}<p>{safe(self._left_out())}</p>").replace("<p></p>", "")
+        return f"<p>{safe(self._headline())}</p>{table}<p>{safe(self._left_out())}</p>".replace("<p></p>", "")
 
     def _left_out(self) -> str:
-        return f"{len(self) - SHOWN:,} more" if len(self) > SHOWN else ""
+        rows = len(self)  # type: ignore[arg-type]
+        return f"{rows - SHOWN:,} more" if rows > SHOWN else ""
 
 
 def visible(text: str) -> str:

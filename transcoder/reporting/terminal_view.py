@@ -49,14 +49,13 @@ class Snapshot:
     Fields:
         state: "running", "slow", "finished", "stopped", "dead" or "unclear".
         words: the state in words, with its reason.
+        step, steps: done, and of the whole run; left: seconds.
     """
 
     state: str
     words: str
-    name: str
     step: int | None
     steps: int | None
-    elapsed: float | None
     left: float | None
     run: Run
 
@@ -79,7 +78,7 @@ def look(run_dir: Path, metrics: Metrics) -> Snapshot:
     steps = steps if isinstance(steps, int) else None
     left = None if pace is None or steps is None or step is None else max(0, steps - step) * pace
     state, words = _state(process, run)
-    return Snapshot(state, words, run.name, step, steps, metrics.seconds, left, run)
+    return Snapshot(state, words, step, steps, left, run)
 
 
 def _state(process: RunProcess, run: Run) -> tuple[str, str]:
@@ -136,7 +135,7 @@ def picture(snapshot: Snapshot, ascii_only: bool = False) -> Group:
         ),
     ]
     parts = [
-        text(f"{snapshot.name}  {snapshot.words}", f"bold {COLORS[snapshot.state]}"),
+        text(f"{snapshot.run.name}  {snapshot.words}", f"bold {COLORS[snapshot.state]}"),
         _progress(snapshot, text),
         Text(),
         curves,
@@ -157,7 +156,8 @@ def _progress(snapshot: Snapshot, text: Callable[[str], Text]) -> RenderableType
     head = "no step yet" if done is None else f"step {number(done)}"
     if not done or not total:
         return text(head if not total else f"{head} of {number(total)}")
-    elapsed = "" if snapshot.elapsed is None else f"elapsed {clock(snapshot.elapsed)}"
+    seconds = snapshot.run.metrics.seconds
+    elapsed = "" if seconds is None else f"elapsed {clock(seconds)}"
     left = "" if snapshot.left is None or snapshot.ended else f"left about {clock(snapshot.left)}"
     row = Table.grid(padding=(0, 2, 0, 0))
     row.add_column(no_wrap=True)

@@ -19,7 +19,7 @@ from rich.text import Text
 
 from transcoder.reporting.format import clock
 from transcoder.reporting.metrics_table import FILE_NAME, Metrics
-from transcoder.reporting.progress import PLAIN_SECONDS, figures
+from transcoder.reporting.progress import PLAIN_SECONDS, metrics_text
 from transcoder.reporting.terminal_view import Snapshot, look, picture
 
 INTERVAL = 1.0
@@ -114,12 +114,12 @@ def _lines(run_dir: Path, metrics: Metrics, out: TextIO, interval: float, line_s
 def _line(snapshot: Snapshot) -> str:
     known = {name: value for name in snapshot.run.metrics if (value := snapshot.metric(name)) is not None}
     of = "" if snapshot.steps is None else f"/{snapshot.steps}"
-    parts = ["no step yet" if snapshot.step is None else f"step {snapshot.step}{of}", figures(known)]
-    if snapshot.elapsed is not None:
-        parts.append(f"elapsed {clock(snapshot.elapsed)}")
+    parts = ["no step yet" if snapshot.step is None else f"step {snapshot.step}{of}", metrics_text(known)]
+    if snapshot.run.metrics.seconds is not None:
+        parts.append(f"elapsed {clock(snapshot.run.metrics.seconds)}")
     if snapshot.left is not None and not snapshot.ended:
         parts.append(f"left {clock(snapshot.left)}")
-    # A run that goes well needs no word.
+    # That a run goes on needs no words.
     if snapshot.state != "running":
         parts.append(snapshot.words)
     return "  ".join(filter(None, parts))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from transcoder.config import TrainingSection
-from transcoder.kernels.adam.op import adam_step, one_op_for
+from transcoder.kernels.adam.op import AdamUpdate, adam_step, one_op_for
 from transcoder.model import Transcoder
 from transcoder.training.nonfinite import host_is_device
 
@@ -101,8 +101,7 @@ def _in_one_op(
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
     unit = next((i for i, p in enumerate(parameters) if p is transcoder.W_dec), None)
     exp_avgs, exp_avg_sqs, steps = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
-    return adam_step(
-        module,
+    update = AdamUpdate(
         parameters,
         exp_avgs,
         exp_avg_sqs,
@@ -114,3 +113,4 @@ def _in_one_op(
         max_norm=limit,
         bad=bad,
     )
+    return adam_step(module, update)

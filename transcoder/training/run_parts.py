@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from transcoder.activations import ActivationBatch, build_stream
-from transcoder.antidup import ActivationSampleCollector, CorrelationMonitor, PositionSampler
+from transcoder.antidup import ActivationSampleCollector, CorrelationMonitor, PositionSampler, UsageLedger
 from transcoder.config import RunConfig
 from transcoder.training import observers as observe
 from transcoder.training.layer_trainer import LayerTrainer
@@ -18,6 +18,7 @@ from transcoder.training.nonfinite import StepLedger
 from transcoder.training.recycling import Recycler
 from transcoder.training.schedule import Calendar
 from transcoder.training.sources import BatchSource, own_data
+from transcoder.usage import SECTIONS
 
 
 @dataclass
@@ -31,28 +32,35 @@ class TrainingData:
     """Held-out tokens that masking leaves out of training."""
     special_ids: Sequence[int] = ()
     sequence_length: int = 0
+    positions: PositionSampler | None = None
 
 
 def open_data(
     config: RunConfig,
     device: torch.device,
-    positions: PositionSampler | None,
+    ledger: UsageLedger,
+    logs: Path,
     batches: Iterable[ActivationBatch] | None,
     heldout: Sequence[ActivationBatch] | None,
     stack: ExitStack,
 ) -> TrainingData:
-    """The stream of `config.activations`, which `stack` closes, or a user's own `batches`."""
+    """The stream of `config.activations`, which `stack` closes, with its position sampler; or a user's own `batches`."""
     tokens, samples = config.training.evaluation_tokens, config.antidup.samples
     if batches is not None:
         source, held = own_data(batches, heldout, tokens, device)
         return TrainingData("own batches", source, held, sequence_length=config.activations.sequence_length)
     context = samples.context_tokens if samples.enabled else 0
-    stream = build_stream(config, device, position_sampler=positions, context_tokens=context)
+    section, seed, made = config.antidup.positions, config.training.seed, list[PositionSampler]()
+
+    def sampler(special_ids: Sequence[int]) -> PositionSampler:
+        made.append(PositionSampler(section, seed, special_ids, ledger, out_dir=logs))
+        return made[-1]
+
+    stream = build_stream(config, device, position_sampler=sampler if section.enabled else None, context_tokens=context)
     stack.callback(stream.close)
-    held, sinks = stream.heldout(tokens), stream.heldout_sinks()
-    if positions is not None:
-        positions.special_ids = stream.special_ids
-    return TrainingData(config.activations.kind, stream, held, sinks, stream.special_ids, stream.sequence_length)
+    held, sinks, positions = stream.heldout(tokens), stream.heldout_sinks(), made[0] if made else None
+    kind, ids = config.activations.kind, stream.special_ids
+    return TrainingData(kind, stream, held, sinks, ids, stream.sequence_length, positions)
 
 
 class RunParts:
@@ -72,15 +80,9 @@ class RunParts:
     ) -> None:
         anti, shape, seed = config.antidup, config.transcoder, config.training.seed
         logs = run_dir / "anti_duplication_logs"
-        enabled = {
-            "diversity_regularizer": anti.regularizer.enabled,
-            "position_sampler": anti.positions.enabled,
-            "correlation_monitor": anti.monitor.enabled,
-            "activation_samples": anti.samples.enabled,
-        }
+        enabled = {name: getattr(anti, section).enabled for name, section in SECTIONS.items()}
         ledger = self.ledger = StepLedger(enabled, run_dir / "usage.json")
-        positions = PositionSampler(anti.positions, seed, (), ledger, out_dir=logs) if anti.positions.enabled else None
-        data = self.data = open_data(config, device, positions, batches, heldout, stack)
+        data = self.data = open_data(config, device, ledger, logs, batches, heldout, stack)
         monitor = CorrelationMonitor(anti.monitor, shape.d_sae, device, logs, ledger) if anti.monitor.enabled else None
         samples = None
         if anti.samples.enabled:
@@ -105,7 +107,7 @@ class RunParts:
             None if monitor is None else observe.CorrelationReports(layer, calendar, monitor),
             recycling,
             observe.PenaltyLog(layer, calendar),
-            None if positions is None else observe.PositionLog(layer, calendar, positions),
+            None if data.positions is None else observe.PositionLog(layer, calendar, data.positions),
             None if samples is None else observe.Samples(layer, calendar, samples),
             observe.Proof(layer, calendar),
             self.metrics_log,

@@ -38,7 +38,7 @@ class TopK:
             return original(self).encode(self, x, return_topk=return_topk, use_threshold=use_threshold)
         why = _why_dense(self, x, use_threshold, return_topk)
         if why is None and use_threshold and return_topk:
-            why = "return_topk beside use_threshold"
+            why = "return_topk together with use_threshold"
         if why is not None:
             announce(self, f"{why}: encoded by the library's own dense code")
             return original(self).encode(self, x, return_topk=return_topk, use_threshold=use_threshold)
@@ -80,7 +80,7 @@ class Matryoshka:
         return (acts, _active(codes), post_relu) if return_active else acts
 
 
-def _why_dense(sae: Any, x: Tensor, use_threshold: bool, beside: bool) -> str | None:
+def _why_dense(sae: Any, x: Tensor, use_threshold: bool, with_dense: bool) -> str | None:
     if torch.compiler.is_compiling():
         return "torch.compile"
     encoder = getattr(sae, "encoder", None)
@@ -90,7 +90,7 @@ def _why_dense(sae: Any, x: Tensor, use_threshold: bool, beside: bool) -> str | 
         return "hooks on the encoder"
     if encoder is not None and encoder.bias is None:
         return "an encoder without a bias"
-    if x.dim() != 2 and (beside or not use_threshold):
+    if x.dim() != 2 and (with_dense or not use_threshold):
         return f"input of {x.dim()} dimensions"
     if use_threshold and not bool(x.isfinite().all()):
         return "input that is not finite"

@@ -4,7 +4,7 @@ A `LazyTensor` is a node of autograd's graph like any tensor: `requires_grad`, `
 place are PyTorch's. Whatever asks for its contents gets a view of it (`dense`): a plain tensor that shares the contents, the
 graph and the count of changes, so a change in place, through whatever view, changes it, and is followed by autograd.
 
-A subclass may answer single functions without the contents (`_shortcut`) as long as nobody else can tell (`untouched`).
+A subclass may answer single functions without the contents (`_shortcut`) as long as no other reader can tell (`untouched`).
 """
 
 from __future__ import annotations

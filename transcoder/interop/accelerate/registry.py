@@ -11,13 +11,13 @@ class Kind(NamedTuple):
     theirs: type
     """The library's class."""
     ours: type
-    """Holds the methods that go into a subclass of it (a class of its own beside it would not fit every object's layout)."""
+    """Holds the methods that go into a subclass of it (a separate base class would not fit every object's layout)."""
     replaces: tuple[str, ...]
     """Names of those methods: a subclass that has its own cannot be accelerated."""
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether calling it runs somebody's code beside its own."""
+    """Whether calling it also runs hooks."""
     names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     everywhere = (
         "_global_forward_hooks",

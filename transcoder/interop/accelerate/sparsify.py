@@ -24,7 +24,7 @@ _CODES = "_transcoder_codes"
 
 
 class _Pattern(NamedTuple):
-    """The codes that indices and the activations beside them are, while the indices are as they were handed out."""
+    """The codes that a pair of indices and activations stands for, as long as the indices are unchanged."""
 
     codes: SparseCodes
     indices: weakref.ref[Tensor]
