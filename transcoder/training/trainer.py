@@ -197,7 +197,7 @@ class Trainer:
                 continue
             self.tokens += sum(map(len, batches))
             for observer in self.observers:
-                if observer.layer.layer == view.layer:
+                if observer.layer.index == view.layer:
                     with phase(observer.see_phase):
                         observer.see(view)
 
@@ -249,7 +249,7 @@ class Trainer:
         for layer in self.layers:
             found |= layer.parts()
         for observer in self.observers:
-            found |= observer.parts()
+            found |= observer.parts
         return found
 
     def _restore(self, loaded: Loaded) -> None:
