@@ -196,17 +196,24 @@ struct Memory {  // uninitialised
   }
 };
 
-// Parts, in order, as one tensor.
-template <typename T>
-Tensor joined(const std::vector<const std::vector<T>*>& parts) {
-  int64_t total = 0, at = 0;
-  for (const auto* part : parts) total += static_cast<int64_t>(part->size());
+// A list of each part, in order, as one tensor.
+template <typename Part, typename T>
+Tensor joined(const std::vector<Part>& parts, std::vector<T> Part::*list) {
+  int64_t total = 0;
+  for (const Part& part : parts) total += static_cast<int64_t>((part.*list).size());
   Tensor all = empty({total}, c10::CppTypeToScalarType<T>::value);
-  for (const auto* part : parts) {
-    std::copy(part->begin(), part->end(), out<T>(all) + at);
-    at += static_cast<int64_t>(part->size());
-  }
+  T* to = out<T>(all);
+  for (const Part& part : parts) to = std::copy((part.*list).begin(), (part.*list).end(), to);
   return all;
+}
+
+// [groups + 1]: where each group begins once n numbers of groups are sorted by them.
+template <typename Id>
+std::vector<int64_t> starts_of(const Id* group, int64_t n, int64_t groups) {
+  std::vector<int64_t> ptr(groups + 1, 0);
+  for (int64_t i = 0; i < n; ++i) ++ptr[group[i] + 1];
+  for (int64_t g = 0; g < groups; ++g) ptr[g + 1] += ptr[g];
+  return ptr;
 }
 
 }  // namespace transcoder

@@ -130,7 +130,7 @@ void add_kept_of(Waiting<Value> waiting, int64_t entries, int64_t tokens, int64_
   waiting.end = closings.data + entries;
   waiting.tokens = tokens_of.data;
   for_rows(latents, work.data(), 0, [&](int64_t first, int64_t last) {
-    // A copy of the row with narrow counts beside it stays in the caches nearest to the core; the row itself is read and
+    // A copy of the row and its narrow counts stay in the caches nearest to the core; the row itself is read and
     // written in one go.
     Memory<double> products;
     Memory<uint16_t> counts;
@@ -364,19 +364,13 @@ tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> survey_pairs(at::TensorLis
                                        edges ? in<double>(*edges) : nullptr, bins, found[task]);
     });
     Tensor squared = at::zeros({}, at::kDouble), histogram = at::zeros({bins}, at::kLong);
-    std::vector<const std::vector<int64_t>*> i, j;
-    std::vector<const std::vector<double>*> product;
-    std::vector<const std::vector<Count>*> joint;
     for (const Found<Count>& part : found) {
       *out<double>(squared) += part.squared;
       for (int64_t bin = 0; bin < bins; ++bin) out<int64_t>(histogram)[bin] += part.histogram[bin];
-      i.push_back(&part.i);
-      j.push_back(&part.j);
-      product.push_back(&part.product);
-      joint.push_back(&part.joint);
     }
-    return tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>{joined(i), joined(j), joined(product), joined(joint),
-                                                                 squared, histogram};
+    using Part = Found<Count>;
+    return tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>{
+        joined(found, &Part::i), joined(found, &Part::j), joined(found, &Part::product), joined(found, &Part::joint), squared, histogram};
   };
   switch (counts[0].scalar_type()) {
     case at::kInt: return run(int32_t{}, int64_t{});

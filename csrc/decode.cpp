@@ -11,9 +11,7 @@ tuple<Tensor, Tensor, Tensor> by_latent(const Tensor& ids, const Tensor& row_ptr
          ptr = empty({latents + 1}, at::kLong);
   const int64_t *id = in<int64_t>(ids), *bounds = in<int64_t>(row_ptr);
   int64_t *p = out<int64_t>(ptr), *to = out<int64_t>(order), *to_row = out<int64_t>(row_of);
-  std::vector<int64_t> next(latents + 1, 0);
-  for (int64_t i = 0; i < entries; ++i) ++next[id[i] + 1];
-  for (int64_t i = 0; i < latents; ++i) next[i + 1] += next[i];
+  std::vector<int64_t> next = starts_of(id, entries, latents);
   std::copy(next.begin(), next.end(), p);
   for (int64_t row = 0; row < rows; ++row) {
     for (int64_t i = bounds[row]; i < bounds[row + 1]; ++i) {

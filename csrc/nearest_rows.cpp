@@ -48,9 +48,7 @@ tuple<Tensor, Tensor, Tensor> nearest_above(const Tensor& W, const Tensor& own, 
       const Pool<float>& pool = pools[task];
       const int64_t first = plan.first_row(task), height = plan.last_row(task) - first;
       own_memory.ids.assign(pool.ids.begin(), pool.ids.end());
-      own_memory.ptr.assign(height + 1, 0);
-      for (const int32_t row : pool.rows) ++own_memory.ptr[row + 1];
-      for (int64_t r = 0; r < height; ++r) own_memory.ptr[r + 1] += own_memory.ptr[r];
+      own_memory.ptr = starts_of(pool.rows.data(), pool.count(), height);
       own_memory.dots.resize(pool.count());
       kernels<float>().rows_dot(0, height, own_memory.ptr.data(), own_memory.ids.data(), in<float>(mine) + first * d,
                                 in<float>(W), d, own_memory.dots.data());

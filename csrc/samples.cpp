@@ -28,9 +28,8 @@ int64_t offer_samples(const Tensor& group, const Tensor& score, const Tensor& ac
   const float *scores = in<float>(score), *values = in<float>(activation);
   const int64_t *token = in<int64_t>(tokens), *position = in<int64_t>(positions);
   const int64_t* sequence = sequences ? in<int64_t>(*sequences) : nullptr;
-  std::vector<int64_t> ptr(groups + 2, 0), sorted(entries);
-  for (int64_t e = 0; e < entries; ++e) ++ptr[in_group[e] + 1];
-  for (int64_t g = 0; g <= groups; ++g) ptr[g + 1] += ptr[g];
+  const std::vector<int64_t> ptr = starts_of(in_group, entries, groups + 1);
+  std::vector<int64_t> sorted(entries);
   {
     std::vector<int64_t> next(ptr.begin(), ptr.end() - 1);
     for (int64_t e = 0; e < entries; ++e) sorted[next[in_group[e]]++] = e;

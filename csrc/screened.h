@@ -39,7 +39,7 @@ inline Bounded bounded(const Tensor& x) {
 //
 // With x = x' + dx and w = w' + dw (x', w' in bf16), |<x, w> - <x', w'>| <= |dx| |w| + |x'| |dw| (Cauchy-Schwarz). To that come the
 // rounding of both fp32 sums, at most (2 d + 32) 2^-23 |x| |w|, what bf16 units take for zero (below 2^-126 a factor), and the
-// rounding of the bf16 result, 2^-8 of it, which is the pre-activation less its bias. Whoever uses it adds a percent.
+// rounding of the bf16 result, 2^-8 of it, which is the pre-activation less its bias. Callers add a percent.
 struct Screened {
   Bounded left, right;
   double length, bias = 0;

@@ -39,9 +39,7 @@ void sketch_add(const Tensor& latent, const Tensor& token, const Tensor& weighte
   check_ids(token, tokens);
   const int64_t *id = in<int64_t>(latent), *of = in<int64_t>(token);
   const double* weight = in<double>(weighted);
-  std::vector<int64_t> ptr(latents + 1, 0);
-  for (int64_t i = 0; i < entries; ++i) ++ptr[id[i] + 1];
-  for (int64_t i = 0; i < latents; ++i) ptr[i + 1] += ptr[i];
+  const std::vector<int64_t> ptr = starts_of(id, entries, latents);
   Memory<Signed> sorted;
   sorted.need(entries + 1);
   {
@@ -107,14 +105,7 @@ tuple<Tensor, Tensor, Tensor> similar_rows(const Tensor& left, const Tensor& rig
       }
     }
   });
-  std::vector<const std::vector<int64_t>*> i, j;
-  std::vector<const std::vector<float>*> value;
-  for (const Hits& part : hits) {
-    i.push_back(&part.i);
-    j.push_back(&part.j);
-    value.push_back(&part.value);
-  }
-  return {joined(i), joined(j), joined(value)};
+  return {joined(hits, &Hits::i), joined(hits, &Hits::j), joined(hits, &Hits::value)};
 }
 
 }  // namespace transcoder

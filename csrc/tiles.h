@@ -106,9 +106,7 @@ struct Pool {
   }
   // Row by row, stable.
   void sort() {
-    std::vector<int64_t> next(TILE_ROWS + 1, 0);
-    for (const int32_t row : rows) ++next[row + 1];
-    for (int64_t row = 0; row < TILE_ROWS; ++row) next[row + 1] += next[row];
+    std::vector<int64_t> next = starts_of(rows.data(), count(), TILE_ROWS);
     Pool<T> sorted;
     sorted.resize(count());
     for (int64_t i = 0; i < count(); ++i) {
@@ -158,14 +156,12 @@ tuple<Tensor, Tensor, Tensor> compressed(const Pool<T>& all, int64_t rows) {
          ptr = empty({rows + 1}, at::kLong);
   std::copy(all.values.begin(), all.values.end(), out<T>(values));
   std::copy(all.ids.begin(), all.ids.end(), out<int64_t>(ids));
-  int64_t* p = out<int64_t>(ptr);
-  std::fill_n(p, rows + 1, 0);
-  for (const int32_t row : all.rows) ++p[row + 1];
-  for (int64_t row = 0; row < rows; ++row) p[row + 1] += p[row];
+  const std::vector<int64_t> starts = starts_of(all.rows.data(), all.count(), rows);
+  std::copy(starts.begin(), starts.end(), out<int64_t>(ptr));
   return {values, ids, ptr};
 }
 
-// A gate that somewhat more than `share` of all entries pass, from 128 rows and 512 latents: one of each of 512 equal stretches
+// A gate that somewhat more than `share` of all entries pass, from 128 rows and 512 latents: one of each of 512 equal ranges
 // of the dictionary, at a scattered place, since neighbours are alike (the first latents of a Matryoshka dictionary fire most).
 // The margin covers the sample's own noise; `wider` asks for that many times as many entries.
 template <typename T>

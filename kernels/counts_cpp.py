@@ -1,4 +1,5 @@
-"""Backend `cpp` of what is counted beside the correlation (csrc/counts.cpp): one pass over a batch's entries, on the CPU."""
+"""Backend `cpp` of the counts that go with the correlation (csrc/counts.cpp) and of the samples (csrc/samples.cpp): one pass
+over a batch's entries, on the CPU."""
 
 from __future__ import annotations
 

@@ -104,7 +104,7 @@ def cache_folder() -> Path:
 
 
 def source_folder() -> Path:
-    """csrc/ beside this package: inside it once installed, next to it in a checkout."""
+    """csrc/: inside this package once installed, next to it in a checkout."""
     here = Path(__file__).resolve().parent
     return next((f for f in (here / "csrc", here.parent / "csrc") if (f / "bindings.cpp").is_file()), here / "csrc")
 

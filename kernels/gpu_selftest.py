@@ -127,7 +127,7 @@ def _device_name(device: torch.device) -> str:
 
 def _key(name: str, small: bool) -> str:
     """Everything that the verdict depends on."""
-    import triton  # its package has other names beside a torch for AMD, this one everywhere
+    import triton  # with a torch for AMD its package has another name, the module does not
 
     digest = hashlib.sha256()
     for part in (name, torch.__version__, triton.__version__, sys.version, str(small)):

@@ -93,7 +93,7 @@ class SparseCodes:
 
         Args:
             values, indices, row_ptr, shape: the fields.
-            derived: what earlier codes of the same pattern have computed, shared from now on; None begins afresh.
+            derived: what earlier codes of the same pattern have computed, shared from now on; None starts empty.
         """
         derived = {} if derived is None else derived
         derived[_VALID] = True
@@ -208,8 +208,8 @@ class SparseCodes:
 
 
 def traced(*tensors: Tensor) -> bool:
-    """Whether somebody looks on (a compiler, a dispatch mode, a tensor class of its own): reading a number on the host would
-    then break a graph that is being made, or fail."""
+    """Whether the call is traced (by a compiler, a dispatch mode or a tensor subclass): reading a number on the host would then
+    break the graph, or fail."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0

@@ -3,6 +3,7 @@ TopK and BatchTopK are covered by tests/test_model.py."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from transcoder.cli import main
 from transcoder.config import RunConfig, TrainingSection
 from transcoder.dictionary_config import ACTIVATIONS, JumpReLUSettings
+from transcoder.interop.formats import import_transcoder
 from transcoder.kernels import extension, use_backend
 from transcoder.kernels.triton_support import interpreted
 from transcoder.model import Transcoder, TranscoderConfig
@@ -208,6 +211,29 @@ def test_recycling_scales_the_kept_latents_threshold_with_its_encoder() -> None:
     assert torch.equal(model.encode(x).to_dense()[:, 3] > 0, before)
     assert float(model.threshold[3]) != 0.5
     assert float(model.threshold[8]) == 0.5
+
+
+@pytest.mark.slow
+def test_the_demo_trains_it_with_every_anti_duplication_part(tmp_path: Path) -> None:
+    settings = {
+        "transcoder.activation": "jumprelu",
+        "training.steps": 24,
+        "training.warmup_steps": 4,
+        "antidup.monitor.correlation_save_frequency": 8,
+        "antidup.monitor.block_tokens": 4096,
+        "antidup.verify_at_step": 16,
+        "checkpoint.every": 12,
+        "logging.progress": "false",
+        "logging.report": "false",
+    }
+    flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    assert main(["demo", "--out", str(tmp_path / "run"), *flags]) == 0
+    used = json.loads((tmp_path / "run" / "usage.json").read_text())["components"]
+    assert len(used) == 4
+    assert all(part["calls"] > 0 and part["files"] for part in used.values()), used
+    assert main(["export", str(tmp_path / "run"), "--to", "saelens", "--out", str(tmp_path / "saelens")]) == 0
+    ours = Transcoder.from_pretrained(tmp_path / "run" / "checkpoints" / "step_00000024")
+    assert torch.equal(import_transcoder("saelens", tmp_path / "saelens").threshold, ours.threshold)
 
 
 @pytest.mark.parametrize(

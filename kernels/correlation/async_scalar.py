@@ -1,4 +1,4 @@
-"""A size computed on a GPU that the host reads some steps later, when it has long arrived."""
+"""A size computed on a GPU that the host reads some steps later, when it has arrived."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class DeferredSize:
-    """Starts the copy of a 0-dim int64 GPU tensor into pinned memory; nobody waits until `read`."""
+    """Starts the copy of a 0-dim int64 GPU tensor into pinned memory; only `read` waits for it."""
 
     def __init__(self, size: Tensor) -> None:
         self._host = torch.empty((), dtype=torch.int64, device="cpu", pin_memory=True)

@@ -1,4 +1,4 @@
-"""Launch choices of the correlation kernels. Frozen data; the figures are counts, not timings."""
+"""Launch choices of the correlation kernels. Frozen data; the numbers are counts, not timings."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ DEPTH = 32
 TILE_WARPS = 4
 TILE_GROUP = 32
 """Mining: a [64, 64] tile of S @ S.T in tf32 (wgmma on sm_90), 174 registers, no spills. A [128, 128] tile would halve what
-is read from the second-level cache, but ranking its hits beside the sums takes 255 registers and spills 264 bytes. 32 rows of
+is read from the second-level cache, but with the ranks of its hits it takes 255 registers and spills 264 bytes. 32 rows of
 tiles run together, so a row of S comes from memory once for 32 tiles: at 2^20 latents of 128 numbers 0.14 TB, not 4.4 TB."""
 MAX_PROGRAMS = (1 << 31) - 1
 """Programs in a launch: 2.9 million latents; the slow path takes more."""

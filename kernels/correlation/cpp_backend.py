@@ -69,7 +69,7 @@ class WaitingPairs:
         self._tallies = torch.empty(0, dtype=torch.float64, device="cpu")
 
     def takes(self, codes: SparseCodes, weight: Tensor | None, tally: Tensor | None) -> bool:
-        """Whether these can wait beside what waits."""
+        """Whether these fit into the pending buffer: nothing waits, or what waits is of the same kind."""
         return self._entries == 0 or self._kind == _kind(codes, weight, tally)
 
     def add(self, codes: SparseCodes, weight: Tensor | None, tally: Tensor | None, moments: Moments) -> bool:
@@ -81,7 +81,7 @@ class WaitingPairs:
         """
         wide, weighted, tallied = self._kind = _kind(codes, weight, tally)
         entries, tokens = self._entries + codes.nnz, self._tokens + codes.shape[0]
-        # All of it at once: memory that nobody touched costs nothing, and comes in large pages.
+        # All of it at once: memory costs nothing before it is touched, and comes in large pages.
         size = 16 if wide else 8
         self._partners = _with_room(
             self._partners, self._entries * size, entries * size, (self.limit + codes.nnz) * size

@@ -83,7 +83,7 @@ class PackedTriangle:
         self._joint = value
 
     def _settle(self) -> None:
-        """Whoever looks at the sums finds every update in them."""
+        """Add what waits: a reader of the sums finds every update in them."""
         self._waiting.settle(self._product, self._joint)
 
     def make_room(self, tokens: int) -> None:

@@ -206,7 +206,7 @@ def similar_pairs(
         count = tl.sum(one)
         if count > 0:
             base = tl.atomic_add(found, count.to(tl.int64), sem="relaxed")
-            # 32-bit ranks within the tile: 64-bit places would not fit into the registers beside the sums.
+            # 32-bit ranks within the tile: 64-bit places would not fit into the registers with the sums.
             rank = (tl.cumsum(in_row, axis=0) - in_row)[:, None] + (tl.cumsum(one, axis=1) - one)
             room = hit & (rank < tl.minimum(capacity - base, TILE * TILE).to(tl.int32))
             tl.store(found_i + base + rank, tl.broadcast_to(i[:, None], (TILE, TILE)), mask=room)

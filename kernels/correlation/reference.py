@@ -53,7 +53,7 @@ def correlation_reference(z: Tensor, weights: Tensor | None = None) -> Reference
 
 
 def _normalised(matrix: Tensor, scale: Tensor) -> Tensor:
-    # A variance that is rounding noise beside the mean square belongs to a constant column.
+    # A variance that is rounding noise next to the mean square belongs to a constant column.
     diagonal = matrix.diagonal()
     valid = diagonal > 1e-12 * scale
     inverse = torch.where(valid, diagonal.clamp(min=1e-300).rsqrt(), 0.0)

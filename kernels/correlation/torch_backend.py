@@ -16,7 +16,7 @@ PAGE_PAIRS = 1 << 17
 """Pairs enumerated at a time on a CPU: a page's temporaries (about 4 MiB) stay in a core's second-level cache;
 measured at 508k pairs, 2^17 is as fast as any, 2^20 and above are a quarter slower."""
 GPU_PAGE_PAIRS = 1 << 22
-"""The same on a GPU, where a page costs a dozen launches and its temporaries (about 128 MiB) fit beside the
+"""The same on a GPU, where a page costs a dozen launches and its temporaries (about 128 MiB) fit with the
 rest. Chosen by that reasoning, not measured: a step of 4096 tokens of 48 latents is then 2 pages instead of
 36."""
 

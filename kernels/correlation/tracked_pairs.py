@@ -13,7 +13,7 @@ from transcoder.kernels.correlation.statistics import Moments, PairSums
 from transcoder.kernels.correlation.torch_backend import Entries, add_at, pair_pages, pair_products
 
 MAX_WATCHED = 1_000_000
-"""Pairs counted beside a sketch, 88 bytes each."""
+"""Pairs counted along with a sketch, 88 bytes each."""
 
 
 class PairIndex:

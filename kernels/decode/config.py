@@ -1,8 +1,8 @@
-"""Launch choices of the nested loss. Frozen data; the figures are counts, not timings (gather_config holds the tile's).
+"""Launch choices of the nested loss. Frozen data; the numbers are counts, not timings (gather_config holds the tile's).
 
 One set serves every architecture: a program is one warp that streams rows, so nothing in it depends on tensor cores, on
 asynchronous copies or on more than a few hundred bytes of shared memory. What differs between chips is the size of the
-second-level cache, and both figures below are chosen to fit the smallest that matters (A100: 40 MB; H100: 50 MB).
+second-level cache, and both numbers below are chosen to fit the smallest that matters (A100: 40 MB; H100: 50 MB).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from transcoder.kernels.triton_support import cdiv
 
 SLAB_BYTES = 24 << 20
 """The prefix gradients of one slab of columns, [P, B, slab] in the accumulator's type, live between the row-wise pass that
-makes them and the feature-major pass that reads each row about k times. 24 MiB stay in the second-level cache beside the
+makes them and the feature-major pass that reads each row about k times. 24 MiB stay in the second-level cache with the
 slab of W_dec being read, so neither pass pays memory traffic for them. At B = 4096 and 4 prefixes a slab has 256 columns (9
 slabs of a 2304-wide output); at B = 1024 it has 1536 (2 slabs), which keeps 6144 programs in a launch."""
 

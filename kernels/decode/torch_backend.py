@@ -151,5 +151,5 @@ def prefix_gradients(
 
 
 def _wide(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """In fp64 beside values of fp64, else in fp32: squares of fp16 numbers overflow fp16 within one token."""
+    """In fp64 where values are fp64, else in fp32: squares of fp16 numbers overflow fp16 within one token."""
     return tensor.to(torch.float64 if dtype == torch.float64 else torch.float32)

@@ -68,7 +68,7 @@ product waits 30 us for W_enc from memory, and the half of its tile that has no 
 0.59 ms of products); 128 x 256 would read 4.1 GB (0.74 ms) with one program a multiprocessor. Which of the two wins is the
 first thing to time on one: `python -m bench.autotune --only product-half`."""
 KIN = {"sm_8": "sm_80", "sm_10": "sm_100", "sm_11": "sm_100", "sm_12": "sm_120", "gfx": "gfx942"}
-"""Architectures without figures of their own take those of the nearest kin; whatever else, those that ask for least."""
+"""Architectures without an entry take that of the nearest kin; others the one that asks for least."""
 
 
 def product_launch(architecture: str, inputs: str) -> ProductLaunch:

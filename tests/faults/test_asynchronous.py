@@ -17,7 +17,6 @@ from transcoder import tensor_file
 from transcoder.activations import ActivationBatch
 from transcoder.checkpoint_folder import CheckpointError, find_checkpoint
 from transcoder.training import RunResult, checkpointing, train_transcoder
-from transcoder.training.background_task import BackgroundTask
 from transcoder.training.snapshot import Snapshots
 
 
@@ -221,22 +220,10 @@ def test_a_copy_does_not_follow_what_it_was_taken_of(device: torch.device) -> No
     assert snapshots.bytes == held, "a smaller state takes no more"
 
 
-def test_one_at_a_time_and_errors_reach_whoever_collects() -> None:
-    task: BackgroundTask[int] = BackgroundTask("test")
-    assert task.collect(0) is None
-    go = threading.Event()
-    task.start(lambda: [go.wait(60), 5][1])
-    assert task.collect(0) is None
-    with pytest.raises(RuntimeError, match="collected first"):
-        task.start(lambda: 6)
-    go.set()
-    assert task.collect(60) == 5
-    assert not task.busy
+def test_an_error_that_is_no_refusal_of_the_disk_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(file: BinaryIO, tensors: dict[str, torch.Tensor]) -> Any:
+        raise TypeError("no such dtype")
 
-    def broken() -> int:
-        raise TypeError("no such leaf")
-
-    task.start(broken)
-    with pytest.raises(TypeError, match="no such leaf"):
-        task.collect(60)
-    assert not task.busy
+    monkeypatch.setattr("transcoder.training.checkpoint.write_tensors", broken)
+    with pytest.raises(TypeError, match="no such dtype"):
+        train_transcoder(config(), tmp_path / "run", batches=Planted())

@@ -6,10 +6,8 @@ import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -183,66 +181,87 @@ def test_a_folder_that_vanished_is_made_again(tmp_path: Path) -> None:
     assert_holds(store.latest(), 2)
 
 
-FILE_SIZE_LIMIT = """
-import resource, sys
-from pathlib import Path
-import torch
-from transcoder.training import checkpoint
-from transcoder.training.checkpoint import CheckpointError, CheckpointStore
-checkpoint.BACK_OFF = ()
-store = CheckpointStore(Path(sys.argv[1]))
-store.save(1, {"w": torch.ones(1000)}, {"m": torch.ones(1000)}, {})
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-try:
-    store.save(2, {"w": torch.ones(1000)}, {"m": torch.ones(100_000)}, {})
-except CheckpointError as error:
-    print(error)
-print([p.name for p in store.folder.iterdir()], store.latest().step)
-"""
-
-
-def test_a_file_size_limit(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", FILE_SIZE_LIMIT, str(tmp_path / "run")]
-    run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
-    assert "File too large" in run.stdout
-    assert "['step_00000001'] 1" in run.stdout
-
-
-SAVE_FOREVER = """
-import sys
+LIMITED_AND_KILLED = """
+import json, os, random, resource, signal, sys, time
 from pathlib import Path
 import torch
 from transcoder.config import CheckpointSection
-from transcoder.training.checkpoint import CheckpointStore
-size = 400 * 1024
-store = CheckpointStore(Path(sys.argv[1]), CheckpointSection(keep_last=2, keep_best=False))
-loaded = store.latest()
-step = 0 if loaded is None else loaded.step
-while True:
-    step += 1
+from transcoder.training import checkpoint
+from transcoder.training.checkpoint import CheckpointError, CheckpointStore
+
+torch.set_num_threads(1)
+checkpoint.BACK_OFF = ()
+size, draw = 400 * 1024, random.Random(0)
+
+def limited(folder):
+    store = CheckpointStore(folder)
+    store.save(1, {"w": torch.ones(1000)}, {"m": torch.ones(1000)}, {})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        store.save(2, {"w": torch.ones(1000)}, {"m": torch.ones(100_000)}, {})
+    except CheckpointError as error:
+        print(json.dumps([str(error), [p.name for p in store.folder.iterdir()], store.latest().step]), flush=True)
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+def state(step):
     generator = torch.Generator().manual_seed(step)
-    model = {"W_enc": torch.randn(size // 4, generator=generator)}
-    store.save(step, model, {"moments": torch.randn(size // 2, generator=generator), "step": step}, {})
-    print(step, flush=True)
+    return {"W_enc": torch.randn(size // 4, generator=generator)}, {
+        "moments": torch.randn(size // 2, generator=generator), "step": step, "text": "x" * 1000}
+
+def save_forever(folder, pipe):
+    store = CheckpointStore(folder, CheckpointSection(keep_last=2, keep_best=False))
+    loaded = store.latest()
+    step = 0 if loaded is None else loaded.step
+    while True:
+        step += 1
+        store.save(step, *state(step), {})
+        os.write(pipe, b"%d " % step)
+
+def killed(folder):
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        save_forever(folder, writing)
+    os.close(writing)
+    said = os.read(reading, 1000)
+    time.sleep(draw.uniform(0, 0.15))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    with os.fdopen(reading, "rb") as rest:
+        steps = [int(step) for step in (said + rest.read()).split()]
+    loaded = CheckpointStore(folder).latest()
+    model, tree = state(loaded.step)
+    whole = torch.equal(loaded.model["W_enc"], model["W_enc"]) and torch.equal(loaded.trainer_tree["moments"], tree["moments"])
+    return [steps[0], steps[-1], loaded.step, whole]
+
+limited(Path(sys.argv[1]) / "limited")
+print(json.dumps([killed(Path(sys.argv[1]) / "killed") for _ in range(8)]))
 """
 
 
-def test_sigkill_at_random_moments(tmp_path: Path) -> None:
-    draw, saved = random.Random(0), 0
-    for _ in range(8):
-        command = [sys.executable, "-c", SAVE_FOREVER, str(tmp_path / "run")]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
-            assert writer.stdout is not None
-            first = writer.stdout.readline()
-            assert int(first) > saved, "it went on where the killed one was"
-            time.sleep(draw.uniform(0, 0.15))
-            writer.send_signal(signal.SIGKILL)
-            reported = [int(first), *map(int, writer.stdout.read().split())]
-        loaded = CheckpointStore(tmp_path / "run").latest()
-        assert_holds(loaded, loaded.step if loaded else -1, 400 * KIB)
-        assert loaded is not None
-        assert loaded.step >= reported[-1], "a checkpoint that was reported is durable"
-        saved = loaded.step
+@pytest.fixture(scope="module")
+def limited_and_killed(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """What a process says that imports torch once: of a limit on the size of its files, and of its children's kills."""
+    command = [sys.executable, "-c", LIMITED_AND_KILLED, str(tmp_path_factory.mktemp("process"))]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert run.returncode == 0, run.stderr
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+def test_a_file_size_limit(limited_and_killed: list[Any]) -> None:
+    error, names, latest = limited_and_killed[0]
+    assert "File too large" in error
+    assert (names, latest) == (["step_00000001"], 1)
+
+
+def test_sigkill_at_random_moments(limited_and_killed: list[Any]) -> None:
+    saved = 0
+    for first, reported, latest, whole in limited_and_killed[1]:
+        assert first > saved, "it went on where the killed one was"
+        assert whole
+        assert latest >= reported, "a checkpoint that was reported is durable"
+        saved = latest
 
 
 def flip_bit(file: Path, bit: int) -> None:

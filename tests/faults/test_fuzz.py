@@ -107,6 +107,7 @@ def assert_taken_or_refused(make: Callable[[], RunConfig], named: list[str], giv
 QUICK = settings(max_examples=700, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
+@pytest.mark.slow
 @QUICK
 @given(data=st.data())
 def test_made_configs_are_sound_or_refused_by_field(data: st.DataObject) -> None:
@@ -118,6 +119,7 @@ def test_made_configs_are_sound_or_refused_by_field(data: st.DataObject) -> None
     )
 
 
+@pytest.mark.slow
 @QUICK
 @given(
     text=st.one_of(st.text(max_size=80), VALUE.map(lambda v: yaml.safe_dump({"training": v}) if _dumps(v) else "a: ["))
@@ -128,6 +130,7 @@ def test_files_of_any_text_are_sound_or_refused(text: str, tmp_path_factory: pyt
     assert_taken_or_refused(lambda: RunConfig.load(path), [""], {})
 
 
+@pytest.mark.slow
 @QUICK
 @given(name=st.sampled_from(NAMES), text=st.one_of(st.text(max_size=30), st.sampled_from(TEXTS), LEAF.map(str)))
 def test_flags_of_any_text_are_sound_or_refused_by_name(name: str, text: str) -> None:

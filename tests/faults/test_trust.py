@@ -151,6 +151,7 @@ def test_secrets_are_in_no_file_and_no_warning(
             assert not file.is_file() or value.encode() not in file.read_bytes(), file
 
 
+@pytest.mark.slow
 def test_a_whole_run_leaves_no_secret_in_its_folder(tmp_path: Path) -> None:
     """With the real W&B, which writes down much about its surroundings."""
     program = (

@@ -25,6 +25,7 @@ SMALL = {
     "antidup.monitor.block_tokens": 1000,
     "checkpoint.every": 6,
     "logging.progress": False,
+    "logging.report": False,
 }
 
 

@@ -537,7 +537,7 @@ def test_one_latent_a_token(tmp_path: Path, d_sae: int, activation: str) -> None
 def test_the_page_says_what_ran(whole: RunResult) -> None:
     """On one's own batches neither the config's language model nor its text was read."""
     page = (whole.run_dir / "report.html").read_text()
-    ran = page[page.index('"What ran"') :].split("]]}")[0]
+    ran = page[page.index("What ran") :].split("</dl>")[0]
     assert f"batches given to train_transcoder, d_in {D_IN}, d_out {D_OUT}" in ran
     for wrong in ("stdlib", "demo", "blocks.2"):
         assert wrong not in ran

@@ -54,7 +54,7 @@ CURVES = (
     Curve("Throughput", "tokens/s", {"tokens/s": "metrics/tokens_per_second"}, from_zero=True),
     Curve("Learning rate", "rate", {"learning rate": "details/learning_rate"}),
     Curve("Gradient norm before clipping", "norm", {"gradient norm": "details/gradient_norm"}, allow_log=True),
-    Curve("BatchTopK threshold", "activation", {"threshold": "metrics/topk_threshold"}),
+    Curve("Selection threshold", "activation", {"threshold": "metrics/topk_threshold"}),
 )
 SPARSE_FAMILIES = ("evaluation/", "duplicates/")
 """Metrics that are not logged at every logging step: their points are marked."""

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from concurrent.futures import wait as wait_for
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -14,7 +17,6 @@ from transcoder.checkpoint_folder import CheckpointError
 from transcoder.config import RunConfig
 from transcoder.reporting import MetricsWriter
 from transcoder.tensor_file import tensor_bytes
-from transcoder.training.background_task import BackgroundTask
 from transcoder.training.checkpoint import CheckpointStore
 from transcoder.training.disk_space import CHECKPOINT_SLACK, log_bytes
 from transcoder.training.run_state import essential_tree
@@ -45,7 +47,7 @@ class Saver:
         self._writer: MetricsWriter
         self.saved_step = -1
         """Step of the newest checkpoint that is known to be on the disk."""
-        self._task: BackgroundTask[Path] = BackgroundTask("transcoder-checkpoint")
+        self._in_writing: Future[Path] | None = None
         self._snapshots = Snapshots()
         self._step_in_flight = -1
 
@@ -116,21 +118,32 @@ class Saver:
                 arrived()
             return self.store.save(step, state[1], state[0], dict(summary), metric, essential_tree, wait)
 
-        if in_background:
-            self._task.start(write)
-        else:
+        if not in_background:
             self._settle(write, wait)
+            return
+        future: Future[Path] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(write())
+            except BaseException as error:
+                future.set_exception(error)
+
+        # A daemon: a write that never ends (a dead network disk) must not keep the process from ending.
+        threading.Thread(target=run, name="transcoder-checkpoint", daemon=True).start()
+        self._in_writing = future
 
     def look(self) -> None:
         """Report how a write in the background ended, if it has. Waits for nothing."""
-        if self._task.busy:
-            self.flush(0.0)
+        self.flush(0.0)
 
     def flush(self, seconds: float | None = None) -> bool:
         """Wait for the write in the background, and report how it ended. False where it has not ended in time."""
-        if self._task.busy:
-            self._settle(lambda: self._task.collect(FLUSH_SECONDS if seconds is None else seconds), False)
-        return not self._task.busy
+        future = self._in_writing
+        if future is not None and wait_for([future], FLUSH_SECONDS if seconds is None else seconds).done:
+            self._in_writing = None
+            self._settle(future.result, False)
+        return self._in_writing is None
 
     def __enter__(self) -> Saver:
         return self
@@ -143,7 +156,7 @@ class Saver:
             logger.warning("the checkpoint of step %d was still being written when the run ended", self._step_in_flight)
         self.store.reserve.release()
 
-    def _settle(self, outcome: Callable[[], Path | None], must: bool) -> None:
+    def _settle(self, outcome: Callable[[], Path], must: bool) -> None:
         step = self._step_in_flight
         try:
             path = outcome()
@@ -152,8 +165,6 @@ class Saver:
                 raise
             logger.warning("%s; training goes on, the next try is at the next interval", error)
             self._writer.write_event("checkpoint_failed", {"error": str(error)}, step)
-            return
-        if path is None:
             return
         self.saved_step = step
         said = {"step": step, "folder": path.name, **({"essential": True} if self.store.degraded else {})}

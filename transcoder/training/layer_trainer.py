@@ -65,7 +65,7 @@ class LayerTrainer:
         monitor: names the pairs that the regularizer pushes apart; its merge cost of followed pairs is measured in the step.
         special_ids: token ids that count as sinks.
         logs: folder of `regularizer.jsonl`.
-        layer: place in the run's list of layer trainers.
+        index: place in the run's list of layer trainers.
     """
 
     def __init__(
@@ -78,9 +78,9 @@ class LayerTrainer:
         monitor: CorrelationMonitor | None,
         special_ids: Sequence[int],
         logs: Path,
-        layer: int = 0,
+        index: int = 0,
     ) -> None:
-        self.config, self.device, self.monitor, self.layer = config, device, monitor, layer
+        self.config, self.device, self.monitor, self.index = config, device, monitor, index
         shape, seed = config.transcoder, config.training.seed
         self.transcoder = Transcoder(shape.config(d_in, d_out), seed=seed, device=device)
         self.peak = peak_learning_rate(config)
@@ -102,6 +102,10 @@ class LayerTrainer:
             )
             for record in ledger.take():
                 record()
+        self.parts: dict[str, Stateful] = {"optimizer": self.optimizer}
+        """What has a state besides the transcoder, by its name in checkpoints."""
+        if self.regularizer is not None:
+            self.parts["regularizer"] = self.regularizer
 
     def step(self, step: int, batches: Sequence[ActivationBatch]) -> StepView:
         """One optimizer step on the mean loss of `batches`, its micro-batches. Reads nothing from the device.
@@ -133,7 +137,7 @@ class LayerTrainer:
             norm = optimizer_step(self.transcoder, self.optimizer, lr, section.gradient_clip, bad)
         with phase("bad-step guard"):
             before.put_back_where(bad)
-        return StepView(self.layer, step, seen, norm, self._ledger.take(), flag_of(bad))
+        return StepView(self.index, step, seen, norm, self._ledger.take(), flag_of(bad))
 
     def fit_normalization(self, source: BatchSource) -> None:
         """Fit the transcoder's normalisation to a sample, which `source` gives to training again."""
@@ -171,10 +175,6 @@ class LayerTrainer:
             return self.regularizer.apply_penalty(
                 out.loss, self.transcoder, codes=out.codes, batch=batch, pairs=pairs, step=step, micro=micro
             )
-
-    def parts(self) -> dict[str, Stateful]:
-        """What has a state besides the transcoder, by its name in checkpoints."""
-        return {"optimizer": self.optimizer, **({} if self.regularizer is None else {"regularizer": self.regularizer})}
 
     @torch.no_grad()
     def _view(self, out: StepOutput, batch: ActivationBatch, loss: Tensor) -> MicroBatch:

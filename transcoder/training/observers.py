@@ -49,8 +49,10 @@ class Observer:
     act_phase = "other"
     """What `transcoder profile` calls the time of `see`, and of `act`."""
 
-    def __init__(self, layer: LayerTrainer, calendar: Calendar) -> None:
+    def __init__(self, layer: LayerTrainer, calendar: Calendar, **parts: Stateful) -> None:
         self.layer, self.calendar = layer, calendar
+        self.parts = parts
+        """What has a state, by its name in checkpoints."""
 
     def due(self, step: int) -> bool:
         """Whether `act` is to be called after this many steps."""
@@ -61,10 +63,6 @@ class Observer:
 
     def act(self, run: Trainer) -> None:
         """Between two steps: may read the device and write files. `run.write` guards what a full disk may refuse."""
-
-    def parts(self) -> dict[str, Stateful]:
-        """What has a state, by its name in checkpoints."""
-        return {}
 
     def metrics(self) -> dict[str, float]:
         """Numbers for every line of the log. Reads nothing from the device."""
@@ -82,7 +80,7 @@ class CorrelationReports(Observer):
     act_phase = "anti-duplication: report"
 
     def __init__(self, layer: LayerTrainer, calendar: Calendar, monitor: CorrelationMonitor) -> None:
-        super().__init__(layer, calendar)
+        super().__init__(layer, calendar, monitor=monitor)
         self.monitor = monitor
 
     def due(self, step: int) -> bool:
@@ -127,9 +125,6 @@ class CorrelationReports(Observer):
 
         return judge
 
-    def parts(self) -> dict[str, Stateful]:
-        return {"monitor": self.monitor}
-
     def metrics(self) -> dict[str, float]:
         return self.monitor.metrics()
 
@@ -150,7 +145,7 @@ class Recycling(Observer):
         monitor: CorrelationMonitor,
         samples: ActivationSampleCollector | None,
     ) -> None:
-        super().__init__(layer, calendar)
+        super().__init__(layer, calendar, recycler=recycler)
         self.recycler, self.monitor, self.samples = recycler, monitor, samples
 
     def due(self, step: int) -> bool:
@@ -165,9 +160,6 @@ class Recycling(Observer):
         if self.samples is not None:
             self.samples.forget(torch.tensor([int(line["dropped"]) for line in lines], device=run.device).long())
         run.write("recycled.jsonl", lambda: self.recycler.log(run.step, lines))
-
-    def parts(self) -> dict[str, Stateful]:
-        return {"recycler": self.recycler}
 
     def metrics(self) -> dict[str, float]:
         return {"duplicates/recycled": float(self.recycler.total)}
@@ -197,7 +189,7 @@ class PositionLog(Observer):
     act_phase = "anti-duplication: report"
 
     def __init__(self, layer: LayerTrainer, calendar: Calendar, positions: PositionSampler) -> None:
-        super().__init__(layer, calendar)
+        super().__init__(layer, calendar, positions=positions)
         self.positions = positions
 
     def due(self, step: int) -> bool:
@@ -205,9 +197,6 @@ class PositionLog(Observer):
 
     def act(self, run: Trainer) -> None:
         run.write("positions.json", lambda: self.positions.save(run.step))
-
-    def parts(self) -> dict[str, Stateful]:
-        return {"positions": self.positions}
 
 
 class Samples(Observer):
@@ -217,7 +206,7 @@ class Samples(Observer):
     act_phase = "anti-duplication: sample files"
 
     def __init__(self, layer: LayerTrainer, calendar: Calendar, samples: ActivationSampleCollector) -> None:
-        super().__init__(layer, calendar)
+        super().__init__(layer, calendar, samples=samples)
         self.samples = samples
 
     def due(self, step: int) -> bool:
@@ -231,9 +220,6 @@ class Samples(Observer):
         # The first good batch settles the width of contexts; before it there is nothing to save.
         if self.samples.opened:
             run.write("activation samples", lambda: self.samples.save(run.step, run.source.decode_tokens))
-
-    def parts(self) -> dict[str, Stateful]:
-        return {"samples": self.samples}
 
 
 class Proof(Observer):
@@ -267,8 +253,8 @@ class MetricsLog(Observer):
     act_phase = "logging"
 
     def __init__(self, layer: LayerTrainer, calendar: Calendar) -> None:
-        super().__init__(layer, calendar)
         self.meters = Meters(layer.device)
+        super().__init__(layer, calendar, meters=self.meters)
         self._since = (time.monotonic(), 0)
 
     def begin(self, tokens: int) -> None:
@@ -306,9 +292,6 @@ class MetricsLog(Observer):
         run.writer.write(run.step, metrics)
         run.bar.update(run.step, metrics)
 
-    def parts(self) -> dict[str, Stateful]:
-        return {"meters": self.meters}
-
 
 class Evaluation(Observer):
     """Held-out metrics next to the baselines, which it fits on the way; cross-entropy and similarity at the end."""
@@ -322,10 +305,10 @@ class Evaluation(Observer):
     """And never fewer than this."""
 
     def __init__(self, layer: LayerTrainer, calendar: Calendar, heldout: bool) -> None:
-        super().__init__(layer, calendar)
         config, self._heldout = layer.transcoder.config, heldout
         limit = max(self.TOKENS, self.TOKENS_PER_INPUT * config.d_in)
         self.baseline = LinearBaseline(config.d_in, config.d_out, limit, layer.device)
+        super().__init__(layer, calendar, baseline=self.baseline, evaluation=self)
         self.latest: dict[str, float] = {}
         self.step = -1
         """Of the latest evaluation of this process."""
@@ -371,9 +354,6 @@ class Evaluation(Observer):
         text = json.dumps(report, indent=1, allow_nan=False)
         run.write(REPORT_FILE, lambda: replace_atomically(run.run_dir / REPORT_FILE, text))
         return similarity_metrics(report)
-
-    def parts(self) -> dict[str, Stateful]:
-        return {"baseline": self.baseline, "evaluation": self}
 
     def state_dict(self) -> dict[str, Any]:
         return dict(self.latest)

@@ -88,15 +88,16 @@ def check_folder(run_dir: Path, config: RunConfig, resume: bool) -> None:
             f"{run_dir} holds a run already ({', '.join(present)}): add --resume to go on with it, or choose another --out"
         )
     if resume and (run_dir / "config.yaml").exists():
-        before = RunConfig.load(run_dir / "config.yaml").to_dict()
-        now = config.to_dict()
-        fixed = ("model", "activations", "transcoder", "training", "antidup")
-        changed = [
-            f"{section}.{key}" for section in fixed for key in now[section] if now[section][key] != before[section][key]
-        ]
-        changed = [name for name in changed if name not in MAY_CHANGE]
+        changed = [name for name in changed_settings(run_dir / "config.yaml", config) if name not in MAY_CHANGE]
         if changed:
             raise ConfigError(
                 f"resume: {', '.join(changed)} differ from {run_dir / 'config.yaml'}: a resumed run goes on exactly as it was "
                 "started; leave them out, or start a new run with another --out"
             )
+
+
+def changed_settings(saved: Path, config: RunConfig) -> list[str]:
+    """Names of the settings that change a run's results and differ between `config` and a saved config.yaml."""
+    before, now = RunConfig.load(saved).to_dict(), config.to_dict()
+    sections = ("model", "activations", "transcoder", "training", "antidup")
+    return [f"{part}.{key}" for part in sections for key in now[part] if now[part][key] != before[part].get(key)]

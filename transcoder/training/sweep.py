@@ -11,9 +11,9 @@ from transcoder.antidup.row_cosines import cosine_tail, random_cosine_tail
 from transcoder.config import ConfigError, RunConfig
 from transcoder.files import replace_atomically
 from transcoder.training.heldout_duplicates import heldout_duplicates
+from transcoder.training.start_checks import changed_settings
 from transcoder.training.trainer import train_transcoder
 
-SETTINGS = ("model", "activations", "transcoder", "training", "antidup")
 COLUMNS = (
     ("evaluation/fvu", "FVU"),
     ("evaluation/ce_recovered", "CE recovered"),
@@ -85,8 +85,7 @@ def sweep_k(config: RunConfig, ks: Sequence[int], out: Path | str) -> dict[str, 
 
 def _check_same(run: RunConfig, saved: Path) -> None:
     """Metrics of other settings must not be taken for those of this sweep."""
-    before, now = RunConfig.load(saved).to_dict(), run.to_dict()
-    changed = [f"{part}.{key}" for part in SETTINGS for key in now[part] if now[part][key] != before[part].get(key)]
+    changed = changed_settings(saved, run)
     if changed:
         raise ConfigError(
             f"sweep: {saved.parent} was trained with other settings ({', '.join(changed)}): choose another --out, or delete it"
