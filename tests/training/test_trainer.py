@@ -22,8 +22,8 @@ from transcoder.model import Transcoder
 from transcoder.training import RunResult, train_transcoder
 from transcoder.training import trainer as trainer_module
 from transcoder.training.checkpoint import load_checkpoint
-from transcoder.training.output_checks import check_run
 from transcoder.training.sources import TrainingDataError
+from transcoder.training.validate import check_run
 
 D_IN, D_OUT, SEQUENCE = 12, 10, 16
 

@@ -10,7 +10,7 @@ from typing import Any
 from transcoder.antidup.row_cosines import cosine_tail, random_cosine_tail
 from transcoder.config import ConfigError, RunConfig
 from transcoder.files import replace_atomically
-from transcoder.training.heldout_duplicates import heldout_duplicates
+from transcoder.training.evaluation import heldout_duplicates
 from transcoder.training.start_checks import changed_settings
 from transcoder.training.trainer import train_transcoder
 
