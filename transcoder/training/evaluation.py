@@ -7,12 +7,11 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from transcoder.activations import ActivationBatch
+from transcoder.activations import ActivationBatch, ActivationStream
 from transcoder.activations.rows import Substitute
 from transcoder.antidup import CorrelationMonitor, UsageLedger
 from transcoder.antidup.merge_cost import MergeResult, MergeTest
@@ -68,14 +67,8 @@ def evaluate(
         return _evaluate(transcoder, heldout, sinks, baseline)
 
 
-class LanguageModelLosses(Protocol):
-    """What an `ActivationStream` offers for this."""
-
-    def heldout_losses(self, substitutes: Mapping[str, Substitute | None], tokens: int) -> dict[str, float] | None: ...
-
-
 @torch.no_grad()
-def cross_entropy(transcoder: Transcoder, model: LanguageModelLosses, tokens: int) -> dict[str, float]:
+def cross_entropy(transcoder: Transcoder, model: ActivationStream, tokens: int) -> dict[str, float]:
     """What the transcoder costs the language model when it stands in for the layer, on about `tokens` held-out tokens.
 
     Sinks keep their own activations. `evaluation/ce_recovered` is (CE_zero - CE_transcoder) / (CE_zero - CE_model), where zero

@@ -8,12 +8,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from transcoder.activations import ActivationBatch
+from transcoder.activations import ActivationBatch, ActivationStream
 from transcoder.kernels.checks import FLOATS
 from transcoder.tensor_file import tensor_bytes
 from transcoder.training.state_tree import pack_state
@@ -104,22 +104,6 @@ def _said(part: object) -> str:
     return "absent" if part is None else f"width {part[0]}" if isinstance(part, list) and part else repr(part)
 
 
-class BatchSource(Protocol):
-    """An endless iterator of batches with a state. `transcoder.activations.ActivationStream` is one."""
-
-    d_in: int
-    d_out: int
-
-    def __next__(self) -> ActivationBatch: ...
-    def look_ahead(self, tokens: int) -> list[ActivationBatch]: ...
-    def state_bytes_at_most(self) -> int: ...
-    def essential_bytes_at_most(self) -> int: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-    def counters(self) -> dict[str, float]: ...
-    def decode_tokens(self, ids: Sequence[int]) -> list[str]: ...
-
-
 class IterableSource:
     """A user's own iterable of ActivationBatch.
 
@@ -208,6 +192,10 @@ class IterableSource:
 
     def decode_tokens(self, ids: Sequence[int]) -> list[str]:
         return [str(i) for i in ids]
+
+
+BatchSource: TypeAlias = ActivationStream | IterableSource
+"""An endless iterator of batches with a state."""
 
 
 def own_data(

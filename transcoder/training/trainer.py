@@ -23,7 +23,7 @@ from transcoder.training.checkpointing import Saver
 from transcoder.training.layer_trainer import StepView
 from transcoder.training.nonfinite import BadSteps
 from transcoder.training.run_end import write_run_report, write_summary
-from transcoder.training.run_folder import RunStart
+from transcoder.training.run_folder import FolderLock
 from transcoder.training.run_parts import RunParts
 from transcoder.training.run_state import Stateful, restore_parts, trainer_tree
 from transcoder.training.signals import StopRequest
@@ -99,31 +99,24 @@ def start_run(
     """A trainer before its first step, in its locked folder; `stack` closes it. Arguments and errors as `train_transcoder`."""
     device = device_of(config.model.device)
     check_switches(config, batches, heldout)
-    start = stack.enter_context(RunStart(run_dir))
+    lock = stack.enter_context(FolderLock(run_dir))
     check_folder(run_dir, config, resume)
-    run = Trainer(config, run_dir, device, batches, heldout, stack)
+    run = Trainer(config, run_dir, device, RunParts(config, run_dir, device, batches, heldout, stack), stack)
     run.prepare(resume)
-    start.begun()
+    lock.begun = True
     return run
 
 
 class Trainer:
     """A run: its loop, and what the loop needs. Its own state is `step` and `tokens`.
 
-    Args: as `train_transcoder`; `stack` closes what has to be closed.
+    `stack` closes what has to be closed.
     """
 
     def __init__(
-        self,
-        config: RunConfig,
-        run_dir: Path,
-        device: torch.device,
-        batches: Iterable[ActivationBatch] | None,
-        heldout: Sequence[ActivationBatch] | None,
-        stack: ExitStack,
+        self, config: RunConfig, run_dir: Path, device: torch.device, parts: RunParts, stack: ExitStack
     ) -> None:
-        self.config, self.run_dir, self.device, self._stack = config, run_dir, device, stack
-        parts = self.parts = RunParts(config, run_dir, device, batches, heldout, stack)
+        self.config, self.run_dir, self.device, self.parts, self._stack = config, run_dir, device, parts, stack
         self.source, self.layers, self.observers = parts.data.source, parts.layers, parts.observers
         self.saver = Saver(CheckpointStore(run_dir, config.checkpoint), config)
         self.step = self.tokens = 0
