@@ -92,11 +92,8 @@ class CheckpointStore:
         self._run_id: str | None = None
 
     def hold_reserve(self, size: int) -> None:
-        """Hold `size` bytes for the last state; given up when nothing else is left, and held again when there is room.
-
-        Raises:
-            CheckpointError: they are not to be had.
-        """
+        """Hold `size` bytes for the last state; CheckpointError where they are not to be had. They are given up when nothing
+        else is left, and held again when there is room."""
         self.reserve = Reserve(self.run_dir, size)
         try:
             self.reserve.make()
@@ -173,13 +170,12 @@ class CheckpointStore:
             if (path := written(self.folder, state)) is None:
                 continue
             self.degraded = state is not whole
-            if self.degraded:
-                kept, so = (
-                    "only the essential state could be kept",
-                    "; a run resumed from it goes on, but not to the same bits",
-                )
-            else:
-                kept, so = "the state took the space held for the last", ""
+            kept = (
+                "only the essential state could be kept"
+                if self.degraded
+                else "the state took the space held for the last"
+            )
+            so = "; a run resumed from it goes on, but not to the same bits" if self.degraded else ""
             _warn(f"of step {step} {kept} ({path}): {failures[-1]}{so}")
             return path
         self._hold_reserve_again()
@@ -211,7 +207,8 @@ class CheckpointStore:
         Raises:
             CheckpointError: with bytes needed, bytes free and the settings that would fit.
         """
-        self._check_second_location()
+        if self.section.second_location is not None:
+            self._check_second_location(Path(self.section.second_location))
         present = sum(_size(path) for _, path in candidates([self.folder])) + self.reserve.held
         free = free_bytes(self.folder)
         wanted = checkpoint_bytes(self.section, each, steps) + others - present
@@ -219,16 +216,13 @@ class CheckpointStore:
             free = room
         refuse_what_cannot_fit(self.folder, self.section, each, steps, others, free + present)
 
-    def _check_second_location(self) -> None:
-        if self.section.second_location is None:
-            return
+    def _check_second_location(self, place: Path) -> None:
         try:
-            Path(self.section.second_location).mkdir(parents=True, exist_ok=True)
-            writable = os.access(self.section.second_location, os.W_OK | os.X_OK)
+            place.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CheckpointError(f"checkpoint.second_location: cannot be made: {error}") from error
-        if not writable:
-            raise CheckpointError(f"checkpoint.second_location: {self.section.second_location} is not writable")
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise CheckpointError(f"checkpoint.second_location: {place} is not writable")
         # The file with the run's id is made while there is room for it.
         self._second_folder(create=True)
 
@@ -286,13 +280,7 @@ class CheckpointStore:
 
 
 def load_checkpoint(path: Path | str) -> Loaded:
-    """Read and verify one checkpoint folder.
-
-    Raises:
-        ValueError: a file is missing, torn or corrupted; the message names it.
-        CheckpointError: the checkpoint was written by a newer version.
-        OSError: a file cannot be read.
-    """
+    """Read and verify one checkpoint folder. Errors as `verify_checkpoint`."""
     path = Path(path)
     state = read_state(path)
     tensors = {name: read_tensors(path / name, expected) for name, expected in state["files"].items()}
@@ -359,19 +347,16 @@ def _superfluous(section: CheckpointSection, place: Path, step: int, metric: flo
 
 
 def _verifies(folder: Path) -> bool:
-    try:
+    with contextlib.suppress(ValueError, OSError, CheckpointError):
         verify_checkpoint(folder)
-    except (ValueError, OSError, CheckpointError):
-        return False
-    return True
+        return True
+    return False
 
 
 def _metric(folder: Path) -> float | None:
-    try:
-        metric = read_state(folder)["metric"]
-    except (ValueError, OSError, CheckpointError):
-        return None
-    return None if metric is None else float(metric)
+    with contextlib.suppress(ValueError, OSError, CheckpointError, TypeError):
+        return float(read_state(folder)["metric"])
+    return None
 
 
 def _delete(folders: Iterable[Path]) -> None:

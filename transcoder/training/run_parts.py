@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -80,11 +81,13 @@ class RunParts:
         recycling = None
         if monitor is not None and anti.recycle.enabled:
             recycling = observe.Recycling(layer, calendar, Recycler(anti.recycle, seed, logs), monitor, samples)
+        penalties, positions = layer.regularizer, data.positions
+        part_log = functools.partial(observe.PartLog, layer, calendar)
         every: list[observe.Observer | None] = [
             None if monitor is None else observe.CorrelationReports(layer, calendar, monitor),
             recycling,
-            observe.PenaltyLog(layer, calendar),
-            None if data.positions is None else observe.PositionLog(layer, calendar, data.positions),
+            None if penalties is None else part_log("regularizer.jsonl", penalties.save),
+            None if positions is None else part_log("positions.json", positions.save, positions=positions),
             None if samples is None else observe.Samples(layer, calendar, samples),
             observe.Proof(layer, calendar),
             self.metrics_log,

@@ -39,12 +39,11 @@ class HeldoutCodes:
     @torch.no_grad()
     def of(cls, transcoder: Transcoder, heldout: Sequence[ActivationBatch], tokens: int) -> HeldoutCodes | None:
         """The codes of the first `tokens` of them at inference; None where that is too few for a mini-batch."""
-        room, parts = tokens, []
+        count, parts = 0, []
         for batch in heldout:
-            if room > 0:
-                parts.append((batch.source[:room], batch.tokens[:room], batch.positions[:room]))
-                room -= len(parts[-1][0])
-        count = sum(len(part[0]) for part in parts)
+            room = tokens - count
+            parts.append((batch.source[:room], batch.tokens[:room], batch.positions[:room]))
+            count += len(parts[-1][0])
         size = min(BATCH_TOKENS, count)
         if size < LEAST_TOKENS:
             return None

@@ -55,11 +55,15 @@ def sweep_k(config: RunConfig, ks: Sequence[int], out: Path | str) -> dict[str, 
         raise ConfigError(f"sweep: k: expected one or more different numbers, got {list(ks)}")
     runs = {k: config.replace({"transcoder.k": k, "name": f"{config.name}-k{k}"}) for k in ks}
     out, rows = Path(out), []
-    shape: tuple[int, int] | None = None
     for k, run in runs.items():
         done = out / f"k{k}" / "figures.json"
         if done.is_file():
-            _check_same(run, out / f"k{k}" / "config.yaml")
+            # Metrics of other settings must not be taken for those of this sweep.
+            if changed := changed_settings(out / f"k{k}" / "config.yaml", run):
+                raise ConfigError(
+                    f"sweep: {out / f'k{k}'} was trained with other settings ({', '.join(changed)}): choose another --out, or "
+                    "delete it"
+                )
         else:
             result = train_transcoder(run, out / f"k{k}", resume=(out / f"k{k}" / "config.yaml").is_file())
             if not result.finished:
@@ -70,26 +74,14 @@ def sweep_k(config: RunConfig, ks: Sequence[int], out: Path | str) -> dict[str, 
                 **result.summary,
                 **heldout_duplicates(result.transcoder, result.heldout, run.antidup.monitor),
                 **{f"decoder_cosine/{n}": v for n, v in (cosine_tail(result.transcoder.W_dec) or {}).items()},
-                "d_out": result.transcoder.config.d_out,
             }
-            kept = {name: metrics.get(name) for name, _ in COLUMNS}
-            replace_atomically(done, json.dumps({"k": k, **kept, "d_out": metrics["d_out"]}, indent=2))
-        row = json.loads(done.read_bytes())
-        shape = (config.transcoder.d_sae, row.pop("d_out"))
-        rows.append(row)
-    assert shape is not None
-    found = {"schema_version": 1, "runs": rows, "random": random_cosine_tail(*shape)}
+            kept = {name: metrics.get(name) for name in (*dict(COLUMNS), "d_out")}
+            replace_atomically(done, json.dumps({"k": k, **kept}, indent=2))
+        rows.append(json.loads(done.read_bytes()))
+    (d_out,) = {row.pop("d_out") for row in rows}
+    found = {"schema_version": 1, "runs": rows, "random": random_cosine_tail(config.transcoder.d_sae, d_out)}
     replace_atomically(out / "sweep.json", json.dumps(found, indent=2))
     return found
-
-
-def _check_same(run: RunConfig, saved: Path) -> None:
-    """Metrics of other settings must not be taken for those of this sweep."""
-    changed = changed_settings(saved, run)
-    if changed:
-        raise ConfigError(
-            f"sweep: {saved.parent} was trained with other settings ({', '.join(changed)}): choose another --out, or delete it"
-        )
 
 
 def format_sweep(found: dict[str, Any]) -> str:
