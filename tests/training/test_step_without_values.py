@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.training.test_trainer import Planted, config
+from tests.training.planted import Planted, config
 from transcoder.kernels import use_backend
 from transcoder.model import Transcoder
 from transcoder.training import layer_trainer, nonfinite, sources, trainer
