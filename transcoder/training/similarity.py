@@ -114,14 +114,8 @@ def prefix_similarity(codes: HeldoutCodes, W_dec: Tensor) -> dict[str, Any] | No
     for part in codes.codes:
         groups.update(*(gram_of_codes(part, first, last) for first, last in zip([0, *widths], widths, strict=False)))
         outputs.update(*(gram_of_rows(_decoded(part, W_dec, width)) for width in widths))
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "tokens": len(codes),
-        "batch_tokens": codes.codes[0].shape[0],
-        "widths": widths,
-        "codes": _plain(groups.result()),
-        "reconstructions": _plain(outputs.result()),
-    }
+    about = {"schema_version": SCHEMA_VERSION, "tokens": len(codes), "batch_tokens": codes.codes[0].shape[0]}
+    return {**about, "widths": widths, "codes": _plain(groups.result()), "reconstructions": _plain(outputs.result())}
 
 
 def similarity_metrics(report: Mapping[str, Any]) -> dict[str, float]:

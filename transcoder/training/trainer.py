@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -83,28 +83,29 @@ def train_transcoder(
         CheckpointError: the disk cannot take a checkpoint.
     """
     run_dir = Path("runs") / config.name if out is None else Path(out)
-    with ExitStack() as stack:
-        stop = stack.enter_context(StopRequest())
-        return start_run(config, run_dir, resume, batches, heldout, stack).train(stop)
+    with StopRequest() as stop, opened_run(config, run_dir, batches, heldout, resume) as run:
+        return run.train(stop)
 
 
-def start_run(
+@contextmanager
+def opened_run(
     config: RunConfig,
     run_dir: Path,
-    resume: bool,
-    batches: Iterable[ActivationBatch] | None,
-    heldout: Sequence[ActivationBatch] | None,
-    stack: ExitStack,
-) -> Trainer:
-    """A trainer before its first step, in its locked folder; `stack` closes it. Arguments and errors as `train_transcoder`."""
+    batches: Iterable[ActivationBatch] | None = None,
+    heldout: Sequence[ActivationBatch] | None = None,
+    resume: bool = False,
+) -> Iterator[Trainer]:
+    """A run in its locked folder before its first step, whose steps the caller takes: `train` or `advance`. Arguments and
+    errors as `train_transcoder`."""
     device = device_of(config.model.device)
     check_switches(config, batches, heldout)
-    lock = stack.enter_context(FolderLock(run_dir))
-    check_folder(run_dir, config, resume)
-    run = Trainer(config, run_dir, device, RunParts(config, run_dir, device, batches, heldout, stack), stack)
-    run.prepare(resume)
-    lock.begun = True
-    return run
+    with ExitStack() as stack:
+        lock = stack.enter_context(FolderLock(run_dir))
+        check_folder(run_dir, config, resume)
+        run = Trainer(config, run_dir, device, RunParts(config, run_dir, device, batches, heldout, stack), stack)
+        run.prepare(resume)
+        lock.begun = True
+        yield run
 
 
 class Trainer:
