@@ -2,12 +2,10 @@
 
 Each holds transcoder.safetensors (the weights), trainer.safetensors and state.json (the rest of the run's state).
 
-Where a write fails, in this order: the temporary folder is removed; checkpoints that the retention lets go are deleted and the
-write is tried again, and again after each pause of `BACK_OFF`; then `checkpoint.second_location` takes it, if set; then it
-takes the space of the reserve; then the essential state alone takes that; then `save` raises `CheckpointError`. The newest
-checkpoint that was good before is still good after any of these. A trainer may go on after the error and try again at the next
-interval. The reserve is for the last state: an earlier one takes it only where the retention then frees enough to hold it
-again.
+Where a write fails, in this order: checkpoints that the retention lets go are deleted and the write is tried again, and again
+after each pause of `BACK_OFF`; then `checkpoint.second_location` takes it, if set; then it takes the space of the reserve, then
+the essential state alone does; then `save` raises `CheckpointError`. The newest good checkpoint stays good in any case. The
+reserve is for the last state: an earlier one takes it only where the retention then frees enough to hold it again.
 """
 
 from __future__ import annotations
@@ -113,7 +111,7 @@ class CheckpointStore:
         essential: Callable[[Any], Any] | None = None,
         last: bool = False,
     ) -> Path:
-        """Write one checkpoint durably and apply the retention.
+        """Write one checkpoint durably and apply the retention. Returns its folder.
 
         Args:
             step: optimizer steps done; names the folder.
@@ -124,12 +122,7 @@ class CheckpointStore:
             essential: gives what of `trainer_tree` is kept where not all of it fits; None: all of it or nothing.
             last: no later state will come: the reserve is for this one.
 
-        Returns:
-            The checkpoint's folder.
-
-        Raises:
-            CheckpointError: neither the run's folder nor the second location took it; older ones are untouched.
-            TypeError: a leaf that cannot be stored; nothing was written.
+        Raises: CheckpointError, older ones untouched. TypeError for a leaf that cannot be stored, before anything is written.
         """
         summary_tensors, packed_summary = pack_state(summary)
         if summary_tensors:
@@ -186,26 +179,17 @@ class CheckpointStore:
         )
 
     def latest(self) -> Loaded | None:
-        """The newest checkpoint that verifies, in the run's folder or the second location; None if none is there.
+        """The newest checkpoint that verifies, in the run's folder or the second location; None if none is there. Damaged ones
+        are passed over with a warning.
 
-        Torn, corrupted or half-missing ones are passed over with a warning.
-
-        Raises:
-            CheckpointError: there are checkpoints but not one verifies, or a newer version wrote one.
+        Raises: CheckpointError where there are checkpoints but not one verifies, or a newer version wrote one.
         """
         places = [self.folder, self._second_folder(create=False)]
         return newest(candidates(p for p in places if p is not None), load_checkpoint)
 
     def check_space(self, each: int, steps: int, others: int = 0) -> None:
-        """Refuse, before training, what cannot fit on the disk or under a quota.
-
-        Args:
-            each: bytes of one checkpoint.
-            steps: length of the run.
-            others: bytes of all other files: logs, samples, reserve.
-
-        Raises:
-            CheckpointError: with bytes needed, bytes free and the settings that would fit.
+        """CheckpointError, before training, for what cannot fit on the disk or under a quota: `each` bytes a checkpoint of
+        `steps` steps, and `others` for logs, samples and reserve. It names bytes needed, bytes free, settings that would fit.
         """
         if self.section.second_location is not None:
             self._check_second_location(Path(self.section.second_location))
@@ -227,10 +211,8 @@ class CheckpointStore:
         self._second_folder(create=True)
 
     def _second_folder(self, create: bool) -> Path | None:
-        """The run's own folder in the second location.
-
-        Named by an id that is deleted with the run folder: another run of this name must never resume from it.
-        """
+        """The run's own folder in the second location, named by an id that is deleted with the run folder: another run of this
+        name must never resume from it."""
         if self.section.second_location is None:
             return None
         id_file = self.run_dir / ".run_id"

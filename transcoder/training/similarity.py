@@ -137,14 +137,13 @@ def run_similarity(runs: Sequence[Path]) -> dict[str, Any]:
     """
     if len(runs) < 2:
         raise ValueError(f"similarity: expected at least two runs, got {len(runs)}")
-    found = []
+    found: list[HeldoutCodes] = []
     for run in runs:
         path = Path(run) / CODES_FILE
         if not path.is_file():
             raise ValueError(f"similarity: {run} kept no codes of held-out tokens (training.similarity_tokens is 0?)")
         found.append(HeldoutCodes.load(path))
-    for run, codes in zip(runs, found, strict=True):
-        if not found[0].matches(codes):
+        if not found[0].matches(found[-1]):
             raise ValueError(f"similarity: {runs[0]} and {run} were evaluated on different held-out tokens")
     decoders = [decoder for decoder in (_decoder(Path(run)) for run in runs) if decoder is not None]
     decoded = len(decoders) == len(runs)

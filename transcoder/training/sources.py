@@ -5,9 +5,10 @@ The first batch of an iterable is read in full, the others by their types and sh
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
@@ -147,23 +148,21 @@ class IterableSource:
         """Whole batches holding at least `tokens`, or all there are; TrainingDataError where there is none."""
         taken: list[ActivationBatch] = []
         have = 0
-        while have < tokens:
-            try:
+        with contextlib.suppress(StopIteration):
+            while have < tokens:
                 taken.append(next(self))
-            except StopIteration:
-                break
-            have += len(taken[-1])
+                have += len(taken[-1])
         if not taken:
             raise TrainingDataError(f"{self._name}: expected at least one ActivationBatch, got an empty iterable")
         return taken
 
     def look_ahead(self, tokens: int) -> list[ActivationBatch]:
         """As `take`, and the batches will come again."""
-        start = (self._origin.state_dict(), self._given) if self._stateful else None
+        start, given = self.state_dict(), self._given
         taken = self.take(tokens)
-        if start is not None:
-            self._origin.load_state_dict(start[0])
-            self._given = start[1]
+        if self._stateful:
+            self._origin.load_state_dict(start["origin"])
+            self._given = given
         else:
             self._returned = [*taken, *self._returned]
         return taken
@@ -221,8 +220,5 @@ def own_data(
 
 def _moved(batch: ActivationBatch, device: torch.device) -> ActivationBatch:
     """On the device, and detached: a step's backward must not go on into the language model that made it."""
-    every = {f.name: getattr(batch, f.name) for f in fields(batch)}
-    moved: dict[str, Any] = {
-        n: t.detach().to(device, non_blocking=True) for n, t in every.items() if isinstance(t, Tensor)
-    }
-    return replace(batch, **moved)
+    tensors = {name: value for name in _KINDS if (value := getattr(batch, name)) is not None}
+    return replace(batch, **{name: value.detach().to(device, non_blocking=True) for name, value in tensors.items()})
