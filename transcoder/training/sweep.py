@@ -86,14 +86,11 @@ def sweep_k(config: RunConfig, ks: Sequence[int], out: Path | str) -> dict[str, 
 
 def format_sweep(found: dict[str, Any]) -> str:
     """A table for a terminal, one row a k."""
-    table = [["k", *(label for _, label in COLUMNS)]]
-    table += [[str(row["k"]), *(_text(row[name]) for name, _ in COLUMNS)] for row in found["runs"]]
+    import pandas as pd
+
+    quantiles = {"cosine 50 %": "median", "99 %": "p99", "99.9 %": "p999"}
+    rows = [{"k": str(row["k"]), **{label: row[name] for name, label in COLUMNS}} for row in found["runs"]]
     if found["random"] is not None:
-        blanks = [""] * (len(COLUMNS) - 3)
-        table.append(["random", *blanks, *(_text(found["random"][q]) for q in ("median", "p99", "p999"))])
-    widths = [max(len(row[c]) for row in table) for c in range(len(table[0]))]
-    return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in table)
-
-
-def _text(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4g}"
+        rows.append({"k": "random", **{label: found["random"][name] for label, name in quantiles.items()}})
+    table = pd.DataFrame(rows).astype({label: float for _, label in COLUMNS})
+    return table.to_string(index=False, na_rep="–", float_format="{:.4g}".format)
