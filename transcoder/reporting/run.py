@@ -396,7 +396,7 @@ class Run:
         """
         if not self.correlation:
             raise self.missing_error("duplicates", "correlation report")
-        return Duplicates(self.correlation, self.latents)
+        return Duplicates(self)
 
     prefixes = property(run_frames.prefixes)
     positions = property(run_frames.positions)

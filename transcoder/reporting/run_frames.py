@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from transcoder.reporting.format import real, whole
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -51,8 +53,7 @@ def positions(run: Run) -> pd.DataFrame:
     samples = run.samples
     if samples is None:
         raise run.missing_error("positions", "activation samples")
-    stated = run.setting("activations.sequence_length")
-    length = max(stated if isinstance(stated, int) else 0, int(samples.position.max()) + 1)
+    length = max(whole(run.setting("activations.sequence_length")) or 0, int(samples.position.max()) + 1)
     edges = np.linspace(0, length, BINS + 1)
     first = np.ceil(edges).astype(int)
     table = pd.DataFrame(
@@ -62,6 +63,5 @@ def positions(run: Run) -> pd.DataFrame:
         },
         index=pd.MultiIndex.from_arrays([first[:-1], first[1:] - 1], names=["first", "last"]),
     )
-    share = run.sample_summary.get("sink_fraction")
-    table.attrs = {"edges": edges, "sink_share": float(share) if isinstance(share, (int, float)) else None}
+    table.attrs = {"edges": edges, "sink_share": real(run.sample_summary.get("sink_fraction"))}
     return table
