@@ -12,8 +12,8 @@ from torch import Tensor
 
 from transcoder.activations.batch import ActivationBatch
 from transcoder.activations.documents import DataError, is_heldout
-from transcoder.activations.fingerprint import files_digest
 from transcoder.activations.masking import SinkMasker
+from transcoder.activations.record_sources import files_digest
 from transcoder.activations.rows import Chunk, MakePositionChoice, Pass, RowMaker, Substitute, counters_of, row_bytes
 from transcoder.activations.shards import (
     DTYPES,

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from transcoder.activations.batch import ActivationBatch
-from transcoder.activations.documents import DataError, Document, Reader, Source, is_heldout
+from transcoder.activations.documents import DataError, Document, Reader, RecordSource, is_heldout
 from transcoder.activations.language_model import HookedModel
 from transcoder.activations.masking import SinkMasker
 from transcoder.activations.packing import Packed, Packer
+from transcoder.activations.record_sources import record_sources
 from transcoder.activations.rows import (
     Chunk,
     MakePositionChoice,
@@ -24,7 +25,6 @@ from transcoder.activations.rows import (
     grid,
     row_bytes,
 )
-from transcoder.activations.text import build_sources
 from transcoder.config import RunConfig
 
 
@@ -40,7 +40,7 @@ class ModelSource:
     ) -> None:
         self._section = section = config.activations
         # Before the model is loaded: a wrong path or an unreadable file should not cost minutes.
-        self._training_source, self._heldout_source, self._fraction = build_sources(section)
+        self._training_source, self._heldout_source, self._fraction = record_sources(section)
         reader = Reader(self._training_source)
         first = next(reader, None)
         if first is None:
@@ -96,7 +96,7 @@ class ModelSource:
         digests = [source.digest() for source in sources]
         return None if None in digests else " ".join(map(str, digests))
 
-    def _pack(self, source: Source, keep: Any) -> Packer:
+    def _pack(self, source: RecordSource, keep: Any) -> Packer:
         return Packer(source, self.vocabulary, self._section.sequence_length, self._section.prepend_bos, keep)
 
     def _trains(self, document: Document) -> bool:
