@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from transcoder.antidup import CorrelationMonitor, UsageLedger
+from transcoder.antidup import flags as flags_module
 from transcoder.antidup.flags import FlagBook
 from transcoder.antidup.merge_cost import MergeResult
 from transcoder.config import MonitorSection
@@ -213,3 +215,53 @@ def test_what_was_measured_before_a_release_is_not_pooled_with_what_comes_after(
     book.close_block([], [PAIR], {PAIR: (0.5, 0.05, 1.0)})
     book.close_block([PAIR], [], {PAIR: (0.81, 0.05, 100.0)})
     assert book.flagged == set()
+
+
+def test_flag_book_counts_the_last_blocks() -> None:
+    book = FlagBook(needed=2, remembered=3, threshold=0.8)
+    book.close_block([(0, 1)], [])
+    assert book.flagged == set()
+    book.close_block([], [])
+    book.close_block([(0, 1)], [])
+    assert book.flagged == {(0, 1)}
+    other = FlagBook(2, 3, 0.8)
+    other.load_state_dict(copy.deepcopy(book.state_dict()))
+    assert other.flagged == {(0, 1)}
+    assert other.blocks_above((0, 1)) == 2
+    other.close_block([(0, 1)], [(0, 1)])
+    assert other.flagged == set()
+
+
+def test_the_book_holds_a_bounded_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flags_module, "MAX_PAIRS", 3)
+    book = FlagBook(needed=1, remembered=2, threshold=0.8)
+    book.close_block([(4, 5), (0, 1), (2, 3), (6, 7)], [])
+    assert book.flagged == {(4, 5), (0, 1), (2, 3)}
+    book.close_block([(6, 7)], [])
+    assert book.flagged == {(4, 5), (0, 1), (2, 3)}
+    book.close_block([], [(0, 1)])
+    assert book.flagged == {(4, 5), (2, 3), (6, 7)}
+
+
+def tokens(tied: list[tuple[int, int]], seed: int) -> Tensor:
+    g = torch.Generator().manual_seed(seed)
+    z = torch.rand(400, 8, generator=g) * (torch.rand(400, 8, generator=g) < 0.5)
+    for i, j in tied:
+        z[:, j] = z[:, i]
+    return z
+
+
+@pytest.mark.parametrize("sketch_dim", [None, 64])
+def test_the_pair_that_came_apart_is_the_one_released(sketch_dim: int | None, tmp_path: Path) -> None:
+    # By (i, j) the pairs are (0, 7), (1, 2); by (j, i) they are (1, 2), (0, 7).
+    section = replace(
+        MonitorSection(), sketch_dim=sketch_dim, block_tokens=400, blocks_to_flag=1, min_support=10, min_sequences=1
+    )
+    ledger = UsageLedger(dict.fromkeys(REQUIRED_EFFECTS, True), tmp_path / "usage.json")
+    part = CorrelationMonitor(section, 8, "cpu", tmp_path / "logs", ledger)
+    part.update_correlations(SparseCodes.from_dense(tokens([(0, 7), (1, 2)], 0)), 0)
+    part.report(0)
+    assert sorted(part._book.flagged) == [(0, 7), (1, 2)]
+    part.update_correlations(SparseCodes.from_dense(tokens([(1, 2)], 1)), 1)
+    part.report(1)
+    assert sorted(part._book.flagged) == [(1, 2)]

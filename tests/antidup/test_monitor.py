@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,16 +14,11 @@ import torch
 from torch import Tensor
 
 from transcoder.antidup import CorrelationMonitor, UsageLedger, validate_correlation_report
-from transcoder.antidup import flags as flags_module
-from transcoder.antidup.correlation_report import connected_components
-from transcoder.antidup.flags import FlagBook
 from transcoder.antidup.merge_cost import MergeResult
 from transcoder.antidup.monitor import _pairs_in
 from transcoder.antidup.pair_errors import correlation_bounds
-from transcoder.antidup.row_cosines import cosine_tail, random_cosine_tail
-from transcoder.antidup.window import SequenceCounts, correlation_state_bytes
 from transcoder.config import MonitorSection
-from transcoder.kernels import FeatureCorrelation, SparseCodes, use_backend
+from transcoder.kernels import FeatureCorrelation, SparseCodes
 from transcoder.kernels.correlation.reference import correlation_reference
 from transcoder.usage import REQUIRED_EFFECTS
 
@@ -323,115 +317,6 @@ def test_targets_alone_are_watched_too(tmp_path: Path, monkeypatch: pytest.Monke
     assert found[-1] == 1
 
 
-def test_effective_dictionary_size_counts_copies_once(tmp_path: Path) -> None:
-    independent = planted(6000, 14, rhos=(), noise=24)
-    part = monitor(tmp_path / "a", 24)
-    feed(part, independent)
-    assert last_report(tmp_path / "a")["effective_dictionary_size"] == pytest.approx(24, rel=0.03)
-    part = monitor(tmp_path / "b", 24)
-    feed(part, independent[:, :6].repeat(1, 4))
-    assert last_report(tmp_path / "b")["effective_dictionary_size"] == pytest.approx(6, rel=0.03)
-
-
-def test_an_empty_run_reports_nothing(tmp_path: Path) -> None:
-    part = monitor(tmp_path, 8)
-    report = part.report(0, torch.randn(8, 4))
-    validate_correlation_report(report)
-    assert report["pairs"] == []
-    assert report["decoder_cosine"] is not None
-    assert part.target_pairs(5)[0].numel() == 0
-
-
-def test_reports_list_at_most_the_configured_number(tmp_path: Path) -> None:
-    z = planted(1000, 15, rhos=(1.0,), rate=0.3, noise=0).repeat(1, 5)
-    part = monitor(tmp_path, 10, replace(SECTION, max_reported_pairs=7))
-    feed(part, z)
-    report = last_report(tmp_path)
-    validate_correlation_report(report)
-    assert len(report["pairs"]) == 7
-    assert report["pairs_total"] == 45
-    # No pair is flagged yet: what is known of candidates has its own fields.
-    assert report["components"] == []
-    assert report["candidate_components"] == [list(range(10))]
-    assert report["distinct_latents"] == 10
-    assert report["distinct_latents_candidates"] == 1
-    assert part.metrics()["duplicates/largest_component"] == 0.0
-    assert part.metrics()["duplicates/largest_candidate_component"] == 10.0
-
-
-def test_bounds_use_union_tokens() -> None:
-    lower, upper = correlation_bounds(0.9, 300)
-    half = 1.959964 * 1.32 / math.sqrt(297)
-    assert (lower, upper) == (
-        pytest.approx(math.tanh(math.atanh(0.9) - half)),
-        pytest.approx(math.tanh(math.atanh(0.9) + half)),
-    )
-    assert correlation_bounds(0.9, 3) == (-1.0, 1.0)
-    low, high = correlation_bounds(1.0, 100)
-    assert 0.999 < low <= 1.0 == high
-    assert correlation_bounds(-1.0, 100)[0] == -1.0
-
-
-def test_bounds_hold_the_truth_about_as_often_as_they_say() -> None:
-    # 200 pairs of true correlation 0.8 on about 400 union tokens each.
-    g = torch.Generator().manual_seed(16)
-    hits, trials, tokens, rate = 0, 200, 8000, 0.04
-    for _ in range(4):
-        shared = torch.rand(tokens, 50, generator=g) < 0.8
-        a, b, c = (torch.rand(tokens, 50, generator=g) < rate for _ in range(3))
-        x, y = ((a & shared) | (b & ~shared)).double(), ((a & shared) | (c & ~shared)).double()
-        # Amplitudes vary as activations do; the true correlation is that of a long stream.
-        z = torch.stack([x, y], 2).view(tokens, 100).float()
-        found = FeatureCorrelation(100)
-        found.update(SparseCodes.from_dense(z))
-        i = torch.arange(0, 100, 2)
-        stats = found.statistics(i, i + 1)
-        for r, support in zip(stats.correlation.tolist(), stats.support.tolist(), strict=True):
-            lower, upper = correlation_bounds(r, support)
-            hits += lower <= 0.8 <= upper
-    assert hits / trials >= 0.93
-
-
-def test_flag_book_counts_the_last_blocks() -> None:
-    book = FlagBook(needed=2, remembered=3, threshold=0.8)
-    book.close_block([(0, 1)], [])
-    assert book.flagged == set()
-    book.close_block([], [])
-    book.close_block([(0, 1)], [])
-    assert book.flagged == {(0, 1)}
-    other = FlagBook(2, 3, 0.8)
-    other.load_state_dict(copy.deepcopy(book.state_dict()))
-    assert other.flagged == {(0, 1)}
-    assert other.blocks_above((0, 1)) == 2
-    other.close_block([(0, 1)], [(0, 1)])
-    assert other.flagged == set()
-
-
-def test_components_are_joined_through_any_chain() -> None:
-    assert connected_components([(5, 9), (1, 2), (9, 7), (2, 3), (7, 5), (3, 4)]) == [[1, 2, 3, 4], [5, 7, 9]]
-    assert connected_components([]) == []
-
-
-def test_sequence_counts_estimate_the_union() -> None:
-    counts = SequenceCounts(3, torch.device("cpu"))
-    i, j = torch.tensor([0, 0]), torch.tensor([1, 2])
-    assert counts.distinct(i, j) is None
-    z = torch.zeros(2000, 3)
-    z[:, 0] = 1
-    z[:1000, 1] = 1
-    # Latent 0 fires in sequences 0..39; latent 2 never.
-    counts.update(SparseCodes.from_dense(z), torch.arange(2000) % 40)
-    got = counts.distinct(i, j)
-    assert got is not None
-    assert got.tolist() == pytest.approx([40, 40], abs=4)
-    other = SequenceCounts(3, torch.device("cpu"))
-    other.update(SparseCodes.from_dense(z), torch.arange(2000) % 40 + 1000)
-    counts.merge(other)
-    merged = counts.distinct(i, j)
-    assert merged is not None
-    assert merged.tolist() == pytest.approx([80, 80], abs=7)
-
-
 @pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("zeros", [False, True])
 def test_pairs_seen_are_those_that_fire_together(density: float, zeros: bool) -> None:
@@ -440,119 +325,6 @@ def test_pairs_seen_are_those_that_fire_together(density: float, zeros: bool) ->
     codes = SparseCodes.from_dense(z + 1.0).with_values(z.flatten()) if zeros else SparseCodes.from_dense(z)
     fired = (z > 0).sum(1)
     assert int(_pairs_in(codes)) == int((fired * (fired - 1) // 2).sum())
-
-
-@pytest.mark.parametrize("backend", ["auto", "torch"])
-def test_the_cosine_tail_is_the_dense_one(backend: str) -> None:
-    w = torch.randn(50, 6, generator=torch.Generator().manual_seed(17))
-    w[3], w[4], w[40] = w[20] * 2, w[20] * 3, w[20]  # a row need not be the first of those like it
-    u = torch.nn.functional.normalize(w, dim=1)
-    best = (u @ u.T).fill_diagonal_(-1).max(1).values.sort().values
-    with use_backend(backend):
-        tail = cosine_tail(w)
-        assert tail is not None
-        assert tail["median"] == pytest.approx(float(best[24]), abs=1e-6)
-        assert tail["p999"] == pytest.approx(float(best[-1]), abs=1e-6)
-        assert cosine_tail(w[:1]) is None
-        opposite = cosine_tail(torch.tensor([[1.0, 0], [-2, 0]]))
-    assert opposite is not None
-    assert opposite["median"] == pytest.approx(-1, abs=1e-6)
-
-
-@pytest.mark.parametrize(("count", "width"), [(300, 2), (300, 3), (1000, 24), (64, 512), (2, 8)])
-def test_the_random_cosine_tail_is_that_of_random_rows(count: int, width: int) -> None:
-    g = torch.Generator().manual_seed(3)
-    tails = [cosine_tail(torch.randn(count, width, generator=g)) for _ in range(40)]
-    found = random_cosine_tail(count, width)
-    assert found is not None
-    # Of two rows the "quantiles" are one number, and of few the highest rank is a maximum: the median is the fair one there.
-    for name in ("median", "p99") if count > 200 else ("median",):
-        seen = torch.tensor([tail[name] for tail in tails if tail is not None])
-        error = float(seen.std()) / 40**0.5
-        assert abs(float(seen.mean()) - found[name]) < 5 * error + 0.004
-    assert found["median"] < found["p99"] < found["p999"] <= 1
-    assert random_cosine_tail(1, 8) is None
-    assert random_cosine_tail(5, 1) == {"median": 1.0, "p99": 1.0, "p999": 1.0}
-
-
-def test_cosines_of_both_sides_wait_for_a_block_where_asked(tmp_path: Path) -> None:
-    part = monitor(tmp_path, 32, replace(SECTION, block_tokens=1500))
-    g = torch.Generator().manual_seed(5)
-    W_dec, W_enc = torch.randn(32, 8, generator=g), torch.randn(32, 6, generator=g)
-    z = planted(1000, 18, rate=0.3)
-    seen = []
-    for step in (1, 2, 3):
-        part.update_correlations(SparseCodes.from_dense(z), step)
-        report = part.report(step, W_dec, W_enc=W_enc, cosines_by_block=True)
-        validate_correlation_report(report)
-        seen.append(report["decoder_cosine"] is not None)
-        assert (report["encoder_cosine"] is not None) == seen[-1]
-    assert seen == [False, True, False]
-    report = part.report(4, W_dec, W_enc=W_enc)
-    assert report["decoder_cosine"] == {**(cosine_tail(W_dec) or {}), "random": random_cosine_tail(32, 8)}
-    assert report["encoder_cosine"] == {**(cosine_tail(W_enc) or {}), "random": random_cosine_tail(32, 6)}
-    assert "duplicates/encoder_cosine_p99" in part.metrics()
-
-
-@pytest.mark.parametrize("backend", ["auto", "torch"])
-def test_sequence_ids_may_be_narrow(backend: str) -> None:
-    codes = SparseCodes.from_dense(planted(200, 3, rate=0.3))
-    ids = torch.arange(200) // 4
-    found = []
-    with use_backend(backend):
-        for kind in (torch.int64, torch.int32):
-            counts = SequenceCounts(codes.shape[1], torch.device("cpu"))
-            counts.update(codes, ids.to(kind))
-            found.append(counts.state_dict()["map"])
-    assert torch.equal(*found)
-    assert int(found[0].sum()) > 0
-
-
-def good_report(tmp_path: Path) -> dict:
-    part = monitor(tmp_path, 32)
-    feed(part, planted(1000, 18, rate=0.3))
-    return last_report(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("path", "value", "message"),
-    [
-        (("schema_version",), 4, "schema_version: expected 5"),
-        (("pairs", 0, "bounds"), "exact", "bounds: expected one of"),
-        (("step",), "7", r"report.step"),
-        (("pairs", 0, "i"), 31, "expected 0 <= i < j"),
-        (("pairs", 0, "upper"), 0.5, "lower <= correlation <= upper"),
-        (("pairs", 0, "flagged"), 1, "flagged"),
-        (("pairs", 0, "mergeable"), 1, "mergeable"),
-        (("pairs", 0, "merge_share"), True, "merge_share"),
-        (("pairs", 0, "correlation"), float("nan"), "correlation"),
-        (("thresholds",), {}, "lacking correlation"),
-        (("pairs_total",), 0, "pairs_total: expected at least"),
-        (("components",), [[1]], "report.components.0.: expected two or more latents"),
-        (("candidate_components",), [[1, 2], [2, 3]], "report.candidate_components.1.: expected two or more"),
-        (("distinct_latents_candidates",), None, "distinct_latents_candidates"),
-        (("histogram",), {"edges": [0], "counts": [1]}, "histogram"),
-        (("decoder_cosine",), {"median": 1}, "lacking p99"),
-        (("encoder_cosine",), {"median": 1, "p99": 1, "p999": 1, "random": {}}, "lacking median"),
-        (("extra",), 1, "unknown extra"),
-    ],
-)
-def test_malformed_reports_are_refused(path: tuple, value: object, message: str, tmp_path: Path) -> None:
-    report = good_report(tmp_path)
-    validate_correlation_report(report)
-    place = report
-    for key in path[:-1]:
-        place = place[key]
-    place[path[-1]] = value
-    with pytest.raises(ValueError, match=message):
-        validate_correlation_report(report)
-
-
-def test_pairs_out_of_order_are_refused(tmp_path: Path) -> None:
-    report = good_report(tmp_path)
-    report["pairs"].reverse()
-    with pytest.raises(ValueError, match="sorted by falling correlation"):
-        validate_correlation_report(report)
 
 
 def test_targets_can_be_surveyed_before_the_first_report(tmp_path: Path) -> None:
@@ -593,107 +365,6 @@ def test_weights_weigh_the_sums_and_zero_is_not_there(tmp_path: Path) -> None:
         union = int(((z[:, 8] + z[:, 9] > 0) & seen).sum())
         assert pair["support"] == pytest.approx(union, abs=1)
         assert pair["sequences"] == pytest.approx(50, abs=5)
-
-
-def tree_bytes(tree: object) -> int:
-    """Bytes of a state: tensors as they are, everything else as text."""
-    if isinstance(tree, Tensor):
-        return tree.numel() * tree.element_size()
-    if isinstance(tree, dict):
-        return sum(tree_bytes(value) for value in tree.values())
-    if isinstance(tree, (list, tuple)):
-        return sum(map(tree_bytes, tree))
-    return len(json.dumps(tree))
-
-
-@pytest.mark.parametrize(
-    "section",
-    [
-        replace(SECTION, block_tokens=500, blocks_to_flag=1),
-        replace(SECTION, block_tokens=500, blocks_to_flag=1, halflife_tokens=10**6),
-        replace(SECTION, block_tokens=500, blocks_to_flag=1, sketch_dim=64),
-    ],
-)
-def test_the_state_stays_below_its_bound(section: MonitorSection, tmp_path: Path) -> None:
-    # Every latent fires on the same tokens: all pairs fired, are above the threshold, and get flagged.
-    d_sae = 60
-    g = torch.Generator().manual_seed(22)
-    z = (torch.rand(2500, 1, generator=g) < 0.5).float().expand(-1, d_sae) + 0.0
-    part = monitor(tmp_path, d_sae, replace(section, max_reported_pairs=5))
-    least = part.state_bytes_at_most(batch_tokens=BATCH, entries_per_token=d_sae)
-    assert tree_bytes(part.state_dict()) < least
-    for step, a in enumerate(range(0, 2500, BATCH), 1):
-        part.update_correlations(SparseCodes.from_dense(z[a : a + BATCH]), step, sequences=torch.arange(BATCH))
-        part.report(step)
-    assert len(part._book.flagged) == d_sae * (d_sae - 1) // 2
-    state = part.state_dict()
-    size = tree_bytes(state)
-    assert size <= least == part.state_bytes_at_most(batch_tokens=BATCH, entries_per_token=d_sae)
-    if section.sketch_dim is None:
-        # And it is a bound of the right size: what is above it are the wider counts of a very long run.
-        assert size > 0.6 * least
-        for name in ("block", "past"):
-            if name in state:
-                joint = part._block if name == "block" else part._past
-                assert joint is not None
-                assert joint.statistics._exact is not None
-                joint.statistics._exact.joint = joint.statistics._exact.joint.long()
-        assert tree_bytes(part.state_dict()) <= least
-
-
-def test_the_ring_of_a_sketch_stays_below_its_bound(tmp_path: Path) -> None:
-    part = monitor(tmp_path, 60, replace(SECTION, sketch_dim=8, block_tokens=10**9))
-    statistics = part._block.statistics
-    statistics.ring_tokens = statistics._sketch.ring_tokens = 300  # type: ignore[union-attr]
-    bound = part.state_bytes_at_most(batch_tokens=100, entries_per_token=60)
-    z = torch.rand(100, 60, dtype=torch.float64) + 0.1
-    for step in range(1, 8):
-        part.update_correlations(SparseCodes.from_dense(z), step, weights=torch.ones(100))
-        assert tree_bytes(part.state_dict()) <= bound
-
-
-def test_watched_pairs_are_in_the_bound() -> None:
-    found = FeatureCorrelation(60, 8, ring_tokens=100)
-    bound = correlation_state_bytes(found, batch_tokens=100, entries_per_token=60)
-    i, j = torch.triu_indices(60, 60, 1)
-    for _ in range(3):
-        found.update(SparseCodes.from_dense(torch.rand(100, 60, dtype=torch.float64) + 0.1), torch.ones(100))
-        found.watch(i, j)
-        # The watched pairs alone are 156 of at most 310 kB.
-        assert 0.7 * bound < tree_bytes(found.state_dict()) <= bound
-
-
-def test_the_book_holds_a_bounded_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flags_module, "MAX_PAIRS", 3)
-    book = FlagBook(needed=1, remembered=2, threshold=0.8)
-    book.close_block([(4, 5), (0, 1), (2, 3), (6, 7)], [])
-    assert book.flagged == {(4, 5), (0, 1), (2, 3)}
-    book.close_block([(6, 7)], [])
-    assert book.flagged == {(4, 5), (0, 1), (2, 3)}
-    book.close_block([], [(0, 1)])
-    assert book.flagged == {(4, 5), (2, 3), (6, 7)}
-
-
-def test_a_report_that_cannot_be_written_changes_nothing_else(tmp_path: Path) -> None:
-    z = planted(4000, 23)
-    parts = [monitor(tmp_path / name, z.shape[1]) for name in ("whole", "blocked")]
-    blocked = tmp_path / "blocked" / "anti_duplication_logs" / "correlation_step_00000004.json"
-    blocked.mkdir(parents=True)  # a folder in the file's place: it cannot be moved there
-    for step, a in enumerate(range(0, 4000, BATCH), 1):
-        for part in parts:
-            part.update_correlations(SparseCodes.from_dense(z[a : a + BATCH]), step)
-        parts[0].report(step)
-        if step == 4:
-            with pytest.raises(IsADirectoryError):
-                parts[1].report(step)
-            assert list((tmp_path / "blocked").rglob("*.tmp")) == []
-            assert parts[1].metrics() == parts[0].metrics()
-        else:
-            parts[1].report(step)
-    assert last_report(tmp_path / "whole") == last_report(tmp_path / "blocked")
-    files = parts[1]._ledger.record()["components"]["correlation_monitor"]["files"]
-    assert len(files) == 7
-    assert not any("00000004" in f for f in files)
 
 
 def verdicts(i: Tensor, j: Tensor, shares: dict[tuple[int, int], float | None]) -> MergeResult:
@@ -818,16 +489,3 @@ def test_flagged_pairs_are_judged_first_and_in_parts(tmp_path: Path, monkeypatch
     assert asked == [[(6, 7)], [(10, 11)]]
     assert {(p["i"], p["j"]): p["mergeable"] for p in report["pairs"]} == {(6, 7): False, (8, 9): None, (10, 11): True}
     assert (report["pairs_mergeable"], report["pairs_refused"], report["pairs_untested"]) == (1, 1, 1)
-
-
-def test_the_cosine_tail_of_many_rows_is_that_of_some_against_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    W = torch.randn(301, 16, generator=torch.Generator().manual_seed(4))
-    monkeypatch.setattr("transcoder.antidup.row_cosines.MOST_ROWS", 43)
-    monkeypatch.setattr("transcoder.antidup.row_cosines.TILE_ROWS", 20)
-    unit = torch.nn.functional.normalize(W, dim=1)
-    nearest = (unit @ unit.T).fill_diagonal_(-1).max(1).values
-    some = nearest[torch.arange(43) * 301 // 43].sort().values
-    found = cosine_tail(W)
-    assert found is not None
-    assert found["median"] == pytest.approx(float(some[21]), abs=1e-6)
-    assert found["p99"] == pytest.approx(float(some[42]), abs=1e-6)

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from transcoder.antidup import pair_errors as module
 from transcoder.antidup.flags import FlagBook
-from transcoder.antidup.pair_errors import GROUPS, PairJackknife, correlation_bounds, pooled_lower_bound
+from transcoder.antidup.monitor import _scaled
+from transcoder.antidup.pair_errors import GROUPS, PairErrors, PairJackknife, correlation_bounds, pooled_lower_bound
 from transcoder.config import MonitorSection
-from transcoder.kernels import SparseCodes
+from transcoder.kernels import FeatureCorrelation, SparseCodes
 from transcoder.kernels.correlation.counter_rng import hash_bits
 
 from .test_monitor import feed, last_report, monitor
@@ -157,3 +158,63 @@ def test_reports_say_where_their_bounds_are_from(tmp_path: Path) -> None:
         assert entry["bounds"] == "jackknife"
         low, high = correlation_bounds(entry["correlation"], entry["support"])
         assert entry["upper"] - entry["lower"] > high - low  # heavy tails: wider than the rule of thumb
+
+
+def test_bounds_use_union_tokens() -> None:
+    lower, upper = correlation_bounds(0.9, 300)
+    half = 1.959964 * 1.32 / math.sqrt(297)
+    assert (lower, upper) == (
+        pytest.approx(math.tanh(math.atanh(0.9) - half)),
+        pytest.approx(math.tanh(math.atanh(0.9) + half)),
+    )
+    assert correlation_bounds(0.9, 3) == (-1.0, 1.0)
+    low, high = correlation_bounds(1.0, 100)
+    assert 0.999 < low <= 1.0 == high
+    assert correlation_bounds(-1.0, 100)[0] == -1.0
+
+
+def test_bounds_hold_the_truth_about_as_often_as_they_say() -> None:
+    # 200 pairs of true correlation 0.8 on about 400 union tokens each.
+    g = torch.Generator().manual_seed(16)
+    hits, trials, tokens, rate = 0, 200, 8000, 0.04
+    for _ in range(4):
+        shared = torch.rand(tokens, 50, generator=g) < 0.8
+        a, b, c = (torch.rand(tokens, 50, generator=g) < rate for _ in range(3))
+        x, y = ((a & shared) | (b & ~shared)).double(), ((a & shared) | (c & ~shared)).double()
+        # Amplitudes vary as activations do; the true correlation is that of a long stream.
+        z = torch.stack([x, y], 2).view(tokens, 100).float()
+        found = FeatureCorrelation(100)
+        found.update(SparseCodes.from_dense(z))
+        i = torch.arange(0, 100, 2)
+        stats = found.statistics(i, i + 1)
+        for r, support in zip(stats.correlation.tolist(), stats.support.tolist(), strict=True):
+            lower, upper = correlation_bounds(r, support)
+            hits += lower <= 0.8 <= upper
+    assert hits / trials >= 0.93
+
+
+def test_bounds_are_those_of_the_formula() -> None:
+    half = 1.959964 * 1.32 / math.sqrt(103 - 3)
+    assert correlation_bounds(0.8, 103) == pytest.approx(
+        (math.tanh(math.atanh(0.8) - half), math.tanh(math.atanh(0.8) + half)), rel=1e-5
+    )
+    # Of 16 groups: Student's t with 15 degrees of freedom.
+    assert correlation_bounds(0.8, 103, 0.1) == pytest.approx(
+        (math.tanh(math.atanh(0.8) - 0.2131), math.tanh(math.atanh(0.8) + 0.2131)), rel=1e-4
+    )
+    assert correlation_bounds(0.8, 3) == (-1, 1)
+
+
+def test_blocks_are_pooled_by_their_weights() -> None:
+    r = (300 * 0.9 + 100 * 0.8) / 400
+    error = math.sqrt((300 * 0.02) ** 2 + (100 * 0.05) ** 2) / 400
+    wanted = math.tanh(math.atanh(r) - 1.644854 * error / (1 - r * r))
+    assert pooled_lower_bound([(0.9, 0.02, 300.0), (0.8, 0.05, 100.0)]) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_an_error_of_part_of_the_tokens_is_scaled_to_all_of_them_or_not_believed() -> None:
+    error = torch.tensor([0.1, 0.1, 0.1, 0.1], dtype=torch.float64)
+    found = PairErrors(error, error, torch.tensor([400.0, 100.0, 99.0, 500.0], dtype=torch.float64))
+    scaled = _scaled(found, found.fisher, torch.full((4,), 400.0, dtype=torch.float64))
+    assert scaled[[0, 1, 3]].tolist() == pytest.approx([0.1, 0.05, 0.1])
+    assert bool(scaled[2].isnan())

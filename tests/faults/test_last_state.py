@@ -158,7 +158,7 @@ def test_space_that_only_taking_it_shows(disk: SmallDisk, monkeypatch: pytest.Mo
     store.check_space(64 * KIB, steps=3)
     with pytest.raises(CheckpointError, match=r"keep_best false --checkpoint\.keep_last 1 \(needs"):
         store.check_space(150 * KIB, steps=100)
-    with pytest.raises(CheckpointError, match="what a run writes beside them"):
+    with pytest.raises(CheckpointError, match="the run's other files"):
         store.check_space(KIB, steps=3, others=700 * KIB)
 
 

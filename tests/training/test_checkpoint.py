@@ -289,9 +289,7 @@ def test_space_is_checked_with_settings_that_would_fit(tmp_path: Path) -> None:
         store.check_space(free // 3, steps=1000)
     with pytest.raises(CheckpointError, match=r"transcoder.d_sae \(about \d+ % of the present"):
         store.check_space(2 * free, steps=1000)
-    with pytest.raises(
-        CheckpointError, match=r"checkpoints \(.* and what a run writes beside them \(.* need .* free are"
-    ):
+    with pytest.raises(CheckpointError, match=r"checkpoints \(.* and the run's other files \(.* need .* free are"):
         store.check_space(1000, steps=100, others=2 * free)
     few, more, many = (checkpoint_bytes(section, 1000, steps) for steps in (5, 10, 100))
     assert few == more < many

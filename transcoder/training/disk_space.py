@@ -86,7 +86,7 @@ def refuse_what_cannot_fit(
     if needed(section) <= free:
         return
     message = (
-        f"{folder}: checkpoints ({human_bytes(checkpoint_bytes(section, each, steps))}) and what a run writes beside them "
+        f"{folder}: checkpoints ({human_bytes(checkpoint_bytes(section, each, steps))}) and the run's other files "
         f"({human_bytes(others)}) need {human_bytes(needed(section))}, free are {human_bytes(free)}. "
     )
     flags = ""

@@ -102,6 +102,10 @@ class LayerTrainer:
             )
             for record in ledger.take():
                 record()
+        self.parts: dict[str, Stateful] = {"optimizer": self.optimizer}
+        """What has a state besides the transcoder, by its name in checkpoints."""
+        if self.regularizer is not None:
+            self.parts["regularizer"] = self.regularizer
 
     def step(self, step: int, batches: Sequence[ActivationBatch]) -> StepView:
         """One optimizer step on the mean loss of `batches`, its micro-batches. Reads nothing from the device.
@@ -171,10 +175,6 @@ class LayerTrainer:
             return self.regularizer.apply_penalty(
                 out.loss, self.transcoder, codes=out.codes, batch=batch, pairs=pairs, step=step, micro=micro
             )
-
-    def parts(self) -> dict[str, Stateful]:
-        """What has a state besides the transcoder, by its name in checkpoints."""
-        return {"optimizer": self.optimizer, **({} if self.regularizer is None else {"regularizer": self.regularizer})}
 
     @torch.no_grad()
     def _view(self, out: StepOutput, batch: ActivationBatch, loss: Tensor) -> MicroBatch:

@@ -246,10 +246,8 @@ class Trainer:
 
     def _stateful(self) -> dict[str, Stateful]:
         found: dict[str, Stateful] = {"source": self.source, "ledger": self.parts.ledger, "bad_steps": self.bad_steps}
-        for layer in self.layers:
-            found |= layer.parts()
-        for observer in self.observers:
-            found |= observer.parts
+        for parts in [layer.parts for layer in self.layers] + [observer.parts for observer in self.observers]:
+            found |= parts
         return found
 
     def _restore(self, loaded: Loaded) -> None:
