@@ -34,7 +34,7 @@ class Prefetcher(Generic[T]):
     ) -> None:
         self._produce, self._depth = produce, depth
         self._worker = _Worker(produce, depth, enough, weigh)
-        self._finalizer: weakref.finalize | None = None  # type: ignore[type-arg]
+        self._finalizer: weakref.finalize | None = None
         self._closed = False
 
     def next(self) -> T:
