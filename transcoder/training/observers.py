@@ -233,8 +233,8 @@ class Proof(Observer):
 
 
 class Meters:
-    """Means of a logging interval, kept on the device: `add` accumulates device tensors (0-dim, or vectors under a list of names); `read` transfers all
-    of them at once."""
+    """Means of a logging interval, kept on the device and read once: `add` accumulates device tensors (0-dim, or vectors under
+    a list of names), `read` transfers all of them at once."""
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self._device = device

@@ -1,5 +1,5 @@
-"""A nested state (leaves are tensors or JSON values) as flat tensors plus JSON, and back, bit for bit; and copies of such states in host
-memory, which training no longer touches."""
+"""A nested state (leaves are tensors or JSON values) as flat tensors plus JSON, and back, bit for bit; and copies of states
+that training no longer touches, in host memory that is used again for the next one."""
 
 from __future__ import annotations
 
