@@ -1,6 +1,6 @@
 """What looks at training: each observer sees every good step, and acts between steps where it is due.
 
-To add one: write it here, and add it to the list in `Trainer`. They act in the order of that list.
+To add one: write it here, and add it to the list in `RunParts`. They act in the order of that list.
 """
 
 from __future__ import annotations
