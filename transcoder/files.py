@@ -128,7 +128,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
 
 
 def remove_folder(folder: Path) -> None:
-    """Delete a folder so that no reader ever meets half of it: it is renamed to a hidden name first."""
+    """Delete a folder. It is renamed to a hidden name first, so that no reader finds it half deleted."""
     doomed = folder.with_name(DELETING + folder.name.lstrip("."))
     shutil.rmtree(doomed, ignore_errors=True)
     os.rename(folder, doomed)
@@ -155,7 +155,7 @@ def process_is_alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     except OSError:
-        # Another user's process is a process.
+        # The process exists but belongs to another user.
         return True
     return True
 

@@ -82,7 +82,7 @@ def read_tensors(path: Path, expected: WrittenFile | None = None) -> dict[str, T
                 f"{path.name}: checksum differs: expected sha256 {expected.sha256[:12]}..., got {digest[:12]}..."
             )
     try:
-        # The reader hands tensors over in an order that changes from process to process.
+        # The reader returns tensors in an order that differs between processes.
         return dict(sorted(load(data).items()))
     except SafetensorError as error:
         raise ValueError(f"{path.name}: not a safetensors file: {error}") from error

@@ -28,14 +28,14 @@ than 10 of thousands of tokens."""
 SUMS = ("square_i", "square_j", "along_i", "along_j", "cross_i", "cross_j", "product", "target")
 DOTS_AT_A_TIME = 4096
 ENOUGH = 4 * MIN_FIRINGS
-"""From this many firings on, a pair's sums are halved at every `settle`, because the weights go on changing."""
+"""From this many firings on, a pair's sums are halved at every `settle`, because the weights keep changing."""
 
 
 class Measured(NamedTuple):
     """The sums of a micro-batch, not added yet: its step may turn out to be non-finite."""
 
     round: int
-    """Number of `MergeEvidence.settle` calls before it; `add` ignores sums of pairs that are no longer followed."""
+    """Counter of changes of the followed pairs; `add` ignores sums that are from before the last change."""
     sums: Tensor
     """[8, P] float64, in the order of `SUMS`."""
     fired: Tensor
@@ -220,7 +220,7 @@ class MergeEvidence:
 
     def settle(self) -> None:
         """After a search for pairs: follow the pairs without a held-out verdict in `completed`. A pair that was followed before
-        keeps its sums, halved above `PLENTY` firings."""
+        keeps its sums, halved from `ENOUGH` firings on."""
         pairs = torch.cat([torch.zeros(2, 0, dtype=torch.int64, device=self.device), *self._wanted], 1)[:, :MOST_PAIRS]
         self._wanted = []
         place = places_of(pairs[0], pairs[1], (self._pairs[0], self._pairs[1]), self.d_sae)

@@ -42,7 +42,7 @@ class PositionSampler:
     """Draws about `keep_fraction` of each sequence's positions, stratified over position bins.
 
     Each bin of ordinary tokens gets a whole number of draws: its share of keep_fraction, but at least `min_samples_per_bin` if
-    it has that many tokens. Special tokens form a stratum of their own, drawn with keep_fraction * bos_penalty and so rarely
+    it has that many tokens. Special tokens form their own stratum, drawn with keep_fraction * bos_penalty and so rarely
     that they never exceed `max_bos_fraction` of a sequence's draws. Within strata the draw is systematic over a random order
     (Madow 1949): the inclusion probability pi of every position is known and exact, and each bin's count is fixed.
 

@@ -34,7 +34,7 @@ _LIVE_STEPS = 100
 CROSSINGS = 10
 """Number of times that the adaptive weight could go from its lower to its upper bound in a run."""
 LEAST_RATE = 1e-4
-"""Divides the distance of the rate from the target if the target is 0."""
+"""Smallest divisor of the distance between rate and target, for a target of 0."""
 
 
 class HasDecoder(Protocol):
