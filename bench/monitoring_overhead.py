@@ -22,7 +22,8 @@ from bench.cases import Size
 from bench.statistics import mean, whole_ratio
 from transcoder.activations import ActivationBatch
 from transcoder.config import RunConfig
-from transcoder.training.profile import QUIET, opened_run
+from transcoder.training.profile import QUIET
+from transcoder.training.trainer import opened_run
 
 PARTS = ("regularizer", "positions", "monitor", "samples", "recycle")
 KINDS: dict[str, tuple[str, ...]] = {

@@ -25,10 +25,8 @@ class CheckpointError(RuntimeError):
 def verify_checkpoint(path: Path | str) -> int:
     """Check sizes and checksums of one checkpoint folder. Returns its step.
 
-    Raises:
-        ValueError: a file is missing, torn or corrupted; the message names it.
-        CheckpointError: the checkpoint was written by a newer version.
-        OSError: a file cannot be read.
+    Raises: ValueError naming a file that is missing, torn or corrupted. CheckpointError where a newer version wrote it.
+    OSError.
     """
     path = Path(path)
     state = read_state(path)
@@ -104,13 +102,8 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def newest(found: list[tuple[int, Path]], read: Callable[[Path], Any]) -> Any:
-    """The result of `read` for the first of `found` that it can read; None if `found` is empty.
-
-    A folder that it refuses (ValueError, OSError) is skipped with a warning.
-
-    Raises:
-        CheckpointError: it refused them all.
-    """
+    """The result of `read` for the first of `found` that it can read; None if `found` is empty. A folder that it refuses
+    (ValueError, OSError) is skipped with a warning; CheckpointError if it refuses them all."""
     problems = []
     for _, folder in found:
         try:

@@ -217,7 +217,7 @@ def compare(options: argparse.Namespace, _: dict[str, Any]) -> int:
         raise ConfigError(f"compare: expected at least two run folders, got {len(runs)}")
     if any("=" in run and not Path(run).is_dir() for run in runs):
         methods = _methods(runs)
-        from transcoder.reporting.compare_seeds import compare_methods, format_methods
+        from transcoder.reporting.compare import compare_methods, format_methods
 
         comparison: Any = compare_methods(methods)
         print(format_methods(comparison))

@@ -112,10 +112,10 @@ def check_tensors(where: str, tensors: Mapping[str, Tensor], expected: Mapping[s
     """ValueError unless `tensors` has exactly these names and shapes."""
     missing, others = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
     if missing or others:
-        parts = [f"missing: {', '.join(missing)}"] * bool(missing) + [f"not expected: {', '.join(others)}"] * bool(
-            others
+        raise ValueError(
+            f"{where}: expected the tensors of a transcoder of this config; missing: {', '.join(missing) or 'none'}, "
+            f"not expected: {', '.join(others) or 'none'}"
         )
-        raise ValueError(f"{where}: expected the tensors of a transcoder of this config; {'; '.join(parts)}")
     for name, shape in expected.items():
         if tuple(tensors[name].shape) != shape:
             raise ValueError(f"{where}: {name}: expected shape {list(shape)}, got {list(tensors[name].shape)}")

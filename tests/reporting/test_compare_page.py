@@ -10,8 +10,8 @@ import pytest
 from tests.reporting.page_tree import read
 from transcoder.cli import main
 from transcoder.reporting import compare_runs
+from transcoder.reporting.compare import compare_methods
 from transcoder.reporting.compare_page import write_method_comparison, write_run_comparison
-from transcoder.reporting.compare_seeds import compare_methods
 
 
 def test_runs_beside_each_other(make_run: Callable[..., Path], tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from transcoder import cli
 from transcoder.reporting import Run
-from transcoder.reporting.compare_seeds import compare_methods, format_methods
+from transcoder.reporting.compare import compare_methods, format_methods
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transcoder.reporting.charts import short
+from transcoder.reporting.duplicates import Duplicates
 from transcoder.reporting.format import whole
 from transcoder.reporting.page import pack
 from transcoder.reporting.run import Run
-from transcoder.reporting.samples import Contexts, SampleTable
-from transcoder.reporting.sections import groups_of, ranked_pairs
+from transcoder.reporting.samples import Context, SampleTable
+from transcoder.reporting.sections import LISTED_PAIRS
 
 DEFAULT_LATENTS = 4096
 """Where the config does not say `logging.report_latents`."""
@@ -57,7 +58,8 @@ def build(run: Run) -> LatentCards:
     sequence, column of the token, [word numbers], [[column, strength 0..1], ...]].
     """
     samples, facts, checkpoint = run.samples, run.heldout_latents, run.unverified_checkpoint
-    pairs = [(p["i"], p["j"]) for p in ranked_pairs(run.correlation)]
+    found = Duplicates(run)
+    pairs = [(p.i, p.j) for p in found[:LISTED_PAIRS]]
     sampled = np.unique(samples.latent) if samples is not None else np.zeros(0, np.int64)
     known = [sampled, np.asarray([i for pair in pairs for i in pair], np.int64)]
     if facts is not None:
@@ -77,7 +79,7 @@ def build(run: Run) -> LatentCards:
         peak[at] = np.fmax(peak[at], facts.peak)
     density = _density(run, ids)
     group = np.zeros(len(ids), np.int64)
-    for number, members in enumerate(groups_of(run.correlation), 1):
+    for number, members in enumerate(found.groups, 1):
         group[[place[i] for i in members if i in place]] = number
     partners: dict[str, list[int]] = {}
     for i, j in pairs:
@@ -150,29 +152,24 @@ def _fill(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], list[str]]:
     """Pack the cards of the chosen latents; returns the columns `chunk` and `word` of the index, and the `words`."""
     chunk, word = np.full((2, len(place)), -1)
-    every, shown = {}, {}
-    for latent in chosen:
-        every[latent] = rows = samples.rows_of(latent)
-        top = samples.top[rows]
-        shown[latent] = np.concatenate([rows[top][:SAMPLES_OF_A_KIND], rows[~top][:SAMPLES_OF_A_KIND]])
-    contexts = samples.coded_contexts(np.concatenate([np.zeros(0, np.int64), *shown.values()]))
-    facts = {} if run.heldout_latents is None else dict(run.heldout_latents.details(set(chosen)))
+    contexts = _contexts(samples, chosen)
+    facts = {} if run.heldout_latents is None else run.heldout_latents.details(chosen)
     near = {} if run.unverified_checkpoint is None else run.unverified_checkpoint.neighbours(chosen)
     peaks: dict[str, int] = {}
-    spent = first = 0
+    spent = 0
     for begin in range(0, len(chosen), CHUNK):
         part = chosen[begin : begin + CHUNK]
-        local: dict[int, int] = {}
+        local: dict[str, int] = {}
         entries = []
         for latent in part:
-            rows = shown[latent]
-            found = _rows(samples, every[latent], rows, contexts, first, local)
-            entries.append([latent, found, _facts(facts.get(latent), near.get(latent))])
-            own, anchor = contexts.of(first), int(samples.anchor[rows[0]])
-            if 0 <= anchor < len(own):
-                word[place[latent]] = peaks.setdefault(_shorten(contexts.words[own[anchor]]), len(peaks))
-            first += len(rows)
-        text = packed({"words": [_shorten(contexts.words[c]) for c in local], "cards": entries})
+            shown = contexts[latent]
+            peak = max(float(samples.activation[samples.rows_of(latent)[0]]), 1e-12)
+            rows = [_row(context, peak, local) for context in shown]
+            entries.append([latent, rows, _facts(facts.get(latent), near.get(latent))])
+            if shown:
+                strongest = _shorten(shown[0].tokens[shown[0].anchor])
+                word[place[latent]] = peaks.setdefault(strongest, len(peaks))
+        text = packed({"words": list(local), "cards": entries})
         spent += len(text)
         if spent > MAX_BYTES:
             break
@@ -182,35 +179,29 @@ def _fill(
     return chunk, word, list(peaks)
 
 
-def _rows(
-    samples: SampleTable,
-    every: NDArray[np.int64],
-    rows: NDArray[np.int64],
-    contexts: Contexts,
-    first: int,
-    local: dict[int, int],
-) -> list[list[Any]]:
-    """`rows` of a latent, packed; `every` is all of its rows, strongest first. New words are added to `local`."""
-    peak = max(float(samples.activation[every[0]]), 1e-12)
-    # Two samples of one sequence shade each other's contexts.
-    near = samples.activation_at(every)
-    found = []
-    for n, r in enumerate(rows):
-        context = contexts.of(first + n)
-        anchor, position, sequence = int(samples.anchor[r]), int(samples.position[r]), int(samples.sequence[r])
-        if not 0 <= anchor < len(context):
-            continue
-        begin = max(0, anchor - TOKENS_BEFORE)
-        while begin < anchor and context[begin] == 0:
-            begin += 1
-        window = context[begin : anchor + TOKENS_AFTER + 1]
-        at = {column: near.get((sequence, position - anchor + begin + column)) for column in range(len(window))}
-        at[anchor - begin] = float(samples.activation[r])
-        shades = [[n, round(max(0.0, min(1.0, value / peak)), 2)] for n, value in at.items() if value is not None]
-        numbers = [local.setdefault(int(code), len(local)) for code in window]
-        (activation,) = _rounded([samples.activation[r]], 4)
-        found.append([int(samples.top[r]), activation, position, sequence, anchor - begin, numbers, shades])
+def _contexts(samples: SampleTable, chosen: list[int]) -> dict[int, list[Context]]:
+    """The strongest contexts of each kind of the chosen latents."""
+    shown = [np.zeros(0, np.int64)]
+    for latent in chosen:
+        rows = samples.rows_of(latent)
+        top = samples.top[rows]
+        shown += [rows[top][:SAMPLES_OF_A_KIND], rows[~top][:SAMPLES_OF_A_KIND]]
+    found: dict[int, list[Context]] = {latent: [] for latent in chosen}
+    for context in samples.read_contexts(np.concatenate(shown)):
+        found[context.latent].append(context)
     return found
+
+
+def _row(context: Context, peak: float, words: dict[str, int]) -> list[Any]:
+    """A context, packed; its new words are added to `words`."""
+    begin = max(0, context.anchor - TOKENS_BEFORE)
+    window = slice(begin, context.anchor + TOKENS_AFTER + 1)
+    shades = np.clip(context.activations[window] / peak, 0, 1)
+    numbers = [words.setdefault(_shorten(token), len(words)) for token in context.tokens[window]]
+    (activation,) = _rounded([context.activation], 4)
+    place = [context.position, context.sequence, context.anchor - begin]
+    known = [[n, round(float(shades[n]), 2)] for n in np.flatnonzero(np.isfinite(shades)).tolist()]
+    return [int(context.kind == "top"), activation, *place, numbers, known]
 
 
 def _facts(details: dict[str, Any] | None, near: list[tuple[int, float]] | None) -> dict[str, Any]:

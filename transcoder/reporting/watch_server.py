@@ -8,7 +8,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 import threading
 import time
 from http import HTTPStatus
@@ -23,8 +22,7 @@ from transcoder.reporting.metrics_table import FILE_NAME as METRICS_FILE
 from transcoder.reporting.metrics_table import Metrics
 from transcoder.reporting.page import chunk_elements, render, render_page
 from transcoder.reporting.report import payload
-from transcoder.reporting.run_process import process_of
-from transcoder.reporting.terminal_view import look
+from transcoder.reporting.watch_state import look, process_of
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +43,6 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
-_PACKED = re.compile(r"/packed/(latent-index|chunk-\d{1,6})")
 
 
 class LiveReport:
@@ -63,7 +60,8 @@ class LiveReport:
         self._next = 0.0
         self._version = 0
         self._cards = LatentCards({})
-        self._packed: dict[str, str] = {}
+        self.packed: dict[str, bytes] = {}
+        """Packed latents by their addresses."""
         self.core: dict[str, Any] = {}
         self.data = b"{}"
         self.tag = ""
@@ -86,10 +84,6 @@ class LiveReport:
     def page(self) -> bytes:
         return render_page(self.core, {}, live=True).encode("utf-8", errors="replace")
 
-    def packed(self, name: str) -> bytes | None:
-        found = self._packed.get(name)
-        return None if found is None else found.encode()
-
     def _render(self) -> None:
         began = time.process_time()
         self._seen = self._signature()
@@ -105,7 +99,8 @@ class LiveReport:
         core["head"] = render("header.html", header=core["header"])
         if changed:
             self._cards_seen, self._cards, self._version = cards_seen, cards, version
-            self._packed = chunk_elements(cards.packed_index, cards.chunks)
+            packed = chunk_elements(cards.packed_index, cards.chunks)
+            self.packed = {f"/packed/{name}": text.encode() for name, text in packed.items()}
             # What the chunks were made of is not needed any more.
             cards.chunks.clear()
         self.core = core
@@ -173,7 +168,7 @@ class _Handler(BaseHTTPRequestHandler):
             known = self.headers.get("If-None-Match") == report.tag
             status = HTTPStatus.NOT_MODIFIED if known else HTTPStatus.OK
             return status, "application/json", b"" if known else report.data, {"ETag": report.tag}
-        if (wanted := _PACKED.fullmatch(path)) and (found := report.packed(wanted[1])) is not None:
+        if (found := report.packed.get(path)) is not None:
             return HTTPStatus.OK, "text/plain", found, {}
         return HTTPStatus.NOT_FOUND, TEXT, b"not here\n", {}
 
