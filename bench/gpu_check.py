@@ -8,7 +8,7 @@ checks      Each op, each backend that this device has, each dtype, fresh inputs
             CUDA graph and replayed on new batches they again equal the eager step bit for bit.
 verdicts    The backends that `auto` selects on this GPU (`transcoder.kernels.gpu_selftest`).
 checker     The memory and race checker (`compute-sanitizer`, where it is installed) over the Triton checks on small shapes.
-benchmarks  `pytest bench/`, its rows taken into the JSON; after green checks, or where they alone are asked for.
+benchmarks  `pytest bench/`, its rows taken into the JSON; after checks that passed, or with `--only benchmarks`.
 
 Every part is a separate process with a time limit, several at a time on a GPU: most of their time is compilation. A crash or a
 hang loses only its part, and results before it are kept. The JSON (bench/results/native/<device>.json) is written after every

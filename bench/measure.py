@@ -44,7 +44,7 @@ def _run(words: Sequence[str], target: Path) -> dict[str, Any]:
 
 
 def stages(options: argparse.Namespace, folder: Path) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
-    """(where it belongs, the section) of each part that was asked for, as it is done."""
+    """(its place in the file, the section) of each requested part, when it is done."""
     size = ["--size", options.size]
     if "rows" in options.only:
         target = folder / "rows.json"
@@ -101,7 +101,7 @@ def main(words: list[str] | None = None) -> int:
         "--libraries",
         type=lambda text: text.split(","),
         default=list(LIBRARIES),
-        help="peers with environments of their own",
+        help="peers that run in separate environments",
     )
     parser.add_argument("--into", type=Path, help="folder of the peers' environments")
     parser.add_argument("--out", type=Path, help="result file (default: bench/results/<device>.json)")

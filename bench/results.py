@@ -77,8 +77,8 @@ def label(row: dict[str, Any]) -> str:
 
 
 def merge_rows(rows: list[dict[str, Any]], more: Iterable[dict[str, Any]], environment: str) -> None:
-    """Adds the variants of `more` that `rows` lack, each with the ratio to ours of its own run, and before them what ours took
-    there; and whole rows that `rows` lack. Changes `rows`."""
+    """Add to `rows`, in place, the rows and variants of `more` that it lacks. Added variants follow our time in their run, to
+    which their ratios refer."""
     by_label = {label(row): row for row in rows}
     for row in more:
         known = by_label.get(label(row))

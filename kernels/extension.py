@@ -62,7 +62,7 @@ def usable() -> bool:
 
 
 def available_reason() -> str | None:
-    """None where the extension is loaded, else one line that says why it is not."""
+    """None if the extension is loaded, else the reason in one line."""
     global _reason, _tried, _waited
     with _lock:
         if not _tried:

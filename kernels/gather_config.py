@@ -40,7 +40,7 @@ NARROW_COLUMNS = 32
 
 SPLIT = 128
 """Entries of a segment summed by one program. A longer segment (a latent that fires on nearly every token) is cut at
-multiples of SPLIT, its pieces are summed by programs of their own and added in a fixed order. At the reference shape a
+multiples of SPLIT, its pieces are summed by separate programs and added in a fixed order. At the reference shape a
 segment has 11 entries on average; 128 bound the longest program to 16 turns, and the pieces of one latent that fires on
 all 4096 tokens to 32."""
 

@@ -1,7 +1,7 @@
-"""Whether a device's kernels compute what their references do: the checks, and the verdict that backend `auto` asks for.
+"""Checks of a device's kernels against their references, and the verdict that backend `auto` uses.
 
 The checks: every op family against its float64 reference on fresh inputs, forward and gradients, twice for bitwise equality.
-`bench.gpu_check` reports them, `bench.autotune` asks for them before it times a launch choice.
+`bench.gpu_check` reports them, `bench.autotune` runs them before it times a launch choice.
 
 The verdict: kernels that a compiler accepts can still be wrong on a chip or under a compiler that was never tried. So before
 `auto` uses a family's Triton kernels on a GPU for the first time, a separate process runs the family's checks there: an illegal

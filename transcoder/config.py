@@ -368,7 +368,7 @@ class LoggingSection(Section, where="logging."):
     max_megabytes: Positive = 1024
     """A larger metrics.jsonl is thinned: every second line of metrics in its older half is dropped; events stay."""
     report: bool = True
-    """Write report.html, in a process of its own, when the run ends; `transcoder report RUN` writes it at any time."""
+    """Write report.html, in a separate process, when the run ends; `transcoder report RUN` writes it at any time."""
     report_latents: Count = 4096
     """Latents shown with their contexts in report.html, which stays below 10 MB in any case."""
 

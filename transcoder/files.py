@@ -1,7 +1,7 @@
 """Files that are whole or absent: written under a temporary name, brought to the disk (fsync), then renamed.
 
 Everything in a run folder and in a cache is written through this module, except metrics.jsonl, which is appended to
-(`reporting.jsonl` says what is promised of it), and the files of W&B and TensorBoard.
+(`reporting.jsonl` documents its guarantees), and the files of W&B and TensorBoard.
 
 A crash leaves the old content and, at most, a temporary file `.writing_<name>.<process id>`; the next write of the same name
 removes those whose process is gone.

@@ -317,7 +317,7 @@ class Transcoder(nn.Module):
 
         Raises:
             FileNotFoundError: a file is missing, or the hub does not give it.
-            ValueError: a file is torn or does not fit; the message names it and says what was expected.
+            ValueError: a file is torn or does not fit; the message names it and the expected content.
         """
         try:
             folder = local_folder(directory, revision)

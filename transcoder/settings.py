@@ -1,6 +1,6 @@
 """Base class of the configuration's sections: typed and bounded fields, errors with the nearest known name.
 
-A bound stands in the type of a field as an interval: `share: Annotated[float, "(0, 1]"] = 0.5`. `Section` checks the type and
+The type of a field contains its bound as an interval: `share: Annotated[float, "(0, 1]"] = 0.5`. `Section` checks the type and
 the bound of each field, whether the section comes from YAML, from flags or from code.
 """
 

@@ -4,7 +4,7 @@ The libraries pin versions that exclude each other and us, so each runs in its o
 tests/interop/environment.py: there ours and theirs take turns in the same rounds. `--here` runs them in this interpreter, for a
 library that is installed in the same environment.
 
-Exit codes: 0 measured; 1 a result was wrong or something broke (what could be measured is in FILE, with what went wrong);
+Exit codes: 0 measured; 1 a result was wrong or a row failed (FILE has the other rows and the errors);
 3 there is no environment.
 """
 

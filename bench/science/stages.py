@@ -159,7 +159,7 @@ def _planted(found: Found) -> Tensor:
 
 
 def s3_correlated(quick: bool, seed: int) -> list[Line]:
-    """Features that occur together but have directions of their own: no remedy may fold them."""
+    """Features that occur together but have different directions: no remedy may fold them."""
     steps, seeds = _runs(quick, seed)
     many = seeds if quick else [seed + n for n in range(RECYCLE_SEEDS)]
     toys = [Toy(correlated, FEATURES, s) for s in many]

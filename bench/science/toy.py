@@ -1,7 +1,7 @@
 """Synthetic activations with known features, and a transcoder trained on them by the real trainer.
 
 x = sum_g a_g u_g + noise, y = sum_g a_g v_g with unit directions u_g, v_g drawn at random in D = 64 dimensions: more features
-than dimensions, so no linear map does it. Each stage says which features are active together.
+than dimensions, so no linear map separates them. Each stage defines which features are active together.
 """
 
 from __future__ import annotations

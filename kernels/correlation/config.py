@@ -9,8 +9,8 @@ commute and the sums are bitwise reproducible; that holds for 2^27 tokens on whi
 times U (a block has 2^22 tokens). Beyond, only the last bits depend on the order. The rounding of one product is at most 2^-27
 U_i U_j: 4e-7 of a product that is 2 % of U_i U_j, less by sqrt(n) in a sum where products differ by more than a step. Products
 below half a step are lost, so a latent whose first firing is an outlier (8000 times its usual value, with both of a pair) loses
-the usual ones; its variance is then at least (U / 2)^2, so n joint firings move a correlation by n 2^-25 at most: 0.001 at 40
-000 of them.
+the usual ones; its variance is then at least (U / 2)^2, so n joint firings move a correlation by n 2^-25 at most: 0.001 at
+40 000 of them.
 
 Why not 64-bit integers, which have ten bits more: they overflow where float64 merely rounds, and the triangle would change
 its type for merging, saving and mining."""

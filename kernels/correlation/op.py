@@ -59,7 +59,7 @@ class FeatureCorrelation:
             look.
 
     Raises:
-        ValueError: an argument out of range, or codes that do not fit (each message says what was expected).
+        ValueError: an argument out of range, or codes that do not fit; the message gives the expected value.
     """
 
     def __init__(
@@ -255,7 +255,7 @@ class FeatureCorrelation:
                 and of a latent with itself it is the diagonal (correlation 1 unless the latent is constant).
             beside: statistics of other, disjoint parts of the stream, counted in without being merged.
 
-        Raises: TypeError or ValueError naming i, j or what does not fit beside.
+        Raises: TypeError or ValueError naming i, j or `beside`.
         """
         parts = self._parts(beside)
         i, j = self._pair_ids("statistics", i, j)

@@ -89,7 +89,7 @@ class Moments:
             self.weight_squared += other.weight_squared.to(self.weight.device) * (scale * scale - scale)
 
     def forget(self, latents: Tensor) -> None:
-        """As if these latents had never fired."""
+        """Remove all firings of these latents."""
         for part in (self.total, self.square, self.count):
             part.index_fill_(0, latents, 0)
 
@@ -109,8 +109,8 @@ class Moments:
 
 
 class PairSums(NamedTuple):
-    """What the statistics of some pairs are made of, each pair over its own part of the stream. They add up over disjoint
-    parts."""
+    """Sums from which the statistics of some pairs are computed, each pair over its part of the stream. Sums of disjoint parts
+    can be added."""
 
     weight: Tensor
     """[P] sum w."""
@@ -138,7 +138,7 @@ class PairSums(NamedTuple):
 
     @classmethod
     def of(cls, moments: Moments, i: Tensor, j: Tensor, product: Tensor, joint: Tensor) -> PairSums:
-        """Over all tokens of `moments`. Of a latent with itself, `product` and `joint` are not looked at: its own sums are
+        """The sums over all tokens of `moments`. For a latent with itself, `product` and `joint` are ignored: its own sums are
         the diagonal."""
         same = i == j
         return cls(
@@ -179,8 +179,8 @@ class PairStatistics:
     support: Tensor
     """int64: tokens on which at least one fires (decayed ones rounded down)."""
     weight: Tensor
-    """float64: sum of the weights of the tokens that were looked at (their number, where none has a weight). A sketch looks
-    at its newest tokens, further back for some pairs than for others."""
+    """float64: sum of the weights of the counted tokens (their number without weights). A sketch counts its newest tokens, for
+    watched pairs more of them."""
 
 
 def pair_statistics(
@@ -228,7 +228,8 @@ class CorrelatedPairs:
         cosine: float64 uncentred cosine; `1 - cosine^2` is the share of z_j^2 lost when j is folded into i.
         jaccard: float64 tokens on which both fire, over support.
         weight: float64 sum of the weights of the tokens that all this was counted on (their number, where none has a
-            weight): the whole stream's, or what a sketch has looked at for this pair (see `FeatureCorrelation.statistics`).
+            weight): those of the whole stream, or those that a sketch has counted for this pair (see
+            `FeatureCorrelation.statistics`).
     """
 
     i: Tensor
@@ -250,11 +251,11 @@ class Survey:
 
     pairs: CorrelatedPairs
     histogram: Tensor | None
-    """[bins] int64: pairs that fired together at least once, by correlation."""
+    """[bins] int64: pairs that fired together at least once, counted by correlation."""
     squared_sum: float | None
     """sum of r_ij^2 over ALL pairs i < j, those that never fire together included."""
     candidates: tuple[Tensor, Tensor] | None = None
-    """(i, j) of the pairs that the sketch proposed: `pairs` are those of them that their counts confirm, so far."""
+    """(i, j) of the pairs that the sketch proposed: `pairs` are those of them that exact counts confirm."""
 
 
 def kept(stats: PairStatistics, min_correlation: float, min_support: int) -> PairStatistics:

@@ -107,7 +107,7 @@ class Watched:
         self.index(count).add(entries, total, self.since.product, self.since.joint)
 
     def places(self, i: Tensor, j: Tensor) -> Tensor:
-        """[Q] int64 where each pair (in any order) stands, -1 for one that is not watched."""
+        """[Q] int64: index of each pair (in any order), -1 if it is not watched."""
         if len(self) == 0:
             return torch.full_like(i, -1)
         key = torch.minimum(i, j) * self.d_sae + torch.maximum(i, j)
@@ -119,7 +119,7 @@ class Watched:
         return latents_alone(moments, self.i[place], self.j[place]).plus(self.since.at(place))
 
     def forget(self, latents: Tensor) -> None:
-        """As if these latents had never fired."""
+        """Remove all firings of these latents."""
         gone = torch.zeros(self.d_sae, dtype=torch.bool, device=self.i.device)
         gone.index_fill_(0, latents, True)
         each = torch.stack([gone[self.i], gone[self.j]])

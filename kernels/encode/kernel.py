@@ -325,7 +325,8 @@ def above_threshold(
     PRECISION: tl.constexpr, WRITE: tl.constexpr,
 ):  # fmt: skip
     """Entries above the threshold, in two passes over the same product: WRITE = 0 counts them into bounds [B, T],
-    WRITE = 1 writes them from where bounds [B * T + 1], by then running totals, says. Tile t owns a run of BN latents."""
+    WRITE = 1 writes them at the offsets in bounds [B * T + 1], which then holds running totals. Tile t owns a run of BN
+    latents."""
     block, tile = grouped_tile(tl.cdiv(rows_total, BM), tiles, GROUP)
     rows = block * BM + tl.arange(0, BM)
     latents = tile * BN + tl.arange(0, BN)

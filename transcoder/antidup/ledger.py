@@ -112,7 +112,7 @@ class UsageLedger:
         """Write usage.json (to a temporary file that then takes its place).
 
         Raises:
-            OSError: it could not be written; the former file stands, and nothing else is left behind.
+            OSError: it could not be written; the previous file is unchanged, and no partial file is left.
         """
         record = self.record()
         for part in record["components"].values():

@@ -1,6 +1,6 @@
 """The merge test: the cost, on held-out tokens, of folding one latent of a pair into the other.
 
-A high correlation says that two latents fire together; only this test says that one of them can be removed. Two latents
+A high correlation shows that two latents fire together; only this test shows that one of them can be removed. Two latents
 with correlated causes but different directions fail it.
 """
 
@@ -18,7 +18,7 @@ from transcoder.kernels import SparseCodes
 TILE_NUMBERS = 1 << 22
 """Numbers in the largest temporary (32 MiB of fp64)."""
 MERGEABLE_SHARE = 0.1
-"""A pair is mergeable when the fold costs at most this share of the cost of removing the latent. With a decoder row of its own,
+"""A pair is mergeable when the fold costs at most this share of the cost of removing the latent. If it has its own decoder row,
 a latent whose uncentred cosine with its partner is c costs the share 1 - c^2: at 0.1, pairs with c > 0.949 pass. In
 `bench.science` (S2, S3) four fifths of the pairs of features split by too large a k cost less; planted pairs that are no
 duplicates cost 0.145 or more.

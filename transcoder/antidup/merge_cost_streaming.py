@@ -43,7 +43,7 @@ class Measured(NamedTuple):
 
 
 class MergeEvidence:
-    """For some pairs (i, j) the sums of the merge test, over the training tokens since each pair was asked for.
+    """For some pairs (i, j) the sums of the merge test, over the training tokens since each pair began to be followed.
 
     `measure` and `add` never wait for a device.
     """

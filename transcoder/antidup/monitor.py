@@ -300,7 +300,7 @@ class CorrelationMonitor:
                 "CorrelationMonitor.load_state_dict: fading: expected it exactly where halflife_tokens is set, got "
                 f"{'one' if 'fading' in state else 'none'}"
             )
-        # Read into new parts first, so that a state that does not fit leaves this monitor as it is.
+        # Read into new parts first, so that a state that does not fit changes nothing.
         evidence = MergeEvidence(self.d_sae, self.device)
         evidence.load_state_dict(state["evidence"])
         block, past = Window(self._statistics()), Window(self._statistics()) if "past" in state else None

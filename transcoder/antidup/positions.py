@@ -173,7 +173,7 @@ class PositionSampler:
         """Write `positions.json`: positions seen and drawn per bin, over the whole run. Reads the device.
 
         Raises:
-            OSError: the file could not be written; the former one stands.
+            OSError: the file could not be written; the previous file is unchanged.
         """
         if self._out_dir is None:
             raise ValueError("PositionSampler.save: expected an out_dir at construction, got None")

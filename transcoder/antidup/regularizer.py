@@ -73,7 +73,7 @@ class DiversityRegularizer:
             a step, from the step after on, where rate is the share of recently firing latents that are in some
             pair (mean over the step's micro-batches): bounded dual control. g is such that a tenth of the run takes it from
             one bound to the other, so that short runs are controlled too. With `adaptive_step` the exponent is
-            adaptive_step (rate - target) and the lower bound 0. The weight stays as it is until the monitor has searched for
+            adaptive_step (rate - target) and the lower bound 0. The weight does not change until the monitor has searched for
             pairs.
         orthogonality: mean relu(max cos - threshold)^2 over a random chunk of decoder rows, each row once
             before any twice, every `orthogonality_every` steps, in the step's first micro-batch.
@@ -250,7 +250,7 @@ class DiversityRegularizer:
         writes those again). Reads the device.
 
         Raises:
-            OSError: the file could not be written; the former one stands.
+            OSError: the file could not be written; the previous file is unchanged.
         """
         if self._out_dir is None:
             raise ValueError("DiversityRegularizer.save: expected an out_dir at construction, got None")

@@ -114,7 +114,7 @@ class SinkMass:
 
     @torch.no_grad()
     def add(self, codes: SparseCodes, sink: Tensor) -> None:
-        """Decay, then add the tokens of `codes`, of which `sink` [B] bool says which are sinks. Never waits for a device."""
+        """Decay, then add the tokens of `codes`; `sink` [B] bool marks the sinks. Never waits for a device."""
         values = codes.values.detach().to(self.sums.dtype)
         at_sink = torch.where(sink[codes.rows()], values, 0)
         self.sums *= DECAY

@@ -68,7 +68,7 @@ class SequenceCounts:
 
     The union of two bitmaps estimates the distinct sequences on which either fires (linear counting, Whang et
     al. 1990): -m ln(1 - x / m) for x of m bits set; about +-1.4 at 30 sequences and m = 256. A full bitmap
-    says "m ln m or more".
+    means "m ln m or more".
 
     Memory: `bits` bytes a latent (4.5 MiB at 18432 latents and 256 bits).
     """
