@@ -117,13 +117,13 @@ class LiveReport:
         return process_of(self._path).state, self._stats("*", "activation_samples/*", *OF_CARDS)
 
     def _stats(self, *patterns: str) -> list[tuple[str, int, int]]:
-        """Names, sizes and times of the files that are there."""
+        """Names, sizes and times of the files that are there, but for a page that was made of them."""
         found = []
         for file in (file for pattern in patterns for file in self._path.glob(pattern)):
             with contextlib.suppress(OSError):
-                stat = file.stat()
-                found.append((str(file), stat.st_size, stat.st_mtime_ns))
-        return sorted(entry for entry in found if not entry[0].endswith(PAGE_FILE))
+                if file.name != PAGE_FILE:
+                    found.append((str(file), file.stat().st_size, file.stat().st_mtime_ns))
+        return sorted(found)
 
 
 class _Handler(BaseHTTPRequestHandler):
