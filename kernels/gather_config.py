@@ -1,7 +1,7 @@
 """Launch choices of every kernel that gathers rows of a matrix: decode, its gradients, the encoder's gradients.
 
 Frozen data. The numbers behind the reasons are byte and register counts (tests/kernels/test_compile_decode.py reads the
-registers from the compiled code); none is a timing yet.
+registers from the compiled code); none is a measured time yet.
 """
 
 from __future__ import annotations

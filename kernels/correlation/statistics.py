@@ -17,13 +17,13 @@ from transcoder.kernels.correlation.torch_backend import Entries, add_at
 CONSTANT = 1e-12
 """A latent whose variance is below this share of its mean square is constant: its correlation is defined as
 0. float64 sums carry a relative error near 1e-14, and a latent that is nearly always on (mean 35, sd 0.15)
-stands at 2e-5."""
+has a share of 2e-5."""
 
 
 @dataclass(eq=False)
 class Moments:
-    """n, sum z, sum z^2 and firing counts of every latent. float64: one-pass variances of latents that are
-    nearly always on cancel five digits, which fp32 sums do not have and float64 sums have ten to spare of."""
+    """n, sum z, sum z^2 and firing counts of every latent. float64: the one-pass variance of a latent that is nearly always on
+    loses five digits, too many for fp32."""
 
     weight: Tensor
     """0-dim: sum of token weights."""

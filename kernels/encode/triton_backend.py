@@ -29,7 +29,7 @@ Adapt = Callable[[config.ProductLaunch], config.ProductLaunch]
 
 
 class Counters(NamedTuple):
-    """What the certificates of the encode ops said on one device since the last reset."""
+    """Counts of certified and of recomputed rows or cells on one device since the last reset."""
 
     certified: int
     rescanned: int

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.training.test_trainer import Planted, config
+from tests.training.planted import Planted, config
 from transcoder.model import Transcoder, TranscoderConfig
 from transcoder.reporting.latent_table import read_latents
 from transcoder.training import latent_facts, train_transcoder

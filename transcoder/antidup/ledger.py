@@ -116,7 +116,7 @@ class UsageLedger:
         """
         record = self.record()
         for part in record["components"].values():
-            # JSON has no NaN: it is written as text.
+            # JSON has no NaN: NaN is written as text.
             part["effect"] = {
                 k: v if isinstance(v, str) or math.isfinite(v) else str(v) for k, v in part["effect"].items()
             }
