@@ -1,7 +1,7 @@
 """Files that are whole or absent: written under a temporary name, brought to the disk (fsync), then renamed.
 
 Everything in a run folder and in a cache is written through this module, except metrics.jsonl, which is appended to
-(`reporting.jsonl` says what is promised of it), and the files of W&B and TensorBoard.
+(`reporting.jsonl` documents its guarantees), and the files of W&B and TensorBoard.
 
 A crash leaves the old content and, at most, a temporary file `.writing_<name>.<process id>`; the next write of the same name
 removes those whose process is gone.
@@ -125,7 +125,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
 
 
 def remove_folder(folder: Path) -> None:
-    """Delete a folder so that no reader ever meets half of it: it is renamed to a hidden name first."""
+    """Delete a folder. It is renamed to a hidden name first, so that no reader finds it half deleted."""
     doomed = folder.with_name(DELETING + folder.name.lstrip("."))
     shutil.rmtree(doomed, ignore_errors=True)
     os.rename(folder, doomed)
@@ -148,7 +148,7 @@ def fsync(path: Path) -> None:
 def process_is_alive(pid: int) -> bool:
     """Whether this machine has a process of this number."""
     try:
-        # Another user's process may not be signalled, and is a process.
+        # PermissionError: the process exists but belongs to another user.
         with contextlib.suppress(PermissionError):
             os.kill(pid, 0)
     except ProcessLookupError:

@@ -76,7 +76,7 @@ def read_tensors(path: Path, expected: WrittenFile | None = None) -> dict[str, T
     if expected is not None and (found := WrittenFile(len(data), hashlib.sha256(data).hexdigest())) != expected:
         raise ValueError(f"{path.name}: expected {expected}, got {found}")
     try:
-        # The reader hands tensors over in an order that changes from process to process.
+        # The reader returns tensors in an order that differs between processes.
         return dict(sorted(load(data).items()))
     except SafetensorError as error:
         raise ValueError(f"{path.name}: not a safetensors file: {error}") from error

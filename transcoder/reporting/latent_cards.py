@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from transcoder.reporting.charts import short
 from transcoder.reporting.duplicates import Duplicates
@@ -17,6 +17,9 @@ from transcoder.reporting.page import pack
 from transcoder.reporting.run import Run
 from transcoder.reporting.samples import Context, SampleTable
 from transcoder.reporting.sections import LISTED_PAIRS
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 DEFAULT_LATENTS = 4096
 """Where the config does not say `logging.report_latents`."""
@@ -60,24 +63,18 @@ def build(run: Run) -> LatentCards:
     samples, facts, checkpoint = run.samples, run.heldout_latents, run.unverified_checkpoint
     found = Duplicates(run)
     pairs = [(p.i, p.j) for p in found[:LISTED_PAIRS]]
-    sampled = np.unique(samples.latent) if samples is not None else np.zeros(0, np.int64)
-    known = [sampled, np.asarray([i for pair in pairs for i in pair], np.int64)]
-    if facts is not None:
-        known.append(facts.latent)
-    if checkpoint is not None and checkpoint.known_firings is not None:
-        known.append(np.arange(len(checkpoint.known_firings.counts)))
-    ids = np.unique(np.concatenate(known)).astype(np.int64)
+    firings = None if checkpoint is None else checkpoint.known_firings
+    sampled = _by_latent([], []) if samples is None else _by_latent(samples.activation, samples.latent)
+    heldout = _by_latent([], []) if facts is None else _by_latent(facts.peak, facts.latent)
+    # Of held-out tokens, else of the last that the monitor saw before the checkpoint.
+    density = _by_latent([], []) if firings is None else _by_latent(firings.counts / firings.tokens, None)
+    if facts is not None and facts.tokens:
+        density = _by_latent(facts.fired / facts.tokens, facts.latent).combine_first(density)
+    paired = _by_latent([0] * 2 * len(pairs), [i for pair in pairs for i in pair])
+    ids = sampled.index.union(heldout.index).union(density.index).union(paired.index).unique()
     place = {int(i): n for n, i in enumerate(ids)}
-    peak = np.full(len(ids), np.nan)
-    count = np.zeros(len(ids), np.int64)
-    if samples is not None:
-        at = np.searchsorted(ids, samples.latent)
-        np.fmax.at(peak, at, samples.activation)
-        count = np.bincount(at, minlength=len(ids))
-    if facts is not None:
-        at = np.searchsorted(ids, facts.latent)
-        peak[at] = np.fmax(peak[at], facts.peak)
-    density = _density(run, ids)
+    peak = sampled.groupby(level=0).max().reindex(ids).combine(heldout.reindex(ids), np.fmax)
+    count = sampled.groupby(level=0).size().reindex(ids, fill_value=0)
     group = np.zeros(len(ids), np.int64)
     for number, members in enumerate(found.groups, 1):
         group[[place[i] for i in members if i in place]] = number
@@ -85,7 +82,7 @@ def build(run: Run) -> LatentCards:
     for i, j in pairs:
         partners.setdefault(str(i), []).append(j)
         partners.setdefault(str(j), []).append(i)
-    cards = LatentCards({}, sampled=len(sampled))
+    cards = LatentCards({}, sampled=sampled.index.nunique())
     chunk, word, words = (
         _fill(cards, run, samples, _choose(run, samples, pairs), place)
         if samples is not None
@@ -96,7 +93,7 @@ def build(run: Run) -> LatentCards:
         "count": len(ids),
         "widths": run.widths,
         "peak": _rounded(peak, 4),
-        "density": None if density is None else _rounded(density, 3),
+        "density": None if density.isna().all() else _rounded(density.reindex(ids), 3),
         "samples": count.tolist(),
         "group": group.tolist(),
         "chunk": chunk.tolist(),
@@ -107,17 +104,12 @@ def build(run: Run) -> LatentCards:
     return cards
 
 
-def _density(run: Run, ids: NDArray[np.int64]) -> NDArray[np.float64] | None:
-    """Share of tokens on which each latent fires: held-out ones, or the last that the monitor saw before the checkpoint."""
-    density = np.full(len(ids), np.nan)
-    facts, checkpoint = run.heldout_latents, run.unverified_checkpoint
-    if checkpoint is not None and checkpoint.known_firings is not None:
-        counts, tokens = checkpoint.known_firings
-        inside = ids < len(counts)
-        density[inside] = counts[ids[inside]] / tokens
-    if facts is not None and facts.tokens:
-        density[np.searchsorted(ids, facts.latent)] = facts.fired / facts.tokens
-    return None if np.isnan(density).all() else density
+def _by_latent(values: ArrayLike, latents: ArrayLike | None) -> pd.Series[float]:
+    """float64 values by latent ids, int64; None: of all latents in order."""
+    import pandas as pd
+
+    index = None if latents is None else np.asarray(latents, np.int64)
+    return pd.Series(np.asarray(values, np.float64), index)
 
 
 def packed(value: Any) -> str:

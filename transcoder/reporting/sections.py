@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import yaml
-from numpy.typing import NDArray
 
 from transcoder.reporting import summary_metrics
 from transcoder.reporting.charts import Chart, Line, bar_chart, graph_chart, line_chart, ordered_colors
@@ -15,6 +14,9 @@ from transcoder.reporting.format import MISSING, number, percent, real, whole
 from transcoder.reporting.parts import RunPartMissingError
 from transcoder.reporting.run import Run
 from transcoder.reporting.samples import SampleTable
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Section = dict[str, Any]
 """What a template is given, by name."""
@@ -220,7 +222,7 @@ def positions(run: Run) -> Section:
     samples = run.samples
     if samples is None:
         return {"tiles": _sinks(run)}
-    latents, shares = concentration(samples)
+    shares = concentration(samples)
     counts, edges = np.histogram(shares, POSITION_BINS, (0, 1))
     concentrated = bar_chart(
         "Do latents keep to one position?",
@@ -228,10 +230,10 @@ def positions(run: Run) -> Section:
         [("latents", counts.tolist(), "c0")],
         x_label="share of a latent's strongest samples at its commonest position",
         y_label="latents",
-        note=f"{number(len(latents))} latents with at least {LEAST_SAMPLES} strongest samples.",
+        note=f"{number(len(shares))} latents with at least {LEAST_SAMPLES} strongest samples.",
     )
     charts = [_sample_positions(run), concentrated, _drawn_positions(run)]
-    return {"tiles": _sinks(run), "charts": charts, "locked": latents[shares == 1.0].tolist()}
+    return {"tiles": _sinks(run), "charts": charts, "locked": shares.index[shares == 1.0].tolist()}
 
 
 def _sample_positions(run: Run) -> Chart | None:
@@ -269,16 +271,14 @@ def _percents(counts: Any) -> list[float]:
     return (100 * counts / counts.sum()).tolist()
 
 
-def concentration(samples: SampleTable) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Per latent with enough strongest samples: its id, and the share of them at its commonest position."""
-    keys = np.stack([samples.latent[samples.top], samples.position[samples.top]], 1)
-    cells, counts = np.unique(keys, axis=0, return_counts=True)
-    latents, first = np.unique(cells[:, 0], return_index=True)
-    if not len(latents):
-        return latents, np.zeros(0)
-    totals, most = np.add.reduceat(counts, first), np.maximum.reduceat(counts, first)
-    enough = totals >= LEAST_SAMPLES
-    return latents[enough], most[enough] / totals[enough]
+def concentration(samples: SampleTable) -> pd.Series[float]:
+    """By latent with enough strongest samples: the share of them at its commonest position."""
+    import pandas as pd
+
+    top = pd.DataFrame({"latent": samples.latent, "position": samples.position})[samples.top]
+    counts = top.value_counts().groupby("latent").agg(["sum", "max"])
+    counts = counts[counts["sum"] >= LEAST_SAMPLES]
+    return counts["max"] / counts["sum"]
 
 
 def _sinks(run: Run) -> list[tuple[str, str]]:

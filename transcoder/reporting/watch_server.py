@@ -21,6 +21,7 @@ from transcoder.reporting.latent_table import FILE_NAME as LATENTS_FILE
 from transcoder.reporting.metrics_table import FILE_NAME as METRICS_FILE
 from transcoder.reporting.metrics_table import Metrics
 from transcoder.reporting.page import chunk_elements, render, render_page
+from transcoder.reporting.report import FILE_NAME as PAGE_FILE
 from transcoder.reporting.report import payload
 from transcoder.reporting.watch_state import look, process_of
 
@@ -33,6 +34,8 @@ IDLE_SECONDS = 20
 LEAST_SECONDS = 2.0
 SHARE = 4
 """Between two readings at least so many times the processor time of one: a long run takes seconds, training needs the cores."""
+OF_CARDS = ("activation_samples/samples.parquet", LATENTS_FILE, "anti_duplication_logs/*", "checkpoints/*")
+"""What the latents' cards are made of: packing them again takes seconds."""
 LOOKS = {"running": "good", "slow": "warn", "dead": "bad"}
 """States that a run's files alone do not tell, and how they look."""
 TEXT = "text/plain; charset=utf-8"
@@ -88,7 +91,7 @@ class LiveReport:
         began = time.process_time()
         self._seen = self._signature()
         snapshot = look(self._path, self._metrics)
-        cards_seen = _stats(self._of_cards())
+        cards_seen = self._stats(*OF_CARDS)
         changed = cards_seen != self._cards_seen
         version = self._version + changed
         core, cards = payload(snapshot.run, None if changed else self._cards, version)
@@ -111,28 +114,16 @@ class LiveReport:
 
     def _signature(self) -> object:
         """What a page is made of, and whether its process is there."""
-        files = [p for p in self._path.iterdir() if p.name != "report.html"]
-        return process_of(self._path).state, _stats([*files, *self._files_in("activation_samples"), *self._of_cards()])
+        return process_of(self._path).state, self._stats("*", "activation_samples/*", *OF_CARDS)
 
-    def _of_cards(self) -> list[Path]:
-        """What the latents' cards are made of: packing them again takes seconds."""
-        tables = [self._path / "activation_samples" / "samples.parquet", self._path / LATENTS_FILE]
-        return [*tables, *self._files_in("anti_duplication_logs"), *self._files_in("checkpoints")]
-
-    def _files_in(self, folder: str) -> list[Path]:
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            return list((self._path / folder).iterdir())
-        return []
-
-
-def _stats(files: list[Path]) -> list[tuple[str, int, int]]:
-    """Names, sizes and times of the files that are there."""
-    found = []
-    for file in files:
-        with contextlib.suppress(OSError):
-            stat = file.stat()
-            found.append((str(file), stat.st_size, stat.st_mtime_ns))
-    return sorted(found)
+    def _stats(self, *patterns: str) -> list[tuple[str, int, int]]:
+        """Names, sizes and times of the files that are there, but for a page that was made of them."""
+        found = []
+        for file in (file for pattern in patterns for file in self._path.glob(pattern)):
+            with contextlib.suppress(OSError):
+                if file.name != PAGE_FILE:
+                    found.append((str(file), file.stat().st_size, file.stat().st_mtime_ns))
+        return sorted(found)
 
 
 class _Handler(BaseHTTPRequestHandler):
