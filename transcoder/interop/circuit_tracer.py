@@ -21,7 +21,7 @@ from transcoder.interop.conversion_record import Conversion
 from transcoder.interop.files import read_safetensors, write_safetensors
 from transcoder.interop.folded_weights import FoldedWeights, Hooks
 from transcoder.interop.foreign_config import ForeignConfig, Object, Rising, Text, Whole
-from transcoder.interop.layout import from_layout, take_tensors, to_layout
+from transcoder.interop.layout import from_layout, to_layout
 
 TESTED = "circuit-tracer 0.4.1 and PyPI's 0.5.0, a fork (JumpReLU); its main branch at 4bb8c0e, tag v0.5.0 (TopK too)"
 CONFIG_FILE = "config.yaml"
@@ -64,14 +64,15 @@ def write_set(
     """
     by_layer = {layer: _checked(weights, layer, record) for layer, weights in sorted(by_layer.items())}
     some = next(iter(by_layer.values()))
-    for name, values in (
-        ("activations", [weights.activation for weights in by_layer.values()]),
-        ("k of TopK", [str(weights.k) for weights in by_layer.values() if weights.activation == "topk"]),
-        ("widths of the model", [str(weights.d_in) for weights in by_layer.values()]),
-    ):
-        if len(set(values)) > 1:
+    shared: dict[str, set[str]] = {
+        "activations": {weights.activation for weights in by_layer.values()},
+        "k of TopK": {str(weights.k) for weights in by_layer.values() if weights.activation == "topk"},
+        "widths of the model": {str(weights.d_in) for weights in by_layer.values()},
+    }
+    for name, values in shared.items():
+        if len(values) > 1:
             raise ValueError(
-                f"circuit-tracer export: a set has one config for all layers, got {name} {', '.join(sorted(set(values)))}; "
+                f"circuit-tracer export: a set has one config for all layers, got {name} {', '.join(sorted(values))}; "
                 "export them apart"
             )
     n_layers = options.get("n_layers") or max(by_layer) + 1
@@ -86,25 +87,19 @@ def write_set(
     skip = any(weights.W_skip is not None for weights in by_layer.values())
     if spare:
         record.add(
-            f"{spare} latents of zeros added: its TopK has no ReLU, and chooses them before a negative value",
-            "layout",
+            f"{spare} latents of zeros added: its TopK has no ReLU, and chooses them before a negative value", "layout"
         )
         record.add(
             "TopK sets are read by circuit-tracer's main branch (tag v0.5.0) only: 0.4.1 takes them for ReLU", "note"
         )
     missing = [layer for layer in range(n_layers) if layer not in by_layer]
     if missing:
-        record.add(
-            f"layers {missing} are transcoders of zeros: circuit-tracer refuses gaps",
-            "layout",
-        )
+        record.add(f"layers {missing} are transcoders of zeros: circuit-tracer refuses gaps", "layout")
     for layer in range(n_layers):
         weights = by_layer.get(layer)
         if weights is not None and weights.d_sae + spare < width:
-            record.add(
-                f"layer {layer}: {weights.d_sae} latents padded with zeros to {width}: one width for all layers",
-                "layout",
-            )
+            what = f"{weights.d_sae} latents padded with zeros to {width}: one width for all layers"
+            record.add(f"layer {layer}: {what}", "layout")
         write_safetensors(folder / f"layer_{layer}.safetensors", _tensors(weights, some, width, skip))
     config: dict[str, Any] = {
         "model_kind": "transcoder_set",
@@ -150,13 +145,12 @@ def _one_pair_of_hooks(by_layer: Mapping[int, FoldedWeights]) -> tuple[str, str]
 def _tensors(weights: FoldedWeights | None, like: FoldedWeights, width: int, skip: bool) -> dict[str, Tensor]:
     """The tensors of a layer, padded with zeros to `width` latents; of zeros alone without `weights`."""
     d_model = like.d_in
-    shapes: dict[str, tuple[int, ...]] = {"W_enc": (width, d_model), "b_enc": (width,), "W_dec": (width, d_model)}
-    shapes["b_dec"] = (d_model,)
+    tensors = {name: torch.zeros(width, d_model) for name in ("W_enc", "W_dec")}
+    tensors |= {"b_enc": torch.zeros(width), "b_dec": torch.zeros(d_model)}
     if like.activation == "threshold":
-        shapes[_THRESHOLD] = (width,)
+        tensors[_THRESHOLD] = torch.zeros(width)
     if skip:
-        shapes["W_skip"] = (d_model, d_model)
-    tensors = {name: torch.zeros(shape) for name, shape in shapes.items()}
+        tensors["W_skip"] = torch.zeros(d_model, d_model)
     for name, tensor in ({} if weights is None else to_layout(weights, _LAYOUT)).items():
         tensors[name][: tensor.shape[0]] = tensor
     return tensors
@@ -171,17 +165,17 @@ def read(path: Path, record: Conversion, options: Mapping[str, Any]) -> FoldedWe
     in_file = f"{where}: {file}"
     match = _FILE.fullmatch(file.name)
     layer = int(match[1]) if match else None
-    required, optional = ("W_enc", "W_dec", "b_enc", "b_dec"), (_THRESHOLD, "W_skip", "k")
-    found = take_tensors(in_file, read_safetensors(where, file), required, record, optional, whole=("k",))
-    fields = from_layout(in_file, found, _LAYOUT)
+    tensors, optional = read_safetensors(where, file), (_THRESHOLD, "W_skip", "k")
+    fields = from_layout(in_file, tensors, _LAYOUT, record, optional, counts=("k",))
     own = _Layer.of(
         f"{config.where}: layer {layer}", {name: (getattr(config, name) or {}).get(layer) for name in _BY_LAYER}
     )
     d_sae, topk = fields["W_enc"].shape[0], config.activation == "topk"
-    k, threshold, skip = own.training_k, fields.get("threshold"), fields.get("W_skip")
+    k, count = own.training_k, fields.pop("k", None)
+    threshold, skip = fields.get("threshold"), fields.get("W_skip")
     if topk:
         # The number is in the weights too where circuit-tracer's own class wrote them.
-        k = int(found["k"]) if config.k is None and "k" in found and found["k"].numel() == 1 else config.k
+        k = int(count) if config.k is None and count is not None and count.numel() == 1 else config.k
         if k is None or not 0 < k <= d_sae:
             raise ValueError(
                 f"{config.where}: k: expected a whole number of the {d_sae} latents for activation topk, got {k}"
