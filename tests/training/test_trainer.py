@@ -82,13 +82,13 @@ def config(**overrides: Any) -> RunConfig:
         "training.dead_refresh_steps": 4,
         # A process of its own for every run would take longer than the runs: those that look at the page ask for it.
         "logging.report": False,
-        "antidup.positions.enabled": False,
         "antidup.monitor.correlation_save_frequency": 8,
         "antidup.monitor.min_support": 10,
         "antidup.monitor.min_sequences": 2,
         "antidup.samples.collect_every": 3,
         "antidup.samples.save_frequency": 10,
         "antidup.samples.context_tokens": 6,
+        "antidup.regularizer.orthogonality_weight": 0.01,
         "antidup.regularizer.orthogonality_every": 2,
         "antidup.regularizer.orthogonality_chunk": 16,
         "antidup.verify_at_step": 20,
@@ -171,7 +171,9 @@ def test_the_metrics_have_the_names_users_know(whole: RunResult) -> None:
 
 def test_the_ledger_shows_real_use(whole: RunResult) -> None:
     parts = json.loads((whole.run_dir / "usage.json").read_text())["components"]
-    assert parts["position_sampler"] == {"enabled": False, "calls": 0, "effect": {}, "files": []}
+    assert parts["position_sampler"]["calls"] == 10
+    assert parts["position_sampler"]["effect"]["positions_seen"] == 10 * 64
+    assert 0 < parts["position_sampler"]["effect"]["positions_resampled"] < 10 * 64
     assert parts["diversity_regularizer"]["calls"] == 30
     assert parts["diversity_regularizer"]["effect"]["penalty"] > 0
     assert parts["diversity_regularizer"]["effect"]["gradient_norm"] > 0
@@ -179,7 +181,7 @@ def test_the_ledger_shows_real_use(whole: RunResult) -> None:
     assert parts["correlation_monitor"]["effect"]["pairs_seen"] > 0
     assert parts["activation_samples"]["calls"] == 10
     assert parts["activation_samples"]["effect"]["samples_kept"] > 0
-    for name in ("diversity_regularizer", "correlation_monitor", "activation_samples"):
+    for name in parts:
         assert parts[name]["files"]
         for file in parts[name]["files"]:
             assert (whole.run_dir / file).stat().st_size > 0
@@ -427,7 +429,7 @@ def test_penalties_follow_the_loss_convention(convention: str) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"antidup__positions__enabled": True}, "position sampler chooses among a sequence's tokens"),
+        ({"antidup__positions__train": True}, "position sampler chooses among a sequence's tokens"),
         (
             {"antidup__regularizer__correlation_weight": 0.0, "antidup__regularizer__orthogonality_weight": 0.0},
             "enabled with every weight 0",

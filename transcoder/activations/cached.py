@@ -60,7 +60,7 @@ class CachedSource:
         if make_sampler is not None and whole is None:
             raise DataError(
                 f"{self._folder / INDEX_NAME}: positions can only be sampled from whole sequences and this "
-                "cache has no sequence_length; set antidup.positions.enabled to false, or cache whole sequences"
+                "cache has no sequence_length; set antidup.positions.train to false, or cache whole sequences"
             )
         self.sequence_length = int(whole or section.sequence_length)
         self._whole = whole is not None

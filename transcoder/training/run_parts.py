@@ -18,7 +18,7 @@ from transcoder.training.nonfinite import StepLedger
 from transcoder.training.recycling import Recycler
 from transcoder.training.schedule import Calendar
 from transcoder.training.sources import BatchSource, own_data
-from transcoder.usage import SECTIONS
+from transcoder.usage import POSITIONS, SECTIONS
 
 
 @dataclass
@@ -44,23 +44,29 @@ def open_data(
     heldout: Sequence[ActivationBatch] | None,
     stack: ExitStack,
 ) -> TrainingData:
-    """The stream of `config.activations`, which `stack` closes, with its position sampler; or a user's own `batches`."""
+    """The stream of `config.activations`, which `stack` closes, or a user's own `batches`; with the position sampler of
+    either."""
     tokens, samples = config.training.evaluation_tokens, config.antidup.samples
-    if batches is not None:
-        source, held = own_data(batches, heldout, tokens, device)
-        return TrainingData("own batches", source, held, sequence_length=config.activations.sequence_length)
-    context = samples.context_tokens if samples.enabled else 0
-    section, seed, made = config.antidup.positions, config.training.seed, list[PositionSampler]()
+    section, act, made = config.antidup.positions, config.antidup.positions_act, list[PositionSampler]()
 
-    def sampler(special_ids: Sequence[int]) -> PositionSampler:
-        made.append(PositionSampler(section, seed, special_ids, ledger, out_dir=logs))
+    def sampler(special_ids: Sequence[int], sequence_length: int = 0) -> PositionSampler:
+        made.append(PositionSampler(section, config.training.seed, special_ids, ledger, logs, sequence_length))
         return made[-1]
 
-    stream = build_stream(config, device, position_sampler=sampler if section.enabled else None, context_tokens=context)
-    stack.callback(stream.close)
-    held, sinks, positions = stream.heldout(tokens), stream.heldout_sinks(), made[0] if made else None
-    kind, ids = config.activations.kind, stream.special_ids
-    return TrainingData(kind, stream, held, sinks, ids, stream.sequence_length, positions)
+    if batches is not None:
+        source, held = own_data(batches, heldout, tokens, device)
+        data = TrainingData("own batches", source, held, sequence_length=config.activations.sequence_length)
+    else:
+        thins = sampler if act and section.train else None
+        context = samples.context_tokens if samples.enabled else 0
+        stream = build_stream(config, device, position_sampler=thins, context_tokens=context)
+        stack.callback(stream.close)
+        held, sinks, kind = stream.heldout(tokens), stream.heldout_sinks(), config.activations.kind
+        data = TrainingData(kind, stream, held, sinks, stream.special_ids, stream.sequence_length)
+    if act and not made:
+        sampler(data.special_ids, data.sequence_length)
+    data.positions = made[0] if made else None
+    return data
 
 
 class RunParts:
@@ -81,14 +87,16 @@ class RunParts:
         anti, shape, seed = config.antidup, config.transcoder, config.training.seed
         logs = run_dir / "anti_duplication_logs"
         enabled = {name: getattr(anti, section).enabled for name, section in SECTIONS.items()}
+        enabled[POSITIONS] = anti.positions_act
         ledger = self.ledger = StepLedger(enabled, run_dir / "usage.json")
         data = self.data = open_data(config, device, ledger, logs, batches, heldout, stack)
         monitor = CorrelationMonitor(anti.monitor, shape.d_sae, device, logs, ledger) if anti.monitor.enabled else None
         samples = None
         if anti.samples.enabled:
             folder, special = run_dir / "activation_samples", data.special_ids
+            chosen = None if anti.positions.train else data.positions
             samples = ActivationSampleCollector(
-                anti.samples, shape.d_sae, device, seed, folder, special, data.sequence_length, ledger
+                anti.samples, shape.d_sae, device, seed, folder, special, data.sequence_length, ledger, chosen
             )
         self.monitor, self.samples = monitor, samples
         d_in, d_out = data.source.d_in, data.source.d_out

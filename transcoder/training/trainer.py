@@ -28,7 +28,7 @@ from transcoder.training.run_parts import RunParts
 from transcoder.training.run_state import Stateful, restore_parts, trainer_tree
 from transcoder.training.signals import StopRequest
 from transcoder.training.sources import TrainingDataError
-from transcoder.training.start_checks import check_folder, check_switches, device_of
+from transcoder.training.start_checks import as_started, check_folder, check_switches, device_of
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +98,7 @@ def start_run(
 ) -> Trainer:
     """A trainer before its first step, in its locked folder; `stack` closes it. Arguments and errors as `train_transcoder`."""
     device = device_of(config.model.device)
+    config = as_started(config, run_dir, resume)
     check_switches(config, batches, heldout)
     start = stack.enter_context(RunStart(run_dir))
     check_folder(run_dir, config, resume)
