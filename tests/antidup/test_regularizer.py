@@ -308,7 +308,7 @@ def test_terms_without_what_they_act_on_say_so(tmp_path: Path) -> None:
 
 def test_a_healthy_run_with_nothing_to_penalise_is_not_stopped(tmp_path: Path) -> None:
     # 512 dimensions: no two random decoder rows reach a cosine of 0.3; and the monitor found no pair.
-    part = regularizer(RegularizerSection(orthogonality_every=1), 64, tmp_path)
+    part = regularizer(RegularizerSection(orthogonality_weight=0.01, orthogonality_every=1), 64, tmp_path)
     book = part._ledger
     book._enabled = {**dict.fromkeys(REQUIRED_EFFECTS, False), "diversity_regularizer": True}
     model = SimpleNamespace(W_dec=torch.randn(64, 512, generator=torch.Generator().manual_seed(28)))

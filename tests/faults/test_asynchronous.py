@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 import pytest
 import torch
 
-from tests.training.test_trainer import Planted, config, records
+from tests.training.planted import Planted, config, records
 from transcoder import tensor_file
 from transcoder.activations import ActivationBatch
 from transcoder.checkpoint_folder import CheckpointError, find_checkpoint

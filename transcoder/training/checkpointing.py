@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -148,9 +147,7 @@ class Saver:
     def __enter__(self) -> Saver:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Wait for the write in the background, except at a second Ctrl-C, and give up the reserve."""
         if not self.flush(None if kind is None or issubclass(kind, Exception) else 0.0):
             logger.warning("the checkpoint of step %d was still being written when the run ended", self._step_in_flight)

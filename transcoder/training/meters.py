@@ -20,11 +20,8 @@ class Meters:
     @torch.no_grad()
     def add(self, values: Mapping[str, Tensor]) -> None:
         for name, value in values.items():
-            value = value.detach().double()
-            if name in self._sums:
-                self._sums[name] = self._sums[name] + value
-            else:
-                self._sums[name] = value.clone()
+            value = value.detach().to(torch.float64, copy=True)
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
             self._counts[name] = self._counts.get(name, 0) + 1
 
     def read(self, also: Mapping[str, Tensor] | None = None) -> dict[str, float]:

@@ -9,13 +9,14 @@ import json
 import logging
 import os
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from transcoder.activations import ActivationStream
-from transcoder.antidup import ActivationSampleCollector, CorrelationMonitor, PositionSampler
+from transcoder.antidup import ActivationSampleCollector, CorrelationMonitor
 from transcoder.antidup.ledger import LedgerError
 from transcoder.antidup.merge_cost import MergeResult
 from transcoder.antidup.monitor import Judge
@@ -28,13 +29,7 @@ from transcoder.training.meters import Meters
 from transcoder.training.recycling import Recycler
 from transcoder.training.run_state import Stateful
 from transcoder.training.schedule import Calendar, learning_rate
-from transcoder.training.similarity import (
-    CODES_FILE,
-    REPORT_FILE,
-    HeldoutCodes,
-    prefix_similarity,
-    similarity_metrics,
-)
+from transcoder.training.similarity import CODES_FILE, REPORT_FILE, HeldoutCodes, prefix_similarity, similarity_metrics
 
 if TYPE_CHECKING:
     from transcoder.training.trainer import Trainer
@@ -165,38 +160,25 @@ class Recycling(Observer):
         return {"duplicates/recycled": float(self.recycler.total)}
 
 
-class PenaltyLog(Observer):
-    """Tells the ledger what the regularizer did, and writes its metrics."""
+class PartLog(Observer):
+    """Writes a part's own file with each report.
+
+    Args: `save` writes `file` of a step; `parts` as in `Observer`.
+    """
 
     act_phase = "anti-duplication: report"
 
-    def due(self, step: int) -> bool:
-        return self.layer.regularizer is not None and self.calendar.reporting(step)
-
-    def see(self, view: StepView) -> None:
-        for record in view.penalty_records:
-            record()
-
-    def act(self, run: Trainer) -> None:
-        regularizer = self.layer.regularizer
-        assert regularizer is not None
-        run.write("regularizer.jsonl", lambda: regularizer.save(run.step))
-
-
-class PositionLog(Observer):
-    """Writes what the position sampler drew."""
-
-    act_phase = "anti-duplication: report"
-
-    def __init__(self, layer: LayerTrainer, calendar: Calendar, positions: PositionSampler) -> None:
-        super().__init__(layer, calendar, positions=positions)
-        self.positions = positions
+    def __init__(
+        self, layer: LayerTrainer, calendar: Calendar, file: str, save: Callable[[int], object], **parts: Stateful
+    ) -> None:
+        super().__init__(layer, calendar, **parts)
+        self._file, self._save = file, save
 
     def due(self, step: int) -> bool:
         return self.calendar.reporting(step)
 
     def act(self, run: Trainer) -> None:
-        run.write("positions.json", lambda: self.positions.save(run.step))
+        run.write(self._file, lambda: self._save(run.step))
 
 
 class Samples(Observer):
@@ -223,12 +205,17 @@ class Samples(Observer):
 
 
 class Proof(Observer):
-    """Writes usage.json, and once verifies that every enabled anti-duplication part was really used."""
+    """Tells the ledger what the regularizer did, writes usage.json, and once verifies that every enabled anti-duplication part
+    was really used."""
 
     act_phase = "anti-duplication: ledger"
 
     def due(self, step: int) -> bool:
         return self.calendar.reporting(step) or self.calendar.sampling(step)
+
+    def see(self, view: StepView) -> None:
+        for record in view.penalty_records:
+            record()
 
     def act(self, run: Trainer) -> None:
         run.write("usage.json", run.parts.ledger.write)

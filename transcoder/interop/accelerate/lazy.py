@@ -122,24 +122,24 @@ class _View(Source):
     def again(self) -> Tensor:
         """The view of what the other is by now, in the graph if this one was taken in it."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.grad):
-            found: Any = self.func(self.parent.dense(), *self.args, **self.kwargs)
-        made: Tensor = found if self.part is None else found[self.part]
-        return made
+            return self._of(self.parent.dense())
 
     def contents(self) -> Tensor:
-        found: Any = self.func(self.parent.contents(), *self.args, **self.kwargs)
-        made: Tensor = found if self.part is None else found[self.part]
-        return made
+        return self._of(self.parent.contents())
+
+    def _of(self, parent: Tensor) -> Tensor:
+        found: Any = self.func(parent, *self.args, **self.kwargs)
+        return found if self.part is None else found[self.part]
 
 
 class _Born(torch.autograd.Function):
     """A lazy tensor in the graph of what it is made from."""
 
     @staticmethod
-    def forward(ctx: Any, kind: Any, source: Source, meta: Tensor, device: torch.device, *inputs: Tensor) -> Any:
+    def forward(ctx: Any, cls: Any, source: Source, meta: Tensor, device: torch.device, *inputs: Tensor) -> Any:
         ctx.source = source
         ctx.set_materialize_grads(False)
-        return _shell(kind, source, meta, device)
+        return _shell(cls, source, meta, device)
 
     @staticmethod
     @once_differentiable
@@ -149,16 +149,10 @@ class _Born(torch.autograd.Function):
         return (None, None, None, None, *found)
 
 
-def _shell(kind: Any, source: Source, meta: Tensor, device: torch.device) -> Any:
+def _shell(cls: Any, source: Source, meta: Tensor, device: torch.device) -> Any:
     """Of the shape, strides and type of `meta`."""
-    new = torch.Tensor._make_wrapper_subclass(
-        kind,
-        meta.shape,
-        strides=meta.stride(),
-        storage_offset=meta.storage_offset(),
-        dtype=meta.dtype,
-        device=device,
-    )
+    place: dict[str, Any] = {"strides": meta.stride(), "storage_offset": meta.storage_offset()}
+    new: Any = torch.Tensor._make_wrapper_subclass(cls, meta.shape, **place, dtype=meta.dtype, device=device)
     new._source, new._raw, new._parent, new._owner = source, None, None, None
     new._node, new._needs, new._used, new._watched = None, False, False, False
     return new
@@ -305,13 +299,13 @@ def _read(func: Any, args: Sequence[Any], kwargs: dict[str, Any], mine: LazyTens
             return found
     given: list[tuple[LazyTensor, Tensor]] = []
 
-    def plain(lazy: LazyTensor) -> Tensor:
+    def densified(lazy: LazyTensor) -> Tensor:
         lazy._announce(func)
         given.append((lazy, lazy.dense()))
         return given[-1][1]
 
-    plain_args, plain_kwargs = tree_map_only(LazyTensor, plain, (tuple(args), kwargs))
-    found = func(*plain_args, **plain_kwargs)
+    dense_args, dense_kwargs = tree_map_only(LazyTensor, densified, (tuple(args), kwargs))
+    found = func(*dense_args, **dense_kwargs)
     for lazy, view in given:
         if view.shape != lazy.shape or view.stride() != lazy.stride():
             raise RuntimeError(f"transcoder.accelerate: {_name(func)} changes the shape in place: give it `.dense()`")
@@ -353,6 +347,10 @@ def _getters(*names: str) -> list[Any]:
     return [getattr(Tensor, name).__get__ for name in names]
 
 
+def _functions(owner: Any, *names: str) -> list[Any]:
+    return [getattr(owner, name) for name in names]
+
+
 _GRAD = _getters("grad")[0]
 _SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 _WATCHES = {
@@ -377,24 +375,9 @@ _AS_IT_IS = {
     Tensor.requires_grad.__set__,  # type: ignore[attr-defined]
     Tensor.grad.__set__,  # type: ignore[union-attr]
     Tensor.grad.__delete__,  # type: ignore[union-attr]
-    Tensor.requires_grad_,
-    Tensor.size,
-    Tensor.stride,
-    Tensor.storage_offset,
-    Tensor.is_contiguous,
-    Tensor.dim,
-    Tensor.ndimension,
-    Tensor.numel,
-    Tensor.nelement,
-    Tensor.__len__,
-    Tensor.is_floating_point,
-    Tensor.is_complex,
-    Tensor.is_inference,
-    Tensor.get_device,
-    Tensor.element_size,
-    torch.is_floating_point,
-    torch.is_complex,
-    torch.is_inference,
-    torch.numel,
+    *_functions(Tensor, "requires_grad_", "size", "stride", "storage_offset", "is_contiguous", "dim", "ndimension"),
+    *_functions(Tensor, "numel", "nelement", "__len__", "is_floating_point", "is_complex", "is_inference"),
+    *_functions(Tensor, "get_device", "element_size"),
+    *_functions(torch, "is_floating_point", "is_complex", "is_inference", "numel"),
 }
 """What PyTorch itself answers, as of any tensor."""
