@@ -17,7 +17,7 @@ from transcoder import tensor_file
 from transcoder.activations import ActivationBatch
 from transcoder.checkpoint_folder import CheckpointError, find_checkpoint
 from transcoder.training import RunResult, checkpointing, train_transcoder
-from transcoder.training.snapshot import Snapshots
+from transcoder.training.state_tree import Snapshots
 
 
 def files(run_dir: Path) -> dict[str, bytes]:

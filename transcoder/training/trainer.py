@@ -171,7 +171,7 @@ class Trainer:
                     layer.transcoder.refresh_dead()
         self._train_step()
         self.step += 1
-        self.saver.look()
+        self.saver.flush(0.0)
         due = [observer for observer in self.observers if observer.due(self.step)]
         if due:
             self._settle()
