@@ -39,7 +39,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "antidup.regularizer.orthogonality_weight": 0.0,
         "antidup.monitor.merge_share_to_act": None,
     },
-    "mask + decoder": {**PENALTY, "antidup.regularizer.correlation_weight": 0.0},
+    "mask + decoder": {
+        **PENALTY,
+        "antidup.regularizer.correlation_weight": 0.0,
+        "antidup.regularizer.orthogonality_weight": 0.01,
+    },
     # One block in place of three of four: in a run this short a rare pair seldom has the support three times.
     "mask + recycle": {
         "antidup.recycle.enabled": True,

@@ -26,7 +26,7 @@ TINY: dict[str, Any] = {
     "training": {"steps": 3, "batch_size": 64, "warmup_steps": 1, "evaluation_tokens": 128},
     "antidup": {
         # Every part has something to act on within three steps.
-        "regularizer": {"orthogonality_every": 1, "orthogonality_threshold": 0.0},
+        "regularizer": {"orthogonality_weight": 0.01, "orthogonality_every": 1, "orthogonality_threshold": 0.0},
         "samples": {"collect_every": 1, "min_activation": 0.0},
         "verify_at_step": 3,
     },

@@ -186,8 +186,10 @@ class RegularizerSection(Section, where="antidup.regularizer."):
     """Upper bound of the adaptive weight; at least correlation_weight."""
     max_pairs: Positive = 4096
     """Most pairs that the pair penalty acts on in a step."""
-    orthogonality_weight: Weight = 0.01
-    """Weight of the decoder penalty: mean relu(max_j cos_ij - tau)^2 over the rows of a chunk."""
+    orthogonality_weight: Weight = 0.0
+    """Weight of the decoder penalty: mean relu(max_j cos_ij - tau)^2 over the rows of a chunk. Off by default: at 0.01 it
+    changed neither candidate nor mergeable pairs on planted data or on a language model (docs/anti-duplication.md), and costs
+    3.5 to 4 % of a step."""
     orthogonality_threshold: Fraction = 0.3
     """tau of the decoder penalty."""
     orthogonality_chunk: Positive = 1024
@@ -215,19 +217,25 @@ class RegularizerSection(Section, where="antidup.regularizer."):
 
 @dataclass(frozen=True)
 class PositionsSection(Section, where="antidup.positions."):
-    """Training tokens drawn evenly over positions, with importance weights that keep the objective's expectation."""
+    """Positions drawn evenly over a sequence, sinks kept rare: those that antidup.samples looks at or, with `train`, those
+    that train."""
 
     enabled: bool = True
+    train: bool = False
+    """Draw the training tokens themselves, with importance weights that keep the objective's expectation. It costs the rest:
+    the language model runs 1 / keep_fraction tokens for each one that trains (twice as many by default), which took 1.6
+    times as long on the demo. Off, every token trains, and the draw chooses which tokens of a batch antidup.samples looks at.
+    A run of an earlier version, which always drew its training tokens, goes on so when it is resumed."""
     bins: Positive = 10
     """Equal ranges of positions that a sequence is divided into."""
     min_samples_per_bin: Count = 2
-    """Fewest tokens drawn from each bin of a sequence."""
+    """Fewest tokens drawn from each bin: of a batch, or with `train` of a sequence."""
     keep_fraction: PositiveShare = 0.5
-    """Share of a sequence's positions that is drawn."""
+    """Share of the positions that is drawn."""
     bos_penalty: Share = 0.3
     """Factor on the drawing probability of special tokens that are not masked."""
     max_bos_fraction: Share = 0.2
-    """Largest share of special tokens among the drawn ones of a sequence."""
+    """Largest share of special tokens among the drawn ones of a batch, or with `train` of a sequence."""
 
 
 @dataclass(frozen=True)
@@ -329,6 +337,11 @@ class AntidupSection(Section, where="antidup."):
     verify_at_step: Positive = 100
     """By this step (or the last one, if sooner) each enabled part must have been called, had an effect and written its files;
     otherwise the run stops."""
+
+    @property
+    def positions_act(self) -> bool:
+        """Whether the position sampler has something to choose: training tokens, or what samples are collected from."""
+        return self.positions.enabled and (self.positions.train or self.samples.enabled)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@ objective."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,7 @@ BOS, PAD = 1, 0
 
 def sampler(section: PositionsSection, folder: Path, seed: int = 0) -> PositionSampler:
     ledger = UsageLedger(dict.fromkeys(REQUIRED_EFFECTS, True), folder / "usage.json")
-    return PositionSampler(section, seed, [BOS, PAD], ledger, out_dir=folder / "anti_duplication_logs")
+    return PositionSampler(section, seed, [BOS, PAD], ledger, folder / "anti_duplication_logs", sequence_length=50)
 
 
 def tokens_with_specials(count: int = 6, length: int = 50, seed: int = 0) -> Tensor:
@@ -124,6 +125,60 @@ def test_bins_and_special_tokens_keep_their_bounds(
         assert drawn_special <= fraction * penalty * int(special[s].sum()) + 1
         if penalty == 0:
             assert drawn_special == 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 300),
+    bins=st.integers(1, 12),
+    least=st.integers(0, 4),
+    fraction=st.sampled_from([0.05, 0.5, 0.9, 1.0]),
+    most=st.sampled_from([0.0, 0.2, 0.5]),
+    specials=st.sampled_from([0.0, 0.1, 0.9, 1.0]),
+    seed=st.integers(0, 1000),
+)
+def test_a_batch_of_shuffled_tokens_keeps_the_same_bounds(
+    rows: int, bins: int, least: int, fraction: float, most: float, specials: float, seed: int, tmp_path_factory
+) -> None:
+    """By the tokens' positions, wherever they stand in the batch; a position beyond the sequence counts as its last."""
+    section = PositionsSection(bins=bins, min_samples_per_bin=least, keep_fraction=fraction, max_bos_fraction=most)
+    part = sampler(section, tmp_path_factory.getbasetemp(), seed)
+    g = torch.Generator().manual_seed(seed)
+    special = torch.rand(rows, generator=g) < specials
+    tokens = torch.where(special, BOS, torch.randint(2, 100, (rows,), generator=g))
+    positions = torch.randint(0, 60, (rows,), generator=g)
+    keep = part.sample_positions(tokens[None], seed, positions=positions[None], micro=seed % 3).keep[0]
+    bin_of = positions.clamp(max=49) * bins // 50
+    for b in range(bins):
+        there = int(((bin_of == b) & ~special).sum())
+        drawn = int(((bin_of == b) & ~special & keep).sum())
+        assert min(least, there) <= drawn <= there
+        assert abs(drawn - fraction * there) <= 1 or drawn == min(least, there)
+    assert int((keep & special).sum()) <= most * int(keep.sum()) + 1e-9
+
+
+def test_micro_batches_draw_apart_and_columns_are_the_positions_by_default(tmp_path: Path) -> None:
+    part, tokens = sampler(SECTION, tmp_path), tokens_with_specials(1, 50)
+    place = torch.arange(50)[None]
+    first = part.sample_positions(tokens, 3).keep
+    assert torch.equal(part.sample_positions(tokens, 3, positions=place).keep, first)
+    other = part.sample_positions(tokens, 3, positions=place, micro=1).keep
+    assert not torch.equal(other, first)
+    assert torch.equal(part.sample_positions(tokens, 3, positions=place, micro=1).keep, other)
+    for wrong in (place[:, :9], place[0]):
+        with pytest.raises(ValueError, match=r"positions: expected the shape of batch_tokens, \[1, 50\]"):
+            part.sample_positions(tokens, positions=wrong)
+    ledger = UsageLedger(dict.fromkeys(REQUIRED_EFFECTS, True), tmp_path / "usage.json")
+    with pytest.raises(ValueError, match=r"a sequence_length of at least 1, got .* and 0"):
+        PositionSampler(SECTION, 0, [], ledger).sample_positions(tokens, positions=place)
+
+
+def test_whole_sequences_are_drawn_as_they_were_before_batches_were(tmp_path: Path) -> None:
+    # Runs that train on drawn positions resume to the same bits: the digest is of the version before.
+    part, digest = sampler(SECTION, tmp_path, seed=11), hashlib.sha256()
+    for step in range(20):
+        digest.update(part.sample_positions(tokens_with_specials(seed=step), step).keep.numpy().tobytes())
+    assert digest.hexdigest() == "83bc1fe2708dba5b285d8a9a2949945a736be7a10fd2f05db8b9737b818a8002"
 
 
 def test_a_bins_count_is_the_same_in_every_draw(tmp_path: Path) -> None:

@@ -308,7 +308,7 @@ def test_terms_without_what_they_act_on_say_so(tmp_path: Path) -> None:
 
 def test_a_healthy_run_with_nothing_to_penalise_is_not_stopped(tmp_path: Path) -> None:
     # 512 dimensions: no two random decoder rows reach a cosine of 0.3; and the monitor found no pair.
-    part = regularizer(RegularizerSection(orthogonality_every=1), 64, tmp_path)
+    part = regularizer(RegularizerSection(orthogonality_weight=0.01, orthogonality_every=1), 64, tmp_path)
     book = part._ledger
     book._enabled = {**dict.fromkeys(REQUIRED_EFFECTS, False), "diversity_regularizer": True}
     model = SimpleNamespace(W_dec=torch.randn(64, 512, generator=torch.Generator().manual_seed(28)))
@@ -336,7 +336,7 @@ def test_a_healthy_run_with_nothing_to_penalise_is_not_stopped(tmp_path: Path) -
 
 
 def test_a_term_that_is_never_evaluated_is_named(tmp_path: Path) -> None:
-    part = regularizer(RegularizerSection(orthogonality_every=5), 6, tmp_path)
+    part = regularizer(RegularizerSection(orthogonality_weight=0.01, orthogonality_every=5), 6, tmp_path)
     part._ledger._enabled = {**dict.fromkeys(REQUIRED_EFFECTS, False), "diversity_regularizer": True}
     loss = torch.zeros((), requires_grad=True)
     part.apply_penalty(loss, SimpleNamespace(W_dec=torch.ones(6, 2)), pairs=None, step=1)

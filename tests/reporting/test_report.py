@@ -390,3 +390,26 @@ def test_groups_of_flagged_and_of_candidate_pairs_are_told_apart(page: Page) -> 
     assert "latents joined by flagged pairs" in page.words
     assert "latents joined by candidate or flagged pairs" in page.words
     assert "Distinct latents, flagged pairs merged" in page.words
+
+
+@pytest.mark.parametrize("chooses", ["samples", "training", None])
+def test_the_page_says_what_positions_were_drawn_for_and_what_that_cost(
+    finished_run: Path, tmp_path: Path, chooses: str | None
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished_run, run_dir)
+    drawn = {"seen": [30] * 10, "drawn": [14] * 10, "special_seen": 20, "special_drawn": 20}
+    if chooses is not None:  # files of earlier versions do not say it: they chose what trains
+        drawn["chooses"] = chooses
+    (run_dir / "anti_duplication_logs" / "positions.json").write_text(json.dumps(drawn))
+    section = sections.positions(Run(run_dir))
+    chart = repr(section["charts"][-1])
+    tiles = dict(section["tiles"])
+    if chooses == "samples":
+        assert "drawn for samples" in chart
+        assert "Training keeps every token" in chart
+        assert "Language-model tokens for each one drawn" not in tiles
+    else:
+        assert "drawn for training" in chart
+        assert "Only the drawn tokens train" in chart
+        assert tiles["Language-model tokens for each one drawn"] == "2"

@@ -79,7 +79,9 @@ def test_the_metrics_have_the_names_users_know(whole: RunResult) -> None:
 
 def test_the_ledger_shows_real_use(whole: RunResult) -> None:
     parts = json.loads((whole.run_dir / "usage.json").read_text())["components"]
-    assert parts["position_sampler"] == {"enabled": False, "calls": 0, "effect": {}, "files": []}
+    assert parts["position_sampler"]["calls"] == 10
+    assert parts["position_sampler"]["effect"]["positions_seen"] == 10 * 64
+    assert 0 < parts["position_sampler"]["effect"]["positions_resampled"] < 10 * 64
     assert parts["diversity_regularizer"]["calls"] == 30
     assert parts["diversity_regularizer"]["effect"]["penalty"] > 0
     assert parts["diversity_regularizer"]["effect"]["gradient_norm"] > 0
@@ -87,7 +89,7 @@ def test_the_ledger_shows_real_use(whole: RunResult) -> None:
     assert parts["correlation_monitor"]["effect"]["pairs_seen"] > 0
     assert parts["activation_samples"]["calls"] == 10
     assert parts["activation_samples"]["effect"]["samples_kept"] > 0
-    for name in ("diversity_regularizer", "correlation_monitor", "activation_samples"):
+    for name in parts:
         assert parts[name]["files"]
         for file in parts[name]["files"]:
             assert (whole.run_dir / file).stat().st_size > 0
@@ -335,7 +337,7 @@ def test_penalties_follow_the_loss_convention(convention: str) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"antidup__positions__enabled": True}, "position sampler chooses among a sequence's tokens"),
+        ({"antidup__positions__train": True}, "position sampler chooses among a sequence's tokens"),
         (
             {"antidup__regularizer__correlation_weight": 0.0, "antidup__regularizer__orthogonality_weight": 0.0},
             "enabled with every weight 0",

@@ -26,7 +26,7 @@ TINY = RunConfig.from_dict(
         "training": {"steps": 4, "batch_size": 64, "warmup_steps": 1, "evaluation_tokens": 128},
         "antidup": {
             # Every part has something to act on within four steps.
-            "regularizer": {"orthogonality_every": 1, "orthogonality_threshold": 0.0},
+            "regularizer": {"orthogonality_weight": 0.01, "orthogonality_every": 1, "orthogonality_threshold": 0.0},
             "samples": {"collect_every": 1, "min_activation": 0.0},
             "monitor": {"correlation_save_frequency": 2},
             "verify_at_step": 4,

@@ -57,7 +57,7 @@ class CachedActivations(ActivationSource):
         if make_sampler is not None and whole is None:
             raise DataError(
                 f"{self._folder / INDEX_NAME}: positions can only be sampled from whole sequences and this "
-                "cache has no sequence_length; set antidup.positions.enabled to false, or cache whole sequences"
+                "cache has no sequence_length; set antidup.positions.train to false, or cache whole sequences"
             )
         self._whole = whole is not None
         vocabulary = Vocabulary(_tokenizer(index), int(index["vocab_size"]), index["special_ids"])

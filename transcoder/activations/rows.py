@@ -164,7 +164,7 @@ class RowMaker:
     def _sample(self, sampler: PositionChoice, found: Pass, step: int) -> PositionSample:
         if found.shape is None:
             raise DataError(
-                f"{found.where}: positions can only be sampled from whole sequences; set antidup.positions.enabled to "
+                f"{found.where}: positions can only be sampled from whole sequences; set antidup.positions.train to "
                 "false, or cache whole sequences in order"
             )
         with phase("anti-duplication: positions"):

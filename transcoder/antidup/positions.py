@@ -1,5 +1,5 @@
-"""PositionSampler: which positions of a sequence train, drawn by position bins, with weights that keep the
-objective."""
+"""PositionSampler: which positions activation samples are collected from, or which train, drawn by position bins, with
+weights that keep the objective."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _NAME = "position_sampler"
 
 @dataclass(frozen=True, eq=False)
 class PositionSample:
-    """A draw over batch_tokens [S, L].
+    """A draw over batch_tokens [S, L]: S sequences of length L, or one row of the L tokens of a training batch.
 
     Fields:
         keep: [S, L] bool, the drawn positions.
@@ -40,6 +40,10 @@ class PositionSample:
 
 class PositionSampler:
     """Draws about `keep_fraction` of each sequence's positions, stratified over position bins.
+
+    In a run it chooses which tokens of a training batch the activation samples are collected from: the batch is one
+    row of tokens with their `positions`, and every token trains. With `section.train` it chooses which positions of
+    whole sequences become training tokens.
 
     Each bin of ordinary tokens gets a whole number of draws: its share of keep_fraction, but at least `min_samples_per_bin` if
     it has that many tokens. Special tokens form their own stratum, drawn with keep_fraction * bos_penalty and so rarely
@@ -61,6 +65,7 @@ class PositionSampler:
         special_ids: token ids counted as special (BOS, EOS, PAD, ...).
         ledger: records calls, positions drawn and files.
         out_dir: folder of `positions.json` (`save`).
+        sequence_length: positions run from 0 to sequence_length - 1 where `sample_positions` is given positions.
     """
 
     def __init__(
@@ -70,20 +75,32 @@ class PositionSampler:
         special_ids: Sequence[int],
         ledger: UsageLedger,
         out_dir: Path | None = None,
+        sequence_length: int = 0,
     ) -> None:
-        self.section, self.seed = section, seed
+        self.section, self.seed, self.sequence_length = section, seed, sequence_length
         self._special = SpecialTokens(special_ids)
         self._ledger, self._out_dir = ledger, out_dir
         self._counts = torch.zeros(2, section.bins + 1, dtype=torch.int64, device="cpu")
         """Positions seen and drawn, per bin; special tokens last."""
 
-    def sample_positions(self, batch_tokens: Tensor, step: int = 0, record: bool = True) -> PositionSample:
+    def sample_positions(
+        self,
+        batch_tokens: Tensor,
+        step: int = 0,
+        record: bool = True,
+        positions: Tensor | None = None,
+        micro: int = 0,
+    ) -> PositionSample:
         """Draw positions of batch_tokens [S, L] int64 (padding counts as special if its id is). Never waits
         for a device.
 
         Args:
             batch_tokens: [S, L] token ids.
-            step: keys the draw; equal steps draw equally.
+            step: keys the draw, with micro; equal keys draw equally.
+            positions: [S, L] int64, each token's position in its own sequence; bounds and shares then hold for each row
+                as if it were a sequence. None: the column is the position. A position of `sequence_length` or more
+                counts as the last one.
+            micro: which of the step's micro-batches.
             record: count the draw as used. A stream that draws ahead passes False and calls `record` when the
                 batch reaches training, so that a resumed run counts each draw once.
         """
@@ -94,9 +111,14 @@ class PositionSampler:
                 else type(batch_tokens)
             )
             raise ValueError(f"PositionSampler.sample_positions: batch_tokens: expected integers [S, L], got {got}")
-        stratum = self._strata(batch_tokens)
+        if positions is not None and (positions.shape != batch_tokens.shape or self.sequence_length < 1):
+            raise ValueError(
+                f"PositionSampler.sample_positions: positions: expected the shape of batch_tokens, {list(batch_tokens.shape)}, "
+                f"and a sequence_length of at least 1, got {list(positions.shape)} and {self.sequence_length}"
+            )
+        stratum = self._strata(batch_tokens, positions)
         chance = self._inclusion(stratum)
-        keep = self._draw(stratum, chance, step)
+        keep = self._draw(stratum, chance, step, micro)
         possible = chance > 0
         scale = chance.sum() / possible.sum().clamp(min=1)
         weights = torch.where(keep, scale / torch.where(possible, chance, 1), 0).float()
@@ -122,10 +144,11 @@ class PositionSampler:
             positions_resampled=sample.resampled,
         )
 
-    def _strata(self, batch_tokens: Tensor) -> Tensor:
+    def _strata(self, batch_tokens: Tensor, positions: Tensor | None = None) -> Tensor:
         """[S, L]: the position's bin; the number of bins for a special token."""
-        length = batch_tokens.shape[1]
-        bins = torch.arange(length, device=batch_tokens.device) * self.section.bins // max(1, length)
+        length = batch_tokens.shape[1] if positions is None else self.sequence_length
+        place = torch.arange(length, device=batch_tokens.device) if positions is None else positions
+        bins = (place * self.section.bins // max(1, length)).clamp(0, self.section.bins - 1)
         return torch.where(self._special.marked(batch_tokens), self.section.bins, bins)
 
     def _inclusion(self, stratum: Tensor) -> Tensor:
@@ -142,13 +165,14 @@ class PositionSampler:
         draws = torch.cat([draws, torch.minimum(wanted, most)[:, None]], 1)
         return (draws / sizes.clamp(min=1)).gather(1, stratum)
 
-    def _draw(self, stratum: Tensor, chance: Tensor, step: int) -> Tensor:
+    def _draw(self, stratum: Tensor, chance: Tensor, step: int, micro: int) -> Tensor:
         """Systematic draw: with the chances laid end to end, keep the positions in which u, u + 1, u + 2, ...
         fall."""
         count, length = stratum.shape
-        number = torch.arange(stratum.numel(), device=stratum.device).view(count, length)
+        first = micro << 32
+        number = torch.arange(first, first + stratum.numel(), device=stratum.device).view(count, length)
         order = (stratum + uniform(number, self.seed, step, 0)).argsort(1)
-        start = uniform(torch.arange(count, device=stratum.device), self.seed, step, 1)[:, None]
+        start = uniform(torch.arange(first, first + count, device=stratum.device), self.seed, step, 1)[:, None]
         end = chance.gather(1, order).cumsum(1)
         # Sums of a bin's chances are whole numbers up to rounding; snapping them keeps the bin's count exact.
         end = torch.where((end - end.round()).abs() < 1e-9, end.round(), end)
@@ -182,6 +206,7 @@ class PositionSampler:
         content = {
             "schema_version": 1,
             "step": step,
+            "chooses": "training" if self.section.train else "samples",
             "bins": self.section.bins,
             "seen": seen[:-1],
             "drawn": drawn[:-1],

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from transcoder.activations.batch import ActivationBatch
 from transcoder.antidup.ledger import UsageLedger
+from transcoder.antidup.positions import PositionSampler
 from transcoder.antidup.sample_store import EMPTY, Samples, best_entries, merged, without_overlap
 from transcoder.antidup.special_tokens import SpecialTokens
 from transcoder.config import SamplesSection
@@ -53,6 +54,7 @@ class ActivationSampleCollector:
         special_ids: token ids counted as special.
         sequence_length: positions run from 0 to sequence_length - 1.
         ledger: records calls, samples kept and files.
+        positions: chooses which tokens of a batch are looked at; None looks at all of them.
     """
 
     def __init__(
@@ -65,12 +67,13 @@ class ActivationSampleCollector:
         special_ids: Sequence[int],
         sequence_length: int,
         ledger: UsageLedger,
+        positions: PositionSampler | None = None,
     ) -> None:
         self._rank = 0
         """Keys the random draws, with seed and step."""
         self.section, self.d_sae, self.seed, self.sequence_length = section, d_sae, seed, sequence_length
         self.device = torch.empty(0, device=device).device
-        self._out_dir, self._ledger = Path(out_dir), ledger
+        self._out_dir, self._ledger, self._positions = Path(out_dir), ledger, positions
         self._special = SpecialTokens(special_ids, self.device)
         number = min(section.max_latents, d_sae)
         self.latents = torch.arange(number, device=self.device) * d_sae // number
@@ -116,7 +119,13 @@ class ActivationSampleCollector:
         section, window = self.section, max(1, contexts.shape[1])
         value, rows = codes.values.detach().float(), codes.rows()
         followed = self.latents.numel()
-        slot = torch.where((value > 0) & (value >= section.min_activation), self._slot[codes.indices], followed)
+        looked_at = (value > 0) & (value >= section.min_activation)
+        if self._positions is not None:
+            drawn = self._positions.sample_positions(
+                batch.tokens[None], step, positions=batch.positions[None], micro=micro
+            )
+            looked_at &= drawn.keep[0, rows]
+        slot = torch.where(looked_at, self._slot[codes.indices], followed)
 
         def candidates(group: Tensor, score: Tensor, groups: int, k: int) -> Samples:
             entry = best_entries(group, score, groups, k)

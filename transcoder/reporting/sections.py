@@ -31,6 +31,10 @@ POSITION_BINS = 10
 LEAST_SAMPLES = 4
 """Strongest samples a latent needs before its concentration says anything."""
 LISTED_EVENTS = 50
+SAMPLES_NOTE = "Samples are collected from the drawn tokens. Training keeps every token."
+TRAINING_NOTE = (
+    "Only the drawn tokens train: the language model ran on the others for nothing (antidup.positions.train)."
+)
 
 
 class Curve(NamedTuple):
@@ -250,20 +254,23 @@ def _sample_positions(run: Run) -> Chart | None:
 
 
 def _drawn_positions(run: Run) -> Chart | None:
-    """How the position sampler shifted what training sees."""
+    """How the position sampler shifted what training sees or, as `chooses` says, what samples are collected from."""
     seen, drawn = run.sampler_positions.get("seen"), run.sampler_positions.get("drawn")
     if not (isinstance(seen, list) and isinstance(drawn, list) and len(seen) == len(drawn) and seen):
         return None
     counts = [np.asarray([real(v) or 0.0 for v in values]) for values in (seen, drawn)]
     if not all(values.sum() for values in counts):
         return None
-    named = (("in the text", "c4"), ("drawn for training", "c2"))
+    samples = run.sampler_positions.get("chooses") == "samples"
+    before = "in the batches looked at" if samples else "in the text"
+    named = ((before, "c4"), (f"drawn for {'samples' if samples else 'training'}", "c2"))
     return bar_chart(
         "What the position sampler chose",
         np.linspace(0, 1, len(seen) + 1).tolist(),
         [(label, _percents(v), color) for v, (label, color) in zip(counts, named, strict=True)],
         x_label="position, as a share of the sequence",
         y_label="% of tokens",
+        note=SAMPLES_NOTE if samples else TRAINING_NOTE,
     )
 
 
@@ -286,7 +293,12 @@ def _sinks(run: Run) -> list[tuple[str, str]]:
     special, seen = real(run.sampler_positions.get("special_seen")), run.sampler_positions.get("seen")
     total = sum(real(v) or 0.0 for v in seen) if isinstance(seen, list) else 0.0
     if special is not None and total:
-        facts.append(("Special tokens in the text", percent(special / (total + special))))
+        facts.append(("Special tokens before sampling", percent(special / (total + special))))
+        drawn = run.sampler_positions.get("drawn")
+        kept = sum(real(v) or 0.0 for v in drawn) if isinstance(drawn, list) else 0.0
+        kept += real(run.sampler_positions.get("special_drawn")) or 0.0
+        if kept and run.sampler_positions.get("chooses") != "samples":
+            facts.append(("Language-model tokens for each one drawn", number((total + special) / kept)))
     facts.append(("FVU on masked sink tokens", number(summary_metrics.SINK_FVU.of(run))))
     for name in run.metric_names():
         if name.startswith("data/"):

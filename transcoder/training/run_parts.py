@@ -19,7 +19,7 @@ from transcoder.training.nonfinite import StepLedger
 from transcoder.training.recycling import Recycler
 from transcoder.training.schedule import Calendar
 from transcoder.training.sources import BatchSource, own_data
-from transcoder.usage import SECTIONS
+from transcoder.usage import POSITIONS, SECTIONS
 
 
 @dataclass
@@ -54,6 +54,7 @@ class RunParts:
         anti, shape, seed = config.antidup, config.transcoder, config.training.seed
         logs = run_dir / "anti_duplication_logs"
         enabled = {name: getattr(anti, section).enabled for name, section in SECTIONS.items()}
+        enabled[POSITIONS] = anti.positions_act
         ledger = self.ledger = StepLedger(enabled, run_dir / "usage.json")
         if batches is None:
             data = self.data = _open_stream(config, device, ledger, logs, stack)
@@ -61,12 +62,16 @@ class RunParts:
             source, held = own_data(batches, heldout, config.training.evaluation_tokens, device)
             sequence_length = config.activations.sequence_length
             data = self.data = TrainingData("own batches", source, held, sequence_length=sequence_length)
+        if anti.positions_act and data.positions is None:
+            length, special = data.sequence_length, data.special_ids
+            data.positions = PositionSampler(anti.positions, seed, special, ledger, logs, length)
         monitor = CorrelationMonitor(anti.monitor, shape.d_sae, device, logs, ledger) if anti.monitor.enabled else None
         samples = None
         if anti.samples.enabled:
             folder, special = run_dir / "activation_samples", data.special_ids
+            chosen = None if anti.positions.train else data.positions
             samples = ActivationSampleCollector(
-                anti.samples, shape.d_sae, device, seed, folder, special, data.sequence_length, ledger
+                anti.samples, shape.d_sae, device, seed, folder, special, data.sequence_length, ledger, chosen
             )
         self.monitor, self.samples = monitor, samples
         d_in, d_out = data.source.d_in, data.source.d_out
@@ -101,7 +106,7 @@ class RunParts:
 def _open_stream(
     config: RunConfig, device: torch.device, ledger: UsageLedger, logs: Path, stack: ExitStack
 ) -> TrainingData:
-    """The stream of `config.activations`, which `stack` closes, with its position sampler."""
+    """The stream of `config.activations`, which `stack` closes, with the sampler of its training tokens if it has one."""
     samples, section, made = config.antidup.samples, config.antidup.positions, list[PositionSampler]()
 
     def sampler(special_ids: Sequence[int]) -> PositionSampler:
@@ -109,7 +114,8 @@ def _open_stream(
         return made[-1]
 
     context = samples.context_tokens if samples.enabled else 0
-    stream = build_stream(config, device, position_sampler=sampler if section.enabled else None, context_tokens=context)
+    thins = sampler if section.enabled and section.train else None
+    stream = build_stream(config, device, position_sampler=thins, context_tokens=context)
     stack.callback(stream.close)
     held, sinks = stream.heldout(config.training.evaluation_tokens), stream.heldout_sinks()
     kind, ids, positions = config.activations.kind, stream.special_ids, made[0] if made else None

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
+import operator
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from transcoder.activations import ActivationBatch
-from transcoder.config import ConfigError, RunConfig
+from transcoder.config import ConfigError, RunConfig, flags, load_yaml
 from transcoder.training.layer_trainer import acting_penalties
 
 logger = logging.getLogger(__name__)
@@ -40,12 +43,25 @@ def check_switches(
         raise ValueError(
             "train_transcoder: heldout: expected it only with `batches`: config.activations has held-out data"
         )
-    if batches is not None and config.antidup.positions.enabled:
+    positions = config.antidup.positions
+    if batches is not None and positions.enabled and positions.train:
         raise ConfigError(
-            "antidup.positions.enabled: the position sampler chooses among a sequence's tokens before they become batches, "
+            "antidup.positions.train: the position sampler chooses among a sequence's tokens before they become batches, "
             "which it cannot do for your own `batches`; set it to false"
         )
     anti = config.antidup
+    trained = config.training.steps * config.training.batch_size * config.training.accumulation
+    if positions.enabled and positions.train:
+        logger.warning(
+            "antidup.positions.train: %d training tokens are drawn from about %d tokens of the language model, masked tokens "
+            "not counted; without it each of those trains",
+            trained,
+            round(trained / positions.keep_fraction),
+        )
+    elif positions.enabled and not anti.samples.enabled:
+        logger.warning(
+            "antidup.positions: the position sampler is off too, since it chooses what antidup.samples looks at and that is off"
+        )
     if anti.recycle.enabled and not (anti.monitor.enabled and anti.monitor.merge_test_tokens):
         raise ConfigError(
             "antidup.recycle.enabled: it folds what the monitor flags and the merge test passes; set antidup.monitor.enabled "
@@ -57,7 +73,6 @@ def check_switches(
             "transcoder.aux_coefficient above 0"
         )
     evidence = anti.monitor.blocks_to_flag * anti.monitor.block_tokens
-    trained = config.training.steps * config.training.batch_size * config.training.accumulation
     if anti.recycle.enabled and evidence > anti.recycle.until * trained:
         logger.warning(
             "antidup.recycle: a flag needs %d blocks of %d tokens, and the run's last round comes after %d tokens: nothing "
@@ -70,8 +85,9 @@ def check_switches(
     weights = [field.name for field in dataclasses.fields(regularizer) if field.name.endswith("_weight")]
     if regularizer.enabled and all(getattr(regularizer, name) == 0 for name in weights):
         raise ConfigError(
-            f"antidup.regularizer: enabled with every weight 0 ({', '.join(weights)}): it would have no effect; set one, or "
-            "set antidup.regularizer.enabled to false"
+            f"antidup.regularizer: enabled with every weight 0 ({', '.join(weights)}): it would have no effect (the "
+            "pair penalty counts as 0 without antidup.monitor, which finds the pairs); set one, switch on the monitor, or set "
+            "antidup.regularizer.enabled to false"
         )
 
 
@@ -87,12 +103,35 @@ def check_folder(run_dir: Path, config: RunConfig, resume: bool) -> None:
         if changed:
             raise ConfigError(
                 f"resume: {', '.join(changed)} differ from {run_dir / 'config.yaml'}: a resumed run goes on exactly as it was "
-                "started; leave them out, or start a new run with another --out"
+                "started; leave them out, or give the values of that file where a default has changed since, or start a new "
+                "run with another --out"
             )
+
+
+def as_started(config: RunConfig, run_dir: Path, resume: bool) -> RunConfig:
+    """`config` with what a run of an earlier version did and its config.yaml has no name for: it had no
+    `antidup.positions.train`, and its position sampler always drew the training tokens."""
+    saved = run_dir / "config.yaml"
+    if not resume or not saved.exists() or not _drew_training_tokens(saved):
+        return config
+    return config.replace({"antidup.positions.train": True})
+
+
+def _drew_training_tokens(saved: Path) -> bool:
+    """Whether a config.yaml is of a version whose position sampler drew the training tokens without a setting for it."""
+    values: Any = load_yaml(saved)
+    for section in ("antidup", "positions"):
+        values = values.get(section) if isinstance(values, dict) else None
+    return not isinstance(values, dict) or "train" not in values
 
 
 def changed_settings(saved: Path, config: RunConfig) -> list[str]:
     """Names of the settings that change a run's results and differ between `config` and a saved config.yaml."""
-    before, now = RunConfig.load(saved).to_dict(), config.to_dict()
-    sections = ("model", "activations", "transcoder", "training", "antidup")
-    return [f"{part}.{key}" for part in sections for key in now[part] if now[part][key] != before[part].get(key)]
+    before, now = as_started(RunConfig.load(saved), saved.parent, resume=True).to_dict(), config.to_dict()
+    sections = ("model.", "activations.", "transcoder.", "training.", "antidup.")
+    names = [name for name, _ in flags() if name.startswith(sections)]
+    return [name for name in names if _setting(before, name) != _setting(now, name)]
+
+
+def _setting(values: dict[str, Any], dotted: str) -> Any:
+    return functools.reduce(operator.getitem, dotted.split("."), values)
