@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "tensor_file": {"files"},
     "demo": {"config"},
     "losses": LOW,
-    "pretrained": {"files", "tensor_file"},
+    "pretrained": {"checkpoint_folder", "files", "settings", "tensor_file"},
     "checkpoint_folder": {"files"},
     "selection": LOW,
     "model": LOW | {"losses", "pretrained", "selection"},

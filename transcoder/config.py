@@ -472,7 +472,23 @@ def parse_flag(dotted: str, text: str | None) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 without dates: no setting is one, and a name such as 2026-01-31 is text."""
+    """YAML 1.1 without dates (no setting is one, and a name such as 2026-01-31 is text), and without duplicate keys, of which
+    PyYAML would keep the last one and lose the others without a word."""
+
+    def compose_mapping_node(self, anchor: str | None) -> Any:
+        # Checked as written: a merge (`<<`) adds keys later, which may be written again.
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag.endswith(":merge"):
+                continue
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                raise ValueError(
+                    f"the key {key.value!r} stands twice, in line {lines[key.value]} and in line {line}; join the two"
+                )
+            lines[key.value] = line
+        return node
 
 
 _Loader.yaml_implicit_resolvers = {

@@ -19,6 +19,7 @@ from torch import Tensor
 from transcoder.activations.rows import Substitute
 from transcoder.activations.vocabulary import Vocabulary
 from transcoder.demo import language_model_path
+from transcoder.settings import brief
 
 OLDEST = (3, 9)
 """The oldest TransformerLens whose bridge the tests pass with. Other libraries pin older ones, so an install may bring one."""
@@ -70,13 +71,13 @@ def _check_hub_model(name: str) -> None:
         HfApi().model_info(official, timeout=15)
     except HFValidationError as error:
         raise ModelError(
-            f"model.name: {name!r} is neither 'demo' nor a folder, and no hub name either: {error}"
+            f"model.name: {name!r} is neither 'demo' nor a folder, and no hub name either: {brief(error)}"
         ) from error
     except Exception as error:
         # The hub's client raises its own types and those of two HTTP libraries.
         raise ModelError(
             f"model.name: there is no folder {name!r}, and the Hugging Face hub gives no model of that name: "
-            f"{type(error).__name__}: {error}. Check the name and the network (a gated model needs `hf auth login`); "
+            f"{type(error).__name__}: {brief(error)}. Check the name and the network (a gated model needs `hf auth login`); "
             "without a network use 'demo' or a local folder."
         ) from error
 
@@ -152,7 +153,7 @@ class HookedModel:
         except Exception as error:
             # Loading raises many types: a torn weight file, an architecture without an adapter, no network
             # half-way.
-            raise ModelError(f"model.name: cannot load {name!r}: {type(error).__name__}: {error}") from error
+            raise ModelError(f"model.name: cannot load {name!r}: {type(error).__name__}: {brief(error)}") from error
         bridge.eval()
         bridge.requires_grad_(False)
         self._bridge: Any = bridge
@@ -203,7 +204,9 @@ class HookedModel:
             try:
                 self._bridge.add_hook(hook, self._capture(role), is_permanent=True)
             except (ValueError, NotImplementedError) as error:
-                raise ModelError(f"activations.{role}_hook: {hook!r} cannot be read on this model: {error}") from error
+                raise ModelError(
+                    f"activations.{role}_hook: {hook!r} cannot be read on this model: {brief(error)}"
+                ) from error
 
     def _capture(self, role: str) -> Any:
         from transformer_lens.model_bridge.exceptions import StopAtLayerException

@@ -10,6 +10,7 @@ from typing import Any
 from transcoder.activations.documents import DataError, Record, Records, check_column, content_of
 from transcoder.activations.fingerprint import files_digest
 from transcoder.activations.text_files import files_below
+from transcoder.settings import brief
 
 
 class HubSource:
@@ -98,7 +99,7 @@ def _load_streaming(name: str, config: str | None, split: str) -> Any:
         # `datasets` raises dozens of types here (missing, gated, bad split or configuration, no network).
         raise DataError(
             f"activations.dataset: cannot open {name!r} (dataset_config {config!r}, dataset_split "
-            f"{split!r}) with Hugging Face datasets: {type(error).__name__}: {error}. Check the name, configuration "
+            f"{split!r}) with Hugging Face datasets: {type(error).__name__}: {brief(error)}. Check the name, configuration "
             "and split, and the network; without a network use 'stdlib' or a local file or folder."
         ) from error
     return dataset
@@ -115,6 +116,6 @@ def _check_hub_dataset(name: str) -> str | None:
     except Exception as error:
         raise DataError(
             f"activations.dataset: no file or folder {name!r}, and the Hugging Face hub gives no dataset of "
-            f"that name: {type(error).__name__}: {error}. Check the name and the network (a private or gated dataset "
+            f"that name: {type(error).__name__}: {brief(error)}. Check the name and the network (a private or gated dataset "
             "needs `hf auth login`); without a network use 'stdlib' or a local file or folder."
         ) from error

@@ -10,6 +10,7 @@ import torch
 
 from transcoder.activations import ActivationBatch
 from transcoder.config import ConfigError, RunConfig
+from transcoder.settings import brief
 from transcoder.training.layer_trainer import acting_penalties
 
 logger = logging.getLogger(__name__)
@@ -24,9 +25,14 @@ def device_of(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
+        if device.type == "meta":
+            raise RuntimeError("it holds no numbers")
     except (RuntimeError, AssertionError) as error:
+        # Of what torch says, the first sentence: others name its own functions, over pages.
+        reason = brief(error).partition(". ")[0]
+        have = ", ".join(map(repr, ["auto", "cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]))
         raise ConfigError(
-            f"model.device: expected 'auto' or a device of this machine, got {name!r}: {error}"
+            f"model.device: expected a device of this machine ({have}), got {name!r}: {reason}"
         ) from error
     return device
 

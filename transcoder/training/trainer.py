@@ -18,6 +18,7 @@ from transcoder.files import replace_atomically
 from transcoder.model import Transcoder
 from transcoder.phases import phase
 from transcoder.reporting import MetricsWriter, ProgressBar
+from transcoder.settings import brief
 from transcoder.training.checkpoint import CheckpointStore, Loaded
 from transcoder.training.checkpointing import Saver
 from transcoder.training.layer_trainer import StepView
@@ -227,8 +228,8 @@ class Trainer:
             except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
                 raise ValueError(
                     f"resume: {loaded.path} is whole but does not hold the state of this run "
-                    f"({type(error).__name__}: {error}): it was written by another version or with other settings; start a "
-                    "new run with another --out"
+                    f"({type(error).__name__}: {brief(error)}): it was written by another version or with other settings; "
+                    "start a new run with another --out"
                 ) from error
         budget = self.saver.reserve(self.parts)
         self._folder = self.run_dir.stat().st_ino
