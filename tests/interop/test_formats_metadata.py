@@ -153,9 +153,9 @@ def test_tensors_without_their_numbers_are_refused(name: str, how: str, tmp_path
         (
             "saelens",
             {"metadata/transcoder/k": "4"},
-            r"metadata\.transcoder\.k: expected a number of at least 1, got '4'",
+            r"metadata\.transcoder: k: expected a number of at least 1, got '4'",
         ),
-        ("saelens", {"metadata/transcoder/widths": [9, "a"]}, r"metadata\.transcoder\.widths: expected rising whole"),
+        ("saelens", {"metadata/transcoder/widths": [9, "a"]}, r"metadata\.transcoder: widths: expected rising whole"),
         ("dictionary-learning", {"trainer/k": True}, "k: expected a whole number"),
         ("dictionary-learning", {"trainer/k": 4}, "k = 4, the weights have 3"),
         ("dictionary-learning", {"trainer/activation_dim": 5}, "activation_dim = 5, the weights have 6"),

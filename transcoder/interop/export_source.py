@@ -58,7 +58,7 @@ def load_source(source: Exportable) -> Source:
     folder = path if (path / "transcoder.safetensors").is_file() else find_checkpoint(path)
     model = Transcoder.from_pretrained(folder)
     run = next((place for place in (folder, *folder.parents[:2]) if (place / "config.yaml").is_file()), None)
-    settings = {} if run is None else _yaml(run / "config.yaml")
+    settings = {} if run is None else _mapping(run / "config.yaml")
     step = folder.name.removeprefix("step_")
     return Source(
         model=model,
@@ -66,45 +66,39 @@ def load_source(source: Exportable) -> Source:
         path=folder,
         run=run,
         settings=settings,
-        summary={} if run is None else _json(run / "summary.json"),
+        summary={} if run is None else _mapping(run / "summary.json"),
         step=int(step) if step.isdecimal() else None,
     )
 
 
 def _hooks(settings: dict[str, Any]) -> Hooks:
-    parts = settings.get("activations"), settings.get("model")
-    activations, model = (part if isinstance(part, dict) else {} for part in parts)
-    length, bos = activations.get("sequence_length"), activations.get("prepend_bos")
+    """Of config.yaml, which may be of any version: what is not of the type is not known."""
+
+    def known(section: str, name: str, kind: type) -> Any:
+        values = settings.get(section)
+        value = values.get(name) if isinstance(values, dict) else None
+        return value if isinstance(value, kind) else None
+
     return Hooks(
-        source=_text(activations.get("source_hook")),
-        target=_text(activations.get("target_hook")),
-        model_name=_text(model.get("name")),
-        context_size=length if isinstance(length, int) else None,
-        prepend_bos=bos if isinstance(bos, bool) else None,
+        source=known("activations", "source_hook", str),
+        target=known("activations", "target_hook", str),
+        model_name=known("model", "name", str),
+        context_size=known("activations", "sequence_length", int),
+        prepend_bos=known("activations", "prepend_bos", bool),
     )
 
 
 def _recorded_hooks(folder: Path) -> Hooks:
     """Of an imported transcoder, whose hooks.json says where the foreign one belonged."""
-    found = _json(folder / HOOKS_FILE)
+    found = _mapping(folder / HOOKS_FILE)
     return Hooks(**{name: found.get(name) for name in Hooks.__dataclass_fields__})
 
 
-def _text(value: object) -> str | None:
-    return value if isinstance(value, str) else None
-
-
-def _yaml(path: Path) -> dict[str, Any]:
-    with contextlib.suppress(OSError, UnicodeDecodeError, yaml.YAMLError):
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if isinstance(values, dict):
-            return values
-    return {}
-
-
-def _json(path: Path) -> dict[str, Any]:
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        values = json.loads(path.read_bytes())
+def _mapping(path: Path) -> dict[str, Any]:
+    """Of a YAML or JSON file; empty where there is none."""
+    with contextlib.suppress(OSError, ValueError, RecursionError, yaml.YAMLError):
+        text = path.read_text(encoding="utf-8")
+        values = yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
         if isinstance(values, dict):
             return values
     return {}

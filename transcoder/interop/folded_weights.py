@@ -1,11 +1,10 @@
-"""PlainWeights: the form that every format is converted through. Raw units, no normalisation, a latent is a row."""
+"""FoldedWeights: the form that every format is converted through. Raw units, no normalisation, a latent is a row."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,8 +13,6 @@ from transcoder.interop.conversion_record import Conversion
 from transcoder.model import Transcoder, TranscoderConfig
 
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
-_FLOATING = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
-_WHOLE = {getattr(torch, name): name for name in ("uint8", "int8", "int16", "int32", "int64")}
 
 
 @dataclass(frozen=True)
@@ -41,7 +38,7 @@ class Hooks:
 
 
 @dataclass(frozen=True)
-class PlainWeights:
+class FoldedWeights:
     """y_hat = select(relu((x - input_bias) @ W_enc.T + b_enc)) @ W_dec + b_dec [+ x @ W_skip.T]
 
     Fields (fp32 on the CPU):
@@ -78,7 +75,17 @@ class PlainWeights:
     def d_out(self) -> int:
         return self.W_dec.shape[1]
 
-    def with_input_bias(self, bias: Tensor | None, record: Conversion) -> PlainWeights:
+    @property
+    def nested(self) -> bool:
+        """Whether it has several Matryoshka widths."""
+        return len(self.widths or ()) > 1
+
+    def check_one_width(self, what: str) -> None:
+        """ValueError unless d_in is d_out. `what` begins it: "sparsify export: a SparseCoder"."""
+        if self.d_in != self.d_out:
+            raise ValueError(f"{what} has one width for input and output, got d_in {self.d_in} and d_out {self.d_out}")
+
+    def with_input_bias(self, bias: Tensor | None, record: Conversion) -> FoldedWeights:
         """The same function reading x - bias (None: x): b_enc takes W_enc @ (bias - input_bias)."""
         present = torch.zeros(self.d_in) if self.input_bias is None else self.input_bias
         wanted = torch.zeros(self.d_in) if bias is None else bias
@@ -89,7 +96,7 @@ class PlainWeights:
         record.add(f"{what} was folded into b_enc", "rounding")
         return replace(self, b_enc=(self.b_enc.double() + shift).float(), input_bias=bias)
 
-    def as_thresholds(self, record: Conversion, threshold: float | None, why: str, instead: str = "") -> PlainWeights:
+    def as_thresholds(self, record: Conversion, threshold: float | None, why: str, instead: str = "") -> FoldedWeights:
         """A TopK turned into thresholds, which is another function: refused unless the record allows it.
 
         Args:
@@ -111,7 +118,7 @@ class PlainWeights:
             )
         return replace(self, activation="threshold")
 
-    def as_topk(self, record: Conversion, why: str) -> PlainWeights:
+    def as_topk(self, record: Conversion, why: str) -> FoldedWeights:
         """Thresholds turned into TopK, which is another function: refused unless the record allows it."""
         if self.activation == "topk":
             return self
@@ -120,13 +127,14 @@ class PlainWeights:
         record.change(f"{why}, and this transcoder keeps what is above its threshold, however many that are")
         return replace(self, activation="topk")
 
-    def as_relu(self, record: Conversion, why: str) -> PlainWeights:
+    def as_relu(self, record: Conversion, why: str) -> FoldedWeights:
         """Thresholds moved into b_enc, which is another function: refused unless the record allows it.
 
         The same latents act on the same tokens, each by its threshold less. (Thresholds left out would let every positive
         pre-activation act: on the demo's transcoder 462 latents a token for 15, and twice the error of the former.)
         """
-        threshold = self.latent_thresholds()
+        threshold = self.with_latent_thresholds().threshold
+        assert threshold is not None
         if bool(threshold.any()):
             record.change(
                 f"{why}: it has no thresholds. They are subtracted from b_enc, so the same latents act, each by its threshold "
@@ -134,20 +142,20 @@ class PlainWeights:
             )
         return replace(self, b_enc=self.b_enc - threshold, threshold=torch.tensor(0.0))
 
-    def without_skip(self, record: Conversion, why: str) -> PlainWeights:
+    def without_skip(self, record: Conversion, why: str) -> FoldedWeights:
         """The skip connection dropped: refused unless the record allows it."""
         if self.W_skip is None:
             return self
         record.change(f"{why}: the linear skip connection would be dropped")
         return replace(self, W_skip=None)
 
-    def latent_thresholds(self) -> Tensor:
-        """[d_sae], none below 0: what is compared with the pre-activations."""
+    def with_latent_thresholds(self) -> FoldedWeights:
+        """The same function with a threshold for each latent, [d_sae], none below 0."""
         assert self.threshold is not None
-        return self.threshold.clamp_min(0).expand(self.d_sae).contiguous()
+        return replace(self, threshold=self.threshold.clamp_min(0).expand(self.d_sae).contiguous())
 
 
-def from_transcoder(model: Transcoder, hooks: Hooks, record: Conversion) -> PlainWeights:
+def from_transcoder(model: Transcoder, hooks: Hooks, record: Conversion) -> FoldedWeights:
     """Fold the normalisation of source and target into the weights. Latents keep their activations."""
     state = {name: tensor.detach().to("cpu", torch.float32) for name, tensor in model.state_dict().items()}
     source_scale, target_scale = state["source_scale"].double(), state["target_scale"].double()
@@ -175,7 +183,7 @@ def from_transcoder(model: Transcoder, hooks: Hooks, record: Conversion) -> Plai
     by_threshold = model.selection.by_threshold
     if by_threshold and bool((state["threshold"] < 0).all()):
         record.add("no batch was trained: the threshold acts as 0", "note")
-    return PlainWeights(
+    return FoldedWeights(
         W_enc=W_enc,
         b_enc=state["b_enc"],
         W_dec=W_dec,
@@ -190,172 +198,86 @@ def from_transcoder(model: Transcoder, hooks: Hooks, record: Conversion) -> Plai
     )
 
 
-def to_transcoder(plain: PlainWeights, record: Conversion, *, k: int | None = None) -> Transcoder:
+def to_transcoder(weights: FoldedWeights, record: Conversion, *, k: int | None = None) -> Transcoder:
     """A Transcoder of these weights; its normalisation is the identity but for the bias on the input.
 
     Args:
         k: for BatchTopK training, instead of what the format says; without both, the smaller of 32 and d_sae. For TopK it
             decides the function, so another than the file's is refused unless the record allows it.
     """
-    check_weights(f"{record.format} import: {record.path}", plain)
-    if plain.activation == "topk" and k is not None and plain.k not in (None, k):
-        record.change(f"TopK with k = {k}, the file's is {plain.k}")
-    if k is None and plain.k is not None:
+    check_weights(f"{record.format} import: {record.path}", weights)
+    if weights.activation == "topk" and k is not None and weights.k not in (None, k):
+        record.change(f"TopK with k = {k}, the file's is {weights.k}")
+    if k is None and weights.k is not None:
         # A mean L0 may be more than there are latents; TopK's own k may not.
-        k = plain.k if plain.activation == "topk" else min(plain.k, plain.d_sae)
+        k = weights.k if weights.activation == "topk" else min(weights.k, weights.d_sae)
     if k is None:
-        if plain.activation == "topk":
+        if weights.activation == "topk":
             raise ValueError(f"{record.format} import: expected k of TopK in the file, found none; give k= (--k)")
-        k = min(32, plain.d_sae)
+        k = min(32, weights.d_sae)
         record.add(f"the file does not say k; {k} is what further training would use (--k changes it)", "note")
-    if k > plain.d_sae:
+    if k > weights.d_sae:
         raise ValueError(
-            f"{record.format} import: {record.path}: k: expected at most the {plain.d_sae} latents, got {k}"
+            f"{record.format} import: {record.path}: k: expected at most the {weights.d_sae} latents, got {k}"
         )
-    threshold = torch.tensor(-1.0) if plain.threshold is None else plain.threshold.detach().float()
-    if plain.activation == "threshold" and bool((threshold < 0).any()):
+    threshold = torch.tensor(-1.0) if weights.threshold is None else weights.threshold.detach().float()
+    if weights.activation == "threshold" and bool((threshold < 0).any()):
         record.add("thresholds below 0 act as 0 (the ReLU): written as 0", "layout")
         threshold = threshold.clamp_min(0)
     if threshold.dim() == 1 and bool((threshold == threshold[0]).all()):
         # One number for all: BatchTopK's own form.
         threshold = threshold[0].clone()
     config = TranscoderConfig(
-        plain.d_in,
-        plain.d_out,
-        plain.d_sae,
+        weights.d_in,
+        weights.d_out,
+        weights.d_sae,
         k,
-        activation="topk" if plain.activation == "topk" else "batch_topk",
-        widths=plain.widths or None,
-        skip=plain.W_skip is not None,
-        latent_thresholds=plain.activation == "threshold" and threshold.dim() == 1,
+        activation="topk" if weights.activation == "topk" else "batch_topk",
+        widths=weights.widths or None,
+        skip=weights.W_skip is not None,
+        latent_thresholds=weights.activation == "threshold" and threshold.dim() == 1,
     )
     model = Transcoder(config)
-    skip = plain.W_skip
-    if skip is not None and plain.input_bias is not None:
+    skip = weights.W_skip
+    if skip is not None and weights.input_bias is not None:
         # Ours reads the centred x with the skip connection too.
         record.add("the skip connection reads the centred input: b_dec took W_skip @ input_bias", "rounding")
-        shifted = plain.b_dec.double() + torch.mv(skip.double(), plain.input_bias.double())
-        plain = replace(plain, b_dec=shifted.float())
-    tensors = {
-        "W_enc": plain.W_enc,
-        "b_enc": plain.b_enc,
-        "W_dec": plain.W_dec,
-        "b_dec": plain.b_dec,
-        **({} if skip is None else {"W_skip": skip}),
-        **({} if plain.input_bias is None else {"source_mean": plain.input_bias}),
-        "threshold": threshold if threshold.dim() == 0 or config.latent_thresholds else torch.tensor(-1.0),
-    }
+        shifted = weights.b_dec.double() + torch.mv(skip.double(), weights.input_bias.double())
+        weights = replace(weights, b_dec=shifted.float())
+    tensors = {name: getattr(weights, name) for name in ("W_enc", "b_enc", "W_dec", "b_dec", "W_skip")}
+    tensors["source_mean"] = weights.input_bias
+    tensors["threshold"] = threshold if threshold.dim() == 0 or config.latent_thresholds else torch.tensor(-1.0)
     with torch.no_grad():
         own = model.state_dict()
         for name, tensor in tensors.items():
-            own[name].copy_(tensor)
+            if tensor is not None:
+                own[name].copy_(tensor)
     return model.eval()
 
 
-def check_weights(where: str, plain: PlainWeights) -> None:
+def check_weights(where: str, weights: FoldedWeights) -> None:
     """ValueError unless the shapes belong together and every number is finite."""
-    d_sae, d_in, d_out = plain.d_sae, plain.d_in, plain.d_out
-    expected: Mapping[str, tuple[int, ...]] = {"b_enc": (d_sae,), "W_dec": (d_sae, d_out), "b_dec": (d_out,)}
-    if plain.W_skip is not None:
-        expected = {**expected, "W_skip": (d_out, d_in)}
-    if plain.input_bias is not None:
-        expected = {**expected, "input_bias": (d_in,)}
+    d_sae, d_in, d_out = weights.d_sae, weights.d_in, weights.d_out
+    expected: dict[str, tuple[int, ...]] = {
+        "W_enc": (d_sae, d_in),
+        "b_enc": (d_sae,),
+        "W_dec": (d_sae, d_out),
+        "b_dec": (d_out,),
+        "W_skip": (d_out, d_in),
+        "input_bias": (d_in,),
+        "threshold": (d_sae,),
+    }
     for name, shape in expected.items():
-        found = tuple(getattr(plain, name).shape)
-        if found != shape:
+        tensor = getattr(weights, name)
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape and not (name == "threshold" and tensor.dim() == 0):
+            or_number = "a number or " * (name == "threshold")
             raise ValueError(
-                f"{where}: {name}: expected shape {list(shape)} with W_enc's {[d_sae, d_in]}, got {list(found)}"
+                f"{where}: {name}: expected {or_number}shape {list(shape)} with W_enc's {[d_sae, d_in]}, got "
+                f"{list(tensor.shape)}"
             )
-    if plain.threshold is not None and tuple(plain.threshold.shape) not in ((), (d_sae,)):
-        raise ValueError(f"{where}: threshold: expected a number or [{d_sae}], got shape {list(plain.threshold.shape)}")
-    for name in ("W_enc", "b_enc", "W_dec", "b_dec", "W_skip", "threshold", "input_bias"):
-        tensor = getattr(plain, name)
-        if tensor is not None and not bool(torch.isfinite(tensor).all()):
+        if not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"{where}: {name}: expected finite numbers, found NaN or Inf")
-    if plain.widths and plain.widths[-1] != d_sae:
-        raise ValueError(f"{where}: widths: expected the last to be d_sae = {d_sae}, got {list(plain.widths)}")
-
-
-def take_tensors(
-    where: str,
-    tensors: Mapping[str, Any],
-    required: Sequence[str],
-    record: Conversion,
-    optional: Sequence[str] = (),
-    ignored: Sequence[str] = (),
-    whole: Sequence[str] = (),
-) -> dict[str, Tensor]:
-    """The named tensors, contiguous on the CPU: fp32 of fp32, bf16, fp16 or fp64 (recorded where that rounds it).
-
-    Args:
-        where: begins the errors: the conversion and the file.
-        optional: taken where they are there.   ignored: not taken.
-        whole: those of them that are integers; they stay as they are.
-
-    Raises:
-        ValueError: a tensor is missing, unknown, of another type, or not a dense one whose numbers are all in the file.
-    """
-    missing = [name for name in required if name not in tensors]
-    unknown = sorted(map(str, set(tensors) - {*required, *optional, *ignored}))
-    if missing or unknown:
-        parts = [f"missing {', '.join(missing)}"] * bool(missing) + [f"unknown {', '.join(unknown)}"] * bool(unknown)
-        raise ValueError(
-            f"{where}: expected the tensors {', '.join(required)}"
-            + (f" (and perhaps {', '.join(optional)})" if optional else "")
-            + f"; {'; '.join(parts)}. Is this the right format?"
-        )
-    found: dict[str, Tensor] = {}
-    rounded = []
-    for name in (*required, *optional):
-        if name not in tensors:
-            continue
-        tensor = _dense(where, name, tensors[name], _WHOLE if name in whole else _FLOATING)
-        if name in whole:
-            found[name] = tensor
-            continue
-        found[name] = tensor.float().contiguous()
-        if tensor.dtype == torch.float64 and not torch.equal(found[name].double(), tensor):
-            rounded.append(name)
-            if bool((found[name].isinf() & tensor.isfinite()).any()):
-                raise ValueError(
-                    f"{where}: {name}: expected numbers that fp32 holds, got fp64 up to {tensor.abs().max():.3g}"
-                )
-    if rounded:
-        record.add(f"{', '.join(rounded)}: fp64, rounded to fp32", "rounding")
-    return found
-
-
-def _dense(where: str, name: str, tensor: object, kinds: Mapping[torch.dtype, str]) -> Tensor:
-    if not isinstance(tensor, Tensor):
-        raise ValueError(f"{where}: {name}: expected a tensor, got {type(tensor).__name__}")
-    if tensor.dtype not in kinds:
-        # Integers and 8-bit floats belong with a scale that this format does not hold.
-        kind = str(tensor.dtype).removeprefix("torch.")
-        raise ValueError(f"{where}: {name}: expected {', '.join(kinds.values())}, got {kind}")
-    strided = tensor.layout == torch.strided and not tensor.is_nested and tensor.device.type != "meta"
-    # An expanded one holds few numbers and stands for any size.
-    if not strided or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
-        what = "expanded" if strided else f"{tensor.layout} on {tensor.device}"
-        raise ValueError(f"{where}: {name}: expected a dense tensor with all its numbers in the file, got {what}")
-    return tensor.detach().cpu()
-
-
-def matrix(where: str, name: str, tensor: Tensor) -> Tensor:
-    """ValueError unless it has two dimensions, none of them 0."""
-    if tensor.dim() != 2 or 0 in tensor.shape:
-        raise ValueError(f"{where}: {name}: expected a matrix, got shape {list(tensor.shape)}")
-    return tensor
-
-
-def cumulative(sizes: Sequence[int]) -> tuple[int, ...]:
-    """Group sizes -> cumulative widths."""
-    widths, total = [], 0
-    for size in sizes:
-        total += int(size)
-        widths.append(total)
-    return tuple(widths)
-
-
-def group_sizes(widths: Sequence[int]) -> list[int]:
-    """Cumulative widths -> group sizes."""
-    return [int(width) - int(before) for before, width in zip((0, *widths[:-1]), widths, strict=True)]
+    if weights.widths and weights.widths[-1] != d_sae:
+        raise ValueError(f"{where}: widths: expected the last to be d_sae = {d_sae}, got {list(weights.widths)}")

@@ -1,71 +1,94 @@
-"""Values of a foreign config: of the kind that they have to be, or a ValueError that names the file and the key.
+"""Typed models of foreign configs: the fields of a dataclass are the keys that are read, each held to its type.
 
-`where` is the conversion and the file, such as "sparsify import: some/cfg.json". A key that is missing or null is not set.
+    @dataclass(frozen=True)
+    class _Config(ForeignConfig):
+        k: Whole = None
+        transcode: Flag = False
+
+A key that is missing or null has the field's default. Other keys are not read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Annotated, Any, NamedTuple, TypeVar
+
+from transcoder.settings import field_types
+
+C = TypeVar("C", bound="ForeignConfig")
 
 
-def flag(where: str, config: Mapping[str, Any], name: str, default: bool | None) -> bool:
-    """True or false, `default` where it is not set; with `default` None it has to be set."""
-    value = config.get(name)
-    if value is None and default is not None:
-        return default
-    if not isinstance(value, bool):
-        found = f"got {value!r}" if name in config else "found nothing"
-        raise ValueError(f"{where}: {name}: expected true or false, {found}")
-    return value
+class _Rule(NamedTuple):
+    words: str
+    fits: Callable[[Any], bool]
 
 
-def whole(where: str, config: Mapping[str, Any], name: str, least: int = 1) -> int | None:
-    """A whole number of at least `least`, None where it is not set."""
-    value = config.get(name)
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-        raise ValueError(f"{where}: {name}: expected a whole number of at least {least}, got {value!r}")
-    return value
+def _is_rising(values: Any) -> bool:
+    whole = isinstance(values, list) and all(isinstance(value, int) for value in values)
+    return whole and all(before < value for before, value in pairwise((0, *values)))
 
 
-def mean_number(where: str, name: str, value: object) -> int | None:
-    """The whole number of at least 1 that is nearest to a mean (a k of BatchTopK may be 4.5), None where it is not set."""
-    if value is None:
-        return None
-    # A NaN is not at least 1 either.
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 2**63:
-        raise ValueError(f"{where}: {name}: expected a number of at least 1, got {value!r}")
-    return max(1, round(value))
+def _is_number(value: Any) -> bool:
+    # A NaN is not above 0 either.
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 2**63
 
 
-def text(where: str, config: Mapping[str, Any], name: str) -> str | None:
-    """A text, None where it is not set."""
-    value = config.get(name)
-    if value is not None and not isinstance(value, str):
-        raise ValueError(f"{where}: {name}: expected a text, got {value!r}")
-    return value
+Flag = Annotated[bool | None, _Rule("true or false", lambda value: isinstance(value, bool))]
+Whole = Annotated[int | None, _Rule("a whole number of at least 1", lambda value: type(value) is int and value >= 1)]
+Size = Annotated[int | None, _Rule("a whole number of at least 0", lambda value: type(value) is int and value >= 0)]
+Mean = Annotated[float | None, _Rule("a number of at least 1", _is_number)]
+"""A mean of whole numbers, such as k of BatchTopK: 4.5, say."""
+Text = Annotated[str | None, _Rule("a text", lambda value: isinstance(value, str))]
+Object = Annotated[Mapping[Any, Any] | None, _Rule("an object", lambda value: isinstance(value, dict))]
+Rising = Annotated[list[int] | None, _Rule("rising whole numbers", _is_rising)]
+"""Cumulative widths."""
 
 
-def section(where: str, config: Mapping[str, Any], name: str) -> dict[Any, Any]:
-    """An object inside the config, empty where it is not set."""
-    value = config.get(name)
-    if value is not None and not isinstance(value, dict):
-        raise ValueError(f"{where}: {name}: expected an object, got {value!r}")
-    return value or {}
+@dataclass(frozen=True)
+class ForeignConfig:
+    """Base of the models. `where` begins the errors: the conversion and the file, "sparsify import: some/cfg.json"."""
+
+    where: str
+
+    @classmethod
+    def of(cls: type[C], where: str, values: Mapping[Any, Any] | None) -> C:
+        """From the file's values.
+
+        Raises:
+            ValueError: a value of another type; it names the file and the key.
+        """
+        model: Any = cls
+        found: dict[str, Any] = {}
+        for name, kind in field_types(model).items():
+            value = (values or {}).get(name)
+            if name == "where" or value is None:
+                continue
+            for rule in getattr(kind, "__metadata__", ()):
+                if not rule.fits(value):
+                    raise ValueError(f"{where}: {name}: expected {rule.words}, got {value!r}")
+            found[name] = value
+        return cls(where, **found)
+
+    def refusal(self, name: str, expected: str) -> ValueError:
+        value = getattr(self, name)
+        return ValueError(
+            f"{self.where}: {name}: expected {expected}, {'found nothing' if value is None else f'got {value!r}'}"
+        )
+
+    def require(self, name: str, fits: bool, expected: str) -> None:
+        """ValueError about the field `name` unless it `fits`."""
+        if not fits:
+            raise self.refusal(name, expected)
+
+    def check_sizes(self, **sizes: int) -> None:
+        """ValueError unless the config names these sizes, or none."""
+        for name, size in sizes.items():
+            if (value := getattr(self, name)) not in (None, size):
+                raise ValueError(f"{self.where}: says {name} = {value}, the weights have {size}")
 
 
-def rising(where: str, name: str, values: object) -> list[int]:
-    """Cumulative widths: whole numbers above 0, each more than the one before; empty where they are not set."""
-    widths = [] if values is None else values
-    if not isinstance(widths, list) or not all(isinstance(width, int) for width in widths):
-        raise ValueError(f"{where}: {name}: expected rising whole numbers, got {values!r}")
-    if not all(before < width for before, width in pairwise((0, *widths))):
-        raise ValueError(f"{where}: {name}: expected rising whole numbers, got {values!r}")
-    return widths
-
-
-def check_size(where: str, config: Mapping[str, Any], name: str, size: int) -> None:
-    """ValueError unless the config names this size, or none."""
-    if (value := whole(where, config, name, least=0)) not in (None, size):
-        raise ValueError(f"{where}: says {name} = {value}, the weights have {size}")
+def nearest_whole(mean: float | None) -> int | None:
+    """At least 1; None stays None."""
+    return None if mean is None else max(1, round(mean))

@@ -11,7 +11,7 @@ from transcoder.interop import circuit_tracer, dictionary_learning, gemma_scope,
 from transcoder.interop.conversion_record import ChangedFunctionError, Conversion
 from transcoder.interop.export_source import HOOKS_FILE, Exportable, load_source
 from transcoder.interop.files import new_folder, write_json
-from transcoder.interop.folded_weights import Hooks, PlainWeights, check_weights, from_transcoder, to_transcoder
+from transcoder.interop.folded_weights import FoldedWeights, Hooks, check_weights, from_transcoder, to_transcoder
 from transcoder.model import Transcoder
 
 __all__ = [
@@ -30,9 +30,9 @@ __all__ = [
 class Format:
     """How one foreign format is written and read, and the options that each takes."""
 
-    read: Callable[[Path, Conversion, Mapping[str, Any]], PlainWeights]
+    read: Callable[[Path, Conversion, Mapping[str, Any]], FoldedWeights]
     tested: str
-    write: Callable[[PlainWeights, Path, Conversion, Mapping[str, Any]], None] | None = None
+    write: Callable[[FoldedWeights, Path, Conversion, Mapping[str, Any]], None] | None = None
     export_options: tuple[str, ...] = ()
     import_options: tuple[str, ...] = ()
 
@@ -81,10 +81,10 @@ def format_name(name: str) -> str:
     Raises:
         ValueError: unknown; the message lists the known ones.
     """
-    plain = name.strip().lower().replace("_", "-")
-    if plain not in FORMATS:
+    known = name.strip().lower().replace("_", "-")
+    if known not in FORMATS:
         raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {name!r}")
-    return plain
+    return known
 
 
 def export_transcoder(
@@ -120,14 +120,14 @@ def export_transcoder(
     given = _options(f"{name} export", options, (*known.export_options, *_EXPORT))
     out = Path(out_dir)
     record = Conversion("export", name, str(out), allow_changed_function, known.tested)
-    plains = [_plain(one, record, given) for one in _several(name, source)]
-    for plain in plains:
-        check_weights(f"{name} export", plain)
+    folded = [_folded(one, record, given) for one in _several(name, source)]
+    for weights in folded:
+        check_weights(f"{name} export", weights)
     with new_folder(f"{name} export", out, record) as folder:
         if known.write is not None:
-            known.write(plains[0], folder, record, given)
+            known.write(folded[0], folder, record, given)
         else:
-            circuit_tracer.write_set(_by_layer(source, plains, given), folder, record, given)
+            circuit_tracer.write_set(_by_layer(source, folded, given), folder, record, given)
     return record
 
 
@@ -159,9 +159,9 @@ def read_transcoder(format: str, path: str | Path, *, allow_changed_function: bo
     if not where.exists():
         raise FileNotFoundError(f"{name} import: {where}: expected a folder or file of this format, there is none")
     record = Conversion("import", name, str(where), allow_changed_function, known.tested)
-    plain = known.read(where, record, given)
-    model = to_transcoder(plain, record, k=k)
-    return Imported(model, _named(plain.hooks, given), record)
+    weights = known.read(where, record, given)
+    model = to_transcoder(weights, record, k=k)
+    return Imported(model, _named(weights.hooks, given), record)
 
 
 def import_transcoder(format: str, path: str | Path, **options: Any) -> Transcoder:
@@ -186,7 +186,7 @@ def _several(name: str, source: Exportable | Sequence[Exportable] | Mapping[int,
     return sources
 
 
-def _plain(source: Exportable, record: Conversion, options: Mapping[str, Any]) -> PlainWeights:
+def _folded(source: Exportable, record: Conversion, options: Mapping[str, Any]) -> FoldedWeights:
     loaded = load_source(source)
     return from_transcoder(loaded.model, _named(loaded.hooks, options), record)
 
@@ -198,22 +198,22 @@ def _named(hooks: Hooks, options: Mapping[str, Any]) -> Hooks:
     )
 
 
-def _by_layer(source: object, plains: list[PlainWeights], options: Mapping[str, Any]) -> dict[int, PlainWeights]:
+def _by_layer(source: object, folded: list[FoldedWeights], options: Mapping[str, Any]) -> dict[int, FoldedWeights]:
     if isinstance(source, Mapping):
         layers = [int(layer) for layer in source]
-    elif options.get("layer") is not None and len(plains) == 1:
+    elif options.get("layer") is not None and len(folded) == 1:
         layers = [int(options["layer"])]
     else:
-        unknown = [plain.hooks.source for plain in plains if plain.hooks.layer is None]
+        unknown = [weights.hooks.source for weights in folded if weights.hooks.layer is None]
         if unknown:
             raise ValueError(
                 f"circuit-tracer export: expected source hooks of the form blocks.L..., to know the layer, got {unknown}: give "
                 "layer= (--layer), or {layer: source}"
             )
-        layers = [plain.hooks.layer or 0 for plain in plains]
+        layers = [weights.hooks.layer or 0 for weights in folded]
     if len(set(layers)) != len(layers) or min(layers) < 0:
         raise ValueError(f"circuit-tracer export: expected one transcoder a layer, from 0 on, got layers {layers}")
-    return dict(zip(layers, plains, strict=True))
+    return dict(zip(layers, folded, strict=True))
 
 
 def _options(where: str, options: Mapping[str, Any], known: tuple[str, ...]) -> dict[str, Any]:

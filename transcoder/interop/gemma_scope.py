@@ -7,7 +7,6 @@ stream has the norm's division in between, which no weight can hold.
 
 from __future__ import annotations
 
-import io
 import json
 import re
 import zipfile
@@ -22,33 +21,33 @@ from torch import Tensor
 
 from transcoder.interop.conversion_record import Conversion
 from transcoder.interop.files import existing
-from transcoder.interop.folded_weights import Hooks, PlainWeights, matrix, take_tensors
+from transcoder.interop.folded_weights import FoldedWeights, Hooks
+from transcoder.interop.layout import from_layout, take_tensors, to_layout
 
 TESTED = "the files of google/gemma-scope-2b-pt-transcoders as circuit-tracer 0.4.1 and sae-lens 6.54.12 read them"
 WEIGHTS_FILE = "params.npz"
-_NAMES = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
+_LAYOUT = {"W_enc": "W_enc.T", "W_dec": "W_dec", "b_enc": "b_enc", "b_dec": "b_dec", "threshold": "threshold"}
 _FLOATING = ("float32", "float16", "float64")
 READ, READ_BEHIND, WRITTEN = "ln2.hook_normalized", "mlp.hook_in", "hook_mlp_out"
 
 
-def write(plain: PlainWeights, folder: Path, record: Conversion, options: Mapping[str, Any]) -> None:
+def write(weights: FoldedWeights, folder: Path, record: Conversion, options: Mapping[str, Any]) -> None:
     """params.npz. Options: norm_weight (see the function), where the transcoder reads behind the norm's weight; threshold."""
-    plain = plain.as_thresholds(record, options.get("threshold"), "Gemma Scope knows JumpReLU thresholds only")
-    plain = plain.without_skip(record, "params.npz has no skip connection")
-    plain = _to_normalized(plain.with_input_bias(None, record), record, options)
-    if plain.widths and len(plain.widths) > 1:
+    weights = weights.as_thresholds(record, options.get("threshold"), "Gemma Scope knows JumpReLU thresholds only")
+    weights = weights.without_skip(record, "params.npz has no skip connection")
+    weights = _to_normalized(weights.with_input_bias(None, record), record, options)
+    if weights.nested:
         record.add("params.npz holds no Matryoshka widths: lost", "note")
     record.add("k, hooks and the model's name are not in params.npz: lost", "note")
     record.add("W_enc transposed to [d_in, d_sae]; the threshold is written once a latent", "layout")
-    arrays = (plain.W_enc.T, plain.W_dec, plain.b_enc, plain.b_dec, plain.latent_thresholds())
-    packed = io.BytesIO()
-    W_enc, W_dec, b_enc, b_dec, threshold = (tensor.contiguous().numpy() for tensor in arrays)
-    numpy.savez(packed, W_enc=W_enc, W_dec=W_dec, b_enc=b_enc, b_dec=b_dec, threshold=threshold)
-    (folder / WEIGHTS_FILE).write_bytes(packed.getvalue())
+    arrays: dict[str, Any] = {
+        name: tensor.numpy() for name, tensor in to_layout(weights.with_latent_thresholds(), _LAYOUT).items()
+    }
+    numpy.savez(folder / WEIGHTS_FILE, **arrays)
 
 
-def _to_normalized(plain: PlainWeights, record: Conversion, options: Mapping[str, Any]) -> PlainWeights:
-    source, target = plain.hooks.within_block()
+def _to_normalized(weights: FoldedWeights, record: Conversion, options: Mapping[str, Any]) -> FoldedWeights:
+    source, target = weights.hooks.within_block()
     if source is None or target is None:
         raise ValueError(
             "gemma-scope export: expected the hooks, which this transcoder does not know: the format has its own "
@@ -57,24 +56,24 @@ def _to_normalized(plain: PlainWeights, record: Conversion, options: Mapping[str
     if target != WRITTEN:
         record.change(f"it writes {target}, and readers of this format add it at {WRITTEN}")
     if source != READ_BEHIND:
-        _unused_weight(options, plain.d_in, plain.hooks.layer, record)
+        _unused_weight(options, weights.d_in, weights.hooks.layer, record)
     if source == READ:
-        return plain
+        return weights
     if source != READ_BEHIND:
         record.change(f"it reads {source}, this format is read at {READ}: the RMSNorm's division lies between them")
-        return plain
+        return weights
     weight = options.get("norm_weight")
     if weight is None:
         raise ValueError(
             f"gemma-scope export: it reads {source}, behind the RMSNorm's weight: give norm_weight= (--norm-weight FILE), "
             "[d_in], the factor as it is applied (1 + weight in Gemma's files), or the model's Hugging Face folder"
         )
-    w = norm_weight(weight, plain.d_in, plain.hooks.layer)
+    w = norm_weight(weight, weights.d_in, weights.hooks.layer)
     record.add(f"the RMSNorm's weight was folded into W_enc: {READ_BEHIND} = {READ} * w", "rounding")
-    return replace(plain, W_enc=(plain.W_enc.double() * w).float())
+    return replace(weights, W_enc=(weights.W_enc.double() * w).float())
 
 
-def read(path: Path, record: Conversion, options: Mapping[str, Any]) -> PlainWeights:
+def read(path: Path, record: Conversion, options: Mapping[str, Any]) -> FoldedWeights:
     """params.npz or the folder it is in.
 
     Options: layer (else from the path); source_hook: where the transcoder shall read, the format's own hook or the one behind
@@ -82,8 +81,9 @@ def read(path: Path, record: Conversion, options: Mapping[str, Any]) -> PlainWei
     """
     where = "gemma-scope import"
     file = existing(where, path / WEIGHTS_FILE if path.is_dir() else path, WEIGHTS_FILE)
-    found = take_tensors(f"{where}: {file}", _read_npz(where, file), _NAMES, record)
-    W_enc = matrix(f"{where}: {file}", "W_enc", found["W_enc"]).T.contiguous()
+    found = take_tensors(f"{where}: {file}", _read_npz(where, file), _LAYOUT, record)
+    fields = from_layout(f"{where}: {file}", found, _LAYOUT)
+    W_enc = fields["W_enc"]
     layer = options.get("layer")
     if layer is None and (match := re.search(r"layer_(\d+)", str(file))) is not None:
         layer = int(match[1])
@@ -107,14 +107,10 @@ def read(path: Path, record: Conversion, options: Mapping[str, Any]) -> PlainWei
     k = max(1, int(l0[1])) if l0 else None
     if k is not None:
         record.add(f"k = {k}, the average L0 in the path, for further training", "note")
-    return PlainWeights(
-        W_enc=W_enc,
-        b_enc=found["b_enc"],
-        W_dec=matrix(f"{where}: {file}", "W_dec", found["W_dec"]),
-        b_dec=found["b_dec"],
+    return FoldedWeights(
+        **{**fields, "W_enc": W_enc},
         activation="threshold",
         k=k,
-        threshold=found["threshold"],
         hooks=Hooks() if layer is None else Hooks(source=prefix + wanted, target=prefix + WRITTEN),
     )
 
@@ -122,7 +118,7 @@ def read(path: Path, record: Conversion, options: Mapping[str, Any]) -> PlainWei
 def _read_npz(where: str, file: Path) -> dict[str, Tensor]:
     try:
         with numpy.load(file, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
+            arrays: dict[str, Any] = {name: archive[name] for name in archive.files}
     except (OSError, ValueError, EOFError, KeyError, AttributeError, TypeError, zipfile.BadZipFile) as error:
         raise ValueError(f"{where}: {file} is not an .npz of plain arrays, or a torn one: {error}") from error
     for name, array in arrays.items():

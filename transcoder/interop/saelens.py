@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +13,75 @@ from torch import Tensor
 
 from transcoder.interop.conversion_record import Conversion
 from transcoder.interop.files import read_json, read_safetensors, write_json, write_safetensors
-from transcoder.interop.folded_weights import Hooks, PlainWeights, matrix, take_tensors
-from transcoder.interop.foreign_config import check_size, flag, mean_number, rising, section, text, whole
-from transcoder.interop.saelens_scale import fold_scale
+from transcoder.interop.folded_weights import FoldedWeights, Hooks
+from transcoder.interop.foreign_config import Flag, ForeignConfig, Mean, Object, Rising, Size, Text, nearest_whole
+from transcoder.interop.layout import from_layout, take_tensors, to_layout
 
 TESTED = "sae-lens 6.54.12"
 CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"
+SCALER_FILE, WHITENING_FILE = "activation_scaler.json", "activation_whitening.safetensors"
 _VERSION = "6.54.12"
 """Written into the metadata: below 6 the reader would take the config for one of an older layout."""
 
+_LAYOUT = {"W_enc": "W_enc.T", "b_enc": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec", "W_skip": "W_skip"}
 _TRANSCODERS = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder")
 _TRAINED = ("topk_transcoder", "batchtopk_transcoder", "matryoshka_batchtopk_transcoder")
 """Checkpoints of `transcoder.interop.saelens_training`'s classes."""
 _SAES = ("standard", "jumprelu", "topk", "batchtopk", "matryoshka_batchtopk")
+_NORMALISATIONS = ("none", "expected_average_only_in", "covariance_whitening", "layer_norm", "constant_norm_rescale")
 
 
-def write(plain: PlainWeights, folder: Path, record: Conversion, options: Mapping[str, Any]) -> None:
+@dataclass(frozen=True)
+class _Config(ForeignConfig):
+    architecture: Any = None
+    activation_fn: Any = "relu"
+    activation_fn_str: Any = None
+    activation_fn_kwargs: Object = None
+    d_in: Size = None
+    d_sae: Size = None
+    d_out: Size = None
+    k: Mean = None
+    skip: Flag = False
+    matryoshka_widths: Rising = None
+    rescale_acts_by_decoder_norm: Flag = None
+    apply_b_dec_to_input: Flag = None
+    reshape_activations: Any = "none"
+    normalize_activations: Any = "none"
+    # Of training SAEs only.
+    decoder_init_norm: Any = None
+    metadata: Object = None
+
+
+@dataclass(frozen=True)
+class _Metadata(ForeignConfig):
+    """In the config itself before version 6."""
+
+    hook_name: Text = None
+    hook_point: Text = None
+    hook_name_out: Text = None
+    model_name: Text = None
+    context_size: Size = None
+    prepend_bos: Flag = None
+    training_architecture_details: Object = None
+    transcoder: Object = None
+
+
+@dataclass(frozen=True)
+class _Note(ForeignConfig):
+    """How it was trained: SAELens' note in the metadata (`matryoshka_widths`) or ours (`widths`)."""
+
+    k: Mean = None
+    widths: Rising = None
+    matryoshka_widths: Rising = None
+
+
+@dataclass(frozen=True)
+class _Scaler(ForeignConfig):
+    scaling_factor: Any = None
+    has_whitening: Flag = None
+
+
+def write(weights: FoldedWeights, folder: Path, record: Conversion, options: Mapping[str, Any]) -> None:
     """Thresholds become `jumprelu_transcoder` (or its skip form); TopK only `topk`, on request, or thresholds where allowed;
     a ReLU (`transcoder`, `skip_transcoder`) on request and where allowed.
 
@@ -39,72 +93,63 @@ def write(plain: PlainWeights, folder: Path, record: Conversion, options: Mappin
             f"saelens export: architecture: expected none, 'topk', {', '.join(map(repr, _TRANSCODERS))}, got {architecture!r}"
         )
     if architecture == "topk":
-        plain = _as_topk_sae(plain, record)
+        weights = _as_topk_sae(weights, record)
     else:
-        plain = plain.as_thresholds(
+        weights = weights.as_thresholds(
             record,
             options.get("threshold"),
             "SAELens' transcoders know thresholds only",
             "Its TopK is an SAE: where d_in equals d_out and there is no skip connection, architecture='topk' "
             "(--architecture topk) keeps the function.",
         )
-        architecture = architecture or ("jumprelu_transcoder" if plain.W_skip is None else "jumprelu_skip_transcoder")
+        architecture = architecture or ("jumprelu_transcoder" if weights.W_skip is None else "jumprelu_skip_transcoder")
         if not architecture.startswith("jumprelu"):
-            plain = plain.as_relu(record, f"SAELens' {architecture} is a ReLU")
+            weights = weights.as_relu(record, f"SAELens' {architecture} is a ReLU")
         if "skip" not in architecture:
-            plain = plain.without_skip(record, f"{architecture} has no skip connection")
-        elif plain.W_skip is None:
+            weights = weights.without_skip(record, f"{architecture} has no skip connection")
+        elif weights.W_skip is None:
             record.add("a skip connection of zeros added", "layout")
-            plain = replace(plain, W_skip=torch.zeros(plain.d_out, plain.d_in))
-    plain = plain.with_input_bias(None, record)
-    thresholds = architecture.startswith("jumprelu")
-    tensors = {
-        "W_enc": plain.W_enc.T.contiguous(),
-        "b_enc": plain.b_enc,
-        "W_dec": plain.W_dec,
-        "b_dec": plain.b_dec,
-        **({} if plain.W_skip is None else {"W_skip": plain.W_skip}),
-        **({"threshold": plain.latent_thresholds()} if thresholds else {}),
-    }
+            weights = replace(weights, W_skip=torch.zeros(weights.d_out, weights.d_in))
+    weights = weights.with_input_bias(None, record)
+    layout, by_threshold = dict(_LAYOUT), architecture.startswith("jumprelu")
+    if by_threshold:
+        layout["threshold"], weights = "threshold", weights.with_latent_thresholds()
     record.add(f"architecture {architecture}; W_enc transposed to [d_in, d_sae]", "layout")
-    if thresholds:
+    if by_threshold:
         record.add("the threshold is written once a latent", "layout")
-    if plain.widths and len(plain.widths) > 1:
+    if weights.nested:
         record.add("SAELens' inference SAEs know no Matryoshka widths: kept in the metadata only", "note")
-    sae = {"k": plain.k, "rescale_acts_by_decoder_norm": False}
+    sae = {"k": weights.k, "rescale_acts_by_decoder_norm": False}
     config = {
-        "d_in": plain.d_in,
-        "d_sae": plain.d_sae,
+        "d_in": weights.d_in,
+        "d_sae": weights.d_sae,
         "dtype": "float32",
         "device": "cpu",
         "apply_b_dec_to_input": False,
         "normalize_activations": "none",
         "reshape_activations": "none",
-        **(sae if architecture == "topk" else {"d_out": plain.d_out}),
-        "metadata": _metadata(plain),
+        **(sae if architecture == "topk" else {"d_out": weights.d_out}),
+        "metadata": _metadata(weights),
         "architecture": architecture,
     }
-    write_safetensors(folder / WEIGHTS_FILE, tensors)
+    write_safetensors(folder / WEIGHTS_FILE, to_layout(weights, layout))
     write_json(folder / CONFIG_FILE, config)
 
 
-def _as_topk_sae(plain: PlainWeights, record: Conversion) -> PlainWeights:
-    if plain.activation != "topk":
+def _as_topk_sae(weights: FoldedWeights, record: Conversion) -> FoldedWeights:
+    if weights.activation != "topk":
         raise ValueError("saelens export: architecture 'topk': this transcoder is BatchTopK; leave architecture out")
-    if plain.d_in != plain.d_out:
-        raise ValueError(
-            f"saelens export: architecture 'topk' is an SAE of one width, got d_in {plain.d_in} and d_out {plain.d_out}"
-        )
-    plain = plain.without_skip(record, "SAELens' topk has no skip connection")
+    weights.check_one_width("saelens export: architecture 'topk'")
+    weights = weights.without_skip(record, "SAELens' topk has no skip connection")
     record.add(
         "SAELens has no TopK transcoder: written as its SAE, whose forward is the same function. The metadata name both hooks",
         "note",
     )
-    return plain
+    return weights
 
 
-def _metadata(plain: PlainWeights) -> dict[str, Any]:
-    hooks = plain.hooks
+def _metadata(weights: FoldedWeights) -> dict[str, Any]:
+    hooks = weights.hooks
     known = {
         "model_name": hooks.model_name,
         "hook_name": hooks.source,
@@ -116,150 +161,190 @@ def _metadata(plain: PlainWeights) -> dict[str, Any]:
         "sae_lens_version": _VERSION,
         "sae_lens_training_version": None,
         **{name: value for name, value in known.items() if value is not None},
-        "transcoder": {"k": plain.k, "widths": list(plain.widths or ())},
+        "transcoder": {"k": weights.k, "widths": list(weights.widths or ())},
     }
 
 
-def read(path: Path, record: Conversion, options: Mapping[str, Any]) -> PlainWeights:
+def read(path: Path, record: Conversion, options: Mapping[str, Any]) -> FoldedWeights:
     """A folder that `SAE.save_model`, `TrainingSAE.save_model` or `save_inference_model` wrote, or a checkpoint of SAELens'
     trainer; of our classes in its registry too."""
-    where = "saelens import"
-    config = read_json(where, path / CONFIG_FILE)
-    architecture = _architecture(config)
-    known = (*_TRANSCODERS, *_SAES, *_TRAINED)
+    where, in_file = "saelens import", f"saelens import: {path / WEIGHTS_FILE}"
+    values = read_json(where, path / CONFIG_FILE)
+    config = _Config.of(f"{where}: {path / CONFIG_FILE}", values)
+    architecture, known = _architecture(config), (*_TRANSCODERS, *_SAES, *_TRAINED)
     if architecture not in known:
-        raise ValueError(
-            f"{where}: {path / CONFIG_FILE}: architecture: expected one of {', '.join(known)}, got {architecture!r}"
-        )
-    tensors = dict(read_safetensors(where, path / WEIGHTS_FILE))
-    _drop_scaling_factor(where, tensors, record)
-    settings, weights = f"{where}: {path / CONFIG_FILE}", f"{where}: {path / WEIGHTS_FILE}"
-    required = ["W_enc", "W_dec", "b_enc", "b_dec"]
-    if "skip" in architecture or (architecture in _TRAINED and flag(settings, config, "skip", False)):
-        required.append("W_skip")
-    if architecture.startswith("jumprelu"):
-        required.append("threshold")
+        raise ValueError(f"{config.where}: architecture: expected one of {', '.join(known)}, got {architecture!r}")
+    topk, is_sae = architecture in ("topk", "topk_transcoder"), architecture in _SAES
     tracked = architecture in ("batchtopk", "matryoshka_batchtopk", *_TRAINED)
-    if tracked:
-        required.append("topk_threshold")
-    found = take_tensors(weights, tensors, required, record)
-    rescaled = flag(settings, config, "rescale_acts_by_decoder_norm", tracked) and (tracked or architecture == "topk")
-    # Only the configurations of training SAEs have this key.
-    trained = tracked or "decoder_init_norm" in config
-    found = fold_scale(where, path / CONFIG_FILE, config, found, record, trained=trained, rescaled=rescaled)
-    W_enc, W_dec = matrix(weights, "W_enc", found["W_enc"]).T.contiguous(), matrix(weights, "W_dec", found["W_dec"])
-    b_enc = found["b_enc"]
+    required = ["W_enc", "W_dec", "b_enc", "b_dec"]
+    if "skip" in architecture or (architecture in _TRAINED and config.skip):
+        required.append("W_skip")
+    if architecture.startswith("jumprelu") or tracked:
+        required.append("topk_threshold" if tracked else "threshold")
+    tensors = dict(read_safetensors(where, path / WEIGHTS_FILE))
+    _drop_scaling_factor(in_file, tensors, record)
+    found = take_tensors(in_file, tensors, required, record)
+    rescale = config.rescale_acts_by_decoder_norm
+    rescaled = bool(tracked if rescale is None else rescale) and (tracked or topk)
+    found = _fold_scale(
+        config, path, found, record, trained=tracked or "decoder_init_norm" in values, rescaled=rescaled
+    )
+    fields = from_layout(in_file, found, _LAYOUT)
+    d_sae, d_in = fields["W_enc"].shape
     record.add(f"architecture {architecture}; W_enc transposed to a latent a row", "layout")
-    for name, size in (("d_sae", W_enc.shape[0]), ("d_in", W_enc.shape[1]), ("d_out", W_dec.shape[1])):
-        check_size(settings, config, name, size)
-    reshape = config.get("reshape_activations")
-    if reshape not in ("none", "hook_z", None):
-        raise ValueError(f"{settings}: reshape_activations: expected none or hook_z, got {reshape!r}")
-    if reshape == "hook_z":
+    config.check_sizes(d_sae=d_sae, d_in=d_in, d_out=fields["W_dec"].shape[1])
+    config.require("reshape_activations", config.reshape_activations in ("none", "hook_z"), "none or hook_z")
+    if config.reshape_activations == "hook_z":
         record.add("reads the heads of hook_z flattened", "note")
-    if tracked and found["topk_threshold"].numel() != 1:
-        shape = list(found["topk_threshold"].shape)
-        raise ValueError(f"{weights}: topk_threshold: expected one number, got shape {shape}")
-    threshold, k = _selection(settings, architecture, config, found)
     if rescaled:
-        norms = torch.linalg.vector_norm(W_dec.double(), dim=1)
-        record.add(
-            "rescale_acts_by_decoder_norm: the decoder's norms were folded into W_enc, b_enc and W_dec", "rounding"
-        )
-        if bool((norms == 0).any()):
-            raise ValueError(
-                f"{weights}: W_dec: expected no row of zeros with rescale_acts_by_decoder_norm, found some"
-            )
-        W_enc = (W_enc.double() * norms[:, None]).float()
-        b_enc = (b_enc.double() * norms).float()
-        W_dec = (W_dec.double() / norms[:, None]).float()
+        fields.update(_fold_norms(in_file, fields, record))
     # Transcoders never subtract b_dec; SAEs do unless told otherwise.
-    subtracts = flag(settings, config, "apply_b_dec_to_input", architecture in _SAES)
-    if subtracts and architecture not in _SAES:
-        raise ValueError(
-            f"{settings}: apply_b_dec_to_input: expected false of a {architecture}, as SAELens does, got true"
-        )
-    ours = _own_metadata(settings, config)
-    return PlainWeights(
-        W_enc=W_enc,
-        b_enc=b_enc,
-        W_dec=W_dec,
-        b_dec=found["b_dec"],
-        W_skip=found.get("W_skip"),
-        input_bias=found["b_dec"].clone() if subtracts else None,
-        activation="topk" if architecture in ("topk", "topk_transcoder") else "threshold",
-        k=k if k is not None else ours["k"],
-        threshold=threshold,
-        widths=_widths(settings, config, ours["widths"], W_enc.shape[0]),
-        hooks=_hooks(settings, section(settings, config, "metadata") or config),
+    subtracts = is_sae if config.apply_b_dec_to_input is None else config.apply_b_dec_to_input
+    config.require("apply_b_dec_to_input", is_sae or not subtracts, f"false of a {architecture}, as SAELens does")
+    metadata = _Metadata.of(config.where + ": metadata" * bool(config.metadata), config.metadata or values)
+    k, widths = _noted(metadata)
+    if topk:
+        k = _topk_k(config, architecture)
+    elif tracked and config.k is not None:
+        k = nearest_whole(config.k)
+    widths = [width for width in config.matryoshka_widths or widths if width <= d_sae]
+    if widths and widths[-1] != d_sae:
+        # SAELens adds the full width itself where it is missing.
+        widths.append(d_sae)
+    hook = metadata.hook_name or metadata.hook_point
+    return FoldedWeights(
+        **fields,
+        input_bias=fields["b_dec"].clone() if subtracts else None,
+        activation="topk" if topk else "threshold",
+        k=k,
+        threshold=_threshold(in_file, found, topk),
+        widths=tuple(widths) or None,
+        hooks=Hooks(
+            hook, metadata.hook_name_out or hook, metadata.model_name, metadata.context_size, metadata.prepend_bos
+        ),
     )
 
 
-def _architecture(config: Mapping[str, Any]) -> object:
+def _architecture(config: _Config) -> Any:
     # Layouts before version 6 name no architecture, and TopK as an activation function.
-    if "architecture" not in config or config["architecture"] == "standard":
-        activation = config.get("activation_fn_str", config.get("activation_fn", "relu"))
+    if config.architecture in (None, "standard"):
+        activation = config.activation_fn_str or config.activation_fn
         if activation == "topk":
             return "topk"
-        if activation not in ("relu", None):
-            return f"standard with activation_fn {activation}"
-    return config.get("architecture", "standard")
+        return "standard" if activation == "relu" else f"standard with activation_fn {activation}"
+    return config.architecture
 
 
 def _drop_scaling_factor(where: str, tensors: dict[str, Tensor], record: Conversion) -> None:
     factor = tensors.pop("scaling_factor", None)
-    if factor is not None and not bool((factor == 1).all()):
+    if factor is None:
+        return
+    if not bool((factor == 1).all()):
+        raise ValueError(f"{where}: scaling_factor: expected ones (a finetuned scale is not read), got others")
+    record.add("scaling_factor of ones left out", "layout")
+
+
+def _threshold(where: str, found: Mapping[str, Tensor], topk: bool) -> Tensor | None:
+    """Of TopK the tracked one, or None."""
+    if "topk_threshold" not in found:
+        return None if topk else found.get("threshold", torch.tensor(0.0))
+    tracked = found["topk_threshold"]
+    if tracked.numel() != 1:
+        raise ValueError(f"{where}: topk_threshold: expected one number, got shape {list(tracked.shape)}")
+    # 0 is where SAELens starts: no batch was trained.
+    return None if topk and not bool(tracked > 0) else tracked.reshape(())
+
+
+def _topk_k(config: _Config, architecture: str) -> int:
+    k = config.k or _Note.of(f"{config.where}: activation_fn_kwargs", config.activation_fn_kwargs).k
+    if not isinstance(k, int):
+        raise config.refusal("k", f"a whole number of latents a token for {architecture}")
+    return k
+
+
+def _noted(metadata: _Metadata) -> tuple[int | None, list[int]]:
+    """k and widths from our own note in the metadata, or from SAELens' on how it was trained."""
+    where = metadata.where
+    ours = _Note.of(f"{where}.transcoder", metadata.transcoder)
+    theirs = _Note.of(f"{where}.training_architecture_details", metadata.training_architecture_details)
+    return nearest_whole(ours.k or theirs.k), ours.widths or theirs.matryoshka_widths or []
+
+
+def _fold_norms(where: str, fields: Mapping[str, Tensor], record: Conversion) -> dict[str, Tensor]:
+    """The fields of an SAE that selects by activations times the decoder's norms, with a decoder of norm 1."""
+    norms = torch.linalg.vector_norm(fields["W_dec"].double(), dim=1)
+    record.add("rescale_acts_by_decoder_norm: the decoder's norms were folded into W_enc, b_enc and W_dec", "rounding")
+    if bool((norms == 0).any()):
+        raise ValueError(f"{where}: W_dec: expected no row of zeros with rescale_acts_by_decoder_norm, found some")
+    return {
+        "W_enc": (fields["W_enc"].double() * norms[:, None]).float(),
+        "b_enc": (fields["b_enc"].double() * norms).float(),
+        "W_dec": (fields["W_dec"].double() / norms[:, None]).float(),
+    }
+
+
+def _fold_scale(
+    config: _Config, path: Path, found: Mapping[str, Tensor], record: Conversion, *, trained: bool, rescaled: bool
+) -> dict[str, Tensor]:
+    """The weights for activations in their own units, as SAELens folds its trainer's scale when training ends.
+
+    Args:
+        trained: these are a training SAE's weights, so a scale that is not folded yet is the trainer's.
+        rescaled: the threshold is in units of the decoder's norm, which the fold divides.
+
+    Equivalent to: `SAE.fold_activation_norm_scaling_factor`, in fp64.
+
+    Raises:
+        ChangedFunctionError (a ValueError): each token is normalised by itself; or the scale of a training SAE is missing.
+        ValueError: an unknown mode; a scale that is no number, does not go with the config, or is a whitening.
+    """
+    mode = config.normalize_activations
+    if isinstance(mode, bool):
+        # Layouts before version 6.
+        mode = "expected_average_only_in" if mode else "none"
+    config.require("normalize_activations", mode in _NORMALISATIONS, ", ".join(_NORMALISATIONS))
+    if mode in ("layer_norm", "constant_norm_rescale"):
+        record.change(f"normalize_activations {mode!r} rescales each token by itself, which a Transcoder does not do")
+    factor = _scaling_factor(path / SCALER_FILE)
+    if factor is None:
+        if mode in ("expected_average_only_in", "covariance_whitening") and trained:
+            record.change(
+                f"it was trained with normalize_activations {mode!r}, and the scale is not in {SCALER_FILE} next to the "
+                "weights: raw activations would be taken for scaled ones",
+                "Put the checkpoint's file there, or import what SAELens saved when training ended.",
+            )
+        elif mode in ("expected_average_only_in", "covariance_whitening"):
+            record.add(
+                f"normalize_activations {mode!r}: no scale in the files; nothing is scaled, as in SAELens' load_from_disk",
+                "note",
+            )
+        return dict(found)
+    if mode != "expected_average_only_in":
         raise ValueError(
-            f"{where}: {WEIGHTS_FILE}: scaling_factor: expected ones (a finetuned scale is not read), got others"
+            f"saelens import: {path / SCALER_FILE}: scaling_factor is {factor:g}, and {CONFIG_FILE} says "
+            f"normalize_activations {mode!r}, as after a fold: which one is it? Take the file away if the weights are folded"
         )
-    if factor is not None:
-        record.add("scaling_factor of ones left out", "layout")
+    record.add(f"scaling_factor {factor:g} of {SCALER_FILE} was folded into W_enc, W_dec and b_dec", "rounding")
+    by = {"W_enc": factor, "W_dec": 1 / factor, "b_dec": 1 / factor}
+    if rescaled:
+        by["topk_threshold"] = 1 / factor
+    return {name: (t.double() * by[name]).float() if name in by else t for name, t in found.items()}
 
 
-def _selection(
-    where: str, architecture: str, config: Mapping[str, Any], found: Mapping[str, Tensor]
-) -> tuple[Tensor | None, int | None]:
-    """(threshold, of TopK the tracked one or None; k or None)."""
-    if architecture in ("topk", "topk_transcoder"):
-        k = whole(where, config, "k") or whole(where, section(where, config, "activation_fn_kwargs"), "k")
-        if k is None:
-            raise ValueError(f"{where}: k: expected a whole number of latents a token for {architecture}, found none")
-        tracked = found.get("topk_threshold")
-        # 0 is where SAELens starts: no batch was trained.
-        return (tracked.reshape(()) if tracked is not None and bool(tracked > 0) else None), k
-    if architecture.startswith("jumprelu"):
-        return found["threshold"], None
-    if "topk_threshold" in found:
-        # SAELens allows a mean that is no whole number.
-        return found["topk_threshold"].reshape(()), mean_number(where, "k", config.get("k"))
-    return torch.tensor(0.0), None
-
-
-def _own_metadata(where: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """k and widths from our own note in the metadata, or from SAELens' note on how it was trained."""
-    metadata = section(where, config, "metadata")
-    found: dict[str, Any] = {"k": None, "widths": []}
-    for note, widths in (("training_architecture_details", "matryoshka_widths"), ("transcoder", "widths")):
-        values, name = section(f"{where}: metadata", metadata, note), f"metadata.{note}"
-        found["k"] = mean_number(where, f"{name}.k", values.get("k")) or found["k"]
-        found["widths"] = rising(where, f"{name}.{widths}", values.get(widths)) or found["widths"]
-    return found
-
-
-def _widths(where: str, config: Mapping[str, Any], noted: list[int], d_sae: int) -> tuple[int, ...] | None:
-    widths = rising(where, "matryoshka_widths", config.get("matryoshka_widths")) or noted
-    widths = [width for width in widths if width <= d_sae]
-    # SAELens adds the full width itself where it is missing.
-    return tuple(widths if widths[-1] == d_sae else [*widths, d_sae]) if widths else None
-
-
-def _hooks(where: str, metadata: Mapping[str, Any]) -> Hooks:
-    source = text(where, metadata, "hook_name") or text(where, metadata, "hook_point")
-    known = metadata.get("prepend_bos") is not None
-    return Hooks(
-        source=source,
-        target=text(where, metadata, "hook_name_out") or source,
-        model_name=text(where, metadata, "model_name"),
-        context_size=whole(where, metadata, "context_size", least=0),
-        prepend_bos=flag(where, metadata, "prepend_bos", None) if known else None,
-    )
+def _scaling_factor(file: Path) -> float | None:
+    if not file.is_file():
+        return None
+    values = read_json("saelens import", file)
+    scaler = _Scaler.of(f"saelens import: {file}", values)
+    whitening = scaler.has_whitening
+    if file.with_name(WHITENING_FILE).is_file() if whitening is None else whitening:
+        raise ValueError(
+            f"{scaler.where}: a whitening is not read. Fold it in SAELens (sae.fold_activation_whitening) and save that, or "
+            "import what it saved when training ended"
+        )
+    factor = scaler.scaling_factor
+    if factor is None and "scaling_factor" in values:
+        return None
+    number = isinstance(factor, (int, float)) and not isinstance(factor, bool) and 0 < factor < math.inf
+    scaler.require("scaling_factor", number, "a number above 0" + " or null" * (factor is None))
+    return float(factor)

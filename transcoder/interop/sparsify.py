@@ -3,98 +3,95 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from transcoder.interop.conversion_record import Conversion
 from transcoder.interop.files import read_json, read_safetensors, write_json, write_safetensors
-from transcoder.interop.folded_weights import PlainWeights, matrix, take_tensors
-from transcoder.interop.foreign_config import check_size, flag, whole
+from transcoder.interop.folded_weights import FoldedWeights
+from transcoder.interop.foreign_config import Flag, ForeignConfig, Size, Whole
+from transcoder.interop.layout import from_layout, take_tensors, to_layout
 
 TESTED = "eai-sparsify 1.3.3"
 CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae.safetensors"
+_LAYOUT = {
+    "encoder.weight": "W_enc",
+    "encoder.bias": "b_enc",
+    "W_dec": "W_dec",
+    "b_dec": "b_dec",
+    "W_skip": "W_skip",
+}
 
 
-def write(plain: PlainWeights, folder: Path, record: Conversion, options: Mapping[str, Any]) -> None:
+@dataclass(frozen=True)
+class _Config(ForeignConfig):
+    activation: Any = "topk"
+    signed: Flag = False
+    k: Whole = None
+    multi_topk: Flag = False
+    skip_connection: Flag = False
+    transcode: Flag = False
+    d_in: Size = None
+    num_latents: Size = None
+    expansion_factor: Whole = None
+
+
+def write(weights: FoldedWeights, folder: Path, record: Conversion, options: Mapping[str, Any]) -> None:
     """A SparseCoder with transcode on. BatchTopK becomes TopK with its k, where allowed. Options: none."""
-    if plain.d_in != plain.d_out:
-        raise ValueError(
-            f"sparsify export: a SparseCoder has one width for input and output, got d_in {plain.d_in} and d_out {plain.d_out}"
-        )
-    plain = plain.as_topk(record, "sparsify knows TopK only").with_input_bias(None, record)
-    if plain.widths and len(plain.widths) > 1:
+    weights.check_one_width("sparsify export: a SparseCoder")
+    weights = weights.as_topk(record, "sparsify knows TopK only").with_input_bias(None, record)
+    if weights.nested:
         record.add("sparsify knows no Matryoshka widths: lost", "note")
-    norms = torch.linalg.vector_norm(plain.W_dec, dim=1)
+    norms = torch.linalg.vector_norm(weights.W_dec, dim=1)
     record.add("W_enc is encoder.weight; transcode is on, so b_dec is not subtracted from the input", "layout")
-    tensors = {
-        "encoder.weight": plain.W_enc,
-        "encoder.bias": plain.b_enc,
-        "W_dec": plain.W_dec,
-        "b_dec": plain.b_dec,
-        **({} if plain.W_skip is None else {"W_skip": plain.W_skip}),
-    }
     config = {
         "activation": "topk",
-        "expansion_factor": max(1, plain.d_sae // plain.d_in),
+        "expansion_factor": max(1, weights.d_sae // weights.d_in),
         # Read by sparsify's trainer only: whether to keep rows at unit norm.
         "normalize_decoder": bool(torch.allclose(norms, torch.ones_like(norms), atol=1e-4)),
-        "num_latents": plain.d_sae,
-        "k": plain.k,
+        "num_latents": weights.d_sae,
+        "k": weights.k,
         "multi_topk": False,
-        "skip_connection": plain.W_skip is not None,
+        "skip_connection": weights.W_skip is not None,
         "transcode": True,
-        "d_in": plain.d_in,
+        "d_in": weights.d_in,
     }
-    write_safetensors(folder / WEIGHTS_FILE, tensors)
+    write_safetensors(folder / WEIGHTS_FILE, to_layout(weights, _LAYOUT))
     write_json(folder / CONFIG_FILE, config)
 
 
-def read(path: Path, record: Conversion, options: Mapping[str, Any]) -> PlainWeights:
+def read(path: Path, record: Conversion, options: Mapping[str, Any]) -> FoldedWeights:
     """A folder that `SparseCoder.save_to_disk` wrote."""
-    where = "sparsify import"
-    config = read_json(where, path / CONFIG_FILE)
-    settings, weights = f"{where}: {path / CONFIG_FILE}", f"{where}: {path / WEIGHTS_FILE}"
-    activation, k = config.get("activation", "topk"), whole(settings, config, "k")
-    if activation == "groupmax":
+    where, in_file = "sparsify import", f"sparsify import: {path / WEIGHTS_FILE}"
+    config = _Config.of(f"{where}: {path / CONFIG_FILE}", read_json(where, path / CONFIG_FILE))
+    if config.activation == "groupmax":
         record.change("activation groupmax keeps one latent a group, TopK the k largest")
-    elif activation != "topk" or flag(settings, config, "signed", False):
-        raise ValueError(f"{settings}: activation: expected 'topk' unsigned, got {activation!r}")
-    if k is None:
-        raise ValueError(f"{settings}: k: expected a whole number of latents a token, found none")
-    skip, transcode = flag(settings, config, "skip_connection", False), flag(settings, config, "transcode", False)
-    required = ["encoder.weight", "encoder.bias", "W_dec", "b_dec"] + ["W_skip"] * skip
-    found = take_tensors(weights, read_safetensors(where, path / WEIGHTS_FILE), required, record)
-    W_enc = matrix(weights, "encoder.weight", found["encoder.weight"])
-    _check_sizes(settings, config, W_enc)
-    if k > W_enc.shape[0]:
-        raise ValueError(f"{settings}: k: expected at most the {W_enc.shape[0]} latents, got {k}")
-    if flag(settings, config, "multi_topk", False):
+    else:
+        config.require("activation", config.activation == "topk" and not config.signed, "'topk' unsigned")
+    if config.k is None:
+        raise config.refusal("k", "a whole number of latents a token")
+    required = [name for name in _LAYOUT if name != "W_skip" or config.skip_connection]
+    tensors = take_tensors(in_file, read_safetensors(where, path / WEIGHTS_FILE), required, record)
+    fields = from_layout(in_file, tensors, _LAYOUT)
+    d_sae, d_in = fields["W_enc"].shape
+    config.check_sizes(d_in=d_in)
+    if config.num_latents:
+        config.check_sizes(num_latents=d_sae)
+    elif config.expansion_factor is not None and config.expansion_factor * d_in != d_sae:
+        raise ValueError(
+            f"{config.where}: says expansion_factor = {config.expansion_factor}, the weights have {d_sae} / {d_in}"
+        )
+    config.require("k", config.k <= d_sae, f"at most the {d_sae} latents")
+    if config.multi_topk:
         record.change(
-            f"with multi_topk the library's forward returns the reconstruction of 4 k = {4 * k} latents "
-            f"(and no skip connection); imported is k = {k}, which its encode and decode compute",
+            f"with multi_topk the library's forward returns the reconstruction of 4 k = {4 * config.k} latents "
+            f"(and no skip connection); imported is k = {config.k}, which its encode and decode compute",
             "With multi_topk: false in cfg.json its forward is that function too.",
         )
-    if not transcode:
+    if not config.transcode:
         record.add("a sparse autoencoder: b_dec is subtracted from the input first", "note")
-    return PlainWeights(
-        W_enc=W_enc,
-        b_enc=found["encoder.bias"],
-        W_dec=matrix(weights, "W_dec", found["W_dec"]),
-        b_dec=found["b_dec"],
-        W_skip=found.get("W_skip"),
-        input_bias=None if transcode else found["b_dec"].clone(),
-        activation="topk",
-        k=k,
-    )
-
-
-def _check_sizes(where: str, config: Mapping[str, Any], W_enc: Tensor) -> None:
-    d_sae, d_in = W_enc.shape
-    check_size(where, config, "d_in", d_in)
-    if whole(where, config, "num_latents", least=0):
-        check_size(where, config, "num_latents", d_sae)
-    elif (factor := whole(where, config, "expansion_factor")) is not None and factor * d_in != d_sae:
-        raise ValueError(f"{where}: says expansion_factor = {factor}, the weights have {d_sae} / {d_in}")
+    input_bias = None if config.transcode else fields["b_dec"].clone()
+    return FoldedWeights(**fields, input_bias=input_bias, activation="topk", k=config.k)

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from transcoder.interop.accelerate.activations import DenseView, LazyTensor, SparseActivations
-from transcoder.interop.accelerate.registry import Kind
+from transcoder.interop.accelerate.dispatch import Accelerated
 
 __all__ = ["DenseView", "LazyTensor", "PeerVersionError", "SparseActivations", "accelerate"]
 
@@ -70,19 +70,19 @@ def accelerate(
     if not allow_untested:
         check_version("accelerate", library, "pass allow_untested=True and compare a step with the library's own")
     with missing_parts_named("accelerate", library):
-        kinds: list[Kind] = library.kinds()
-    kind = next((k for k in kinds if isinstance(module, k.theirs)), None)
-    if kind is None:
-        names = ", ".join(k.theirs.__name__ for k in kinds)
+        known: list[Accelerated] = library.accelerated()
+    found = next((one for one in known if isinstance(module, one.library_class)), None)
+    if found is None:
+        names = ", ".join(one.library_class.__name__ for one in known)
         raise TypeError(f"accelerate: expected one of {names}, got {type(module).__qualname__}")
-    for name in kind.replaces:
-        if getattr(type(module), name, None) is not getattr(kind.theirs, name):
+    for name in found.replaces:
+        if getattr(type(module), name, None) is not getattr(found.library_class, name):
             raise TypeError(
                 f"accelerate: {type(module).__qualname__} has its own {name}, which would be passed over; only "
-                f"{kind.theirs.__name__} and subclasses that leave {', '.join(kind.replaces)} alone can be accelerated"
+                f"{found.library_class.__name__} and subclasses that leave {', '.join(found.replaces)} alone can be accelerated"
             )
-    theirs: Any = type(module)
-    module.__class__ = accelerated_class(theirs, kind.ours)
+    library_class: Any = type(module)
+    module.__class__ = accelerated_class(library_class, found.methods)
     return _set(module, repair_auxk, always)
 
 
@@ -96,20 +96,20 @@ def _set(module: M, repair_auxk: bool | None, always: bool | None) -> M:
 
 
 @functools.cache
-def accelerated_class(theirs: type, ours: type) -> Any:
+def accelerated_class(library_class: Any, methods: type) -> Any:
     """A subclass under the library's own name, one for each class; pickles as that class, accelerated again."""
-    methods = {n: m for c in reversed(ours.__mro__[:-1]) for n, m in vars(c).items() if callable(m)}
-    own = {"_transcoder_original": theirs, "_transcoder_ours": ours, "__reduce_ex__": _reduce}
-    return type(theirs.__name__, (theirs,), {"__module__": theirs.__module__, **methods, **own})
+    taken = {n: m for c in reversed(methods.__mro__[:-1]) for n, m in vars(c).items() if callable(m)}
+    own = {"_transcoder_original": library_class, "_transcoder_methods": methods, "__reduce_ex__": _reduce}
+    return type(library_class.__name__, (library_class,), {"__module__": library_class.__module__, **taken, **own})
 
 
 def _reduce(self: Any, protocol: Any) -> Any:
-    kind = type(self)
-    return _again, (kind._transcoder_original, kind._transcoder_ours), self.__getstate__()
+    cls = type(self)
+    return _again, (cls._transcoder_original, cls._transcoder_methods), self.__getstate__()
 
 
-def _again(theirs: type, ours: type) -> Any:
-    return copyreg.__newobj__(accelerated_class(theirs, ours))  # type: ignore[attr-defined]
+def _again(library_class: type, methods: type) -> Any:
+    return copyreg.__newobj__(accelerated_class(library_class, methods))  # type: ignore[attr-defined]
 
 
 def check_version(where: str, library: Any, otherwise: str = "") -> None:

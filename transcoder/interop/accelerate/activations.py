@@ -103,18 +103,6 @@ class SparseActivations(LazyTensor):
         return found
 
 
-def _autocast(z: SparseActivations) -> bool:
-    return torch.is_autocast_enabled(z.device.type)
-
-
-def _times(z: SparseActivations, other: Any) -> Any:
-    return _scaled(z, other, divide=False)
-
-
-def _over(z: SparseActivations, other: Any) -> Any:
-    return _scaled(z, other, divide=True)
-
-
 def _scaled(z: SparseActivations, factor: Any, divide: bool) -> Any:
     """Where 0 times (or over) the factor is 0."""
     if isinstance(factor, LazyTensor) or z.dtype == torch.bool:
@@ -123,8 +111,8 @@ def _scaled(z: SparseActivations, factor: Any, divide: bool) -> Any:
     if isinstance(factor, Tensor):
         width = z.shape[-1]
         row = factor.dim() > 0 and factor.shape[-1] == width == factor.numel() and factor.dim() <= z.dim()
-        plain = factor.dtype in _FACTORS and factor.device == z.device and (row or factor.dim() == 0)
-        if not plain or not bool((factor.isfinite() & (factor != 0 if divide else True)).all()):
+        fits = factor.dtype in _FACTORS and factor.device == z.device and (row or factor.dim() == 0)
+        if not fits or not bool((factor.isfinite() & (factor != 0 if divide else True)).all()):
             return NotImplemented
         each = factor.reshape(-1)[z.codes.indices] if row else factor
         dtype = torch.result_type(torch.empty(1, dtype=z.dtype), factor)
@@ -135,22 +123,15 @@ def _scaled(z: SparseActivations, factor: Any, divide: bool) -> Any:
     return z._with(z.kept / each if divide else z.kept * each, dtype)
 
 
-def _matmul(z: SparseActivations, other: Any) -> Any:
-    return _linear_in(z, other, None)
-
-
-def _mm(z: SparseActivations, mat2: Any) -> Any:
-    return _linear_in(z, mat2, None)
-
-
 def _linear(z: SparseActivations, weight: Any, bias: Any = None) -> Any:
-    plain = isinstance(weight, Tensor) and not isinstance(weight, LazyTensor) and weight.dim() == 2
-    return _linear_in(z, weight.T, bias) if plain else NotImplemented
+    is_matrix = isinstance(weight, Tensor) and not isinstance(weight, LazyTensor) and weight.dim() == 2
+    return _product(z, weight.T, bias) if is_matrix else NotImplemented
 
 
-def _linear_in(z: SparseActivations, W: Any, bias: Any) -> Any:
+def _product(z: SparseActivations, W: Any, bias: Any = None) -> Any:
     """z @ W + bias, where a dense z could be multiplied so."""
-    wide = torch.get_autocast_dtype(z.device.type) if _autocast(z) else None
+    device = z.device.type
+    wide = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     fit = [
         isinstance(t, Tensor)
         and not isinstance(t, LazyTensor)
@@ -202,10 +183,6 @@ def _item(z: SparseActivations, index: Any) -> Any:
     return z._as(view, codes, kept)
 
 
-def _split_fn(z: SparseActivations, split_size_or_sections: Any, dim: Any = 0) -> Any:
-    return _split(z, split_size_or_sections, dim)
-
-
 def _split(z: SparseActivations, split_size: Any, dim: Any = 0) -> Any:
     width = z.shape[-1]
     if type(dim) is not int or dim not in (-1, z.dim() - 1):
@@ -241,10 +218,6 @@ def _as_bool(z: SparseActivations) -> Any:
     return z if z.dtype == torch.bool else z._with(z.typed() != 0, torch.bool)
 
 
-def _float(z: SparseActivations) -> Any:
-    return _to(z, torch.float32)
-
-
 def _to(z: SparseActivations, dtype: Any) -> Any:
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         return NotImplemented
@@ -253,7 +226,7 @@ def _to(z: SparseActivations, dtype: Any) -> Any:
 
 def _sum(z: SparseActivations, dim: Any = None) -> Any:
     narrow = z.dtype not in (torch.bool, torch.float32, torch.float64)
-    if not (dim is None or type(dim) is int) or (narrow and _autocast(z)):
+    if not (dim is None or type(dim) is int) or (narrow and torch.is_autocast_enabled(z.device.type)):
         return NotImplemented
     codes, yes = z.codes, z.dtype == torch.bool
     kept, out = (z.kept.to(torch.int64), torch.int64) if yes else (z.kept, z.dtype)
@@ -266,41 +239,34 @@ def _sum(z: SparseActivations, dim: Any = None) -> Any:
     return NotImplemented
 
 
-def _any(z: SparseActivations) -> Any:
-    return (z.typed() != 0).any()
-
-
 def _detach(z: SparseActivations) -> Any:
     with torch._C.DisableTorchFunctionSubclass():
         view = torch.ops.aten.detach.default(z)
     return z._as(view, z.codes, z.kept.detach())
 
 
-def _itself(z: SparseActivations) -> Any:
-    return z
-
-
 _FACTORS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 _ON_CODES: dict[Any, Callable[..., Any]] = {
-    **dict.fromkeys((Tensor.mul, torch.mul, Tensor.__mul__, Tensor.__rmul__), _times),
-    **dict.fromkeys((Tensor.div, torch.div, Tensor.__truediv__), _over),
-    **dict.fromkeys((Tensor.matmul, torch.matmul, Tensor.__matmul__), _matmul),
-    **dict.fromkeys((Tensor.mm, torch.mm), _mm),
+    **dict.fromkeys(
+        (Tensor.mul, torch.mul, Tensor.__mul__, Tensor.__rmul__), lambda z, other: _scaled(z, other, divide=False)
+    ),
+    **dict.fromkeys((Tensor.div, torch.div, Tensor.__truediv__), lambda z, other: _scaled(z, other, divide=True)),
+    **dict.fromkeys((Tensor.matmul, torch.matmul, Tensor.__matmul__), lambda z, other: _product(z, other)),
+    **dict.fromkeys((Tensor.mm, torch.mm), lambda z, mat2: _product(z, mat2)),
     nn.functional.linear: _linear,
     Tensor.__getitem__: _item,
     Tensor.split: _split,
-    torch.split: _split_fn,
+    torch.split: lambda z, split_size_or_sections, dim=0: _split(z, split_size_or_sections, dim),
     **dict.fromkeys((Tensor.gt, torch.gt, Tensor.__gt__), _above),
     **dict.fromkeys((Tensor.ne, torch.ne, Tensor.__ne__), _differs),
     Tensor.bool: _as_bool,
-    Tensor.float: _float,
+    Tensor.float: lambda z: _to(z, torch.float32),
     Tensor.to: _to,
     **dict.fromkeys((Tensor.sum, torch.sum), _sum),
-    **dict.fromkeys((Tensor.any, torch.any), _any),
+    **dict.fromkeys((Tensor.any, torch.any), lambda z: (z.typed() != 0).any()),
     Tensor.detach: _detach,
-    Tensor.contiguous: _itself,
-    Tensor.to_dense: _itself,
+    **dict.fromkeys((Tensor.contiguous, Tensor.to_dense), lambda z: z),
 }
 """Parameters have PyTorch's names: what does not bind to them is dense."""
 

@@ -1,8 +1,13 @@
-"""Sizes at which a library's own dense code is the faster one, and runs."""
+"""Which class of a library is accelerated by what, and when the library's own dense code runs."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 from torch import Tensor, nn
+
+from transcoder.interop.accelerate.lazy import announce
 
 OWN_CODE_BELOW = 2**18
 """Rows of a batch times latents. Dense code costs by that product, ours a fixed sum of small operations (about half a
@@ -17,9 +22,47 @@ writes whole weights (Adam, the gradients) is the step then, and theirs does so 
 512 rows on 1.3 and more."""
 
 
-def own_code(module: nn.Module, x: Tensor, latents: int, fewest_rows: int = 0) -> bool:
-    """Whether the library's own code encodes x [..., d_in]."""
+def runs_library_code(
+    module: nn.Module,
+    x: Tensor,
+    latents: int,
+    library: str,
+    why_dense: Callable[[], str | None],
+    fewest_rows: int = 0,
+) -> bool:
+    """Whether the library's own code encodes x [..., d_in]: it is faster, or has to (`why_dense`, which is announced)."""
+    if is_small(module, x, latents, fewest_rows):
+        return True
+    why = why_dense()
+    if why is not None:
+        announce(module, f"{why}: encoded by {library}'s own dense code")
+    return why is not None
+
+
+def is_small(module: nn.Module, x: Tensor, latents: int, fewest_rows: int = 0) -> bool:
+    """Whether the library's own code is the faster one for x [..., d_in], and may run."""
     rows = x.numel() // max(x.shape[-1], 1)
     if rows > 0 and module.__dict__.get("_transcoder_always", False):
         return False
     return rows < fewest_rows or rows * latents < OWN_CODE_BELOW
+
+
+class Accelerated(NamedTuple):
+    """How a class of a library is accelerated."""
+
+    library_class: type
+    methods: type
+    """Holds the methods that go into a subclass of it (a separate base class would not fit every object's layout)."""
+    replaces: tuple[str, ...]
+    """Names of those methods: a subclass that has its own cannot be accelerated."""
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether calling it also runs hooks."""
+    names = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+    return any(getattr(module, f"_{name}", None) or getattr(nn.modules.module, f"_global_{name}") for name in names)
+
+
+def original(module: object) -> Any:
+    """The library's class of an accelerated module: where its own methods are."""
+    return type(module)._transcoder_original  # type: ignore[attr-defined]

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from transcoder.interop.accelerate.activations import SparseActivations
-from transcoder.interop.accelerate.dispatch import own_code
+from transcoder.interop.accelerate.dispatch import Accelerated, hooked, original, runs_library_code
 from transcoder.interop.accelerate.encode import How, select
 from transcoder.interop.accelerate.lazy import Computed, LazyTensor, announce
-from transcoder.interop.accelerate.registry import Kind, hooked, original
 from transcoder.interop.accelerate.tensor_guard import Unchanged
 from transcoder.kernels import SparseCodes, sparse_decode
 
@@ -26,7 +25,7 @@ PACKAGE = "sae-lens"
 TESTED = "6.54"
 
 
-def kinds() -> list[Kind]:
+def accelerated() -> list[Accelerated]:
     """In the order to look in: the most specific class first."""
     from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE
     from sae_lens.saes.jumprelu_sae import JumpReLUSAE
@@ -36,12 +35,12 @@ def kinds() -> list[Kind]:
 
     training = ("encode_with_hidden_pre", "decode", "calculate_topk_aux_loss")
     return [
-        Kind(MatryoshkaBatchTopKTrainingSAE, Matryoshka, (*training, "_iterable_decode")),
-        Kind(BatchTopKTrainingSAE, Training, training),
-        Kind(TopKTrainingSAE, Training, training),
-        Kind(TopKSAE, TopKInference, ("encode", "decode")),
-        Kind(JumpReLUSAE, JumpReLUInference, ("encode",)),
-        Kind(JumpReLUTranscoder, JumpReLUInference, ("encode",)),
+        Accelerated(MatryoshkaBatchTopKTrainingSAE, Matryoshka, (*training, "_iterable_decode")),
+        Accelerated(BatchTopKTrainingSAE, Training, training),
+        Accelerated(TopKTrainingSAE, Training, training),
+        Accelerated(TopKSAE, TopKInference, ("encode", "decode")),
+        Accelerated(JumpReLUSAE, JumpReLUInference, ("encode",)),
+        Accelerated(JumpReLUTranscoder, JumpReLUInference, ("encode",)),
     ]
 
 
@@ -50,16 +49,11 @@ class _Encoder:
 
     def _selected(self: Any, x: Tensor, dense: str | None, threshold: Tensor | None) -> tuple[Any, Any] | None:
         """(activations, hidden_pre), or None where the library's own code has to do it, or does it faster."""
-        if own_code(self, x, self.b_enc.shape[0]):
-            return None
-        if dense is None:
-            dense = _why_dense(self)
-        if dense is not None:
-            announce(self, f"{dense}: encoded by SAELens' own dense code")
+        if runs_library_code(self, x, self.b_enc.shape[0], "SAELens", lambda: dense or _why_dense(self)):
             return None
         sae_in = self.process_sae_in(x)
         if threshold is not None and not bool(sae_in.isfinite().all()):
-            announce(self, "input that is not finite: encoded by SAELens' own dense code")
+            announce(self, "input that is not finite: encoded by SAELens's own dense code")
             return None
         flat = sae_in.reshape(-1, sae_in.shape[-1])
         scale = self.W_dec.norm(dim=-1) if getattr(self.cfg, "rescale_acts_by_decoder_norm", False) else None

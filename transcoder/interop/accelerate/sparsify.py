@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from transcoder.interop.accelerate.dispatch import FEWEST_ROWS, own_code
+from transcoder.interop.accelerate.dispatch import FEWEST_ROWS, Accelerated, is_small, original, runs_library_code
 from transcoder.interop.accelerate.encode import product_dtype, select
-from transcoder.interop.accelerate.lazy import Computed, LazyTensor, announce
-from transcoder.interop.accelerate.registry import Kind, original
+from transcoder.interop.accelerate.lazy import Computed, LazyTensor
 from transcoder.interop.accelerate.tensor_guard import Unchanged
 from transcoder.kernels import SparseCodes, sparse_decode
 
@@ -48,14 +47,14 @@ _DECODED = "_transcoder_decoded"
 result's own is another one under multi_topk."""
 
 
-def kinds() -> list[Kind]:
+def accelerated() -> list[Accelerated]:
     from sparsify.fused_encoder import EncoderOutput
     from sparsify.sparse_coder import ForwardOutput, SparseCoder
 
     # Looked for here, so that a version without them says so before a step does.
     for part in (EncoderOutput, ForwardOutput):
         assert part._fields
-    return [Kind(SparseCoder, Coder, ("encode", "decode", "forward"))]
+    return [Accelerated(SparseCoder, Coder, ("encode", "decode", "forward"))]
 
 
 class Coder:
@@ -65,11 +64,7 @@ class Coder:
         """As the library's; entries of a row come by latent id, not by value. `pre_acts` is computed where it is read."""
         from sparsify.fused_encoder import EncoderOutput
 
-        if own_code(self, x, self.num_latents, FEWEST_ROWS):
-            return original(self).encode(self, x)
-        why = _why_dense(self, x)
-        if why is not None:
-            announce(self, f"{why}: encoded by sparsify's own dense code")
+        if runs_library_code(self, x, self.num_latents, "sparsify", lambda: _why_dense(self, x), FEWEST_ROWS):
             return original(self).encode(self, x)
         W, b = self.encoder.weight, self.encoder.bias
         read = self._read(x)
@@ -101,9 +96,8 @@ class Coder:
         total_variance: Tensor | None = None,
     ) -> Any:
         """As the library's; AuxK encodes the dead latents alone."""
-        if own_code(self, x, self.num_latents, FEWEST_ROWS):
-            return original(self).forward(self, x, y, dead_mask=dead_mask, total_variance=total_variance)
-        dead = None if dead_mask is None else dead_mask.nonzero().squeeze(1)
+        small = is_small(self, x, self.num_latents, FEWEST_ROWS)
+        dead = None if small or dead_mask is None else dead_mask.nonzero().squeeze(1)
         if dead is None or dead.numel() == 0 or self.W_dec is None or _why_dense(self, x) is not None:
             return original(self).forward(self, x, y, dead_mask=dead_mask, total_variance=total_variance)
         decoded: list[Tensor] = []

@@ -1,0 +1,108 @@
+"""How a format names and turns its tensors, one description for writing and reading.
+
+    LAYOUT = {"encoder.weight": "W_enc", "decoder.weight": "W_dec.T"}
+
+The file's `encoder.weight` is the field W_enc of `FoldedWeights`, its `decoder.weight` is W_dec transposed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from transcoder.interop.conversion_record import Conversion
+from transcoder.interop.folded_weights import FoldedWeights
+
+Layout = Mapping[str, str]
+_FLOATING = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
+_WHOLE = {getattr(torch, name): name for name in ("uint8", "int8", "int16", "int32", "int64")}
+
+
+def to_layout(weights: FoldedWeights, layout: Layout) -> dict[str, Tensor]:
+    """The file's tensors by name, without those that the weights do not have."""
+    fields = {name: getattr(weights, field.removesuffix(".T")) for name, field in layout.items()}
+    return {
+        name: (tensor.T if layout[name].endswith(".T") else tensor).contiguous()
+        for name, tensor in fields.items()
+        if tensor is not None
+    }
+
+
+def from_layout(where: str, tensors: Mapping[str, Tensor], layout: Layout) -> dict[str, Any]:
+    """{field of `FoldedWeights`: tensor} of the file's tensors that the layout names.
+
+    Raises:
+        ValueError: a W_ that is no matrix.
+    """
+    found: dict[str, Any] = {}
+    for name, field in layout.items():
+        if name in tensors:
+            tensor = tensors[name]
+            if field.startswith("W_") and (tensor.dim() != 2 or 0 in tensor.shape):
+                raise ValueError(f"{where}: {name}: expected a matrix, got shape {list(tensor.shape)}")
+            found[field.removesuffix(".T")] = tensor.T.contiguous() if field.endswith(".T") else tensor
+    return found
+
+
+def take_tensors(
+    where: str,
+    tensors: Mapping[str, Any],
+    required: Collection[str],
+    record: Conversion,
+    optional: Collection[str] = (),
+    ignored: Collection[str] = (),
+    whole: Collection[str] = (),
+) -> dict[str, Tensor]:
+    """The named tensors, contiguous on the CPU: fp32 of fp32, bf16, fp16 or fp64 (recorded where that rounds it).
+
+    Args:
+        where: begins the errors: the conversion and the file.
+        optional: taken where they are there.   ignored: not taken.
+        whole: those of them that are integers; they stay as they are.
+
+    Raises:
+        ValueError: a tensor is missing, unknown, of another type, or not a dense one whose numbers are all in the file.
+    """
+    missing = [name for name in required if name not in tensors]
+    unknown = sorted(map(str, set(tensors) - {*required, *optional, *ignored}))
+    if missing or unknown:
+        parts = [f"missing {', '.join(missing)}"] * bool(missing) + [f"unknown {', '.join(unknown)}"] * bool(unknown)
+        raise ValueError(
+            f"{where}: expected the tensors {', '.join(required)}"
+            + (f" (and perhaps {', '.join(optional)})" if optional else "")
+            + f"; {'; '.join(parts)}. Is this the right format?"
+        )
+    found: dict[str, Tensor] = {}
+    rounded = []
+    for name in (name for name in (*required, *optional) if name in tensors):
+        found[name] = tensor = _dense(where, name, tensors[name], _WHOLE if name in whole else _FLOATING)
+        if name in whole:
+            continue
+        found[name] = tensor.float().contiguous()
+        if tensor.dtype == torch.float64 and not torch.equal(found[name].double(), tensor):
+            rounded.append(name)
+            if bool((found[name].isinf() & tensor.isfinite()).any()):
+                raise ValueError(
+                    f"{where}: {name}: expected numbers that fp32 holds, got fp64 up to {tensor.abs().max():.3g}"
+                )
+    if rounded:
+        record.add(f"{', '.join(rounded)}: fp64, rounded to fp32", "rounding")
+    return found
+
+
+def _dense(where: str, name: str, tensor: object, types: Mapping[torch.dtype, str]) -> Tensor:
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{where}: {name}: expected a tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in types:
+        # Integers and 8-bit floats belong with a scale that this format does not hold.
+        got = str(tensor.dtype).removeprefix("torch.")
+        raise ValueError(f"{where}: {name}: expected {', '.join(types.values())}, got {got}")
+    strided = tensor.layout == torch.strided and not tensor.is_nested and tensor.device.type != "meta"
+    # An expanded one holds few numbers and stands for any size.
+    if not strided or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
+        what = "expanded" if strided else f"{tensor.layout} on {tensor.device}"
+        raise ValueError(f"{where}: {name}: expected a dense tensor with all its numbers in the file, got {what}")
+    return tensor.detach().cpu()
