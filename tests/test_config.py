@@ -15,10 +15,11 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from transcoder.config import ConfigError, RunConfig, _read_yaml, flags, parse_flag, preset_names
+from transcoder.config import ConfigError, RunConfig, flags, parse_flag, preset_names
 from transcoder.setting_help import settings as all_settings
 from transcoder.setting_help import settings_help
 from transcoder.settings import convert
+from transcoder.yaml_text import read_yaml
 
 LEAVES = dict(flags())
 
@@ -224,7 +225,7 @@ def test_a_key_that_stands_twice_is_refused_with_both_lines_at_any_depth(
     tree: dict[str, Any], draw: random.Random, quoted: bool
 ) -> None:
     text = yaml.safe_dump(tree, sort_keys=False, default_flow_style=False)
-    assert _read_yaml(text) == yaml.safe_load(text)
+    assert read_yaml(text) == yaml.safe_load(text)
     lines = text.splitlines()
     first = draw.randrange(len(lines))
     key = lines[first].split(":")[0]
@@ -234,9 +235,9 @@ def test_a_key_that_stands_twice_is_refused_with_both_lines_at_any_depth(
     name = key.strip()
     lines.insert(last, " " * depth + (f'"{name}"' if quoted else name) + ": 1")
     with pytest.raises(ValueError, match=f"'{name}' stands twice, in line {first + 1} and in line {last + 1};"):
-        _read_yaml("\n".join(lines))
+        read_yaml("\n".join(lines))
 
 
 def test_a_merged_key_may_be_written_again() -> None:
     text = "base: &base {a: 1, b: 2}\nnext: {<<: *base, b: 3}\nlast: {b: 4, <<: *base}"
-    assert _read_yaml(text) == {"base": {"a": 1, "b": 2}, "next": {"a": 1, "b": 3}, "last": {"a": 1, "b": 4}}
+    assert read_yaml(text) == {"base": {"a": 1, "b": 2}, "next": {"a": 1, "b": 3}, "last": {"a": 1, "b": 4}}

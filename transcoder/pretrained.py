@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from transcoder.checkpoint_folder import candidates
-from transcoder.files import replacing_all
+from transcoder.files import local_path, replacing_all
 from transcoder.settings import brief
 from transcoder.tensor_file import write_tensors
 
@@ -31,7 +31,7 @@ def local_folder(name: str | Path, revision: str | None = None) -> Path:
     Raises:
         FileNotFoundError: the hub has no such repository or revision, or cannot be reached and the cache has none.
     """
-    path = Path(name)
+    path = local_path(name)
     hub = isinstance(name, str) and _HUB_NAME.fullmatch(name) is not None
     if revision is not None and not hub:
         raise ValueError(f"revision: expected a hub name org/name with it, got {str(name)!r}")

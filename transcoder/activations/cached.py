@@ -26,7 +26,7 @@ from transcoder.activations.shards import (
 )
 from transcoder.activations.vocabulary import Vocabulary
 from transcoder.config import RunConfig
-from transcoder.files import file_digest
+from transcoder.files import file_digest, local_path
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class CachedSource:
     ) -> None:
         section = config.activations
         assert section.cached_path is not None  # the configuration checks it
-        self._folder = Path(section.cached_path).expanduser()
+        self._folder = local_path(section.cached_path, "activations.cached_path")
         index = read_index(self._folder)
         self._index = index
         self.d_in, self.d_out = int(index["d_in"]), int(index["d_out"])
@@ -249,7 +249,7 @@ def cache_activations(
     """
     from transcoder.activations.model_source import ModelSource
 
-    folder = Path(folder)
+    folder = local_path(folder)
     if tokens < 1 or shard_tokens < 1:
         raise ValueError(
             f"cache_activations: tokens and shard_tokens: expected at least 1, got {tokens}, {shard_tokens}"

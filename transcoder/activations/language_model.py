@@ -10,7 +10,6 @@ import os
 import re
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 from transcoder.activations.rows import Substitute
 from transcoder.activations.vocabulary import Vocabulary
 from transcoder.demo import language_model_path
+from transcoder.files import local_path
 from transcoder.settings import brief
 
 OLDEST = (3, 9)
@@ -47,7 +47,7 @@ def resolve_model_name(name: str) -> str:
             return str(language_model_path())
         except FileNotFoundError as error:
             raise ModelError(f"model.name: {error}") from error
-    path = Path(name).expanduser()
+    path = local_path(name, "model.name")
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(

@@ -17,7 +17,7 @@ from transcoder.antidup.ledger import UsageLedger
 from transcoder.antidup.sample_store import EMPTY, Samples, best_entries, merged, without_overlap
 from transcoder.antidup.special_tokens import SpecialTokens
 from transcoder.config import SamplesSection
-from transcoder.files import replacing_all
+from transcoder.files import local_path, replacing_all
 from transcoder.kernels import SparseCodes, counts_cpp
 from transcoder.kernels.correlation.counter_rng import uniform
 
@@ -70,7 +70,7 @@ class ActivationSampleCollector:
         """Keys the random draws, with seed and step."""
         self.section, self.d_sae, self.seed, self.sequence_length = section, d_sae, seed, sequence_length
         self.device = torch.empty(0, device=device).device
-        self._out_dir, self._ledger = Path(out_dir), ledger
+        self._out_dir, self._ledger = local_path(out_dir), ledger
         self._special = SpecialTokens(special_ids, self.device)
         number = min(section.max_latents, d_sae)
         self.latents = torch.arange(number, device=self.device) * d_sae // number

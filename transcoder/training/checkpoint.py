@@ -43,7 +43,15 @@ from transcoder.checkpoint_folder import (
     verify_checkpoint,
 )
 from transcoder.config import CheckpointSection
-from transcoder.files import DELETING, REPLACED, WRITING, remove_folder, replace_atomically, replacing_folder
+from transcoder.files import (
+    DELETING,
+    REPLACED,
+    WRITING,
+    local_path,
+    remove_folder,
+    replace_atomically,
+    replacing_folder,
+)
 from transcoder.tensor_file import read_tensors, tensor_bytes, write_tensors
 from transcoder.training.disk_space import (
     CHECKPOINT_SLACK,
@@ -83,8 +91,10 @@ class CheckpointStore:
     """
 
     def __init__(self, run_dir: Path | str, section: CheckpointSection | None = None) -> None:
-        self.run_dir = Path(run_dir)
+        self.run_dir = local_path(run_dir)
         self.section = section or CheckpointSection()
+        second = self.section.second_location
+        self._second = None if second is None else local_path(second, "checkpoint.second_location")
         self.folder = self.run_dir / "checkpoints"
         self.reserve = Reserve(self.run_dir, 0)
         self.degraded = False
@@ -220,15 +230,15 @@ class CheckpointStore:
         refuse_what_cannot_fit(self.folder, self.section, each, steps, others, free + present)
 
     def _check_second_location(self) -> None:
-        if self.section.second_location is None:
+        if self._second is None:
             return
         try:
-            Path(self.section.second_location).mkdir(parents=True, exist_ok=True)
-            writable = os.access(self.section.second_location, os.W_OK | os.X_OK)
+            self._second.mkdir(parents=True, exist_ok=True)
+            writable = os.access(self._second, os.W_OK | os.X_OK)
         except OSError as error:
             raise CheckpointError(f"checkpoint.second_location: cannot be made: {error}") from error
         if not writable:
-            raise CheckpointError(f"checkpoint.second_location: {self.section.second_location} is not writable")
+            raise CheckpointError(f"checkpoint.second_location: {self._second} is not writable")
         # The file with the run's id is made while there is room for it.
         self._second_folder(create=True)
 
@@ -237,7 +247,7 @@ class CheckpointStore:
 
         Named by an id that is deleted with the run folder: another run of this name must never resume from it.
         """
-        if self.section.second_location is None:
+        if self._second is None:
             return None
         id_file = self.run_dir / ".run_id"
         written = None
@@ -253,7 +263,7 @@ class CheckpointStore:
         if create and written is None:
             with contextlib.suppress(OSError):
                 replace_atomically(id_file, self._run_id)
-        return Path(self.section.second_location) / f"{self.run_dir.resolve().name}-{self._run_id}"
+        return self._second / f"{self.run_dir.resolve().name}-{self._run_id}"
 
     def _hold_reserve_again(self) -> None:
         # Where there is no room for it, the next save tries again.

@@ -14,7 +14,7 @@ import torch
 
 from transcoder.activations import ActivationBatch
 from transcoder.config import RunConfig
-from transcoder.files import replace_atomically
+from transcoder.files import local_path, replace_atomically
 from transcoder.model import Transcoder
 from transcoder.phases import phase
 from transcoder.reporting import MetricsWriter, ProgressBar
@@ -83,7 +83,7 @@ def train_transcoder(
         TrainingDivergedError: more than training.max_bad_steps steps were NaN or Inf, or the weights overflowed.
         CheckpointError: the disk cannot take a checkpoint.
     """
-    run_dir = Path("runs") / config.name if out is None else Path(out)
+    run_dir = Path("runs") / config.name if out is None else local_path(out)
     with ExitStack() as stack:
         stop = stack.enter_context(StopRequest())
         return start_run(config, run_dir, resume, batches, heldout, stack).train(stop)

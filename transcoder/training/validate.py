@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from transcoder.config import RunConfig
-from transcoder.files import replace_atomically
+from transcoder.files import local_path, replace_atomically
 from transcoder.reporting.compare import compare_runs, format_comparison, write_comparison
 from transcoder.training.heldout_duplicates import heldout_duplicates
 from transcoder.training.output_checks import Check, check_run
@@ -51,7 +51,7 @@ def validate(config: RunConfig, out: Path | str) -> ValidationResult:
         LedgerError: in the run with the parts on, one was not really used. ConfigError and others as
         `train_transcoder`.
     """
-    out = Path(out)
+    out = local_path(out)
     checks: dict[str, list[Check]] = {}
     for name, enabled in (("with_antidup", True), ("baseline", False)):
         switches = {f"antidup.{section}.enabled": enabled for section in SECTIONS.values()}
