@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from transcoder.activations import ActivationStream, DataError, build_stream
-from transcoder.activations.cached import cache_activations
+from transcoder.activations.cached_activations import cache_activations
 from transcoder.activations.documents import is_heldout
 from transcoder.activations.shards import write_index, write_shard
 from transcoder.config import RunConfig

@@ -11,7 +11,7 @@ import torch
 from transcoder.activations.documents import RECORD_BLOCK_LENGTH, DataError, Document
 from transcoder.activations.language_model import HookedModel
 from transcoder.activations.packing import Packer, sequence_ids
-from transcoder.activations.text_files import FilesSource
+from transcoder.activations.record_sources import FileRecords
 from transcoder.activations.vocabulary import Vocabulary
 
 PAD, EOS, BOS = 0, 1, 2
@@ -25,7 +25,7 @@ def vocabulary(hooked: HookedModel) -> Vocabulary:
 @pytest.fixture
 def make_packer(jsonl: Path, vocabulary: Vocabulary) -> Callable[..., Packer]:
     def make(length: int = 16, prepend_bos: bool = True, keep: Callable[[Document], bool] | None = None) -> Packer:
-        return Packer(FilesSource(jsonl, "text", None), vocabulary, length, prepend_bos, keep or (lambda _: True))
+        return Packer(FileRecords(jsonl, "text", None), vocabulary, length, prepend_bos, keep or (lambda _: True))
 
     return make
 
@@ -79,7 +79,7 @@ def test_every_epoch_has_the_same_sequences_and_ids(
 def test_data_shorter_than_a_sequence_go_round_in_it(tmp_path: Path, vocabulary: Vocabulary) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"ids": [5, 6, 1]}\n')
-    packer = Packer(FilesSource(path, "text", "ids"), vocabulary, 9, True, lambda _: True)
+    packer = Packer(FileRecords(path, "text", "ids"), vocabulary, 9, True, lambda _: True)
     packed = packer.pack(2)
     assert packed is not None
     assert packed.tokens.tolist() == [[BOS, 5, 6, 1, 5, 6, 1, 5, 6]] * 2
@@ -99,7 +99,7 @@ def test_the_cursor_of_a_very_long_document_stays_within_its_bound(tmp_path: Pat
     path = tmp_path / "a.jsonl"
     length = 5 * RECORD_BLOCK_LENGTH // 2
     path.write_text(json.dumps({"ids": [5] * length}) + "\n")
-    packer = Packer(FilesSource(path, "text", "ids"), vocabulary, 16, False, lambda _: True)
+    packer = Packer(FileRecords(path, "text", "ids"), vocabulary, 16, False, lambda _: True)
     for _ in range(length // (16 * 4096) + 3):
         packed = packer.pack(4096)
         assert packed is not None
@@ -170,7 +170,7 @@ def test_only_kept_documents_are_packed(make_packer: Callable[..., Packer], voca
 def test_an_epoch_without_a_usable_document_is_an_error(tmp_path: Path, vocabulary: Vocabulary) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": ""}\n' * 3)
-    packer = Packer(FilesSource(path, "text", None), vocabulary, 16, True, lambda _: True)
+    packer = Packer(FileRecords(path, "text", None), vocabulary, 16, True, lambda _: True)
     with pytest.raises(DataError, match="3 records were skipped"):
         packer.pack(1)
 
@@ -178,7 +178,7 @@ def test_an_epoch_without_a_usable_document_is_an_error(tmp_path: Path, vocabula
 def test_tokenised_documents_keep_their_ids(tmp_path: Path, vocabulary: Vocabulary) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"ids": [5, 6, 7]}\n{"ids": []}\n{"ids": [8, 1]}\n')
-    packer = Packer(FilesSource(path, "text", "ids"), vocabulary, 8, True, lambda _: True)
+    packer = Packer(FileRecords(path, "text", "ids"), vocabulary, 8, True, lambda _: True)
     packed = packer.pack(1)
     assert packed is not None
     assert packed.tokens.tolist() == [[BOS, 5, 6, 7, EOS, 8, EOS, 5]]
@@ -202,14 +202,14 @@ def test_bad_ids_are_an_error_that_names_the_document(
 ) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"ids": ' + ids + "}\n")
-    packer = Packer(FilesSource(path, "text", "ids"), vocabulary, 8, True, lambda _: True)
+    packer = Packer(FileRecords(path, "text", "ids"), vocabulary, 8, True, lambda _: True)
     with pytest.raises(DataError, match=message):
         packer.pack(1)
 
 
 def test_bos_is_asked_of_a_tokenizer_that_has_one(jsonl: Path) -> None:
     with pytest.raises(DataError, match="no BOS"):
-        Packer(FilesSource(jsonl, "text", None), Vocabulary(None, 300), 16, True, lambda _: True)
+        Packer(FileRecords(jsonl, "text", None), Vocabulary(None, 300), 16, True, lambda _: True)
 
 
 def test_display_strings(vocabulary: Vocabulary) -> None:

@@ -15,10 +15,9 @@ from torch import Tensor
 
 from transcoder.activations import ActivationBatch, ActivationStream, DataError, ModelError, build_stream
 from transcoder.activations.documents import is_heldout
-from transcoder.activations.fingerprint import files_digest
 from transcoder.activations.language_model import HookedModel
 from transcoder.activations.packing import Packer, sequence_ids
-from transcoder.activations.text_files import FilesSource
+from transcoder.activations.record_sources import FileRecords, files_digest
 from transcoder.config import RunConfig
 
 CPU = torch.device("cpu")
@@ -64,7 +63,7 @@ def packed(jsonl: Path, hooked: HookedModel) -> Callable[[int], Tensor]:
 
     def pack(count: int) -> Tensor:
         packer = Packer(
-            FilesSource(jsonl, "text", None), hooked.vocabulary, 16, True, lambda d: not is_heldout(d.index, 0.2)
+            FileRecords(jsonl, "text", None), hooked.vocabulary, 16, True, lambda d: not is_heldout(d.index, 0.2)
         )
         found = packer.pack(count)
         assert found is not None

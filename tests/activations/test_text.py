@@ -5,15 +5,19 @@ from pathlib import Path
 
 import pytest
 
-from transcoder.activations.documents import RECORD_BLOCK_LENGTH, DataError, Reader, Source, is_heldout
-from transcoder.activations.text import StdlibSource, build_sources
-from transcoder.activations.text_files import FILE_BLOCK_CHARACTERS, FilesSource
-from transcoder.activations.text_hub import HubSource
+from transcoder.activations.documents import RECORD_BLOCK_LENGTH, DataError, Reader, RecordSource, is_heldout
+from transcoder.activations.record_sources import (
+    FILE_BLOCK_CHARACTERS,
+    FileRecords,
+    HubRecords,
+    StdlibRecords,
+    record_sources,
+)
 from transcoder.config import ActivationsSection
 
 
 @pytest.fixture(params=["jsonl", "parquet", "text", "folder", "hub-jsonl", "hub-parquet", "tokens"])
-def source(request: pytest.FixtureRequest, tmp_path: Path, documents: list[str]) -> Source:
+def source(request: pytest.FixtureRequest, tmp_path: Path, documents: list[str]) -> RecordSource:
     """The same 60 documents in every form."""
     import pyarrow
     import pyarrow.parquet
@@ -36,13 +40,13 @@ def source(request: pytest.FixtureRequest, tmp_path: Path, documents: list[str])
             (tmp_path / "sub" / f"{i:03}.md").write_text(document)
         (tmp_path / ".hidden").write_text("not read")
     if form.startswith("hub"):
-        return HubSource(str(tmp_path), None, "train", "text", None)
+        return HubRecords(str(tmp_path), None, "train", "text", None)
     if form == "tokens":
-        return FilesSource(tmp_path / "a.parquet", "text", "ids")
-    return FilesSource(tmp_path, "text", None)
+        return FileRecords(tmp_path / "a.parquet", "text", "ids")
+    return FileRecords(tmp_path, "text", None)
 
 
-def test_every_form_gives_the_same_documents_in_order(source: Source, documents: list[str]) -> None:
+def test_every_form_gives_the_same_documents_in_order(source: RecordSource, documents: list[str]) -> None:
     found = list(Reader(source))
     assert [d.index for d in found] == list(range(60))
     if isinstance(found[0].content, str):
@@ -52,7 +56,7 @@ def test_every_form_gives_the_same_documents_in_order(source: Source, documents:
 
 
 @pytest.mark.parametrize("stop", [0, 1, 19, 20, 33, 59, 60])
-def test_reading_goes_on_from_a_saved_state(source: Source, stop: int) -> None:
+def test_reading_goes_on_from_a_saved_state(source: RecordSource, stop: int) -> None:
     reader = Reader(source)
     for _ in range(stop):
         next(reader)
@@ -62,12 +66,19 @@ def test_reading_goes_on_from_a_saved_state(source: Source, stop: int) -> None:
     assert list(Reader(source, state)) == rest
 
 
+def test_start_states_that_name_the_first_record_are_read(source: RecordSource) -> None:
+    """They name the place before the first record, where `Reader.state` gives None."""
+    place = {"record": 0, "dataset": None} if isinstance(source, HubRecords) else {"file": 0, "record": 0}
+    state = {"records": place, "blocks": 0, "index": 0, "skipped": 0}
+    assert list(Reader(source, state)) == list(Reader(source))
+
+
 def test_stdlib_splits_are_disjoint_and_resume() -> None:
-    train, heldout, fraction = build_sources(ActivationsSection(dataset="stdlib"))
+    train, heldout, fraction = record_sources(ActivationsSection(dataset="stdlib"))
     assert fraction == 0
     reader = Reader(train)
     first = [next(reader) for _ in range(5)]
-    again = Reader(StdlibSource("train"), json.loads(json.dumps(reader.state())))
+    again = Reader(StdlibRecords("train"), json.loads(json.dumps(reader.state())))
     assert next(again) == next(reader)
     names = {next(r).name for r in [Reader(heldout)] for _ in range(5)}
     assert names.isdisjoint({d.name for d in first})
@@ -80,7 +91,7 @@ def test_unusable_records_are_skipped_and_counted(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_bytes(b"\xff\xfe\x00latin")
     (tmp_path / "c.bin").write_bytes(b"\x00\x01\x02")
     (tmp_path / "d.txt").write_bytes(b"")
-    reader = Reader(FilesSource(tmp_path, "text", None))
+    reader = Reader(FileRecords(tmp_path, "text", None))
     assert [(d.index, d.content) for d in reader] == [(0, "good"), (8, "last")]
     assert reader.skipped == 9
 
@@ -88,7 +99,7 @@ def test_unusable_records_are_skipped_and_counted(tmp_path: Path) -> None:
 def test_skipped_count_survives_a_resume(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": ""}\n{"text": "a"}\n{"text": ""}\n{"text": "b"}\n')
-    source = FilesSource(path, "text", None)
+    source = FileRecords(path, "text", None)
     reader = Reader(source)
     next(reader)
     again = Reader(source, reader.state())
@@ -101,7 +112,7 @@ def test_a_huge_record_comes_in_blocks_that_join_to_it(tmp_path: Path) -> None:
     assert len(text) > 2 * RECORD_BLOCK_LENGTH
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"text": text}) + '\n{"text": "next"}\n')
-    source = FilesSource(path, "text", None)
+    source = FileRecords(path, "text", None)
     reader = Reader(source)
     blocks = []
     states = [reader.state()]
@@ -120,7 +131,7 @@ def test_a_long_text_file_is_many_documents(tmp_path: Path) -> None:
     text = "".join(f"line {i}\n" for i in range(10000)) + "x" * (3 * FILE_BLOCK_CHARACTERS)
     path = tmp_path / "a.txt"
     path.write_text(text, encoding="utf-8")
-    found = list(Reader(FilesSource(path, "text", None)))
+    found = list(Reader(FileRecords(path, "text", None)))
     assert "".join(str(d.content) for d in found) == text
     assert max(len(d.content) for d in found) <= FILE_BLOCK_CHARACTERS
     assert [d.index for d in found] == list(range(len(found)))
@@ -129,7 +140,7 @@ def test_a_long_text_file_is_many_documents(tmp_path: Path) -> None:
 def test_a_text_file_that_stops_being_utf8_is_read_up_to_there(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes(b"good line\n" * 5000 + b"\xff" + b"more\n" * 5000)
-    reader = Reader(FilesSource(path, "text", None))
+    reader = Reader(FileRecords(path, "text", None))
     assert all(set(str(d.content)) <= set("good line\n") for d in reader)
     assert reader.skipped == 1
 
@@ -175,11 +186,11 @@ def test_errors_come_when_the_source_is_built(tmp_path: Path, section: dict[str,
     (tmp_path / "hub" / "a.jsonl").write_text('{"text": "a"}\n')
     filled = {name: value.replace("{folder}", str(tmp_path)) for name, value in section.items()}
     with pytest.raises(DataError, match=message):
-        build_sources(ActivationsSection(**filled))  # type: ignore[arg-type]
+        record_sources(ActivationsSection(**filled))  # type: ignore[arg-type]
 
 
 def test_an_unknown_hub_dataset_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     # A port that nothing listens on stands for a machine without a network.
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(DataError, match="Check the name"):
-        build_sources(ActivationsSection(dataset="nobody/no-such-dataset"))
+        record_sources(ActivationsSection(dataset="nobody/no-such-dataset"))

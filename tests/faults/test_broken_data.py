@@ -10,11 +10,9 @@ from pathlib import Path
 import pytest
 
 from transcoder.activations import retry
-from transcoder.activations.documents import DataError, Reader, Source
-from transcoder.activations.retry import PatientSource
-from transcoder.activations.text import build_sources
-from transcoder.activations.text_files import FilesSource
-from transcoder.activations.text_hub import HubSource
+from transcoder.activations.documents import DataError, Reader, RecordSource
+from transcoder.activations.record_sources import FileRecords, HubRecords, record_sources
+from transcoder.activations.retry import RetriedRecords
 from transcoder.config import ActivationsSection
 
 FILES, LINES = 4, 5
@@ -55,10 +53,10 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> Pauses:
     return made
 
 
-def source_of(kind: str, folder: Path) -> Source:
+def source_of(kind: str, folder: Path) -> RecordSource:
     if kind == "files":
-        return PatientSource(FilesSource(folder, "text", None))
-    return PatientSource(HubSource(str(folder), None, "train", "text", None))
+        return RetriedRecords(FileRecords(folder, "text", None))
+    return RetriedRecords(HubRecords(str(folder), None, "train", "text", None))
 
 
 @pytest.mark.parametrize("kind", ["files", "hub"])
@@ -97,12 +95,12 @@ def test_a_source_that_stays_away_is_an_error_at_its_place(folder: Path, pauses:
 
 
 def test_wrong_data_are_not_tried_again(folder: Path, pauses: Pauses) -> None:
-    class Wrong(FilesSource):
-        def records(self, file: int, start: int):  # type: ignore[no-untyped-def]
+    class Wrong(FileRecords):
+        def _read_from(self, first: int, skip: int):  # type: ignore[no-untyped-def]
             raise DataError("line 3: wrong")
 
     with pytest.raises(DataError, match="line 3: wrong"):
-        list(Reader(PatientSource(Wrong(folder, "text", None))))
+        list(Reader(RetriedRecords(Wrong(folder, "text", None))))
     assert pauses.seconds == []
 
 
@@ -119,13 +117,13 @@ def test_a_damaged_parquet_file_is_named(tmp_path: Path, pauses: Pauses) -> None
     path.write_bytes(data)
     found: list[object] = []
     with pytest.raises(DataError, match=r"a\.parquet.*damaged"):
-        found.extend(document.content for document in Reader(PatientSource(FilesSource(path, "text", None))))
+        found.extend(document.content for document in Reader(RetriedRecords(FileRecords(path, "text", None))))
     assert pauses.seconds == []
     assert found == [f"document {n} " + "x" * (n % 7) for n in range(len(found))]
     assert 0 < len(found) < 2000
 
 
 def test_what_a_run_reads_is_patient(folder: Path) -> None:
-    training, heldout, _ = build_sources(ActivationsSection(dataset=str(folder)))
-    assert isinstance(training, PatientSource)
+    training, heldout, _ = record_sources(ActivationsSection(dataset=str(folder)))
+    assert isinstance(training, RetriedRecords)
     assert training is heldout

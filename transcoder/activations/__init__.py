@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from transcoder.activations.batch import ActivationBatch
-from transcoder.activations.cached import cache_activations
+from transcoder.activations.cached_activations import cache_activations
 from transcoder.activations.documents import DataError
 from transcoder.activations.language_model import ModelError, resolve_model_name
 from transcoder.activations.shards import write_index, write_shard

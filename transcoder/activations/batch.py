@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 
+import torch
 from torch import Tensor
 
 
@@ -36,3 +38,28 @@ class ActivationBatch:
 
     def __len__(self) -> int:
         return self.source.shape[0]
+
+
+_COLUMNS = tuple(field.name for field in fields(ActivationBatch) if field.name != "context_anchor")
+
+
+def columns_of(batch: ActivationBatch) -> dict[str, Tensor]:
+    """The batch's tensors by field name, absent ones left out."""
+    found = {name: getattr(batch, name) for name in _COLUMNS}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def batch_of(columns: Mapping[str, Tensor], context_anchor: int) -> ActivationBatch:
+    """The batch of these columns; those not there are None."""
+    return ActivationBatch(**columns, context_anchor=context_anchor)
+
+
+def take_rows(batch: ActivationBatch, rows: Tensor | slice) -> ActivationBatch:
+    """Rows of a batch: a copy for an index tensor, a view for a slice."""
+    return batch_of({name: value[rows] for name, value in columns_of(batch).items()}, batch.context_anchor)
+
+
+def concatenate(batches: Sequence[ActivationBatch]) -> ActivationBatch:
+    """Batches with the same columns, one after another."""
+    parts = [columns_of(b) for b in batches]
+    return batch_of({name: torch.cat([p[name] for p in parts]) for name in parts[0]}, batches[0].context_anchor)

@@ -4,46 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from transcoder.activations.batch import ActivationBatch
-
-_COLUMNS = ("source", "target", "tokens", "positions", "sequences", "weights", "contexts")
-
-
-def columns_of(batch: ActivationBatch) -> dict[str, Tensor]:
-    """The batch's tensors by field name, absent ones left out."""
-    found = {name: getattr(batch, name) for name in _COLUMNS}
-    return {name: value for name, value in found.items() if value is not None}
-
-
-def batch_of(columns: Mapping[str, Tensor], context_anchor: int) -> ActivationBatch:
-    """The batch of these columns; those not there are None."""
-    return ActivationBatch(
-        source=columns["source"],
-        target=columns["target"],
-        tokens=columns["tokens"],
-        positions=columns["positions"],
-        sequences=columns.get("sequences"),
-        weights=columns.get("weights"),
-        contexts=columns.get("contexts"),
-        context_anchor=context_anchor,
-    )
-
-
-def take_rows(batch: ActivationBatch, rows: Tensor | slice) -> ActivationBatch:
-    """Rows of a batch: a copy for an index tensor, a view for a slice."""
-    return batch_of({name: value[rows] for name, value in columns_of(batch).items()}, batch.context_anchor)
-
-
-def concatenate(batches: Sequence[ActivationBatch]) -> ActivationBatch:
-    """Batches with the same columns, one after another."""
-    parts = [columns_of(b) for b in batches]
-    return batch_of({name: torch.cat([p[name] for p in parts]) for name in parts[0]}, batches[0].context_anchor)
+from transcoder.activations.batch import ActivationBatch, batch_of, columns_of, take_rows
 
 
 def to_device(host: Tensor, device: torch.device) -> Tensor:
@@ -96,24 +63,31 @@ class ShuffleBuffer:
     def needs_refill(self) -> bool:
         return self._drawn >= self._refill_at or self._capacity - self._drawn < self._batch_size
 
-    def refill(self, pieces: Sequence[ActivationBatch]) -> None:
-        """Put `room` rows, given in pieces, into the free slots and shuffle everything."""
-        rows = sum(len(piece) for piece in pieces)
-        if rows != self._drawn:
-            raise ValueError(f"ShuffleBuffer.refill: expected {self._drawn} rows, got {rows}")
-        self._allocate(pieces[0])
+    def refill(self, batches: Sequence[ActivationBatch]) -> list[ActivationBatch]:
+        """Put the first `room` rows of the batches into the free slots and shuffle everything.
+
+        Returns:
+            The rows that found no room, as views.
+        """
+        rows = sum(map(len, batches))
+        if rows < self.room:
+            raise ValueError(f"ShuffleBuffer.refill: expected at least {self.room} rows, got {rows}")
+        self._allocate(batches[0])
         free, kept = self._order[: self._drawn], self._order[self._drawn :]
         begin = 0
-        for piece in pieces:
-            slots = free[begin : begin + len(piece)]
-            for name, value in columns_of(piece).items():
-                self._columns[name][slots] = value
-            begin += len(piece)
+        rest: list[ActivationBatch] = []
+        for batch in batches:
+            slots = free[begin : begin + len(batch)]
+            for name, value in columns_of(batch).items():
+                self._columns[name][slots] = value[: len(slots)]
+            begin += len(slots)
+            if len(slots) < len(batch):
+                rest.append(take_rows(batch, slice(len(slots), None)))
         shuffle = permutation(self._capacity, "refill", self._seed, self._refills)
-        shuffle = to_device(shuffle, free.device)
-        self._order = torch.cat([kept, free])[shuffle]
+        self._order = torch.cat([kept, free])[to_device(shuffle, free.device)]
         self._drawn = 0
         self._refills += 1
+        return rest
 
     def draw(self) -> ActivationBatch:
         """The next batch: fresh tensors, in random order."""

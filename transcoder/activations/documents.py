@@ -1,16 +1,15 @@
-"""Documents in a fixed order, and the state from which another reader goes on.
+"""Records, the documents made of them, and the state from which reading goes on.
 
-A source opens a reader at a saved state; a reader yields documents and tells, at any moment, the state behind the last
-one. Nothing here knows a tokenizer or a model.
+A source reads records from a saved place and says with each one the place behind it. `Reader` makes documents of them. This
+module knows no tokenizer and no model.
 """
 
 from __future__ import annotations
 
-import difflib
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias, TypeGuard
 
 RECORD_BLOCK_LENGTH = 1 << 18
 """A record of more characters, or token ids, is given in blocks of this length: bounds memory and what a saved cursor
@@ -46,21 +45,18 @@ class Record:
     content: str | list[int] | None
 
 
-class Records(Protocol):
-    """An iterator of records that knows the state (JSON values) after the last one it gave."""
-
-    def __iter__(self) -> Iterator[Record]: ...
-    def __next__(self) -> Record: ...
-    def state(self) -> dict[str, Any]: ...
+Records: TypeAlias = Iterator[tuple[Record, dict[str, Any]]]
+"""Records, each with the state behind it in JSON values."""
 
 
-class Source(Protocol):
-    """Opens the same records, in the same order, from the start (None) or from a saved state.
+class RecordSource(Protocol):
+    """Where records come from.
 
-    `digest` is a short text that changes when the records do, or None where that cannot be known.
+    `read` gives the records that follow a saved state (None: all of them), always in the same order. `digest` is a short text
+    that changes when the records do, or None where that cannot be known.
     """
 
-    def open(self, state: dict[str, Any] | None) -> Records: ...
+    def read(self, state: dict[str, Any] | None) -> Records: ...
     def digest(self) -> str | None: ...
 
 
@@ -71,68 +67,46 @@ class Reader:
     could not decode. `state()` holds JSON values only and may be taken after any document.
     """
 
-    def __init__(self, source: Source, state: dict[str, Any] | None = None) -> None:
+    def __init__(self, source: RecordSource, state: dict[str, Any] | None = None) -> None:
         state = state or {"records": None, "blocks": 0, "index": 0, "skipped": 0}
-        self._records = source.open(state["records"])
-        self._before = self._records.state()
-        self._index, self.skipped = int(state["index"]), int(state["skipped"])
-        self._blocks: Iterator[tuple[str | list[int], bool]] = iter(())
-        self._name = ""
-        self._given = 0
-        self._skip_blocks = int(state["blocks"])
+        self._place = state["records"]
+        self._index, self._blocks, self.skipped = int(state["index"]), int(state["blocks"]), int(state["skipped"])
+        self._documents = self._read(source.read(self._place))
 
-    def __iter__(self) -> Reader:
-        return self
+    def __iter__(self) -> Iterator[Document]:
+        return self._documents
 
     def __next__(self) -> Document:
-        while True:
-            for content, ends in self._blocks:
-                self._given += 1
-                if self._given <= self._skip_blocks:
-                    continue
-                document = Document(self._index, self._name, content, ends)
-                if ends:
-                    self._close_record()
-                return document
-            self._before = self._records.state()
-            record = next(self._records)
-            if _usable(record.content):
-                assert record.content is not None
-                self._name, self._blocks = record.name, _blocks(record.content)
-            else:
-                self.skipped += 1
-                self._close_record()
+        return next(self._documents)
 
-    def _close_record(self) -> None:
+    def _read(self, records: Records) -> Iterator[Document]:
+        for record, place in records:
+            index, given = self._index, self._blocks
+            if not _usable(record.content):
+                self.skipped += 1
+                self._finish_record(place)
+                continue
+            for number, (content, ends) in enumerate(_blocks(record.content), start=1):
+                # The state moves before the document is handed out: it is the state behind this document.
+                if ends:
+                    self._finish_record(place)
+                elif number > given:
+                    self._blocks = number
+                if number > given:
+                    yield Document(index, record.name, content, ends)
+
+    def _finish_record(self, place: dict[str, Any]) -> None:
+        self._place, self._blocks = place, 0
         self._index += 1
-        self._blocks, self._given, self._skip_blocks = iter(()), 0, 0
-        self._before = self._records.state()
 
     def state(self) -> dict[str, Any]:
-        blocks = max(self._given, self._skip_blocks)
-        return {"records": self._before, "blocks": blocks, "index": self._index, "skipped": self.skipped}
+        return {"records": self._place, "blocks": self._blocks, "index": self._index, "skipped": self.skipped}
 
 
 def is_heldout(index: int, fraction: float) -> bool:
     """Whether the document at this place of the stream is for evaluation only; a hash of the place."""
     digest = hashlib.blake2b(b"heldout document %d" % index, digest_size=8).digest()
     return int.from_bytes(digest, "big") < fraction * 2**64
-
-
-def check_column(field: str, column: str, names: Iterable[str], where: str) -> None:
-    names = list(names)
-    if column not in names:
-        close = difflib.get_close_matches(column, names, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise DataError(f"activations.{field}: no column {column!r} in {where}; it has {names}{hint}")
-
-
-def content_of(value: Any, tokens: bool) -> str | list[int] | None:
-    if not tokens:
-        return value if isinstance(value, str) else None
-    if value is None:
-        return None
-    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def cut(text: str, length: int) -> tuple[str, str]:
@@ -143,7 +117,7 @@ def cut(text: str, length: int) -> tuple[str, str]:
     return text[:end], text[end:]
 
 
-def _usable(content: str | list[int] | None) -> bool:
+def _usable(content: str | list[int] | None) -> TypeGuard[str | list[int]]:
     if isinstance(content, str):
         return bool(content.strip()) and "\0" not in content
     return bool(content)

@@ -195,7 +195,15 @@ class HookedModel:
         names = self._bridge.hook_dict
         for role, hook in self._hooks.items():
             if hook not in names:
-                close = difflib.get_close_matches(hook, names, n=3, cutoff=0.5)
+                module = _hooks_of_module(self._bridge, hook)
+                if module is not None:
+                    raise ModelError(
+                        f"activations.{role}_hook: {hook!r} is a module of this model: its input is the hook "
+                        f"{module[0]!r}, its output {module[1]!r}"
+                    )
+                # A module path of another architecture still says the block and, often, the part of it.
+                meant = re.sub(r"^(?!blocks\.)\D*\b(\d+)\b", r"blocks.\1", hook)
+                close = difflib.get_close_matches(meant, names, n=3, cutoff=0.5)
                 layers = int(self._bridge.cfg.n_layers)
                 raise ModelError(
                     f"activations.{role}_hook: this model has no hook {hook!r}; the nearest are "
@@ -292,6 +300,24 @@ class HookedModel:
                 f"{tuple(tokens.shape)}; expected [sequences, positions, width]"
             )
         return value.flatten(2)
+
+
+def _hooks_of_module(bridge: Any, path: str) -> tuple[str, str] | None:
+    """The hooks at the input and the output of a module, by its path in Hugging Face's model, such as `model.layers.1.mlp`, or
+    the end of that path (`layers.1.mlp`); None unless exactly one module is meant."""
+    path = re.sub(r"\[(\d+)\]", r".\1", path)
+    # The bridge's wrappers stand in the paths of its modules, and each of its hook points knows its own name.
+    found = {}
+    for place, point in bridge.original_model.named_modules():
+        if place.endswith(".hook_in"):
+            module = place.replace("._original_component", "").removesuffix(".hook_in")
+            if f".{module}".endswith(f".{path}"):
+                found[module] = str(point.name)
+    if len(found) != 1 and path not in found:
+        return None
+    into = found[path] if path in found else next(iter(found.values()))
+    out = into.removesuffix("hook_in") + "hook_out"
+    return (into, out) if {into, out} <= set(bridge.hook_dict) else None
 
 
 @contextlib.contextmanager

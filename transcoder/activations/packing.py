@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from transcoder.activations.documents import RECORD_BLOCK_LENGTH, DataError, Document, Reader, Source
+from transcoder.activations.documents import RECORD_BLOCK_LENGTH, DataError, Document, Reader, RecordSource
 from transcoder.activations.vocabulary import Ids, Vocabulary
 
 _IDS_A_CHARACTER = 4
@@ -64,7 +64,7 @@ class Packer:
 
     def __init__(
         self,
-        source: Source,
+        source: RecordSource,
         vocabulary: Vocabulary,
         length: int,
         prepend_bos: bool,

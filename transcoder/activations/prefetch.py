@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
-_POLL_SECONDS = 0.2
 
 
 class Prefetcher(Generic[T]):
@@ -21,8 +20,7 @@ class Prefetcher(Generic[T]):
 
     The thread starts at the first `next()`. An exception of `produce` is raised by the `next()` that would
     have had its result, and by every later one. `close()`, the garbage collector or the interpreter's end
-    stop the thread after the call that it is in; waiting never blocks for longer than a poll, so an
-    interrupt (Ctrl-C) gets through.
+    stop the thread after the call that it is in. An interrupt (Ctrl-C) ends a `next()` that waits.
 
     Args:
         produce: gives the next result.
@@ -35,8 +33,8 @@ class Prefetcher(Generic[T]):
         self, produce: Callable[[], T], depth: int, enough: int = 0, weigh: Callable[[T], int] = lambda _: 1
     ) -> None:
         self._produce, self._depth = produce, depth
-        self._line = _Line(depth, enough, weigh)
-        self._thread: threading.Thread | None = None
+        self._worker = _Worker(produce, depth, enough, weigh)
+        self._finalizer: weakref.finalize | None = None
         self._closed = False
 
     def next(self) -> T:
@@ -45,93 +43,77 @@ class Prefetcher(Generic[T]):
             raise RuntimeError("Prefetcher.next: this source was closed; build a new one")
         if self._depth == 0:
             return self._produce()
-        if self._thread is None:
-            self._thread = threading.Thread(
-                target=_run, args=(self._produce, self._line), name="activations", daemon=True
-            )
-            # Not a bound method: the finalizer must not keep this object alive.
-            weakref.finalize(self, _end, self._thread, self._line)
-            self._thread.start()
-        return self._line.take()
+        if self._finalizer is None:
+            self._finalizer = weakref.finalize(self, self._worker.end)
+            self._worker.start()
+        return self._worker.take()
 
     def waiting(self) -> int:
         """The weight of the results that wait now."""
-        return self._line.weight()
+        return self._worker.weight
 
     def close(self) -> None:
         """End the thread; what it had produced is dropped. May be called twice."""
         self._closed = True
-        if self._thread is not None:
-            _end(self._thread, self._line)
-            self._thread = None
+        if self._finalizer is not None:
+            self._finalizer()
 
 
-class _Line(Generic[T]):
-    """The results that wait, shared by the thread and the consumer."""
+class _Worker(threading.Thread, Generic[T]):
+    """The thread and the results that wait. It holds no reference to its `Prefetcher`, which may so be collected."""
 
-    def __init__(self, depth: int, enough: int, weigh: Callable[[T], int]) -> None:
-        self._depth, self._enough, self._weigh = depth, enough, weigh
-        self._waiting: deque[tuple[T, int]] = deque()
-        self._weight = 0
+    def __init__(self, produce: Callable[[], T], depth: int, enough: int, weigh: Callable[[T], int]) -> None:
+        super().__init__(name="activations", daemon=True)
+        self._produce, self._depth, self._enough, self._weigh = produce, depth, enough, weigh
+        self._results: deque[tuple[T, int]] = deque()
+        self.weight = 0
         self._failure: BaseException | None = None
-        self._stopped = False
+        self._ended = False
         self._changed = threading.Condition()
 
-    def wait_for_room(self) -> bool:
-        """Wait until another result is wanted; False: none ever will be."""
-        with self._changed:
-            while not self._stopped and len(self._waiting) >= self._depth and self._weight >= self._enough:
-                self._changed.wait(_POLL_SECONDS)
-            return not self._stopped
+    def run(self) -> None:
+        try:
+            while self._wait_for_room():
+                # Handed over without a name: a result that waits must not be held twice.
+                self._put(self._produce())
+        except BaseException as error:
+            with self._changed:
+                self._failure = error
+                self._changed.notify_all()
 
-    def put(self, result: T) -> None:
+    def _wait_for_room(self) -> bool:
+        """Wait until another result is wanted; False: the worker was ended."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._ended or len(self._results) < self._depth or self.weight < self._enough
+            )
+            return not self._ended
+
+    def _put(self, result: T) -> None:
         weight = self._weigh(result)
         with self._changed:
-            if not self._stopped:
-                self._waiting.append((result, weight))
-                self._weight += weight
-            self._changed.notify_all()
-
-    def fail(self, error: BaseException) -> None:
-        with self._changed:
-            self._failure = error
+            if not self._ended:
+                self._results.append((result, weight))
+                self.weight += weight
             self._changed.notify_all()
 
     def take(self) -> T:
         with self._changed:
-            while not self._waiting:
-                if self._failure is not None:
-                    raise self._failure
-                self._changed.wait(_POLL_SECONDS)
-            result, weight = self._waiting.popleft()
-            self._weight -= weight
+            self._changed.wait_for(lambda: self._results or self._failure)
+            if not self._results:
+                assert self._failure is not None
+                raise self._failure
+            result, weight = self._results.popleft()
+            self.weight -= weight
             self._changed.notify_all()
             return result
 
-    def weight(self) -> int:
+    def end(self) -> None:
         with self._changed:
-            return self._weight
-
-    def stop(self) -> None:
-        with self._changed:
-            self._stopped = True
-            self._waiting.clear()
-            self._weight = 0
+            self._ended = True
+            self._results.clear()
+            self.weight = 0
             self._changed.notify_all()
-
-
-def _run(produce: Callable[[], T], line: _Line[T]) -> None:
-    while line.wait_for_room():
-        try:
-            # Handed over without a name: a result that waits must not be held twice.
-            line.put(produce())
-        except BaseException as error:
-            line.fail(error)
-            return
-
-
-def _end(thread: threading.Thread, line: _Line[T]) -> None:
-    line.stop()
-    if thread is not threading.current_thread():
-        # A read from a dead network may hang in there; the thread is a daemon and produces nothing any more.
-        thread.join(timeout=60)
+        if self is not threading.current_thread():
+            # A read from a dead network may hang in there; the thread is a daemon and produces nothing any more.
+            self.join(timeout=60)

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from transcoder.activations.batch import ActivationBatch
-from transcoder.activations.buffer import batch_of
+from transcoder.activations.batch import ActivationBatch, batch_of
 from transcoder.activations.documents import DataError
 from transcoder.activations.masking import SinkMasker, context_anchor, context_windows
-from transcoder.activations.vocabulary import Vocabulary
 from transcoder.phases import phase
 
 logger = logging.getLogger(__name__)
@@ -46,6 +44,9 @@ class PositionChoice(Protocol):
 
 MakePositionChoice = Callable[[Sequence[int]], PositionChoice]
 """From the ids of special tokens, which the data knows."""
+
+
+PASS_COLUMNS = ("source", "target", "tokens", "positions", "sequences")
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,41 +88,8 @@ class Made(NamedTuple):
     sample: PositionSample | None
 
 
-class ActivationSource(Protocol):
-    """What a stream draws from: a language model over text, or cached shards.
-
-    `produce` gives the next pass's rows; `record` is told of each one that is taken for training; `cursor` and
-    `seek` save and restore the place, in tensors of at most `cursor_bytes_at_most`; `heldout_passes`
-    yields (rows, sinks) over the held-out data from its start, whatever the cursor; `holds_out` says if there
-    are such data. `heldout_losses` runs the language model on with other activations at the target hook; None without one.
-
-    Attributes:
-        identity: JSON values that a saved cursor and this source must share. A value that is a dict with
-            "weights" is compared by those alone; the rest of it is for the message. Under "data" stands the digest of the
-            text or cache (None: unknown, not compared), which `activations.allow_changed_data` lets differ.
-        row_bytes: bytes of one row's tensors.
-        pass_rows: the most rows that a pass gives.
-    """
-
-    d_in: int
-    d_out: int
-    vocabulary: Vocabulary
-    sequence_length: int
-    identity: dict[str, Any]
-    holds_out: bool
-    row_bytes: int
-    pass_rows: int
-
-    def produce(self) -> Chunk: ...
-    def cursor(self) -> dict[str, Any]: ...
-    def seek(self, cursor: dict[str, Any]) -> None: ...
-    def counters(self, cursor: dict[str, Any]) -> dict[str, float]: ...
-    def record(self, chunk: Chunk) -> None: ...
-    def cursor_bytes_at_most(self) -> int: ...
-    def heldout_passes(self) -> Iterator[tuple[ActivationBatch, ActivationBatch]]: ...
-    def heldout_losses(self, substitutes: Mapping[str, Substitute | None], tokens: int) -> dict[str, float] | None: ...
-
-
+_MASKED = ("masked_by_id", "masked_by_norm", "masked_by_position")
+_TOTALS = ("passes", "tokens", *_MASKED, "left_by_sampler", "sink_ratio_sum", "not_finite", "sink_ratio_max")
 MOST_NOT_FINITE = 0.1
 """Share of a pass's tokens that may hold NaN or infinity. A few are a fault of the model at those tokens; many are a wrong
 dtype."""
@@ -141,20 +109,7 @@ class RowMaker:
         self._record: Callable[[PositionSample], None] | None = getattr(sampler, "record", None)
         # A sampler without `record` may not know the argument either.
         self._draw_only: dict[str, Any] = {} if self._record is None else {"record": False}
-        self.totals: dict[str, float] = dict.fromkeys(
-            (
-                "passes",
-                "tokens",
-                "masked_by_id",
-                "masked_by_norm",
-                "masked_by_position",
-                "left_by_sampler",
-                "sink_ratio_sum",
-                "not_finite",
-            ),
-            0.0,
-        )
-        self.totals["sink_ratio_max"] = 0.0
+        self.totals = dict.fromkeys(_TOTALS, 0.0)
 
     def make(self, found: Pass, allowed: Tensor | None = None, step: int = 0) -> Made:
         """The rows and the sinks of a pass. `allowed` [T] bool leaves tokens out of both. Reads the device.
@@ -177,17 +132,20 @@ class RowMaker:
             weights = sample.weights.reshape(-1).float()
             keep = keep & sample.keep.reshape(-1)
         ratios = torch.where(sink & sinks.norm_ratio.isfinite(), sinks.norm_ratio, 0.0)
+        found_here = {
+            "tokens": allowed.sum(),
+            "masked_by_id": (sinks.by_id & usable).sum(),
+            "masked_by_norm": (sinks.by_norm & usable).sum(),
+            "masked_by_position": (sinks.by_position & usable).sum(),
+            "left_by_sampler": (kept_before & ~keep).sum(),
+            "sink_ratio_sum": ratios.sum(),
+            "not_finite": (allowed & ~finite).sum(),
+            "sink_ratio_max": ratios.max(),
+        }
         # One read a pass; the producer's thread waits for it, the trainer does not.
-        by_id, by_norm, by_position, tokens, left, total, largest, bad = torch.stack(
-            [
-                *((m & usable).sum().double() for m in (sinks.by_id, sinks.by_norm, sinks.by_position)),
-                allowed.sum().double(),
-                (kept_before & ~keep).sum().double(),
-                ratios.sum().double(),
-                ratios.max().double(),
-                (allowed & ~finite).sum().double(),
-            ]
-        ).tolist()
+        values = torch.stack([value.double() for value in found_here.values()]).tolist()
+        counts = dict(zip(found_here, values, strict=True))
+        tokens, bad = counts["tokens"], counts["not_finite"]
         if bad > MOST_NOT_FINITE * tokens:
             raise DataError(
                 f"{found.where}: NaN or infinity among the activations of {bad:.0f} of {tokens:.0f} tokens; float16 overflows "
@@ -195,7 +153,7 @@ class RowMaker:
             )
         if bad:
             logger.warning("%s: %d of %d tokens have NaN or infinity and are left out", found.where, bad, tokens)
-        self._count(by_id, by_norm, by_position, tokens, left, total, largest, bad)
+        self._count(counts)
         return Made(self._rows(found, keep, weights), self._rows(found, sink, None), sample)
 
     def record(self, sample: PositionSample | None) -> None:
@@ -214,14 +172,7 @@ class RowMaker:
 
     def _rows(self, found: Pass, keep: Tensor, weights: Tensor | None) -> ActivationBatch:
         index = keep.nonzero().squeeze(1)
-        every = {
-            "source": found.source,
-            "target": found.target,
-            "tokens": found.tokens,
-            "positions": found.positions,
-            "sequences": found.sequences,
-        }
-        columns = {name: value[index] for name, value in every.items()}
+        columns = {name: getattr(found, name)[index] for name in PASS_COLUMNS}
         if weights is not None:
             columns["weights"] = weights[index]
         anchor = 0
@@ -231,44 +182,22 @@ class RowMaker:
             anchor = context_anchor(self._width)
         return batch_of(columns, anchor)
 
-    def _count(
-        self,
-        by_id: float,
-        by_norm: float,
-        by_position: float,
-        tokens: float,
-        left: float,
-        total: float,
-        largest: float,
-        not_finite: float,
-    ) -> None:
-        add = {
-            "passes": 1.0,
-            "tokens": tokens,
-            "masked_by_id": by_id,
-            "masked_by_norm": by_norm,
-            "masked_by_position": by_position,
-            "left_by_sampler": left,
-            "sink_ratio_sum": total,
-            "not_finite": not_finite,
-        }
-        for name, value in add.items():
+    def _count(self, counts: dict[str, float]) -> None:
+        largest = max(self.totals["sink_ratio_max"], counts["sink_ratio_max"])
+        for name, value in {"passes": 1.0, **counts}.items():
             # Totals of a checkpoint from before one of these was counted lack it.
             self.totals[name] = self.totals.get(name, 0.0) + value
-        self.totals["sink_ratio_max"] = max(self.totals["sink_ratio_max"], largest)
+        self.totals["sink_ratio_max"] = largest
 
 
 def counters_of(totals: dict[str, float], counts: dict[str, int]) -> dict[str, float]:
     """A cursor's totals under the names that `ActivationStream.counters` gives."""
-    sinks = totals["masked_by_id"] + totals["masked_by_norm"] + totals["masked_by_position"]
+    sinks = sum(totals[name] for name in _MASKED)
     return {
         **{name: float(value) for name, value in counts.items()},
         "passes": totals["passes"],
         "tokens_seen": totals["tokens"],
-        "masked_by_id": totals["masked_by_id"],
-        "masked_by_norm": totals["masked_by_norm"],
-        "masked_by_position": totals["masked_by_position"],
-        "left_by_sampler": totals["left_by_sampler"],
+        **{name: totals[name] for name in (*_MASKED, "left_by_sampler")},
         "not_finite": totals.get("not_finite", 0.0),
         "sink_norm_ratio": totals["sink_ratio_sum"] / sinks if sinks else 0.0,
         "sink_norm_ratio_max": totals["sink_ratio_max"],
@@ -279,9 +208,3 @@ def grid(ids: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """(positions, sequence ids), each [S * length] int64, of whole sequences with these ids [S]."""
     positions = torch.arange(length, device=ids.device).repeat(len(ids))
     return positions, ids[:, None].expand(-1, length).reshape(-1)
-
-
-def row_bytes(activations: int, weighted: bool, context_tokens: int) -> int:
-    """Bytes of a row: those of its activations, its token id, position and sequence, an importance weight if it
-    has one, and its context window."""
-    return activations + 3 * torch.int64.itemsize + torch.float32.itemsize * weighted + 4 * context_tokens

@@ -17,7 +17,11 @@ from transcoder.tensor_file import write_tensors
 
 INDEX_NAME = "index.json"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_MATRICES = ("source", "target")
+"""Columns [T, width] of one of `DTYPES`, both of the same."""
+_VECTORS = ("tokens", "positions", "sequences")
+"""Columns [T] of whole numbers, written as int64."""
+_OPTIONAL = {"sequences"}
 
 
 def write_shard(
@@ -44,19 +48,15 @@ def write_shard(
     path = local_path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"write_shard: path: expected a name ending in .safetensors, got {path.name!r}")
-    if source.dim() != 2 or target.dim() != 2 or source.dtype != target.dtype or source.dtype not in _DTYPE_NAMES:
+    if source.dim() != 2 or target.dim() != 2 or source.dtype != target.dtype or source.dtype not in DTYPES.values():
         raise TypeError(
             "write_shard: expected source [T, d_in] and target [T, d_out], both float32, bfloat16 or float16, got "
             f"{list(source.shape)} {source.dtype} and {list(target.shape)} {target.dtype}"
         )
-    columns = {
-        "source": source,
-        "target": target,
-        "tokens": tokens.to(torch.int64),
-        "positions": positions.to(torch.int64),
-    }
-    if sequences is not None:
-        columns["sequences"] = sequences.to(torch.int64)
+    columns = {"source": source, "target": target}
+    for name, value in zip(_VECTORS, (tokens, positions, sequences), strict=True):
+        if value is not None:
+            columns[name] = value.to(torch.int64)
     lengths = {name: value.shape[0] for name, value in columns.items()}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"write_shard: expected one length for all columns, got {lengths}")
@@ -96,10 +96,13 @@ def write_index(
     if not paths:
         raise DataError(f"write_index: no .safetensors shard in {str(folder)!r}")
     headers = [read_header(path) for path in paths]
-    _check_alike(paths, headers)
-    largest = 0
-    for path in paths:
-        largest = max(largest, int(read_column(path, "tokens").max()) if vocab_size is None else 0)
+    for path, header in zip(paths, headers, strict=True):
+        if header.kind != headers[0].kind:
+            raise DataError(
+                f"{path}: holds {header.kind}, and {paths[0].name} holds {headers[0].kind}; one cache has one width and type"
+            )
+    if vocab_size is None:
+        vocab_size = 1 + max(max(0, int(read_column(path, "tokens").max())) for path in paths)
     shards = [
         {"file": path.name, "tokens": header.tokens, "bytes": path.stat().st_size}
         | ({"sha256": file_digest(path).sha256} if checksums else {})
@@ -112,7 +115,7 @@ def write_index(
         "dtype": headers[0].dtype,
         "tokens": sum(header.tokens for header in headers),
         "sequence_length": sequence_length,
-        "vocab_size": largest + 1 if vocab_size is None else vocab_size,
+        "vocab_size": vocab_size,
         "special_ids": [int(i) for i in special_ids],
         "pad_id": pad_id,
         "model": model,
@@ -124,11 +127,18 @@ def write_index(
 
 @dataclass(frozen=True)
 class Header:
+    """What a shard holds, read without its data."""
+
     d_in: int
     d_out: int
     dtype: str
     tokens: int
     sequences: bool
+
+    @property
+    def kind(self) -> str:
+        """What all shards of a cache have in common, in words."""
+        return f"d_in {self.d_in}, d_out {self.d_out}, {self.dtype}"
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -147,7 +157,7 @@ def read_index(folder: Path) -> dict[str, Any]:
         index = json.loads(path.read_text(encoding="utf-8"))
         names = [str(entry["file"]) for entry in index["shards"]]
         shards = [(folder / name, int(entry["tokens"])) for name, entry in zip(names, index["shards"], strict=True)]
-        expected = (int(index["d_in"]), int(index["d_out"]), str(index["dtype"]))
+        expected = f"d_in {int(index['d_in'])}, d_out {int(index['d_out'])}, {index['dtype']}"
         needed = {name: index[name] for name in ("tokens", "vocab_size", "special_ids")}
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: not an index of activation shards: {type(error).__name__}: {error}") from error
@@ -158,11 +168,8 @@ def read_index(folder: Path) -> dict[str, Any]:
         raise DataError(f"{path}: names no shard with tokens")
     for shard, tokens in shards:
         header = read_header(shard)
-        if (header.d_in, header.d_out, header.dtype) != expected:
-            raise DataError(
-                f"{shard}: holds d_in {header.d_in}, d_out {header.d_out}, {header.dtype}; the index says "
-                f"d_in {expected[0]}, d_out {expected[1]}, {expected[2]}: it belongs to another cache"
-            )
+        if header.kind != expected:
+            raise DataError(f"{shard}: holds {header.kind}; the index says {expected}: it belongs to another cache")
         if header.tokens != tokens:
             raise DataError(f"{shard}: holds {header.tokens} tokens and the index says {tokens}; write the index again")
     return dict(index)
@@ -181,30 +188,21 @@ def read_header(path: Path) -> Header:
             dtypes = {name: value.get_dtype() for name, value in slices.items()}
     except (SafetensorError, OSError) as error:
         raise DataError(f"{path}: not a whole safetensors file (truncated?): {error}; write the shard again") from error
-    missing = [name for name in ("source", "target", "tokens", "positions") if name not in shapes]
+    missing = [name for name in (*_MATRICES, *_VECTORS) if name not in shapes and name not in _OPTIONAL]
     if missing:
         raise DataError(f"{path}: lacks the tensor(s) {', '.join(missing)}; it has {sorted(shapes)}")
+    vectors = [name for name in _VECTORS if name in shapes]
     tokens = shapes["tokens"][0] if shapes["tokens"] else -1
-    vectors = [n for n in ("tokens", "positions", "sequences") if n in shapes and shapes[n] != [tokens]]
-    matrices = [n for n in ("source", "target") if len(shapes[n]) != 2 or shapes[n][0] != tokens]
-    if vectors or matrices:
+    if any(shapes[n] != [tokens] for n in vectors) or any(
+        len(shapes[n]) != 2 or shapes[n][0] != tokens for n in _MATRICES
+    ):
         raise DataError(f"{path}: expected source [T, d_in], target [T, d_out] and [T] for the rest, got {shapes}")
-    whole = [n for n in ("tokens", "positions", "sequences") if n in dtypes and dtypes[n] not in ("I64", "I32")]
-    if whole or dtypes["source"] != dtypes["target"] or dtypes["source"] not in DTYPES:
+    whole = all(dtypes[n] in ("I64", "I32") for n in vectors)
+    if not whole or dtypes["source"] != dtypes["target"] or dtypes["source"] not in DTYPES:
         raise DataError(
             f"{path}: expected source and target of one type (F32, BF16 or F16) and I64 for the rest, got {dtypes}"
         )
     return Header(shapes["source"][1], shapes["target"][1], dtypes["source"], tokens, "sequences" in shapes)
-
-
-def _check_alike(paths: Sequence[Path], headers: Sequence[Header]) -> None:
-    first = headers[0]
-    for path, header in zip(paths, headers, strict=True):
-        if (header.d_in, header.d_out, header.dtype) != (first.d_in, first.d_out, first.dtype):
-            raise DataError(
-                f"{path}: holds d_in {header.d_in}, d_out {header.d_out}, {header.dtype}, and {paths[0].name} holds "
-                f"d_in {first.d_in}, d_out {first.d_out}, {first.dtype}; one cache has one width and type"
-            )
 
 
 def read_column(path: Path, name: str) -> Tensor:

@@ -5,25 +5,18 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from transcoder.activations.batch import ActivationBatch
-from transcoder.activations.buffer import (
-    ShuffleBuffer,
-    batch_of,
-    columns_of,
-    concatenate,
-    permutation,
-    take_rows,
-    to_device,
-)
+from transcoder.activations.activation_source import ActivationSource
+from transcoder.activations.batch import ActivationBatch, batch_of, columns_of, concatenate, take_rows
+from transcoder.activations.buffer import ShuffleBuffer, permutation, to_device
 from transcoder.activations.documents import DataError
 from transcoder.activations.prefetch import Prefetcher
-from transcoder.activations.rows import ActivationSource, Chunk, MakePositionChoice, Substitute
+from transcoder.activations.rows import Chunk, MakePositionChoice, Substitute
 from transcoder.config import RunConfig
 
 _JSON_BYTES = 1 << 16
@@ -96,10 +89,9 @@ class ActivationStream:
         return self._buffer.draw()
 
     def _refill(self) -> None:
-        wanted = self._buffer.room
-        have = sum(len(rows) for rows in self._pending)
+        have = sum(map(len, self._pending))
         barren_since: float | None = None
-        while have < wanted:
+        while have < self._buffer.room:
             chunk = self._producer.next()
             # Rows and cursor move together: whatever interrupts this loop, the state saved describes what is
             # held.
@@ -117,17 +109,7 @@ class ActivationStream:
                     "activations: a whole pass over the data left no token to train on; every one was "
                     f"masked as a sink or left out by the position sampler: {self.counters()}"
                 )
-        pieces: list[ActivationBatch] = []
-        rest: list[ActivationBatch] = []
-        for rows in self._pending:
-            taken = min(wanted, len(rows))
-            wanted -= taken
-            if taken:
-                pieces.append(take_rows(rows, slice(0, taken)))
-            if taken < len(rows):
-                rest.append(take_rows(rows, slice(taken, None)))
-        self._buffer.refill(pieces)
-        self._pending = rest
+        self._pending = self._buffer.refill(self._pending)
 
     def heldout(self, tokens: int) -> list[ActivationBatch]:
         """At least `tokens` held-out non-sink tokens in shuffled batches of `training.batch_size`, the same
@@ -160,8 +142,7 @@ class ActivationStream:
     def unembedding(self) -> Tensor | str:
         """[d_out, vocabulary] fp32, what the logits read of the target's stream, see `HookedModel.unembedding`; or the reason
         why there is none."""
-        found: Callable[[], Tensor | str] | None = getattr(self._source, "unembedding", None)
-        return "the run had no language model at hand" if found is None else found()
+        return self._source.unembedding()
 
     def _read_heldout(self, tokens: int) -> tuple[list[ActivationBatch], ActivationBatch | None]:
         if tokens < 1:
@@ -185,11 +166,9 @@ class ActivationStream:
             )
         every, masked = concatenate(rows), concatenate(sinks)
         size = min(self._batch_size, have)
-        count = min(wanted, have) // size
         order = to_device(permutation(have, "heldout", self._seed), every.source.device)
-        return [take_rows(every, order[i * size : (i + 1) * size]) for i in range(count)], masked if len(
-            masked
-        ) else None
+        batches = [take_rows(every, order[i * size : (i + 1) * size]) for i in range(min(wanted, have) // size)]
+        return batches, masked if len(masked) else None
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the rest of the stream depends on: the cursor behind the last consumed pass, the
@@ -327,11 +306,11 @@ def build_stream(
         raise ValueError(f"build_stream: context_tokens: expected at least 0, got {context_tokens}")
     source: ActivationSource
     if config.activations.kind == "cached":
-        from transcoder.activations.cached import CachedSource
+        from transcoder.activations.cached_activations import CachedActivations
 
-        source = CachedSource(config, device, position_sampler, context_tokens)
+        source = CachedActivations(config, device, position_sampler, context_tokens)
     else:
-        from transcoder.activations.model_source import ModelSource
+        from transcoder.activations.model_activations import ModelActivations
 
-        source = ModelSource(config, device, position_sampler, context_tokens)
+        source = ModelActivations(config, device, position_sampler, context_tokens)
     return ActivationStream(source, config, device)

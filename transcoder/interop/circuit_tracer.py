@@ -21,7 +21,7 @@ from transcoder.interop.conversion_record import Conversion
 from transcoder.interop.files import read_safetensors, write_safetensors
 from transcoder.interop.folded_weights import FoldedWeights, Hooks
 from transcoder.interop.foreign_config import ForeignConfig, Object, Rising, Text, Whole
-from transcoder.interop.layout import from_layout, take_tensors, to_layout
+from transcoder.interop.layout import from_layout, to_layout
 
 TESTED = "circuit-tracer 0.4.1 and PyPI's 0.5.0, a fork (JumpReLU); its main branch at 4bb8c0e, tag v0.5.0 (TopK too)"
 CONFIG_FILE = "config.yaml"
@@ -171,17 +171,17 @@ def read(path: Path, record: Conversion, options: Mapping[str, Any]) -> FoldedWe
     in_file = f"{where}: {file}"
     match = _FILE.fullmatch(file.name)
     layer = int(match[1]) if match else None
-    required, optional = ("W_enc", "W_dec", "b_enc", "b_dec"), (_THRESHOLD, "W_skip", "k")
-    found = take_tensors(in_file, read_safetensors(where, file), required, record, optional, whole=("k",))
-    fields = from_layout(in_file, found, _LAYOUT)
+    tensors, optional = read_safetensors(where, file), (_THRESHOLD, "W_skip", "k")
+    fields = from_layout(in_file, tensors, _LAYOUT, record, optional, counts=("k",))
     own = _Layer.of(
         f"{config.where}: layer {layer}", {name: (getattr(config, name) or {}).get(layer) for name in _BY_LAYER}
     )
     d_sae, topk = fields["W_enc"].shape[0], config.activation == "topk"
-    k, threshold, skip = own.training_k, fields.get("threshold"), fields.get("W_skip")
+    k, count = own.training_k, fields.pop("k", None)
+    threshold, skip = fields.get("threshold"), fields.get("W_skip")
     if topk:
         # The number is in the weights too where circuit-tracer's own class wrote them.
-        k = int(found["k"]) if config.k is None and "k" in found and found["k"].numel() == 1 else config.k
+        k = int(count) if config.k is None and count is not None and count.numel() == 1 else config.k
         if k is None or not 0 < k <= d_sae:
             raise ValueError(
                 f"{config.where}: k: expected a whole number of the {d_sae} latents for activation topk, got {k}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 RECORD_FILE = "conversion.json"
 
@@ -60,13 +60,10 @@ class Conversion:
             )
         self.add(what, "changed")
 
-    def to_dict(self) -> dict[str, Any]:
-        values = asdict(self)
-        values["steps"] = [{"what": what, "effect": effect} for what, effect in self.steps]
-        return {"kind": "transcoder-conversion", "version": 1, "function": self.function, **values}
-
     def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=1, ensure_ascii=False)
+        head = {"kind": "transcoder-conversion", "version": 1, "function": self.function}
+        steps = [{"what": what, "effect": effect} for what, effect in self.steps]
+        return json.dumps({**head, **asdict(self), "steps": steps}, indent=1, ensure_ascii=False)
 
     def format_lines(self) -> str:
         """For people: one line a step."""

@@ -15,7 +15,7 @@ from transcoder.interop.conversion_record import Conversion
 from transcoder.interop.files import read_json, read_pickle, write_json, write_state_dict
 from transcoder.interop.folded_weights import FoldedWeights, Hooks
 from transcoder.interop.foreign_config import ForeignConfig, Object, Size, Text, Whole
-from transcoder.interop.layout import from_layout, take_tensors, to_layout
+from transcoder.interop.layout import from_layout, to_layout
 
 TESTED = "dictionary-learning 0.1.0"
 WEIGHTS_FILE, CONFIG_FILE = "ae.pt", "config.json"
@@ -104,26 +104,25 @@ def read(path: Path, record: Conversion, options: Mapping[str, Any]) -> FoldedWe
     config = _Config.of(f"{where}: {config_file}", read_json(where, config_file) if config_file.is_file() else {})
     trainer = _Trainer.of(f"{config.where}: trainer", config.trainer)
     name = _class_of(where, state, trainer)
-    layout, counts = _LAYOUTS[name], _COUNTS.get(name, ())
-    found = take_tensors(f"{where}: {file} ({name})", state, [*layout, *counts], record, whole=counts)
+    fields = from_layout(f"{where}: {file} ({name})", state, _LAYOUTS[name], record, counts=_COUNTS.get(name, ()))
     record.add(f"class {name}", "layout")
-    fields = from_layout(f"{where}: {file}", found, layout)
     d_sae, d_in = fields["W_enc"].shape
     trainer.check_sizes(activation_dim=d_in, dict_size=d_sae)
     widths = None
-    if "group_sizes" in found:
-        sizes = found["group_sizes"].flatten().tolist()
+    if "group_sizes" in fields:
+        sizes = fields.pop("group_sizes").flatten().tolist()
         if sum(sizes) != d_sae or min(sizes) < 1:
             raise ValueError(f"{where}: {file}: group_sizes: expected positive sizes that sum to {d_sae}, got {sizes}")
         record.add("group sizes became cumulative widths", "layout")
         widths = tuple(accumulate(sizes)) if len(sizes) > 1 else None
     subtracts = name not in ("AutoEncoderNew", "JumpReluAutoEncoder")
     source = trainer.submodule_name
+    k = _k(f"{where}: {file}", fields.pop("k", None), trainer)
     return FoldedWeights(
         **{"threshold": torch.tensor(0.0), **fields},
         input_bias=fields["b_dec"].clone() if subtracts else None,
         activation="topk" if name == "AutoEncoderTopK" else "threshold",
-        k=_k(f"{where}: {file}", found, trainer),
+        k=k,
         widths=widths,
         hooks=Hooks(source, trainer.submodule_name_out or source, trainer.lm_name),
     )
@@ -146,11 +145,11 @@ def _class_of(where: str, state: Mapping[str, Any], trainer: _Trainer) -> str:
     raise ValueError(f"{where}: the tensors {', '.join(sorted(map(str, state)))} fit none of {', '.join(_LAYOUTS)}")
 
 
-def _k(where: str, found: Mapping[str, Tensor], trainer: _Trainer) -> int | None:
+def _k(where: str, found: Tensor | None, trainer: _Trainer) -> int | None:
     """Of the weights, which the config may not contradict (the library refuses that too); else of the config."""
-    if "k" not in found:
+    if found is None:
         return trainer.k
-    if found["k"].numel() != 1 or int(found["k"]) < 1:
-        raise ValueError(f"{where}: k: expected a whole number of latents a token, got {found['k'].tolist()}")
-    trainer.check_sizes(k=int(found["k"]))
-    return int(found["k"])
+    if found.numel() != 1 or int(found) < 1:
+        raise ValueError(f"{where}: k: expected a whole number of latents a token, got {found.tolist()}")
+    trainer.check_sizes(k=int(found))
+    return int(found)

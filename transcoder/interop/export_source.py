@@ -25,16 +25,11 @@ class Source:
 
     Fields:
         model: in eval mode, on the CPU.   hooks: as far as config.yaml or hooks.json knows them.
-        path: the folder it came from, None for a live one.   run: its run folder, if it is in one.
-        settings, summary: config.yaml and summary.json of the run; empty where there is none.
-        step: of the checkpoint.
+        summary: summary.json of the run, empty where there is none.   step: of the checkpoint.
     """
 
     model: Transcoder
     hooks: Hooks = field(default_factory=Hooks)
-    path: Path | None = None
-    run: Path | None = None
-    settings: dict[str, Any] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
     step: int | None = None
 
@@ -59,14 +54,10 @@ def load_source(source: Exportable) -> Source:
     folder = path if (path / "transcoder.safetensors").is_file() else find_checkpoint(path)
     model = Transcoder.from_pretrained(folder)
     run = next((place for place in (folder, *folder.parents[:2]) if (place / "config.yaml").is_file()), None)
-    settings = {} if run is None else _mapping(run / "config.yaml")
     step = folder.name.removeprefix("step_")
     return Source(
         model=model,
-        hooks=_recorded_hooks(folder) if run is None else _hooks(settings),
-        path=folder,
-        run=run,
-        settings=settings,
+        hooks=_recorded_hooks(folder) if run is None else _hooks(_mapping(run / "config.yaml")),
         summary={} if run is None else _mapping(run / "summary.json"),
         step=int(step) if step.isdecimal() else None,
     )

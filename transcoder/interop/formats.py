@@ -174,12 +174,9 @@ def import_transcoder(format: str, path: str | Path, **options: Any) -> Transcod
 
 
 def _several(name: str, source: Exportable | Sequence[Exportable] | Mapping[int, Exportable]) -> list[Exportable]:
-    if isinstance(source, Mapping):
-        sources = list(source.values())
-    elif isinstance(source, (list, tuple)):
-        sources = list(source)
-    else:
+    if not isinstance(source, (Mapping, list, tuple)):
         return [source]  # type: ignore[list-item]
+    sources: list[Exportable] = list(source.values() if isinstance(source, Mapping) else source)
     if not sources or (len(sources) > 1 and name != "circuit-tracer"):
         raise ValueError(
             f"{name} export: expected one transcoder, got {len(sources)}; only circuit-tracer takes several"
@@ -194,9 +191,7 @@ def _folded(source: Exportable, record: Conversion, options: Mapping[str, Any]) 
 
 def _named(hooks: Hooks, options: Mapping[str, Any]) -> Hooks:
     given = {"source": "source_hook", "target": "target_hook", "model_name": "model_name"}
-    return replace(
-        hooks, **{name: options[option] for name, option in given.items() if options.get(option) is not None}
-    )
+    return replace(hooks, **{name: options[option] for name, option in given.items() if option in options})
 
 
 def _by_layer(source: object, folded: list[FoldedWeights], options: Mapping[str, Any]) -> dict[int, FoldedWeights]:

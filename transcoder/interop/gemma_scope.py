@@ -22,7 +22,7 @@ from torch import Tensor
 from transcoder.interop.conversion_record import Conversion
 from transcoder.interop.files import existing
 from transcoder.interop.folded_weights import FoldedWeights, Hooks
-from transcoder.interop.layout import from_layout, take_tensors, to_layout
+from transcoder.interop.layout import from_layout, to_layout
 
 TESTED = "the files of google/gemma-scope-2b-pt-transcoders as circuit-tracer 0.4.1 and sae-lens 6.54.12 read them"
 WEIGHTS_FILE = "params.npz"
@@ -81,8 +81,7 @@ def read(path: Path, record: Conversion, options: Mapping[str, Any]) -> FoldedWe
     """
     where = "gemma-scope import"
     file = existing(where, path / WEIGHTS_FILE if path.is_dir() else path, WEIGHTS_FILE)
-    found = take_tensors(f"{where}: {file}", _read_npz(where, file), _LAYOUT, record)
-    fields = from_layout(f"{where}: {file}", found, _LAYOUT)
+    fields = from_layout(f"{where}: {file}", _read_npz(where, file), _LAYOUT, record)
     W_enc = fields["W_enc"]
     layer = options.get("layer")
     if layer is None and (match := re.search(r"layer_(\d+)", str(file))) is not None:
@@ -164,7 +163,6 @@ def _from_model(folder: Path, layer: int | None) -> Tensor:
     from safetensors import safe_open
 
     config = json.loads(existing("norm_weight", folder / "config.json", "config.json").read_bytes())
-    kind = str(config.get("model_type"))
     # Where a norm follows attention too, the MLP has its own before it.
     names = [
         f"model.layers.{layer}.{norm}.weight" for norm in ("pre_feedforward_layernorm", "post_attention_layernorm")
@@ -175,5 +173,5 @@ def _from_model(folder: Path, layer: int | None) -> Tensor:
             with safe_open(file, framework="pt") as tensors:
                 if name in tensors.keys():  # noqa: SIM118 (no container, it has keys() only)
                     weight = tensors.get_tensor(name).double()
-                    return weight + 1 if kind.startswith("gemma") else weight
+                    return weight + 1 if str(config.get("model_type")).startswith("gemma") else weight
     raise ValueError(f"norm_weight: expected {' or '.join(names)} in the safetensors files of {folder}, found neither")

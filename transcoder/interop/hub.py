@@ -5,10 +5,8 @@ from __future__ import annotations
 import math
 import re
 import tempfile
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -86,7 +84,7 @@ def model_card(source: Source, repo_id: str, *, license: str | None = None) -> s
     """
     config, hooks = source.model.config, source.hooks
     nested = len(config.widths or ()) > 1
-    kind = source.model.selection.label
+    label = source.model.selection.label
     tags = ["transcoder", "mechanistic-interpretability", "sparse-dictionary", *(["matryoshka"] if nested else [])]
     metadata = {
         "library_name": "transcoder",
@@ -100,23 +98,24 @@ def model_card(source: Source, repo_id: str, *, license: str | None = None) -> s
         "writes": hooks.target,
         "language model": hooks.model_name,
         "widths d_in, d_sae, d_out": f"{config.d_in}, {config.d_sae}, {config.d_out}",
-        "selection": f"{kind}, k = {config.k}",
+        "selection": f"{label}, k = {config.k}",
         "Matryoshka widths": ", ".join(map(str, config.widths or ())) if nested else None,
         "skip connection": "yes" if config.skip else None,
         "training step": source.step,
     }
     sections = [
         f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)}---",
-        f"# {_line(repo_id.split('/')[1])}",
-        f"A {'Matryoshka ' if nested else ''}{kind} transcoder: it predicts one activation of a language model from another "
+        # Nothing in the name is read as HTML or Markdown.
+        "# " + re.sub(r"([\\`*_{}\[\]<>()#+!|~-])", r"\\\1", _line(repo_id.split("/")[1])),
+        f"A {'Matryoshka ' if nested else ''}{label} transcoder: it predicts one activation of a language model from another "
         "through sparse latents.",
         _table(("", ""), [(name, _code(value)) for name, value in facts.items() if value is not None]),
         f'## Load\n\n```python\nfrom transcoder import Transcoder\n\nmodel = Transcoder.from_pretrained("{repo_id}")\n'
         "codes = model.encode(x)  # x [B, d_in], raw activations\ny_hat = model(x)  # [B, d_out]\n```",
     ]
-    known = [name for name in _METRICS if _is_number(source.summary, name)]
-    if known:
-        table = _table(("metric", "value"), [(_METRICS[name], _number(source.summary[name])) for name in known])
+    metrics = [(what, _number(source.summary.get(name))) for name, what in _METRICS.items()]
+    if known := [(what, value) for what, value in metrics if value]:
+        table = _table(("metric", "value"), known)
         sections.append(f"## Metrics\n\nFrom the run's summary.json, held-out non-sink tokens.\n\n{table}")
     return "\n\n".join(sections) + "\n"
 
@@ -127,21 +126,18 @@ def _table(head: tuple[str, str], rows: list[tuple[str, str]]) -> str:
 
 
 def _line(value: object) -> str:
-    """One line without control characters, nothing in it read as HTML or Markdown."""
-    text = " ".join("".join(c if c.isprintable() else " " for c in str(value)).split())
-    return re.sub(r"([\\`*_{}\[\]<>()#+!|~-])", r"\\\1", text)
+    """One line without control characters."""
+    return " ".join("".join(c if c.isprintable() else " " for c in str(value)).split())
 
 
 def _code(value: object) -> str:
     """One line as inline code in a table's cell: backticks and bars would end either."""
-    text = " ".join("".join(c if c.isprintable() else " " for c in str(value)).split())
+    text = _line(value)
     return f"`{text.replace('`', chr(39)).replace('|', '/')}`" if text else ""
 
 
-def _is_number(summary: Mapping[str, Any], name: str) -> bool:
-    value = summary.get(name)
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _number(value: float) -> str:
+def _number(value: object) -> str:
+    """Empty for what is no finite number."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+        return ""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"

@@ -31,41 +31,28 @@ def to_layout(weights: FoldedWeights, layout: Layout) -> dict[str, Tensor]:
     }
 
 
-def from_layout(where: str, tensors: Mapping[str, Tensor], layout: Layout) -> dict[str, Any]:
-    """{field of `FoldedWeights`: tensor} of the file's tensors that the layout names.
-
-    Raises:
-        ValueError: a W_ that is no matrix.
-    """
-    found: dict[str, Any] = {}
-    for name, field in layout.items():
-        if name in tensors:
-            tensor = tensors[name]
-            if field.startswith("W_") and (tensor.dim() != 2 or 0 in tensor.shape):
-                raise ValueError(f"{where}: {name}: expected a matrix, got shape {list(tensor.shape)}")
-            found[field.removesuffix(".T")] = tensor.T.contiguous() if field.endswith(".T") else tensor
-    return found
-
-
-def take_tensors(
+def from_layout(
     where: str,
     tensors: Mapping[str, Any],
-    required: Collection[str],
+    layout: Layout,
     record: Conversion,
     optional: Collection[str] = (),
     ignored: Collection[str] = (),
-    whole: Collection[str] = (),
-) -> dict[str, Tensor]:
-    """The named tensors, contiguous on the CPU: fp32 of fp32, bf16, fp16 or fp64 (recorded where that rounds it).
+    counts: Collection[str] = (),
+) -> dict[str, Any]:
+    """{field of `FoldedWeights`: tensor}, contiguous on the CPU: fp32 of fp32, bf16, fp16 or fp64 (recorded where that rounds).
 
     Args:
         where: begins the errors: the conversion and the file.
-        optional: taken where they are there.   ignored: not taken.
-        whole: those of them that are integers; they stay as they are.
+        layout: what the file has to hold, with `counts`, except for what is `optional`.
+        ignored: not taken.
+        counts: integers among the tensors; they keep their names and types.
 
     Raises:
-        ValueError: a tensor is missing, unknown, of another type, or not a dense one whose numbers are all in the file.
+        ValueError: a tensor is missing, unknown, of another type, a W_ that is no matrix, or not a dense one whose numbers are
+            all in the file.
     """
+    required = [name for name in (*layout, *counts) if name not in optional]
     missing = [name for name in required if name not in tensors]
     unknown = sorted(map(str, set(tensors) - {*required, *optional, *ignored}))
     if missing or unknown:
@@ -75,19 +62,22 @@ def take_tensors(
             + (f" (and perhaps {', '.join(optional)})" if optional else "")
             + f"; {'; '.join(parts)}. Is this the right format?"
         )
-    found: dict[str, Tensor] = {}
+    found: dict[str, Any] = {name: _dense(where, name, tensors[name], _WHOLE) for name in counts if name in tensors}
     rounded = []
-    for name in (name for name in (*required, *optional) if name in tensors):
-        found[name] = tensor = _dense(where, name, tensors[name], _WHOLE if name in whole else _FLOATING)
-        if name in whole:
+    for name, field in layout.items():
+        if name not in tensors:
             continue
-        found[name] = tensor.float().contiguous()
-        if tensor.dtype == torch.float64 and not torch.equal(found[name].double(), tensor):
+        tensor = _dense(where, name, tensors[name], _FLOATING)
+        fp32 = tensor.float().contiguous()
+        if tensor.dtype == torch.float64 and not torch.equal(fp32.double(), tensor):
             rounded.append(name)
-            if bool((found[name].isinf() & tensor.isfinite()).any()):
+            if bool((fp32.isinf() & tensor.isfinite()).any()):
                 raise ValueError(
                     f"{where}: {name}: expected numbers that fp32 holds, got fp64 up to {tensor.abs().max():.3g}"
                 )
+        if field.startswith("W_") and (fp32.dim() != 2 or 0 in fp32.shape):
+            raise ValueError(f"{where}: {name}: expected a matrix, got shape {list(fp32.shape)}")
+        found[field.removesuffix(".T")] = fp32.T.contiguous() if field.endswith(".T") else fp32
     if rounded:
         record.add(f"{', '.join(rounded)}: fp64, rounded to fp32", "rounding")
     return found

@@ -14,7 +14,7 @@ from transcoder.interop.conversion_record import Conversion
 from transcoder.interop.files import read_json, read_pickle, write_json, write_state_dict
 from transcoder.interop.folded_weights import FoldedWeights, Hooks
 from transcoder.interop.foreign_config import Flag, ForeignConfig, Size, Text, Whole
-from transcoder.interop.layout import from_layout, take_tensors, to_layout
+from transcoder.interop.layout import from_layout, to_layout
 
 TESTED = "its source at commit 888d820"
 CONFIG_FILE = "config.json"
@@ -87,13 +87,12 @@ def read(path: Path, record: Conversion, options: Mapping[str, Any]) -> FoldedWe
         # Some of its scripts wrapped the state with the optimizer's.
         if isinstance(state.get(key), Mapping):
             state = dict(state[key])
-    found = take_tensors(f"{where}: {file}", state, _LAYOUT, record, ignored=("num_batches_not_active",))
+    fields = from_layout(f"{where}: {file}", state, _LAYOUT, record, ignored=("num_batches_not_active",))
     _check_transcoder(config, options)
     # Its own default is true, and the model reads a missing one as false.
     config.require("input_unit_norm", config.input_unit_norm is not None, "true or false")
     if config.input_unit_norm:
         record.change("input_unit_norm centres and scales each token by itself, which a Transcoder does not do")
-    fields = from_layout(f"{where}: {file}", found, _LAYOUT)
     d_sae, d_in = fields["W_enc"].shape
     for side, size in (("source", d_in), ("target", fields["W_dec"].shape[1])):
         own = f"{side}_act_size"

@@ -15,7 +15,7 @@ from transcoder.interop.conversion_record import Conversion
 from transcoder.interop.files import read_json, read_safetensors, write_json, write_safetensors
 from transcoder.interop.folded_weights import FoldedWeights, Hooks
 from transcoder.interop.foreign_config import Flag, ForeignConfig, Mean, Object, Rising, Size, Text, nearest_whole
-from transcoder.interop.layout import from_layout, take_tensors, to_layout
+from transcoder.interop.layout import from_layout, to_layout
 
 TESTED = "sae-lens 6.54.12"
 CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"
@@ -176,26 +176,25 @@ def read(path: Path, record: Conversion, options: Mapping[str, Any]) -> FoldedWe
         raise ValueError(f"{config.where}: architecture: expected one of {', '.join(known)}, got {architecture!r}")
     topk, is_sae = architecture in ("topk", "topk_transcoder"), architecture in _SAES
     tracked = architecture in ("batchtopk", "matryoshka_batchtopk", *_TRAINED)
-    required = ["W_enc", "W_dec", "b_enc", "b_dec"]
+    layout = {name: field for name, field in _LAYOUT.items() if name != "W_skip"}
     if "skip" in architecture or (architecture in _TRAINED and config.skip):
-        required.append("W_skip")
+        layout["W_skip"] = "W_skip"
     if architecture.startswith("jumprelu") or tracked:
-        required.append("topk_threshold" if tracked else "threshold")
+        layout["topk_threshold" if tracked else "threshold"] = "threshold"
     tensors = dict(read_safetensors(where, path / WEIGHTS_FILE))
     _drop_scaling_factor(in_file, tensors, record)
-    found = take_tensors(in_file, tensors, required, record)
+    fields = from_layout(in_file, tensors, layout, record)
     rescale = config.rescale_acts_by_decoder_norm
     rescaled = bool(tracked if rescale is None else rescale) and (tracked or topk)
-    found = _fold_scale(
-        config, path, found, record, trained=tracked or "decoder_init_norm" in values, rescaled=rescaled
-    )
-    fields = from_layout(in_file, found, _LAYOUT)
+    trained = tracked or "decoder_init_norm" in values
+    fields = _fold_scale(config, path, fields, record, trained=trained, rescaled=rescaled)
     d_sae, d_in = fields["W_enc"].shape
     record.add(f"architecture {architecture}; W_enc transposed to a latent a row", "layout")
     config.check_sizes(d_sae=d_sae, d_in=d_in, d_out=fields["W_dec"].shape[1])
     config.require("reshape_activations", config.reshape_activations in ("none", "hook_z"), "none or hook_z")
     if config.reshape_activations == "hook_z":
         record.add("reads the heads of hook_z flattened", "note")
+    fields["threshold"] = _threshold(in_file, fields.get("threshold"), topk, tracked)
     if rescaled:
         fields.update(_fold_norms(in_file, fields, record))
     # Transcoders never subtract b_dec; SAEs do unless told otherwise.
@@ -217,7 +216,6 @@ def read(path: Path, record: Conversion, options: Mapping[str, Any]) -> FoldedWe
         input_bias=fields["b_dec"].clone() if subtracts else None,
         activation="topk" if topk else "threshold",
         k=k,
-        threshold=_threshold(in_file, found, topk),
         widths=tuple(widths) or None,
         hooks=Hooks(
             hook, metadata.hook_name_out or hook, metadata.model_name, metadata.context_size, metadata.prepend_bos
@@ -244,15 +242,14 @@ def _drop_scaling_factor(where: str, tensors: dict[str, Tensor], record: Convers
     record.add("scaling_factor of ones left out", "layout")
 
 
-def _threshold(where: str, found: Mapping[str, Tensor], topk: bool) -> Tensor | None:
+def _threshold(where: str, threshold: Tensor | None, topk: bool, tracked: bool) -> Tensor | None:
     """Of TopK the tracked one, or None."""
-    if "topk_threshold" not in found:
-        return None if topk else found.get("threshold", torch.tensor(0.0))
-    tracked = found["topk_threshold"]
-    if tracked.numel() != 1:
-        raise ValueError(f"{where}: topk_threshold: expected one number, got shape {list(tracked.shape)}")
+    if threshold is None or not tracked:
+        return torch.tensor(0.0) if threshold is None and not topk else threshold
+    if threshold.numel() != 1:
+        raise ValueError(f"{where}: topk_threshold: expected one number, got shape {list(threshold.shape)}")
     # 0 is where SAELens starts: no batch was trained.
-    return None if topk and not bool(tracked > 0) else tracked.reshape(())
+    return None if topk and not bool(threshold > 0) else threshold.reshape(())
 
 
 def _topk_k(config: _Config, architecture: str) -> int:
@@ -265,9 +262,9 @@ def _topk_k(config: _Config, architecture: str) -> int:
 def _noted(metadata: _Metadata) -> tuple[int | None, list[int]]:
     """k and widths from our own note in the metadata, or from SAELens' on how it was trained."""
     where = metadata.where
-    ours = _Note.of(f"{where}.transcoder", metadata.transcoder)
-    theirs = _Note.of(f"{where}.training_architecture_details", metadata.training_architecture_details)
-    return nearest_whole(ours.k or theirs.k), ours.widths or theirs.matryoshka_widths or []
+    own = _Note.of(f"{where}.transcoder", metadata.transcoder)
+    saelens = _Note.of(f"{where}.training_architecture_details", metadata.training_architecture_details)
+    return nearest_whole(own.k or saelens.k), own.widths or saelens.matryoshka_widths or []
 
 
 def _fold_norms(where: str, fields: Mapping[str, Tensor], record: Conversion) -> dict[str, Tensor]:
@@ -284,8 +281,8 @@ def _fold_norms(where: str, fields: Mapping[str, Tensor], record: Conversion) ->
 
 
 def _fold_scale(
-    config: _Config, path: Path, found: Mapping[str, Tensor], record: Conversion, *, trained: bool, rescaled: bool
-) -> dict[str, Tensor]:
+    config: _Config, path: Path, fields: dict[str, Any], record: Conversion, *, trained: bool, rescaled: bool
+) -> dict[str, Any]:
     """The weights for activations in their own units, as SAELens folds its trainer's scale when training ends.
 
     Args:
@@ -318,7 +315,7 @@ def _fold_scale(
                 f"normalize_activations {mode!r}: no scale in the files; nothing is scaled, as in SAELens' load_from_disk",
                 "note",
             )
-        return dict(found)
+        return fields
     if mode != "expected_average_only_in":
         raise ValueError(
             f"saelens import: {path / SCALER_FILE}: scaling_factor is {factor:g}, and {CONFIG_FILE} says "
@@ -327,8 +324,8 @@ def _fold_scale(
     record.add(f"scaling_factor {factor:g} of {SCALER_FILE} was folded into W_enc, W_dec and b_dec", "rounding")
     by = {"W_enc": factor, "W_dec": 1 / factor, "b_dec": 1 / factor}
     if rescaled:
-        by["topk_threshold"] = 1 / factor
-    return {name: (t.double() * by[name]).float() if name in by else t for name, t in found.items()}
+        by["threshold"] = 1 / factor
+    return {name: (t.double() * by[name]).float() if name in by else t for name, t in fields.items()}
 
 
 def _scaling_factor(file: Path) -> float | None:

@@ -52,8 +52,8 @@ with missing_parts_named(__name__, library):
     )
     from sae_lens.training.activations_store import ActivationsStore
 
-_PLAIN = {c.architecture(): c for c in (JumpReLUTranscoderConfig, TranscoderConfig)}
-_SKIP = {c.architecture(): c for c in (JumpReLUSkipTranscoderConfig, SkipTranscoderConfig)}
+_WITHOUT_SKIP = {c.architecture(): c for c in (JumpReLUTranscoderConfig, TranscoderConfig)}
+_WITH_SKIP = {c.architecture(): c for c in (JumpReLUSkipTranscoderConfig, SkipTranscoderConfig)}
 
 
 @dataclass
@@ -79,11 +79,8 @@ class _Config:
         name = type(self).__name__
         if self.d_out < 1:
             raise ValueError(f"{name}.d_out: expected the target's width, got {self.d_out}")
-        for setting, wanted in (
-            ("apply_b_dec_to_input", False),
-            ("normalize_activations", "none"),
-            ("reshape_activations", "none"),
-        ):
+        needed = {"apply_b_dec_to_input": False, "normalize_activations": "none", "reshape_activations": "none"}
+        for setting, wanted in needed.items():
             if getattr(self, setting) != wanted:
                 raise ValueError(
                     f"{name}.{setting}: expected {wanted!r} for a transcoder, whose input and output differ, got "
@@ -98,7 +95,7 @@ class _Config:
         super().__post_init__()  # type: ignore[misc]
 
     def _inference_classes(self) -> dict[str, type]:
-        return dict(_SKIP if self.skip else _PLAIN)
+        return dict(_WITH_SKIP if self.skip else _WITHOUT_SKIP)
 
     def get_inference_config_class(self) -> type:
         known = self._inference_classes()
@@ -170,18 +167,18 @@ class _Paired:
 
     def initialize_weights(self: Any) -> None:
         d_in, d_out, d_sae = self.cfg.d_in, self.cfg.d_out, self.cfg.d_sae
-        kind = {"dtype": self.dtype, "device": self.device}
-        self.b_dec = nn.Parameter(torch.zeros(d_out, **kind))
-        self.b_enc = nn.Parameter(torch.zeros(d_sae, **kind))
-        self.W_dec = nn.Parameter(nn.init.kaiming_uniform_(torch.empty(d_sae, d_out, **kind)))
-        rows = nn.init.kaiming_uniform_(torch.empty(d_sae, d_in, **kind))
+        placed = {"dtype": self.dtype, "device": self.device}
+        self.b_dec = nn.Parameter(torch.zeros(d_out, **placed))
+        self.b_enc = nn.Parameter(torch.zeros(d_sae, **placed))
+        self.W_dec = nn.Parameter(nn.init.kaiming_uniform_(torch.empty(d_sae, d_out, **placed)))
+        rows = nn.init.kaiming_uniform_(torch.empty(d_sae, d_in, **placed))
         if self.cfg.decoder_init_norm is not None:
             with torch.no_grad():
                 for matrix in (self.W_dec, rows):
                     matrix.mul_(self.cfg.decoder_init_norm / matrix.norm(dim=-1, keepdim=True))
         self.W_enc = nn.Parameter(rows.T.contiguous())
         if self.cfg.skip:
-            self.W_skip = nn.Parameter(torch.zeros(d_out, d_in, **kind))
+            self.W_skip = nn.Parameter(torch.zeros(d_out, d_in, **placed))
 
     def process_sae_in(self: Any, sae_in: Tensor) -> Any:
         return self.hook_sae_input(sae_in.to(self.dtype))

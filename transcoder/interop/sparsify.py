@@ -13,7 +13,7 @@ from transcoder.interop.conversion_record import Conversion
 from transcoder.interop.files import read_json, read_safetensors, write_json, write_safetensors
 from transcoder.interop.folded_weights import FoldedWeights
 from transcoder.interop.foreign_config import Flag, ForeignConfig, Size, Whole
-from transcoder.interop.layout import from_layout, take_tensors, to_layout
+from transcoder.interop.layout import from_layout, to_layout
 
 TESTED = "eai-sparsify 1.3.3"
 CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae.safetensors"
@@ -73,9 +73,8 @@ def read(path: Path, record: Conversion, options: Mapping[str, Any]) -> FoldedWe
         config.require("activation", config.activation == "topk" and not config.signed, "'topk' unsigned")
     if config.k is None:
         raise config.refusal("k", "a whole number of latents a token")
-    required = [name for name in _LAYOUT if name != "W_skip" or config.skip_connection]
-    tensors = take_tensors(in_file, read_safetensors(where, path / WEIGHTS_FILE), required, record)
-    fields = from_layout(in_file, tensors, _LAYOUT)
+    layout = {name: field for name, field in _LAYOUT.items() if name != "W_skip" or config.skip_connection}
+    fields = from_layout(in_file, read_safetensors(where, path / WEIGHTS_FILE), layout, record)
     d_sae, d_in = fields["W_enc"].shape
     config.check_sizes(d_in=d_in)
     if config.num_latents:

@@ -122,24 +122,24 @@ class _View(Source):
     def again(self) -> Tensor:
         """The view of what the other is by now, in the graph if this one was taken in it."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.grad):
-            found: Any = self.func(self.parent.dense(), *self.args, **self.kwargs)
-        made: Tensor = found if self.part is None else found[self.part]
-        return made
+            return self._of(self.parent.dense())
 
     def contents(self) -> Tensor:
-        found: Any = self.func(self.parent.contents(), *self.args, **self.kwargs)
-        made: Tensor = found if self.part is None else found[self.part]
-        return made
+        return self._of(self.parent.contents())
+
+    def _of(self, parent: Tensor) -> Tensor:
+        found: Any = self.func(parent, *self.args, **self.kwargs)
+        return found if self.part is None else found[self.part]
 
 
 class _Born(torch.autograd.Function):
     """A lazy tensor in the graph of what it is made from."""
 
     @staticmethod
-    def forward(ctx: Any, kind: Any, source: Source, meta: Tensor, device: torch.device, *inputs: Tensor) -> Any:
+    def forward(ctx: Any, cls: Any, source: Source, meta: Tensor, device: torch.device, *inputs: Tensor) -> Any:
         ctx.source = source
         ctx.set_materialize_grads(False)
-        return _shell(kind, source, meta, device)
+        return _shell(cls, source, meta, device)
 
     @staticmethod
     @once_differentiable
@@ -149,16 +149,10 @@ class _Born(torch.autograd.Function):
         return (None, None, None, None, *found)
 
 
-def _shell(kind: Any, source: Source, meta: Tensor, device: torch.device) -> Any:
+def _shell(cls: Any, source: Source, meta: Tensor, device: torch.device) -> Any:
     """Of the shape, strides and type of `meta`."""
-    new = torch.Tensor._make_wrapper_subclass(
-        kind,
-        meta.shape,
-        strides=meta.stride(),
-        storage_offset=meta.storage_offset(),
-        dtype=meta.dtype,
-        device=device,
-    )
+    place: dict[str, Any] = {"strides": meta.stride(), "storage_offset": meta.storage_offset()}
+    new: Any = torch.Tensor._make_wrapper_subclass(cls, meta.shape, **place, dtype=meta.dtype, device=device)
     new._source, new._raw, new._parent, new._owner = source, None, None, None
     new._node, new._needs, new._used, new._watched = None, False, False, False
     return new
@@ -305,13 +299,13 @@ def _read(func: Any, args: Sequence[Any], kwargs: dict[str, Any], mine: LazyTens
             return found
     given: list[tuple[LazyTensor, Tensor]] = []
 
-    def plain(lazy: LazyTensor) -> Tensor:
+    def densified(lazy: LazyTensor) -> Tensor:
         lazy._announce(func)
         given.append((lazy, lazy.dense()))
         return given[-1][1]
 
-    plain_args, plain_kwargs = tree_map_only(LazyTensor, plain, (tuple(args), kwargs))
-    found = func(*plain_args, **plain_kwargs)
+    dense_args, dense_kwargs = tree_map_only(LazyTensor, densified, (tuple(args), kwargs))
+    found = func(*dense_args, **dense_kwargs)
     for lazy, view in given:
         if view.shape != lazy.shape or view.stride() != lazy.stride():
             raise RuntimeError(f"transcoder.accelerate: {_name(func)} changes the shape in place: give it `.dense()`")

@@ -59,14 +59,15 @@ class _Encoder:
         scale = self.W_dec.norm(dim=-1) if getattr(self.cfg, "rescale_acts_by_decoder_norm", False) else None
         how, argument = _selection(self, flat.shape[0], threshold)
         codes = select(flat, self.W_enc, self.b_enc, how, argument, scale=scale)
-        leading = sae_in.shape[:-1]
-        plain = codes.values
+        values = codes.values
         if scale is not None:
-            codes = codes.with_values(plain * scale[codes.indices])
-
-        acts: Any = SparseActivations.over(self, codes, leading, self.W_enc.dtype)
-        acts._plain = _Plain(plain, scale, self.W_dec, Unchanged(W_dec=self.W_dec))
-        hidden_pre = _hidden_pre(acts, (sae_in, self.W_enc, self.b_enc, *([] if scale is None else [scale])))
+            codes = codes.with_values(values * scale[codes.indices])
+        acts: Any = SparseActivations.over(self, codes, sae_in.shape[:-1], self.W_enc.dtype)
+        acts._encoded = _Encoded(values, scale, self.W_dec, Unchanged(W_dec=self.W_dec))
+        inputs = (sae_in, self.W_enc, self.b_enc, *([] if scale is None else [scale]))
+        unchanged = Unchanged(W_enc=self.W_enc, b_enc=self.b_enc)
+        source = Computed("hidden_pre", _affine, inputs, unchanged, relu=False)
+        hidden_pre = _HiddenPre.born(acts._owner, acts.shape, acts.dtype, source, inputs)
         if _active(self.hook_sae_acts_post):
             announce(self, "hook_sae_acts_post has hooks, which get the dense activations")
             acts = self.hook_sae_acts_post(acts.dense())
@@ -74,8 +75,8 @@ class _Encoder:
 
 
 @dataclasses.dataclass
-class _Plain:
-    """Beside activations: what `decode` needs to leave out their division by the decoder's norms."""
+class _Encoded:
+    """An attribute of activations: what `decode` needs to leave out their division by the decoder's norms."""
 
     values: Tensor
     """[nnz] before the multiplication by the norms."""
@@ -87,12 +88,6 @@ class _Plain:
     """What `decode` found, in the mode `levels_grad`, from a decoder that has not changed while `levels_of` holds."""
     levels_grad: bool = False
     levels_of: Unchanged | None = None
-
-
-def _hidden_pre(acts: SparseActivations, inputs: tuple[Tensor, ...]) -> _HiddenPre:
-    source = Computed("hidden_pre", _affine, inputs, Unchanged(W_enc=inputs[1], b_enc=inputs[2]), relu=False)
-    new: _HiddenPre = _HiddenPre.born(acts._owner, acts.shape, acts.dtype, source, inputs)
-    return new
 
 
 def _affine(x: Tensor, W: Tensor, b: Tensor, scale: Tensor | None = None) -> Tensor:
@@ -139,10 +134,9 @@ class Training(_Decoder):
         self: Any, sae_in: Tensor, sae_out: Tensor, hidden_pre: Any, dead_neuron_mask: Tensor | None
     ) -> Tensor:
         """As the library's, from the pre-activations of the dead latents alone."""
-        theirs = original(self).calculate_topk_aux_loss
         lazy = isinstance(hidden_pre, _HiddenPre) and hidden_pre.untouched()
-        if dead_neuron_mask is None or not lazy or self.cfg.normalize_activations not in _PLAIN:
-            return theirs(self, sae_in, sae_out, hidden_pre, dead_neuron_mask)
+        if dead_neuron_mask is None or not lazy or self.cfg.normalize_activations not in _WITH_AUX_LOSS:
+            return original(self).calculate_topk_aux_loss(self, sae_in, sae_out, hidden_pre, dead_neuron_mask)
         ids = dead_neuron_mask.nonzero().squeeze(1)
         if ids.numel() == 0:
             return sae_out.new_tensor(0.0)
@@ -165,36 +159,36 @@ class Matryoshka(Training):
         self: Any, feature_acts: Any, include_outer_loss: bool = False
     ) -> Iterator[tuple[int, Tensor]]:
         """As the library's, from the one pass that `decode` made."""
-        plain: Any = getattr(feature_acts, "_plain", None)
+        encoded: Any = getattr(feature_acts, "_encoded", None)
         widths = self.cfg.matryoshka_widths
         fits = (
-            plain is not None
-            and plain.levels_of is not None
-            and plain.W_dec is self.W_dec
+            encoded is not None
+            and encoded.levels_of is not None
+            and encoded.W_dec is self.W_dec
             and feature_acts.untouched()
-            and len(plain.levels) == len(widths)
-            and plain.levels_grad == torch.is_grad_enabled()
-            and plain.levels_of.holds()
+            and len(encoded.levels) == len(widths)
+            and encoded.levels_grad == torch.is_grad_enabled()
+            and encoded.levels_of.holds()
         )
         if not fits:
             yield from original(self)._iterable_decode(self, feature_acts, include_outer_loss)
             return
-        for width, level in list(zip(widths, plain.levels, strict=True))[: None if include_outer_loss else -1]:
+        for width, level in list(zip(widths, encoded.levels, strict=True))[: None if include_outer_loss else -1]:
             yield width, self.run_time_activation_norm_fn_out(level.to(self.W_dec.dtype) + self.b_dec)
 
 
 def _undone(sae: Any, acts: Any) -> Tensor | None:
     """[nnz] the activations over the decoder's norms of now; None where they are not `sae`'s own, untouched, with the decoder
     that they were encoded with."""
-    plain = getattr(acts, "_plain", None)
-    if plain is None or plain.W_dec is not sae.W_dec or not acts.untouched() or not plain.unchanged.holds():
+    encoded = getattr(acts, "_encoded", None)
+    if encoded is None or encoded.W_dec is not sae.W_dec or not acts.untouched() or not encoded.unchanged.holds():
         return None
-    if (plain.scale is not None) != bool(sae.cfg.rescale_acts_by_decoder_norm):
+    if (encoded.scale is not None) != bool(sae.cfg.rescale_acts_by_decoder_norm):
         return None
-    values: Tensor = plain.values
-    if plain.scale is not None:
+    values: Tensor = encoded.values
+    if encoded.scale is not None:
         # Changes through `.data` are seen by nothing else.
-        ratio = plain.scale.detach() / sae.W_dec.detach().norm(dim=-1)
+        ratio = encoded.scale.detach() / sae.W_dec.detach().norm(dim=-1)
         if not bool(ratio.isfinite().all()):
             return None
         values = values * ratio[acts.codes.indices]
@@ -218,8 +212,8 @@ def _levels(sae: Any, acts: Any, values: Tensor) -> tuple[Tensor, ...]:
     shares = SparseCodes.trusted(values, indices, row_ptr, (len(widths) * rows, codes.shape[1]))
     # Added one by one: the gradient of `cumsum` reverses all of it twice.
     levels = tuple(itertools.accumulate(sparse_decode(shares, sae.W_dec, none).view(len(widths), rows, -1).unbind(0)))
-    plain = acts._plain
-    plain.levels, plain.levels_grad, plain.levels_of = levels, torch.is_grad_enabled(), Unchanged(W_dec=sae.W_dec)
+    encoded = acts._encoded
+    encoded.levels, encoded.levels_grad, encoded.levels_of = levels, torch.is_grad_enabled(), Unchanged(W_dec=sae.W_dec)
     return levels
 
 
@@ -236,7 +230,7 @@ class JumpReLUInference(_Encoder):
         return original(self).encode(self, x) if found is None else found[0]
 
 
-_PLAIN = ("none", "expected_average_only_in", "covariance_whitening")
+_WITH_AUX_LOSS = ("none", "expected_average_only_in", "covariance_whitening")
 """Normalisations that SAELens' auxiliary loss takes; for the others it raises."""
 
 
@@ -257,11 +251,10 @@ def _why_dense(sae: Any) -> str | None:
         return "hook_sae_acts_pre has hooks"
     if hooked(sae.activation_fn):
         return "activation_fn has hooks"
-    kind = type(sae.activation_fn)
-    if kind is BatchTopK:
-        k = sae.activation_fn.k
-        return None if 1 <= k <= sae.b_enc.shape[0] else f"k = {k}"
-    return None if kind in (TopK, nn.ReLU) else f"activation_fn {kind.__name__}"
+    function = sae.activation_fn
+    if type(function) is BatchTopK:
+        return None if 1 <= function.k <= sae.b_enc.shape[0] else f"k = {function.k}"
+    return None if type(function) in (TopK, nn.ReLU) else f"activation_fn {type(function).__name__}"
 
 
 def _active(point: nn.Module) -> bool:

@@ -150,13 +150,10 @@ class PreActivations(LazyTensor):
 
     def _shortcut(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         source = self._source
-        plain = len(args) == 2 and type(args[1]) is int and kwargs in ({}, {"sorted": False})
-        if (
-            func is not Tensor.topk
-            or not plain
-            or not 0 < args[1] <= self.shape[-1]
-            or not isinstance(source, Computed)
-        ):
+        by_number = len(args) == 2 and type(args[1]) is int and kwargs in ({}, {"sorted": False})
+        if func is not Tensor.topk or not by_number or not isinstance(source, Computed):
+            return NotImplemented
+        if not 0 < args[1] <= self.shape[-1]:
             return NotImplemented
         source.reads.check(source.what)
         with torch.set_grad_enabled(source.grad and torch.is_grad_enabled()):

@@ -43,7 +43,7 @@ def _state(tensor: Tensor) -> tuple[int, int]:
 
 
 def _edges(tensor: Tensor) -> list[Tensor]:
-    plain = tensor.detach()
-    if 0 in plain.shape:
+    tensor = tensor.detach()
+    if 0 in tensor.shape:
         return []
-    return [plain[0].clone(), plain[:, 0].clone()] if plain.dim() == 2 else [plain.clone()]
+    return [tensor[0].clone(), tensor[:, 0].clone()] if tensor.dim() == 2 else [tensor.clone()]

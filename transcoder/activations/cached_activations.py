@@ -1,4 +1,4 @@
-"""Cached activations as a source, and the run that fills a cache."""
+"""Activations read from a cache, and the run that fills one."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transcoder.activations.batch import ActivationBatch
+from transcoder.activations.activation_source import ActivationSource
 from transcoder.activations.documents import DataError, is_heldout
-from transcoder.activations.fingerprint import files_digest
-from transcoder.activations.masking import SinkMasker
-from transcoder.activations.rows import Chunk, MakePositionChoice, Pass, RowMaker, Substitute, counters_of, row_bytes
+from transcoder.activations.record_sources import files_digest
+from transcoder.activations.rows import PASS_COLUMNS, MakePositionChoice, Pass
 from transcoder.activations.shards import (
     DTYPES,
     INDEX_NAME,
@@ -39,8 +38,8 @@ class _Shard:
     sequences: Tensor
 
 
-class CachedSource:
-    """Reads shards in order, a pass at a time; see `passes.ActivationSource`.
+class CachedActivations(ActivationSource):
+    """Reads shards in order, a pass at a time.
 
     A pass is `sequences_per_forward * sequence_length` tokens (the index's sequence length where it gives
     one). Sinks are masked as they are for a model: by the index's special ids, by norm and by position. What
@@ -53,34 +52,35 @@ class CachedSource:
         section = config.activations
         assert section.cached_path is not None  # the configuration checks it
         self._folder = local_path(section.cached_path, "activations.cached_path")
-        index = read_index(self._folder)
-        self._index = index
-        self.d_in, self.d_out = int(index["d_in"]), int(index["d_out"])
+        self._index = index = read_index(self._folder)
         whole = index.get("sequence_length")
         if make_sampler is not None and whole is None:
             raise DataError(
                 f"{self._folder / INDEX_NAME}: positions can only be sampled from whole sequences and this "
                 "cache has no sequence_length; set antidup.positions.enabled to false, or cache whole sequences"
             )
-        self.sequence_length = int(whole or section.sequence_length)
         self._whole = whole is not None
-        self.vocabulary = Vocabulary(_tokenizer(index), int(index["vocab_size"]), index["special_ids"])
-        if self.vocabulary.special_ids == [] and index["special_ids"]:
+        vocabulary = Vocabulary(_tokenizer(index), int(index["vocab_size"]), index["special_ids"])
+        if vocabulary.special_ids == [] and index["special_ids"]:
             raise DataError(f"{self._folder / INDEX_NAME}: special_ids lie outside vocab_size = {index['vocab_size']}")
-        pad = index.get("pad_id")
-        self._masker = SinkMasker(section, self.vocabulary.special_ids, self.vocabulary.size, pad, device)
-        self._device, self._fraction = device, section.heldout_fraction
-        self._chunk = section.sequences_per_forward * self.sequence_length
-        self._context_tokens = context_tokens
-        sampler = None if make_sampler is None else make_sampler(self.vocabulary.special_ids)
-        self._rows = RowMaker(self._masker, context_tokens, sampler)
-        size = DTYPES[index["dtype"]].itemsize
-        self.row_bytes = row_bytes((self.d_in + self.d_out) * size, make_sampler is not None, context_tokens)
-        self.pass_rows = self._chunk
-        self.identity: dict[str, Any] = {
+        d_in, d_out = int(index["d_in"]), int(index["d_out"])
+        super().__init__(
+            config,
+            device,
+            make_sampler,
+            context_tokens,
+            vocabulary=vocabulary,
+            d_in=d_in,
+            d_out=d_out,
+            sequence_length=int(whole or section.sequence_length),
+            activation_bytes=(d_in + d_out) * DTYPES[index["dtype"]].itemsize,
+            pad_id=index.get("pad_id"),
+        )
+        self._fraction = section.heldout_fraction
+        self.identity = {
             "kind": "cached",
-            "d_in": self.d_in,
-            "d_out": self.d_out,
+            "d_in": d_in,
+            "d_out": d_out,
             "dtype": index["dtype"],
             "vocabulary": self.vocabulary.size,
             "tokens": int(index["tokens"]),
@@ -93,39 +93,24 @@ class CachedSource:
         self._shard_number = self._row = self._epoch = 0
         self._shard: tuple[int, _Shard] | None = None
 
-    def produce(self) -> Chunk:
-        """The next rows of the cache; it begins again when it ends."""
-        shards = self._index["shards"]
+    def next_pass(self) -> Pass:
         shard = self._open(self._shard_number)
-        number = int(self._rows.totals["passes"])
-        begin, end = self._row, min(self._row + self._chunk, len(shard.tokens))
+        begin, end = self._row, min(self._row + self.pass_rows, len(shard.tokens))
         found = self._read(shard, begin, end)
-        made = self._rows.make(found, self._training(found), step=number)
         self._row = end
         if end == len(shard.tokens):
             self._shard_number, self._row = self._shard_number + 1, 0
-        if self._shard_number == len(shards):
+        if self._shard_number == len(self._index["shards"]):
             self._shard_number, self._epoch = 0, self._epoch + 1
-        return Chunk(made.rows, made.sample, self.cursor())
+        return found
 
-    def record(self, chunk: Chunk) -> None:
-        self._rows.record(chunk.sample)
-
-    def heldout_losses(self, substitutes: Mapping[str, Substitute | None], tokens: int) -> None:
-        """None: there is no language model to run."""
-
-    def heldout_passes(self) -> Iterator[tuple[ActivationBatch, ActivationBatch]]:
-        """(rows, sinks) of the held-out sequences, pass by pass."""
-        maker = RowMaker(self._masker, self._context_tokens, None)
+    def _heldout(self) -> Iterator[Pass]:
         for number in range(len(self._index["shards"])):
             shard = self._load(number)
-            for begin in range(0, len(shard.tokens), self._chunk):
-                found = self._read(shard, begin, min(begin + self._chunk, len(shard.tokens)))
-                made = maker.make(found, ~self._training(found))
-                yield made.rows, made.sinks
+            for begin in range(0, len(shard.tokens), self.pass_rows):
+                yield self._read(shard, begin, min(begin + self.pass_rows, len(shard.tokens)))
 
-    def _training(self, found: Pass) -> Tensor:
-        """[T] bool: the tokens of sequences that are not held out."""
+    def _trains(self, found: Pass) -> Tensor:
         ids, place = found.sequences.unique(return_inverse=True)
         trains = torch.tensor([not is_heldout(int(i), self._fraction) for i in ids.tolist()], device=ids.device)
         return trains[place]
@@ -150,14 +135,14 @@ class CachedSource:
                 f"{length - 1} here"
             )
         return Pass(
-            source,
-            target,
-            tokens,
-            positions,
-            sequences,
-            torch.ones_like(tokens, dtype=torch.bool),
-            shape,
-            where,
+            source=source,
+            target=target,
+            tokens=tokens,
+            positions=positions,
+            sequences=sequences,
+            valid=torch.ones_like(tokens, dtype=torch.bool),
+            shape=shape,
+            where=where,
         )
 
     def _open(self, number: int) -> _Shard:
@@ -182,27 +167,14 @@ class CachedSource:
         )
         return _Shard(path, tokens, positions, sequences)
 
-    def cursor(self) -> dict[str, Any]:
-        return {
-            "shard": self._shard_number,
-            "row": self._row,
-            "epoch": self._epoch,
-            "totals": dict(self._rows.totals),
-        }
+    def _place(self) -> dict[str, Any]:
+        return {"shard": self._shard_number, "row": self._row, "epoch": self._epoch}
 
-    def cursor_bytes_at_most(self) -> int:
-        return 0
+    def _seek(self, place: dict[str, Any]) -> None:
+        self._shard_number, self._row, self._epoch = (int(place[name]) for name in ("shard", "row", "epoch"))
 
-    def seek(self, cursor: dict[str, Any]) -> None:
-        self._shard_number, self._row, self._epoch = (
-            int(cursor["shard"]),
-            int(cursor["row"]),
-            int(cursor["epoch"]),
-        )
-        self._rows.totals = {name: float(value) for name, value in cursor["totals"].items()}
-
-    def counters(self, cursor: dict[str, Any]) -> dict[str, float]:
-        return counters_of(cursor["totals"], {"epochs": int(cursor["epoch"])})
+    def _progress(self, place: dict[str, Any]) -> dict[str, int]:
+        return {"epochs": int(place["epoch"])}
 
 
 def _number_sequences(positions: Tensor, shard: int) -> Tensor:
@@ -247,7 +219,7 @@ def cache_activations(
     Returns:
         The path of index.json.
     """
-    from transcoder.activations.model_source import ModelSource
+    from transcoder.activations.model_activations import ModelActivations
 
     folder = local_path(folder)
     if tokens < 1 or shard_tokens < 1:
@@ -256,7 +228,7 @@ def cache_activations(
         )
     if any(folder.glob("*.safetensors")):
         raise DataError(f"cache_activations: {str(folder)!r} holds shards already; give an empty folder")
-    model = ModelSource(config, device, None, 0)
+    model = ModelActivations(config, device, None, 0)
     waiting: list[Pass] = []
     written = number = 0
     while written < tokens or waiting:
@@ -264,10 +236,7 @@ def cache_activations(
             waiting.append(model.next_pass())
             written += len(waiting[-1].tokens)
         if written >= tokens or sum(len(p.tokens) for p in waiting) >= shard_tokens:
-            columns = {
-                name: torch.cat([getattr(p, name) for p in waiting])
-                for name in ("source", "target", "tokens", "positions", "sequences")
-            }
+            columns = {name: torch.cat([getattr(p, name) for p in waiting]) for name in PASS_COLUMNS}
             write_shard(folder / f"shard_{number:06}.safetensors", **columns)
             waiting, number = [], number + 1
     return write_index(
