@@ -71,6 +71,7 @@ def check_switches(
             anti.monitor.block_tokens,
             int(anti.recycle.until * trained),
         )
+    _name_what_cannot_act(config, trained)
     regularizer = acting_penalties(config)
     weights = (
         "correlation_weight",
@@ -84,6 +85,34 @@ def check_switches(
             f"antidup.regularizer: enabled with every weight 0 ({', '.join(weights)}): it would have no effect; set one, or "
             "set antidup.regularizer.enabled to false"
         )
+
+
+def _name_what_cannot_act(config: RunConfig, trained: int) -> None:
+    """Warn of settings that wait for more tokens or steps than the run has. `trained`: its tokens."""
+    dictionary, monitor, steps = config.transcoder, config.antidup.monitor, config.training.steps
+    if dictionary.dead_after_tokens >= trained:
+        logger.warning(
+            "transcoder.dead_after_tokens is %d and the run has %d tokens: no latent will be counted dead, and AuxK has "
+            "nothing to train; %d would act",
+            dictionary.dead_after_tokens,
+            trained,
+            max(1, trained // 4),
+        )
+    if monitor.enabled and monitor.blocks_to_flag * monitor.block_tokens > trained:
+        logger.warning(
+            "antidup.monitor.block_tokens is %d, a flag needs %d blocks, and the run has %d tokens: no pair will be flagged; "
+            "%d would act",
+            monitor.block_tokens,
+            monitor.blocks_to_flag,
+            trained,
+            max(1, trained // (monitor.blocks_to_flag + 1)),
+        )
+    for name, value in (
+        ("training.warmup_steps", config.training.warmup_steps),
+        ("training.evaluation_every", config.training.evaluation_every),
+    ):
+        if value > steps:
+            logger.warning("%s is %d and the run has %d steps: %d would act", name, value, steps, max(1, steps // 10))
 
 
 def check_folder(run_dir: Path, config: RunConfig, resume: bool) -> None:
