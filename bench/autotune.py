@@ -45,7 +45,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Choice:
-    """One thing to choose: its candidates, how to put one in force, what it must get right and what it should do fast."""
+    """One launch choice: its candidates, how to apply one, its check and the work that is timed."""
 
     name: str
     place: str
@@ -203,7 +203,7 @@ class Outcome:
 
 
 def tune(choice: Choice, size: Size, device: torch.device) -> Iterator[Outcome]:
-    """Each candidate: refused with its problem, or timed. The one in force goes first."""
+    """Check and time each candidate, the current one first."""
     others = [c for c in choice.candidates if not _same(c, choice.current)]
     for candidate in (choice.current, *others):
         try:
@@ -211,7 +211,7 @@ def tune(choice: Choice, size: Size, device: torch.device) -> Iterator[Outcome]:
                 choice.check(device)
                 yield Outcome(candidate, median_seconds(choice.work(size, device), device), None)
         except Exception as error:
-            # Too large for the chip, or wrong: either way not a choice.
+            # Too large for the chip, or wrong: not a candidate.
             yield Outcome(candidate, None, f"{type(error).__name__}: {error}".splitlines()[0][:120])
 
 
@@ -220,7 +220,7 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def frozen(choice: Choice, outcomes: list[Outcome], where: str) -> str:
-    """What to paste: the best candidate with its reason."""
+    """The line to paste: the best candidate with its reason."""
     timed = sorted((o for o in outcomes if o.seconds is not None), key=lambda o: o.seconds or 0)
     if not timed:
         return f"{choice.place}: no candidate is right on this device"

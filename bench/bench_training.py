@@ -10,11 +10,11 @@ from bench.monitoring_overhead import KINDS, PERIOD, RARE, compared, runs, secon
 def bench_training(size, benchmark, record_row):  # type: ignore[no-untyped-def]
     """Steps of the trainer itself, batches and logs included, with the anti-duplication parts on and off. A warm-up of one
     round, then as many as hold everything once."""
-    # Whether each part did something is asked at the end of a run, which these never come to.
+    # The ledger is verified at the end of a run, which these runs do not reach.
     with runs(size, KINDS, {"antidup.verify_at_step": 10_000}) as opened:
         for run in opened.values():
             seconds_of(run, PERIOD)
-        # Whole multiples of what comes most rarely: at the larger size once is minutes.
+        # As many periods as the rarest work needs: at the larger size that takes minutes.
         rounds = RARE // PERIOD
         taken: dict[str, list[float]] = {kind: [] for kind in opened}
 

@@ -1,5 +1,5 @@
-"""What a row of the benchmark is about: sizes, weights and inputs drawn from one seed, what is right, and the floor under its
-time."""
+"""The input of a row of the benchmark: sizes, weights and inputs drawn from one seed, the expected results, and the floor of
+its time."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ ENCODE_REFERENCE = {"topk": topk_encode_reference, "batch_topk": batch_topk_enco
 HEAD = 64
 """Rows of the small probe."""
 LEAST = 8
-"""Rows of a probe, however wide the dictionary."""
+"""Fewest rows of a probe, for any width of the dictionary."""
 CHECKED = 1 << 23
 """Entries of dense codes up to which the other probe has as many rows as the row that is timed: the reference builds several
 such arrays in float64."""
 LEARNING_RATE = 1e-4
 CHECK_RATE = 1e-2
-"""Learning rate where an optimizer is checked: a step that is not lost in the rounding of the weights."""
+"""Learning rate for the check of an optimizer: large enough that steps exceed the rounding of the weights."""
 BETAS = (0.9, 0.99)
 WEIGHTS = ("W_enc", "b_enc", "W_dec", "b_dec")
 ENCODED = 4
@@ -68,14 +68,14 @@ SIZES = {
 
 
 def dense_bytes(size: Size) -> int:
-    """What a dense step holds at its peak, roughly: ten arrays [B, N] (activations, codes, their gradients, the selection) and
-    six copies of both matrices (masters, gradients, moments, and what is in passing)."""
+    """Approximate peak memory of a dense step: ten arrays [B, N] (activations, codes, their gradients, the selection) and
+    six copies of both matrices (masters, gradients, moments, and temporaries)."""
     return 4 * (10 * size.rows * size.d_sae + 12 * size.d_sae * size.d)
 
 
 @dataclass(frozen=True)
 class Floor:
-    """What any exact implementation must move and compute (bench.roofline), whatever the machine."""
+    """Bytes and operations that any exact implementation must move and compute, on any machine (bench.roofline)."""
 
     bytes: float
     operations: float
@@ -89,7 +89,7 @@ class Floor:
 
 @dataclass(frozen=True)
 class Probe:
-    """An input on which results are compared, one that rounding cannot turn into another selection."""
+    """An input on which results are compared; rounding cannot change its selection."""
 
     x: Tensor
     """[rows, d], source and target."""
@@ -135,7 +135,7 @@ class Case:
         return [self.draw(self.size.rows, self.size.d) for _ in range(pool_size(4 * self.size.rows * self.size.d))]
 
     def x(self, i: int) -> Tensor:
-        """The i-th input; they come round again."""
+        """Input i modulo the number of inputs."""
         return self.pool[i % len(self.pool)]
 
     def leaf(self, name: str) -> Tensor:
@@ -159,12 +159,12 @@ class Case:
 
     @functools.cached_property
     def dense(self) -> list[Tensor]:
-        """[B, N] codes for those who need them so, together more than the cache holds."""
+        """[B, N] codes for variants that need dense ones, together more than the cache holds."""
         return [self._codes(n).to_dense() for n in range(pool_size(4 * self.size.rows * self.size.d_sae))]
 
     def _codes(self, n: int) -> SparseCodes:
-        """The n-th input's codes. The encoder made the first ones; of the others each is one of those with every latent's
-        number moved up: as many entries a row and the same values, at other places of every matrix."""
+        """The n-th input's codes. The encoder makes the first ones; the others are copies of these with shifted latent ids: the
+        same values and entries per row, at other places of every matrix."""
         made = self._encoded[n % len(self._encoded)]
         moved = (made.indices + 7919 * (n // len(self._encoded))) % self.size.d_sae
         rows = torch.arange(made.shape[0], device=self.device).repeat_interleave(made.row_ptr.diff())
@@ -175,7 +175,7 @@ class Case:
     def _encoded(self) -> list[SparseCodes]:
         return [self.encode(x).detach() for x in self.pool[:ENCODED]]
 
-    # What is right, dense and obvious.
+    # Expected results, from dense code.
 
     @functools.cached_property
     def probes(self) -> list[Probe]:
@@ -190,7 +190,7 @@ class Case:
         return found
 
     def expect(self, operation: str, probe: Probe) -> dict[str, Tensor]:
-        """{answer: what is right} of an operation."""
+        """{name: expected result} of an operation."""
         expected: dict[str, Tensor] = getattr(self, f"_expect_{operation}")(probe)
         return expected
 
@@ -230,7 +230,7 @@ class Case:
 
     def gradients(self) -> list[dict[str, Tensor]]:
         """Those of STEPS steps, one for each weight, the same each time. The first step's norm is clipped, the second's is not:
-        moments that are not kept as they should be end elsewhere."""
+        wrong moments give other weights."""
         g = torch.Generator().manual_seed(7)
         norm = math.sqrt(sum(getattr(self, name).numel() for name in WEIGHTS))
         scales = (1.0, 0.3 / norm)
@@ -258,11 +258,11 @@ class Case:
         return self.steps_of(now)
 
     def steps_of(self, after: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What was added to each weight."""
+        """The change of each weight."""
         return {f"{n} step": after[n].detach().double() - getattr(self, n).double() for n in WEIGHTS}
 
     def _expect_correlation(self, probe: Probe) -> dict[str, Tensor]:
-        """Of the busiest pairs: exact, or beyond EXACT_LIMIT what the sketch's own definition makes of them."""
+        """Correlation of the busiest pairs: exact, or beyond EXACT_LIMIT by the definition of the sketch."""
         i, j = probe.busiest
         z = probe.dense.double()
         if self.size.d_sae <= EXACT_LIMIT:
@@ -305,7 +305,7 @@ def _gradients(weights: list[Tensor], names: tuple[str, ...]) -> dict[str, Tenso
 
 
 def selected(z: Tensor) -> Tensor:
-    """Gradients of the entries that are on: sparse implementations have no others."""
+    """Gradients of the active entries: sparse implementations have no others."""
     assert z.grad is not None
     return z.grad[z.detach() > 0]
 

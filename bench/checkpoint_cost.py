@@ -1,7 +1,7 @@
-"""What a checkpoint costs the step that saves it, written within the step or asynchronously: `python bench/checkpoint_cost.py`.
+"""Cost of a checkpoint in the step that saves it, written within the step or asynchronously: `python bench/checkpoint_cost.py`.
 
-One line of JSON a run: milliseconds that each save took, on the clock and of the training thread's own CPU
-time (the latter hardly depends on what else the machine does).
+One line of JSON a run: milliseconds that each save took, wall time and CPU time of the training thread (which hardly depends on
+other work on the machine).
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""Two result files: what became slower or needs more memory, beyond their spread.
+"""Compares two result files: times and memory that grew by more than their spread.
 
 - Rows are compared as multiples of the floor that the same rounds measured, the trainer as a multiple of itself with its parts
   off: a slower hour of the machine is no regression.
-- Such ratios are blind to what slows all of ours alike, the trainer without its parts above all. Of one machine, seconds are
-  therefore compared too, after both files' rates of a copy and of a product have said how fast it was just then: slower is what
-  neither explains. Of two machines only ratios are, and that is said.
-- What each figure's spread covers may still lie on one side everywhere: all times together have a verdict of their own.
+- Such ratios do not show a slowdown of all our variants together. For files of the same machine, seconds are therefore compared
+  too, corrected by the rates of a copy and of a product that each file records. Files of two machines are compared by ratios
+  only, and the output says so.
+- Small changes of the same sign may each stay within their spread: a separate verdict covers all times together.
 
-A single figure counts when its ranges no longer touch and its middles are further apart than SLACK.
+A single measurement has changed when its ranges do not overlap and its medians differ by more than SLACK.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from bench.statistics import mean
 SLACK = 1.05
 MEMORY_SLACK = 1.10
 MEMORY_NOISE = 4 << 20
-"""Bytes that an allocator may add or leave away."""
+"""Difference in bytes that an allocator may cause."""
 TOGETHER_SLACK = 1.02
 TOGETHER = "all times together"
 MACHINE = ("name", "cores", "threads", "instructions", "capability")
@@ -45,19 +45,19 @@ class Change:
 
 
 @dataclass(frozen=True)
-class Figure:
+class Measurement:
     middle: float
     low: float
     high: float
     unit: str
     speed: tuple[float, float] = (1.0, 1.0)
-    """Of seconds: what the machine did a second when they were taken, copied bytes and operations of a product."""
+    """For seconds: the machine's rates at that time, in copied bytes and in operations of a product a second."""
 
 
 def compare(before: dict[str, Any], after: dict[str, Any]) -> list[Change]:
-    """Our own figures of two result files. One that is no longer there is a change for the worse."""
+    """Changes of our own measurements between two result files. A missing one counts as worse."""
     seconds = same_machine(before, after)
-    old, new = (dict(_figures(found, seconds)) for found in (before, after))
+    old, new = (dict(_measurements(found, seconds)) for found in (before, after))
     found = []
     for what in [*old, *(name for name in new if name not in old)]:
         if what not in new:
@@ -74,7 +74,7 @@ def same_machine(before: dict[str, Any], after: dict[str, Any]) -> bool:
 
 
 def machines(before: dict[str, Any], after: dict[str, Any]) -> Iterator[str]:
-    """What has to be known of the machines before the figures are read."""
+    """Lines about the machines, to read before the changes."""
     if not same_machine(before, after):
         for device in (before["device"], after["device"]):
             yield f"machine: {', '.join(f'{name} {device[name]}' for name in MACHINE if device.get(name))}"
@@ -94,7 +94,7 @@ def _sections(found: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
             yield name, found[name]
 
 
-def _change(what: str, old: Figure, new: Figure) -> Change:
+def _change(what: str, old: Measurement, new: Measurement) -> Change:
     if old.unit == "bytes":
         grown = new.middle > MEMORY_SLACK * old.middle and new.middle > old.middle + MEMORY_NOISE
         shrunk = old.middle > MEMORY_SLACK * new.middle and old.middle > new.middle + MEMORY_NOISE
@@ -107,14 +107,14 @@ def _change(what: str, old: Figure, new: Figure) -> Change:
     return Change(what, old.middle, new.middle, old.unit, verdict)
 
 
-def _speeds(old: Figure, new: Figure) -> tuple[float, float]:
-    """(least, most) by which the machine's own speed may have changed: we do not know how much of each a figure is."""
+def _speeds(old: Measurement, new: Measurement) -> tuple[float, float]:
+    """(least, most) factor by which the machine's speed may have changed; the shares of copying and computing are not known."""
     speeds = [b / a for a, b in zip(old.speed, new.speed, strict=True)]
     return min(speeds), max(speeds)
 
 
-def _together(old: Mapping[str, Figure], new: Mapping[str, Figure]) -> Iterator[Change]:
-    """The geometric mean of all times, with the interval that they give as so many measurements of one slowdown."""
+def _together(old: Mapping[str, Measurement], new: Mapping[str, Measurement]) -> Iterator[Change]:
+    """The geometric mean of all times, with an interval that treats them as independent measurements of one slowdown."""
     slower, faster = [], []
     for what, a in old.items():
         if what in new and a.unit in ("x floor", "s"):
@@ -132,7 +132,7 @@ def _together(old: Mapping[str, Figure], new: Mapping[str, Figure]) -> Iterator[
     yield Change(TOGETHER, 1.0, middle, "x before", verdict)
 
 
-def _figures(found: dict[str, Any], seconds: bool) -> Iterator[tuple[str, Figure]]:
+def _measurements(found: dict[str, Any], seconds: bool) -> Iterator[tuple[str, Measurement]]:
     for row in found.get("rows", {}).get("rows", []):
         yield from _trainer(row, found["rows"], seconds) if row["operation"] == "training" else _row(row)
     run = found.get("whole_run", {})
@@ -144,7 +144,7 @@ def _figures(found: dict[str, Any], seconds: bool) -> Iterator[tuple[str, Figure
         yield what, _of(one["seconds"], "s", "median", speed=_speed(found["scaling"]))
 
 
-def _row(row: dict[str, Any]) -> Iterator[tuple[str, Figure]]:
+def _row(row: dict[str, Any]) -> Iterator[tuple[str, Measurement]]:
     for name, one in row["variants"].items():
         if not one["ours"] or one.get("environment"):
             continue
@@ -154,15 +154,15 @@ def _row(row: dict[str, Any]) -> Iterator[tuple[str, Figure]]:
         for kind in ("peak", "held"):
             size = one[f"{kind}_bytes"]
             if size is not None:
-                yield f"{label(row)}, {name}, {kind} memory", Figure(size, size, size, "bytes")
+                yield f"{label(row)}, {name}, {kind} memory", Measurement(size, size, size, "bytes")
 
 
-def _trainer(row: dict[str, Any], section: dict[str, Any], seconds: bool) -> Iterator[tuple[str, Figure]]:
+def _trainer(row: dict[str, Any], section: dict[str, Any], seconds: bool) -> Iterator[tuple[str, Measurement]]:
     for kind, one in row["kinds"].items():
         yield from _kind(f"trainer, {kind}, N{row['size']['d_sae']}", one, section, seconds)
 
 
-def _kind(what: str, one: dict[str, Any], section: dict[str, Any], seconds: bool) -> Iterator[tuple[str, Figure]]:
+def _kind(what: str, one: dict[str, Any], section: dict[str, Any], seconds: bool) -> Iterator[tuple[str, Measurement]]:
     if one["ratio"]["low"] != one["ratio"]["high"]:
         yield what, _of(one["ratio"], "x off", "total")
     if seconds:
@@ -171,8 +171,8 @@ def _kind(what: str, one: dict[str, Any], section: dict[str, Any], seconds: bool
 
 def _of(
     values: dict[str, float], unit: str, middle: str, scale: float = 1.0, speed: tuple[float, float] = (1.0, 1.0)
-) -> Figure:
-    return Figure(scale * values[middle], scale * values["low"], scale * values["high"], unit, speed)
+) -> Measurement:
+    return Measurement(scale * values[middle], scale * values["low"], scale * values["high"], unit, speed)
 
 
 def _speed(section: dict[str, Any]) -> tuple[float, float]:
@@ -181,11 +181,11 @@ def _speed(section: dict[str, Any]) -> tuple[float, float]:
 
 
 def said(changes: list[Change]) -> str:
-    """What changed, worst first; a count of what did not."""
+    """The changes as text, worst first, and the number of unchanged measurements."""
     moved = sorted((c for c in changes if c.verdict != "same"), key=lambda c: (not c.worse, c.verdict, c.what))
     lines = [f"{c.verdict:<12}{c.what:<72}{_number(c.before, c.unit):>12} -> {_number(c.after, c.unit)}" for c in moved]
     same = len(changes) - len(moved)
-    return "\n".join([*lines, f"{same} of {len(changes)} figures within their spread"])
+    return "\n".join([*lines, f"{same} of {len(changes)} measurements within their spread"])
 
 
 def _number(value: float, unit: str) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-# `bench` is imported from the checkout without the checkout on sys.path, where it would offer its folders to everyone.
+# `bench` is imported from the checkout without adding the checkout to sys.path, which would expose its other folders.
 _bench = ModuleSpec("bench", None, is_package=True)
 _bench.submodule_search_locations = [str(Path(__file__).resolve().parent)]
 if not getattr(sys.modules.get("bench"), "__path__", None):
@@ -64,7 +64,7 @@ def compare(benchmark, record_row, request: pytest.FixtureRequest) -> Callable[.
         record_row(found)
         _skipped.update(contest.skipped)
         if contest.wrong:
-            # The others' times stand, in a row that says so.
+            # The row keeps the times of the other variants and records the wrong ones.
             raise WrongResultError("; ".join(contest.wrong.values()))
 
     return run

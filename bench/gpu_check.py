@@ -4,17 +4,17 @@
 
 checks      Each op, each backend that this device has, each dtype, fresh inputs (the seed is printed and recorded), forward and
             gradients against the float64 reference, and twice for bitwise equality. Then whole training steps: compiled in one
-            graph they are the eager step bit for bit; on a GPU they run without one wait for it, and captured in a CUDA graph
-            and replayed on new batches they are again the eager step bit for bit.
-verdicts    What `auto` will run on this GPU (`transcoder.kernels.gpu_selftest`).
+            graph they equal the eager step bit for bit; on a GPU they run without waiting for the device, and captured in a
+            CUDA graph and replayed on new batches they again equal the eager step bit for bit.
+verdicts    The backends that `auto` selects on this GPU (`transcoder.kernels.gpu_selftest`).
 checker     The memory and race checker (`compute-sanitizer`, where it is installed) over the Triton checks on small shapes.
-benchmarks  `pytest bench/`, its rows taken into the JSON; after green checks, or where they alone are asked for.
+benchmarks  `pytest bench/`, its rows taken into the JSON; after checks that passed, or with `--only benchmarks`.
 
-Every part is a process of its own with a time limit, several at a time on a GPU: most of their time is the compiler's. A crash
-or a hang costs its own part, and what was seen before it is kept. The JSON (bench/results/native/<device>.json) is written
-after every part, so that a machine that is taken away leaves what it had; stages that `--only` leaves out stay in it where code
-and versions are the same. Exit status 1 if any check failed or did not end. Without a GPU it does the same on the CPU (no
-verdicts, no checker), so that the command itself stays tested.
+Every part is a separate process with a time limit, several at a time on a GPU: most of their time is compilation. A crash or a
+hang loses only its part, and results before it are kept. The JSON (bench/results/native/<device>.json) is written after every
+part, so that a machine that is taken away leaves what it had; stages that `--only` leaves out stay in it where code and
+versions are the same. Exit status 1 if any check failed or did not end. Without a GPU it does the same on the CPU (no verdicts,
+no checker), so that the command itself stays tested.
 
 On a bare machine with PyTorch: `pip install --no-deps --no-build-isolation -e .` first; nothing is downloaded.
 """
@@ -51,14 +51,14 @@ from transcoder.training.optimizer import make_optimizer, optimizer_step
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("checks", "verdicts", "checker", "benchmarks")
 LIMITS = {"checks": 240.0, "verdicts": 120.0, "checker": 120.0}
-"""Seconds of a part at most, and never more than what is left of `--minutes`: one hang must not cost the whole loan of a
-machine. Guesses, no GPU has run this yet; the benchmarks take the rest."""
+"""Time limit of a part in seconds, cut to the rest of `--minutes`, so that one hang does not use up the time on the machine.
+Estimates; the benchmarks get the rest."""
 GRACE = 20.0
-"""Seconds that a stopped process is given to write what it has; then it is left behind."""
+"""Seconds for a stopped process to write its results before it is killed."""
 
 
 def parts(device: torch.device) -> list[str]:
-    """What is checked in a process of its own: on a GPU each family of the kernels that were written for it."""
+    """Parts that are checked in separate processes: on a GPU each family of Triton kernels."""
     if device.type == "cuda":
         triton = [f"triton {what}" for what in (*FAMILIES, "steps")] if has_backend("triton", "encode") else []
         return [*triton, "torch ops", "torch steps"]
@@ -68,7 +68,7 @@ def parts(device: torch.device) -> list[str]:
 def part_checks(
     part: str, device: torch.device, shapes: list[tuple[int, int, int, int]], seed: int
 ) -> Iterator[tuple[str, str | None]]:
-    """(name, None or what went wrong) of each check of a part."""
+    """(name, problem or None) of each check of a part."""
     backend, _, what = part.partition(" ")
     if what != "steps":
         yield from op_checks(backend, device, shapes, seed, (what,) if what in FAMILIES else FAMILIES)
@@ -109,7 +109,7 @@ def a_run(device: torch.device, activation: Any, seed: int) -> tuple[Transcoder,
         group["capturable"] = device.type == "cuda"
 
     def step(x: Tensor, y: Tensor) -> Tensor:
-        # The cache of casts would keep what belongs to a graph.
+        # The cache of casts would keep tensors of a captured graph.
         with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
             loss = model.training_step(x, y).loss
         loss.backward()
@@ -137,7 +137,8 @@ def same_state(what: str, one: Transcoder, other: Transcoder) -> None:
 def check_compiled(device: torch.device, activation: Any, seed: int) -> None:
     torch._dynamo.reset()
     (eager, _), (model, _) = a_run(device, activation, seed), a_run(device, activation, seed)
-    # The kernels that eager mode runs, behind one graph: so to the bit. Inductor fuses what lies between and rounds otherwise.
+    # The graph runs the kernels of eager mode, so results are bitwise equal; Inductor would fuse operations and round
+    # differently.
     compiled = torch.compile(lambda x, y: model.training_step(x, y).loss, fullgraph=True, backend="aot_eager")
     x, y = batches(device, seed, 1)[0]
     with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
@@ -194,13 +195,13 @@ def tell(part: str, device: torch.device, shapes: list[tuple[int, int, int, int]
         seconds, start = time.monotonic() - start, time.monotonic()
         print(json.dumps({"check": name, "problem": problem, "seconds": round(seconds, 2)}), flush=True)
         if problem is not None and "CUDA error" in problem:
-            break  # nothing after it can be believed
+            break  # later results are not reliable
     print(json.dumps({"ended": True}), flush=True)
 
 
 def hear_interrupts() -> None:
-    """A process that a shell started behind it ignores SIGINT, and so do those that it starts: the benchmarks would lose their
-    rows where they are asked to end."""
+    """Handle SIGINT again: a shell's background processes and their children ignore it, and interrupted benchmarks would lose
+    their rows."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -217,7 +218,7 @@ def ended(process: subprocess.Popen[Any], limit: float, ask: int | None = None) 
 
 
 def run_part(words: list[str], limit: float, **environment: str) -> dict[str, Any]:
-    """A process that `tell`s: what passed, what failed, the slowest three, and how it ended where that was not well."""
+    """Run a process of `tell`: returns the number of passed checks, the failures, the slowest three, and an abnormal end."""
     start = time.monotonic()
     with tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
@@ -258,7 +259,7 @@ def green(results: dict[str, Any]) -> bool:
 
 
 class Check:
-    """One run of the command: what it found so far, and until when it may go on."""
+    """One run of the command: its results so far and its time limit."""
 
     def __init__(self, device: torch.device, args: argparse.Namespace) -> None:
         self.device, self.args = device, args
@@ -277,7 +278,7 @@ class Check:
         return max(1.0, min(LIMITS.get(stage, 1e9), self.deadline - time.monotonic()))
 
     def note(self, stage: str, name: str | None, result: Any) -> None:
-        """Keep a result; on disk at once."""
+        """Record a result and write the file at once."""
         if name is None:
             self.found[stage] = result
         else:
@@ -288,7 +289,7 @@ class Check:
         partial.replace(self.out)
 
     def run(self, stage: str, commands: dict[str, list[str]], **environment: str) -> None:
-        """Parts side by side; each is told and kept as it ends."""
+        """Run parts in parallel; each is printed and recorded as it ends."""
         side_by_side = max(1, min(8, (os.cpu_count() or 1) // 2)) if self.device.type == "cuda" else 1
         with ThreadPoolExecutor(side_by_side) as pool:
             running = {
@@ -315,7 +316,7 @@ class Check:
         self.run("checks", {part: self.words(part) for part in parts(self.device)})
 
     def verdicts(self) -> None:
-        """Each family's, side by side; the checks have filled Triton's cache on disk."""
+        """Verdicts of all families, in parallel; the checks have filled Triton's cache on disk."""
         if self.device.type != "cuda":
             return self.note("verdicts", None, {"skipped": "no GPU"})
         device = torch.device("cuda", torch.cuda.current_device())
@@ -349,7 +350,7 @@ class Check:
             file = Path(folder) / "rows.json"
             words = [sys.executable, "-m", "pytest", "bench", "-q", f"--bench-json={file}", "-p", "no:cacheprovider"]
             process = subprocess.Popen(words, cwd=ROOT, stdin=subprocess.DEVNULL, start_new_session=True)
-            # Interrupted, pytest still writes the rows that it has.
+            # After SIGINT, pytest still writes the rows measured so far.
             in_time = ended(process, self.limit("benchmarks"), signal.SIGINT)
             rows = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         how = f"exit {process.returncode}" if in_time else "stopped at the time limit"
@@ -363,7 +364,7 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--only", type=lambda words: words.split(","), default=STAGES, help="stages, commas between")
-    parser.add_argument("--minutes", type=float, default=9.0, help="what has not ended by then is stopped")
+    parser.add_argument("--minutes", type=float, default=9.0, help="parts that have not ended by then are stopped")
     parser.add_argument("--out", type=Path, help="JSON file (default bench/results/native/<device>.json)")
     parser.add_argument("--quick", action="store_true", help="small shapes only")
     parser.add_argument("--seed", type=int, default=time.time_ns() % 2**31)

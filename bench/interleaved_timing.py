@@ -1,8 +1,8 @@
-"""Variants of one computation, checked, then timed in turn within the same rounds: ratios mean something where absolute times
-do not.
+"""Variants of one computation, checked, then timed in turn within the same rounds: ratios are reliable where absolute times are
+not.
 
 A round runs every variant once, each on another of several inputs that together do not fit the cache. A ratio is taken within
-each round and then summarised, so that what slows a machine for a second slows both sides of it.
+each round and then summarised, so that a short slowdown of the machine affects both of its times.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ MOST_INPUTS = 1024
 
 
 class WrongResultError(AssertionError):
-    """A variant computes something else than the reference: its time would mean nothing."""
+    """A variant's result differs from the reference, so its time is meaningless."""
 
 
 @dataclass
 class Variant:
-    """One way to do it. `forward(i)` works on input i modulo its number of inputs; `backward` takes what it returned."""
+    """One implementation of the computation. `forward(i)` works on input i modulo its number of inputs; `backward` takes what
+    it returned."""
 
     name: str
     forward: Callable[[int], Any]
@@ -36,13 +37,13 @@ class Variant:
     tidy: Callable[[], object] = lambda: None
     """Untimed, after each run: drops gradients."""
     answer: Callable[[Any], dict[str, Tensor]] | None = None
-    """What it computes from a probe (`bench.cases.Probe`), on which every variant is checked."""
+    """Its results for a probe (`bench.cases.Probe`), which are checked."""
     lacks: Mapping[str, str] = field(default_factory=dict)
-    """{an answer that it does not give: why}. All others are asked for."""
+    """{result that it does not give: reason}. All other results are required."""
     unchecked: str = ""
-    """Why it has no `answer`: without one of the two it is refused."""
+    """Reason why it has no `answer`; a variant needs one of the two."""
     note: str = ""
-    """What it computes differently from ours."""
+    """Differences from our computation."""
     tolerance: float = 1e-4
     """Of the relative error (Frobenius norms): rounding of fp32 sums of some thousand terms is below 1e-5."""
     ours: bool = False
@@ -50,7 +51,7 @@ class Variant:
     """Times are divided by this: repetitions within one run."""
 
     def said(self) -> str:
-        """The note, with what was not compared."""
+        """The note, and the results that were not compared."""
         apart = [f"not compared: {self.unchecked}"] if self.unchecked else []
         apart += [f"{name} not compared ({why})" for name, why in self.lacks.items()]
         return "; ".join(filter(None, [self.note, *apart]))
@@ -91,7 +92,7 @@ class Race:
 
     def __post_init__(self) -> None:
         self._place = {variant.name: place for place, variant in enumerate(self.variants)}
-        # Odd, where every number of inputs is a power of two: each variant comes past each input, whatever their numbers are.
+        # Odd, and the number of inputs is a power of two, so each variant uses every input.
         self._stride = len(self.variants) | 1
 
     def warm_up(self) -> float:
@@ -103,7 +104,7 @@ class Race:
         return taken
 
     def others(self) -> None:
-        """Begins a round: all but the first, from another one on each time."""
+        """Begin a round: run all variants but the first, starting with another one each time."""
         self._round += 1
         rest = list(self.variants[1:])
         start = self._round % len(rest) if rest else 0
@@ -127,7 +128,7 @@ class Race:
             kept.setdefault("both", []).append(sum(taken.values()))
 
     def _run(self, variant: Variant) -> dict[str, float]:
-        # Another input than the others of this round have, and in the next round another one than in this.
+        # Within a round variants use different inputs, and each variant uses another one in the next round.
         i = self._round * self._stride + self._place[variant.name]
         start = self._now()
         out = variant.forward(i)
@@ -146,7 +147,7 @@ class Race:
         return time.perf_counter()
 
     def peak_bytes(self, variant: Variant) -> int | None:
-        """Most memory that one run holds beyond what was held before it. None where the system cannot say."""
+        """Peak memory of one run beyond the memory held before it. None if the system cannot measure it."""
 
         def once() -> None:
             out = variant.forward(0)
@@ -159,7 +160,7 @@ class Race:
 
 
 def held_bytes(variant: Variant, case: Any) -> int:
-    """What a variant keeps between runs: weights, moments, statistics. The case's own inputs and weights are not counted."""
+    """Bytes that a variant keeps between runs: weights, moments, statistics. The case's inputs and weights are not counted."""
     return memory.held_bytes([variant.forward, variant.backward], [case])
 
 

@@ -146,7 +146,7 @@ def measure(
     took: dict[str, list[float]] = {"theirs": [], "ours": []}
     turns = [("theirs", theirs), ("ours", ours)]
     began_all = time.perf_counter()
-    # Small steps are repeated for a while: a median of nine of them says nothing on a machine with other work.
+    # Small steps are repeated for a while: a median of nine of them is too noisy on a busy machine.
     while len(took["ours"]) < given.repeats or (time.perf_counter() - began_all < seconds and len(took["ours"]) < 400):
         x = next(source)
         turns.reverse()

@@ -1,4 +1,4 @@
-"""What each launch of our kernels moves and computes, from its own arguments. One function a kernel, named as the kernel.
+"""Bytes and operations of each launch of our kernels, from its arguments. One method a kernel, with the kernel's name.
 
 Model, the same for all: an operand that is swept once comes from memory once. A gather of rows reads each distinct row from
 memory once where the table's slab of columns fits the share CACHE of the second-level cache, and again by the share that does
@@ -17,9 +17,9 @@ from bench.launch_trace import Call, Launch
 from transcoder.kernels.encode import config as encode_config
 
 CACHE = 0.6
-"""Share of the second-level cache that what is reused may count on."""
+"""Share of the second-level cache that is available to reused data."""
 SECTOR = 32
-"""Bytes that a lone access costs."""
+"""Bytes transferred by an isolated access."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,12 @@ class Cost:
 
 
 def distinct(drawn: float, of: float) -> float:
-    """How many of `of` things `drawn` even draws are expected to hit."""
+    """Expected number of distinct items in `drawn` uniform draws from `of` items."""
     return of * (1 - (1 - 1 / of) ** drawn) if of else 0.0
 
 
 class Traffic:
-    """Costs of launches on a chip whose second-level cache holds `cache` bytes; remembers what was left in it."""
+    """Costs of launches on a chip whose second-level cache holds `cache` bytes; remembers its content."""
 
     def __init__(self, cache: float) -> None:
         self.room = CACHE * cache
@@ -191,7 +191,7 @@ class Traffic:
         rows, entries = a.grid[0], a.ids.numel()
         pairs = rows * (entries / rows) * (entries / rows - 1) / 2
         triangle = a.product.numel() * (a.product.element_size() + a.joint.element_size())
-        # Two atomic additions a pair, each in a sector of its own, read and written where the triangle is not in the cache.
+        # Two atomic additions a pair, each in its own sector, read and written where the triangle is not in the cache.
         outside = max(0.0, 1 - self.room / triangle)
         return Cost(
             memory=entries * (8 + 4 + 8) + pairs * 4 * SECTOR * outside, cached=pairs * 4 * SECTOR, vector=8 * pairs

@@ -1,8 +1,8 @@
-"""What a piece of the program launches, taken down without a GPU and without memory.
+"""Records the launches of a part of the program, without a GPU and without memory.
 
 The program runs on fake tensors (sizes and dtypes, no data) with backend `triton`. Kernels are noted instead of launched, with
-the grid and the arguments that their launcher chose; every PyTorch operation in between is noted too. Nothing is typed in by
-hand, so what is counted is what is launched; and since fake tensors hold no values, a launcher that read one would fail here.
+the grid and the arguments that their launcher chose; every PyTorch operation in between is noted too. So the counts are those
+of the real launchers; and since fake tensors hold no values, a launcher that reads one fails here.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def _bytes(tensor: Tensor) -> int:
-    """An expanded tensor is as large as what it repeats."""
+    """Bytes of the memory of a tensor; repetitions of an expanded one are not counted."""
     stored = 1
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
         stored *= size if stride else 1
@@ -79,7 +79,7 @@ def _bytes(tensor: Tensor) -> int:
 
 UNTOUCHED = ("empty", "new_empty", "lift_fresh", "detach")
 WRITES_ALL = ("zero_", "fill_", "copy_", "zeros_like", "ones_like", "full_like", "new_zeros")
-"""What is handed in to be overwritten, or only to be measured, is not read."""
+"""Arguments that are overwritten, or of which only the shape is used, are not read."""
 PICKS = ("index", "index_select", "gather")
 SCATTERS = ("index_add_", "scatter_", "scatter_add_")
 RADIX_BITS = 8
@@ -126,7 +126,7 @@ def _as_tuple(result: Any) -> tuple[Any, ...]:
 def recording(architecture: str, multiprocessors: int) -> Iterator[Recorder]:
     """Fake tensors, backend `triton` as on a chip of `architecture`, and a recorder that sees every launch.
 
-    For a process of its own: the backends stay imported as if Triton could run here.
+    Use it in a separate process: afterwards the backends stay imported as if Triton could run here.
     """
     import triton
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -147,7 +147,7 @@ def recording(architecture: str, multiprocessors: int) -> Iterator[Recorder]:
         stack.enter_context(mock.patch.object(encode, "_architecture", return_value=architecture))
         stack.enter_context(mock.patch.object(encode, "_multiprocessors", return_value=multiprocessors))
         stack.enter_context(mock.patch.object(encode, "_totals", {}))
-        # An op would hide its launches from the recorder and ask for none.
+        # A traced op would hide its launches from the recorder.
         stack.enter_context(mock.patch.object(registration, "traced", return_value=False))
         stack.enter_context(mock.patch.object(triton.runtime.JITFunction, "run", note))
         # It keeps tensors, which must not outlive their mode.

@@ -1,4 +1,4 @@
-"""Which machine this is, which code runs on it, and how busy it is: what a figure is worth nothing without."""
+"""The machine, the versions of the code and the load, which are recorded with every measurement."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def name() -> str:
 
 
 def slug() -> str:
-    """`name` as a file is called: bench/results/<slug>.json."""
+    """`name` as part of a file name: bench/results/<slug>.json."""
     return "-".join(re.findall(r"[a-z0-9]+", name().lower()))
 
 
@@ -53,7 +53,7 @@ def describe() -> dict[str, Any]:
 
 
 def cache_bytes() -> int:
-    """Size of the last cache before memory; 32 MiB where the system does not say."""
+    """Size of the last cache before memory; 32 MiB if unknown."""
     if torch.cuda.is_available():
         return int(getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 32 << 20))
     files = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
@@ -62,7 +62,7 @@ def cache_bytes() -> int:
 
 
 def free_bytes() -> int:
-    """Memory that may be asked for now, on the device."""
+    """Free memory of the device in bytes."""
     if torch.cuda.is_available():
         return int(torch.cuda.mem_get_info()[0])
     found = re.search(r"MemAvailable:\s+(\d+) kB", _read("/proc/meminfo"))

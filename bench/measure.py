@@ -3,8 +3,8 @@
     python -m bench.measure [--only rows,peers,scaling,whole_run] [--steps 4882] [--seconds 3] [--no-report]
 
 On a quiet machine. Under twenty minutes on two cores with `--seconds 2`. The file is replaced, and written after every stage: a
-stage that fails, or ends this command, costs the others nothing. What failed is in the file and on the page, and the exit code
-is 1. What `--only` leaves out is kept from the file that was there, with the date and commit of its own.
+stage that fails, or ends this command, does not affect the others. Failures are in the file and on the page, and the exit code
+is 1. Stages that `--only` leaves out are kept from the old file, with their date and commit.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ STAGES = ("rows", "peers", "scaling", "whole_run")
 
 
 def _run(words: Sequence[str], target: Path) -> dict[str, Any]:
-    """The section that a command of ours wrote; {"failed": why} where it wrote none."""
+    """The section that the command wrote; {"failed": reason} if it wrote none."""
     start = time.monotonic()
     name = " ".join(word for word in words[:2] if not word.startswith(("-", "/")))
     print(f"-- {name} begins", flush=True)
@@ -44,7 +44,7 @@ def _run(words: Sequence[str], target: Path) -> dict[str, Any]:
 
 
 def stages(options: argparse.Namespace, folder: Path) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
-    """(where it belongs, the section) of each part that was asked for, as it is done."""
+    """(its place in the file, the section) of each requested part, when it is done."""
     size = ["--size", options.size]
     if "rows" in options.only:
         target = folder / "rows.json"
@@ -71,7 +71,7 @@ def put(found: dict[str, Any], place: tuple[str, ...], section: dict[str, Any]) 
 
 
 def kept(target: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """What the file that is there says of the parts that are not measured now. Nothing of another format."""
+    """The old file's sections of parts that are not measured now; none if its format differs."""
     if not target.is_file():
         return {}
     try:
@@ -101,7 +101,7 @@ def main(words: list[str] | None = None) -> int:
         "--libraries",
         type=lambda text: text.split(","),
         default=list(LIBRARIES),
-        help="peers with environments of their own",
+        help="peers that run in separate environments",
     )
     parser.add_argument("--into", type=Path, help="folder of the peers' environments")
     parser.add_argument("--out", type=Path, help="result file (default: bench/results/<device>.json)")
@@ -126,7 +126,8 @@ def main(words: list[str] | None = None) -> int:
         print(write())
     if failed:
         print(
-            f"bench.measure: FAILED, in whole or in part: {', '.join(failed)}; the other figures stand", file=sys.stderr
+            f"bench.measure: FAILED, in whole or in part: {', '.join(failed)}; the other measurements are valid",
+            file=sys.stderr,
         )
     return int(bool(failed))
 

@@ -1,4 +1,4 @@
-"""What a variant holds: at most during a run, and between runs."""
+"""Memory of a variant: its peak during a run, and the bytes held between runs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
         torch.cuda.synchronize()
         return int(torch.cuda.max_memory_allocated()) - before
     try:
-        # Freed memory that the allocator keeps would be used again unseen.
+        # Memory that the allocator keeps after a free would be reused without being counted.
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
         before = _status("VmRSS")
@@ -54,7 +54,7 @@ def _storages(roots: Iterable[Any]) -> dict[int, int]:
     found: dict[int, int] = {}
     waiting = list(roots)
     seen: dict[int, Any] = {}
-    """Kept alive, so that an id stays one object's."""
+    """{id: storage} of all reachable tensors. Storages are kept alive so that ids stay unique."""
     while waiting:
         one = waiting.pop()
         if id(one) in seen or isinstance(one, _OUTSIDE):
@@ -69,7 +69,7 @@ def _storages(roots: Iterable[Any]) -> dict[int, int]:
                 found[storage.data_ptr()] = storage.nbytes()
                 waiting.append(one.grad if one.is_leaf else None)
         elif isinstance(one, types.FunctionType):
-            # Not its globals: they are the program's.
+            # The globals belong to the program, not to the variant.
             waiting += [cell.cell_contents for cell in one.__closure__ or () if cell != types.CellType()]
             waiting += [one.__defaults__, one.__kwdefaults__, vars(one)]
         else:

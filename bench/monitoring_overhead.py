@@ -1,9 +1,9 @@
-"""The trainer itself with its anti-duplication parts on and off: runs side by side, their steps taken in turn.
+"""The trainer with its anti-duplication parts on and off: the runs take their steps in turn.
 
 Much of what these parts do is due every so many steps: reports every 100 (and with them the adding of waiting pairs), sample
-files and checkpoints every 500. A round is therefore PERIOD steps of each run, from one report to the next, what is written
-beside training waited for; the figure is the ratio of total times, over as many rounds as hold the rarest of them at its true
-rate.
+files and checkpoints every 500. A round is therefore PERIOD steps of each run, from one report to the next, including the wait
+for files written in the background; the result is the ratio of total times, over enough rounds that the rarest work has its
+true rate.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from bench.cases import Size
 from bench.statistics import mean, whole_ratio
 from transcoder.activations import ActivationBatch
 from transcoder.config import RunConfig
-from transcoder.training.profile import QUIET, opened_run
+from transcoder.training.profile import QUIET
+from transcoder.training.trainer import opened_run
 
 PARTS = ("regularizer", "positions", "monitor", "samples", "recycle")
 KINDS: dict[str, tuple[str, ...]] = {
@@ -31,8 +32,8 @@ KINDS: dict[str, tuple[str, ...]] = {
     "monitor and samples": ("monitor", "samples"),
     "all": ("monitor", "samples", "regularizer"),
 }
-"""The first is what the others are compared with. Position sampling chooses tokens before they become batches: with batches
-that are there already it has no place."""
+"""The first is what the others are compared with. Position sampling chooses tokens before they become batches: it does not
+apply to ready batches."""
 
 
 def config(size: Size, parts: Sequence[str], settings: Mapping[str, Any]) -> RunConfig:
@@ -89,12 +90,12 @@ DUE = {
     # The end of a run (evaluation, its page) is not among the steps.
     "training.steps": 10_000,
 }
-"""The defaults, said again: a round that no longer holds them would measure something else."""
+"""The default frequencies, set explicitly: rounds are built for them."""
 
 
 def seconds_of(run: Any, steps: int) -> float:
-    """Seconds of `steps` steps and all that is due between them: what the device owes, and what is written beside training,
-    are waited for."""
+    """Seconds of `steps` steps and all work that is due between them, including the wait for the device and for files written
+    in the background."""
     _wait()
     start = time.perf_counter()
     for _ in range(steps):
@@ -105,7 +106,7 @@ def seconds_of(run: Any, steps: int) -> float:
 
 
 def compared(taken: Mapping[str, Sequence[float]], steps: int, rows: int) -> dict[str, dict[str, Any]]:
-    """{kind: what is said of it}, from its seconds in each round of `steps` steps, the same rounds for all."""
+    """{kind: its statistics}, from its seconds in each round of `steps` steps, the same rounds for all."""
     base = next(iter(taken.values()))
     return {
         kind: {

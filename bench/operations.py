@@ -1,4 +1,4 @@
-"""The rows of the benchmark by name, for those who run them without pytest."""
+"""The rows of the benchmark by name, for use without pytest."""
 
 from __future__ import annotations
 

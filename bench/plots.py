@@ -39,7 +39,7 @@ def draw(found: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
 
 
 def _figure(rows: int = 1, columns: int = 1, width: float = 8.0, height: float = 3.0) -> tuple[Any, Any]:
-    # Not pyplot: nothing global, and nothing that has to be closed.
+    # Not pyplot, which keeps global state and needs figures to be closed.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")

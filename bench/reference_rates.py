@@ -1,10 +1,11 @@
-"""What this very machine can do. Of a whole file (`machine_rates`): what two result files are compared by. Of one row
-(`Yardsticks`), timed in the same rounds as what is measured: a copy, PyTorch's fp32 product of the encoder's operands, and the
-fastest product that the machine was seen to do at all.
+"""Reference rates of this machine. `machine_rates`: one pair of rates a file, by which two result files are compared.
+`Yardsticks`: for one row, timed in the rounds of the row: a copy, PyTorch's fp32 product of the encoder's operands, and the
+fastest product measured on the machine.
 
 The floor under an exact computation is the longer of two times: to copy as many bytes as any implementation must move, and to
 do as many operations as it must at the rate of the fastest product. That may be one in bf16: an exact selection may propose in
-bf16 and decide in fp32. PyTorch's own fp32 product is no floor, since what keeps only the selected need not write the rest.
+bf16 and decide in fp32. PyTorch's fp32 product is no floor, since an op that keeps only selected entries need not write the
+others.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from bench.statistics import summary
 
 COPY, PRODUCT, FASTEST = "copy", "fp32 product", "fastest product"
 COPY_BYTES = 256 << 20
-"""Longest copy that is timed; a longer one is worked out from it."""
+"""Longest copy that is timed; times of longer ones are extrapolated."""
 COLUMNS = 32768
 """Latents of the fp32 product that is timed at most."""
 SIDES = {"cpu": (512, 1024, 2048), "cuda": (4096, 8192)}
@@ -34,7 +35,7 @@ Seconds = Mapping[str, Mapping[str, list[float]]]
 
 
 class Yardsticks:
-    """Of one row."""
+    """The reference rates of one row."""
 
     def __init__(self, case: Case, floors: Mapping[str, Floor]) -> None:
         self._floors, self._size = floors, case.size
@@ -65,12 +66,12 @@ class Yardsticks:
         }
 
     def product_seconds(self, seconds: Seconds) -> float:
-        """Of PyTorch's fp32 product x @ W_enc.T, into memory that is there."""
+        """Seconds of PyTorch's fp32 product x @ W_enc.T, into existing memory."""
         size = self._size
         return 2 * size.rows * size.d * size.d_sae / float(self.rates(seconds)["product_operations_per_second"])
 
     def floors(self, seconds: Seconds) -> dict[str, dict[str, float]]:
-        """{direction: bytes, operations, and the seconds that this machine cannot do it below}."""
+        """{direction: bytes, operations, and the least seconds that this machine needs for them}."""
         rates, found = self.rates(seconds), {}
         for direction, floor in self._floors.items():
             copy = floor.bytes / rates["copy_bytes_per_second"]
@@ -88,7 +89,7 @@ _found: dict[str, tuple[str, torch.Tensor]] = {}
 
 
 def fastest_product(device: torch.device) -> tuple[str, torch.Tensor]:
-    """(what it is, its operand): the square product with the most operations a second here. Looked for once."""
+    """(description, operand) of the square product with the most operations a second. Searched for once."""
     if device.type not in _found:
         best = 0.0
         for dtype, side in itertools.product(DTYPES, SIDES[device.type]):

@@ -2,7 +2,7 @@
 
 Trains the shipped model's transcoder without the sink mask, with it, and with it and one remedy each; measures all of them
 on the same held-out non-sink tokens; writes the paired differences with their intervals as tables and figures into
-docs/anti-duplication.md. Finished runs are kept, so the command goes on where it was stopped.
+docs/anti-duplication.md. Finished runs are kept, so a stopped command can be resumed.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ from bench.document import ANTI_DUPLICATION, replace_between
 from transcoder import ActivationBatch, RunConfig, Transcoder, train_transcoder
 from transcoder.activations import ActivationStream, build_stream, cache_activations
 from transcoder.reporting.statistics import interval
-from transcoder.training.evaluation import cross_entropy, evaluate
-from transcoder.training.heldout_duplicates import heldout_duplicates
+from transcoder.training.evaluation import cross_entropy, evaluate, heldout_duplicates
 
 PRESET = "demo"
 CACHE_TOKENS = 600_000
@@ -112,7 +111,7 @@ def settings(options: argparse.Namespace, variant: str, seed: int) -> RunConfig:
 
 
 def run(options: argparse.Namespace, variant: str, seed: int) -> dict[str, float]:
-    """The figures of one run; trained unless its figures.json is there."""
+    """The metrics of one run, which is trained unless its figures.json exists."""
     folder = options.out / f"{slug(variant)}-{seed}"
     done = folder / "figures.json"
     if done.is_file() and RunConfig.load(folder / "config.yaml") != settings(options, variant, seed):
@@ -139,8 +138,8 @@ def heldout() -> tuple[ActivationStream, list[ActivationBatch], ActivationBatch 
 
 
 def measure(transcoder: Transcoder) -> dict[str, float]:
-    """On the same held-out tokens for every variant: masked ones, whatever it was trained on, and the sinks among them, given
-    to masked variants too."""
+    """Metrics on the same held-out tokens for every variant: the non-sink tokens, and the sinks, which masked variants are also
+    given."""
     stream, batches, sinks = heldout()
     found = evaluate(transcoder, batches, sinks)
     found |= heldout_duplicates(transcoder, batches, RunConfig.load(PRESET).antidup.monitor)

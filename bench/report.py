@@ -3,7 +3,7 @@
     python -m bench.report                 # writes the page
     python -m bench.report A.json B.json   # what became slower or larger from A to B; exit code 1 where anything did
 
-Nobody types a figure by hand: the page says only what the files say, and a test writes it again and compares.
+The page shows only the content of the files: a test writes it again and compares.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PLOTS = "performance"
 INTRODUCTION = """# Performance
 
 Written by `python -m bench.report` from `bench/results/*.json`; `python -m bench.measure` makes such a file for the machine
-it runs on (under twenty minutes on two cores). `python -m bench.report A.json B.json` compares two. No figure here is typed
+it runs on (under twenty minutes on two cores). `python -m bench.report A.json B.json` compares two. No number here is typed
 by hand.
 
 How to read it:
@@ -48,10 +48,10 @@ How to read it:
   a copy also reads the lines that it writes. **x product** is a yardstick, not a floor: PyTorch's fp32
   product of the batch with the encoder alone, into memory that is there. What screens candidates, or keeps only what it
   selects, may be faster than that.
-- **Peak MB** is the most that one run holds beyond what was held before it; **held MB** what a variant keeps between runs:
+- **Peak MB** is the peak of one run beyond the memory held before it; **held MB** the memory that a variant keeps between runs:
   weights, moments, statistics. The inputs are in neither.
 
-What these figures do not say:
+What these numbers do not show:
 
 - Inputs are Gaussian noise and weights those of the beginning: codes spread evenly over the latents, where those of a trained
   dictionary do not. The trainer's rows and the whole run learn sparse sums of planted directions.
@@ -111,7 +111,7 @@ def _device(found: dict[str, Any]) -> Iterator[str]:
     yield ""
     if found["format"] != results.FORMAT:
         yield (
-            f"Measured by an earlier edition of the benchmark (format {found['format']}), whose figures mean something else: "
+            f"Measured by an earlier version of the benchmark (format {found['format']}), whose results mean something else: "
             "they are not shown. `python -m bench.measure` measures again."
         )
         yield ""
@@ -191,7 +191,7 @@ def _table(row: dict[str, Any]) -> Iterator[str]:
     there = f", in the {row['environment']} run" if "environment" in row else ""
     yield f"**{label(row)}{there}**: {_floor_line(row)}"
     yield ""
-    # Of what does not multiply the batch with the encoder, its product is no yardstick.
+    # The product of batch and encoder is a yardstick only for operations that contain it.
     product = ["x product"] if row["operation"] in ("step", "encode") else []
     yield from _head(
         "variant",
@@ -208,7 +208,7 @@ def _table(row: dict[str, Any]) -> Iterator[str]:
         if "wrong" in one:
             yield _line(name, "**wrong**", "", "", "", *("" for _ in product), "", "", _cell(one["wrong"]))
             continue
-        # Of a peer's own run: its floor and product too.
+        # A variant of a peer's run is compared with the floor and product of that run.
         source = one if "environment" in one else row
         for n, (direction, seconds) in enumerate(one["seconds"].items()):
             ratio, floor = one["ratio"].get(direction), source["floor"][direction]["seconds"]
@@ -247,10 +247,10 @@ def _training(rows: list[dict[str, Any]], slug: str) -> Iterator[str]:
     yield ""
     first = rows[0]
     yield (
-        "Steps of the trainer itself on batches that lie ready, logs and reports included, in turns of "
+        "Steps of the trainer itself on batches made in advance, logs and reports included, in turns of "
         f"{first['steps_per_round']} steps from one report to the next; sample files and checkpoints come at their default "
         "rate, every 500 steps, and as often the monitor closes a block (by default every 4,000,000 tokens). A "
-        "figure is that of all steps together; in brackets the 95 % interval that the turns give. `all`: monitor, samples, "
+        "value is that of all steps together; in brackets the 95 % interval that the turns give. `all`: monitor, samples, "
         "penalty."
     )
     yield ""
@@ -375,7 +375,7 @@ def _interval(values: dict[str, float], scale: float) -> str:
 
 
 def _cell(text: str) -> str:
-    """On one line of a table."""
+    """`text` on one line, for a table."""
     return " ".join(text.replace("|", "/").split())
 
 

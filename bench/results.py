@@ -17,8 +17,7 @@ SECTIONS = ("rows", "scaling", "whole_run")
 
 
 def about() -> dict[str, Any]:
-    """What every section says of itself: when, by which code and versions, under how much other load, on how fast a machine
-    just then."""
+    """The origin of a section: date, commit, versions, load, and the machine's rates at that time."""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": machine.commit(),
@@ -29,7 +28,7 @@ def about() -> dict[str, Any]:
 
 
 class OtherFormatError(ValueError):
-    """A result file of another edition of the benchmark: its figures mean something else."""
+    """A result file of another version of the benchmark, whose measurements have another meaning."""
 
     def __init__(self, path: Path, found: dict[str, Any]) -> None:
         super().__init__(
@@ -40,7 +39,7 @@ class OtherFormatError(ValueError):
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Raises ValueError naming the file where it is no result file, OtherFormatError where it is one of another format."""
+    """Read a result file. Raises ValueError naming a file that is none, OtherFormatError for one of another format."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -53,7 +52,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def save(found: dict[str, Any], path: Path) -> None:
-    """Replaces what was there, all at once."""
+    """Write a result file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".writing")
     partial.write_text(json.dumps(rounded(found), indent=1) + "\n", encoding="utf-8")
@@ -61,7 +60,7 @@ def save(found: dict[str, Any], path: Path) -> None:
 
 
 def rounded(value: Any) -> Any:
-    """Six digits: what is below is noise, and would make two files hard to compare by eye."""
+    """Numbers rounded to six digits: further digits are noise and make files hard to compare by eye."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, dict):
@@ -70,7 +69,7 @@ def rounded(value: Any) -> Any:
 
 
 def label(row: dict[str, Any]) -> str:
-    """`step batch_topk nested, B1024-d512-N8192-k32`: what finds a row again in another file."""
+    """`step batch_topk nested, B1024-d512-N8192-k32`: identifies a row across files."""
     size = row["size"]
     shape = f"B{size['rows']}-d{size['d']}-N{size['d_sae']}-k{size['k']}"
     words = [row["operation"], row.get("activation", ""), "nested" if len(row.get("widths", ())) > 1 else ""]
@@ -78,8 +77,8 @@ def label(row: dict[str, Any]) -> str:
 
 
 def merge_rows(rows: list[dict[str, Any]], more: Iterable[dict[str, Any]], environment: str) -> None:
-    """Adds the variants of `more` that `rows` lack, each with the ratio to ours of its own run, and before them what ours took
-    there; and whole rows that `rows` lack. Changes `rows`."""
+    """Add to `rows`, in place, the rows and variants of `more` that it lacks. Added variants follow our time in their run, to
+    which their ratios refer."""
     by_label = {label(row): row for row in rows}
     for row in more:
         known = by_label.get(label(row))

@@ -5,7 +5,7 @@
 Three columns a kernel and shape:
 - floor: bytes and operations that any exact implementation behind the same interface must move and do, at the achievable
   rates below. Inputs are read once, results written once, gradients are dense tensors.
-- planned: what this version launches. The real launchers run on fake tensors and are taken down (bench/launch_trace.py): grids,
+- planned: the launches of this version. The real launchers run on fake tensors and are recorded (bench/launch_trace.py): grids,
   tiles, rounds and scratch are theirs. Each launch is then costed from its own arguments (bench/launch_cost.py).
 - predicted: the planned launches one after the other, each as long as its busiest unit (memory, second-level cache, matrix
   units, fp32 units) takes at the achievable rate, and GAP between two launches. The host is assumed to keep ahead.
@@ -105,7 +105,7 @@ SHAPES = [Shape(B, 2304, N, k) for N, k, B in itertools.product((18432, 131072, 
 
 
 def floors(s: Shape) -> dict[str, Cost]:
-    """What no exact implementation of each kernel can do without. fp32 is 4 bytes, an index 8."""
+    """Least cost of any exact implementation of each kernel. fp32 is 4 bytes, an index 8."""
     dense_in, W, codes = 4 * s.rows * s.d, 4 * s.latents * s.d, 12 * s.entries
     touched = 4 * s.d * distinct(s.entries, s.latents)
     product = Cost(memory=dense_in + W + 4 * s.latents + codes, matrix=2 * s.rows * s.latents * s.d)
@@ -133,7 +133,7 @@ def floors(s: Shape) -> dict[str, Cost]:
 
 
 def planned(s: Shape, chip: Chip) -> Iterator[tuple[str, list[Launch | Call]]]:
-    """(kernel, what is launched for it) of every kernel that serves the shape."""
+    """(kernel, its launches) of every kernel that supports the shape."""
     with recording(chip.architecture, chip.multiprocessors) as recorder, torch.autocast("cpu", torch.bfloat16):
         yield from _ops(s, recorder)
         for activation in ("topk", "batch_topk"):
@@ -190,7 +190,7 @@ def _steps(s: Shape, activation: Any, recorder: Recorder) -> Iterator[tuple[str,
         model = Transcoder(config).train()
     optimizer = make_optimizer(model, TrainingSection(), 1e-3)
     x, y = (torch.empty(s.rows, s.d, dtype=torch.bfloat16) for _ in range(2))
-    # The first step makes the moments and whatever is kept for later: the second is what a run repeats.
+    # The first step also makes moments and caches; the second is typical of a run.
     for _ in range(2):
         recorder.section()
         out = model.training_step(x, y)

@@ -1,5 +1,5 @@
-"""One row of the results: a computation at one size, every variant of it checked and then timed in the same rounds, beside the
-floor of this very machine."""
+"""One row of the results: a computation at one size, every variant of it checked and then timed in the same rounds, with the
+floor of this machine."""
 
 from __future__ import annotations
 
@@ -18,12 +18,11 @@ from bench.statistics import ratios, summary
 class Contest:
     """The variants of one row that gave the right answer, ready to be timed.
 
-    Raises WrongResultError where one of ours did not: there is nothing to compare with. A peer that did not is left out and
-    named in `wrong`.
+    Raises WrongResultError if a variant of ours is wrong. A wrong peer is left out and named in `wrong`.
     """
 
     def __init__(self, operation: str, case: Case, names: Sequence[str], only_default: bool = False) -> None:
-        """`only_default`: of ours, the backend that runs by default and no other."""
+        """`only_default`: of our backends, only the default one."""
         needed, free = dense_bytes(case.size), machine.free_bytes()
         if needed < 0.7 * free:
             others, self.skipped = peers.variants(operation, case, names)
@@ -41,7 +40,7 @@ class Contest:
         self.race = Race([*self.variants, *self.yardsticks.variants], case.device)
 
     def row(self) -> dict[str, Any]:
-        """What is written down of the race that was run. Ratios are to the first variant, taken round by round."""
+        """The row for the result file, after the race. Ratios are to the first variant, taken round by round."""
         race, mine = self.race, self.race.seconds[self.variants[0].name]
         variants: dict[str, Any] = {}
         for variant in self.variants:
@@ -69,7 +68,8 @@ class Contest:
 
 
 def right(operation: str, case: Case, variants: Sequence[Variant], wrong: dict[str, str]) -> list[Variant]:
-    """Those whose answers to every probe are right; of the others `wrong` says why. Raises WrongResultError for one of ours."""
+    """The variants with right results on every probe; `wrong` gets the errors of the others. Raises WrongResultError for one of
+    ours."""
     found = list(variants)
     for probe in case.probes:
         expected = case.expect(operation, probe)
@@ -85,7 +85,7 @@ def right(operation: str, case: Case, variants: Sequence[Variant], wrong: dict[s
 
 
 def measure(operation: str, case: Case, names: Sequence[str], budget: float) -> tuple[dict[str, Any], dict[str, str]]:
-    """A peer's row: beside ours by default, without pytest. Returns (row, skipped)."""
+    """The row of a peer and of our default backend, without pytest. Returns (row, skipped)."""
     contest = Contest(operation, case, names, only_default=True)
     contest.race.run(rounds_for(contest.race.warm_up(), budget))
     return contest.row(), contest.skipped

@@ -1,8 +1,7 @@
 """python -m bench.scaling [--seconds 0.4] [--json FILE]: cost of a step and of its parts against N, B, k and d.
 
-One axis at a time, the others fixed. Every operation of every point is checked before it is timed. Beside ours (by default
-and on each backend) runs the same step in dense PyTorch, as far as it fits: where another curve is the lowest, our default is
-not the right path there, and the report says so.
+One axis at a time, the others fixed. Every operation of every point is checked before it is timed. The same step also runs in
+dense PyTorch, as far as it fits in memory: where our default backend is not the fastest, the report says so.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ CHECKED = 1 << 21
 """As `bench.cases.CHECKED`, for many points."""
 LEAST, MOST = 3, 9
 SLOWEST = 1.0
-"""Seconds of one run beyond which another path than ours is no longer followed along an axis."""
+"""Seconds of one run beyond which a variant other than our default is not measured further along an axis."""
 
 
 def points(kind: str) -> Iterator[tuple[str, Size]]:
@@ -74,7 +73,7 @@ def dense_fits(size: Size, free: float) -> bool:
 
 
 def ours_bytes(size: Size) -> int:
-    """Two backends' weights, gradients and moments, and the drawing of them."""
+    """Memory of two backends' weights, gradients and moments, and of drawing them."""
     return 4 * 24 * size.d_sae * size.d
 
 
@@ -122,7 +121,7 @@ def measure_point(
 
 
 def measure(kind: str, seconds: float) -> dict[str, Any]:
-    """The scaling section of a result file. What was wrong is in `failed`, by point: it has no times."""
+    """The scaling section of a result file. `failed` has the errors by point; such points have no times."""
     free = 0.4 * machine.free_bytes()
     found, failed = [], {}
     given_up: dict[tuple[str, str], set[str]] = defaultdict(set)
@@ -130,7 +129,7 @@ def measure(kind: str, seconds: float) -> dict[str, Any]:
         if ours_bytes(size) > free:
             continue
         value = getattr(size, axis)
-        # Only N and B reach sizes where the parts part ways; the others show the step.
+        # Only N and B reach sizes where the operations scale differently; the other axes time the step only.
         for operation in OPERATIONS if axis in ("d_sae", "rows") else ("step",):
             name = f"{axis} {value} {operation}"
             try:

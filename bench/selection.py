@@ -1,4 +1,4 @@
-"""Inputs whose selection does not hang on rounding: what any right implementation selects is the same set."""
+"""Inputs whose selection does not depend on rounding: every right implementation selects the same entries."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TRIES = 100
 
 def clear(x: Tensor, W: Tensor, k: int, batch: bool, draw: Callable[..., Tensor]) -> Tensor:
     """x [rows, d] with those rows drawn again whose activations relu(x @ W.T) leave less than MARGIN between the last that is
-    selected and the next. Raises RuntimeError where that does not end."""
+    selected and the next. Raises RuntimeError after TRIES draws."""
     x = x.clone()
     for _ in range(TRIES):
         rows = _unclear(x, W, k, batch)

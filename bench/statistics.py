@@ -1,5 +1,5 @@
-"""What is said of repeated measurements: medians and quartiles of single times, totals and intervals of long ones; and 95 %
-intervals as text behind a value (`of_...`), empty where there is nothing to take one from."""
+"""Statistics of repeated measurements: medians and quartiles of short ones, totals and intervals of long ones; and 95 %
+intervals as text to put after a value (`of_...`), empty for too few measurements."""
 
 from __future__ import annotations
 
@@ -65,14 +65,14 @@ def of_mean(values: Sequence[float]) -> str:
     return "" if found["high"] is None or found["mean"] is None else f"+-{found['high'] - found['mean']:.2g}"
 
 
-def of_two(a: Sequence[float], b: Sequence[float], figure: Callable[[float, float], float]) -> str:
-    """Of figure(mean of a, mean of b), a and b paired by seed: Student's interval over the jackknife's pseudo-values."""
+def of_two(a: Sequence[float], b: Sequence[float], combine: Callable[[float, float], float]) -> str:
+    """Of combine(mean of a, mean of b), a and b paired by seed: Student's interval over the jackknife's pseudo-values."""
     n = len(a)
     if n < 3:
         return ""
-    whole = figure(statistics.fmean(a), statistics.fmean(b))
+    whole = combine(statistics.fmean(a), statistics.fmean(b))
     without = [
-        figure(statistics.fmean([*a[:s], *a[s + 1 :]]), statistics.fmean([*b[:s], *b[s + 1 :]])) for s in range(n)
+        combine(statistics.fmean([*a[:s], *a[s + 1 :]]), statistics.fmean([*b[:s], *b[s + 1 :]])) for s in range(n)
     ]
     found = interval([n * whole - (n - 1) * part for part in without])
     if found["low"] is None or found["high"] is None:

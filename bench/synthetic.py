@@ -1,6 +1,6 @@
 """Activations that need no language model: sparse sums of planted directions, a linear map of their coefficients as target.
 
-Batches are made once and handed out again and again, together more than the cache holds: making them costs a run nothing.
+Batches are made once and reused, together more than the cache holds, so a run does not spend time on making them.
 """
 
 from __future__ import annotations

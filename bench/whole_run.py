@@ -2,9 +2,10 @@
 
 On a CUDA GPU the shape is the lost run's own (d 2304, 18432 latents, k 48, batch 1024, bf16 products); on a CPU d, latents and
 k are divided by SCALE, every ratio between them as it was. The trainer's own steps run, with its logs, reports and a checkpoint
-every 500 steps; the activations are synthetic and lie ready, so this is the transcoder's part of a run, the language model's
-forward passes not counted. The runs take their steps in turn, CHUNK at a time: what slows the machine slows both. A chunk ends
-where a checkpoint is due, so that each holds one, sample files and five reports; every second one holds a block's close.
+every 500 steps; the activations are synthetic and made in advance, so this is the transcoder's part of a run, without the
+language model's forward passes. The runs take their steps in turn, CHUNK at a time, so that a slow machine affects both. A
+chunk ends where a checkpoint is due, so that each holds one, sample files and five reports; every second one holds a block's
+close.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@
 namespace transcoder {
 namespace {
 
-// A parameter is cut at fixed places, so the sum of its squares does not depend on threads.
+// A parameter is split at fixed places, so the sum of its squares does not depend on the number of threads.
 constexpr int64_t PIECE = 1 << 14;
 
 struct Piece {
@@ -26,8 +26,8 @@ void check_parameter(const Tensor& p, const Tensor& other, const char* what) {
 
 // torch.optim.Adam's update after clipping by the global norm (in place). The parameter numbered `unit` (none: -1) is a matrix
 // whose rows have unit length: the part of its gradient along each row is taken away first, and rows are scaled to unit
-// length afterwards. Returns the norm before clipping; `max_norm` infinite does not clip. `bad` (0-dim bool) is set where the
-// norm is not finite, which a NaN or Inf in any gradient makes it; where it holds, nothing is updated.
+// length afterwards. Returns the norm before clipping; `max_norm` infinite does not clip. `bad` (0-dim bool) is set if the norm
+// is not finite, as with a NaN or Inf in any gradient; if it is set, nothing is updated.
 Tensor adam_step(at::TensorList parameters, at::TensorList grads, at::TensorList firsts, at::TensorList seconds,
                  at::TensorList steps, int64_t unit, double lr, double beta1, double beta2, double eps, double max_norm,
                  const optional<Tensor>& bad) {
@@ -74,7 +74,7 @@ Tensor adam_step(at::TensorList parameters, at::TensorList grads, at::TensorList
       held = held || !std::isfinite(norm);
       if (held) return at::scalar_tensor(norm, parameters[0].options());
     }
-    // As torch.nn.utils.clip_grad_norm_: a NaN passes on.
+    // As torch.nn.utils.clip_grad_norm_: a NaN propagates.
     const T clip = static_cast<T>(max_norm) / (norm + T(1e-6));
     std::vector<Adam<T>> by;
     for (size_t i = 0; i < count; ++i) {
@@ -83,7 +83,7 @@ Tensor adam_step(at::TensorList parameters, at::TensorList grads, at::TensorList
       by.push_back({clip > T(1) ? T(1) : clip, T(1 - beta1), T(beta2), T(1 - beta2), T(lr / (1 - std::pow(beta1, step))),
                     T(1 / std::sqrt(1 - std::pow(beta2, step))), T(eps), std::numeric_limits<T>::min()});
     }
-    // Backwards: what the first pass read last is still in the cache.
+    // In reverse order: the last reads of the first pass are still in the cache.
     for_each_task<Nothing>(tasks, [&](int64_t task, Nothing&) {
       const auto [i, first, last] = pieces[tasks - 1 - task];
       const T* g = in<T>(grads[i]);

@@ -40,7 +40,7 @@ struct Plain {
   typename Vector<T>::Type vector(int64_t i) const { return load<T>(g + i); }
   T one(int64_t i) const { return g[i]; }
 };
-// The gradient less its part along a row.
+// The gradient minus its component along a row.
 template <typename T>
 struct Tangent {
   const T *g, *w;

@@ -1,4 +1,5 @@
-// Backend `cpp`: the ops as torch sees them. Checks, tiles and threads are in the file that ops.h names, the loops in kernels.cpp.
+// Backend `cpp`: registration of the ops. Checks, tiles and threads are in the files that ops.h names, the loops in
+// kernels.cpp.
 #include <torch/library.h>
 
 #include "ops.h"

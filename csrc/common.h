@@ -1,4 +1,4 @@
-// What the ops share: the instruction set, threads, memory and the checks of compressed rows.
+// Shared by the ops: the instruction set, threads, memory and the checks of compressed rows.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -90,13 +90,13 @@ T* out(const Tensor& t) {
   return t.mutable_data_ptr<T>();
 }
 
-// What follows walks raw memory: every length is checked before, so no input can lead outside it.
+// The ops read raw memory: every length is checked first, so no input causes an access out of bounds.
 inline void check_shape(const char* name, const Tensor& t, at::IntArrayRef shape) {
   TORCH_CHECK_VALUE(t.sizes() == shape, "backend cpp: ", name, ": expected shape ", shape, ", got ", t.sizes());
 }
 
 // Large results are fresh pages more often than not, and first touches of 4 KiB pages were measured at 8 ms for 16 MiB, a
-// twelfth of an encoder product of that size; of 2 MiB pages, at 1.8 ms. Advice: where it is not taken nothing changes.
+// twelfth of an encoder product of that size; of 2 MiB pages, at 1.8 ms. The system may ignore this advice.
 inline void prefer_large_pages(void* memory, int64_t bytes) {
 #if defined(__linux__)
   constexpr uintptr_t PAGE = 4096;
@@ -166,7 +166,7 @@ inline void check_ids(const Tensor& ids, int64_t limit) {
                     "SparseCodes: indices: expected in [0, ", limit, "), got ", static_cast<int64_t>(worst));
 }
 
-// Prefixes are found by order: an entry out of place would be missed. Call after check_rows and check_ids.
+// Prefixes are found by the order of entries. Call after check_rows and check_ids.
 inline void check_ascending(const Tensor& ids, const Tensor& ptr) {
   const int64_t *id = in<int64_t>(ids), *p = in<int64_t>(ptr);
   for (int64_t row = 0; row + 1 < ptr.numel(); ++row) {
@@ -196,7 +196,7 @@ struct Memory {  // uninitialised
   }
 };
 
-// A list of each part, in order, as one tensor.
+// The lists of all parts, in order, as one tensor.
 template <typename Part, typename T>
 Tensor joined(const std::vector<Part>& parts, std::vector<T> Part::*list) {
   int64_t total = 0;

@@ -1,4 +1,5 @@
-// The exact correlation statistics: entries of many updates wait, then their pairs are added row by row; and the walk over all pairs.
+// The exact correlation statistics: entries of many updates are buffered, then their pairs are added row by row; and the pass
+// over all pairs.
 #include <ATen/ops/zeros.h>
 
 #include <cstring>
@@ -9,7 +10,7 @@
 namespace transcoder {
 namespace {
 
-// An entry that waits. Values of fp32 codes are kept as such: half the bytes to fetch, and exact.
+// A buffered entry. Values of fp32 codes stay fp32: exact, with half the bytes.
 template <typename Value>
 struct Partner {
   int32_t latent;
@@ -28,7 +29,7 @@ void prefetch_all(const T* from, const T* to) {
   }
 }
 
-// What waits, ready to be walked.
+// The buffered entries, sorted.
 template <typename Value>
 struct Waiting {
   const Partner<Value>* partners;
@@ -41,7 +42,7 @@ struct Waiting {
 // Adds the pairs that some entries of one latent close to its row of products and of counts, token by token.
 template <typename Value, typename Cell>
 void add_closings(const Waiting<Value>& waiting, const Closing* closing, const Closing* last, double* products, Cell* joint) {
-  // Partners lie anywhere: those of a closing are fetched so many closings before.
+  // Partners are scattered in memory: they are prefetched this many closings ahead.
   constexpr int64_t AHEAD = 16;
   for (; closing < last; ++closing) {
     if (waiting.end - closing > AHEAD) {
@@ -84,7 +85,7 @@ void add_kept_of(Waiting<Value> waiting, int64_t entries, int64_t tokens, int64_
         int64_t before = -1;
         for (int64_t at = waiting.starts[token]; at < waiting.starts[token + 1]; ++at) {
           const int64_t latent = waiting.partners[at].latent;
-          // Rows are walked on the strength of this.
+          // The loops over rows rely on this.
           if (latent <= before || latent >= latents) {
             fine = false;
             return;
@@ -140,7 +141,7 @@ void add_kept_of(Waiting<Value> waiting, int64_t entries, int64_t tokens, int64_
       const Closing *begin = waiting.closings + ptr[latent], *end = waiting.closings + ptr[latent + 1];
       double* own_product = product + latent * (latent - 1) / 2;
       Count* own_joint = joint + latent * (latent - 1) / 2;
-      // Worth it where most lines of the row will be wanted.
+      // Faster where most cache lines of the row are needed.
       if ((end - begin) * 128 <= latent) {
         add_closings(waiting, begin, end, own_product, own_joint);
         continue;
@@ -166,7 +167,7 @@ struct Triangle {
   const void* joint;
 };
 
-// What a range of rows of the triangle holds.
+// The result of a range of rows of the triangle.
 template <typename Count>
 struct Found {
   std::vector<int64_t> i, j;
@@ -218,7 +219,7 @@ void look_at(int64_t first, int64_t last, const std::vector<Triangle>& parts, co
 // Appends the entries that fire, on tokens of weight above 0, to `partners` (at `entries`; as bytes) and where each token's
 // begin to `starts` (at `tokens`, with one number more: where the last one ends), a token's weight and tally to theirs. In the
 // same pass, for each entry: total += weighted, square += weighted * value, count += tally at its latent. Returns how many
-// entries and tokens wait then. Tokens of at most one entry make no pair and do not wait.
+// entries and tokens are buffered then. Tokens of at most one entry make no pair and are left out.
 tuple<int64_t, int64_t> keep_entries(const Tensor& values, const Tensor& ids, const Tensor& row_ptr,
                                      const optional<Tensor>& token_weights, const optional<Tensor>& token_tally, Tensor total,
                                      Tensor square, Tensor count, Tensor partners, Tensor starts,
@@ -229,7 +230,7 @@ tuple<int64_t, int64_t> keep_entries(const Tensor& values, const Tensor& ids, co
   check_codes(values, ids, row_ptr, latents);
   for (const Tensor& part : {square, count}) check_shape("moments", part, {latents});
   for (const auto& [given, kept] : {std::pair{&token_weights, &kept_weights}, std::pair{&token_tally, &kept_tally}}) {
-    TORCH_CHECK_VALUE(given->has_value() == kept->has_value(), "keep_entries: expected room for what each token has");
+    TORCH_CHECK_VALUE(given->has_value() == kept->has_value(), "keep_entries: expected room for each token's weight and tally");
     if (given->has_value()) check_shape("tokens", **given, {rows});
     if (given->has_value()) {
       TORCH_CHECK_VALUE((*kept)->numel() >= tokens + rows, "keep_entries: expected room for ", tokens + rows, " tokens");
@@ -326,9 +327,9 @@ void add_kept(const Tensor& partners, const Tensor& starts, const optional<Tenso
   wide ? of(double{}) : of(float{});
 }
 
-// One walk over all pairs that fired together, in parts of one stream: those whose correlation
+// One pass over all pairs that fired together, in parts of one stream: those whose correlation
 // product * inverse[i] * inverse[j] - apart[i] * apart[j] is at least `least` (i, j, product, joint), the sum over all of r^2
-// less what it would be had they not met, and how many fall between which edges.
+// minus its value without joint firings, and the number of pairs in each bin.
 tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> survey_pairs(at::TensorList products, at::TensorList joints,
                                                                    const Tensor& apart, const Tensor& inverse, double least,
                                                                    const optional<Tensor>& edges) {
@@ -349,7 +350,7 @@ tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> survey_pairs(at::TensorLis
     counts.push_back(same ? joints[p] : joints[p].to(at::kLong));
     parts.push_back({in<double>(products[p]), counts[p].const_data_ptr()});
   }
-  // Cut at fixed places, so sums do not depend on threads.
+  // Split at fixed places, so sums do not depend on the number of threads.
   constexpr int64_t RANGE = 1 << 17;
   std::vector<int64_t> bounds{0};
   for (int64_t j = 0; j < latents; ++j) {

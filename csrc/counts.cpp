@@ -1,4 +1,4 @@
-// What the duplicate monitor counts of every batch: entries, moments of each latent, sequences, and the sums of followed pairs.
+// The duplicate monitor's counts of a batch: entries, moments of each latent, sequences, and the sums of followed pairs.
 // One pass each over the batch's few thousand entries, in order: one thread, and the sums of backend `torch` to the bit.
 #include "ops.h"
 

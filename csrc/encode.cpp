@@ -1,10 +1,10 @@
-// The encode ops: the product in tiles, selection on the warm tile.
+// The encode ops: the product in tiles, selection while a tile is in the cache.
 #include "tiles.h"
 
 namespace transcoder {
 namespace {
 
-// Survivors of the rows of one task.
+// Selected candidates of the rows of one task.
 template <typename T>
 struct Lists {
   Memory<T> values;
@@ -31,7 +31,7 @@ struct PoolMemory {
   int32_t passed[TILE_ROWS];
 };
 
-// Every entry above a gate (or its latent's limit), by task and sorted. A pool may forget all but its `wanted` largest.
+// Every entry above a gate (or its latent's limit), by task and sorted. A pool may drop all but its `wanted` largest.
 template <typename T>
 std::vector<Pool<T>> collect(const Plan& plan, const Tensor& x, const Tensor& W, const Tensor& b, T gate,
                              const T* limits, int64_t wanted) {
@@ -60,7 +60,7 @@ std::vector<Pool<T>> collect(const Plan& plan, const Tensor& x, const Tensor& W,
   return pools;
 }
 
-// How often a guess was too high, so that a batch was looked at again: for tests.
+// How often a guess was too high and a batch was processed again: for tests.
 std::atomic<int64_t> again{0};
 
 }  // namespace
@@ -125,7 +125,7 @@ tuple<Tensor, Tensor, Tensor> batch_topk_from(const Tensor& x, const Tensor& W, 
     const Plan plan(rows, latents);
     const double share = static_cast<double>(k) / static_cast<double>(latents);
     Pool<T> all;
-    // A guess too high for this batch loses nothing: everything is looked at again, at last without a gate.
+    // After a guess that is too high the batch is processed again, finally without a gate.
     for (int look = missed ? 1 : 0; look < 3; ++look) {
       const T gate = look < 2 ? guess_gate<T>(x, W, b, share, look == 0 ? 1 : 4) : T(0);
       if (look > 0) ++again;

@@ -78,7 +78,7 @@ struct Screen {
                       int64_t limit, int64_t room, const float* twice, float relative, float* values, int32_t* ids,
                       int64_t* count, float* gate, float* spare);
 
-  // Lengths of a vector rounded to bf16 and of what the rounding took.
+  // Lengths of a vector rounded to bf16 and of the rounding error.
   void (*rounded_norms)(const float* x, const uint16_t* rounded, int64_t n, double* kept, double* lost);
 };
 

@@ -1,4 +1,4 @@
-// The decoder penalty's search: for some rows of a matrix the row that points most the same way, where it does so enough.
+// The decoder penalty's search: for some rows of a matrix the nearest other row by cosine, if it exceeds a bound.
 #include <ATen/ops/index_select.h>
 #include <ATen/ops/zeros.h>
 
@@ -8,7 +8,7 @@ namespace transcoder {
 
 // (cosine [R], partner [R], length [n]) of rows `own` of W [n, d]: the largest cosine with another row where it exceeds
 // `least` (at least 0) and the lowest row that has it; elsewhere 0 and -1. Products in bf16 propose, fp32 dot products decide.
-// Three times nothing where W is not finite, or too large to bound.
+// All three are empty if W is not finite, or too large for an error bound.
 tuple<Tensor, Tensor, Tensor> nearest_above(const Tensor& W, const Tensor& own, double least) {
   TORCH_CHECK_VALUE(W.dim() == 2 && W.scalar_type() == at::kFloat, "nearest_above: W: expected fp32 [n, d], got ",
                     W.scalar_type(), " ", W.sizes());
@@ -25,7 +25,7 @@ tuple<Tensor, Tensor, Tensor> nearest_above(const Tensor& W, const Tensor& own, 
     }
   });
   if (rows == 0) return {best, partner, length};
-  // A row of zeros, and one as good as that, has no direction.
+  // A row that is zero up to rounding has no direction.
   constexpr float SHORTEST = std::numeric_limits<float>::min();
   float shortest = std::numeric_limits<float>::infinity();
   for (int64_t i = 0; i < n; ++i) shortest = lengths[i] >= SHORTEST ? std::min(shortest, lengths[i]) : shortest;

@@ -1,5 +1,5 @@
 // Weighted sums and dot products over compressed lists of rows. Each output row has one owner and one order of additions,
-// so the number of threads never shows in a result.
+// so results do not depend on the number of threads.
 #pragma once
 
 #include <cstdint>

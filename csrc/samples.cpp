@@ -46,7 +46,7 @@ int64_t offer_samples(const Tensor& group, const Tensor& score, const Tensor& ac
   int64_t fresh = 0;
   for (int64_t g = 0; g < groups; ++g) {
     if (ptr[g] == ptr[g + 1]) continue;
-    // Ties: the earlier entry, and what was there before.
+    // Ties: the earlier entry, and stored samples before new ones.
     const auto first = sorted.begin() + ptr[g], last = sorted.begin() + ptr[g + 1];
     std::stable_sort(first, last, [&](int64_t a, int64_t b) { return scores[a] > scores[b]; });
     const int64_t offered = std::min<int64_t>(k, ptr[g + 1] - ptr[g]);
@@ -75,7 +75,7 @@ int64_t offer_samples(const Tensor& group, const Tensor& score, const Tensor& ac
       }
       return false;
     };
-    // Those that stay, then the others in their order, as empty places.
+    // The samples that stay, then the others in their order, as empty places.
     std::vector<int64_t> dropped;
     for (int64_t n = 0; n < static_cast<int64_t>(both.size()); ++n) {
       (both[n].score >= 0 && !overlaps(both[n]) ? chosen : dropped).push_back(n);

@@ -33,7 +33,7 @@ inline float widened_one(uint16_t half) {
 template <typename T>
 inline T kth_largest(const T* values, int64_t n, int64_t k, T* spare) {
   using Int = typename Bits<T>::Int;
-  // As integers, floats of one sign ascend; flip the others, so that all do.
+  // Integer keys in the order of the floats: the bits of negative numbers are flipped.
   Int* keys = reinterpret_cast<Int*>(spare);
   constexpr Int LARGEST = static_cast<Int>(~(static_cast<Int>(1) << (8 * sizeof(Int) - 1)));
   memcpy(spare, values, static_cast<size_t>(n) * sizeof(T));

@@ -23,8 +23,8 @@ struct ProposalMemory {
   std::vector<float> gate, gates;
 };
 
-// What `wanted` entries at least are worth exactly: the wanted-th largest of the proposals' lower bounds; 0 where fewer have a
-// positive one.
+// A lower bound of the wanted-th largest exact value: the wanted-th largest of the proposals' lower bounds; 0 if fewer are
+// positive.
 double sure_gate(const Plan& plan, const Screened& screened, const std::vector<Pool<float>>& pools, int64_t wanted) {
   std::vector<float> low;
   for (int64_t task = 0; task < plan.tasks(); ++task) {
@@ -77,7 +77,7 @@ void decide(const Plan& plan, const Screened& screened, const Tensor& x, const T
   });
 }
 
-constexpr int64_t WORTH_IT = 8;  // One entry in so many may be proposed before screening costs what it saves.
+constexpr int64_t WORTH_IT = 8;  // Screening pays off while at most one entry in so many is proposed.
 
 }  // namespace
 
@@ -197,7 +197,7 @@ tuple<Tensor, Tensor, Tensor> batch_topk_screened(const Tensor& x, const Tensor&
   if (!pools) return batch_topk(x, W, b, k);
   decide(plan, screened, x, W, b, sure_gate(plan, screened, *pools, wanted), gate, nullptr, *pools);
   Pool<float> all = join<float>(plan, *pools);
-  // The guess was too high: what is wanted may be below it, unseen.
+  // The guess was too high: wanted entries may be below it.
   if (all.count() < wanted && gate > 0) return batch_topk_from(x, W, b, k, true);
   all.keep_top(wanted);
   if (all.count() < wanted) all = padded<float>(all, wanted, latents);

@@ -38,7 +38,7 @@ inline Bounded bounded(const Tensor& x) {
 // How far a proposal v, a bf16 product plus bias, can be from its exact pre-activation p: |v - p| <= error(row) + 2^-8 |p|.
 //
 // With x = x' + dx and w = w' + dw (x', w' in bf16), |<x, w> - <x', w'>| <= |dx| |w| + |x'| |dw| (Cauchy-Schwarz). To that come the
-// rounding of both fp32 sums, at most (2 d + 32) 2^-23 |x| |w|, what bf16 units take for zero (below 2^-126 a factor), and the
+// rounding of both fp32 sums, at most (2 d + 32) 2^-23 |x| |w|, factors below 2^-126, which bf16 units flush to zero, and the
 // rounding of the bf16 result, 2^-8 of it, which is the pre-activation less its bias. Callers add a percent.
 struct Screened {
   Bounded left, right;
@@ -78,8 +78,8 @@ inline bool bounds_every(const Screened& screened, int64_t rows) {
 }
 
 // By task and sorted: every entry whose exact pre-activation under `bias` can exceed its row's gate (at least 0), as proposed.
-// Nothing where they are more than `most`: exact dot products of so many cost as much as an fp32 product. That, too, is the same for
-// any number of threads: tiles have fixed shapes.
+// Empty if there are more than `most`: that many exact dot products cost as much as an fp32 product. Tiles have fixed shapes,
+// so this does not depend on the number of threads.
 optional<std::vector<Pool<float>>> proposals(const Plan& plan, const Screened& screened, const float* bias,
                                              const double* gate, int64_t most);
 

@@ -1,4 +1,4 @@
-// Exact selection: a gate on the warm tile, lists of survivors, and the k-th largest by bisection over the bits.
+// Exact selection: a gate on the tile in the cache, lists of candidates, and the k-th largest by bisection over the bits.
 #pragma once
 
 #include <cstdint>

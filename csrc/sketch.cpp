@@ -1,4 +1,4 @@
-// The random-sign sketch of the correlation statistics: its update, and the search for pairs of rows that point the same way.
+// The random-sign sketch of the correlation statistics: its update, and the search for pairs of similar rows.
 #include <limits>
 
 #include "tiles.h"
@@ -23,7 +23,7 @@ struct SimilarMemory {
 }  // namespace
 
 // rows[latent] += weighted * signs of the entry's token; ones += sum over tokens of weight * signs. A latent's row has one
-// owner and one order, that of the entries: the number of threads never shows.
+// owner and one order, that of the entries: results do not depend on the number of threads.
 void sketch_add(const Tensor& latent, const Tensor& token, const Tensor& weighted, const optional<Tensor>& token_weights,
                 int64_t tokens, int64_t key, Tensor rows, Tensor ones) {
   const int64_t entries = latent.numel();

@@ -1,5 +1,5 @@
-// Matrix products in tiles of a fixed shape, each by one thread through torch's own BLAS, so neither the number of threads nor who
-// computes a tile shows in a result; and the pools of entries that pass a filter on the warm tile.
+// Matrix products in tiles of a fixed shape, each by one thread through torch's BLAS, so that results do not depend on the
+// number of threads; and the pools of entries that pass a filter while a tile is in the cache.
 #pragma once
 
 #include <ATen/ops/from_blob.h>
@@ -17,7 +17,7 @@ namespace transcoder {
 constexpr int64_t TILE_ROWS = 512;
 constexpr int64_t TILE_COLUMNS = 512;
 
-// The pre-activations of one tile less their bias, in `scratch`, rows * columns without gaps.
+// The pre-activations of one tile without their bias, in `scratch`, rows * columns without gaps.
 template <typename T>
 void product(const T* x, const T* W, int64_t rows, int64_t columns, int64_t d, T* scratch) {
   const c10::InferenceMode guard;
@@ -65,7 +65,7 @@ void for_each_tile(const Plan& plan, int64_t task, const T* x, const T* W, int64
   }
 }
 
-// One row's answer: its k largest in ascending order of id; zeros at the lowest free ids where fewer are positive.
+// The result of one row: its k largest in ascending order of id; zeros at the lowest free ids where fewer are positive.
 template <typename T>
 void write_row(T* values, int32_t* ids, int64_t count, int64_t k, T* to_values, int64_t* to_ids) {
   if (count > k) {
@@ -92,7 +92,7 @@ inline void check_encoder(const Tensor& x, const Tensor& W, const Tensor& b, int
   check_shape("b", b, {W.size(0)});
   TORCH_CHECK_VALUE(k >= 1 && k <= W.size(0), "encode: k: expected between 1 and ", W.size(0), ", got ", k);
 }
-// Survivors of one task with their rows, in no order but: ascending ids within a row.
+// Selected entries of one task with their rows; only within a row in order, by ascending id.
 template <typename T>
 struct Pool {
   std::vector<T> values;
@@ -162,8 +162,8 @@ tuple<Tensor, Tensor, Tensor> compressed(const Pool<T>& all, int64_t rows) {
 }
 
 // A gate that somewhat more than `share` of all entries pass, from 128 rows and 512 latents: one of each of 512 equal ranges
-// of the dictionary, at a scattered place, since neighbours are alike (the first latents of a Matryoshka dictionary fire most).
-// The margin covers the sample's own noise; `wider` asks for that many times as many entries.
+// of the dictionary, at a scattered place, since neighbouring latents are similar (the first latents of a Matryoshka dictionary
+// fire most). The margin covers the sample's own noise; `wider` asks for that many times as many entries.
 template <typename T>
 T guess_gate(const Tensor& x, const Tensor& W, const Tensor& b, double share, double wider) {
   constexpr int64_t ROWS = 128, LATENTS = 512, RUN = 64;

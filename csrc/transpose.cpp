@@ -32,7 +32,7 @@ void transpose_four(const float* from, int64_t from_stride, float* to, int64_t t
 
 // W.T with each latent's factor on it: a latent is a column of W [d, latents] and a row of the result, or with `back` a row of W
 // [latents, d] and a column of the result. Square blocks go through a buffer in the first-level cache, since lines of a matrix
-// whose width is a power of two fall on each other there. No sums: bitwise what multiplying the transposed matrix gives.
+// whose width is a power of two map to the same cache sets. No sums: bitwise what multiplying the transposed matrix gives.
 Tensor transposed(const Tensor& W, const optional<Tensor>& factors, bool back) {
   constexpr int64_t SIDE = 64;
   TORCH_CHECK_VALUE(W.dim() == 2, "transposed: expected a matrix, got ", W.dim(), " dimensions");

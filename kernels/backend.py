@@ -15,13 +15,13 @@ import torch
 
 NAMES = ("auto", "triton", "cpp", "torch")
 FASTEST_FIRST = {"cuda": ("triton", "torch"), "cpu": ("cpp", "torch")}
-"""What `auto` tries, in order; other devices run on `torch`. `triton` answers for a GPU once its kernels have been checked
-natively there (`gpu_selftest`); asked for by name it runs unchecked."""
+"""Backends that `auto` tries on each device type, in order; other devices use `torch`. `auto` uses `triton` on a GPU only after
+its kernels have passed their checks there (`gpu_selftest`); requested by name, `triton` runs unchecked."""
 
 
 class _Chosen(local):
-    """A thread's own choice. An attribute, because torch.compile guards on what it reads: code compiled under one choice is
-    compiled again under another. Set for each thread: of a class attribute behind it the compiler would read that one only."""
+    """The backend that this thread requests. torch.compile guards on the attribute, so code is recompiled when it changes.
+    `__init__` sets it in every thread: a default in the class would be the only value that the compiler reads."""
 
     def __init__(self) -> None:
         self.name: str | None = None
@@ -40,12 +40,11 @@ def _check_name(name: str, where: str) -> str:
 def use_backend(name: str) -> Iterator[None]:
     """Run the ops inside the `with` block on one backend; overrides the TRANSCODER_BACKEND variable.
 
-    The choice is the thread's own. Another thread, one started inside the block too, sees TRANSCODER_BACKEND or `auto` until
-    it chooses for itself; coroutines that take turns on one thread share its choice.
+    The choice applies to the current thread. Other threads, including those started inside the block, use TRANSCODER_BACKEND or
+    `auto`; coroutines on one thread share its choice.
 
-    A gradient runs on the backend of its forward, wherever autograd runs it: for CPU tensors in the thread that calls
-    `backward`, for CUDA tensors in autograd's own threads, which never saw a `with` block. What activation checkpointing runs
-    again there is a forward of such a thread: choose by TRANSCODER_BACKEND where that matters.
+    A gradient runs on the backend of its forward pass, in any thread. Activation checkpointing repeats the forward pass of CUDA
+    tensors in autograd's own threads, to which the block does not apply: set TRANSCODER_BACKEND there.
 
     Args:
         name: `auto` (by the tensors' device), `triton`, `cpp` or `torch`. An explicit choice never falls back: an op that
@@ -59,7 +58,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def requested_backend() -> str:
-    """The name in force: the innermost `use_backend`, else TRANSCODER_BACKEND, else `auto`."""
+    """The requested name: that of the innermost `use_backend`, else TRANSCODER_BACKEND, else `auto`."""
     if _chosen.name is not None:
         return _chosen.name
     return _check_name(os.environ.get("TRANSCODER_BACKEND", "auto"), "environment variable TRANSCODER_BACKEND")
@@ -80,7 +79,8 @@ def has_backend(name: str, family: str) -> bool:
 
 
 def may_serve(name: str, family: str, device: torch.device) -> bool:
-    """Whether `auto` may choose `name` on `device`: it is here and, for Triton, this kind of GPU was seen to run it right."""
+    """Whether `auto` may choose `name` on `device`: it is available and, for Triton, has passed its checks on this kind of
+    GPU."""
     if not has_backend(name, family):
         return False
     if name != "triton":
@@ -99,7 +99,7 @@ may_serve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def active_backend(device: torch.device | str, family: str = "encode") -> str:
     """The backend that an op of `family` on `device` would run on now: never `auto`.
 
-    Raises: RuntimeError where a backend was asked for by name and is not here: an explicit choice never falls back.
+    Raises: RuntimeError if a backend was requested by name and is not available: an explicit choice never falls back.
     """
     name = requested_backend()
     if name == "auto":
@@ -109,7 +109,7 @@ def active_backend(device: torch.device | str, family: str = "encode") -> str:
     if not has_backend(name, family):
         here = [choice for choice in NAMES[1:] if has_backend(choice, family)]
         raise RuntimeError(
-            f"backend {name!r} was asked for by name but is not here for {family} (available: {', '.join(here)}); "
+            f"backend {name!r} was requested by name but is not available for {family} (available: {', '.join(here)}); "
             "use 'auto' or one of those"
         )
     return name

@@ -1,4 +1,4 @@
-"""What every op asks of its inputs: shape, dtype, device, finiteness. The one place such errors are worded."""
+"""Input checks shared by all ops: shape, dtype, device, finiteness."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def check_float_matrix(op: str, name: str, value: Tensor, columns: int | None = 
     _check_tensor(op, name, value)
     bad = value.dim() != 2 or (columns is not None and value.shape[1] != columns)
     if bad or (rows is not None and value.shape[0] != rows):
-        # Made here only: as text, a size that changes would be compiled in.
+        # Formatted only on error: formatting makes a dynamic size a constant of a compiled graph.
         shape = f"[{'*' if rows is None else rows}, {'*' if columns is None else columns}]"
         raise ValueError(f"{op}: {name}: expected shape {shape}, got {list(value.shape)}")
     _check_float(op, name, value)
@@ -39,7 +39,7 @@ def check_float_vector(op: str, name: str, value: Tensor, length: int) -> None:
 
 
 def check_codes(op: str, codes: SparseCodes) -> None:
-    """Codes whose pattern is right. On a GPU the pattern is taken on trust: looking at it would make the host wait."""
+    """Check the type of `codes` and, on the CPU, their pattern. On a GPU the check would make the host wait."""
     if not isinstance(codes, SparseCodes):
         raise TypeError(f"{op}: codes: expected SparseCodes, got {type(codes).__name__}")
     if codes.device.type == "cpu":
@@ -70,7 +70,7 @@ def check_widths(op: str, widths: Sequence[int], d_sae: int) -> None:
 
 
 def check_finite_rows(op: str, name: str, value: Tensor) -> None:
-    """Names the first row that holds a NaN or an Inf. Reads the device: only for checks='full'."""
+    """Raise ValueError naming the first row that holds a NaN or an Inf. Reads the device: only for checks='full'."""
     bad = ~torch.isfinite(value).reshape(value.shape[0], -1).all(1)
     if bool(bad.any()):
         rows = bad.nonzero().flatten()

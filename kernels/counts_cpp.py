@@ -1,5 +1,5 @@
-"""Backend `cpp` of the counts that go with the correlation (csrc/counts.cpp) and of the samples (csrc/samples.cpp): one pass
-over a batch's entries, on the CPU."""
+"""Backend `cpp` of the monitor's counts (csrc/counts.cpp) and of the activation samples (csrc/samples.cpp): one pass over a
+batch's entries, on the CPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def runs(codes: SparseCodes) -> bool:
 
 
 def readable(codes: SparseCodes) -> Tensor:
-    """The values as the loops take them; a wrong pattern is refused before they walk it."""
+    """The values in the layout that the C++ loops read. Raises ValueError for a wrong pattern."""
     codes.validate()
     values = codes.values.detach()
     return (values if values.dtype in (torch.float32, torch.float64) else values.float()).contiguous()
@@ -36,8 +36,8 @@ def mark_places(codes: SparseCodes, place: Tensor, weights: Tensor | None, bits:
 
 
 def add_by_group(codes: SparseCodes, i: Tensor, j: Tensor, group: Tensor, weights: Tensor | None, sums: Tensor) -> None:
-    """For pairs of latents and groups of tokens add up, in place, over the tokens of each group: the weight; weight times
-    value, and times its square, of i; the same of j; weight times the product.
+    """Add to `sums`, in place, for each pair of latents and each group of tokens: sum w, sum w z_i, sum w z_i^2, sum w z_j, sum
+    w z_j^2, sum w z_i z_j.
 
     Args:
         i, j: [P] int64.   group: [B] int64 in [0, groups).   weights: [B] or None.   sums: [6, P, groups] float64.
@@ -62,7 +62,7 @@ def offer_samples(
     """Offer a batch's entries to a store of the best samples of each group, in place (`antidup.sample_store.merged`).
 
     Args:
-        group, rows: [n] int64; group G is none.   score, activation: [n] fp32, scores >= 0.
+        group, rows: [n] int64; entries of group G are left out.   score, activation: [n] fp32, scores >= 0.
         batch: tokens, positions [B] int64, sequences [B] int64 or None, contexts [B, C] int32.
         store: score, activation, token, position, sequence, step [G, k] and context [G, k, C], contiguous.
 

@@ -1,13 +1,13 @@
 """The C++ extension behind backend `cpp`: compiled at first use, kept in the user's cache, loaded once a process.
 
 The cache entry's name holds everything that shapes the binary: sources, flags, compiler, torch, machine. Which instruction
-set runs is decided when it is loaded, so one entry serves every CPU of an architecture. Nothing is downloaded; the torch of
-this process is the one that is compiled against and linked.
+set runs is decided when it is loaded, so one entry serves every CPU of an architecture. Nothing is downloaded; the extension is
+compiled against and linked to the torch of this process.
 
-Not by torch.utils.cpp_extension.load: all its sources have the same flags, a killed compilation leaves a lock that others wait
-for without end, and it keeps neither a checksum nor the reason of a failure.
+torch.utils.cpp_extension.load is not used: it compiles all sources with the same flags, a killed compilation leaves a lock that
+other processes wait for forever, and it records neither a checksum nor the reason of a failure.
 
-Environment: TRANSCODER_BUILD=0 leaves the extension alone; TRANSCODER_CACHE moves the cache; CXX names the compiler.
+Environment: TRANSCODER_BUILD=0 disables the extension; TRANSCODER_CACHE moves the cache; CXX names the compiler.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ CHECKSUM = "sha256"
 FAILURE = "failed.txt"
 SECONDS = "seconds"
 RETRY_AFTER = 24 * 3600.0
-"""Seconds for which a failed compilation is remembered: every process would wait for it again otherwise."""
+"""Seconds before a failed compilation is tried again. Without this every process would repeat it."""
 
 _COMMON = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
 _X86 = {
@@ -47,8 +47,8 @@ _OPS = (
     ("bindings", "correlation", "counts", "samples", "transpose"),
     ("encode", "screened", "nearest_rows", "sketch", "decode", "adam"),
 )
-"""The files of csrc/ that use torch, as they are compiled together: each compiles alone too, but torch's headers take 5 s a
-compilation, more than most of the files themselves. Two take about as long each, side by side."""
+"""The files of csrc/ that include torch, in groups that are compiled together: torch's headers take 5 s a compilation, more
+than most of the files themselves. The two groups take about the same time and run in parallel."""
 
 _lock = threading.Lock()
 _reason: str | None = "not tried yet"
@@ -62,7 +62,7 @@ def usable() -> bool:
 
 
 def available_reason() -> str | None:
-    """None where the extension is loaded, else one line that says why it is not."""
+    """None if the extension is loaded, else the reason in one line."""
     global _reason, _tried, _waited
     with _lock:
         if not _tried:
@@ -73,12 +73,12 @@ def available_reason() -> str | None:
 
 
 class FirstCall(NamedTuple):
-    """What the extension cost."""
+    """Times of the compilation and of the first load."""
 
     compiled: float | None
-    """Seconds its compilation took, once for this cache entry; None where they were not noted."""
+    """Seconds of the compilation of this cache entry; None if not recorded."""
     waited: float
-    """Seconds this process waited for it: for compiling, or only for loading what the cache had."""
+    """Seconds that this process waited, for the compilation or for loading the library from the cache."""
     folder: Path
 
 
@@ -152,7 +152,7 @@ def _build_and_load(command: list[str], folder: Path) -> str | None:
         try:
             torch.ops.load_library(library)
         except OSError:
-            # Whole by its checksum, yet this process cannot load it: made on another system that shares the folder.
+            # The checksum is right, but another system that shares the folder compiled it: compile again.
             library.unlink()
         else:
             return None
@@ -176,7 +176,7 @@ def _build_and_load(command: list[str], folder: Path) -> str | None:
 
 
 def _is_whole(library: Path) -> bool:
-    """A torn file must not reach the loader: it would not raise but kill the process."""
+    """Whether the library matches its checksum. Loading a truncated file would kill the process instead of raising."""
     try:
         return hashlib.sha256(library.read_bytes()).hexdigest() == library.with_name(CHECKSUM).read_text()
     except OSError:
@@ -187,8 +187,8 @@ def _units(sources: Path, objects: Path) -> list[tuple[list[str], Path]]:
     """(arguments, object file) of every compilation."""
     on_x86 = platform.machine() in ("x86_64", "AMD64")
     include = Path(torch.__file__).parent / "include"
-    # OpenMP by pragma alone, not linked: torch's own runtime answers, so there is one pool of threads and not two.
-    # No contraction: sums of products here are promised to equal torch's, which rounds each product.
+    # OpenMP pragmas without linking a runtime: torch's runtime is used, so there is one pool of threads.
+    # No contraction to fused multiply-add: sums of products must equal torch's, which rounds each product.
     torch_flags = [
         *("-O2", "-fopenmp", "-ffp-contract=off", *(["-DTRANSCODER_X86"] if on_x86 else [])),
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
@@ -206,7 +206,7 @@ def _units(sources: Path, objects: Path) -> list[tuple[list[str], Path]]:
 
 
 def _compile(command: list[str], library: Path) -> str | None:
-    """Compile and link into a temporary folder, then move into place. Returns what went wrong."""
+    """Compile and link in a temporary folder, then move the result into place. Returns the error, or None."""
     with tempfile.TemporaryDirectory(prefix=".build-", dir=library.parent) as name:
         build = Path(name)
         units = _units(source_folder(), build)
@@ -225,7 +225,7 @@ def _compile(command: list[str], library: Path) -> str | None:
         if linked.returncode:
             return f"linking failed: {_first_error(linked.stderr)}"
         checksum = hashlib.sha256((build / LIBRARY).read_bytes()).hexdigest()
-        # The checksum last: a reader finds the library that it belongs to, or sees that the library is not whole.
+        # The checksum is moved last: until then a reader sees that the library is incomplete.
         (build / LIBRARY).replace(library)
         (build / CHECKSUM).write_text(checksum)
         (build / CHECKSUM).replace(library.with_name(CHECKSUM))
@@ -239,7 +239,7 @@ def _first_error(text: str) -> str:
 
 @contextlib.contextmanager
 def only_one(path: Path) -> Iterator[None]:
-    """One process at a time; the others wait and then find the entry made."""
+    """A file lock: one process at a time; the others wait and then find the cached result."""
     import fcntl
 
     with path.open("w") as file:

@@ -1,7 +1,7 @@
 """Launch choices of every kernel that gathers rows of a matrix: decode, its gradients, the encoder's gradients.
 
 Frozen data. The numbers behind the reasons are byte and register counts (tests/kernels/test_compile_decode.py reads the
-registers from the compiled code); none is a timing yet.
+registers from the compiled code); none is a measured time yet.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ NARROW_COLUMNS = 32
 
 SPLIT = 128
 """Entries of a segment summed by one program. A longer segment (a latent that fires on nearly every token) is cut at
-multiples of SPLIT, its pieces are summed by programs of their own and added in a fixed order. At the reference shape a
+multiples of SPLIT, its pieces are summed by separate programs and added in a fixed order. At the reference shape a
 segment has 11 entries on average; 128 bound the longest program to 16 turns, and the pieces of one latent that fires on
 all 4096 tokens to 32."""
 

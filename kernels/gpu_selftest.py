@@ -1,13 +1,13 @@
-"""Whether a device's kernels compute what their references do: the checks, and the verdict that backend `auto` asks for.
+"""Checks of a device's kernels against their references, and the verdict that backend `auto` uses.
 
 The checks: every op family against its float64 reference on fresh inputs, forward and gradients, twice for bitwise equality.
-`bench.gpu_check` reports them, `bench.autotune` asks for them before it times a launch choice.
+`bench.gpu_check` reports them, `bench.autotune` runs them before it times a launch choice.
 
 The verdict: kernels that a compiler accepts can still be wrong on a chip or under a compiler that was never tried. So before
-`auto` uses a family's Triton kernels on a GPU for the first time, a process of its own runs the family's checks there: an
-illegal access or a hang cannot hurt this process. The verdict is kept in the user's cache, under the chip, the versions of
-torch and triton, and the kernels' sources. Without a good verdict `auto` uses backend `torch` and says so. The check also fills
-Triton's cache on disk, so its seconds are mostly those that the first step would have waited.
+`auto` uses a family's Triton kernels on a GPU for the first time, a separate process runs the family's checks there: an illegal
+access or a hang cannot affect this process. The verdict is kept in the user's cache, under the chip, the versions of torch and
+triton, and the kernels' sources. Without a good verdict `auto` uses backend `torch` and says so. The check also fills Triton's
+cache on disk, so most of its time is saved in the first step.
 
 `TRANSCODER_BACKEND=triton` or `torch` chooses without a check.
 """
@@ -54,26 +54,26 @@ WIDEST_COUNTED = 2048
 """Latents up to which all pairs are compared with a dense correlation."""
 
 SECONDS = 600.0
-"""A check that has not ended by then has failed. Compiling takes nearly all of it: about a minute is expected, not measured."""
+"""Time limit of a check in seconds. Nearly all of the time is compilation; about a minute is expected, not measured."""
 GRACE = 10.0
-"""Seconds that a killed check is given to end; then it is left behind."""
+"""Seconds to wait until a killed check has exited."""
 _OF_THE_MOMENT = ("out of memory", "busy or unavailable")
-"""Says a GPU that others fill or hold: nothing about the kernels, so it is not kept for the next process."""
+"""Errors of a GPU that other processes occupy. They say nothing about the kernels, so such a verdict is not cached."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the check of one family on one kind of device said."""
+    """The result of the checks of one op family on one kind of device."""
 
     family: str
     device: str
     passed: int
-    """Checks that passed."""
+    """Number of checks that passed."""
     problem: str | None
-    """None where all did, else the first that did not, or how the process ended."""
+    """None if all passed, else the first failure, or how the process ended."""
     seconds: float
     file: str | None = None
-    """Where it is kept; delete it to check again."""
+    """The cached verdict; delete the file to check again."""
 
     @property
     def good(self) -> bool:
@@ -85,7 +85,7 @@ class Verdict:
 
 
 def proven(family: str, device: torch.device) -> bool:
-    """Whether `auto` may run an op family on this CUDA device by Triton: False too where Triton only interprets."""
+    """Whether `auto` may run an op family on this CUDA device by Triton. False where Triton interprets."""
     if interpreted():
         return False
     return proof(family, torch.device("cuda", torch.cuda.current_device()) if device.index is None else device).good
@@ -93,12 +93,12 @@ def proven(family: str, device: torch.device) -> bool:
 
 @functools.cache
 def proof(family: str, device: torch.device, seconds: float = SECONDS, small: bool = False) -> Verdict:
-    """The verdict that is kept for this device, or the check, if there is none (other processes wait for the first).
+    """The cached verdict of this device; without one, run the checks (other processes wait for the first).
 
     Args:
         family: `encode`, `decode`, `correlation` or `adam`.
         device: where the checks run.
-        seconds: the process is killed after them.
+        seconds: time limit of the checking process.
         small: small shapes only.
     """
     name = _device_name(device)
@@ -114,10 +114,10 @@ def proof(family: str, device: torch.device, seconds: float = SECONDS, small: bo
                 if not any(words in (kept.problem or "") for words in _OF_THE_MOMENT):
                     _write(file, kept)
     except OSError as error:
-        # No cache to write to. Without a verdict nothing is trusted, and a check by every process would cost too much.
-        kept = Verdict(family, name, 0, f"no place to keep a verdict: {error}", 0.0)
+        # Without a cache every process would run the checks, which costs too much: Triton is not used.
+        kept = Verdict(family, name, 0, f"cannot write a verdict: {error}", 0.0)
     if not kept.good:
-        print(f"transcoder: backend auto leaves Triton alone: {kept}", file=sys.stderr, flush=True)
+        print(f"transcoder: backend auto does not use Triton: {kept}", file=sys.stderr, flush=True)
     return kept
 
 
@@ -149,7 +149,7 @@ def _check(family: str, device: torch.device, name: str, seconds: float, small: 
     ]
     start = time.monotonic()
     log = file.with_suffix(".log")
-    # The child imports this very package, installed or not.
+    # The child process imports this package, installed or not.
     home = str(Path(sys.modules["transcoder"].__file__ or "").resolve().parent.parent)
     path = os.pathsep.join(p for p in (os.environ.get("PYTHONPATH"), home) if p)
     problem: str | None = None
@@ -189,14 +189,14 @@ def _check(family: str, device: torch.device, name: str, seconds: float, small: 
 
 
 def _last_words(log: Path) -> str:
-    """The exception that ended the child (CUDA's go on for lines of advice after it), else its last line."""
+    """The exception that ended the child process, without the advice that CUDA prints after it, else the last line."""
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     said = [line for line in lines if re.match(r"[\w.]*Error: ", line)] or lines
     return said[-1][:300] if said else "no message"
 
 
 def _read(file: Path) -> Verdict | None:
-    """None too for a verdict that cannot be read, and for a bad one of long ago: the reason may be gone."""
+    """The cached verdict; None if there is none, if it cannot be read, or if it failed long ago and the reason may be gone."""
     try:
         verdict = Verdict(**json.loads(file.read_text(encoding="utf-8")))
         old = time.time() - file.stat().st_mtime > RETRY_AFTER
@@ -212,7 +212,7 @@ def _write(file: Path, verdict: Verdict) -> None:
 
 
 class Mismatch(AssertionError):
-    """An op's result is not its reference's."""
+    """An op's result differs from its reference."""
 
 
 def op_checks(
@@ -222,7 +222,7 @@ def op_checks(
     seed: int,
     families: tuple[str, ...] = FAMILIES,
 ) -> Iterator[tuple[str, str | None]]:
-    """(name, None or what went wrong) of each check of the families, every dtype and shape."""
+    """(name, problem or None) of each check of the families, every dtype and shape."""
     g = torch.Generator().manual_seed(seed)
     for dtype, (rows, d, d_sae, k) in itertools.product(DTYPES, shapes):
         x, W = torch.randn(rows, d, generator=g), torch.randn(d_sae, d, generator=g) / math.sqrt(d)
@@ -233,7 +233,7 @@ def op_checks(
 
 
 def outcome(backend: str, check: Callable[[], None]) -> str | None:
-    """None where `check` passes on `backend`, else what went wrong."""
+    """None if `check` passes on `backend`, else the problem."""
     try:
         with use_backend(backend):
             check()
@@ -285,7 +285,7 @@ def same_bits(what: str, first: list[Tensor], second: list[Tensor]) -> None:
 
 
 def check_encode(op: Callable[..., SparseCodes], argument: Any, x: Tensor, W: Tensor, b: Tensor) -> None:
-    """The selection is judged by the op's own accumulators: every kept value is right, none left out is larger."""
+    """Check that every selected value is right and that no activation that was left out is larger."""
     leaves = [t.clone().requires_grad_() for t in (x, W, b)]
     codes = op(*leaves, argument)
     unit = torch.finfo(torch.float32).eps
@@ -369,7 +369,7 @@ def check_correlation(codes: SparseCodes) -> None:
 
 
 def check_sketch(codes: SparseCodes) -> None:
-    """The sketch's pairs are decided exactly: of those that it proposes each correlation is right, and equal calls agree."""
+    """The correlation of each pair that the sketch proposes is exact, and equal calls give equal bits."""
     d_sae = codes.shape[1]
     want = correlation_reference(codes.to_dense().detach()).correlation
 
@@ -409,8 +409,8 @@ def check_step(parameters: list[Tensor]) -> None:
             expect_close("norm", norm, want.norm, sum(p.numel() for p in ps), unit)
             for name, mine, exact in zip(AdamStep._fields, (ps, first, second), want[:3], strict=False):
                 for number, (a, b) in enumerate(zip(mine, exact, strict=True)):
-                    # Adam divides by the root of what it averages: the rounding of a small difference comes back larger.
-                    # Moments are judged by their own size: each step starts from the op's, and small ones would all pass.
+                    # Adam divides by the root of the second moment, which amplifies the rounding of small numbers.
+                    # Moments are compared relative to their own size: an absolute tolerance would accept any small ones.
                     size = 1.0 if mine is ps else max(float(b.abs().max()), torch.finfo(torch.float32).tiny)
                     expect_close(f"{name}[{number}]", a.double() / size, b / size, 64, unit)
         before = [t.clone() for t in (*ps, *first, *second, *steps)]
@@ -449,14 +449,15 @@ def _check_pairs(what: str, monitor: FeatureCorrelation, want: Tensor, above: fl
 
 
 def main(words: list[str]) -> None:
-    """The child: one JSON object a line as each check ends, so that the parent knows the last one before a crash."""
+    """The child process: print one JSON object a line as each check ends, so that the parent knows the last one before a
+    crash."""
     family, device, *small = words
     found: list[dict[str, Any]] = []
     for check, problem in op_checks("triton", torch.device(device), SMALL if small else SHAPES, 0, (family,)):
         found.append({"check": check, "problem": problem})
         print(json.dumps(found[-1]), flush=True)
         if problem is not None and "CUDA error" in problem:
-            break  # nothing after it can be believed
+            break  # later results are not reliable
     print(json.dumps({"passed": sum(f["problem"] is None for f in found)}), flush=True)
 
 

@@ -1,7 +1,7 @@
-"""The rows of a matrix that point most the same way as some others, by backend `cpp` (csrc/nearest_rows.cpp, csrc/screened.h).
+"""Nearest other rows of a matrix, by cosine or inner product, on backend `cpp` (csrc/nearest_rows.cpp, csrc/screened.h).
 
-Where the CPU has units for it, products in bf16 propose and fp32 dot products decide: the answer is that of the dot products,
-whatever the bf16 units do, and bitwise the same for any number of threads.
+Products in bf16, where the CPU has units for them, propose candidates, and fp32 dot products decide. The result is that of the
+fp32 dot products, bitwise the same for any number of threads.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from transcoder.kernels.encode.cpp_backend import multiplies_bf16
 
 
 def runs(W: Tensor) -> bool:
-    """Whether backend `cpp` is active and W is what it takes: contiguous fp32 on a CPU that has units for bf16."""
+    """Whether backend `cpp` is active and takes W: contiguous fp32 on a CPU that has units for bf16."""
     plain = W.is_cpu and W.dtype == torch.float32 and W.dim() == 2 and W.is_contiguous()
     return plain and multiplies_bf16() and active_backend("cpu", "decode") == "cpp"
 
 
 def nearest_above(W: Tensor, rows: Tensor, least: float) -> tuple[Tensor, Tensor, Tensor] | None:
     """(cosine [R], partner [R], length [n]): for each of `rows` [R] the largest cosine with another row of W [n, d] that
-    exceeds `least` >= 0, and the lowest row that has it; 0 and -1 where none does. None where W is not finite: nothing bounds
-    it then.
+    exceeds `least` >= 0, and the lowest such row; 0 and -1 where there is none. None if W is not finite: the errors have no
+    bound then.
 
     Equivalent to: `u = F.normalize(W, dim=1); c = u[rows] @ u.T; c[arange(R), rows] = -1; c.max(1)` where that exceeds `least`.
     """
@@ -40,7 +40,7 @@ def nearest(unit: Tensor, rows: Tensor) -> Tensor | None:
         return None
     ops = torch.ops.transcoder_cpp
     select = ops.topk_screened if multiplies_bf16() else ops.topk
-    # A row is most often its own nearest: of the best two one is another.
+    # A row is usually its own nearest row: one of the best two is another row.
     values, ids = select(unit[rows].contiguous(), unit.contiguous(), unit.new_zeros(unit.shape[0]), 2)
     best: Tensor = torch.where(ids == rows[:, None], -torch.inf, values).amax(1)
     return None if bool((best <= 0).any()) else best

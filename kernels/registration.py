@@ -1,12 +1,12 @@
-"""How the ops meet torch.library: one boundary an op for torch.compile, torch.export, fake tensors and dispatch modes.
+"""Registration of the ops with torch.library: for torch.compile, torch.export, fake tensors and dispatch modes.
 
-An op is three functions over the same tensors: what runs, what a tracer needs to know of the result (sizes, dtypes,
-strides), and the gradient. Every tensor that a result depends on is an argument, and so is the backend, by name: a gradient
-runs on the backend of its forward, and a compiled graph repeats the choice that it was traced with.
+An op is three functions over the same tensors: the computation, the sizes, dtypes and strides of its result (for tracers), and
+the gradient. Every tensor that a result depends on is an argument, and so is the name of the backend: a gradient runs on the
+backend of its forward pass, and a compiled graph keeps the backend that it was traced with.
 
-A call that nothing traces goes to what runs directly, inside an autograd function of the same gradient: the dispatcher, and
-building the codes again on its other side, cost 115 microseconds of the 505 of a small step (B 64, d 64, 256 latents, on one
-CPU core), and what backends keep with the codes between forward and backward would be lost.
+An untraced call skips the dispatcher: the computation runs in an autograd function with the same gradient. The dispatcher, and
+building the codes again behind it, cost 115 microseconds of the 505 of a small step (B 64, d 64, 256 latents, on one CPU core),
+and lose what backends keep with the codes between forward and backward.
 """
 
 from __future__ import annotations
@@ -47,13 +47,15 @@ def differentiate(op: torch._ops.OpOverload, setup: Callable[..., None], backwar
 
 
 def differentiable_once(op: torch._ops.OpOverload) -> None:
-    """A gradient has none of its own: say so where it is asked for, instead of returning a wrong one."""
+    """Make the gradient of `op`, itself the gradient of another op, raise instead of returning a wrong result."""
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         pass
 
     def backward(ctx: Any, *grads: Any) -> Any:
-        raise RuntimeError(f"{op._name}: the ops are differentiable once; the gradient of a gradient is not here")
+        raise RuntimeError(
+            f"{op._name}: the ops are differentiable once; the gradient of a gradient is not implemented"
+        )
 
     differentiate(op, setup, backward)
 
@@ -61,8 +63,8 @@ def differentiable_once(op: torch._ops.OpOverload) -> None:
 def run_directly(
     run: Callable[..., Any], remember: Callable[..., None], backward: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """The call of an op that nothing traces: its run and its gradient, with what is derived from the codes (the last argument)
-    shared by all who hold them. `remember` and `backward` are those that `differentiate` was given."""
+    """Run an untraced op and its gradient. Data derived from the codes (the last argument) is shared with all holders of the
+    codes. `remember` and `backward` are those given to `differentiate`."""
 
     class Direct(torch.autograd.Function):
         @staticmethod
@@ -90,10 +92,10 @@ def codes_of(
     order: Sequence[Tensor] = (),
     derived: dict[str, object] | None = None,
 ) -> SparseCodes:
-    """The codes that an op was handed as tensors, with their feature-major order or all that is `derived` where known."""
+    """SparseCodes from an op's tensor arguments, with their feature-major order or other `derived` data where known."""
     shape = (row_ptr.numel() - 1, d_sae)
     if derived is not None:
-        # The caller's own cache says whether its pattern was looked at.
+        # The caller's `derived` data records whether the pattern was validated.
         return SparseCodes(values, indices, row_ptr, shape, derived)
     return SparseCodes.trusted(values, indices, row_ptr, shape, {"by_latent": LatentOrder(*order)} if order else None)
 

@@ -1,4 +1,4 @@
-"""Weighted sums and dot products over compressed lists of rows: what decode and every gradient of the ops are made of.
+"""Weighted sums and dot products over compressed lists of rows: the parts of decode and of every gradient.
 
 Backend `torch`: PyTorch's embedding-bag kernels, which gather and reduce without storing [nnz, d], one owner a bag, so the
 order of additions is fixed and the results are bitwise reproducible.

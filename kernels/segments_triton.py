@@ -81,7 +81,7 @@ def weighted_rows(
     """Grid (piece_programs + segments, column tiles). SPLIT = 0: no segment is split and piece_programs is 0.
 
     Block q of SPLIT entries has two pieces of split (longer than SPLIT) segments: slot 0 of one that began before the
-    block, slot 1 of one that begins in it. More cannot be: a segment that begins and ends inside a block is short.
+    block, slot 1 of one that begins in it. There are never more: a segment that begins and ends inside a block is short.
     """
     program = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * TILE + tl.arange(0, TILE)

@@ -12,7 +12,7 @@ from torch import Tensor
 from transcoder.kernels.backend import active_backend
 
 _VALID = "valid"
-"""Key of `SparseCodes._derived` under which a pattern that needs no (further) check is marked."""
+"""Key of `SparseCodes._derived` that marks a pattern as valid."""
 
 
 class LatentOrder(NamedTuple):
@@ -33,9 +33,8 @@ class SparseCodes:
     Within a row, indices ascend and are unique. `values` are never negative; an entry whose value is 0 is inactive (TopK
     keeps exactly k entries a row, so a row with fewer than k positive pre-activations carries zeros).
 
-    Built by hand, only what needs no look at the contents is checked here (types, lengths, devices). `validate` checks the
-    pattern itself; the ops ask for it on the CPU, once a pattern. What the encode ops and `from_dense` return is known to
-    be right and is never checked.
+    The constructor checks types, lengths and devices, not contents. `validate` checks the pattern; the ops call it on the CPU,
+    once a pattern. Results of the encode ops and of `from_dense` are right by construction and are not checked.
 
     Fields:
         values: [nnz] floating point, carries the autograd graph.
@@ -89,11 +88,11 @@ class SparseCodes:
         shape: tuple[int, int],
         derived: dict[str, object] | None = None,
     ) -> SparseCodes:
-        """Codes whose pattern is right by construction: `validate` will not look at it. For makers of codes.
+        """Codes whose pattern is right by construction and is not validated. For ops that make codes.
 
         Args:
             values, indices, row_ptr, shape: the fields.
-            derived: what earlier codes of the same pattern have computed, shared from now on; None starts empty.
+            derived: data computed from the same pattern, shared with these codes; None starts empty.
         """
         derived = {} if derived is None else derived
         derived[_VALID] = True
@@ -120,19 +119,19 @@ class SparseCodes:
         return self.with_values(self.values.detach())
 
     def derived(self, name: str, make: Callable[[], object]) -> object:
-        """What `make` computes from the pattern (not the values), computed once and shared by `with_values` copies."""
+        """The result of `make()`, which may depend on the pattern only: computed once, shared with `with_values` copies."""
         if name not in self._derived:
             self._derived[name] = make()
         return self._derived[name]
 
     def validate(self, where: str = "SparseCodes") -> None:
-        """Checks that the pattern is one of compressed rows: O(nnz), once a pattern. Reads the device. Values are not
-        looked at. While something traces (torch.compile, fake tensors, a dispatch mode) nothing is: there are no contents.
+        """Check that the pattern is one of compressed rows: O(nnz), once a pattern. Reads the device. Values are not checked.
+        Under tracing (torch.compile, fake tensors, a dispatch mode) it does nothing: there are no contents.
 
         Args:
-            where: what the errors begin with.
+            where: the beginning of the errors.
 
-        Raises: ValueError naming the first row that is wrong and what was expected of it: row_ptr from 0 to nnz without
+        Raises: ValueError naming the first wrong row and what was expected: row_ptr from 0 to nnz without
             descending, ids in [0, d_sae), ascending and unique within a row.
         """
         if _VALID not in self._derived and not traced(self.row_ptr):
@@ -142,7 +141,7 @@ class SparseCodes:
             self._derived[_VALID] = True
 
     def _validate_where_free(self) -> None:
-        """`validate` where it does not make the host wait: a wrong pattern would be read out of bounds in what follows."""
+        """`validate` on the CPU only, where the host does not wait. Later code would read a wrong pattern out of bounds."""
         if self.device.type == "cpu":
             self.validate()
 

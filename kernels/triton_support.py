@@ -43,7 +43,7 @@ def _mend_interpreter() -> None:
 
 @functools.cache
 def installed() -> bool:
-    """Whether triton is there to import."""
+    """Whether triton can be imported."""
     return importlib.util.find_spec("triton") is not None
 
 
@@ -53,13 +53,13 @@ def usable() -> bool:
 
 
 def check_device(op: str, device: torch.device) -> None:
-    """Backend `triton` was asked for by name with tensors that it cannot reach: say so instead of crashing in a launch."""
+    """Raise RuntimeError for tensors on a device that Triton cannot reach, instead of crashing in a launch."""
     if device.type != "cuda" and not interpreted():
         raise RuntimeError(f"{op}: backend 'triton' runs on CUDA tensors, got {device}; use 'auto' or move the tensors")
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be the tensors': make it theirs inside the block."""
+    """Make `device` the current one inside the block: Triton launches on the current device."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 

@@ -15,7 +15,8 @@ from bench.monitoring_overhead import PARTS, config
 from transcoder.config import ConfigError, RunConfig
 from transcoder.phases import PhaseClock, phase
 from transcoder.training import train_transcoder
-from transcoder.training.profile import REST, TRACED, WARM_UP, opened_run, profile_run
+from transcoder.training.profile import REST, TRACED, WARM_UP, profile_run
+from transcoder.training.trainer import opened_run
 
 TINY = Size(64, 16, 128, 4)
 STEPS = 8

@@ -149,7 +149,7 @@ def test_the_page_is_what_the_files_say() -> None:
 def test_the_page_s_plots_are_there() -> None:
     page = report.DOCUMENT.read_text(encoding="utf-8")
     named = [line.split("](")[1].rstrip(")") for line in page.splitlines() if line.startswith("![")]
-    assert named or "earlier edition" in page
+    assert named or "earlier version" in page
     for name in named:
         text = (report.DOCUMENT.parent / name).read_text(encoding="utf-8")
         assert "</svg>" in text, name
@@ -232,7 +232,7 @@ def test_figures_of_an_earlier_edition_are_not_shown(tmp_path: Path) -> None:
     found = report.read(tmp_path)
     page = report.render(found)
     assert "## Example CPU" in page
-    assert "earlier edition of the benchmark (format 1)" in page
+    assert "earlier version of the benchmark (format 1)" in page
     assert "ours (cpp)" not in page.split("## Example CPU")[1]
     assert plots.draw(found, tmp_path / "plots") == []
 
@@ -362,4 +362,4 @@ def test_memory_and_missing_rows_are_seen(capsys: pytest.CaptureFixture[str], tm
     assert "more memory" in said
     assert "one machine: Example CPU" in said
     assert report.main([str(files[0]), str(files[0])]) == 0
-    assert "figures within their spread" in capsys.readouterr().out
+    assert "measurements within their spread" in capsys.readouterr().out

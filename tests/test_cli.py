@@ -251,7 +251,7 @@ def test_paths_of_settings_and_arguments_are_expanded(
     config = RunConfig.load(f"{home}/my.yaml")
     # The setting itself stays as written, so that another machine may resume the run.
     assert config.checkpoint.second_location == f"{home}/second"
-    CheckpointStore(f"{home}/run", config.checkpoint)._check_second_location()
+    CheckpointStore(f"{home}/run", config.checkpoint)._second_folder(create=True).mkdir(parents=True)
     (tmp_path / "text.jsonl").write_text('{"text": "here"}\n')
     source, _, _ = record_sources(ActivationsSection(dataset=f"{home}/text.jsonl"))
     assert [document.content for document in Reader(source)] == ["here"]

@@ -1,4 +1,4 @@
-"""A run's checkpoints as folders: which are there, which are whole. Reading only; `training.checkpoint` writes them."""
+"""Finding and verifying the checkpoint folders of a run. `training.checkpoint` writes them."""
 
 from __future__ import annotations
 
@@ -19,16 +19,14 @@ FOLDER = re.compile(r"(?:\.replaced_)?step_(\d{8,})")
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint cannot be written or none can be read. The message gives places, causes and what to do."""
+    """A checkpoint cannot be written, or none can be read. The message names folders, causes and what to do."""
 
 
 def verify_checkpoint(path: Path | str) -> int:
     """Check sizes and checksums of one checkpoint folder. Returns its step.
 
-    Raises:
-        ValueError: a file is missing, torn or corrupted; the message names it.
-        CheckpointError: the checkpoint was written by a newer version.
-        OSError: a file cannot be read.
+    Raises: ValueError naming a file that is missing, torn or corrupted. CheckpointError where a newer version wrote it.
+    OSError.
     """
     path = local_path(path)
     state = read_state(path)
@@ -43,7 +41,7 @@ def find_checkpoint(path: Path | str) -> Path:
 
     Raises:
         FileNotFoundError: no such folder, or no checkpoint in it.
-        CheckpointError: there are checkpoints, but not one verifies.
+        CheckpointError: there are checkpoints, but none of them verifies.
     """
     path = local_path(path)
     if not path.is_dir():
@@ -62,7 +60,7 @@ def find_checkpoint(path: Path | str) -> Path:
 
 
 def candidates(places: Iterable[Path]) -> list[tuple[int, Path]]:
-    """(step, folder) of everything that carries a checkpoint's name, newest first."""
+    """(step, folder) of every folder with a checkpoint's name, newest first."""
     found = []
     for place in places:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
@@ -70,12 +68,12 @@ def candidates(places: Iterable[Path]) -> list[tuple[int, Path]]:
                 match = FOLDER.fullmatch(folder.name)
                 if match and folder.is_dir():
                     found.append((int(match[1]), folder))
-    # At one step a folder under its final name comes before one that was being replaced.
+    # Of the same step, a folder with its final name comes before one that was being replaced.
     return sorted(found, key=lambda item: (-item[0], item[1].name.startswith("."), str(item[1])))
 
 
 def content_digest(body: dict[str, Any]) -> str:
-    """The checksum that state.json carries of the rest of itself."""
+    """Checksum of the content of state.json, which is stored in the file itself."""
     return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
@@ -104,13 +102,8 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def newest(found: list[tuple[int, Path]], read: Callable[[Path], Any]) -> Any:
-    """What `read` makes of the first of `found` that it can read; None where there are none.
-
-    One that it refuses (ValueError, OSError) is passed over with a warning.
-
-    Raises:
-        CheckpointError: it refused them all.
-    """
+    """The result of `read` for the first of `found` that it can read; None if `found` is empty. A folder that it refuses
+    (ValueError, OSError) is skipped with a warning; CheckpointError if it refuses them all."""
     problems = []
     for _, folder in found:
         try:

@@ -36,17 +36,17 @@ _CODES: dict[str, int] = {
     "NotADirectoryError": Exit.INPUT,
     "OSError": Exit.FAILED,
 }
-"""Exit code by the name of an error's class or its nearest base class. By name, so that finding it imports nothing."""
+"""Exit code by the name of an error's class or its nearest base class. Names avoid importing the classes."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        argv: the words after `transcoder`; None takes them from the process.
+        argv: the arguments after `transcoder`; None takes those of the process.
 
     Returns:
-        The exit code, see the module's first lines.
+        The exit code, see the module docstring.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     _show_any_character()
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
             return _guarded(words)
     finally:
-        # A closed pipe is met here, by what is still buffered, and not while the interpreter shuts down.
+        # Flush here, so that a closed pipe raises now and not while the interpreter shuts down.
         _output_is_open()
 
 
@@ -64,7 +64,7 @@ def _guarded(words: list[str]) -> int:
     """Run the command; turn an error into its exit code and one line."""
     try:
         code = _run(words)
-        # How a run ended matters more than whether its output is read.
+        # The exit code of a failed run matters more than a closed pipe.
         return Exit.PIPE if code == Exit.OK and not _output_is_open() else code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -74,10 +74,10 @@ def _guarded(words: list[str]) -> int:
             return Exit.PIPE
         known = [_CODES[cls.__name__] for cls in type(error).__mro__ if cls.__name__ in _CODES]
         if "--debug" in words or not known:
-            # An unexpected error is a bug of this package: its place is worth more than one clean line.
+            # An unexpected error is a bug of this package: show its traceback.
             traceback.print_exc()
             return known[0] if known else Exit.FAILED
-        # An error class of this package says enough; a plain one may come from anywhere.
+        # An error class of this package needs no traceback; a built-in one may come from anywhere.
         hint = " (--debug shows where)" if type(error) in (ValueError, TypeError, OSError) else ""
         print(f"error: {' '.join(str(error).split()) or type(error).__name__}{hint}", file=sys.stderr)
         return known[0]
@@ -132,7 +132,7 @@ def _run(words: list[str]) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Raises its errors, and lists the settings under the help of the commands that take them."""
+    """Raises ConfigError instead of exiting, and lists the settings in the help of commands that take them."""
 
     takes_settings = False
 
@@ -166,9 +166,9 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
 
 
 def _take_settings(words: list[str], parser: _Parser) -> tuple[list[str], dict[str, Any]]:
-    """Split the words into those for argparse and the settings: every `--x` that the command itself does not know.
+    """Split the arguments into those for argparse and the settings: every `--x` that the command does not define.
 
-    argparse cannot do this: it would take the value of an unknown flag for a positional word.
+    argparse would take the value of an unknown flag for a positional argument.
     """
     own = parser._option_string_actions
     rest: list[str] = []

@@ -1,6 +1,6 @@
-"""The commands of the command line: what each takes, what it does and prints. Each returns its exit code.
+"""The commands of the command line, with their arguments and output. Each returns its exit code.
 
-torch and the rooms are imported by the commands that need them: `--help` and `--version` answer at once.
+Commands import torch and the other packages when they run, so `--help` and `--version` are fast.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transcoder.files import local_path
 
 
 class Exit(enum.IntEnum):
-    """What the process returns: see the first lines of `transcoder --help`."""
+    """Exit codes of the process; `transcoder --help` explains them."""
 
     OK = 0
     FAILED = 1
@@ -34,12 +34,12 @@ Argument = tuple[str, dict[str, Any]]
 
 
 class Command(NamedTuple):
-    """What the command line knows of a command. The docstring of `run` is its help."""
+    """A command of the command line. The docstring of `run` is its help."""
 
     run: Run
     arguments: tuple[Argument, ...]
     words: str | None
-    """Its required words in the usage line, where it takes settings as flags; None where it takes none."""
+    """Its required arguments in the usage line, if it takes settings as flags; None if it takes no settings."""
 
 
 COMMANDS: dict[str, Command] = {}
@@ -56,7 +56,7 @@ def command(*arguments: Argument, words: str | None = None) -> Callable[[Run], R
 
 
 def argument(name: str, text: str, **options: Any) -> Argument:
-    """An argument for argparse. `name` may hold what stands for its value in the help: "--out DIR"."""
+    """An argument for argparse. `name` may include the placeholder of its value in the help: "--out DIR"."""
     name, _, metavar = name.partition(" ")
     return name, {"help": text, **({"metavar": metavar} if metavar else {}), **options}
 
@@ -113,7 +113,7 @@ def _train(config: RunConfig, options: argparse.Namespace) -> int:
 
     result = train_transcoder(config, out, resume=options.resume)
     if not result.finished:
-        # How a run ended matters more than whether its output is read: the exit code stays.
+        # A closed pipe does not change the exit code of the run.
         with contextlib.suppress(BrokenPipeError):
             stopped = f"stopped by {result.interrupted_by} after step {result.step}"
             print(f"run folder: {result.run_dir}\n{stopped}; the state is saved, add --resume to go on")
@@ -196,7 +196,7 @@ def _out(options: argparse.Namespace, name: str) -> Path:
 def _refuse_used_folder(out: Path, resumable: bool = True) -> None:
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"--out {out}: expected a folder, this is a file")
-    # A run that was refused before its first step leaves its lock file, and nothing that could be lost.
+    # A run that was refused before its first step leaves only its lock file.
     if out.is_dir() and any(not entry.name.startswith(".") for entry in out.iterdir()):
         way = "add --resume to go on with its run, or " if resumable else ""
         raise FileExistsError(f"--out {out}: the folder is not empty; {way}choose another --out")
@@ -218,7 +218,7 @@ def compare(options: argparse.Namespace, _: dict[str, Any]) -> int:
         raise ConfigError(f"compare: expected at least two run folders, got {len(runs)}")
     if any("=" in run and not local_path(run).is_dir() for run in runs):
         methods = _methods(runs)
-        from transcoder.reporting.compare_seeds import compare_methods, format_methods
+        from transcoder.reporting.compare import compare_methods, format_methods
 
         comparison: Any = compare_methods(methods)
         print(format_methods(comparison))
@@ -295,7 +295,7 @@ def export(options: argparse.Namespace, _: dict[str, Any]) -> int:
     from transcoder.interop.formats import export_transcoder, format_name
 
     name, first = format_name(options.to), local_path(options.runs[0])
-    # A checkpoint's own folder stays as it was written: its run takes the export.
+    # Exports go into the run folder: a checkpoint folder is never changed.
     home = first.parent.parent if first.parent.name == "checkpoints" else first
     out = home / "exports" / name if options.out is None else local_path(options.out, "--out")
     runs = options.runs if len(options.runs) > 1 else options.runs[0]
@@ -324,7 +324,7 @@ def import_(options: argparse.Namespace, _: dict[str, Any]) -> int:
 
 
 def _given(options: argparse.Namespace, *own: str) -> dict[str, Any]:
-    """The conversion's options among those of the command, where they were given."""
+    """The conversion options that were given on the command line."""
     others = {"command", "debug", *own}
     return {name: value for name, value in vars(options).items() if value is not None and name not in others}
 

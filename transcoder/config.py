@@ -1,8 +1,8 @@
 """Every constant of a run, as frozen dataclasses. YAML <-> dataclass <-> flags.
 
-A run is described by one `RunConfig`; its sections mirror the rooms that read them. The type of a field says which values it
-takes, its bounds included; the docstring under it is what `--help` prints. `transcoder.settings` reads and checks them, so a
-config that exists is a config that can run.
+One `RunConfig` describes a run; its sections correspond to the packages that read them. The type of a field includes its
+bounds; `--help` prints the docstring under it. `transcoder.settings` reads and checks the fields, so every config object is
+valid.
 """
 
 from __future__ import annotations
@@ -321,7 +321,7 @@ class RecycleSection(Section, where="antidup.recycle."):
 
 @dataclass(frozen=True)
 class AntidupSection(Section, where="antidup."):
-    """What keeps latents from duplicating each other."""
+    """Parts that keep latents from duplicating each other."""
 
     regularizer: RegularizerSection = field(default_factory=RegularizerSection)
     positions: PositionsSection = field(default_factory=PositionsSection)
@@ -370,7 +370,7 @@ class LoggingSection(Section, where="logging."):
     max_megabytes: Positive = 1024
     """A larger metrics.jsonl is thinned: every second line of metrics in its older half is dropped; events stay."""
     report: bool = True
-    """Write report.html, in a process of its own, when the run ends; `transcoder report RUN` writes it at any time."""
+    """Write report.html, in a separate process, when the run ends; `transcoder report RUN` writes it at any time."""
     report_latents: Count = 4096
     """Latents shown with their contexts in report.html, which stays below 10 MB in any case."""
 
@@ -456,7 +456,7 @@ def flags() -> list[tuple[str, Any]]:
 
 def parse_flag(dotted: str, text: str | None) -> Any:
     """The value that `--dotted text` stands for: text where the field is text ('null' where it may be null, quotes taken
-    off), else by YAML's rules ('null', 'true', '1e-3', '[1, 2]'). `text` is None where nothing followed the flag: refused."""
+    off), else by YAML's rules ('null', 'true', '1e-3', '[1, 2]'). `text` is None if no value followed the flag: ConfigError."""
     known = dict(flags())
     if dotted not in known:
         raise ConfigError(f"unknown setting --{dotted}{settings.nearest(dotted, known)}")

@@ -42,7 +42,7 @@ class JumpReLUSettings(Section, where="transcoder.jumprelu."):
 
 @dataclass(frozen=True)
 class DictionarySettings(Section):
-    """Shape and training rules of a dictionary, whatever it reads. Errors name the field."""
+    """Shape and training rules of a dictionary, without its input and output sizes. Errors name the field."""
 
     d_sae: Positive
     k: int
@@ -84,7 +84,7 @@ class DictionarySettings(Section):
 
 @dataclass(frozen=True)
 class _Sizes:
-    """What a dictionary reads and writes. A base of its own, so that d_in and d_out come first."""
+    """Input and output sizes of a dictionary. A separate base class, so that d_in and d_out come first."""
 
     d_in: Positive
     d_out: Positive
@@ -99,7 +99,7 @@ class TranscoderConfig(DictionarySettings, _Sizes, where="TranscoderConfig."):
 
     activation: Activation = "topk"
     latent_thresholds: bool = False
-    """BatchTopK at inference compares each latent with a threshold of its own [d_sae]: JumpReLU, as imported ones have it."""
+    """BatchTopK at inference uses one threshold per latent [d_sae], as imported JumpReLU dictionaries do."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -116,7 +116,7 @@ class TranscoderConfig(DictionarySettings, _Sizes, where="TranscoderConfig."):
         return max(1, self.d_in // 2) if self.aux_k is None else self.aux_k
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it, without the settings of other activations, which earlier versions of the package do not know."""
+        """JSON values, without the settings of other activations, which earlier versions of the package do not know."""
         values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
         return {key: value for key, value in values.items() if key != "jumprelu" or self.activation == key}
 

@@ -1,4 +1,4 @@
-"""`transcoder doctor`: what this machine has, what is missing, one line a fact."""
+"""`transcoder doctor`: one line for each thing that this machine has or lacks."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LITTLE_DISK = 2 * 2**30
 
 @dataclass(frozen=True)
 class Fact:
-    """One line. `missing` makes the command fail; `note` only tells."""
+    """One line of the output. `missing` makes the command fail; `note` only informs."""
 
     status: Literal["ok", "note", "missing"]
     text: str
@@ -46,7 +46,7 @@ class Fact:
 
 
 def examine() -> list[Fact]:
-    """Every fact, in the order they matter. Never raises: what goes wrong is a fact."""
+    """All facts, the most important first. Never raises: an error becomes a fact."""
     facts: list[Fact] = []
     for look in (_python, _packages, _devices, _backends, _triton_time, _ops, _demo, _tools, _disk):
         try:
@@ -137,7 +137,7 @@ def _extension_time() -> Iterator[Fact]:
 
 
 def _triton_time() -> Iterator[Fact]:
-    """Compiles what is not compiled yet: a run that follows does not wait for it."""
+    """Compile the kernels that are not compiled yet, so that a later run does not wait for it."""
     if importlib.util.find_spec("triton") is None:
         return
     import torch
@@ -158,7 +158,7 @@ def _triton_time() -> Iterator[Fact]:
 
 @dataclass
 class CompileTime:
-    """Triton kernels that a block of code asked for: those that had to be compiled, and those that the cache on disk held."""
+    """Triton kernels that a block of code used: how many were compiled, and how many came from the cache on disk."""
 
     compiled: int = 0
     loaded: int = 0
@@ -215,7 +215,7 @@ def compile_every_kernel(device: torch.device) -> CompileTime:
 
 
 def remember_first(what: str, found: CompileTime) -> CompileTime | None:
-    """The first time that `what` (a chip and a version of Triton) was compiled whole on this machine, noted on disk."""
+    """The first full compilation for `what` (a chip and a version of Triton) on this machine, recorded on disk."""
     from transcoder.kernels.extension import cache_folder
 
     file = cache_folder() / "first_call.json"
@@ -241,7 +241,7 @@ def _ops() -> Iterator[Fact]:
 
 
 def _op_checks(device: str) -> dict[str, Callable[[], float]]:
-    """Largest absolute difference of each op from its reference, on inputs that take no time."""
+    """Largest absolute difference of each op from its reference, on small inputs."""
     import torch
 
     from transcoder import kernels

@@ -1,7 +1,7 @@
 """Files that are whole or absent: written under a temporary name, brought to the disk (fsync), then renamed.
 
 Everything in a run folder and in a cache is written through this module, except metrics.jsonl, which is appended to
-(`reporting.jsonl` says what is promised of it), and the files of W&B and TensorBoard.
+(`reporting.jsonl` documents its guarantees), and the files of W&B and TensorBoard.
 
 A crash leaves the old content and, at most, a temporary file `.writing_<name>.<process id>`; the next write of the same name
 removes those whose process is gone.
@@ -117,11 +117,8 @@ def replace_atomically(path: Path, data: bytes | str) -> Path:
 def replace_lines(path: Path, step: int, lines: Iterable[Mapping[str, Any]]) -> None:
     """Make `lines`, each with its "step", the end of a JSONL file. Earlier lines stay; those of this step and later go, for a
     resumed run writes them again."""
-    kept = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            if line.strip() and json.loads(line)["step"] < step:
-                kept.append(line)
+    before = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    kept = [line for line in before if line.strip() and json.loads(line)["step"] < step]
     replace_atomically(path, "".join(f"{line}\n" for line in [*kept, *(json.dumps(dict(line)) for line in lines)]))
 
 
@@ -153,7 +150,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
 
 
 def remove_folder(folder: Path) -> None:
-    """Delete a folder so that no reader ever meets half of it: it is renamed to a hidden name first."""
+    """Delete a folder. It is renamed to a hidden name first, so that no reader finds it half deleted."""
     doomed = folder.with_name(DELETING + folder.name.lstrip("."))
     shutil.rmtree(doomed, ignore_errors=True)
     os.rename(folder, doomed)
@@ -176,12 +173,11 @@ def fsync(path: Path) -> None:
 def process_is_alive(pid: int) -> bool:
     """Whether this machine has a process of this number."""
     try:
-        os.kill(pid, 0)
+        # PermissionError: the process exists but belongs to another user.
+        with contextlib.suppress(PermissionError):
+            os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except OSError:
-        # Another user's process is a process.
-        return True
     return True
 
 

@@ -1,4 +1,4 @@
-"""What a step minimises: the nested reconstruction loss by a named convention, and AuxK for dead latents."""
+"""The losses of a training step: the nested reconstruction loss by a named convention, and AuxK for dead latents."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ class Reconstruction(NamedTuple):
     loss: Tensor
     """Scalar, by the convention. Differentiable."""
     mse_per_prefix: Tensor
-    """[P]: squared error, mean over tokens and d_out, whatever the convention. Detached."""
+    """[P]: squared error, mean over tokens and d_out, for every convention. Detached."""
     fvu_per_prefix: Tensor
     """[P]: fraction of variance unexplained on this batch (see `spread` for one that does not vary). Detached."""
     residual: Tensor
     """[B, d_out]: reconstruction of the full width minus target. Detached."""
     target_variance: Tensor
-    """Scalar: variance of what is explained around its batch mean, mean over tokens and d_out; never 0, see `spread`."""
+    """Scalar: the denominator of `fvu`, mean over tokens and d_out; never 0, see `spread`."""
 
 
 def spread(y: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ def auxk_loss(
     convention: Convention = "mse",
     token_weights: Tensor | None = None,
 ) -> Tensor:
-    """AuxK (Gao et al. 2024): the aux_k strongest dead latents of each token reconstruct what the live ones left over.
+    """AuxK (Gao et al. 2024): the aux_k strongest dead latents of each token reconstruct the residual of the live ones.
 
     Args:
         x: [B, d_in] what the encoder reads.

@@ -22,7 +22,8 @@ from transcoder.selection import SELECTIONS, Selected
 __all__ = ["StepOutput", "Transcoder", "TranscoderConfig"]
 
 LEAST_RMS, MOST_RMS = 1e-30, 1e30
-"""What a normalisation can divide by: the inverse, and activations 1e8 times as large, still fit fp32."""
+"""Bounds of the root mean square that a normalisation divides by: its inverse, and activations 1e8 times as large, still fit
+fp32."""
 
 
 class StepOutput(NamedTuple):
@@ -50,11 +51,11 @@ class Transcoder(nn.Module):
     """y_hat = decode(encode(x)) [+ W_skip x], a latent being a row of W_enc [d_sae, d_in] and of W_dec [d_sae, d_out].
 
     Inputs and targets are raw activations; the module normalises each by its own statistics (`set_normalization`; identity
-    until then) and gives reconstructions back in raw units. Parameters, thresholds, dead counters and statistics are fp32
-    whatever the compute type; under `torch.autocast` the encoder's product runs in autocast's type.
+    until then) and returns reconstructions in raw units. Parameters, thresholds, dead counters and statistics are fp32 for any
+    compute type; under `torch.autocast` the encoder's product runs in autocast's type.
 
-    How latents are selected is `selection`'s (transcoder.selection). In training mode BatchTopK selects over the batch; in eval
-    mode a token's codes do not depend on the other tokens of its batch.
+    `selection` decides how latents are selected (transcoder.selection). In training mode BatchTopK selects over the batch; in
+    eval mode a token's codes do not depend on the other tokens of its batch.
     """
 
     W_enc: nn.Parameter
@@ -75,7 +76,7 @@ class Transcoder(nn.Module):
         self.config = config
         self.selection = SELECTIONS[config.activation](config)
         for name, (shape, dtype) in _tensors_of(config).items():
-            # Type and device are always named: a process may have set other defaults.
+            # Dtype and device are explicit: a process may have set other defaults.
             zeros = torch.zeros(shape, dtype=dtype, device="cpu")
             if name.startswith(("W_", "b_")) or (name == "threshold" and self.selection.trains_threshold):
                 self.register_parameter(name, nn.Parameter(zeros))
@@ -112,7 +113,7 @@ class Transcoder(nn.Module):
         self._check_source("encode", x)
         check_mode("Transcoder.encode", checks)
         if checks == "full":
-            # Before the normalisation, so that what is named is what came.
+            # Before the normalisation, so that the error is about the caller's x.
             check_finite_rows("Transcoder.encode", "x", x)
         return self._select(self.normalize_source(x)).codes
 
@@ -131,7 +132,7 @@ class Transcoder(nn.Module):
         self, x: Tensor, y: Tensor, *, token_weights: Tensor | None = None, penalty_factor: float = 1.0
     ) -> StepOutput:
         """Loss of one batch, with AuxK over the latents listed by the last `refresh_dead`. Updates the threshold and the
-        dead counters (in training mode). Reads nothing back to the host, but for JumpReLU's number of codes.
+        dead counters (in training mode). Reads nothing back to the host except JumpReLU's number of codes.
 
         Args:
             x: [B, d_in] raw source activations.   y: [B, d_out] raw target activations.
@@ -268,9 +269,9 @@ class Transcoder(nn.Module):
         Args:
             kept, dropped: [n] int64, no latent twice in the two together.
             scale: [n] a >= 0, as the merge test gives it.
-            seed: of the freed latents' rows.
+            seed: of the random rows of the reset latents.
 
-        Raises: ValueError naming what came, for ids out of range or twice, unequal lengths, or rows that cancel each other.
+        Raises: ValueError for ids out of range or given twice, unequal lengths, or rows that cancel each other.
         """
         both = torch.cat([kept, dropped])
         if not (kept.shape == dropped.shape == scale.shape) or both.unique().numel() != both.numel():
@@ -291,7 +292,7 @@ class Transcoder(nn.Module):
         self.W_enc[kept] *= length
         self.b_enc[kept] *= length.squeeze(1)
         if self.selection.trains_threshold:
-            # As all its pre-activations, so that the kept latent is active on the same tokens.
+            # Scaled like its pre-activations, so that the kept latent is active on the same tokens.
             self.threshold[kept] *= length.squeeze(1)
         generator = torch.Generator().manual_seed(seed)
         for matrix, norm in ((self.W_enc, 0.2 * usual), (self.W_dec, torch.ones_like(usual))):
@@ -317,7 +318,7 @@ class Transcoder(nn.Module):
 
         Raises:
             FileNotFoundError: a file is missing, or the hub does not give it.
-            ValueError: a file is torn or does not fit; the message names it and says what was expected.
+            ValueError: a file is torn or does not fit; the message names it and the expected content.
         """
         try:
             folder = local_folder(directory, revision)
@@ -326,7 +327,7 @@ class Transcoder(nn.Module):
                 config = TranscoderConfig.from_dict(values)
             except (ValueError, TypeError) as error:
                 raise ValueError(f"{path}: {error}") from error
-            # Compared before a model is made: a config of absurd sizes must not ask for their memory.
+            # Compared before a model is made, so that a wrong config cannot allocate huge tensors.
             tensors = read_weights(folder, _tensors_of(config))
         except (FileNotFoundError, ValueError) as error:
             kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
@@ -361,7 +362,7 @@ class Transcoder(nn.Module):
         return Selected(self.selection.encode(*weights))
 
     def residual_target(self, x: Tensor, y: Tensor) -> Tensor:
-        """What the dictionary itself must reconstruct, normalised [B, d_out]: y less the skip connection, from raw x and y."""
+        """The target of the dictionary alone, normalised [B, d_out]: y minus the skip connection, from raw x and y."""
         return self._without_skip(self.normalize_source(x), self.normalize_target(y))
 
     def _without_skip(self, x: Tensor, y: Tensor) -> Tensor:

@@ -26,8 +26,8 @@ def phase(name: str) -> AbstractContextManager[object]:
 
 
 class PhaseClock:
-    """Seconds and calls by phase, each without those of the phases inside it. Counts the thread that made it only: others
-    do not hold up the steps.
+    """Seconds and calls by phase, each without those of nested phases. Only the thread that made the clock is counted: other
+    threads do not delay the steps.
 
     Args:
         device: waited for at the ends of every phase, while `synchronise` is set.
@@ -72,7 +72,7 @@ class PhaseClock:
             self.calls[name] = self.calls.get(name, 0) + 1
 
     def now(self) -> float:
-        """Seconds; what the device has been told to do is done."""
+        """Seconds, after waiting for the device if `synchronise` is set."""
         if self.synchronise and self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         return time.perf_counter()

@@ -1,4 +1,4 @@
-"""The folder of a saved transcoder: weights and config as files, every defect of them one error that names the file."""
+"""The folder of a saved transcoder: reading and writing weights and config. Errors name the file."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 def local_folder(name: str | Path, revision: str | None = None) -> Path:
     """The folder of a saved transcoder: `name` itself, or the files of the hub's `org/name`, fetched into the hub's cache.
 
-    A string `org/name` means the hub where neither that folder nor its parent `org` is here; a `revision` means it always.
+    A string `org/name` means the hub if neither that folder nor its parent `org` exists, and always if `revision` is given.
 
     Raises:
         FileNotFoundError: the hub has no such repository or revision, or cannot be reached and the cache has none.
@@ -85,7 +85,7 @@ def read_config(folder: Path) -> tuple[Path, dict[str, Any]]:
 def read_weights(folder: Path, expected: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> dict[str, Tensor]:
     """The tensors of the weight file, on the CPU; `expected` is {name: (shape, dtype)}.
 
-    A floating tensor may have any floating dtype, others exactly theirs.
+    A floating tensor may have any floating dtype; other tensors must have exactly the expected dtype.
 
     Raises:
         FileNotFoundError: no such file.
@@ -114,10 +114,10 @@ def check_tensors(where: str, tensors: Mapping[str, Tensor], expected: Mapping[s
     """ValueError unless `tensors` has exactly these names and shapes."""
     missing, others = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
     if missing or others:
-        parts = [f"missing: {', '.join(missing)}"] * bool(missing) + [f"not expected: {', '.join(others)}"] * bool(
-            others
+        raise ValueError(
+            f"{where}: expected the tensors of a transcoder of this config; missing: {', '.join(missing) or 'none'}, "
+            f"not expected: {', '.join(others) or 'none'}"
         )
-        raise ValueError(f"{where}: expected the tensors of a transcoder of this config; {'; '.join(parts)}")
     for name, shape in expected.items():
         if tuple(tensors[name].shape) != shape:
             raise ValueError(f"{where}: {name}: expected shape {list(shape)}, got {list(tensors[name].shape)}")

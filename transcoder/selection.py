@@ -1,7 +1,8 @@
 """Which latents of a token are active: one class an activation, all of them in `SELECTIONS`.
 
-A selection knows how it encodes in training and in evaluation, what the model's `threshold` is to it, and what it adds to the
-loss. It holds settings; the tensors are the model's. To add one: its class here and its name in `dictionary_config.Activation`.
+A selection defines how the model encodes in training and in evaluation, the meaning of the model's `threshold`, and its penalty
+in the loss. It holds settings; the model holds the tensors. To add one, add its class here and its name to
+`dictionary_config.Activation`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from transcoder.kernels.segments import segment_sum
 
 
 class Selected(NamedTuple):
-    """What a training step learns from."""
+    """The selected codes of a training batch, and the penalty."""
 
     codes: SparseCodes
     """Values in the graph. An entry of value 0 is stored, but not active."""
@@ -37,13 +38,13 @@ class Selection(ABC):
     """
 
     name: ClassVar[str]
-    """In settings and files."""
+    """Name in settings and files."""
     label: ClassVar[str]
-    """In texts."""
+    """Name in texts."""
     by_threshold: ClassVar[bool] = True
-    """Evaluation keeps what is above `threshold`; else a fixed number of latents a token."""
+    """Evaluation selects activations above `threshold`; if False, a fixed number of latents a token."""
     trains_threshold: ClassVar[bool] = False
-    """`threshold` is a parameter, not a buffer."""
+    """Whether `threshold` is a parameter and not a buffer."""
 
     def __init__(self, config: TranscoderConfig) -> None:
         self.config = config
@@ -60,7 +61,7 @@ class Selection(ABC):
 
     @property
     def initial_threshold(self) -> float:
-        """Before training. Below 0: no batch was seen."""
+        """Value before training. Below 0: no batch has set it yet."""
         return -1.0
 
     @abstractmethod
@@ -70,7 +71,7 @@ class Selection(ABC):
         """Codes of a training batch. token_weights: [B] importance weights of mean about 1, or None."""
 
     def encode(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor) -> SparseCodes:
-        """Codes in evaluation: those of a token do not depend on the other tokens of its batch."""
+        """Codes in evaluation. The codes of a token do not depend on the other tokens of its batch."""
         return threshold_encode(x, W_enc, b_enc, threshold)
 
     @torch.no_grad()
@@ -85,11 +86,11 @@ class Selection(ABC):
             threshold.copy_(torch.where(torch.isfinite(smallest), moved, threshold))
 
     def penalty_factor(self, step: int) -> float:
-        """What the penalty is multiplied by in the step of index `step`: its warm-up."""
+        """Factor on the penalty in the step of index `step`, for its warm-up."""
         return 1.0
 
     def finish_update(self, threshold: Tensor, before: Tensor) -> None:  # noqa: B027
-        """Correct a trained `threshold`, in place, after the optimizer moved it from `before` to where it is."""
+        """Correct a trained `threshold`, in place, after the optimizer has changed it from `before`."""
 
 
 class TopK(Selection):
@@ -111,7 +112,8 @@ class TopK(Selection):
 
 
 class BatchTopK(Selection):
-    """The k * B largest of a batch of B tokens (Bussmann et al. 2024); in evaluation what is above the tracked threshold."""
+    """The k * B largest of a batch of B tokens (Bussmann et al. 2024); in evaluation all activations above the tracked
+    threshold."""
 
     name, label = "batch_topk", "BatchTopK"
 
@@ -126,7 +128,7 @@ class BatchTopK(Selection):
 
 
 class JumpReLU(Selection):
-    """What is above a trained threshold of its own latent (Rajamanoharan et al. 2024, arXiv:2407.14435).
+    """Activations above a trained threshold of each latent (Rajamanoharan et al. 2024, arXiv:2407.14435).
 
     With h = x @ W_enc.T + b_enc, thresholds t [d_sae], bandwidth e and the window w = (|h - t| < e / 2):
 
@@ -137,16 +139,17 @@ class JumpReLU(Selection):
         `l0_target`  (L0 / k - 1)^2, after the same paper: leads the mean L0 of training to k, from both sides.
         `l0`         L0 / k. The paper's lambda, for targets of mean square 1, is coefficient / k.
         `tanh`       sum tanh(tanh_scale * z) / k: Anthropic's circuits update of January 2025, with decoder rows of norm 1.
-                     Its gradient also reaches h where z > 0. Their further term for dead latents needs every
-                     pre-activation; AuxK does its work here.
+                     Its gradient also reaches h where z > 0. Their additional term for dead latents needs every pre-activation;
+                     AuxK replaces it here.
 
-    The codes hold what is above max(t - e / 2, 0), so no [B, d_sae] exists; entries below their threshold have value 0. Their
-    number depends on the data and is read on the host: such a step cannot be captured in a CUDA graph.
+    The codes hold pre-activations above max(t - e / 2, 0), so no [B, d_sae] exists; entries below their threshold have value 0.
+    The number of entries depends on the data and is read on the host: such a step cannot be captured in a CUDA graph.
 
     Thresholds are stored as they are, as in imported files (the paper trains their logarithms), and set to 0 where the
-    optimizer takes them below. They learn `learning_rate_ratio` times as fast as the weights: Adam moves each number by about
-    its learning rate a step, but d_in weights together move a pre-activation, and thresholds at the same rate trail behind.
-    `initial_threshold` null begins near L0 = k. The paper begins near 0, which would make codes of half the dictionary a token.
+    optimizer makes them negative. Their learning rate is `learning_rate_ratio` times that of the weights: Adam changes each
+    number by about its learning rate a step, but d_in weights together change a pre-activation, so thresholds at the same rate
+    are too slow. `initial_threshold` null starts near L0 = k. The paper starts near 0, where half the dictionary is active on a
+    token.
     """
 
     name, label, trains_threshold = "jumprelu", "JumpReLU", True

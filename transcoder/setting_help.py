@@ -1,4 +1,4 @@
-"""What `--help` says about every setting: names, types, defaults and the docstrings that stand under them in config.py."""
+"""The settings in `--help`: names, types, defaults and the docstrings under the fields in config.py."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def settings_help(width: int = 100) -> str:
 def _settings(cls: type, prefix: str) -> Iterator[Setting]:
     from docstring_parser import parse_from_object
 
-    # A class that inherits fields inherits their docstrings; Python keeps none of them, so the source is read.
+    # Python does not keep docstrings of fields, so they are read from the source, also of base classes.
     bases = [base for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base)]
     texts = {text.args[1]: text.description for base in bases for text in parse_from_object(base).params}
     for name, kind in field_types(cls, bounds=False).items():

@@ -1,6 +1,6 @@
-"""What every section of the configuration shares: typed and bounded fields, errors with the nearest known name.
+"""Base class of the configuration's sections: typed and bounded fields, errors with the nearest known name.
 
-A bound stands in the type of a field as an interval: `share: Annotated[float, "(0, 1]"] = 0.5`. `Section` checks the type and
+The type of a field contains its bound as an interval: `share: Annotated[float, "(0, 1]"] = 0.5`. `Section` checks the type and
 the bound of each field, whether the section comes from YAML, from flags or from code.
 """
 
@@ -29,7 +29,7 @@ InnerFraction = Annotated[float, "(0, 1)"]
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be run. The message names the field, what was expected and what came."""
+    """A configuration that cannot be run. The message names the field, the expected and the given value."""
 
 
 class WrongTypeError(ConfigError, TypeError):
@@ -44,7 +44,7 @@ class Section:
     """
 
     where: ClassVar[str] = ""
-    """What stands before a field's name in errors: the dotted path of the section, with a dot at its end."""
+    """Prefix of field names in errors: the dotted path of the section, with a final dot."""
 
     def __init_subclass__(cls, where: str | None = None, **others: Any) -> None:
         super().__init_subclass__(**others)
@@ -90,7 +90,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     known = list(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     if not close:
-        # A user who remembers the field but not its section is helped by matching the last part alone.
+        # Also match the last part alone, for a user who remembers the field but not its section.
         by_last = {k.rsplit(".", 1)[-1]: k for k in known}
         last = difflib.get_close_matches(name.rsplit(".", 1)[-1], list(by_last), n=1, cutoff=0.6)
         close = [by_last[match] for match in last]
@@ -106,7 +106,7 @@ def flags(section: Any, prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def set_dotted(values: dict[str, Any], dotted: str, value: Any) -> None:
-    """Set `training.steps`, say, in nested dicts."""
+    """Set a dotted name such as `training.steps` in nested dicts."""
     *sections, last = dotted.split(".")
     for section in sections:
         values = values.setdefault(section, {})
@@ -158,7 +158,7 @@ def convert(kind: Any, value: Any, name: str, or_null: str = "") -> Any:
 
 
 def build(cls: Any, values: Any, name: str = "") -> Any:
-    """The dataclass `cls` from a mapping, as YAML has it. `name` is its dotted path, empty for the whole configuration."""
+    """The dataclass `cls` from a mapping with YAML values. `name` is its dotted path, empty for the whole configuration."""
     if not isinstance(values, Mapping):
         raise ConfigError(f"{name or 'config'}: expected a mapping, got {short(values)}")
     prefix, kinds = f"{name}." if name else "", field_types(cls)

@@ -73,16 +73,10 @@ def read_tensors(path: Path, expected: WrittenFile | None = None) -> dict[str, T
     from safetensors.torch import load
 
     data = path.read_bytes()
-    if expected is not None:
-        if len(data) != expected.bytes:
-            raise ValueError(f"{path.name}: expected {expected.bytes:,} bytes, got {len(data):,}")
-        digest = hashlib.sha256(data).hexdigest()
-        if digest != expected.sha256:
-            raise ValueError(
-                f"{path.name}: checksum differs: expected sha256 {expected.sha256[:12]}..., got {digest[:12]}..."
-            )
+    if expected is not None and (found := WrittenFile(len(data), hashlib.sha256(data).hexdigest())) != expected:
+        raise ValueError(f"{path.name}: expected {expected}, got {found}")
     try:
-        # The reader hands tensors over in an order that changes from process to process.
+        # The reader returns tensors in an order that differs between processes.
         return dict(sorted(load(data).items()))
     except SafetensorError as error:
         raise ValueError(f"{path.name}: not a safetensors file: {error}") from error
@@ -101,11 +95,7 @@ def _header(tensors: Mapping[str, Tensor]) -> tuple[bytes, int]:
         if tensor.dtype not in _DTYPES or name == "__metadata__":
             raise TypeError(f"tensor {name!r}: dtype {tensor.dtype} or this name cannot be held by safetensors")
         end = offset + tensor.numel() * tensor.element_size()
-        entries[name] = {
-            "dtype": _DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, end],
-        }
+        entries[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

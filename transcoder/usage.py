@@ -1,6 +1,5 @@
-"""usage.json: which anti-duplication parts a run has, and what each must show to count as really used.
-
-The one judge of training (the ledger), of `transcoder validate` and of reports. Needs the standard library only.
+"""usage.json: which anti-duplication parts a run has, and the rules by which each counts as really used. The ledger,
+`transcoder validate` and reports share these rules. Needs the standard library only.
 """
 
 from __future__ import annotations
@@ -41,23 +40,23 @@ TERM_UNITS: Mapping[str, str] = {
 """The regularizer's terms and what each is evaluated on. The effects of a term of weight above 0 are
 `{term}_evaluations` (times evaluated) and `{term}_{unit}` (how many in all), from 0 on."""
 MOST_NAMED = 3
-"""Missing files that are named; more are counted."""
+"""Most missing files that are named; if there are more, only their number is given."""
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What one part's record in usage.json says, and what it lacks."""
+    """The record of one part in usage.json, and what it lacks."""
 
     calls: float | None
     """None: not recorded."""
     effect: dict[str, float]
     """Its numbers; a number that is not finite is left out (usage.json spells it as text)."""
     finding: str
-    """The sentence about an effect of 0 that is no fault; empty if there is none."""
+    """A sentence that explains an effect of 0 which is no fault; empty otherwise."""
     files: list[str]
     """Relative to the run's folder."""
     lacking: list[str]
-    """What keeps the part from counting as used; empty: it was used."""
+    """Reasons why the part does not count as used; empty if it was used."""
 
 
 def judge(name: str, record: Mapping[str, Any], folder: Path) -> Usage:
@@ -67,7 +66,7 @@ def judge(name: str, record: Mapping[str, Any], folder: Path) -> Usage:
         name: a key of `REQUIRED_EFFECTS`.
         record: {"calls", "effect", "files"} as usage.json holds them. What is absent, or of another type, counts as
             not recorded.
-        folder: the run's.
+        folder: the run folder.
     """
     calls, effect, files = record.get("calls"), record.get("effect"), record.get("files")
     effect = effect if isinstance(effect, Mapping) else {}
@@ -91,7 +90,7 @@ def judge(name: str, record: Mapping[str, Any], folder: Path) -> Usage:
 
 
 def missing_effects(name: str, effect: Mapping[str, Any]) -> list[str]:
-    """What the effects of a part lack; empty if nothing.
+    """Effects that a part lacks; empty if none.
 
     The regularizer's penalty and gradient may be 0, but every term of weight above 0 must have been evaluated on something; the
     correlation term on 0 pairs only if the monitor searched for pairs.
@@ -131,7 +130,7 @@ def _missing_terms(effect: Mapping[str, Any]) -> list[str]:
 
 
 def zero_penalty_finding(effect: Mapping[str, Any]) -> str | None:
-    """The sentence about a penalty of 0 whose terms were all evaluated; None for any other penalty."""
+    """A sentence that explains a penalty of 0 whose terms were all evaluated; None for any other penalty."""
     if effect.get("penalty") != 0 or missing_effects(REGULARIZER, effect):
         return None
     said = [
@@ -149,7 +148,7 @@ def _holds_bytes(path: Path) -> bool:
 
 
 def _number(value: object) -> float:
-    """NaN for what is no number."""
+    """`value` as a float; NaN if it is no number."""
     try:
         return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
     except OverflowError:  # an integer beyond float

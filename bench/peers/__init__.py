@@ -1,7 +1,7 @@
-"""Others that do the same work, each in a module of its own: `missing()` says why it cannot run here, and functions named as
-the operations (`encode`, `decode`, `nested_loss`, `correlation`, `optimizer`, `step`) give its variants of a case.
+"""Other implementations of the same work, one a module: `missing()` returns why it cannot run here, and functions named as the
+operations (`encode`, `decode`, `nested_loss`, `correlation`, `optimizer`, `step`) give its variants of a case.
 
-No code of theirs is here: they are imported where they are installed, and called as their own trainers call them.
+The libraries are imported if they are installed, and called as their own trainers call them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from bench.interleaved_timing import Variant
 
 NAMES = ("eager", "compiled", "saelens", "sparsify", "dictionary_learning", "original")
 BUILT_IN = ("eager", "compiled", "original")
-"""Those that need nothing but PyTorch."""
+"""Peers that need only PyTorch."""
 LIBRARIES = {"saelens": "sae-lens", "sparsify": "eai-sparsify", "dictionary_learning": "dictionary-learning"}
 
 
@@ -24,7 +24,7 @@ def module(name: str) -> ModuleType:
 
 
 def variants(operation: str, case: Case, names: Sequence[str] = NAMES) -> tuple[list[Variant], dict[str, str]]:
-    """(variants of the peers that are here, {peer: why it is not})."""
+    """(variants of the available peers, {other peer: why it is not available})."""
     found: list[Variant] = []
     skipped: dict[str, str] = {}
     for name in names:

@@ -1,10 +1,10 @@
-"""python -m bench.peers saelens|sparsify|dictionary-learning [--json FILE]: the rows that a library has a part in, with ours.
+"""python -m bench.peers saelens|sparsify|dictionary-learning [--json FILE]: the rows that a library takes part in, with ours.
 
-The libraries pin versions that exclude each other and us, so each runs in an environment of its own, made once by
+The libraries pin versions that exclude each other and us, so each runs in its own environment, made once by
 tests/interop/environment.py: there ours and theirs take turns in the same rounds. `--here` runs them in this interpreter, for a
 library that is installed in the same environment.
 
-Exit codes: 0 measured; 1 a result was wrong or something broke (what could be measured is in FILE, with what went wrong);
+Exit codes: 0 measured; 1 a result was wrong or a row failed (FILE has the other rows and the errors);
 3 there is no environment.
 """
 
@@ -30,12 +30,12 @@ MAKE = machine.ROOT / "tests" / "interop" / "environment.py"
 
 
 class NoEnvironmentError(RuntimeError):
-    """The library is not here, and could not be brought here."""
+    """The library's environment is missing and could not be made."""
 
 
 def rows_of(peer: str, kind: str, seconds: float) -> dict[str, Any]:
-    """The section of one peer: as that of `pytest bench/`, its own rows only. `failed` says what was wrong or broke, by row.
-    Raises NoEnvironmentError where it is not here."""
+    """The section of one peer, as of `pytest bench/`, with its rows only. `failed` has the errors by row. Raises
+    NoEnvironmentError if the library is not installed."""
     why = module(peer).missing()
     if why is not None:
         raise NoEnvironmentError(why)
@@ -51,7 +51,7 @@ def rows_of(peer: str, kind: str, seconds: float) -> dict[str, Any]:
                     continue
                 row, _ = measure(operation, case, [peer], seconds)
             except Exception as error:
-                # A release that calls something otherwise must not cost the other rows.
+                # A release with another interface must not affect the other rows.
                 traceback.print_exc()
                 failed[name] = f"{type(error).__name__}: {error}"
                 continue
@@ -62,7 +62,7 @@ def rows_of(peer: str, kind: str, seconds: float) -> dict[str, Any]:
 
 
 def python_of(library: str, into: Path | None) -> str:
-    """The interpreter of the library's environment, made where it is not there. Raises NoEnvironmentError."""
+    """The interpreter of the library's environment, which is made if it is missing. Raises NoEnvironmentError."""
     where = [] if into is None else ["--into", str(into)]
     done = subprocess.run([sys.executable, str(MAKE), library, *where], capture_output=True, text=True, check=False)
     if done.returncode:

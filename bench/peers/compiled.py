@@ -24,7 +24,7 @@ def missing() -> str | None:
 
 
 def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    # A size each: a shape that may vary would be slower code.
+    # Static shapes: code for dynamic ones is slower.
     # Rows of other sizes and settings count against one limit of compilations of the same code.
     torch._dynamo.reset()
     return torch.compile(function, dynamic=False, fullgraph=True)

@@ -29,7 +29,8 @@ def missing() -> str | None:
 
 
 def _hide_broken_torchvision() -> None:
-    """It comes along with the library and may be built for another torch; transformers then fails, though nothing needs it."""
+    """The library installs torchvision, which may be built for another torch; transformers then fails although nothing needs
+    it."""
     try:
         import torchvision  # noqa: F401
     except Exception:

@@ -1,8 +1,8 @@
 """The original project's step, reimplemented from its description (its code is not here): BatchTopK over dense codes, each
-Matryoshka prefix decoded by a dense product of its own, and its monitor: every step's dense codes [B, N] copied to the host and
+Matryoshka prefix decoded by its own dense product, and its monitor: every step's dense codes [B, N] copied to the host and
 100 of them kept, and every 100 steps a Python loop over all pairs of latents.
 
-What the description calls faults is not repeated where it would change the mathematics: the prefixes enter the loss here.
+Faults in the description that would change the mathematics are not repeated: the prefixes enter the loss here.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from bench.peers.eager import encoded, finish
 KEPT = 100
 """Batches that its monitor keeps; the same number of steps lies between two of its reports."""
 HELD_BYTES = 512 << 20
-"""Of those, as many as fit this are really kept here: their memory is worked out instead."""
+"""Bytes of batches that are kept here; the memory of all of them is computed instead."""
 PAIRS = 200
-"""Pairs of its loop that are timed."""
+"""Number of pairs of its loop that are timed."""
 
 
 def missing() -> str | None:

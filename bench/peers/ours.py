@@ -42,7 +42,7 @@ def variants(operation: str, case: Case) -> list[Variant]:
 
 
 def _in_bf16(variant: Variant) -> Variant:
-    """Products in bf16 under autocast, as training on a GPU does. Its selection is another one: its answer is not compared."""
+    """Products in bf16 under autocast, as training on a GPU does. Its selection differs, so its results are not compared."""
     forward = variant.forward
 
     def run(i: int) -> Any:
@@ -89,7 +89,7 @@ def encode(case: Case) -> Variant:
 
 
 def _fresh(codes: SparseCodes, values: Tensor) -> SparseCodes:
-    """As from the encoder: each step sorts its codes by latent."""
+    """Codes without derived data, as from the encoder: each step sorts its codes by latent."""
     return SparseCodes.trusted(values, codes.indices, codes.row_ptr, codes.shape)
 
 
@@ -154,7 +154,7 @@ def correlation(case: Case) -> Variant:
     def forward(i: int) -> None:
         for n in range(updates):
             monitor.update(case.codes[(i * updates + n) % len(case.codes)])
-        # Whoever looks finds every update in the sums: nothing of this round's work is left to the next.
+        # Reading adds all buffered updates to the sums, so no work of this round is left for the next.
         monitor.correlation(0, 1)
 
     def answer(probe: Probe) -> dict[str, Tensor]:

@@ -172,7 +172,7 @@ def step(case: Case) -> list[Variant]:
             x = probe.x
             # FVU in place of the mean of squared errors: the same up to this factor.
             scale = (x - x.mean(0)).pow(2).sum() / len(x)
-            # Without the bf16 autocast that it turns on for CUDA: what is compared is the mathematics.
+            # Without the bf16 autocast that it uses on CUDA, so that results can be compared.
             forward = type(coder).forward
             loss = getattr(forward, "__wrapped__", forward)(coder, x=x, y=x).fvu * scale
             loss.backward()

@@ -1,4 +1,4 @@
-"""S0: does the monitor find what was planted, nothing else, and the same whatever way the stream is cut?"""
+"""S0: does the monitor find exactly the planted pairs, and the same ones for any division of the stream?"""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ MOST_LISTED = 1 << 17
 STRANGERS = 500
 """Pairs drawn at random, checked together with the planted ones."""
 SEARCHES = 4
-"""Reports in each block: what a sketch proposes is counted exactly from then on, what is listed gets its own error."""
+"""Reports in each block: from then on, pairs that a sketch proposes are counted exactly and listed pairs get their own
+error."""
 PARTS = ("diversity_regularizer", "position_sampler", "correlation_monitor", "activation_samples")
 
 
@@ -89,8 +90,8 @@ def _heavy(stream: Stream) -> list[Line]:
 
 
 def two_pass(blocks: list[Any], i: Tensor, j: Tensor, newest: int | None = None) -> Tensor:
-    """[P] float64 Pearson correlation of latents i and j over the `newest` tokens of all blocks (None: over all), means
-    first. Tokens on which neither fires are all alike and are counted once, with their number."""
+    """[P] float64 Pearson correlation of latents i and j over the `newest` tokens of all blocks (None: over all), means first.
+    Tokens on which neither fires are identical and are computed once, weighted by their number."""
     tokens = sum(block.shape[0] for block in blocks)
     first = 0 if newest is None else tokens - newest
     asked = torch.zeros(blocks[0].shape[1], dtype=torch.bool).index_fill_(0, torch.cat([i, j]), True)
@@ -207,7 +208,7 @@ def _sketch(blocks: list[Any], r: Tensor, stream: Stream) -> list[Line]:
     found = sketch.pairs(0.8, 100)
     seen = set(zip(found.i.tolist(), found.j.tolist(), strict=True))
     _, support, _ = stream.truth()
-    # What the stream really holds, not what was aimed at: a planted 0.85 may come out at 0.79.
+    # The measured correlation, not the planted one: a planted 0.85 may come out at 0.79.
     wanted = ((r >= 0.85) & (support >= 100)).nonzero().flatten().tolist()
     hits = sum((2 * p, 2 * p + 1) in seen for p in wanted)
     recall, span = hits / max(1, len(wanted)), of_share(hits, len(wanted))

@@ -1,4 +1,4 @@
-"""S1 to S4: transcoders trained on known features, with and without a remedy, against the targets of the science."""
+"""S1 to S4: transcoders trained on known features, with and without a remedy, and their targets."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ def _mean(found: list[Found], name: str) -> float:
 
 
 def _both(
-    base: list[Found], other: list[Found], name: str, figure: Callable[[float, float], float]
+    base: list[Found], other: list[Found], name: str, combine: Callable[[float, float], float]
 ) -> tuple[float, str]:
-    """figure(mean of base, mean of other) and its interval over the seeds, which pair them."""
+    """combine(mean of base, mean of other) and its interval over the seeds, which pair them."""
     a, b = _each(base, name), _each(other, name)
-    return figure(fmean(a), fmean(b)), of_two(a, b, figure)
+    return combine(fmean(a), fmean(b)), of_two(a, b, combine)
 
 
 def _percent_down(before: float, after: float) -> float:
@@ -54,7 +54,7 @@ def _percent_down(before: float, after: float) -> float:
 
 
 NOISE = 0.01
-"""Two standard deviations, nearly, of what MCC, F1 and uniqueness change by from one seed alone."""
+"""About two standard deviations of MCC, F1 and uniqueness over seeds."""
 
 
 def _not_lowered(stage: str, what: str, base: list[Found], other: list[Found], name: str) -> Line:
@@ -121,7 +121,7 @@ def _remedy(name: str, base: list[Found], other: list[Found]) -> list[Line]:
     mergeable, mergeable_span = _both(base, other, "mergeable", _percent_down)
     cost, cost_span = _both(base, other, "fvu", lambda before, after: 100 * (after / before - 1))
     dying, dying_span = _both(base, other, "dead", lambda before, after: after - before)
-    # One seed, on another processor with other roundings, is not the mean of five.
+    # One seed varies more than the mean of five: its targets are wider.
     least, fvu, dead = (80, 2, 0.02) if len(base) > 1 else (65, 3.5, 0.06)
     return [
         at_least("S2", f"{name}: mergeable pairs there were to take away", _mean(base, "mergeable"), 8),
@@ -135,8 +135,8 @@ def _remedy(name: str, base: list[Found], other: list[Found]) -> list[Line]:
 
 CORRELATED = 40
 RECYCLE_SEEDS = 14
-"""Of S3: recycling changes MCC by +-0.007 from seed to seed, so that five leave an interval of +-0.008, as wide as what is to
-be ruled out."""
+"""Of S3: recycling changes MCC by +-0.007 from seed to seed, so that five seeds leave an interval of +-0.008, as wide as the
+change to be excluded."""
 TOGETHER = torch.linspace(0.65, 0.98, CORRELATED)
 
 
@@ -159,7 +159,7 @@ def _planted(found: Found) -> Tensor:
 
 
 def s3_correlated(quick: bool, seed: int) -> list[Line]:
-    """Features that occur together but have directions of their own: no remedy may fold them."""
+    """Features that occur together but have different directions: no remedy may fold them."""
     steps, seeds = _runs(quick, seed)
     many = seeds if quick else [seed + n for n in range(RECYCLE_SEEDS)]
     toys = [Toy(correlated, FEATURES, s) for s in many]

@@ -1,7 +1,7 @@
 """Synthetic activations with known features, and a transcoder trained on them by the real trainer.
 
 x = sum_g a_g u_g + noise, y = sum_g a_g v_g with unit directions u_g, v_g drawn at random in D = 64 dimensions: more features
-than dimensions, so no linear map does it. Each stage says which features are active together.
+than dimensions, so no linear map separates them. Each stage defines which features are active together.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def independent(features: int, l0: float) -> Active:
 
 @dataclass(frozen=True)
 class Sinks:
-    """Tokens whose activation says nothing about the text."""
+    """Tokens whose activation carries no information about the text."""
 
     bos_every: float = 0.0
     """Share of tokens that are BOS, anywhere in a packed sequence: a constant vector."""
@@ -99,7 +99,7 @@ class Toy:
                 held, rows = [select(whole, slice(BATCH, None))], rows - BATCH
 
     def let_through(self, batch: ActivationBatch) -> Tensor:
-        """[tokens] bool: what the transcoder gets to see, in training and at inference: all but what the mask finds."""
+        """[tokens] bool: tokens that reach the transcoder, in training and at inference: all that the mask keeps."""
         valid = torch.ones(len(batch), dtype=torch.bool)
         if not self.masked:
             return valid
@@ -150,7 +150,7 @@ def train(toy: Toy, steps: int, **settings: Any) -> Transcoder:
 
 @dataclass(frozen=True)
 class Found:
-    """What a trained transcoder does on held-out tokens."""
+    """Measurements of a trained transcoder on held-out tokens."""
 
     fvu: float
     """Of the tokens that are no sinks."""
@@ -176,8 +176,8 @@ class Found:
 
 @torch.no_grad()
 def examine(model: Transcoder, toy: Toy, min_correlation: float = 0.8, min_support: int = 100) -> Found:
-    """Measures on held-out tokens. What the mask of a masked toy finds passes the transcoder by, as it does at inference; a
-    sink that it misses counts."""
+    """Measures on held-out tokens. Tokens that the mask removes do not reach the transcoder, as at inference; sinks that it
+    misses count."""
     batch, amplitude, sink = toy.heldout()
     seen = toy.let_through(batch)
     codes = model.encode(batch.source[seen])

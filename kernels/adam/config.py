@@ -1,5 +1,5 @@
 """Launch choices of the optimizer step. Frozen data; the reasons are byte and register counts (test_compile_adam.py reads the
-registers from the compiled code), none is a timing yet."""
+registers from the compiled code), none is a measured time yet."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ WIDEST_ROW = 4096
 """Columns up to which a program holds a whole row of the decoder in registers, so that it is read and written once. 2304
 columns fill 56 % of the lanes: the rest load nothing."""
 LONG_ROW_TILE = 2048
-"""A longer row goes by in tiles: written, then read back from the cache and scaled. 8 elements a lane: with 16 the loop took
-155 registers a lane, and one program filled a multiprocessor."""
+"""A longer row is processed in tiles: written, then read back from the cache and scaled. 8 elements a lane: with 16 the loop
+took 155 registers a lane, and one program filled a multiprocessor."""
 
 ROW_WARPS = 8
 

@@ -16,7 +16,7 @@ DTYPES = (torch.float32, torch.float64)
 
 
 def takes(tensors: Sequence[Tensor]) -> bool:
-    """Whether parameters and gradients are what the op takes: dense, contiguous, on the CPU, all float32 or all float64."""
+    """Whether the op takes these parameters and gradients: dense, contiguous, on the CPU, all float32 or all float64."""
     plain = all(t.is_cpu and t.layout == torch.strided and t.is_contiguous() for t in tensors)
     return plain and len({t.dtype for t in tensors}) == 1 and tensors[0].dtype in DTYPES
 

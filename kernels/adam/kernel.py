@@ -72,7 +72,7 @@ def step_scalars(
 
 @triton.jit
 def adam_element(g, p, m, v, rate, scale, keep1, new1, keep2, new2, eps):
-    """(parameter, first moment, second moment) after one step, by IEEE divisions and roots: memory is what takes time."""
+    """(parameter, first moment, second moment) after one step, with IEEE divisions and roots: memory bounds the kernel."""
     m = keep1 * m + new1 * g
     v = keep2 * v + new2 * g * g
     return p - tl.div_rn(rate * m, tl.sqrt_rn(v) * scale + eps), m, v
@@ -107,7 +107,7 @@ def adam_rows(
     GUARDED: tl.constexpr, ONE_TILE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Adam on one row of a matrix of unit rows: the gradient loses its part along the row, the new row is scaled to length 1
-    (one without a direction stays zero)."""
+    (a zero row stays zero)."""
     taken = True
     if GUARDED:
         taken = tl.load(bad) == 0

@@ -14,18 +14,18 @@ from transcoder.kernels.backend import implementation
 
 @dataclass(frozen=True, eq=False)
 class AdamUpdate:
-    """What one update reads and writes."""
+    """The tensors and settings of one update."""
 
     parameters: Sequence[Tensor]
-    """Each with a gradient, which stays as it is."""
+    """Each has a gradient, which is not changed."""
     exp_avgs: Sequence[Tensor]
     exp_avg_sqs: Sequence[Tensor]
     """Moments of the parameters."""
     steps: Sequence[Tensor]
     """float32, one number each, on the parameters' device."""
     unit_rows: int | None
-    """Which parameter is a matrix of unit rows: its gradient loses the part along each row first, and its rows are scaled back
-    to unit length after. None: no such matrix."""
+    """Index of the parameter that is a matrix of unit rows: the component of its gradient along each row is removed before the
+    update, and its rows are scaled to unit length after it. None: no such matrix."""
     lr: float | Tensor
     """A number, or 0-dim on the device (a CUDA graph then follows it; backend `triton`)."""
     betas: tuple[float, float]
@@ -33,8 +33,8 @@ class AdamUpdate:
     max_norm: float
     """The gradients' global norm is clipped to it; infinity does not clip."""
     bad: Tensor | None = None
-    """0-dim bool on the device. It is set, in place, where the norm is not finite; where it holds, nothing is updated. None
-    updates always."""
+    """0-dim bool on the device. The update sets it, in place, if the norm is not finite; if it is set, nothing is updated. None
+    always updates."""
 
     @property
     def gradients(self) -> list[Tensor]:
@@ -55,7 +55,7 @@ def adam_step(module: Any, update: AdamUpdate) -> Tensor:
     """One Adam update of parameters and state, in place.
 
     Args:
-        module: what `one_op_for` gave for these parameters.
+        module: the result of `one_op_for` for these parameters.
 
     Returns: the norm before clipping, 0-dim on the device. Bitwise the same for equal inputs on one backend and device.
 
@@ -63,7 +63,7 @@ def adam_step(module: Any, update: AdamUpdate) -> Tensor:
     `torch.optim.Adam.step` and `W /= W.norm(dim=1, keepdim=True)`, up to rounding (`adam_step_reference`).
     """
     norm: Tensor = module.adam_step(update)
-    # A graph that saved a parameter before this must not be walked after it.
+    # Backward through a graph that saved a parameter before this update must raise.
     written = [*update.parameters, *update.exp_avgs, *update.exp_avg_sqs, *update.steps]
     torch.autograd.graph.increment_version(written)
     return norm

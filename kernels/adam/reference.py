@@ -13,7 +13,7 @@ class AdamStep(NamedTuple):
     exp_avgs: list[Tensor]
     exp_avg_sqs: list[Tensor]
     norm: Tensor
-    """Of all gradients, without the unit rows' part along themselves, before clipping."""
+    """Norm of all gradients before clipping, without the component along the unit rows."""
 
 
 def adam_step_reference(
@@ -29,7 +29,7 @@ def adam_step_reference(
     eps: float,
     max_norm: float,
 ) -> AdamStep:
-    """What the step-th step (from 1) makes of parameters and moments (Kingma and Ba, 2015, algorithm 1)."""
+    """Parameters and moments after step number `step` (from 1) (Kingma and Ba, 2015, algorithm 1)."""
     ps, gs, ms, vs = ([t.double() for t in given] for given in (parameters, gradients, exp_avgs, exp_avg_sqs))
     if unit_rows is not None:
         w = ps[unit_rows]

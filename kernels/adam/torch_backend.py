@@ -8,5 +8,5 @@ from torch import Tensor
 
 
 def takes(tensors: Sequence[Tensor]) -> bool:
-    """Nothing."""
+    """Always False."""
     return False

@@ -25,7 +25,7 @@ NAME = "adam_step"
 
 
 def takes(tensors: Sequence[Tensor]) -> bool:
-    """Whether parameters and gradients are what the kernels take: contiguous float32 on one device."""
+    """Whether the kernels take these parameters and gradients: contiguous float32 on one device."""
     plain = all(t.layout == torch.strided and t.is_contiguous() for t in tensors)
     return plain and all(t.dtype == torch.float32 and t.device == tensors[0].device for t in tensors)
 

@@ -1,4 +1,4 @@
-"""A size computed on a GPU that the host reads some steps later, when it has arrived."""
+"""A size computed on a GPU, read by the host some steps later without waiting."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""What FeatureCorrelation asks of its inputs and of a saved state. All parts of a state are looked at before any is loaded, so
-that a state that does not fit leaves an object as it was."""
+"""Checks of FeatureCorrelation's inputs and of a saved state. All parts of a state are checked before any is loaded, so a state
+that does not fit changes nothing."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def check_update(codes: SparseCodes, mask: Tensor | None, d_sae: int, device: to
 
 
 def latent_ids(name: str, value: int | Tensor, d_sae: int, device: torch.device) -> Tensor:
-    """`value` as int64 on `device`, or an error that says what is wrong with it."""
+    """`value` as int64 on `device`. Raises: TypeError or ValueError naming `name`."""
     try:
         latents = torch.as_tensor(value, device=device)
     except (TypeError, ValueError, RuntimeError, OverflowError):

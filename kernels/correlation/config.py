@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 UNIT_BITS = 26
-"""Products z_i z_j are rounded to multiples of U_i U_j 2^-26, where U_i is a power of two above what latent i reached in the
-first update in which it fired. All sums of such multiples below 2^53 of them are exact in float64, so atomic additions
-commute and the sums are bitwise reproducible; that holds for 2^27 tokens on which both latents stand at U, or for 2^23 at
-4 times U (a block has 2^22 tokens). Beyond, only the last bits depend on the order. The rounding of one product is at most
-2^-27 U_i U_j: 4e-7 of a product that is 2 % of U_i U_j, less by sqrt(n) in a sum where products differ by more than a step.
-Products below half a step are lost, so a latent whose first firing is an outlier (8000 times its usual value, with both of a
-pair) loses the usual ones; its variance is then at least (U / 2)^2, so n joint firings move a correlation by n 2^-25 at most:
-0.001 at 40 000 of them.
+"""Products z_i z_j are rounded to multiples of U_i U_j 2^-26, where U_i is a power of two above the largest value of latent i
+in the first update in which it fired. All sums of such multiples below 2^53 of them are exact in float64, so atomic additions
+commute and the sums are bitwise reproducible; that holds for 2^27 tokens on which both latents stand at U, or for 2^23 at 4
+times U (a block has 2^22 tokens). Beyond, only the last bits depend on the order. The rounding of one product is at most 2^-27
+U_i U_j: 4e-7 of a product that is 2 % of U_i U_j, less by sqrt(n) in a sum where products differ by more than a step. Products
+below half a step are lost, so a latent whose first firing is an outlier (8000 times its usual value, with both of a pair) loses
+the usual ones; its variance is then at least (U / 2)^2, so n joint firings move a correlation by n 2^-25 at most: 0.001 at
+40 000 of them.
 
 Why not 64-bit integers, which have ten bits more: they overflow where float64 merely rounds, and the triangle would change
 its type for merging, saving and mining."""
@@ -48,6 +48,7 @@ tiles run together, so a row of S comes from memory once for 32 tiles: at 2^20 l
 MAX_PROGRAMS = (1 << 31) - 1
 """Programs in a launch: 2.9 million latents; the slow path takes more."""
 CAPACITY = 1 << 22
-"""Candidates that fit: 64 MiB. More only where the threshold says nothing; then the slow path takes the best of them."""
+"""Candidates that fit: 64 MiB. There are more only if the threshold is far too low; the slow path then takes the best of
+them."""
 SLACK = 2.0**-10
 """Products of unit vectors by tf32 (10 mantissa bits kept of each factor) are off by at most this much."""

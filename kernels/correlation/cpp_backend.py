@@ -2,9 +2,9 @@
 pair update of the packed triangle (csrc/correlation.cpp), the walk over all its pairs, the sketch's update
 and its search for pairs (csrc/sketch.cpp); everything else is backend `torch`'s.
 
-A batch touches each line of the triangle's memory about once, at the price of a miss. Entries are therefore kept until a row
-of the triangle meets as many pairs as it has cells, and added row by row, each cell in the order of the tokens: the sums are
-those of adding each batch at once, bit for bit.
+A batch touches each cache line of the triangle about once, so every access is a miss. Entries are therefore buffered until a
+row of the triangle has about as many pairs as cells, then added row by row, each cell in the order of the tokens: the sums
+equal those of adding each batch at once, bit for bit.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 __all__ = ["Mined", "WaitingPairs", "add_moments", "firing_entries", "mine", "similar_rows", "sketch_add", "usable"]
 
 PAIRS_PER_WAITING_ENTRY = 8
-"""Entries may wait until there is one for so many pairs of the triangle: 8 bytes (of float64 codes 16) for 96, and 8 more while
-they are added. At d_sae = 8192, k = 32 and 1024 tokens those are 128 batches; measured (LOG.md)."""
+"""Pairs of the triangle per buffered entry, which bounds the buffer: 8 bytes (16 for float64 codes) for 96 pairs, and 8 more
+while entries are added. At d_sae = 8192, k = 32 and 1024 tokens those are 128 batches; measured (LOG.md)."""
 MOST_WAITING = 1 << 23
-"""And never more than these, 64 MiB."""
+"""Upper bound of buffered entries: 64 MiB."""
 
 
 def firing_entries(
@@ -61,15 +61,15 @@ class WaitingPairs:
         self.limit = min(d_sae * (d_sae - 1) // 2 // PAIRS_PER_WAITING_ENTRY, MOST_WAITING)
         self._entries = self._tokens = 0
         self._kind = (False, False, False)
-        """Of what waits: whether values are float64, and whether tokens have a weight, and a tally, of their own."""
-        # By name: the process's default device may be another.
+        """Kind of the buffered entries: whether values are float64, whether tokens have a weight, whether they have a tally."""
+        # The device is explicit: the process's default device may be another.
         self._partners = torch.empty(0, dtype=torch.uint8, device="cpu")
         self._starts = torch.zeros(1, dtype=torch.int32, device="cpu")
         self._weights = torch.empty(0, dtype=torch.float64, device="cpu")
         self._tallies = torch.empty(0, dtype=torch.float64, device="cpu")
 
     def takes(self, codes: SparseCodes, weight: Tensor | None, tally: Tensor | None) -> bool:
-        """Whether these fit into the pending buffer: nothing waits, or what waits is of the same kind."""
+        """Whether these codes fit into the buffer: it is empty or holds entries of the same kind."""
         return self._entries == 0 or self._kind == _kind(codes, weight, tally)
 
     def add(self, codes: SparseCodes, weight: Tensor | None, tally: Tensor | None, moments: Moments) -> bool:
@@ -81,7 +81,7 @@ class WaitingPairs:
         """
         wide, weighted, tallied = self._kind = _kind(codes, weight, tally)
         entries, tokens = self._entries + codes.nnz, self._tokens + codes.shape[0]
-        # All of it at once: memory costs nothing before it is touched, and comes in large pages.
+        # Allocated whole: untouched memory costs nothing, and the system uses large pages.
         size = 16 if wide else 8
         self._partners = _with_room(
             self._partners, self._entries * size, entries * size, (self.limit + codes.nnz) * size
@@ -110,7 +110,7 @@ class WaitingPairs:
         return self._entries >= self.limit
 
     def settle(self, product: Tensor, joint: Tensor) -> None:
-        """Add everything that waits to the triangle's sums, in place."""
+        """Add all buffered entries to the triangle's sums, in place."""
         if self._entries:
             wide, weighted, tallied = self._kind
             weights, tallies = self._weights if weighted else None, self._tallies if tallied else None
@@ -144,7 +144,7 @@ def _with_room(kept: Tensor, used: int, needed: int, wanted: int = 0) -> Tensor:
 
 
 class Mined(NamedTuple):
-    """What one walk over the pairs that fired together finds."""
+    """Result of one pass over the pairs that fired together."""
 
     i: Tensor
     j: Tensor
@@ -192,6 +192,6 @@ def sketch_add(rows: Tensor, ones: Tensor, entries: Entries, weights: Tensor | N
 
 def similar_rows(left: Tensor, right: Tensor, above: float, apart: int) -> tuple[Tensor, Tensor, Tensor]:
     """(i, j, left_i . right_j), each [P], of the pairs whose product exceeds `above` and j > i + apart. fp32; products are
-    made in tiles and looked at while they are warm. The same bits for any number of threads."""
+    computed in tiles and filtered in the cache. The same bits for any number of threads."""
     found: tuple[Tensor, Tensor, Tensor] = torch.ops.transcoder_cpp.similar_rows(left, right, above, apart)
     return found

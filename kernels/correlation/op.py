@@ -37,10 +37,10 @@ class FeatureCorrelation:
 
     Exact mode keeps sums of products and joint counts of all pairs in float64 and integers (packed triangle,
     O(B k^2) adds an update); sketch mode keeps `sketch_dim` fp32 numbers a latent, a ring of recent codes and the exact sums of
-    the pairs that it was told to watch.
+    the watched pairs.
     Neither builds [B, d_sae]. Everything stays on `device`; `update` never makes the host wait for a GPU;
-    results are bitwise reproducible. (Fed or merged by backend `triton` after another backend: to rounding; its
-    sums are exact on a grid of their own.)
+    results are bitwise reproducible. (Up to rounding if backend `triton` and another backend update or merge the same
+    statistics: `triton` rounds products to a fixed grid.)
 
     Args:
         d_sae: latents.
@@ -59,7 +59,7 @@ class FeatureCorrelation:
             look.
 
     Raises:
-        ValueError: an argument out of range, or codes that do not fit (each message says what was expected).
+        ValueError: an argument out of range, or codes that do not fit; the message gives the expected value.
     """
 
     def __init__(
@@ -82,12 +82,12 @@ class FeatureCorrelation:
         self.seed, self.rank, self.checks = seed, rank, checks
         self.ring_tokens, self.sketch_margin = ring_tokens, sketch_margin
         self.updates = 0
-        """Updates ever made; keys the sketch's signs, so `reset` does not turn it back."""
+        """Number of updates; keys the sketch's signs, so `reset` does not set it to 0."""
         self.reset()
 
     def reset(self) -> None:
-        """Forget every token, and which pairs were watched. The sketch's signs go on where they were: blocks of one stream
-        may be merged."""
+        """Forget all tokens and watched pairs. The sketch's signs are not repeated, so that blocks of one stream can be
+        merged."""
         self._moments = Moments.zeros(self.d_sae, self.device, self.halflife is not None)
         self._exact: PackedTriangle | None = None
         self._sketch: Sketch | None = None
@@ -128,7 +128,7 @@ class FeatureCorrelation:
             return
         if backend == "cpp" and self._exact is not None:
             self._exact.keep(codes, weight, tally, self._moments)
-            # Only then: refused codes have changed nothing.
+            # After all checks: refused codes change nothing.
             self._moments.add_tokens(batch, weight)
             self._count_update(batch)
             return
@@ -143,7 +143,7 @@ class FeatureCorrelation:
             if on_cpu:
                 self._exact.add(entries, None)
             else:
-                # A copy: the caller may fill the buffer of its codes again before these pairs are counted.
+                # A copy: the caller may overwrite the buffer of its codes before these pairs are counted.
                 entries = entries._replace(latent=entries.latent.clone())
                 self._pending.append((entries, DeferredSize(pair_total(codes))))
                 self._drain(PENDING_LIMIT)
@@ -167,7 +167,7 @@ class FeatureCorrelation:
         self._count_update(codes.shape[0])
 
     def _count_watched(self, entries: Entries) -> None:
-        """Of codes that are in the moments."""
+        """Add to the watched pairs the entries of codes that are already in the moments."""
         assert self._sketch is not None
         watched = self._sketch.watched
         if len(watched) == 0:
@@ -187,8 +187,7 @@ class FeatureCorrelation:
         self.updates += 1
 
     def _drain(self, keep: int) -> None:
-        """Count the pairs of waiting updates, in order: those whose size has arrived, and all but the newest
-        `keep`."""
+        """Count the pairs of pending updates, in order: those whose size has arrived, and all but the newest `keep`."""
         while self._pending and (len(self._pending) > keep or self._pending[0][1].arrived()):
             entries, size = self._pending.popleft()
             if self._exact is not None:
@@ -197,8 +196,7 @@ class FeatureCorrelation:
                 self._sketch.watched.add(entries, size.read(), self._moments.count)
 
     def _growth(self, batch: int) -> Tensor:
-        """[B] float64: 2^(age of the origin / half-life). New tokens weigh more, which is old ones weighing
-        less."""
+        """[B] float64: 2^(age of the origin / half-life). New tokens get larger weights instead of old ones smaller."""
         assert self.halflife is not None
         if batch > 500 * self.halflife:
             raise ValueError(
@@ -248,33 +246,33 @@ class FeatureCorrelation:
     def statistics(self, i: Tensor, j: Tensor, *, beside: Sequence[FeatureCorrelation] = ()) -> PairStatistics:
         """Correlation, cosine, Jaccard and support of given pairs, each [P]. May wait for the device.
 
-        Exact mode: over all tokens. Sketch mode: exact too, over fewer tokens. Of a watched pair these are all since the
-        ring began when it first was watched; of any other, those in the ring. With `beside` it is that of each part, added
-        up. `weight` says how many that were; they are always the newest.
+        Exact mode: over all tokens. Sketch mode: exact too, over fewer tokens. For a watched pair these are the tokens in the
+        ring when watching began and all later ones; for any other pair, those in the ring. With `beside`, the tokens of all
+        parts. They are always the newest ones; `weight` is their number.
 
         Args:
             i, j: [P] integers in [0, d_sae), any pairs: the answer has their order, is the same with i and j exchanged,
                 and of a latent with itself it is the diagonal (correlation 1 unless the latent is constant).
             beside: statistics of other, disjoint parts of the stream, counted in without being merged.
 
-        Raises: TypeError or ValueError naming i, j or what does not fit beside.
+        Raises: TypeError or ValueError naming i, j or `beside`.
         """
         parts = self._parts(beside)
         i, j = self._pair_ids("statistics", i, j)
         sketches = _sketches(parts)
         if sketches:
             return confirm(sketches, i, j)
-        # A latent with itself has no place in the strict triangle; what stands at 0 is not looked at.
+        # A latent with itself has no place in the strict triangle; the value read at place 0 is not used.
         key = torch.where(i == j, 0, pair_key(i, j))
         return pair_statistics(_summed_moments(parts), i, j, *summed_at(_triangles(parts), key), self._unit())
 
     def watch(self, i: Tensor, j: Tensor) -> None:
         """Count these pairs exactly from now on, instead of those watched so far. Waits for the device.
 
-        Sketch mode: a pair that stays keeps its counts, another begins with what is in the ring, so a pair that is too
-        rare for the ring gathers support while it is watched. Hand in what `survey` proposes (`candidates`) after every
-        search. An `update` costs more by what the firings of each pair's rarer latent take. Exact mode counts all pairs:
-        nothing to do.
+        Sketch mode: a pair that was watched before keeps its counts, a new one begins with the tokens in the ring, so a pair
+        that is too rare for the ring gathers support while it is watched. Pass the `candidates` of `survey` after every search.
+        The cost of an `update` grows with the firings of each pair's rarer latent. Exact mode counts all pairs already: this
+        does nothing.
 
         Args:
             i, j: [P] integers in [0, d_sae). Order and repetitions do not matter, a latent with itself is left out. Of more
@@ -310,8 +308,7 @@ class FeatureCorrelation:
         works in tiles.
 
         Args:
-            min_correlation: in [-1, 1]; at 0 or below every pair is looked at, not only those that ever fire
-                together.
+            min_correlation: in [-1, 1]; at 0 or below every pair is examined, not only those that fire together.
             min_support: tokens on which at least one of the two fires.
             beside: as in `statistics`.
         """
@@ -351,7 +348,7 @@ class FeatureCorrelation:
 
     def merge(self, other: FeatureCorrelation) -> None:
         """Add the statistics of a disjoint part of the stream (another rank, another block) to these, in
-        place. Pairs watched in either are watched from now on, with what both parts know of them.
+        place. Pairs watched in either are watched from now on, with the counts of both parts.
 
         With a half-life the two streams are parallel: both end now, at their own newest token.
 
@@ -378,18 +375,18 @@ class FeatureCorrelation:
             self._exact.merge(other._exact, scale)
         if self._sketch is not None and other._sketch is not None:
             self._sketch.merge(other._sketch, scale, self._moments, other._moments)
-            # Signs go on behind all that are in the sums now: the other part may be a later block of this stream.
+            # Later signs must differ from all in the sums: the other part may be a later block of this stream.
             self.updates = max([self.updates, *(r.stop for r in self._sketch.signs if r.rank == self.rank)])
         self._moments.merge(other._moments, scale)
         if self._sketch is not None:
-            # No more than may be watched, and by the counts of both.
+            # Limited to MAX_WATCHED pairs, chosen by the counts of both.
             self._sketch.watch(self._moments, self._sketch.watched.i, self._sketch.watched.j)
         if self.halflife is None:
             self.tokens_offered += other.tokens_offered
 
     def forget(self, latents: Tensor) -> None:
-        """Make the statistics those of a stream on which these latents had never fired, for latents that became others
-        (recycled ones). Waits for the device; d_sae places a latent.
+        """Remove all firings of these latents from the statistics, for latents that were reset (recycled). Waits for the
+        device; d_sae places a latent.
 
         Args:
             latents: [n] integers in [0, d_sae).
@@ -402,8 +399,8 @@ class FeatureCorrelation:
         self._pair_sums().forget(ids)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything, as nested dicts of tensors and numbers; loading it and going on is bitwise as never
-        having stopped."""
+        """The whole state, as nested dicts of tensors and numbers; a resumed stream gives the same bits as an uninterrupted
+        one."""
         self._drain(0)
         state: dict[str, Any] = {
             "d_sae": self.d_sae,
@@ -420,10 +417,10 @@ class FeatureCorrelation:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Everything that `state_dict` gave, in place of what is here.
+        """Replace the state by one of `state_dict`.
 
-        Raises: ValueError naming the field that is missing, unknown, of another shape or dtype, or made by statistics that
-            were built otherwise (d_sae, sketch_dim, halflife; seed and rank of a sketch). Nothing has changed then.
+        Raises: ValueError naming the field that is missing, unknown, of another shape or dtype, or from statistics with other
+            arguments (d_sae, sketch_dim, halflife; seed and rank of a sketch). The state is unchanged then.
         """
         built = {name: getattr(self, name) for name in ("d_sae", "sketch_dim", "halflife")}
         built |= {name: getattr(self, name) for name in _SIGN_KEYS if self._sketch is not None}
@@ -442,7 +439,7 @@ class FeatureCorrelation:
         return part
 
     def _unit(self) -> float:
-        """What one token of this moment weighs in the sums."""
+        """The weight of a token of the current time in the sums."""
         return 1.0 if self.halflife is None else 2.0 ** ((self.tokens_offered - self._origin) / self.halflife)
 
     def _parts(self, beside: Sequence[FeatureCorrelation]) -> list[FeatureCorrelation]:

@@ -1,5 +1,4 @@
-"""The definition of what FeatureCorrelation streams: two passes in float64 over the dense tokens. Slow and
-obvious."""
+"""The definition of FeatureCorrelation's statistics: two passes in float64 over the dense tokens. Slow and simple."""
 
 from __future__ import annotations
 
@@ -53,7 +52,7 @@ def correlation_reference(z: Tensor, weights: Tensor | None = None) -> Reference
 
 
 def _normalised(matrix: Tensor, scale: Tensor) -> Tensor:
-    # A variance that is rounding noise next to the mean square belongs to a constant column.
+    # A variance within the rounding of the mean square means a constant column.
     diagonal = matrix.diagonal()
     valid = diagonal > 1e-12 * scale
     inverse = torch.where(valid, diagonal.clamp(min=1e-300).rsqrt(), 0.0)

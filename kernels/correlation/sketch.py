@@ -1,11 +1,10 @@
-"""Correlation of very wide dictionaries: a random-sign sketch proposes pairs, exact counts decide them: those of a ring of
-recent codes, or, of pairs that are watched, those of all tokens since the ring began when they first were.
+"""Correlation of very wide dictionaries: a random-sign sketch proposes pairs and exact counts decide. The counts are those of a
+ring of recent codes or, for watched pairs, also of all tokens since watching began.
 
-S_i = sum_t w_t z_ti r_t with r_t in {+1, -1}^m from a counter keyed by (seed, rank, step, token), so that no
-sign serves two tokens and sketches of different ranks or blocks add up. Inner products of rows of S are
-unbiased for those of the latents (Alon, Matias, Szegedy 1996; Achlioptas 2003). Subtracting mean_i * S_0 with
-S_0 = sum_t w_t r_t centres the latents. Divided by the sketch's own norms, an estimated correlation c has
-standard deviation (1 - c^2) / sqrt(m).
+S_i = sum_t w_t z_ti r_t with r_t in {+1, -1}^m from a counter keyed by (seed, rank, step, token), so that no two tokens share a
+sign and sketches of different ranks or blocks can be added. Inner products of rows of S are unbiased for those of the latents
+(Alon, Matias, Szegedy 1996; Achlioptas 2003). Subtracting mean_i * S_0 with S_0 = sum_t w_t r_t centres the latents. Divided by
+the sketch's own norms, an estimated correlation c has standard deviation (1 - c^2) / sqrt(m).
 """
 
 from __future__ import annotations
@@ -41,16 +40,16 @@ TILE_ROWS = 2048
 columns tile too."""
 TILE_COLUMNS = 8192
 MAX_CANDIDATES = 1_000_000
-"""Pairs that are put before the exact counts; the highest estimates win."""
+"""Most pairs that are checked by exact counts: those of the highest estimates."""
 ESTIMATED_TOGETHER = 1 << 16
-"""Pairs whose sketches are gathered at a time."""
+"""Number of pairs whose sketches are gathered at a time."""
 
 
 class SignRange(NamedTuple):
     """Signs that a sketch holds: those of (seed, rank, n) for first <= n < stop; the seed is that of the whole sketch.
 
-    A sign that serves two tokens makes them look alike, so sketches that share one must not be added; blocks of one stream
-    and streams of different ranks share none.
+    Two tokens that share a sign appear correlated, so sketches that share signs must not be added. Blocks of one stream and
+    streams of different ranks share none.
     """
 
     rank: int
@@ -115,7 +114,7 @@ class Sketch:
         self.ones = torch.zeros(dim, dtype=torch.float32, device=device)
         """The sketch of the constant 1."""
         self.signs: list[SignRange] = []
-        """Whose signs are in the sums."""
+        """The signs in the sums."""
         self.ring: deque[_Recent] = deque()
         self.watched = Watched.none(d_sae, device)
 
@@ -134,14 +133,14 @@ class Sketch:
 
     def remember(self, codes: SparseCodes, plain: Tensor | None) -> None:
         """Add the codes to the ring; the oldest leave it."""
-        # Copies: a caller may fill its buffers again.
+        # Copies: a caller may overwrite its buffers.
         weight = None if plain is None else plain.clone()
         recent = _Recent(codes.indices.int(), codes.values.detach().clone(), codes.row_ptr.clone(), weight)
         self.ring.append(recent)
         self._trim()
 
     def draw(self, rank: int, update: int) -> None:
-        """Note whose signs are in the sums from now on."""
+        """Record that the signs of (rank, update) are in the sums."""
         self.signs = union(self.signs, [SignRange(rank, update, update + 1)])
 
     def _trim(self) -> None:
@@ -150,7 +149,7 @@ class Sketch:
             held -= self.ring.popleft().tokens
 
     def forget(self, latents: Tensor) -> None:
-        """As if these latents had never fired, in the rows and in the ring."""
+        """Remove all firings of these latents from the rows and from the ring."""
         self.rows.index_fill_(0, latents, 0)
         gone = torch.zeros(self.d_sae, dtype=torch.bool, device=self.rows.device)
         gone.index_fill_(0, latents, True)
@@ -159,13 +158,13 @@ class Sketch:
         self.watched.forget(latents)
 
     def watch(self, moments: Moments, i: Tensor, j: Tensor) -> None:
-        """Watch these pairs i != j instead of those so far. What a pair that stays has counted stays; another begins with
-        the ring. `moments` are this sketch's own, here and below."""
+        """Watch exactly these pairs i != j. A pair that was watched before keeps its counts, a new one begins with the ring.
+        `moments` are those of this sketch, here and below."""
         i, j = self._most_alike(moments, *_ascending(i, j, self.d_sae))
         self.watched = Watched(self.d_sae, i, j, self._since(moments, i, j))
 
     def _most_alike(self, moments: Moments, i: Tensor, j: Tensor) -> tuple[Tensor, Tensor]:
-        """No more than MAX_WATCHED of the pairs, in their order: those of the highest estimates."""
+        """The MAX_WATCHED pairs with the highest estimates, in their order."""
         if i.numel() <= MAX_WATCHED:
             return i, j
         parts = zip(i.split(ESTIMATED_TOGETHER), j.split(ESTIMATED_TOGETHER), strict=True)
@@ -181,13 +180,13 @@ class Sketch:
         return _in_order(new, known, self._ring_sums(moments, i[new], j[new]))
 
     def _since(self, moments: Moments, i: Tensor, j: Tensor) -> PairSums:
-        """`Watched.since` of any pairs i < j: their own if they are watched, else that of beginning with the ring."""
+        """`Watched.since` of any pairs i < j; for pairs that are not watched, as if watching began with the ring."""
         place, new = self._known(i, j)
         begun = self._ring_sums(moments, i[new], j[new]).minus(latents_alone(moments, i[new], j[new]))
         return _in_order(new, self.watched.since.at(place[~new]), begun)
 
     def _known(self, i: Tensor, j: Tensor) -> tuple[Tensor, Tensor]:
-        """(places among the watched pairs, whether a pair is none of them)."""
+        """(places among the watched pairs, whether a pair is not watched)."""
         place = self.watched.places(i, j)
         return place, place < 0
 
@@ -233,7 +232,7 @@ class Sketch:
         self._trim()
 
     def _merge_watched(self, other: Sketch, moments: Moments, others: Moments) -> None:
-        """Pairs watched in either, each with what both know of it; the one that does not watch a pair knows its ring."""
+        """Watch the pairs of both, with the counts of both; a sketch that does not watch a pair contributes its ring."""
         mine, theirs = self.watched, other.watched
         if len(mine) or len(theirs):
             i, j = (torch.cat(parts) for parts in ((mine.i, theirs.i.to(mine.i)), (mine.j, theirs.j.to(mine.j))))
@@ -371,14 +370,14 @@ def check_signs(where: str, parts: list[tuple[int, Sketch]]) -> None:
         if twice is not None:
             raise ValueError(
                 f"{where}: the random signs of seed {seed}, rank {twice.rank}, updates {twice.first} .. "
-                f"{twice.stop - 1} are in both sketches and would make different tokens look alike: give each replica "
+                f"{twice.stop - 1} are in both sketches, so different tokens would appear correlated: give each replica "
                 "its own rank (blocks of one stream share a rank and go on counting `updates`)"
             )
         held = union(held, sketch.signs)
 
 
 def confirm(parts: list[tuple[Sketch, Moments]], i: Tensor, j: Tensor) -> PairStatistics:
-    """Exact statistics of any pairs (i, j), in their order, over what all sketches know of each (`Sketch.sums`)."""
+    """Exact statistics of any pairs (i, j), in their order, over the tokens counted in all sketches (`Sketch.sums`)."""
     low, high = torch.minimum(i, j), torch.maximum(i, j)
     total, *more = (sketch.sums(moments, low, high) for sketch, moments in parts)
     for sums in more:

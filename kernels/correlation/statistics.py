@@ -17,13 +17,13 @@ from transcoder.kernels.correlation.torch_backend import Entries, add_at
 CONSTANT = 1e-12
 """A latent whose variance is below this share of its mean square is constant: its correlation is defined as
 0. float64 sums carry a relative error near 1e-14, and a latent that is nearly always on (mean 35, sd 0.15)
-stands at 2e-5."""
+has a share of 2e-5."""
 
 
 @dataclass(eq=False)
 class Moments:
-    """n, sum z, sum z^2 and firing counts of every latent. float64: one-pass variances of latents that are
-    nearly always on cancel five digits, which fp32 sums do not have and float64 sums have ten to spare of."""
+    """n, sum z, sum z^2 and firing counts of every latent. float64: the one-pass variance of a latent that is nearly always on
+    loses five digits, too many for fp32."""
 
     weight: Tensor
     """0-dim: sum of token weights."""
@@ -89,7 +89,7 @@ class Moments:
             self.weight_squared += other.weight_squared.to(self.weight.device) * (scale * scale - scale)
 
     def forget(self, latents: Tensor) -> None:
-        """As if these latents had never fired."""
+        """Remove all firings of these latents."""
         for part in (self.total, self.square, self.count):
             part.index_fill_(0, latents, 0)
 
@@ -109,8 +109,8 @@ class Moments:
 
 
 class PairSums(NamedTuple):
-    """What the statistics of some pairs are made of, each pair over its own part of the stream. They add up over disjoint
-    parts."""
+    """Sums from which the statistics of some pairs are computed, each pair over its part of the stream. Sums of disjoint parts
+    can be added."""
 
     weight: Tensor
     """[P] sum w."""
@@ -138,7 +138,7 @@ class PairSums(NamedTuple):
 
     @classmethod
     def of(cls, moments: Moments, i: Tensor, j: Tensor, product: Tensor, joint: Tensor) -> PairSums:
-        """Over all tokens of `moments`. Of a latent with itself, `product` and `joint` are not looked at: its own sums are
+        """The sums over all tokens of `moments`. For a latent with itself, `product` and `joint` are ignored: its own sums are
         the diagonal."""
         same = i == j
         return cls(
@@ -179,8 +179,8 @@ class PairStatistics:
     support: Tensor
     """int64: tokens on which at least one fires (decayed ones rounded down)."""
     weight: Tensor
-    """float64: sum of the weights of the tokens that were looked at (their number, where none has a weight). A sketch looks
-    at its newest tokens, further back for some pairs than for others."""
+    """float64: sum of the weights of the counted tokens (their number without weights). A sketch counts its newest tokens, for
+    watched pairs more of them."""
 
 
 def pair_statistics(
@@ -228,7 +228,8 @@ class CorrelatedPairs:
         cosine: float64 uncentred cosine; `1 - cosine^2` is the share of z_j^2 lost when j is folded into i.
         jaccard: float64 tokens on which both fire, over support.
         weight: float64 sum of the weights of the tokens that all this was counted on (their number, where none has a
-            weight): the whole stream's, or what a sketch has looked at for this pair (see `FeatureCorrelation.statistics`).
+            weight): those of the whole stream, or those that a sketch has counted for this pair (see
+            `FeatureCorrelation.statistics`).
     """
 
     i: Tensor
@@ -250,11 +251,11 @@ class Survey:
 
     pairs: CorrelatedPairs
     histogram: Tensor | None
-    """[bins] int64: pairs that fired together at least once, by correlation."""
+    """[bins] int64: pairs that fired together at least once, counted by correlation."""
     squared_sum: float | None
     """sum of r_ij^2 over ALL pairs i < j, those that never fire together included."""
     candidates: tuple[Tensor, Tensor] | None = None
-    """(i, j) of the pairs that the sketch proposed: `pairs` are those of them that their counts confirm, so far."""
+    """(i, j) of the pairs that the sketch proposed: `pairs` are those of them that exact counts confirm."""
 
 
 def kept(stats: PairStatistics, min_correlation: float, min_support: int) -> PairStatistics:

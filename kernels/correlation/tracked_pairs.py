@@ -1,4 +1,4 @@
-"""Given pairs, counted exactly: at the cost of their rarer latent's firings, not of all pairs of a row."""
+"""Exact counts of given pairs; the cost grows with the firings of each pair's rarer latent, not with all pairs of a row."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ MAX_WATCHED = 1_000_000
 
 
 class PairIndex:
-    """Where the firings of some pairs meet.
+    """Finds the tokens on which both latents of a pair fire.
 
-    Each pair belongs to its rarer latent. An entry of that latent looks for the pair's other latent in its own row, so that
-    a pair costs as many look-ups as its rarer latent has firings. Built without reading the device.
+    Each pair belongs to its rarer latent. For each entry of that latent the pair's other latent is searched for in the same
+    row, so a pair costs one look-up per firing of its rarer latent. Built without reading the device.
     """
 
     def __init__(self, d_sae: int, i: Tensor, j: Tensor, count: Tensor) -> None:
@@ -42,7 +42,7 @@ class PairIndex:
             self.member.index_fill_(0, side, True)
 
     def look_ups(self, latent: Tensor) -> Tensor:
-        """0-dim int64 on the device: what `add` of entries of these latents has to look for."""
+        """0-dim int64 on the device: number of look-ups in `add` for entries of these latents."""
         return self.degree[latent].sum()
 
     def add(self, entries: Entries, total: int | None, product: Tensor, joint: Tensor) -> None:
@@ -67,7 +67,7 @@ class PairIndex:
             pair = self.pair[slot]
             if chosen is not None:
                 pair, at, place = pair[hit], chosen[at[hit]], chosen[place[hit]]
-            # The smaller latent is the earlier entry: the same product whichever of the two is the rarer one.
+            # The smaller latent is the earlier entry: the product does not depend on which of the two is rarer.
             weighted, tally = pair_products(entries, torch.minimum(at, place), torch.maximum(at, place))
             if chosen is None:
                 weighted, tally = torch.where(hit, weighted, 0.0), torch.where(hit, tally, 0)
@@ -76,10 +76,10 @@ class PairIndex:
 
 
 class Watched:
-    """Pairs counted since they began to be watched, each from its own beginning.
+    """Watched pairs, each counted since it began to be watched.
 
-    What a pair has of its own is `since`, its sums less those of its latents in all tokens when it began. With the latents'
-    sums of today added they are those of the tokens since.
+    A pair stores `since`: its sums minus the sums of its two latents over all tokens at that time. Adding the current sums of
+    the latents gives the sums over the tokens since then.
     """
 
     def __init__(self, d_sae: int, i: Tensor, j: Tensor, since: PairSums) -> None:
@@ -97,7 +97,7 @@ class Watched:
         return self.i.numel()
 
     def index(self, count: Tensor) -> PairIndex:
-        """Made with the firing counts of the first time that it is asked for."""
+        """Made at the first call, with the firing counts of that call."""
         if self._index is None:
             self._index = PairIndex(self.d_sae, self.i, self.j, count)
         return self._index
@@ -107,7 +107,7 @@ class Watched:
         self.index(count).add(entries, total, self.since.product, self.since.joint)
 
     def places(self, i: Tensor, j: Tensor) -> Tensor:
-        """[Q] int64 where each pair (in any order) stands, -1 for one that is not watched."""
+        """[Q] int64: index of each pair (in any order), -1 if it is not watched."""
         if len(self) == 0:
             return torch.full_like(i, -1)
         key = torch.minimum(i, j) * self.d_sae + torch.maximum(i, j)
@@ -119,7 +119,7 @@ class Watched:
         return latents_alone(moments, self.i[place], self.j[place]).plus(self.since.at(place))
 
     def forget(self, latents: Tensor) -> None:
-        """As if these latents had never fired."""
+        """Remove all firings of these latents."""
         gone = torch.zeros(self.d_sae, dtype=torch.bool, device=self.i.device)
         gone.index_fill_(0, latents, True)
         each = torch.stack([gone[self.i], gone[self.j]])
@@ -140,7 +140,7 @@ class Watched:
 
 
 def latents_alone(moments: Moments, i: Tensor, j: Tensor) -> PairSums:
-    """The sums of pairs i != j over all tokens, with nothing in what the two share."""
+    """The sums of pairs i != j over all tokens, with product and joint count 0."""
     nothing = torch.zeros(i.numel(), dtype=torch.int64, device=i.device)
     return PairSums.of(moments, i, j, nothing.double(), nothing)
 

@@ -1,9 +1,9 @@
 """Backend `triton` of the correlation statistics: static launches, nothing read by the host during an update.
 
 An update without a half-life is the moments of every latent that fired (feature-major, one owner each) and then either
-every pair of every row (atomic additions of multiples of a fixed unit: exact, hence in any order the same bits) or the rows
-of the sketch (one owner each). With a half-life counts are fractions that decay with every token and no unit fits: those
-statistics add by a stable sort, as backend `torch` does on a GPU.
+every pair of every row (atomic additions of multiples of a fixed unit: exact, hence in any order the same bits) or the rows of
+the sketch (one owner each). With a half-life, counts are fractions that decay with every token and are no multiples of a unit:
+those statistics are added by a stable sort, as in backend `torch` on a GPU.
 """
 
 from __future__ import annotations
@@ -129,5 +129,5 @@ def _values(codes: SparseCodes) -> Tensor:
 
 
 def _or_unused(weight: Tensor | None, unused: Tensor) -> Tensor:
-    """A kernel takes a pointer whether it reads it or not."""
+    """A launch needs a pointer even for an argument that the kernel does not read."""
     return unused if weight is None else weight.contiguous()

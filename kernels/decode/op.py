@@ -15,7 +15,7 @@ from transcoder.kernels.registration import codes_of
 from transcoder.kernels.sparse_codes import SparseCodes
 
 Derived = dict[str, object] | None
-"""What is kept with codes (SparseCodes.derived); None on the far side of an op, where only tensors arrive."""
+"""Data kept with codes (SparseCodes.derived); None inside a traced op, which receives tensors only."""
 
 
 class NestedLoss(NamedTuple):
@@ -281,7 +281,7 @@ def nested_loss(
         else:
             errors, residual = _nested_directly(*arguments, codes._derived)
         per_prefix = errors / max(1, y.numel())
-        # Numbers multiply as numbers: a tensor of them would cost a transfer each step.
+        # Python numbers stay Python numbers: a tensor of them would cost a transfer each step.
         terms = (
             per_prefix if weights is None else torch.stack([w * e for w, e in zip(weights, per_prefix, strict=True)])
         )
@@ -297,6 +297,6 @@ def _check_inputs(op: str, codes: SparseCodes, W_dec: Tensor, b_dec: Tensor) -> 
 
 def _check_shape(op: str, name: str, value: Tensor, rows: int, columns: int | None = None) -> None:
     check.check_float_matrix(op, name, value)
-    # Named only where it is wrong: a size in a message is a constant of a compiled graph, made again for every other one.
+    # Formatted only on error: a size in a message becomes a constant of the compiled graph and forces recompilation.
     if value.shape[0] != rows or (columns is not None and value.shape[1] != columns):
         check.check_float_matrix(op, name, value, columns=columns, rows=rows)

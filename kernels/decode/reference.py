@@ -1,4 +1,4 @@
-"""What the decode ops mean, dense and obvious. Any floating dtype; differentiable by autograd; the tests' truth."""
+"""Dense definitions of the decode ops, which tests compare with. Any floating dtype; differentiable by autograd."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ class Group:
     member: Tensor | None
 
     def take(self, values: Tensor) -> Tensor:
-        """The group's own of per-entry values [nnz]."""
+        """The group's part of per-entry values [nnz]."""
         if self.member is not None:
             return torch.where(self.member, values, torch.zeros_like(values))
         return values if self.entries is None else values[self.entries]

@@ -169,5 +169,5 @@ def _on_device(widths: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def _or_unused(token_weights: Tensor | None, unused: Tensor) -> Tensor:
-    """A kernel takes a pointer whether it reads it or not."""
+    """A launch needs a pointer even for an argument that the kernel does not read."""
     return unused if token_weights is None else token_weights.contiguous()

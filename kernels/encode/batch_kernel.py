@@ -5,8 +5,8 @@ first of the value's key from the top, then, only where the last value is tied, 
 bottom. Counts are integers, so their order does not matter. Cells (a token and a tile) whose last kept entry reached the cut
 are computed again in full and the selection is made once more over everything; the cut only rises, so that one is final.
 
-state [levels + 1, 4] int64: (key, position, wanted, settled) before each level. Chosen are the entries with a larger key, or
-the same key and a position not beyond. Each program works out the digit of the level before for itself; the first stores it.
+state [levels + 1, 4] int64: (key, position, wanted, settled) before each level. Selected entries have a larger key, or the same
+key and a position that is not larger. Each program works out the digit of the level before for itself; the first stores it.
 """
 
 # Triton types a kernel's arguments at the launch.
@@ -39,7 +39,7 @@ def next_digit(histogram, state, LEVEL: tl.constexpr, SHIFT: tl.constexpr, BY_PO
             before = tl.sum(tl.where(bins < digit, number, 0), axis=0)
             position = position | (digit.to(tl.int64) << SHIFT)
         else:
-            # Never negative but where there are too few entries: then the lowest digit, whose entries all are wanted.
+            # Negative only if there are too few entries: then the lowest digit is taken, and all of its entries are wanted.
             digit = tl.maximum(tl.sum((total - upto + number >= wanted).to(tl.int32), axis=0) - 1, 0)
             before = tl.sum(tl.where(bins > digit, number, 0), axis=0)
             key = key | (digit.to(tl.int64) << SHIFT)
@@ -71,7 +71,7 @@ def kept_entries(kept_key, kept_place, entry, entries, tiles, kept, d_sae, POSIT
 
 @triton.jit
 def fresh_entries(fresh, open_cell, entry, entries, tiles, d_sae, BN: tl.constexpr, POSITION: tl.constexpr):
-    """The same of the cells that were computed again."""
+    """(key, position) of entries of the cells that were computed again, by flat number."""
     inside = entry < entries
     key = tl.load(fresh + entry, mask=inside, other=-1)
     position = entry.to(tl.int64)
@@ -159,7 +159,7 @@ def rescan_cells(
     x, W, b, kept_key, fresh, open_cell, open_count, d_in, d_sae, tiles, kept, x_row, x_col, W_row, W_col,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """fresh [., BN]: every key of the listed cells; what the first pass kept of them is taken out."""
+    """fresh [., BN]: every key of the listed cells, without those that the first pass kept."""
     places = tl.arange(0, BN)
     for item in range(tl.program_id(0), tl.load(open_count), tl.num_programs(0)):
         cell = tl.load(open_cell + item)
@@ -189,7 +189,7 @@ def collect(
     found_position, found_key, found_count, entries, tiles, kept, d_sae, wanted,
     LAST: tl.constexpr, SHIFT: tl.constexpr, BY_POSITION: tl.constexpr, BLOCK: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """The chosen entries, in no order: positions are unique, so a sort makes one."""
+    """The selected entries, unordered; a later sort by position, which is unique, orders them."""
     opened = tl.load(open_count)
     if opened > 0:
         cut_key, cut_position, _ = next_digit(histogram, state_again, LAST, SHIFT, BY_POSITION)

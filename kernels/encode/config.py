@@ -65,16 +65,16 @@ PRODUCT: dict[str, dict[str, ProductLaunch]] = {
 One set serves any number of tokens. Predicted for an H100 by bench.roofline's model, 18432 latents, bf16: up to 64 tokens the
 product waits 30 us for W_enc from memory, and the half of its tile that has no token costs matrix units that were idle anyway
 (18 us in all). At 4096 tokens these tiles read 5.4 GB through the second-level cache (0.99 ms if that gives 5.5 TB/s, against
-0.59 ms of products); 128 x 256 would read 4.1 GB (0.74 ms) with one program a multiprocessor. Which of the two wins is the
-first thing to time on one: `python -m bench.autotune --only product-half`."""
-KIN = {"sm_8": "sm_80", "sm_10": "sm_100", "sm_11": "sm_100", "sm_12": "sm_120", "gfx": "gfx942"}
-"""Architectures without an entry take that of the nearest kin; others the one that asks for least."""
+0.59 ms of products); 128 x 256 would read 4.1 GB (0.74 ms) with one program a multiprocessor. Which of the two is faster has to
+be measured first: `python -m bench.autotune --only product-half`."""
+SIMILAR = {"sm_8": "sm_80", "sm_10": "sm_100", "sm_11": "sm_100", "sm_12": "sm_120", "gfx": "gfx942"}
+"""Prefix of an architecture without an entry -> the entry of a similar one. All others take the one that requires least."""
 
 
 def product_launch(architecture: str, inputs: str) -> ProductLaunch:
     if architecture not in PRODUCT:
-        kin = [PRODUCT[name] for prefix, name in KIN.items() if architecture.startswith(prefix)]
-        return (kin[0] if kin else PRODUCT["sm_120"])[inputs]
+        similar = [PRODUCT[name] for prefix, name in SIMILAR.items() if architecture.startswith(prefix)]
+        return (similar[0] if similar else PRODUCT["sm_120"])[inputs]
     return PRODUCT[architecture][inputs]
 
 
@@ -85,7 +85,7 @@ def threshold_launch(product: ProductLaunch) -> ProductLaunch:
 
 
 SCRATCH_BYTES = 64 << 20
-"""What kept entries may take at a time in topk_encode: more rows go in rounds. Keeps extra memory under 100 MB."""
+"""Bytes of kept entries at a time in topk_encode: more rows take several rounds. Keeps extra memory under 100 MB."""
 KEPT_BYTES = 5
 """A kept entry: an int32 key and a uint8 place."""
 SELECT_CHUNK = 1024

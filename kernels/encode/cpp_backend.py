@@ -2,8 +2,8 @@
 
 Screening: with TRANSCODER_SCREEN=bf16 in the environment the ops multiply fp32 inputs in bf16 where the CPU has units for that
 (AVX512-BF16, AMX), keep every entry that a rigorous error bound leaves in question, and decide by exact fp32 dot products
-(csrc/screened.cpp). The selection is the true one of those dot products, whatever the inputs: inputs on which the bound does
-not help are slow, never wrong (`batch_topk_encode` and `threshold_encode` then run unscreened). Values are fp32 sums in another
+(csrc/screened.cpp). The selection is exact for those dot products on any input; inputs on which the bound does not help are
+slow, not wrong (`batch_topk_encode` and `threshold_encode` then run unscreened). Values are fp32 sums in another
 order than those of the unscreened product: they differ from them in the last bits, and so may the choice between entries that
 differ by as little. Results are bitwise reproducible, for any number of threads too.
 """
@@ -24,7 +24,8 @@ __all__ = ["gradients", "select_batch_topk", "select_threshold", "select_topk", 
 
 
 def screens(x: Tensor, W: Tensor) -> bool:
-    """Whether the ops screen these inputs: asked for, fp32, and products in bf16 are fast and summed in fp32 here."""
+    """Whether the ops screen these inputs: screening is requested, inputs are fp32, and bf16 products are fast and summed in
+    fp32."""
     asked = os.environ.get("TRANSCODER_SCREEN", "")
     if asked not in ("", "bf16"):
         raise ValueError(f"environment variable TRANSCODER_SCREEN: expected 'bf16' or nothing, got {asked!r}")
@@ -69,7 +70,8 @@ def gradients(
 
 
 def transposed(W: Tensor, factors: Tensor | None = None, *, back: bool = False) -> Tensor:
-    """An encoder whose latents are columns, W [d_in, d_sae], as the ops take it: [d_sae, d_in], each latent times its factor.
+    """An encoder W [d_in, d_sae], whose latents are columns, in the layout of the ops: [d_sae, d_in], each latent times its
+    factor.
 
     Args:
         W: float32 or float64; with `back` [d_sae, d_in], and the result is [d_in, d_sae].   factors: [d_sae] of W's dtype.

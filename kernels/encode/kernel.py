@@ -115,10 +115,11 @@ def load_entries(keys, places, at, number, tiles, kept, PACKED: tl.constexpr):
 def find_cut(
     keys, places, number, k, d_sae, tiles, kept, PACKED: tl.constexpr, CHUNK: tl.constexpr
 ):  # fmt: skip
-    """(cut, last): the k first of a row's entries, or all positive ones if fewer, are those that `chosen` names with these two.
+    """(cut, last): with them, `chosen` selects the first k of a row's entries, or all positive ones if there are fewer.
 
     Bisection over the integer keys; it ends at the first gap that separates exactly k. Only where the k-th key is tied, a
-    second one over the latents of that key. Entries are read again each turn, from the first-level cache: any number will do.
+    second one over the latents of that key. Each turn reads the entries again, from the first-level cache, so their number is
+    not limited.
     """
     lane = tl.arange(0, CHUNK)
     found = 0
@@ -254,7 +255,7 @@ def rescan_rows(
                 x, W, b, row.to(tl.int32), tile, tiles, d_in, d_sae, x_row, x_col, W_row, W_col, BM, BN, BK, EVEN, PRECISION
             )  # fmt: skip
             count = tl.load(picked_count + row)
-            # What the tile had kept is among the fresh entries: it is struck out, they are appended.
+            # The entries that the tile had kept are among the recomputed ones: remove them, then append the recomputed ones.
             for start in range(0, count, CHUNK):
                 inside = start + lane < count
                 entry = tl.load(mine + start + lane, mask=inside, other=-1)
@@ -308,8 +309,8 @@ def order_rows(picked, picked_count, values, indices, k, stride, CHUNK: tl.const
         rank = tl.zeros((CHUNK,), dtype=tl.int32)
         for other in range(0, count, CHUNK):
             inside = other + lane < count
-            beside = (tl.load(mine + other + lane, mask=inside, other=0) & LOW_32).to(tl.int32)
-            rank += tl.sum(((beside[None, :] < latent[:, None]) & inside[None, :]).to(tl.int32), axis=1)
+            compared = (tl.load(mine + other + lane, mask=inside, other=0) & LOW_32).to(tl.int32)
+            rank += tl.sum(((compared[None, :] < latent[:, None]) & inside[None, :]).to(tl.int32), axis=1)
         place = tl.where(latent < first, latent, k - count + rank)
         value = (entry >> 32).to(tl.int32).to(tl.float32, bitcast=True)
         tl.store(indices + row * k + place, latent.to(tl.int64), mask=start + lane < count)
@@ -324,7 +325,8 @@ def above_threshold(
     PRECISION: tl.constexpr, WRITE: tl.constexpr,
 ):  # fmt: skip
     """Entries above the threshold, in two passes over the same product: WRITE = 0 counts them into bounds [B, T],
-    WRITE = 1 writes them from where bounds [B * T + 1], by then running totals, says. Tile t owns a run of BN latents."""
+    WRITE = 1 writes them at the offsets in bounds [B * T + 1], which then holds running totals. Tile t owns a run of BN
+    latents."""
     block, tile = grouped_tile(tl.cdiv(rows_total, BM), tiles, GROUP)
     rows = block * BM + tl.arange(0, BM)
     latents = tile * BN + tl.arange(0, BN)

@@ -20,7 +20,7 @@ Selected = tuple[Tensor, Tensor, Tensor]
 
 
 def _selecting(how: str) -> Callable[..., Selected]:
-    """What runs an op: the backends' function of this name."""
+    """The computation of an op: the backend's function of this name."""
 
     def run(
         x: Tensor, W_enc: Tensor, b_enc: Tensor, argument: int | Tensor, dtype: torch.dtype, backend: str, *_: object
@@ -177,7 +177,7 @@ def threshold_encode(
     """The activations above a threshold: BatchTopK at inference, JumpReLU (Rajamanoharan et al. 2024).
 
     Arguments, dtypes and errors as `topk_encode`, and:
-        threshold: a number >= 0, or [d_sae] numbers (a tensor is not read on the host, so its sign is the caller's care).
+        threshold: a number >= 0, or [d_sae] numbers (the sign of a tensor is not checked, since the host does not read it).
 
     Returns: SparseCodes whose nnz depends on the data, so its size is read on the host. No gradient to the threshold.
 

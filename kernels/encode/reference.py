@@ -1,4 +1,4 @@
-"""What the encode ops mean, dense and obvious. Any floating dtype; differentiable by autograd; the tests' truth."""
+"""Dense definitions of the encode ops, which tests compare with. Any floating dtype; differentiable by autograd."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from torch import Tensor
 
 
 def largest_first(activations: Tensor) -> Tensor:
-    """int64 places along the last dimension in the order of selection: NaN (so that it is seen, not lost), then +inf, then
-    by falling value, ties to the lowest place. Every backend chooses the first k of this order."""
+    """int64 places along the last dimension in the order of selection: NaN (so that it reaches the result), then +inf, then by
+    falling value, ties to the lowest place. Every backend chooses the first k of this order."""
     return activations.argsort(dim=-1, descending=True, stable=True)
 
 

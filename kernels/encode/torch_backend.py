@@ -4,7 +4,7 @@ No [B, d_sae] tensor exists at any time. On the CPU the slow exact paths (ties, 
 them, which reads a count; on an accelerator every size is static, so nothing waits for the host.
 
 The order is `reference.largest_first`: NaN before +inf before every other value, ties to the lowest id. `topk` and `sort` rank
-NaN so by themselves; comparisons do not, so wherever one is used NaN is asked for by name.
+NaN like this; comparisons do not, so code with comparisons handles NaN explicitly.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MIN_CHUNK_ROWS = 64
 """Below this a matrix product is bound by reading W_enc again for every chunk."""
 
 SAMPLE = 1 << 14
-"""Entries looked at for the guessed gate of BatchTopK: its rank is then off by under 1 % of the whole."""
+"""Entries sampled to guess the gate of BatchTopK: the error of its rank is then below 1 % of all entries."""
 GUESS_SLACK = 1.5
 """Share of entries passed beyond those wanted; at 1.5 a chunk must be 1.5 times sparser than the first to fail."""
 
@@ -58,7 +58,7 @@ def select_batch_topk(x: Tensor, W: Tensor, b: Tensor, k: int) -> Selection:
     wanted = rows * k
     if x.device.type == "cpu":
         found = _collect_dynamic(_activation_chunks(x, W, b), wanted, d_sae, b, share=k / d_sae)
-        # The guessed gate was too high for this batch: nothing is lost, everything is looked at again.
+        # The guessed gate was too high for this batch: collect again without a gate.
         values, flat = found or _pad(*_collect_above(_activation_chunks(x, W, b), wanted, d_sae, b, 0.0), wanted)
     else:
         values, flat = _collect_static(_activation_chunks(x, W, b), wanted, d_sae)
@@ -139,7 +139,7 @@ def _topk_ids(activations: Tensor, k: int) -> Tensor:
 
 
 def _topk_ids_static(activations: Tensor, k: int) -> Tensor:
-    """The same without a host read."""
+    """`_topk_ids` without a host read."""
     keep = _first_reaching(activations, activations.topk(k, dim=1).values[:, -1:], k)
     return torch.nonzero_static(keep, size=keep.shape[0] * k)[:, 1].view(-1, k)
 
@@ -182,7 +182,7 @@ def _collect_above(
     for start, _, activations in chunks:
         flat_chunk = activations.view(-1)
         passing = (flat_chunk >= gate) if gate > 0 else (flat_chunk > 0)
-        # NaN fails every comparison, so it is asked for by name: a selected NaN must be seen, not lost.
+        # NaN fails every comparison and needs an explicit test: a NaN must reach the result.
         if bool(flat_chunk.max().isnan()):
             passing |= flat_chunk.isnan()
         position = passing.nonzero().squeeze(1)

@@ -29,7 +29,7 @@ Adapt = Callable[[config.ProductLaunch], config.ProductLaunch]
 
 
 class Counters(NamedTuple):
-    """What the certificates of the encode ops said on one device since the last reset."""
+    """Counts of certified and of recomputed rows or cells on one device since the last reset."""
 
     certified: int
     rescanned: int
@@ -157,7 +157,8 @@ def select_threshold(x: Tensor, W: Tensor, b: Tensor, threshold: Tensor) -> Sele
 def _above_threshold(
     product: Product, threshold: Tensor, bounds: Tensor, values: Tensor | None = None, indices: Tensor | None = None
 ) -> None:
-    """Counts the passing entries of each cell into `bounds`; given values and indices, writes them where bounds says."""
+    """Counts the passing entries of each cell into `bounds`; given values and indices, writes the entries at the places in
+    `bounds`."""
     step = threshold.stride(0) if threshold.dim() else 0
     with product.on_device():
         kernel.above_threshold[product.grid()](

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from transcoder.activations import ActivationStream, build_stream
+from transcoder.activations.documents import is_heldout
 from transcoder.activations.language_model import HookedModel
+from transcoder.activations.packing import Packer
+from transcoder.activations.record_sources import FileRecords
 from transcoder.config import RunConfig
 
 CPU = torch.device("cpu")
@@ -123,3 +128,34 @@ def make_config(model_folder: Path, jsonl: Path) -> Callable[..., RunConfig]:
         )
 
     return make
+
+
+@pytest.fixture
+def build(make_config: Callable[..., RunConfig]) -> Iterator[Callable[..., ActivationStream]]:
+    """build(position_sampler=, context_tokens=, **activations): a stream that is closed when the test ends."""
+    made: list[ActivationStream] = []
+
+    def make(position_sampler: Any = None, context_tokens: int = 0, **activations: Any) -> ActivationStream:
+        config = make_config(**activations)
+        sampler = position_sampler and (lambda ids: position_sampler)
+        made.append(build_stream(config, CPU, position_sampler=sampler, context_tokens=context_tokens))
+        return made[-1]
+
+    yield make
+    for stream in made:
+        stream.close()
+
+
+@pytest.fixture
+def packed(jsonl: Path, hooked: HookedModel) -> Callable[[int], Tensor]:
+    """packed(n): the first n training sequences [n, 16] of the default test run, straight from the packer."""
+
+    def pack(count: int) -> Tensor:
+        packer = Packer(
+            FileRecords(jsonl, "text", None), hooked.vocabulary, 16, True, lambda d: not is_heldout(d.index, 0.2)
+        )
+        found = packer.pack(count)
+        assert found is not None
+        return torch.from_numpy(found.tokens)
+
+    return pack

@@ -1,4 +1,4 @@
-"""The planted data and the small config of tests/training/test_trainer.py, for the programs of this folder: they run as
+"""The planted data and the small config of tests/training/planted.py, for the programs of this folder: they run as
 scripts, outside the package that pytest makes of the tests."""
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import Any
 
 from transcoder.training import checkpoint
 
-_spec = importlib.util.spec_from_file_location("planted", Path(__file__).parents[1] / "training" / "test_trainer.py")
+_spec = importlib.util.spec_from_file_location("planted", Path(__file__).parents[1] / "training" / "planted.py")
 assert _spec is not None
 assert _spec.loader is not None
 _tests: Any = importlib.util.module_from_spec(_spec)

@@ -12,12 +12,12 @@ from typing import Any, BinaryIO
 import pytest
 import torch
 
-from tests.training.test_trainer import Planted, config, records
+from tests.training.planted import Planted, config, records
 from transcoder import tensor_file
 from transcoder.activations import ActivationBatch
 from transcoder.checkpoint_folder import CheckpointError, find_checkpoint
 from transcoder.training import RunResult, checkpointing, train_transcoder
-from transcoder.training.snapshot import Snapshots
+from transcoder.training.state_tree import Snapshots
 
 
 def files(run_dir: Path) -> dict[str, bytes]:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.training.test_trainer import Planted, assert_same, config, records, weights
+from tests.training.planted import Planted, assert_same, config, records, weights
 from transcoder.activations import ActivationBatch
 from transcoder.kernels import extension, use_backend
 from transcoder.training import RunResult, TrainingDivergedError, layer_trainer, nonfinite, optimizer, train_transcoder

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.faults.dead_disk import lost
-from tests.training.test_trainer import Planted, config
+from tests.training.planted import Planted, config
 from transcoder.activations import ActivationBatch
 from transcoder.training import train_transcoder
 from transcoder.training.checkpoint import CheckpointError, CheckpointStore

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.training.test_trainer import Planted
+from tests.training.planted import Planted
 from transcoder.checkpoint_folder import content_digest
 from transcoder.config import RunConfig
 from transcoder.training import train_transcoder

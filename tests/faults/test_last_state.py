@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.faults.small_disk import KIB, MIB, SmallDisk, believe_there_is_room
-from tests.training.test_trainer import Planted, config
+from tests.training.planted import Planted, config
 from transcoder.activations import ActivationBatch, build_stream
 from transcoder.checkpoint_folder import CheckpointError
 from transcoder.config import CheckpointSection, RunConfig

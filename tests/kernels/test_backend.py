@@ -23,7 +23,7 @@ def test_explicit_choice_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(extension, "_reason", "no C++ compiler")
     monkeypatch.setattr(extension, "_tried", True)
     assert active_backend("cpu") == "torch"
-    with use_backend("cpp"), pytest.raises(RuntimeError, match="'cpp' was asked for by name"):
+    with use_backend("cpp"), pytest.raises(RuntimeError, match="'cpp' was requested by name"):
         run()
     run()
 

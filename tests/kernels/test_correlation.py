@@ -490,7 +490,7 @@ def test_bad_inputs_say_what_was_expected() -> None:
         FeatureCorrelation(6, halflife=9).pairs(0.5, beside=[found])
     with pytest.raises(ValueError, match="more than 500 half-lives"):
         FeatureCorrelation(6, halflife=0.001).update(good)
-    with use_backend("triton"), pytest.raises(RuntimeError, match="asked for by name"):
+    with use_backend("triton"), pytest.raises(RuntimeError, match="requested by name"):
         found.update(good)
 
 

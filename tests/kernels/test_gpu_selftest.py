@@ -60,8 +60,8 @@ def test_kernels_that_cannot_run_are_no_proof(capfd: pytest.CaptureFixture[str])
     verdict = check_again("decode", CPU, small=True)
     assert not verdict.good
     assert verdict.passed == 0
-    assert "asked for by name but is not here" in verdict.problem
-    assert "backend auto leaves Triton alone: decode on cpu: failed" in capfd.readouterr().err
+    assert "requested by name but is not available" in verdict.problem
+    assert "backend auto does not use Triton: decode on cpu: failed" in capfd.readouterr().err
 
     assert check_again("decode", CPU, small=True) == verdict
     assert "checking" not in capfd.readouterr().err, "a bad verdict is remembered"
@@ -126,7 +126,7 @@ def test_a_torn_verdict_is_checked_again(tmp_path: Path, torn: str) -> None:
 def test_without_a_place_for_it_nothing_is_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("TRANSCODER_CACHE", str(tmp_path / "file"))
-    assert "no place to keep a verdict" in check_again("encode", CPU).problem
+    assert "cannot write a verdict" in check_again("encode", CPU).problem
 
 
 def test_no_check_passed_is_no_proof() -> None:

@@ -1,17 +1,22 @@
-"""Comparisons: differences against the first run, missing shown as missing."""
+"""Comparisons of runs and of methods over seeds: differences from the first with their intervals, missing shown as missing."""
 
 from __future__ import annotations
 
 import json
 import random
 import shutil
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.reporting.page_tree import read
+from transcoder import cli
 from transcoder.config import RunConfig
 from transcoder.reporting import MetricsWriter, Run, compare_runs, format_comparison, write_comparison
+from transcoder.reporting.compare import compare_methods, format_methods
+from transcoder.reporting.compare_page import write_method_comparison, write_run_comparison
 
 MakeRun = Callable[..., Path]
 
@@ -142,3 +147,126 @@ def test_written_json_is_strict_and_reads_back(runs: tuple[Path, Path], tmp_path
     comparison = compare_runs(*runs)
     path = write_comparison(comparison, tmp_path / "new" / "comparison.json")
     assert json.loads(path.read_text(), parse_constant=pytest.fail) == comparison
+
+
+# -- methods over seeds
+
+
+@pytest.fixture(scope="module")
+def methods(make_run: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path]]:
+    """Three seeds of a base, of a method with a lower FVU in each, and of one that differs by noise around 0."""
+    folder = tmp_path_factory.mktemp("methods")
+    made: dict[str, list[Path]] = {"base": [], "lower": [], "noise": []}
+    for seed in range(3):
+        first = make_run(latents=3, seed=seed)
+        for name, change in (("base", 0.0), ("lower", -0.02 - 0.001 * seed), ("noise", (0.01, -0.012, 0.001)[seed])):
+            run = shutil.copytree(first, folder / f"{name}-{seed}")
+            summary = json.loads((run / "summary.json").read_text())
+            summary["evaluation/fvu"] += change
+            (run / "summary.json").write_text(json.dumps(summary))
+            made[name].append(run)
+    return made
+
+
+def test_differences_are_paired_by_seed(methods: dict[str, list[Path]]) -> None:
+    comparison = compare_methods(methods)
+    json.dumps(comparison, allow_nan=False)
+    assert (comparison["methods"], comparison["seeds"]) == (["base", "lower", "noise"], 3)
+    fvu = row(comparison, "evaluation/fvu")
+    base = [Run(run).metric("evaluation/fvu") for run in methods["base"]]
+    assert fvu["means"][0] == pytest.approx(statistics.fmean(base))
+    d = fvu["differences"][1]
+    # Student's t of two degrees of freedom: 4.303 standard errors.
+    assert d["mean"] == pytest.approx(-0.021)
+    assert d["high"] - d["mean"] == pytest.approx(4.302653 * 0.001 / 3**0.5)
+    assert fvu["relative"][1]["mean"] == pytest.approx(-0.021 / fvu["means"][0])
+    assert fvu["verdicts"] == [None, "better", "no difference seen"]
+    assert row(comparison, "metrics/l0")["verdicts"] == [None, None, None]
+    text = format_methods(comparison)
+    assert "-0.021: -0.0235 to -0.0185) +" in text
+
+
+def test_one_seed_has_no_interval_and_no_verdict(methods: dict[str, list[Path]]) -> None:
+    fvu = row(compare_methods({name: runs[:1] for name, runs in methods.items()}), "evaluation/fvu")
+    assert fvu["differences"][1] == {"mean": pytest.approx(-0.02), "low": None, "high": None}
+    assert fvu["verdicts"] == [None, None, None]
+
+
+def test_a_figure_that_a_run_lacks_is_null(methods: dict[str, list[Path]], tmp_path: Path) -> None:
+    lacking = shutil.copytree(methods["lower"][0], tmp_path / "lacking")
+    summary = json.loads((lacking / "summary.json").read_text())
+    del summary["evaluation/baseline_linear_fvu"]
+    (lacking / "summary.json").write_text(json.dumps(summary))
+    lines = [json.loads(line) for line in (lacking / "metrics.jsonl").read_text().splitlines()]
+    kept = [{k: v for k, v in line.items() if k != "evaluation/baseline_linear_fvu"} for line in lines]
+    (lacking / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+    comparison = compare_methods({"a": methods["base"][:1], "b": [lacking]})
+    found = row(comparison, "evaluation/baseline_linear_fvu")
+    assert found["means"][0] is not None
+    assert (found["means"][1], found["differences"][1]) == (None, None)
+
+
+def test_unequal_seeds_are_refused(methods: dict[str, list[Path]]) -> None:
+    with pytest.raises(ValueError, match=r"equally many runs.*a: 3, b: 2"):
+        compare_methods({"a": methods["base"], "b": methods["lower"][:2]})
+    with pytest.raises(ValueError, match=r"b: expected runs of different seeds, got training.seed = \[0, 0, 0\]"):
+        compare_methods({"a": methods["base"], "b": methods["lower"][:1] * 3})
+    with pytest.raises(ValueError, match="same seeds in the same order"):
+        compare_methods({"a": methods["base"], "b": methods["lower"][::-1]})
+    with pytest.raises(ValueError, match="two or more methods"):
+        compare_methods({"a": methods["base"]})
+
+
+def test_the_command_compares_methods(methods: dict[str, list[Path]], capsys: pytest.CaptureFixture[str]) -> None:
+    words = [f"{name}={','.join(map(str, runs))}" for name, runs in methods.items()]
+    assert cli.main(["compare", *words]) == cli.Exit.OK
+    assert "paired, with its 95 % interval" in capsys.readouterr().out
+    assert cli.main(["compare", words[0], str(methods["base"][0])]) == cli.Exit.INPUT
+    assert "expected NAME=RUN,RUN" in capsys.readouterr().err
+
+
+# -- the page
+
+
+def test_the_page_of_runs(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    runs = [make_run(seed=n, interrupted=n == 2, overrides={"transcoder.k": 8 + n}) for n in range(3)]
+    comparison = compare_runs(*runs)
+    page = read(write_run_comparison(comparison, tmp_path / "new" / "both.html"))
+    assert list(page.sections) == ["metrics", "paired", "curves", "settings", "missing"]
+    metrics = page.sections["metrics"].one("table")
+    assert [row[0] for row in metrics.rows] == [
+        f"{row['label'].strip()} {row['meaning']}" for row in comparison["figures"]
+    ]
+    charts = list(page.sections["paired"].charts.values())
+    assert len(charts) == len(comparison["paired"]) > 1
+    for chart, row in zip(charts, comparison["paired"], strict=True):
+        for shown, d in zip(chart.figure["data"], row["differences"][1:], strict=True):
+            assert shown["x"] == [pytest.approx(d["mean"], rel=1e-4)]
+            if d["low"] is not None:
+                assert shown["error_x"]["array"] == [pytest.approx(d["high"] - d["mean"], rel=1e-4)]
+                assert shown["error_x"]["arrayminus"] == [pytest.approx(d["mean"] - d["low"], rel=1e-4)]
+    assert len(page.sections["curves"].charts["Training FVU"].figure["data"]) == 3
+    assert "transcoder.k" in page.words
+    assert "summary.json" in page.words
+
+
+def test_the_page_of_methods(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    methods = {name: [make_run(seed=n, steps=200 + 20 * len(name)) for n in range(2)] for name in ("plain", "<b>ours")}
+    comparison = compare_methods(methods)
+    page = read(write_method_comparison(comparison, tmp_path / "methods.html"))
+    (chart,) = page.sections["differences"].charts.values()
+    known = [row for row in comparison["figures"] if row["relative"][1] is not None]
+    assert [row[0] for row in chart.rows] == [row["label"].strip() for row in known]
+    assert chart.figure["data"][0]["x"] == [pytest.approx(100 * known[0]["relative"][1]["mean"], rel=1e-3)]
+    assert "<b>ours" in page.words
+
+
+def test_the_command_writes_the_page(
+    make_run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [str(make_run(seed=n, steps=100, latents=2)) for n in range(2)]
+    page = tmp_path / "page.html"
+    assert cli.main(["compare", *runs, "--html", str(page)]) == 0
+    assert f"page: {page}" in capsys.readouterr().out
+    assert cli.main(["compare", f"a={runs[0]}", f"b={runs[0]}", "--html", str(page)]) == 0
+    assert list(read(page).sections) == ["metrics", "differences"]

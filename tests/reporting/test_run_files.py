@@ -118,10 +118,9 @@ def test_samples_by_row(finished_run: Path) -> None:
     samples = Run(finished_run).samples
     assert samples is not None
     (rows,) = np.nonzero(samples.latent == samples.latent[0])
-    coded = samples.coded_contexts(rows)
-    contexts = [[coded.words[code] for code in coded.of(n)] for n in range(len(rows))]
-    assert contexts[0][samples.anchor[rows[0]]] == "<script>alert(1)</script>"
-    assert contexts[5][:3] == ["", "", ""], "padding is empty"
+    contexts = samples.read_contexts(rows)
+    assert contexts[0].tokens[contexts[0].anchor] == "<script>alert(1)</script>"
+    assert len(contexts[5].tokens) == len(contexts[0].tokens) - 3, "padding is left out"
 
 
 def test_status_is_the_newest_truth(make_run: Callable[..., Path]) -> None:

@@ -22,11 +22,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from transcoder.reporting import run_process, terminal_view
+from transcoder.reporting import watch_state
+from transcoder.reporting import watch_terminal as terminal
 from transcoder.reporting.metrics_table import Metrics, Series
-from transcoder.reporting.run_process import LOCK_FILE, process_of
-from transcoder.reporting.terminal_view import Snapshot, sparkline
-from transcoder.reporting.watch_terminal import watch_terminal
+from transcoder.reporting.watch_state import LOCK_FILE, Snapshot, process_of
+from transcoder.reporting.watch_terminal import sparkline, watch_terminal
 from transcoder.training.run_folder import LOCK_NAME, FolderLock
 
 MakeRun = Callable[..., Path]
@@ -87,14 +87,14 @@ def trainer(unfinished: Path) -> Iterator[Trainer]:
 
 
 def look(run_dir: Path) -> Snapshot:
-    return terminal_view.look(run_dir, Metrics(run_dir / "metrics.jsonl"))
+    return watch_state.look(run_dir, Metrics(run_dir / "metrics.jsonl"))
 
 
 def picture(run_dir: Path, columns: int = 100, encoding: str = "utf-8") -> str:
     """What a terminal of so many columns shows."""
     shown = io.TextIOWrapper(io.BytesIO(), encoding=encoding, write_through=True)
     console = Console(file=shown, width=columns, highlight=False)
-    console.print(terminal_view.picture(look(run_dir), console.options.ascii_only))
+    console.print(terminal.picture(look(run_dir), console.options.ascii_only))
     return shown.buffer.getvalue().decode(encoding)
 
 
@@ -110,9 +110,9 @@ def test_the_lock_is_the_trainers_own(tmp_path: Path) -> None:
     assert LOCK_FILE == LOCK_NAME
     assert process_of(tmp_path).state == "unknown"
     with FolderLock(tmp_path):
-        assert process_of(tmp_path) == run_process.RunProcess("running", os.getpid(), socket.gethostname())
+        assert process_of(tmp_path) == watch_state.RunProcess("running", os.getpid(), socket.gethostname())
     # This process lives on, as a notebook's kernel does after training.
-    if run_process.LOCK_TABLE.exists():
+    if watch_state.LOCK_TABLE.exists():
         assert process_of(tmp_path).state == "gone"
 
 
@@ -125,7 +125,7 @@ def test_a_killed_process_is_gone(unfinished: Path, trainer: Trainer) -> None:
 def test_without_a_table_of_locks_the_process_itself_is_asked_for(
     unfinished: Path, trainer: Trainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_process, "LOCK_TABLE", unfinished / "no such table")
+    monkeypatch.setattr(watch_state, "LOCK_TABLE", unfinished / "no such table")
     assert process_of(unfinished).state == "running"
     trainer.kill()
     assert process_of(unfinished).state == "gone"
@@ -146,8 +146,8 @@ def test_a_damaged_lock_file_says_nothing(unfinished: Path, content: str) -> Non
 def test_a_lock_without_its_owners_name_holds(unfinished: Path, trainer: Trainer) -> None:
     # A full disk: the lock is taken, the name could not be written.
     (unfinished / LOCK_FILE).write_text("")
-    if run_process.LOCK_TABLE.exists():
-        assert process_of(unfinished) == run_process.RunProcess("running", trainer.process.pid, socket.gethostname())
+    if watch_state.LOCK_TABLE.exists():
+        assert process_of(unfinished) == watch_state.RunProcess("running", trainer.process.pid, socket.gethostname())
     trainer.kill()
     assert process_of(unfinished).state == "unknown"
 

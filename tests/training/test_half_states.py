@@ -19,7 +19,7 @@ from transcoder.config import PositionsSection, RegularizerSection, SamplesSecti
 from transcoder.kernels import SparseCodes
 from transcoder.model import Transcoder, TranscoderConfig
 from transcoder.training.baselines import LinearBaseline
-from transcoder.training.meters import Meters
+from transcoder.training.observers import Meters
 
 D_SAE = 12
 PARTS = ("regularizer", "samples", "positions", "ledger", "baseline", "meters", "flags", "mass", "counts", "transcoder")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.training.test_trainer import Planted, config
+from tests.training.planted import Planted, config
 from transcoder.model import Transcoder, TranscoderConfig
 from transcoder.reporting.latent_table import read_latents
 from transcoder.training import latent_facts, train_transcoder
@@ -30,7 +30,7 @@ def test_counts_and_histograms_are_those_of_the_codes(tmp_path: Path, transcoder
     assert table.tokens == len(codes)
     assert table.fired.tolist() == (codes > 0).sum(0).tolist()
     assert table.peak == pytest.approx(codes.max(0).values.double().numpy())
-    for latent, lists in table.details({0, 3, 17}):
+    for latent, lists in table.details([0, 3, 17]).items():
         own = codes[:, latent]
         wanted = torch.histc(own[own > 0], BINS, 0, float(own.max())) if (own > 0).any() else torch.zeros(BINS)
         assert sum(lists["histogram"]) == int((own > 0).sum())
@@ -49,7 +49,7 @@ def test_promoted_tokens_are_those_of_the_product(
     table = read_latents(tmp_path / "latents.parquet")
     logits = transcoder.W_dec.detach() @ unembedding
     logits -= logits.mean(1, keepdim=True)
-    found = dict(table.details(set(range(64))))
+    found = table.details(list(range(64)))
     for latent in range(64):
         if latent not in shown:
             assert found[latent]["promoted"] == []
@@ -69,7 +69,7 @@ def test_a_cpu_is_not_given_minutes_of_work(
     monkeypatch.setattr(latent_facts, "MOST_PRODUCTS", 10 * unembedding.numel())
     write_latent_facts(tmp_path, transcoder, [], None, unembedding, lambda ids: [str(i) for i in ids])
     table = read_latents(tmp_path / "latents.parquet")
-    assert [latent for latent, lists in table.details(set(range(64))) if lists["promoted"]] == list(range(10))
+    assert [latent for latent, lists in table.details(list(range(64))).items() if lists["promoted"]] == list(range(10))
     assert "minutes on a CPU" in table.why["promoted and suppressed tokens of some latents"]
 
 

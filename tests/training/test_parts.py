@@ -15,7 +15,7 @@ from transcoder.activations import ActivationBatch
 from transcoder.model import Transcoder, TranscoderConfig
 from transcoder.training.baselines import LinearBaseline
 from transcoder.training.evaluation import evaluate
-from transcoder.training.meters import Meters
+from transcoder.training.observers import Meters
 from transcoder.training.signals import StopRequest
 from transcoder.training.sources import IterableSource, own_data
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.training.test_trainer import Planted, config
+from tests.training.planted import Planted, config
 from transcoder.kernels import use_backend
 from transcoder.model import Transcoder
 from transcoder.training import layer_trainer, nonfinite, sources, trainer
@@ -94,7 +94,9 @@ def test_no_part_of_a_step_reads_a_tensor(on_meta: None, tmp_path: Path, activat
         "antidup__samples__collect_every": 1,
     }
     with use_backend("torch"), contextlib.ExitStack() as stack:
-        run = trainer.Trainer(config(**settings), tmp_path / "run", META, Planted(), None, stack)
+        made, run_dir = config(**settings), tmp_path / "run"
+        parts = trainer.RunParts(made, run_dir, META, Planted(), None, stack)
+        run = trainer.Trainer(made, run_dir, META, parts, stack)
         monitor = run.parts.monitor
         assert monitor is not None
         pairs = torch.empty(7, dtype=torch.int64, device=META)

@@ -15,9 +15,8 @@ import torch
 from transcoder.activations import ActivationBatch
 from transcoder.config import MonitorSection, RunConfig
 from transcoder.model import Transcoder, TranscoderConfig
-from transcoder.training.heldout_duplicates import heldout_duplicates
-from transcoder.training.output_checks import check_run
-from transcoder.training.validate import ValidationResult, validate
+from transcoder.training.evaluation import heldout_duplicates
+from transcoder.training.validate import ValidationResult, check_run, validate
 
 TINY = RunConfig.from_dict(
     {

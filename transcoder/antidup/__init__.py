@@ -1,4 +1,4 @@
-"""Anti-duplication: what keeps latents from duplicating each other, what shows it, and what proves that it
+"""Anti-duplication: parts that keep latents from duplicating each other, that report duplicates, and that prove that the parts
 ran."""
 
 from transcoder.antidup.correlation_report import validate_correlation_report

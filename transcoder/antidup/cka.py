@@ -1,4 +1,4 @@
-"""CKA: how alike two representations of the same tokens are, whatever their basis. A report, and no measure of duplicates.
+"""CKA: similarity of two representations of the same tokens, independent of their basis. It does not measure duplicates.
 
 Linear CKA (Kornblith et al. 2019) compares Gram matrices over tokens, K = X X^T. The plain estimate is near 1 for any two
 representations of more dimensions than tokens, so HSIC is estimated without bias (Song et al. 2012, HSIC_1) on each
@@ -17,7 +17,7 @@ from transcoder.kernels import SparseCodes
 LEAST_TOKENS = 4
 """HSIC_1 divides by n (n - 3)."""
 TILE_COLUMNS = 4096
-"""Latents made dense at a time: 8 MiB for 512 tokens."""
+"""Number of latents made dense at a time: 8 MiB for 512 tokens."""
 
 
 class Similarity(NamedTuple):
@@ -40,7 +40,7 @@ class StreamingCKA:
     with the one that was not. Correlate latents for that.
 
     Args:
-        representations: R, how many are compared.
+        representations: R, the number of representations.
     """
 
     def __init__(self, representations: int) -> None:
@@ -101,8 +101,8 @@ def centred_without_bias(gram: Tensor) -> Tensor:
 
 
 def gram_of_rows(rows: Tensor) -> Tensor:
-    """[n, n] inner products of tokens, of dense rows [n, d]. Their mean is taken off first, which CKA does not see and fp32
-    does."""
+    """[n, n] inner products of tokens, of dense rows [n, d]. Their mean is subtracted first, which does not change CKA and
+    reduces rounding in fp32."""
     rows = rows.detach().float()
     rows = rows - rows.mean(0)
     return rows @ rows.T

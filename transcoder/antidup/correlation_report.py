@@ -19,11 +19,12 @@ from transcoder.kernels.correlation.statistics import Survey
 
 HISTOGRAM_BINS = 40
 SCHEMA_VERSION = 5
-"""Version 1 had candidates in `components` until the first flag, and no fields of candidates; version 2 no merge test;
-version 3 did not say where a pair's bounds are from."""
+"""Version 1 listed candidates in `components` until the first flag and had no fields for candidates; version 2 had no merge
+test; version 3 had no `bounds`."""
 
 BOUNDS = ("jackknife", "rule")
-"""95 % bounds by the pair's own error over groups of sequences, or by a rule of thumb that heavy tails break."""
+"""Source of a pair's 95 % bounds: its own error over groups of sequences, or a rule of thumb, which is too narrow for heavy
+tails."""
 _NUMBER = (int, float)
 _TOP: dict[str, Any] = {
     "schema_version": int,
@@ -84,7 +85,7 @@ def pair_entries(
         sequences: distinct sequences of each pair, None where not known.
         errors: each pair's own standard error of atanh(r); None takes the rule of thumb.
         verdicts: of the merge test, one a pair; None where nothing was tested.
-        book: says in how many blocks a pair was above the threshold, and whether it is flagged.
+        book: gives the number of blocks in which a pair was above the threshold, and whether it is flagged.
     """
     tests = [_untested()] * min(most, len(pairs)) if verdicts is None else _tests(verdicts, min(most, len(pairs)))
     columns = (pairs.i, pairs.j, pairs.correlation, pairs.cosine, pairs.jaccard, pairs.support)
@@ -141,7 +142,7 @@ def distinct_latents(live: int, components: list[list[int]]) -> int:
 
 
 def effective_size(live: int, survey: Survey, tokens: float) -> float | None:
-    """N^2 / sum_ij r_ij^2 over live latents, the noise N (N - 1) / n of independent ones taken off; None
+    """N^2 / sum_ij r_ij^2 over live latents, with the noise N (N - 1) / n of independent latents subtracted from the sum; None
     under a sketch.
 
     N copies of one latent give 1, N independent latents give N.

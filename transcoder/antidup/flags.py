@@ -14,16 +14,16 @@ from transcoder.antidup.pair_errors import pooled_lower_bound
 
 Pair = tuple[int, int]
 Evidence = tuple[float, float, float]
-"""Of a pair in a block: its correlation, the correlation's own standard error, the weight that the block has."""
+"""A pair in one block: its correlation, the standard error of the correlation, the weight of the block."""
 MAX_PAIRS = 1 << 18
-"""Pairs of each kind (above the threshold in a block, flagged) that a book holds, 4 MiB each: with more duplicates than this a
-dictionary has failed as a whole."""
+"""Most pairs above the threshold in a block, and most flagged pairs, that are stored, 4 MiB each. A dictionary with more
+duplicates has failed as a whole."""
 
 
 class FlagBook:
     """Flags a pair when its lower bound was above the threshold in `needed` of the last `remembered` closed
     blocks and, where its own standard error is known in some of those, also the lower bound over all of these blocks
-    together; releases it when its upper bound in a closed block falls below the release threshold, or one of the two died.
+    together; releases it when its upper bound in a closed block falls below the release threshold, or one of its latents died.
     A released pair starts over: evidence from before the release is dropped.
 
     Why both conditions: a single block's bounds by the rule of thumb are too narrow where amplitudes have heavy tails, and its
@@ -44,7 +44,7 @@ class FlagBook:
 
         Args:
             above: pairs whose lower bound exceeds the threshold; the first `MAX_PAIRS` are taken.
-            released: flagged pairs that no longer hold.
+            released: flagged pairs to release.
             evidence: of the followed pairs, those below the threshold included.
         """
         gone = set(released)
@@ -61,7 +61,7 @@ class FlagBook:
         self.flagged.update(enough[: MAX_PAIRS - len(self.flagged)])
 
     def remembered(self) -> set[Pair]:
-        """Pairs above the threshold in some block that is remembered."""
+        """Pairs above the threshold in at least one remembered block."""
         return set().union(*self._blocks)
 
     def _together(self, pair: Pair) -> bool:
@@ -69,7 +69,7 @@ class FlagBook:
         return not blocks or pooled_lower_bound(blocks) > self._threshold
 
     def forget(self, latents: set[int]) -> None:
-        """Drop every pair that one of these latents is in, flagged or remembered."""
+        """Drop every flagged or remembered pair that contains one of these latents."""
         for pairs in (*self._blocks, self.flagged):
             pairs -= {pair for pair in pairs if latents.intersection(pair)}
         for block in self._evidence:

@@ -112,11 +112,11 @@ class UsageLedger:
         """Write usage.json (to a temporary file that then takes its place).
 
         Raises:
-            OSError: it could not be written; the former file stands, and nothing else is left behind.
+            OSError: it could not be written; the previous file is unchanged, and no partial file is left.
         """
         record = self.record()
         for part in record["components"].values():
-            # JSON has no NaN: it is written as text.
+            # JSON has no NaN: NaN is written as text.
             part["effect"] = {
                 k: v if isinstance(v, str) or math.isfinite(v) else str(v) for k, v in part["effect"].items()
             }

@@ -1,6 +1,6 @@
-"""The merge test: what it costs, on held-out tokens, to fold one latent of a pair into the other.
+"""The merge test: the cost, on held-out tokens, of folding one latent of a pair into the other.
 
-A high correlation says that two latents fire together; only this test says that one of them can be removed. Two latents
+A high correlation shows that two latents fire together; only this test shows that one of them can be removed. Two latents
 with correlated causes but different directions fail it.
 """
 
@@ -18,13 +18,14 @@ from transcoder.kernels import SparseCodes
 TILE_NUMBERS = 1 << 22
 """Numbers in the largest temporary (32 MiB of fp64)."""
 MERGEABLE_SHARE = 0.1
-"""A fold counts as free when it costs at most this share of what leaving the latent out costs. With a decoder row of its own, a
-latent whose uncentred cosine with its partner is c costs the share 1 - c^2: 0.1 lets pass c > 0.949. In `bench.science` (S2,
-S3) four fifths of the pairs that a k too large splits cost less, and planted pairs that are no duplicates 0.145 and more.
+"""A pair is mergeable when the fold costs at most this share of the cost of removing the latent. If it has its own decoder row,
+a latent whose uncentred cosine with its partner is c costs the share 1 - c^2: at 0.1, pairs with c > 0.949 pass. In
+`bench.science` (S2, S3) four fifths of the pairs of features split by too large a k cost less; planted pairs that are no
+duplicates cost 0.145 or more.
 Two features that always fire together with amplitudes of little spread pass it, whatever their directions: one latent does
 carry most of their output."""
 MIN_FIRINGS = 10
-"""Held-out tokens on which the dropped latent must fire before the test says anything."""
+"""Fewest held-out tokens on which the dropped latent must fire for a verdict."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,9 +36,9 @@ class MergeResult:
         kept, dropped: int64 latent ids. Kept is the latent of the narrower prefix where they differ, else the direction of the
             smaller loss.
         scale: float64 a >= 0; the kept latent's decoder row becomes W[kept] + a W[dropped].
-        fvu_change: float64, the change of the FVU on all held-out tokens by the fold, every selection left as it is.
+        fvu_change: float64, the change of the FVU on all held-out tokens by the fold, with unchanged selections.
         fvu_without: float64, the change of the FVU by leaving `dropped` out and changing nothing else.
-        firings: int64, held-out tokens on which `dropped` fires, each of which the fold makes a latent cheaper.
+        firings: int64, held-out tokens on which `dropped` fires; on each of them the fold saves one active latent.
     """
 
     kept: Tensor
@@ -49,7 +50,7 @@ class MergeResult:
 
     @classmethod
     def untested(cls, i: Tensor, j: Tensor) -> MergeResult:
-        """Of pairs that were not tested: no firings, hence no verdict."""
+        """The result for pairs that were not tested: no firings, so no verdict."""
         nothing = torch.zeros(i.shape, dtype=torch.float64, device=i.device)
         return cls(i.clone(), j.clone(), nothing, nothing.clone(), nothing.clone(), torch.zeros_like(i))
 
@@ -60,15 +61,15 @@ class MergeResult:
 
     @property
     def cost_share(self) -> Tensor:
-        """[P] float64: what the fold costs over what leaving the latent out costs; at most 0 where the fold helps, inf where
-        the latent helps nothing and the fold harms."""
+        """[P] float64: the cost of the fold divided by the cost of removing the latent; at most 0 if the fold lowers the FVU,
+        inf if removing the latent costs nothing and the fold does."""
         worth = self.fvu_without.clamp(min=0)
         free = self.fvu_change <= 0
         harm = torch.where(worth > 0, self.fvu_change / worth.clamp(min=torch.finfo(torch.float64).tiny), torch.inf)
         return torch.where(free, torch.where(worth > 0, harm, 0.0), harm)
 
     def mergeable(self, share: float = MERGEABLE_SHARE) -> Tensor:
-        """[P] bool: there is a verdict, and the fold costs at most `share` of leaving the latent out."""
+        """[P] bool: there is a verdict, and the fold costs at most `share` of removing the latent."""
         return self.known & (self.cost_share <= share)
 
 
@@ -77,10 +78,10 @@ class MergeTest:
 
     With residual r = y_hat - y and the fold of j into i by a, the residual of token t becomes r_t + (a z_ti - z_tj) w_j, so
     the squared error changes by 2 (a S(z_i r.w_j) - S(z_j r.w_j)) + |w_j|^2 (a^2 S(z_i^2) - 2 a S(z_i z_j) + S(z_j^2)):
-    sums over tokens, all of them streamed, whatever the scale. `scale` is the minimum over a >= 0.
+    sums over tokens that do not depend on the scale. `scale` is the minimiser over a >= 0.
 
-    The codes of the other latents stay what they are: what a fold changes in the selection (its latent is larger and wins more
-    often) is not in it.
+    The codes of the other latents stay fixed: changes of the selection by the fold (the kept latent grows and is selected more
+    often) are not included.
 
     Args:
         i, j: [P] int64, the pairs.
@@ -162,11 +163,11 @@ class MergeTest:
             self._cross_i[a : a + step] += (z_j * along[:, i]).sum(0)
 
     def result(self) -> MergeResult:
-        """Of all tokens so far, both directions tried. Raises: ValueError before the first token."""
+        """The result over all tokens so far, the better direction of each pair. Raises: ValueError before the first token."""
         if self._tokens == 0:
             raise ValueError("MergeTest.result: expected at least one token; call update first")
         around = self._target_square - self._target_sum.square().sum() / self._tokens
-        # Targets that do not vary are measured by their mean square, as in `losses.spread`.
+        # For targets that do not vary, the denominator is their mean square, as in `losses.spread`.
         rounding = torch.finfo(torch.float32).eps ** 2 * self._target_square
         total = torch.where(around > rounding, around, self._target_square.clamp(min=1e-30))
         into_i = self._fold(self._i, self._j, self._cross_j, total)
@@ -193,10 +194,10 @@ class PairTotals(NamedTuple):
     cross: Tensor
     """z_kept (r . w)."""
     length: Tensor
-    """|w|^2, no sum."""
+    """|w|^2, not a sum over tokens."""
 
     def fold(self, kept: Tensor, dropped: Tensor, firings: Tensor, total: Tensor) -> MergeResult:
-        """By the scale of the smallest loss; `total` is the FVU's denominator."""
+        """The fold with the scale of the smallest loss; `total` is the FVU's denominator."""
         square, own, along, product, cross, length = self
         curvature = square * length
         scale = torch.where(curvature > 0, (product * length - cross) / curvature.clamp(min=1e-300), 0).clamp(min=0)
@@ -206,13 +207,12 @@ class PairTotals(NamedTuple):
 
 
 def cheaper_fold(into_i: MergeResult, into_j: MergeResult, widths: Sequence[int] | None) -> MergeResult:
-    """Of both directions of each pair the one of the smaller loss (ties keep the lower id), but never into a latent that fewer
-    prefixes have."""
+    """For each pair the direction of the smaller loss (ties keep the lower id), but never into a latent of fewer prefixes."""
     if not widths:
         prefix_i = prefix_j = torch.zeros_like(into_i.kept)
     else:
         bounds = torch.tensor(list(widths), device=into_i.kept.device)
-        # The narrowest prefix that has the latent.
+        # The narrowest prefix that contains the latent.
         prefix_i, prefix_j = (torch.searchsorted(bounds, found.kept, right=True) for found in (into_i, into_j))
     better_j = into_j.fvu_change < into_i.fvu_change
     better_j |= (into_j.fvu_change == into_i.fvu_change) & (into_j.kept < into_i.kept)

@@ -1,7 +1,7 @@
-"""Merge verdicts for latents that are too rare for held-out tokens: from training batches, before the step learns from them.
+"""Merge verdicts for latents that are too rare for held-out tokens, from training batches before each step's update.
 
-A batch's forward pass is made by weights that have not seen it, so in the first pass over the data its residual is as good as
-a held-out one. It costs no forward pass of its own, and millions of tokens pass where the held-out set has thousands.
+The weights of a batch's forward pass were not trained on that batch, so in the first epoch its residual is equivalent to a
+held-out one. This needs no extra forward pass, and training has millions of tokens where the held-out set has thousands.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from transcoder.kernels import SparseCodes
 from transcoder.kernels.correlation.torch_backend import add_at
 
 MOST_PAIRS = 1024
-"""Pairs followed at a time: residuals are multiplied by the decoder rows of both sides."""
+"""Most pairs followed at a time: residuals are multiplied by the decoder rows of both latents."""
 MOST_FIRINGS = 4096
-"""Firings of followed pairs that a micro-batch on a GPU is asked for: its cost is bounded, and the host need not know their
-number. 3 rows of d_out numbers each, about 0.35 GB moved at d_out 2304, a tenth of a millisecond at 3 TB/s. Of a batch
+"""Most firings of followed pairs that are used of a micro-batch on a GPU: this bounds the cost, and the host need not read
+their number. 3 rows of d_out numbers each, about 0.35 GB moved at d_out 2304, a tenth of a millisecond at 3 TB/s. Of a batch
 with more, only the first tokens that fit are used. That is rare: latents that held-out tokens had no verdict for fire on fewer
 than 10 of thousands of tokens."""
 SUMS = ("square_i", "square_j", "along_i", "along_j", "cross_i", "cross_j", "product", "target")
 DOTS_AT_A_TIME = 4096
 ENOUGH = 4 * MIN_FIRINGS
-"""From this many firings on, a pair's sums are halved at every `settle`, because the weights go on changing."""
+"""From this many firings on, a pair's sums are halved at every `settle`, because the weights keep changing."""
 
 
 class Measured(NamedTuple):
-    """A micro-batch's sums, not counted yet: its step may turn out not to be finite."""
+    """The sums of a micro-batch, not added yet: its step may turn out to be non-finite."""
 
     round: int
-    """Of `MergeEvidence.settle`; sums of other pairs than those followed now are left out."""
+    """Counter of changes of the followed pairs; `add` ignores sums that are from before the last change."""
     sums: Tensor
     """[8, P] float64, in the order of `SUMS`."""
     fired: Tensor
@@ -43,14 +43,14 @@ class Measured(NamedTuple):
 
 
 class MergeEvidence:
-    """For some pairs (i, j) the sums of the merge test, over the training tokens since each pair was asked for.
+    """For some pairs (i, j) the sums of the merge test, over the training tokens since each pair began to be followed.
 
     `measure` and `add` never wait for a device.
     """
 
     def __init__(self, d_sae: int, device: torch.device) -> None:
         self.d_sae, self.device = d_sae, device
-        # Where the host is the device, reading how many entries there are is free, and rare latents have few.
+        # On the CPU, reading the number of entries is free, and rare latents have few.
         self._reads = device.type == "cpu"
         self._round = 0
         self._wanted: list[Tensor] = []
@@ -69,7 +69,7 @@ class MergeEvidence:
     def measure(
         self, codes: SparseCodes, residual: Tensor, target: Tensor, W_dec: Tensor, weights: Tensor | None = None
     ) -> Measured | None:
-        """What B training tokens say of the pairs; None where there are no pairs.
+        """The sums of the pairs over B training tokens; None without pairs.
 
         Args:
             codes: (B, d_sae) of the forward pass.
@@ -167,7 +167,7 @@ class MergeEvidence:
         at = torch.searchsorted(key, wanted).clamp_(max=nnz - 1)
         partners = torch.where(key[at] == wanted, values[at].clamp(min=0), 0.0)
         columns = [z * z, z * own, z * other, z * partners, torch.ones_like(z)]
-        # NaN times 0 would not be 0: what is not there is left out, not weighed.
+        # NaN times 0 is NaN: empty places are masked, not multiplied by 0.
         counted = (weight > 0)[:, None]
         found = torch.where(counted, torch.stack(columns, 1) * weight[:, None], 0.0)
         found[:, -1] = counted[:, 0]
@@ -179,14 +179,14 @@ class MergeEvidence:
         return sums, fired.long(), looked_at
 
     def add(self, measured: Measured | None) -> None:
-        """Count it."""
+        """Add the sums of a micro-batch; None adds nothing."""
         if measured is not None and measured.round == self._round:
             self._sums += measured.sums
             self._fired += measured.fired
 
     def completed(self, found: MergeResult, W_dec: Tensor, widths: Sequence[int] | None) -> MergeResult:
-        """`found` with verdicts of training tokens where it has none; the pairs that it has none for are followed from the
-        next `settle` on."""
+        """`found` with verdicts from training tokens where it has none. Pairs without a verdict in `found` are followed from
+        the next `settle` on."""
         missing = (~found.known).nonzero().flatten()
         low, high = torch.minimum(found.kept, found.dropped)[missing], torch.maximum(found.kept, found.dropped)[missing]
         self._wanted.append(torch.stack([low, high]))
@@ -219,8 +219,8 @@ class MergeEvidence:
         return MergeResult(**columns)
 
     def settle(self) -> None:
-        """After a search for pairs: follow those that `completed` found no held-out verdict for. A pair that stays keeps its
-        sums, halved where there are plenty."""
+        """After a search for pairs: follow the pairs without a held-out verdict in `completed`. A pair that was followed before
+        keeps its sums, halved from `ENOUGH` firings on."""
         pairs = torch.cat([torch.zeros(2, 0, dtype=torch.int64, device=self.device), *self._wanted], 1)[:, :MOST_PAIRS]
         self._wanted = []
         place = places_of(pairs[0], pairs[1], (self._pairs[0], self._pairs[1]), self.d_sae)
@@ -235,7 +235,7 @@ class MergeEvidence:
             self._fired = (fired * keep).long()
 
     def forget(self, latents: Tensor) -> None:
-        """Pairs that one of these latents is in are followed no more."""
+        """Stop following pairs that contain one of these latents."""
         keep = ~torch.isin(self._pairs, latents).any(0)
         self._pairs, self._sums, self._fired = self._pairs[:, keep], self._sums[:, keep], self._fired[:, keep]
         self._round += 1
@@ -245,7 +245,7 @@ class MergeEvidence:
         return MOST_PAIRS * 8 * (2 + len(SUMS) + 2)
 
     def state_dict(self) -> dict[str, Any]:
-        """To be taken when no `completed` waits for its `settle`."""
+        """Call it only when every `completed` was followed by its `settle`."""
         return {"pairs": self._pairs.clone(), "sums": self._sums.clone(), "fired": self._fired.clone()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

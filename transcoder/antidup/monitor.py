@@ -38,13 +38,13 @@ from transcoder.kernels.correlation.statistics import PairStatistics, Survey, so
 _NAME = "correlation_monitor"
 Judge = Callable[[Tensor, Tensor], MergeResult]
 MOST_JUDGED = 4096
-"""Pairs put before the merge test, flagged ones first, then the strongest: it multiplies the held-out residual by the decoder
-rows of both sides."""
+"""Most pairs of a merge test, flagged ones first, then the strongest: the test multiplies the held-out residual by the decoder
+rows of both latents."""
 JUDGED_AT_A_TIME = 1024
 SKETCH_DIM = 128
 """Used beyond the widest exactly counted dictionary: standard deviation 0.03 at r = 0.8."""
 _NUMBERS_BYTES = 4096
-"""Room for the numbers of a state that are no tensors, as text."""
+"""Bytes reserved for the numbers of a state that are no tensors, as text."""
 
 
 class CorrelationMonitor:
@@ -52,12 +52,12 @@ class CorrelationMonitor:
 
     The stream is cut into disjoint blocks of `block_tokens`; a block closes at the first report after it is
     full (mining reads the device, so it never happens inside a step). The live view that reports show is
-    everything since the start, or, with `halflife_tokens`, a second, forgetting statistic (twice the cost of
-    an update).
+    the last full block and the one in progress or, with `halflife_tokens`, a second statistic that decays (twice the cost of an
+    update).
 
-    Where the statistics are sketched, the pairs that a search (`report`, `refresh_targets`) proposes are counted exactly by the
-    block from then on, also those whose support is still too small. The forgetting statistic cannot do that: under a sketch its
-    pairs are estimated from the recent tokens alone; flags come from the blocks in either case.
+    Under a sketch, the block counts the pairs that a search (`report`, `refresh_targets`) proposes exactly from then on,
+    including those whose support is still too small. The decaying statistic cannot: its sketched pairs are decided by the
+    recent tokens alone. Flags always come from the blocks.
 
     Pairs that a search finds are followed from then on with sums by groups of sequences (`PairJackknife`): their bounds and
     flags use the pair's own error. Bounds of other pairs use a rule of thumb.
@@ -70,7 +70,7 @@ class CorrelationMonitor:
         section: thresholds and block length. Beyond 32768 latents the statistics are sketched.
         d_sae, device: of the codes.
         out_dir: folder of `correlation_step_%08d.json`.
-        ledger: told of calls, pairs seen and files.
+        ledger: records calls, pairs seen and files.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class CorrelationMonitor:
             self._sketch_dim = SKETCH_DIM
         self._block = Window(self._statistics())
         self._past: Window | None = None
-        """The last full block; with the one in progress it is the live view. Made when the first one closes."""
+        """The last full block, which with the one in progress is the live view; None before the first block closes."""
         self._fading = self._statistics(section.halflife_tokens) if section.halflife_tokens is not None else None
         self._book = self._new_book()
         self._tokens = 0
@@ -97,12 +97,12 @@ class CorrelationMonitor:
         self._judged = MergeResult.untested(*nothing(self.device))
         self._metrics: dict[str, float] = {}
         self.evidence = MergeEvidence(d_sae, self.device)
-        """Sums over training tokens for pairs that `judge` had no verdict for; a judge may complete its verdicts with them."""
+        """Sums over training tokens for pairs without a verdict of `judge`, which may use them to complete its verdicts."""
 
     def update_correlations(
         self, codes: SparseCodes, step: int, sequences: Tensor | None = None, weights: Tensor | None = None
     ) -> None:
-        """Count the tokens of `codes`; steps that `update_every` does not divide are passed over. Never waits
+        """Count the tokens of `codes`; steps that `update_every` does not divide are skipped. Never waits
         for a device.
 
         Args:
@@ -123,12 +123,12 @@ class CorrelationMonitor:
         self._ledger.record_effect(_NAME, pairs_seen=_pairs_in(codes))
 
     def refresh_targets(self, judge: Judge | None = None) -> int:
-        """Search the live view for pairs to penalise, without writing a report, closing a block or changing `metrics`. Reads
+        """Search the live view for pairs to penalise. Writes no report, closes no block and does not change `metrics`. Reads
         the device; one pass over the pairs that fired together.
 
         Called before the first report, so that the pair penalty acts early. `judge` as in `report`.
 
-        Returns: the number of pairs that `target_pairs` has now.
+        Returns: the number of pairs of `target_pairs`.
         """
         view, beside = self._view()
         survey = view.survey(self.section.correlation_threshold, self.section.min_support, beside=beside)
@@ -151,16 +151,16 @@ class CorrelationMonitor:
 
         Args:
             step: the training step, in the file's name.
-            W_dec, W_enc: [d_sae, d_out] and [d_sae, d_in]; given, the report has the tails of their rows' cosines, and those of
-                random rows to compare with.
+            W_dec, W_enc: [d_sae, d_out] and [d_sae, d_in]; if given, the report has the tails of their rows' cosines, and those
+                of random rows for comparison.
             cosines_by_block: report cosines only when a block closes: a product of all pairs of rows is expensive.
-            judge: (i, j), each [P] int64 -> the merge test on held-out tokens. `MOST_JUDGED` pairs are put before it, flagged
-                ones first; what it refuses (`merge_share_to_act`), or has no verdict for (`act_on_untested`), is no
-                target. None tests nothing, and every candidate is one.
+            judge: (i, j), each [P] int64 -> the merge test on held-out tokens. At most `MOST_JUDGED` pairs are tested, flagged
+                ones first. Pairs that it refuses (`merge_share_to_act`) or has no verdict for (`act_on_untested`) are no
+                targets. None tests nothing, and every candidate is a target.
 
         Raises:
-            OSError: the file could not be written. The report counts as made all the same (targets, flags and
-                metrics are new), and the next one is not affected.
+            OSError: the file could not be written. Targets, flags and metrics are updated nevertheless, and the next report is
+                not affected.
         """
         section = self.section
         closes = self._block.statistics.tokens_offered >= section.block_tokens
@@ -223,7 +223,7 @@ class CorrelationMonitor:
         return i[:max_pairs], j[:max_pairs]
 
     def foldable(self) -> MergeResult:
-        """The flagged pairs of the last report that passed the merge test, the cheapest first. Not saved in `state_dict`: call
+        """The flagged pairs of the last report that passed the merge test, the cheapest first. Not part of `state_dict`: call
         it right after the report."""
         found = self._judged
         flagged = [
@@ -235,7 +235,7 @@ class CorrelationMonitor:
         return MergeResult(*(getattr(found, f.name)[order] for f in fields(MergeResult)))
 
     def forget(self, latents: Tensor) -> None:
-        """Drop the statistics of these latents [n] int64, which were reset, and every pair that one of them is in."""
+        """Drop the statistics of these latents [n] int64, which were reset, and every pair that contains one of them."""
         for part in (self._block, self._past, self._fading):
             if part is not None:
                 part.forget(latents)
@@ -251,7 +251,7 @@ class CorrelationMonitor:
         return dict(self._metrics)
 
     def state_bytes_at_most(self, *, batch_tokens: int = 16384, entries_per_token: int = 128) -> int:
-        """Bytes that the tensors and numbers of `state_dict` can ever hold, however long the run.
+        """Upper bound of the bytes of tensors and numbers in `state_dict`, for any length of the run.
 
         Exact statistics hold 16 bytes a pair and statistic at the most (12 until a count of 2^31 tokens could
         overflow). Early in a run, and for sparse dictionaries, the state is far smaller.
@@ -285,7 +285,7 @@ class CorrelationMonitor:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Everything that `state_dict` gave. Raises: ValueError naming the field; nothing has changed then."""
+        """Restore a state of `state_dict`. Raises: ValueError naming the field; nothing has changed then."""
         needed = {*state_names("block"), "book", "tokens", "targets", "evidence", "metrics"}
         optional = state_names("past")
         missing, unknown = needed - set(state), set(state) - needed - optional - {"fading"}
@@ -300,7 +300,7 @@ class CorrelationMonitor:
                 "CorrelationMonitor.load_state_dict: fading: expected it exactly where halflife_tokens is set, got "
                 f"{'one' if 'fading' in state else 'none'}"
             )
-        # Read into new parts first, so that a state that does not fit leaves this monitor as it is.
+        # Read into new parts first, so that a state that does not fit changes nothing.
         evidence = MergeEvidence(self.d_sae, self.device)
         evidence.load_state_dict(state["evidence"])
         block, past = Window(self._statistics()), Window(self._statistics()) if "past" in state else None
@@ -319,7 +319,7 @@ class CorrelationMonitor:
         self._tokens, self._targets, self._metrics = tokens, (i, j), metrics
 
     def _view(self) -> tuple[FeatureCorrelation, list[FeatureCorrelation]]:
-        """What reports rest on: the fading statistics, or the block in progress with the last full one."""
+        """The statistics that reports use: the decaying ones, or the block in progress with the last full one."""
         return self._by_blocks() if self._fading is None else (self._fading, [])
 
     def _by_blocks(self) -> tuple[FeatureCorrelation, list[FeatureCorrelation]]:
@@ -334,8 +334,8 @@ class CorrelationMonitor:
 
     def _watch(self, survey: Survey, listed: CorrelatedPairs) -> None:
         """Follow pairs from now on. By groups of sequences: the listed pairs and those that the book remembers, flagged ones
-        first. Under a sketch, by exact counts of the block: the pairs that the sketch proposes and the flagged ones, for a pair
-        that is too rare for the sketch's recent tokens is decided by the counts of its block. After a report that closes a
+        first. Under a sketch, by exact counts of the block: the pairs that the sketch proposes and the flagged ones, since a
+        pair that is too rare for the sketch's recent tokens is decided by the counts of its block. After a report that closes a
         block, the new block follows what the old one proposed, from its first token on."""
         flagged = self._table(self._book.flagged)
         remembered = self._table(self._book.remembered() - self._book.flagged)
@@ -344,7 +344,7 @@ class CorrelationMonitor:
         if survey.candidates is None:
             return
         if self._fading is not None:
-            # A fading sketch proposes what fits its own span, and cannot watch.
+            # A decaying sketch proposes pairs of its own time span and cannot watch pairs.
             view, beside = self._by_blocks()
             survey = view.survey(self.section.correlation_threshold, self.section.min_support, beside=beside)
         assert survey.candidates is not None
@@ -387,7 +387,7 @@ class CorrelationMonitor:
         return pairs, [None] * len(pairs) if distinct is None else distinct.tolist()
 
     def _verdicts(self, pairs: CorrelatedPairs, judge: Judge | None) -> MergeResult | None:
-        """One verdict a pair; without firings for those beyond `MOST_JUDGED`, flagged ones judged first."""
+        """One verdict a pair, flagged pairs judged first; pairs beyond `MOST_JUDGED` are untested."""
         if judge is None:
             return None
         found = MergeResult.untested(pairs.i, pairs.j)
@@ -409,7 +409,7 @@ class CorrelationMonitor:
         return torch.zeros_like(verdicts.known) if limit is None else verdicts.known & ~verdicts.mergeable(limit)
 
     def _close_block(self) -> None:
-        """Give the block's evidence to the book, keep the block as the last full one and begin the next."""
+        """Pass the block's evidence to the flag book, keep the block as the last full one and begin the next."""
         section, block = self.section, self._block
         pairs = block.statistics.pairs(section.correlation_threshold, section.min_support)
         distinct = block.sequences.distinct(pairs.i, pairs.j)
@@ -422,12 +422,12 @@ class CorrelationMonitor:
         ]
         self._book.close_block(above, self._released(block), self._evidence(block))
         fresh = Window(self._statistics()) if self._past is None else self._past
-        # The block before last goes: a pair that no longer holds must leave the live view, and a new one enter it.
+        # The block before the last is dropped, so that pairs that are no longer correlated leave the live view.
         self._past, self._block = self._block, fresh
         self._block.begin(self._past)
 
     def _evidence(self, block: Window) -> dict[Pair, Evidence]:
-        """Of every pair that was followed on enough of the block, whatever its correlation."""
+        """Evidence of every pair that was followed on enough of the block, at any correlation."""
         i, j = block.errors.i, block.errors.j
         stats, found = block.statistics.statistics(i, j), block.errors.errors(i, j)
         error = _scaled(found, found.plain, stats.weight)
@@ -454,7 +454,8 @@ class CorrelationMonitor:
         return released
 
     def _set_targets(self, pairs: CorrelatedPairs, verdicts: MergeResult | None) -> None:
-        """Flagged pairs first, each part in the report's order. A search counts once there were tokens."""
+        """Flagged pairs first, then the others, each in the report's order. The search is recorded only if there were
+        tokens."""
         order = self._flagged_first(pairs)
         if verdicts is not None:
             acted = ~self._refused(verdicts)
@@ -474,13 +475,14 @@ class CorrelationMonitor:
 
 
 def _scaled(found: PairErrors, error: Tensor, weight: Tensor) -> Tensor:
-    """[P]: from the tokens that a pair was followed on to those of `weight` [P]; NaN where it was on too few of them."""
+    """[P]: errors rescaled from the tokens on which a pair was followed to those of `weight` [P]; NaN if it was followed on too
+    few."""
     share = found.weight / weight.clamp(min=1e-300)
     return torch.where(share >= LEAST_SHARE, error * share.clamp(max=1).sqrt(), torch.nan)
 
 
 def _first_of_each(i: Tensor, j: Tensor, d_sae: int) -> tuple[Tensor, Tensor]:
-    """Each pair once, where it stands first."""
+    """Each distinct pair at its first place."""
     key, inverse = torch.unique(i * d_sae + j, return_inverse=True)
     first = torch.full_like(key, key.numel() + i.numel())
     first.scatter_reduce_(0, inverse, torch.arange(i.numel(), device=i.device), "amin")

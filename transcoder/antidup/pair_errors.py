@@ -1,8 +1,8 @@
-"""How sure the correlation of a pair of sparse latents is: bounds, and a jackknife over groups of sequences for some pairs.
+"""Uncertainty of the correlation of two sparse latents: bounds, and a jackknife over groups of sequences for some pairs.
 
 The rule of thumb for the standard error (`STANDARD_ERROR`) is right for moderate amplitudes. Where few large activations carry
-a correlation, or firings cluster in sequences, the error is several times larger; leaving out one group of sequences after the
-other shows it (Efron and Stein 1981; Bertail and others for dependent data).
+a correlation, or firings cluster in sequences, the error is several times larger; a jackknife over groups of sequences
+estimates it (Efron and Stein 1981; Bertail and others for dependent data).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from transcoder.kernels.correlation.statistics import CONSTANT
 
 STANDARD_ERROR = 1.32
 """SE(atanh r) ~ 1.32 / sqrt(U - 3) with U union-firing tokens (calibrated on planted pairs). Fisher's 1 / sqrt(n - 3) over all
-tokens is 12 to 123 times too small: tokens on which neither latent fires say almost nothing."""
+tokens is 12 to 123 times too small: tokens on which neither latent fires carry almost no information."""
 TWO_SIDED_95 = 1.959963984540054
 ONE_SIDED_95 = 1.6448536269514722
 JACKKNIFE_95 = 2.131
@@ -29,7 +29,7 @@ NEARLY_ONE = 1 - 1e-15
 
 
 def correlation_bounds(correlation: float, support: int, error: float | None = None) -> tuple[float, float]:
-    """(lower, upper) 95 % bounds of a correlation seen on `support` union-firing tokens; (-1, 1) below 4
+    """(lower, upper) 95 % bounds of a correlation measured on `support` union-firing tokens; (-1, 1) below 4
     tokens.
 
     Args:
@@ -47,7 +47,7 @@ def correlation_bounds(correlation: float, support: int, error: float | None = N
 def pooled_lower_bound(blocks: Sequence[tuple[float, float, float]]) -> float:
     """Lower 95 % bound of the correlation over disjoint blocks, each (r, its standard error, weight).
 
-    Correlations are averaged as they are: atanh of a block in which no mismatch was seen would outweigh all others.
+    Correlations are averaged without atanh: a block without a mismatch would outweigh all others.
     """
     total = sum(weight for _, _, weight in blocks)
     r = sum(weight * value for value, _, weight in blocks) / total
@@ -57,12 +57,13 @@ def pooled_lower_bound(blocks: Sequence[tuple[float, float, float]]) -> float:
 
 
 GROUPS = 16
-"""Sequences fall into one of these by a hash. 32 groups hold the truth no more often in simulation and cost twice as much."""
+"""Number of groups; a hash assigns each sequence to one. In simulation, bounds of 32 groups contain the true value no more
+often and cost twice as much."""
 MOST_PAIRS = 4096
-"""Pairs followed; 6 * 16 float64 numbers each, and O(B) work a pair and step. No more than two a latent either: a dictionary
-with more candidates than that has failed as a whole."""
+"""Most pairs followed, at 6 * 16 float64 numbers each and O(B) work a pair and step. There are at most two pairs a latent: a
+dictionary with more candidates has failed as a whole."""
 LEAST_SHARE = 0.25
-"""Of the tokens in question that a pair must have been followed on before its own error is believed."""
+"""Share of the tokens on which a pair must have been followed for its own error to be used."""
 TILE_NUMBERS = 1 << 20
 """Numbers in the largest temporary (8 MiB)."""
 _KEY = 0x6A61636B
@@ -70,12 +71,12 @@ _KEY = 0x6A61636B
 
 
 def most_pairs(d_sae: int) -> int:
-    """That are followed in a dictionary of d_sae latents."""
+    """Most pairs that are followed in a dictionary of d_sae latents."""
     return min(MOST_PAIRS, 2 * d_sae, d_sae * (d_sae - 1) // 2)
 
 
 class PairErrors(NamedTuple):
-    """Of P pairs, over the tokens since each began to be followed."""
+    """Errors of P pairs, each over the tokens since it began to be followed."""
 
     fisher: Tensor
     """[P] float64: standard error of atanh(r)."""
@@ -105,8 +106,8 @@ class PairJackknife:
         return self.i.numel()
 
     def watch(self, i: Tensor, j: Tensor) -> None:
-        """Follow these pairs i < j [P], each once, instead of those so far; the first `most` of them. A pair that stays
-        keeps its sums."""
+        """Follow exactly these pairs i < j [P], each once; only the first `most` of them. A pair that was followed before keeps
+        its sums."""
         i, j = i[: self.most], j[: self.most]
         old, sums = self.places(i, j), self._sums
         self._begin(i.clone(), j.clone())
@@ -114,13 +115,13 @@ class PairJackknife:
             self._sums = torch.where((old >= 0)[None, :, None], sums[:, old.clamp(min=0)], 0.0)
 
     def places(self, i: Tensor, j: Tensor) -> Tensor:
-        """[Q] int64: where each pair i < j stands, -1 for one that is not followed."""
+        """[Q] int64: index of each pair i < j, -1 if it is not followed."""
         return places_of(i, j, (self.i, self.j), self.d_sae)
 
     @torch.no_grad()
     def update(self, codes: SparseCodes, sequences: Tensor | None, weights: Tensor | None) -> None:
-        """Add the tokens of `codes` (B, d_sae): each to the group of its sequence [B], or to one of its own where sequences
-        are not known. `weights` [B] as in `FeatureCorrelation.update`."""
+        """Add the tokens of `codes` (B, d_sae): each to the group of its sequence [B]; where sequences are not known, each
+        token counts as a sequence. `weights` [B] as in `FeatureCorrelation.update`."""
         batch = codes.shape[0]
         numbers = torch.arange(self._offered, self._offered + batch, device=self.device)
         self._offered += batch
@@ -154,8 +155,8 @@ class PairJackknife:
         return z, slot
 
     def errors(self, i: Tensor, j: Tensor, *, earlier: PairJackknife | None = None) -> PairErrors:
-        """Of pairs i < j [Q], in their order; NaN errors and weight 0 for one that is not followed. `earlier`: sums of
-        tokens before these, counted in."""
+        """Errors of pairs i < j [Q], in their order; NaN errors and weight 0 for a pair that is not followed. `earlier`: sums
+        of earlier tokens, which are included."""
         total = self._at(i, j) if earlier is None else self._at(i, j) + earlier._at(i, j)
         whole = total.sum(2, keepdim=True)
         r = _correlation(whole - total)
@@ -173,7 +174,7 @@ class PairJackknife:
         return torch.where((place >= 0)[None, :, None], self._sums[:, place.clamp(min=0)], 0.0)
 
     def forget(self, latents: Tensor) -> None:
-        """Pairs that one of these latents is in are followed no more."""
+        """Stop following pairs that contain one of these latents."""
         keep = ~(torch.isin(self.i, latents) | torch.isin(self.j, latents))
         self.watch(self.i[keep], self.j[keep])
 
@@ -202,7 +203,7 @@ class PairJackknife:
 
 
 def places_of(i: Tensor, j: Tensor, among: tuple[Tensor, Tensor], d_sae: int) -> Tensor:
-    """[Q] int64: where each pair (i, j) stands among the pairs `among` [P], each there once; -1 where it does not."""
+    """[Q] int64: index of each pair (i, j) in the pairs `among` [P], which are distinct; -1 if it is not among them."""
     if among[0].numel() == 0:
         return torch.full_like(i, -1)
     key, order = (among[0] * d_sae + among[1]).sort()

@@ -1,8 +1,8 @@
 """The penalties, each as (value, gradient) of compressed codes or of the decoder.
 
-Gradients are written out instead of left to autograd: nothing of size [P, B] or [B, d_sae] is kept for a
-backward pass, the gradient's norm is there to be reported without a second backward, and sums at repeated
-indices run in a fixed order. The tests hold each against autograd in float64 on the dense definition.
+Gradients are written out instead of left to autograd: nothing of size [P, B] or [B, d_sae] is kept for a backward pass, the
+gradient's norm can be reported without a second backward pass, and sums at repeated indices run in a fixed order. Tests compare
+each with autograd in float64 on the dense definition.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ class Penalty(NamedTuple):
     gradient: Tensor
     """With respect to codes.values [nnz] (0 at entries that do not fire) or to the decoder [d_sae, d_out]."""
     rows: Tensor | None = None
-    """[n] int64, each once: `gradient` [n, d_out] are these rows of the decoder's, the others are 0. None: it is whole."""
+    """[n] int64, each once: `gradient` [n, d_out] are rows of the decoder's gradient, whose other rows are 0. None: `gradient`
+    has all rows."""
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -91,8 +92,8 @@ def decoder_penalty(decoder: Tensor, rows: Tensor, threshold: float) -> Penalty:
 
     Equivalent to: `u = F.normalize(W, dim=1); c = u[rows] @ u.T; c[arange, rows] = -1;
     ((c.max(1).values - threshold).relu() ** 2).mean()`. The hinge keeps antipodal pairs and the ordinary crowding of N > d
-    directions; the mean of cos^2 would see nothing: its Welch floor (N - d) / (d (N - 1)) is met exactly by an orthonormal
-    basis copied N / d times.
+    directions; the mean of cos^2 would not detect duplicates: its Welch floor (N - d) / (d (N - 1)) is met exactly by an
+    orthonormal basis copied N / d times.
 
     Args:
         decoder: [d_sae, d_out].
@@ -194,7 +195,7 @@ def sink_penalty(codes: SparseCodes, sink: Tensor, running: SinkMass, allowed: f
     As in `position_penalty`, a latent is judged from `MIN_FIRINGS` remembered firings on, and the gradient goes through this
     batch's part of the numerator: db_i/dz = 1 / (activation on all tokens) at sinks, 0 elsewhere, that sum held constant.
 
-    Where sinks are masked out of training there is nothing to penalise. Added to masking it moved little.
+    Where sinks are masked out of training there is nothing to penalise.
 
     Args:
         sink: [B] bool.
@@ -224,7 +225,7 @@ def position_penalty(codes: SparseCodes, bin_of: Tensor, running: PositionMass, 
 
     The gradient goes through this batch's part of M: dH_i/dz_bi = -(log q_ip + 1) / (O_p sum_p' (M_ip' /
     O_p')), the denominators held constant: a latent on a single bin would otherwise sit at a stationary point.
-    A batch is about a hundredth of what is remembered and moves H by as much.
+    A batch is about a hundredth of the remembered mass and moves H by as much.
 
     Args:
         bin_of: [B] int64, the tokens' bins as `running.add(codes, positions)` gave them.

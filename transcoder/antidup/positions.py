@@ -29,7 +29,7 @@ class PositionSample:
         keep: [S, L] bool, the drawn positions.
         weights: [S, L] fp32 importance weights, 0 where not drawn, of mean about 1 over the drawn.
         counts: [2, bins + 1] int64, positions seen and drawn per bin, special tokens last.
-        resampled: 0-dim int64, drawn positions that might not have been drawn.
+        resampled: 0-dim int64, drawn positions with an inclusion probability below 1.
     """
 
     keep: Tensor
@@ -41,11 +41,10 @@ class PositionSample:
 class PositionSampler:
     """Draws about `keep_fraction` of each sequence's positions, stratified over position bins.
 
-    Each bin of ordinary tokens gives a whole number of draws: its share of keep_fraction, at least
-    `min_samples_per_bin` where it has them. Special tokens form a stratum of their own, drawn with
-    keep_fraction * bos_penalty and so rarely that they never exceed `max_bos_fraction` of a sequence's draws.
-    Within strata the draw is systematic over a random order (Madow 1949): the inclusion probability pi of
-    every position is known and exact, and each bin's count is fixed.
+    Each bin of ordinary tokens gets a whole number of draws: its share of keep_fraction, but at least `min_samples_per_bin` if
+    it has that many tokens. Special tokens form their own stratum, drawn with keep_fraction * bos_penalty and so rarely
+    that they never exceed `max_bos_fraction` of a sequence's draws. Within strata the draw is systematic over a random order
+    (Madow 1949): the inclusion probability pi of every position is known and exact, and each bin's count is fixed.
 
     Weights are `c / pi` with c = (expected draws) / (positions with pi > 0), a number that does not depend on
     the draw: so E[sum over drawn of w f] = c * (sum over positions with pi > 0 of f) for any f, and the
@@ -60,7 +59,7 @@ class PositionSampler:
         section: fractions and bins.
         seed: keys the draw, with the step.
         special_ids: token ids counted as special (BOS, EOS, PAD, ...).
-        ledger: told of calls, positions drawn and files.
+        ledger: records calls, positions drawn and files.
         out_dir: folder of `positions.json` (`save`).
     """
 
@@ -104,7 +103,7 @@ class PositionSampler:
         counts = torch.zeros(2, self.section.bins + 1, dtype=torch.int64, device=stratum.device)
         counts[0].index_add_(0, stratum.flatten(), torch.ones_like(stratum).flatten())
         counts[1].index_add_(0, stratum.flatten(), keep.flatten().long())
-        # Only a position that might not have been drawn was resampled.
+        # Only positions with an inclusion probability below 1 count as resampled.
         sample = PositionSample(keep, weights, counts, (keep & (chance < 1)).sum())
         if record:
             self.record(sample)
@@ -113,7 +112,7 @@ class PositionSampler:
     def record(self, sample: PositionSample) -> None:
         """Count a draw of `sample_positions(..., record=False)` as used: in `positions.json` and the ledger.
         Never waits for a device."""
-        # One assignment: the sampler may run in a thread of its own while `save` reads.
+        # One assignment: the sampler may run in another thread while `save` reads.
         self._counts = self._counts.to(sample.counts.device) + sample.counts
         self._ledger.record_call(_NAME)
         self._ledger.record_effect(
@@ -133,7 +132,7 @@ class PositionSampler:
         section = self.section
         sizes = torch.stack([(stratum == b).sum(1) for b in range(section.bins + 1)], 1)
         ordinary = sizes[:, :-1]
-        # Rounding the running total hands every bin a whole number of draws and the sequence its share.
+        # Rounding the running total gives every bin a whole number of draws and the sequence its share.
         running = (ordinary.cumsum(1).double() * section.keep_fraction + 0.5).floor()
         draws = running.diff(dim=1, prepend=running.new_zeros(running.shape[0], 1))
         draws = torch.minimum(draws.clamp(min=section.min_samples_per_bin), ordinary.double())
@@ -174,7 +173,7 @@ class PositionSampler:
         """Write `positions.json`: positions seen and drawn per bin, over the whole run. Reads the device.
 
         Raises:
-            OSError: the file could not be written; the former one stands.
+            OSError: the file could not be written; the previous file is unchanged.
         """
         if self._out_dir is None:
             raise ValueError("PositionSampler.save: expected an out_dir at construction, got None")

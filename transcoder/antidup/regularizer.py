@@ -32,9 +32,9 @@ _NAME = "diversity_regularizer"
 _LIVE_STEPS = 100
 """A latent counts as live for the dual control if it fired within this many steps."""
 CROSSINGS = 10
-"""How often the adaptive weight could go from its lower to its upper bound in a run."""
+"""Number of times that the adaptive weight could go from its lower to its upper bound in a run."""
 LEAST_RATE = 1e-4
-"""What the rate's distance from a target of 0 is measured in."""
+"""Smallest divisor of the distance between rate and target, for a target of 0."""
 
 
 class HasDecoder(Protocol):
@@ -73,8 +73,8 @@ class DiversityRegularizer:
             a step, from the step after on, where rate is the share of recently firing latents that are in some
             pair (mean over the step's micro-batches): bounded dual control. g is such that a tenth of the run takes it from
             one bound to the other, so that short runs are controlled too. With `adaptive_step` the exponent is
-            adaptive_step (rate - target) and the lower bound 0. The weight stays as it is until the monitor has searched for
-            pairs: until then, an absence of pairs has no meaning.
+            adaptive_step (rate - target) and the lower bound 0. The weight does not change until the monitor has searched for
+            pairs.
         orthogonality: mean relu(max cos - threshold)^2 over a random chunk of decoder rows, each row once
             before any twice, every `orthogonality_every` steps, in the step's first micro-batch.
         all_pairs: mean r_ij^2 over all pairs of the batch.
@@ -85,8 +85,8 @@ class DiversityRegularizer:
         section: weights and thresholds.
         d_sae, device: of the codes.
         seed: keys the chunks (with the step): no state, no global generator.
-        ledger: told of calls, penalty values, gradient norms, how often and on how much each term was
-            evaluated, and files.
+        ledger: records calls, penalty values, gradient norms, the number of evaluations of each term and what they were made
+            on, and files.
         out_dir: folder of `regularizer.jsonl` (`save`).
         scale: multiplies every penalty. The section's weights are relative to a reconstruction loss of
             convention `mse`; a loss that is larger by some factor (a sum over d_out instead of a mean) passes
@@ -122,11 +122,11 @@ class DiversityRegularizer:
         self.device = torch.empty(0, device=device).device
         self._ledger, self._out_dir = ledger, out_dir
         self._weight = torch.tensor(section.correlation_weight, dtype=torch.float64, device=self.device)
-        """Of the correlation term, in this step."""
+        """Weight of the correlation term in this step."""
         self._next_weight = self._weight
-        """From the next step on."""
+        """Weight of the correlation term from the next step on."""
         self._rates: list[Tensor] = []
-        """One a micro-batch of this step."""
+        """The rate of each micro-batch of this step."""
         self._step: int | None = None
         self._steps = 0
         self._last_fired = torch.full((d_sae,), -_LIVE_STEPS, dtype=torch.int64, device=self.device)
@@ -163,7 +163,7 @@ class DiversityRegularizer:
             micro: which of the step's micro-batches.
 
         Raises:
-            ValueError: a term is switched on but what it acts on is not given.
+            ValueError: the input of a term with a weight above 0 is missing.
         """
         section = self.section
         total = loss
@@ -230,7 +230,7 @@ class DiversityRegularizer:
             self._evaluated("sink_mass", 1, (given.values.detach() > 0).sum())
 
         self._ledger.record_call(_NAME)
-        # Also where no term acted: the penalty is then 0, not missing.
+        # Also recorded if no term acted: the penalty is then 0, not missing.
         self._ledger.record_effect(_NAME, penalty=0.0, gradient_norm=0.0)
         for value, norm in effects:
             self._ledger.record_effect(_NAME, penalty=value, gradient_norm=norm)
@@ -250,7 +250,7 @@ class DiversityRegularizer:
         writes those again). Reads the device.
 
         Raises:
-            OSError: the file could not be written; the former one stands.
+            OSError: the file could not be written; the previous file is unchanged.
         """
         if self._out_dir is None:
             raise ValueError("DiversityRegularizer.save: expected an out_dir at construction, got None")
@@ -261,7 +261,7 @@ class DiversityRegularizer:
         return path
 
     def state_dict(self) -> dict[str, Any]:
-        """To be taken between steps: the micro-batches of an unfinished one are not in it."""
+        """Call it between steps: the micro-batches of an unfinished step are not included."""
         state: dict[str, Any] = {
             "weight": self._next_weight.clone(),
             "last_fired": self._last_fired.clone(),
@@ -301,7 +301,7 @@ class DiversityRegularizer:
         self._steps, self._step = steps, step
 
     def _begin(self, step: int) -> None:
-        """At a step's first call: the weight that the last step's pairs asked for takes effect."""
+        """At a step's first call, apply the weight that the previous step has set."""
         if step != self._step:
             self._weight, self._step = self._next_weight, step
             self._rates = []

@@ -1,4 +1,4 @@
-"""Cosines of a dictionary's rows with their nearest other row: the search, its quantiles, and what random rows would have."""
+"""Cosines of a dictionary's rows with their nearest other row: the search, its quantiles, and those of random rows."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def cosine_tail(rows: Tensor) -> dict[str, float] | None:
 
 
 def random_cosine_tail(count: int, width: int) -> dict[str, float] | None:
-    """What `cosine_tail` expects of `count` independent random directions in `width` dimensions, to compare a dictionary with.
+    """Expected `cosine_tail` of `count` independent random directions in `width` dimensions, for comparison.
     None below two.
 
     The angle between two has the density sin(t)^(width - 2); all of count - 1 are beyond the angle t with probability
@@ -67,7 +67,7 @@ def random_cosine_tail(count: int, width: int) -> dict[str, float] | None:
 
 def nearest_rows(unit: Tensor, rows: Tensor, tile: int) -> tuple[Tensor, Tensor]:
     """(cosine [R], partner [R] int64): for each of `rows` [R] the largest inner product with another row of `unit` [n, d], and
-    the lowest row that has it. Rows are of unit length, n >= 2; `tile` columns of the product are made at a time.
+    the lowest such row. Rows have unit length, n >= 2; `tile` columns of the product are made at a time.
 
     Equivalent to: `c = unit[rows] @ unit.T; c[arange(R), rows] = -2; c.max(1)`.
     """
@@ -77,7 +77,7 @@ def nearest_rows(unit: Tensor, rows: Tensor, tile: int) -> tuple[Tensor, Tensor]
         cosine = mine @ unit[a : a + tile].T
         inside = (rows >= a) & (rows < a + cosine.shape[1])
         column = torch.where(inside, rows - a, 0)[:, None]
-        # A row is no neighbour of its own.
+        # A row is not its own neighbour.
         cosine.scatter_(1, column, torch.where(inside[:, None], -2.0, cosine.gather(1, column)))
         top, where = cosine.max(1)
         partner = torch.where(top > best, where + a, partner)

@@ -1,4 +1,4 @@
-"""Where each latent is active, over recent batches: its activation by position in the sequence, and on sink tokens."""
+"""Running sums of each latent's activation over recent batches: by position in the sequence, and on sink tokens."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class PositionShares(NamedTuple):
     entropy: Tensor
     """[d_sae]: -sum_p q log q / log(bins offered), in [0, 1]: 1 is flat, 0 a single bin."""
     judged: Tensor
-    """[d_sae] bool: has fired `MIN_FIRINGS` times, so that its entropy says something."""
+    """[d_sae] bool: has fired `MIN_FIRINGS` times, enough for an estimate of its entropy."""
     log_share: Tensor
     """[d_sae, bins]: log q, 0 where q is 0."""
     slope: Tensor
@@ -114,7 +114,7 @@ class SinkMass:
 
     @torch.no_grad()
     def add(self, codes: SparseCodes, sink: Tensor) -> None:
-        """Decay, then add the tokens of `codes`, of which `sink` [B] bool says which are sinks. Never waits for a device."""
+        """Decay, then add the tokens of `codes`; `sink` [B] bool marks the sinks. Never waits for a device."""
         values = codes.values.detach().to(self.sums.dtype)
         at_sink = torch.where(sink[codes.rows()], values, 0)
         self.sums *= DECAY

@@ -19,7 +19,7 @@ class Samples(NamedTuple):
     """Samples laid out [groups, k]; empty places have score EMPTY."""
 
     score: Tensor
-    """[G, K] fp32: what samples compete by."""
+    """[G, K] fp32: samples with higher scores are kept."""
     activation: Tensor
     """[G, K] fp32."""
     token: Tensor
@@ -51,7 +51,7 @@ class Samples(NamedTuple):
     def take(self, order: Tensor) -> Samples:
         """Rearranged within each group by `order` [G, K']."""
         groups, k, window = self.context.shape
-        # Whole rows of the flat store: a third of the time of a gather by single numbers.
+        # Gathering whole rows of the flat store takes a third of the time of a gather by single numbers.
         row = (order + k * torch.arange(groups, device=order.device)[:, None]).view(-1)
         context = self.context.view(-1, window).index_select(0, row).view(groups, -1, window)
         parts = {name: part.gather(1, order) for name, part in self._asdict().items() if name != "context"}
@@ -70,7 +70,7 @@ def best_entries(group: Tensor, score: Tensor, groups: int, k: int) -> Tensor:
     first = torch.searchsorted(sorted_group, torch.arange(groups + 1, device=group.device))
     rank = torch.arange(entry.numel(), device=group.device) - first[sorted_group]
     wanted = (sorted_group < groups) & (rank < k)
-    # Unwanted entries share one place behind the table.
+    # Entries that are not wanted share one place after the end of the table.
     place = torch.where(wanted, sorted_group * k + rank, groups * k)
     table = torch.full((groups * k + 1,), -1, dtype=torch.int64, device=group.device)
     table.scatter_(0, place, torch.where(wanted, entry, -1))
@@ -90,14 +90,14 @@ def merged(old: Samples, new: Samples, k: int, window: int) -> tuple[Samples, Te
     keep = without_overlap(score, both.position.gather(1, order), both.sequence.gather(1, order), window)
     score = torch.where(keep, score, EMPTY)
     best = score.sort(dim=1, descending=True, stable=True).indices[:, :k]
-    # Contexts are nearly all of the bytes: they move once, into their last place.
+    # Contexts are nearly all of the bytes: they move only once, into their final place.
     chosen = order.gather(1, best)
     taken = both.take(chosen)._replace(score=score.gather(1, best))
     return taken, (chosen >= old.score.shape[1]) & (taken.score >= 0)
 
 
 def without_overlap(score: Tensor, position: Tensor, sequence: Tensor, window: int) -> Tensor:
-    """[G, K] bool: which of the samples [G, K], best first within a group, stay when each drops those that it
+    """[G, K] bool: which of the samples [G, K], best first within a group, stay when each drops the worse ones that it
     overlaps."""
     keep = score >= 0
     known = sequence >= 0

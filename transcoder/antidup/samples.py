@@ -24,9 +24,9 @@ from transcoder.kernels.correlation.counter_rng import uniform
 _NAME = "activation_samples"
 COLUMNS = ("latent", "kind", "activation", "token", "position", "sequence", "step")
 _BYTES_A_SAMPLE, _BYTES_A_TOKEN = 4 + 4 + 4 * 8, 4
-"""Of the fields of `Samples`: score and activation, four int64 numbers; and a token of the context."""
+"""Bytes of a sample's score, activation and four int64 numbers; and of a token of its context."""
 _NUMBERS_BYTES = 64
-"""Room for the numbers of a state that are no tensors, as text."""
+"""Bytes reserved for the numbers of a state that are no tensors, as text."""
 
 
 class ActivationSampleCollector:
@@ -37,8 +37,8 @@ class ActivationSampleCollector:
         stratified: for each of `position_bins` equal bins of the sequence a uniform reservoir (the highest of
         random keys), of
             equal size whatever share of the tokens the bin has: normalised by exposure. Together at least
-            `stratified_per_latent` places, and at least `min_per_bin` a bin. Special tokens have a stratum of
-            their own, cut on saving to at most `max_sink_fraction` of a latent's stratified samples.
+            `stratified_per_latent` places, and at least `min_per_bin` a bin. Special tokens have their own stratum, cut on
+            saving to at most `max_sink_fraction` of a latent's stratified samples.
 
     Samples whose contexts overlap a better one of the same store (same sequence, fewer than context_tokens
     positions apart) are dropped; a batch offers each store its best k, before overlaps within the batch are
@@ -52,7 +52,7 @@ class ActivationSampleCollector:
         out_dir: folder of `samples.parquet` and `summary.json`.
         special_ids: token ids counted as special.
         sequence_length: positions run from 0 to sequence_length - 1.
-        ledger: told of calls, samples kept and files.
+        ledger: records calls, samples kept and files.
     """
 
     def __init__(
@@ -75,21 +75,20 @@ class ActivationSampleCollector:
         number = min(section.max_latents, d_sae)
         self.latents = torch.arange(number, device=self.device) * d_sae // number
         """[followed] int64 latent ids."""
-        # Latents that are not followed go to slot `number`, which no store has.
+        # Latents that are not followed map to slot `number`, which is beyond all stores.
         self._slot = torch.full((d_sae,), number, dtype=torch.int64, device=self.device)
         self._slot[self.latents] = torch.arange(number, device=self.device)
         bins = section.position_bins
         wanted = section.stratified_per_latent
         self._per_bin = max(section.min_per_bin, -(-wanted // bins)) if wanted else 0
         self._strata = bins + 1 if section.max_sink_fraction > 0 else bins
-        """Position bins, and one of special tokens where any may be kept."""
+        """Number of strata: position bins, and one for special tokens if any may be kept."""
         self._stores: tuple[Samples, Samples] | None = None
         self._anchor = 0
 
     @torch.no_grad()
     def collect(self, codes: SparseCodes, batch: ActivationBatch, step: int, micro: int = 0) -> None:
-        """Offer a batch's activations to the stores; steps that `collect_every` does not divide are passed
-        over.
+        """Offer a batch's activations to the stores; steps that `collect_every` does not divide are skipped.
 
         Never waits for a device.
 
@@ -168,7 +167,7 @@ class ActivationSampleCollector:
 
     @property
     def opened(self) -> bool:
-        """Whether a batch was collected: it settles the width of the contexts."""
+        """Whether a batch was collected: the first one sets the width of the contexts."""
         return self._stores is not None
 
     def save(self, step: int, decode_tokens: Callable[[Sequence[int]], list[str]]) -> list[Path]:
@@ -181,7 +180,7 @@ class ActivationSampleCollector:
         Returns: the paths written.
 
         Raises:
-            OSError: a file could not be written; the former ones stand, what was collected stays.
+            OSError: a file could not be written; the previous files and the collected samples are unchanged.
         """
         top, spread = self._opened(1, 0)
         spread = self._chosen(spread)
@@ -208,8 +207,7 @@ class ActivationSampleCollector:
         return {"opened": True, "anchor": self._anchor, "top": _plain(top), "spread": _plain(spread)}
 
     def state_bytes_at_most(self) -> int:
-        """Bytes that the tensors and numbers of `state_dict` can ever hold, with contexts of at most
-        `context_tokens`."""
+        """Upper bound of the bytes of tensors and numbers in `state_dict`, with contexts of at most `context_tokens`."""
         context = self.section.context_tokens
         if self._stores is not None:
             context = max(context, self._stores[0].context.shape[2])
@@ -287,7 +285,7 @@ def write_samples(
     decode_tokens: Callable[[Sequence[int]], list[str]],
     summary: dict[str, Any],
 ) -> list[Path]:
-    """Write `samples.parquet` and `summary.json` into `folder`; both are written before either takes its place.
+    """Write `samples.parquet` and `summary.json` into `folder`; both are complete before either replaces the old one.
 
     Args:
         columns: the columns of `COLUMNS`, each [n]; `kind` is bool, True for "top".
@@ -302,11 +300,11 @@ def write_samples(
     present = contexts >= 0
     lengths = present.sum(1)
     ids = contexts[present]
-    # By the vocabulary and not by a sort: there are millions of ids and few different ones.
+    # A table over the vocabulary instead of a sort: there are millions of ids and few distinct ones.
     used = np.zeros(int(ids.max(initial=-1)) + 1, dtype=bool)
     used[ids] = True
     distinct, place = np.flatnonzero(used), (np.cumsum(used) - 1)[ids]
-    # Half of a surrogate pair, which a byte-level vocabulary may hold, is no UTF-8.
+    # A byte-level vocabulary may hold half of a surrogate pair, which is not valid UTF-8.
     words = [w.encode("utf-8", "replace").decode("utf-8") for w in decode_tokens(distinct.tolist())]
     if len(words) != len(distinct):
         raise ValueError(f"decode_tokens: expected {len(distinct)} strings, got {len(words)}")

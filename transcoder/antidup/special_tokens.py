@@ -21,7 +21,7 @@ class SpecialTokens:
         self.ids = sorted({int(x) for x in ids})
         if self.ids and self.ids[0] < 0:
             raise ValueError(f"special ids: expected token ids of at least 0, got {self.ids[0]}")
-        # One place more, False, serves every id outside the table; -1 reaches it from the end.
+        # One extra place, False, stands for every id outside the table; index -1 addresses it.
         table = torch.zeros(self.ids[-1] + 2 if self.ids else 1, dtype=torch.bool, device="cpu")
         table[self.ids] = True
         self._table = table.to(device)

@@ -1,4 +1,4 @@
-"""What the monitor counts over a window of tokens: correlations, distinct sequences, and how sure some pairs are."""
+"""The monitor's statistics over a window of tokens: correlations, distinct sequences, and errors of some pairs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Window:
         self.errors.forget(latents)
 
     def begin(self, before: Window) -> None:
-        """Forget every token and follow the stream after `before`: a sketch's random sign must not serve two of its tokens."""
+        """Forget every token and continue the stream after `before`, so that a sketch does not use a random sign twice."""
         self.statistics.reset()
         self.statistics.updates = before.statistics.updates
         self.sequences.reset()
@@ -48,7 +48,7 @@ class Window:
         return {f"{name}{suffix}": getattr(self, part).state_dict() for suffix, part in PARTS.items()}
 
     def load_state_dict(self, name: str, state: Mapping[str, Any]) -> None:
-        """What `state_dict(name)` gave. Raises: ValueError; some parts may have changed then."""
+        """Restore a state of `state_dict(name)`. Raises: ValueError; some parts may have changed then."""
         for suffix, part in PARTS.items():
             getattr(self, part).load_state_dict(state[f"{name}{suffix}"])
 
@@ -68,7 +68,7 @@ class SequenceCounts:
 
     The union of two bitmaps estimates the distinct sequences on which either fires (linear counting, Whang et
     al. 1990): -m ln(1 - x / m) for x of m bits set; about +-1.4 at 30 sequences and m = 256. A full bitmap
-    says "m ln m or more".
+    means "m ln m or more".
 
     Memory: `bits` bytes a latent (4.5 MiB at 18432 latents and 256 bits).
     """
@@ -77,7 +77,7 @@ class SequenceCounts:
         self.bits = bits
         self._map = torch.zeros(d_sae * bits, dtype=torch.uint8, device=device)
         self.known = False
-        """Whether any update said which sequences its tokens come from."""
+        """Whether any update was given the sequences of its tokens."""
 
     def update(self, codes: SparseCodes, sequences: Tensor | None, weights: Tensor | None = None) -> None:
         """`sequences` [B] ids, whole numbers. Tokens of unknown sequences, or of weight 0 in `weights` [B], leave the
@@ -90,15 +90,15 @@ class SequenceCounts:
             counts_cpp.mark_places(codes, place, weights, self.bits, self._map)
             return
         place = place[codes.rows()]
-        # A maximum: repeated places and entries that do not fire change nothing, whatever the order.
+        # A maximum does not depend on the order, and entries that do not fire change nothing.
         fires = codes.values.detach() > 0
         if weights is not None:
             fires = fires & (weights > 0)[codes.rows()]
         self._map.scatter_reduce_(0, codes.indices * self.bits + place, fires.to(torch.uint8), "amax")
 
     def distinct(self, i: Tensor, j: Tensor) -> Tensor | None:
-        """[P] int64: estimated distinct sequences on which at least one of the pair fired; None if never
-        told."""
+        """[P] int64: estimated distinct sequences on which at least one of the pair fired; None if sequences were never
+        given."""
         if not self.known:
             return None
         rows = self._map.view(-1, self.bits)
@@ -110,7 +110,7 @@ class SequenceCounts:
         self.known = self.known or other.known
 
     def forget(self, latents: Tensor) -> None:
-        """Count as if these latents had never fired."""
+        """Remove all firings of these latents."""
         self._map.view(-1, self.bits).index_fill_(0, latents, 0)
 
     def reset(self) -> None:
@@ -137,13 +137,13 @@ class SequenceCounts:
 
 
 _NUMBERS_BYTES = 1024
-"""Room for the numbers of a state that are no tensors, as text."""
+"""Bytes reserved for the numbers of a state that are no tensors, as text."""
 _WATCHED_BYTES = 88
 """A watched pair: two latents, the weight, three sums of each latent, the product and the joint count, 8 bytes each."""
 
 
 def correlation_state_bytes(part: FeatureCorrelation, batch_tokens: int, entries_per_token: int) -> int:
-    """Upper bound of the bytes in `part.state_dict()`, however long the stream.
+    """Upper bound of the bytes in `part.state_dict()`, for any length of the stream.
 
     Args:
         batch_tokens, entries_per_token: of the largest update; the ring of a sketch keeps codes, up to a batch
@@ -158,6 +158,6 @@ def correlation_state_bytes(part: FeatureCorrelation, batch_tokens: int, entries
     # A token's row_ptr and weight take 8 bytes each, and every update's row_ptr has one place more than tokens;
     # an entry takes 4 bytes of latent and at most 8 of value.
     ring = tokens * (24 + 12 * entries_per_token)
-    # Statistics with a half-life watch nothing.
+    # Statistics with a half-life have no watched pairs.
     watched = min(MAX_WATCHED, part.d_sae * (part.d_sae - 1) // 2) if part.halflife is None else 0
     return moments + 4 * part.sketch_dim * (part.d_sae + 1) + ring + _WATCHED_BYTES * watched + _NUMBERS_BYTES

@@ -64,14 +64,15 @@ def write_set(
     """
     by_layer = {layer: _checked(weights, layer, record) for layer, weights in sorted(by_layer.items())}
     some = next(iter(by_layer.values()))
-    for name, values in (
-        ("activations", [weights.activation for weights in by_layer.values()]),
-        ("k of TopK", [str(weights.k) for weights in by_layer.values() if weights.activation == "topk"]),
-        ("widths of the model", [str(weights.d_in) for weights in by_layer.values()]),
-    ):
-        if len(set(values)) > 1:
+    shared: dict[str, set[str]] = {
+        "activations": {weights.activation for weights in by_layer.values()},
+        "k of TopK": {str(weights.k) for weights in by_layer.values() if weights.activation == "topk"},
+        "widths of the model": {str(weights.d_in) for weights in by_layer.values()},
+    }
+    for name, values in shared.items():
+        if len(values) > 1:
             raise ValueError(
-                f"circuit-tracer export: a set has one config for all layers, got {name} {', '.join(sorted(set(values)))}; "
+                f"circuit-tracer export: a set has one config for all layers, got {name} {', '.join(sorted(values))}; "
                 "export them apart"
             )
     n_layers = options.get("n_layers") or max(by_layer) + 1
@@ -86,25 +87,19 @@ def write_set(
     skip = any(weights.W_skip is not None for weights in by_layer.values())
     if spare:
         record.add(
-            f"{spare} latents of zeros added: its TopK has no ReLU, and chooses them before a negative value",
-            "layout",
+            f"{spare} latents of zeros added: its TopK has no ReLU, and chooses them before a negative value", "layout"
         )
         record.add(
             "TopK sets are read by circuit-tracer's main branch (tag v0.5.0) only: 0.4.1 takes them for ReLU", "note"
         )
     missing = [layer for layer in range(n_layers) if layer not in by_layer]
     if missing:
-        record.add(
-            f"layers {missing} are transcoders of zeros: circuit-tracer refuses gaps",
-            "layout",
-        )
+        record.add(f"layers {missing} are transcoders of zeros: circuit-tracer refuses gaps", "layout")
     for layer in range(n_layers):
         weights = by_layer.get(layer)
         if weights is not None and weights.d_sae + spare < width:
-            record.add(
-                f"layer {layer}: {weights.d_sae} latents padded with zeros to {width}: one width for all layers",
-                "layout",
-            )
+            what = f"{weights.d_sae} latents padded with zeros to {width}: one width for all layers"
+            record.add(f"layer {layer}: {what}", "layout")
         write_safetensors(folder / f"layer_{layer}.safetensors", _tensors(weights, some, width, skip))
     config: dict[str, Any] = {
         "model_kind": "transcoder_set",
@@ -150,13 +145,12 @@ def _one_pair_of_hooks(by_layer: Mapping[int, FoldedWeights]) -> tuple[str, str]
 def _tensors(weights: FoldedWeights | None, like: FoldedWeights, width: int, skip: bool) -> dict[str, Tensor]:
     """The tensors of a layer, padded with zeros to `width` latents; of zeros alone without `weights`."""
     d_model = like.d_in
-    shapes: dict[str, tuple[int, ...]] = {"W_enc": (width, d_model), "b_enc": (width,), "W_dec": (width, d_model)}
-    shapes["b_dec"] = (d_model,)
+    tensors = {name: torch.zeros(width, d_model) for name in ("W_enc", "W_dec")}
+    tensors |= {"b_enc": torch.zeros(width), "b_dec": torch.zeros(d_model)}
     if like.activation == "threshold":
-        shapes[_THRESHOLD] = (width,)
+        tensors[_THRESHOLD] = torch.zeros(width)
     if skip:
-        shapes["W_skip"] = (d_model, d_model)
-    tensors = {name: torch.zeros(shape) for name, shape in shapes.items()}
+        tensors["W_skip"] = torch.zeros(d_model, d_model)
     for name, tensor in ({} if weights is None else to_layout(weights, _LAYOUT)).items():
         tensors[name][: tensor.shape[0]] = tensor
     return tensors

@@ -133,8 +133,7 @@ class FoldedWeights:
         The same latents act on the same tokens, each by its threshold less. (Thresholds left out would let every positive
         pre-activation act: on the demo's transcoder 462 latents a token for 15, and twice the error of the former.)
         """
-        threshold = self.with_latent_thresholds().threshold
-        assert threshold is not None
+        threshold = self.latent_thresholds()
         if bool(threshold.any()):
             record.change(
                 f"{why}: it has no thresholds. They are subtracted from b_enc, so the same latents act, each by its threshold "
@@ -149,10 +148,14 @@ class FoldedWeights:
         record.change(f"{why}: the linear skip connection would be dropped")
         return replace(self, W_skip=None)
 
-    def with_latent_thresholds(self) -> FoldedWeights:
-        """The same function with a threshold for each latent, [d_sae], none below 0."""
+    def latent_thresholds(self) -> Tensor:
+        """[d_sae], none below 0: what is compared with the pre-activations."""
         assert self.threshold is not None
-        return replace(self, threshold=self.threshold.clamp_min(0).expand(self.d_sae).contiguous())
+        return self.threshold.clamp_min(0).expand(self.d_sae).contiguous()
+
+    def with_latent_thresholds(self) -> FoldedWeights:
+        """The same function with a threshold for each latent."""
+        return replace(self, threshold=self.latent_thresholds())
 
 
 def from_transcoder(model: Transcoder, hooks: Hooks, record: Conversion) -> FoldedWeights:

@@ -1,10 +1,10 @@
-"""Runs side by side: final metrics, differences from the first run, and paired differences over the steps."""
+"""Runs, or methods over seeds, side by side: final metrics, differences from the first, and their intervals."""
 
 from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,14 @@ from typing import Any
 from transcoder.files import local_path, replace_atomically
 from transcoder.reporting.format import MISSING, number
 from transcoder.reporting.run import Run
-from transcoder.reporting.statistics import half_width
+from transcoder.reporting.statistics import half_width, interval
 from transcoder.reporting.summary_metrics import HELDOUT_FVU, L0, SUMMARY_METRICS, TRAINING_FVU, SummaryMetric
 from transcoder.reporting.tables import ruled_table
 
 SCHEMA_VERSION = 1
 PAIRED = (TRAINING_FVU, HELDOUT_FVU, L0)
 BLOCKS = 10
+MARKS = {"better": " +", "worse": " -"}
 LEAST_STEPS = 2 * BLOCKS
 """Steps that a paired interval needs; with fewer there is a mean only."""
 
@@ -62,6 +63,42 @@ def compare_runs(run_a: str | Path, run_b: str | Path, *more: str | Path) -> dic
     }
 
 
+def compare_methods(methods: Mapping[str, Sequence[str | Path]]) -> dict[str, Any]:
+    """Compare methods by runs that differ in the seed only; the n-th run of each method is paired with the n-th of the first.
+
+    Args:
+        methods: name -> run folders, as many in each, in the same order of seeds.
+
+    Returns JSON values:
+        {"schema_version": 1, "methods": [name, ...], "seeds": number of runs of each,
+         "figures": [{"name", "label", "meaning", "better",
+                      "means": [number | null a method], "differences": [null, {"mean", "low", "high"} | null, ...],
+                      "relative": [null, {"mean", "low", "high"} | null, ...],
+                      "verdicts": [null, "better" | "worse" | "no difference seen" | null, ...]}, ...]}
+
+    A difference is a method's value minus the first method's, seed by seed; "low" and "high" are the 95 % interval of its
+    mean by Student's t, null for one seed. "relative" divides it by the first method's mean. "better" and "worse" are
+    said only where the interval leaves 0 out. A metric that a run lacks makes its method's entry null.
+
+    Raises:
+        ValueError: fewer than two methods, or methods of unequal numbers of runs; a seed twice in a method, or paired runs
+            whose seeds differ.
+        FileNotFoundError: one of the paths is no folder.
+    """
+    if len(methods) < 2 or len({len(runs) for runs in methods.values()}) > 1 or not all(methods.values()):
+        counts = ", ".join(f"{name}: {len(runs)}" for name, runs in methods.items())
+        raise ValueError(f"compare: expected two or more methods of equally many runs (seeds), got {counts or 'none'}")
+    folders = [[Run(path, empty_ok=True) for path in runs] for runs in methods.values()]
+    _check_seeds(dict(zip(methods, folders, strict=True)))
+    rows = [_method_row(metric, folders) for metric in metrics_of([run for runs in folders for run in runs])]
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "methods": list(methods),
+        "seeds": len(folders[0]),
+        "figures": [row for row in rows if any(mean is not None for mean in row["means"])],
+    }
+
+
 def format_comparison(comparison: dict[str, Any]) -> str:
     """The comparison as a table for a terminal. What a run lacks is '–', explained below the table."""
     runs = comparison["runs"]
@@ -83,6 +120,22 @@ def format_comparison(comparison: dict[str, Any]) -> str:
     if not two:
         lines.append(f"In brackets: difference from {runs[0]['label']}.")
     return "\n".join([*lines, *_paired_lines(comparison), *_setting_lines(comparison), *_missing_lines(comparison)])
+
+
+def format_methods(comparison: dict[str, Any]) -> str:
+    """The comparison as a table for a terminal: means, and for the others the difference with its interval."""
+    rows = []
+    for row in comparison["figures"]:
+        cells = []
+        for mean, d, verdict in zip(row["means"], row["differences"], row["verdicts"], strict=True):
+            difference = "" if d is None else f" ({_interval_text(d)}){MARKS.get(verdict, '')}"
+            cells.append(f"{mean_text(mean)}{difference}")
+        rows.append([row["label"], *cells])
+    note = (
+        f"In brackets: mean difference from {comparison['methods'][0]} over {comparison['seeds']} seeds, paired, with its 95 % "
+        "interval; + better, - worse, nothing where the interval holds 0. Of twenty such intervals one misses by chance."
+    )
+    return f"{ruled_table(['', *comparison['methods']], rows)}\n{note}"
 
 
 def write_comparison(comparison: dict[str, Any], path: str | Path) -> Path:
@@ -152,6 +205,55 @@ def _interval(differences: list[float]) -> dict[str, float | None]:
     bounds = [n * count // BLOCKS for n in range(BLOCKS + 1)]
     half = half_width([statistics.fmean(differences[a:b]) for a, b in pairwise(bounds)])
     return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
+def mean_text(mean: float | None) -> str:
+    return MISSING if mean is None else f"{mean:.4g}"
+
+
+def _interval_text(d: dict[str, float | None]) -> str:
+    return f"{d['mean']:+.3g}" if d["low"] is None else f"{d['mean']:+.3g}: {d['low']:+.3g} to {d['high']:+.3g}"
+
+
+def _check_seeds(methods: Mapping[str, list[Run]]) -> None:
+    seeds = {name: [run.setting("training.seed") for run in runs] for name, runs in methods.items()}
+    first, expected = next(iter(seeds.items()))
+    for name, found in seeds.items():
+        if len(set(found)) != len(found):
+            raise ValueError(f"compare: {name}: expected runs of different seeds, got training.seed = {found}")
+        if found != expected:
+            raise ValueError(
+                f"compare: expected the same seeds in the same order, got {expected} for {first} and {found} for {name}"
+            )
+
+
+def _method_row(metric: SummaryMetric, folders: list[list[Run]]) -> dict[str, Any]:
+    columns = [[value for run in runs if (value := metric.of(run)) is not None] for runs in folders]
+    known = [column if len(column) == len(runs) else None for column, runs in zip(columns, folders, strict=True)]
+    first, *others = known
+    means = [None if column is None else statistics.fmean(column) for column in known]
+    differences = [
+        None if first is None or column is None else interval([b - a for a, b in zip(first, column, strict=True)])
+        for column in others
+    ]
+    scale = abs(means[0]) if means[0] else None
+    relative = [
+        None if d is None or scale is None else {k: None if v is None else v / scale for k, v in d.items()}
+        for d in differences
+    ]
+    return {
+        **metric.described(),
+        "means": means,
+        "differences": [None, *differences],
+        "relative": [None, *relative],
+        "verdicts": [None, *(_interval_verdict(metric, d) for d in differences)],
+    }
+
+
+def _interval_verdict(metric: SummaryMetric, d: dict[str, float | None] | None) -> str | None:
+    if d is None or d["low"] is None or metric.better == "neither":
+        return None
+    return metric.verdict(d["low"], d["high"]) or "no difference seen"
 
 
 def _labels(runs: list[Run]) -> list[str]:

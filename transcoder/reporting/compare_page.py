@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from transcoder.files import local_path, replace_atomically
 from transcoder.reporting.charts import Chart, Line, interval_chart, interval_words, line_chart
-from transcoder.reporting.compare import metric_named
-from transcoder.reporting.format import MISSING, number
+from transcoder.reporting.compare import mean_text, metric_named
+from transcoder.reporting.format import number
 from transcoder.reporting.page import render, render_page
 from transcoder.reporting.run import Run
 from transcoder.reporting.sections import Section
@@ -81,25 +81,25 @@ def _table(head: Sequence[str], rows: list[list[Any]], caption: str, numeric: Se
 
 
 def _metrics(comparison: dict[str, Any], labels: list[str]) -> Section:
-    rows = []
-    for row in comparison["figures"]:
-        metric = metric_named(row)
-        notes = [
-            [] if d is None else [metric.signed(d), verdict]
-            for d, verdict in zip(row["differences"], row["verdicts"], strict=True)
-        ]
-        rows.append(_row(row, [metric.text(value) for value in row["values"]], notes))
     lead = (
         f"Differences are from {labels[0]}. A verdict only says which number is better; how sure that is, is said under paired "
         "differences, and over seeds by `transcoder compare NAME=RUN,RUN NAME=RUN,RUN`."
     )
+    rows = [
+        _metric_row(row, "values", metric_named(row).text, metric_named(row).signed) for row in comparison["figures"]
+    ]
     return {"lead": lead, "table": _table(["", *labels], rows, "Final metrics", range(1, len(labels) + 1))}
 
 
-def _row(row: dict[str, Any], texts: list[str], notes: list[list[str | None]]) -> list[dict[str, str]]:
-    """A metric's name and meaning, then its values, each with its notes."""
-    cells = [{"text": text, "note": ", ".join(filter(None, note))} for text, note in zip(texts, notes, strict=True)]
-    return [{"text": row["label"].strip(), "note": row["meaning"]}, *cells]
+def _metric_row(
+    row: dict[str, Any], values: str, text: Callable[[Any], str], difference: Callable[[Any], str]
+) -> list[dict[str, str]]:
+    """A metric's name and meaning, then its values, each with the difference from the first and the verdict."""
+    cells = [{"text": row["label"].strip(), "note": row["meaning"]}]
+    for value, d, verdict in zip(row[values], row["differences"], row["verdicts"], strict=True):
+        notes = [] if d is None else [difference(d), verdict]
+        cells.append({"text": text(value), "note": ", ".join(filter(None, notes))})
+    return cells
 
 
 def _paired(comparison: dict[str, Any], labels: list[str]) -> Section:
@@ -150,17 +150,11 @@ def _missing(comparison: dict[str, Any]) -> Section:
 
 def _method_metrics(comparison: dict[str, Any]) -> Section:
     methods = comparison["methods"]
-    rows = []
-    for row in comparison["figures"]:
-        notes = [
-            [] if d is None else [interval_words(d), verdict]
-            for d, verdict in zip(row["differences"], row["verdicts"], strict=True)
-        ]
-        rows.append(_row(row, [MISSING if mean is None else f"{mean:.4g}" for mean in row["means"]], notes))
     lead = (
         f"Means over {comparison['seeds']} seeds; below each the paired difference from {methods[0]} with its 95 % interval. "
         "Better and worse are said only where the interval leaves 0 out; of twenty such intervals one misses by chance."
     )
+    rows = [_metric_row(row, "means", mean_text, interval_words) for row in comparison["figures"]]
     return {"lead": lead, "table": _table(["", *methods], rows, "Means over seeds", range(1, len(methods) + 1))}
 
 

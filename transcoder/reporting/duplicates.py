@@ -1,22 +1,23 @@
-"""The duplicate pairs of a run, as its newest correlation report lists them."""
+"""The pairs and groups of a correlation report: the one reader of them, which takes a report of any shape as far as it goes."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from transcoder.reporting.format import number, percent
+from transcoder.reporting.format import MISSING, number, percent, real, whole
 from transcoder.reporting.tables import SHOWN, ShownAsTable, html_table
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from transcoder.reporting.latents import Latent, Latents
+    from transcoder.reporting.latents import Latent
+    from transcoder.reporting.run import Run
 
 HEAD = (
     "i",
@@ -41,13 +42,13 @@ class Histogram(NamedTuple):
 
 @dataclass(frozen=True)
 class Pair:
-    """Two latents that rise and fall together.
+    """Two latents that rise and fall together. What the report does not say is None.
 
     Fields:
         i, j: latent ids, i < j.
         correlation: Pearson's, over the tokens of the live view; `lower` and `upper` bound it at 95 %.
         cosine, jaccard: of the two activation columns, and of the sets of tokens on which they fire.
-        support: tokens on which either fires. `sequences`: how many sequences they stand in; None where not counted.
+        support: tokens on which either fires. `sequences`: how many sequences they stand in.
         blocks_above: of the disjoint blocks remembered, in how many the lower bound was above the threshold (persistence).
         flagged: held in enough blocks to be called a duplicate.
         mergeable: the merge test's verdict on held-out tokens; None where it was not put to the test or says nothing.
@@ -58,18 +59,18 @@ class Pair:
     i: int
     j: int
     correlation: float
-    lower: float
-    upper: float
-    cosine: float
-    jaccard: float
-    support: int
+    lower: float | None
+    upper: float | None
+    cosine: float | None
+    jaccard: float | None
+    support: int | None
     sequences: int | None
-    blocks_above: int
+    blocks_above: int | None
     flagged: bool
     mergeable: bool | None
     merge_share: float | None
     merge_fvu_change: float | None
-    _latents: Latents | None = dataclasses.field(default=None, repr=False, compare=False)
+    _run: Run = dataclasses.field(repr=False, compare=False)
 
     @property
     def verdict(self) -> str:
@@ -79,8 +80,7 @@ class Pair:
     @property
     def latents(self) -> tuple[Latent, Latent]:
         """Both latents, with their contexts."""
-        assert self._latents is not None
-        return self._latents.by_id(self.i), self._latents.by_id(self.j)
+        return self._run.latents.by_id(self.i), self._run.latents.by_id(self.j)
 
     def other(self, latent: int) -> int:
         """The pair's latent that `latent` is not."""
@@ -88,14 +88,15 @@ class Pair:
 
     def cells(self) -> tuple[str, ...]:
         """The pair's row in a table under `HEAD`."""
+        known = self.lower is not None and self.upper is not None
         return (
             str(self.i),
             str(self.j),
             f"{self.correlation:.3f}",
-            f"{self.lower:.3f} to {self.upper:.3f}",
+            f"{self.lower:.3f} to {self.upper:.3f}" if known else MISSING,
             number(self.cosine),
             number(self.support),
-            str(self.blocks_above),
+            number(self.blocks_above),
             "flagged" if self.flagged else "",
             self.verdict,
             percent(self.merge_share),
@@ -106,7 +107,20 @@ class Pair:
         return f"{html_table(HEAD, [self.cells()])}<table><tbody><tr>{sides}</tr></tbody></table>"
 
 
-_FIELDS = {f.name for f in dataclasses.fields(Pair)} - {"_latents"}
+_FIELDS = [f.name for f in dataclasses.fields(Pair) if f.name != "_run"]
+_WHOLE = ("i", "j", "support", "sequences", "blocks_above")
+
+
+def _read_pair(run: Run, row: object) -> Pair | None:
+    if not isinstance(row, dict):
+        return None
+    known = {name: (whole if name in _WHOLE else real)(row.get(name)) for name in _FIELDS}
+    if known["i"] is None or known["j"] is None or known["correlation"] is None:
+        return None
+    flags = {"flagged": row.get("flagged") is True, "mergeable": None}
+    if isinstance(row.get("mergeable"), bool):
+        flags["mergeable"] = row["mergeable"]
+    return Pair(**{**known, **flags}, _run=run)  # type: ignore[arg-type]
 
 
 class Duplicates(ShownAsTable, Sequence[Pair]):
@@ -115,21 +129,16 @@ class Duplicates(ShownAsTable, Sequence[Pair]):
     The report holds at most `antidup.monitor.max_reported_pairs` of them; `total` counts all.
 
     Args:
-        report: a correlation report as JSON has it.
-        latents: the run's, for the contexts of a pair.
+        run: whose newest correlation report is read; one without a report has no pairs.
         pairs: those that are left of the report's; None takes all that can be read.
     """
 
     HEAD = HEAD
 
-    def __init__(self, report: Mapping[str, Any], latents: Latents, pairs: Iterable[Pair] | None = None) -> None:
-        self.report, self._latents = report, latents
+    def __init__(self, run: Run, pairs: Iterable[Pair] | None = None) -> None:
+        self._run, self.report = run, run.correlation
         if pairs is None:
-            listed = report.get("pairs")
-            rows = (
-                [p for p in listed if isinstance(p, dict) and p.keys() >= _FIELDS] if isinstance(listed, list) else []
-            )
-            read = (Pair(**{name: p[name] for name in _FIELDS}, _latents=latents) for p in rows)
+            read = [p for row in _list(self.report.get("pairs")) if (p := _read_pair(run, row)) is not None]
             pairs = sorted(read, key=lambda p: (-p.correlation, p.i, p.j))
         self._pairs = list(pairs)
 
@@ -137,40 +146,50 @@ class Duplicates(ShownAsTable, Sequence[Pair]):
         """A row a pair, the fields of `Pair` as columns."""
         import pandas as pd
 
-        names = [f.name for f in dataclasses.fields(Pair) if f.name in _FIELDS]
-        return pd.DataFrame([[getattr(p, name) for name in names] for p in self], columns=names)
+        return pd.DataFrame([[getattr(p, name) for name in _FIELDS] for p in self], columns=_FIELDS)
 
     @property
     def step(self) -> int:
         """The step of the report."""
-        return int(self.report.get("step", 0))
+        return whole(self.report.get("step")) or 0
 
     @property
     def total(self) -> int:
         """Pairs above the threshold, listed or not."""
-        return int(self.report.get("pairs_total", len(self._pairs)))
+        stated = whole(self.report.get("pairs_total"))
+        return len(self._pairs) if stated is None else stated
 
     @property
     def thresholds(self) -> dict[str, float]:
         """What makes a candidate: least correlation, support and sequences."""
-        return dict(self.report.get("thresholds") or {})
+        limits = self.report.get("thresholds")
+        known = limits.items() if isinstance(limits, dict) else ()
+        return {name: value for name, said in known if (value := real(said)) is not None}
 
     @property
     def groups(self) -> list[list[int]]:
         """Latents joined by candidate or flagged pairs, the largest group first."""
-        return [list(group) for group in self.report.get("candidate_components") or []]
+        return self.candidate_groups or self.flagged_groups
+
+    @property
+    def candidate_groups(self) -> list[list[int]]:
+        """`groups` as a report of today lists them; an older one has only those of flagged pairs."""
+        return self._groups("candidate_components")
 
     @property
     def flagged_groups(self) -> list[list[int]]:
         """Latents joined by flagged pairs only."""
-        return [list(group) for group in self.report.get("components") or []]
+        return self._groups("components")
 
     @property
     def histogram(self) -> Histogram:
-        """All pairs that fired together, by correlation."""
-        found = self.report.get("histogram") or {}
-        edges = np.asarray(found.get("edges") or [-1.0, 1.0], dtype=np.float64)
-        return Histogram(edges, np.asarray(found.get("counts") or [0], dtype=np.int64))
+        """All pairs that fired together, by correlation; one empty bin where the report has no histogram."""
+        found = self.report.get("histogram")
+        found = found if isinstance(found, dict) else {}
+        edges, counts = ([v for e in _list(found.get(n)) if (v := real(e)) is not None] for n in ("edges", "counts"))
+        if not counts or len(edges) != len(counts) + 1:
+            edges, counts = [-1.0, 1.0], [0.0]
+        return Histogram(np.asarray(edges, dtype=np.float64), np.asarray(counts, dtype=np.int64))
 
     @property
     def flagged(self) -> Duplicates:
@@ -204,4 +223,12 @@ class Duplicates(ShownAsTable, Sequence[Pair]):
         return f"{count} duplicate pairs{what}, at step {self.step:,}"
 
     def _some(self, pairs: Iterable[Pair]) -> Duplicates:
-        return Duplicates(self.report, self._latents, pairs)
+        return Duplicates(self._run, pairs)
+
+    def _groups(self, field: str) -> list[list[int]]:
+        found = [[i for i in _list(group) if type(i) is int] for group in _list(self.report.get(field))]
+        return sorted((group for group in found if len(group) > 1), key=len, reverse=True)
+
+
+def _list(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []

@@ -68,6 +68,19 @@ class MetricsCursor:
                 yield record
 
 
+def values_of(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """The metrics of a line by name; what is null there because it was not finite is NaN or infinite again."""
+    spelled = record.get("nonfinite")
+    spelled = spelled if isinstance(spelled, dict) else {}
+    for name, value in record.items():
+        if name in RESERVED or isinstance(value, bool):
+            continue
+        if isinstance(value, (int, float)):
+            yield name, value
+        elif value is None and spelled.get(name) in ("nan", "inf", "-inf"):
+            yield name, float(spelled[name])
+
+
 def by_step(records: Iterator[dict[str, Any]]) -> Iterator[tuple[int, dict[str, float], dict[str, Any] | None]]:
     """(step, metrics, None) of consecutive lines of one step together, for W&B takes a step once; (step, {}, event)."""
     step, together = -1, dict[str, float]()
@@ -79,13 +92,7 @@ def by_step(records: Iterator[dict[str, Any]]) -> Iterator[tuple[int, dict[str, 
             yield step, together, None
             together = {}
         step = record["step"]
-        spelled = record.get("nonfinite")
-        spelled = spelled if isinstance(spelled, dict) else {}
-        for name, value in record.items():
-            if name not in RESERVED and isinstance(value, (int, float)):
-                together[name] = value
-            elif name not in RESERVED and spelled.get(name) in ("nan", "inf", "-inf"):
-                together[name] = float(spelled[name])
+        together.update(values_of(record))
     if together:
         yield step, together, None
 

@@ -40,9 +40,7 @@ def number(value: float | None) -> str:
     value = as_float(value)
     if not math.isfinite(value):
         return "not finite"
-    if float(value).is_integer():
-        return f"{value:,.0f}" if abs(value) < 1e7 else thousands(value)
-    if abs(value) >= 1e3:
+    if value.is_integer() or abs(value) >= 1e3:
         return f"{value:,.0f}" if abs(value) < 1e7 else thousands(value)
     return f"{value:.2e}" if abs(value) < 1e-3 else f"{value:.4g}"
 

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -130,14 +130,6 @@ def _thinned(lines: list[bytes]) -> list[bytes]:
         if 8 * sum(map(len, kept)) <= 7 * sum(map(len, lines)):
             break
     return kept
-
-
-def read_records(path: Path) -> Iterator[dict[str, Any] | None]:
-    """The objects of a JSON-lines file in order; None stands for a line that is not one (a torn end)."""
-    with open(path, "rb") as file:
-        for line in file:
-            if line.strip():
-                yield parse_record(line)
 
 
 def drop_after(path: Path, step: int) -> tuple[int, dict[str, Any] | None]:

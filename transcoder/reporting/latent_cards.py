@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from transcoder.reporting.charts import short
+from transcoder.reporting.duplicates import Duplicates
 from transcoder.reporting.format import whole
 from transcoder.reporting.page import pack
 from transcoder.reporting.run import Run
-from transcoder.reporting.samples import Contexts, SampleTable
-from transcoder.reporting.sections import groups_of, ranked_pairs
+from transcoder.reporting.samples import Context, SampleTable
+from transcoder.reporting.sections import LISTED_PAIRS
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 DEFAULT_LATENTS = 4096
 """Where the config does not say `logging.report_latents`."""
@@ -57,33 +61,28 @@ def build(run: Run) -> LatentCards:
     sequence, column of the token, [word numbers], [[column, strength 0..1], ...]].
     """
     samples, facts, checkpoint = run.samples, run.heldout_latents, run.unverified_checkpoint
-    pairs = [(p["i"], p["j"]) for p in ranked_pairs(run.correlation)]
-    sampled = np.unique(samples.latent) if samples is not None else np.zeros(0, np.int64)
-    known = [sampled, np.asarray([i for pair in pairs for i in pair], np.int64)]
-    if facts is not None:
-        known.append(facts.latent)
-    if checkpoint is not None and checkpoint.known_firings is not None:
-        known.append(np.arange(len(checkpoint.known_firings.counts)))
-    ids = np.unique(np.concatenate(known)).astype(np.int64)
+    found = Duplicates(run)
+    pairs = [(p.i, p.j) for p in found[:LISTED_PAIRS]]
+    firings = None if checkpoint is None else checkpoint.known_firings
+    sampled = _by_latent([], []) if samples is None else _by_latent(samples.activation, samples.latent)
+    heldout = _by_latent([], []) if facts is None else _by_latent(facts.peak, facts.latent)
+    # Of held-out tokens, else of the last that the monitor saw before the checkpoint.
+    density = _by_latent([], []) if firings is None else _by_latent(firings.counts / firings.tokens, None)
+    if facts is not None and facts.tokens:
+        density = _by_latent(facts.fired / facts.tokens, facts.latent).combine_first(density)
+    paired = _by_latent([0] * 2 * len(pairs), [i for pair in pairs for i in pair])
+    ids = sampled.index.union(heldout.index).union(density.index).union(paired.index).unique()
     place = {int(i): n for n, i in enumerate(ids)}
-    peak = np.full(len(ids), np.nan)
-    count = np.zeros(len(ids), np.int64)
-    if samples is not None:
-        at = np.searchsorted(ids, samples.latent)
-        np.fmax.at(peak, at, samples.activation)
-        count = np.bincount(at, minlength=len(ids))
-    if facts is not None:
-        at = np.searchsorted(ids, facts.latent)
-        peak[at] = np.fmax(peak[at], facts.peak)
-    density = _density(run, ids)
+    peak = sampled.groupby(level=0).max().reindex(ids).combine(heldout.reindex(ids), np.fmax)
+    count = sampled.groupby(level=0).size().reindex(ids, fill_value=0)
     group = np.zeros(len(ids), np.int64)
-    for number, members in enumerate(groups_of(run.correlation), 1):
+    for number, members in enumerate(found.groups, 1):
         group[[place[i] for i in members if i in place]] = number
     partners: dict[str, list[int]] = {}
     for i, j in pairs:
         partners.setdefault(str(i), []).append(j)
         partners.setdefault(str(j), []).append(i)
-    cards = LatentCards({}, sampled=len(sampled))
+    cards = LatentCards({}, sampled=sampled.index.nunique())
     chunk, word, words = (
         _fill(cards, run, samples, _choose(run, samples, pairs), place)
         if samples is not None
@@ -94,7 +93,7 @@ def build(run: Run) -> LatentCards:
         "count": len(ids),
         "widths": run.widths,
         "peak": _rounded(peak, 4),
-        "density": None if density is None else _rounded(density, 3),
+        "density": None if density.isna().all() else _rounded(density.reindex(ids), 3),
         "samples": count.tolist(),
         "group": group.tolist(),
         "chunk": chunk.tolist(),
@@ -105,17 +104,12 @@ def build(run: Run) -> LatentCards:
     return cards
 
 
-def _density(run: Run, ids: NDArray[np.int64]) -> NDArray[np.float64] | None:
-    """Share of tokens on which each latent fires: held-out ones, or the last that the monitor saw before the checkpoint."""
-    density = np.full(len(ids), np.nan)
-    facts, checkpoint = run.heldout_latents, run.unverified_checkpoint
-    if checkpoint is not None and checkpoint.known_firings is not None:
-        counts, tokens = checkpoint.known_firings
-        inside = ids < len(counts)
-        density[inside] = counts[ids[inside]] / tokens
-    if facts is not None and facts.tokens:
-        density[np.searchsorted(ids, facts.latent)] = facts.fired / facts.tokens
-    return None if np.isnan(density).all() else density
+def _by_latent(values: ArrayLike, latents: ArrayLike | None) -> pd.Series[float]:
+    """float64 values by latent ids, int64; None: of all latents in order."""
+    import pandas as pd
+
+    index = None if latents is None else np.asarray(latents, np.int64)
+    return pd.Series(np.asarray(values, np.float64), index)
 
 
 def packed(value: Any) -> str:
@@ -150,29 +144,24 @@ def _fill(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], list[str]]:
     """Pack the cards of the chosen latents; returns the columns `chunk` and `word` of the index, and the `words`."""
     chunk, word = np.full((2, len(place)), -1)
-    every, shown = {}, {}
-    for latent in chosen:
-        every[latent] = rows = samples.rows_of(latent)
-        top = samples.top[rows]
-        shown[latent] = np.concatenate([rows[top][:SAMPLES_OF_A_KIND], rows[~top][:SAMPLES_OF_A_KIND]])
-    contexts = samples.coded_contexts(np.concatenate([np.zeros(0, np.int64), *shown.values()]))
-    facts = {} if run.heldout_latents is None else dict(run.heldout_latents.details(set(chosen)))
+    contexts = _contexts(samples, chosen)
+    facts = {} if run.heldout_latents is None else run.heldout_latents.details(chosen)
     near = {} if run.unverified_checkpoint is None else run.unverified_checkpoint.neighbours(chosen)
     peaks: dict[str, int] = {}
-    spent = first = 0
+    spent = 0
     for begin in range(0, len(chosen), CHUNK):
         part = chosen[begin : begin + CHUNK]
-        local: dict[int, int] = {}
+        local: dict[str, int] = {}
         entries = []
         for latent in part:
-            rows = shown[latent]
-            found = _rows(samples, every[latent], rows, contexts, first, local)
-            entries.append([latent, found, _facts(facts.get(latent), near.get(latent))])
-            own, anchor = contexts.of(first), int(samples.anchor[rows[0]])
-            if 0 <= anchor < len(own):
-                word[place[latent]] = peaks.setdefault(_shorten(contexts.words[own[anchor]]), len(peaks))
-            first += len(rows)
-        text = packed({"words": [_shorten(contexts.words[c]) for c in local], "cards": entries})
+            shown = contexts[latent]
+            peak = max(float(samples.activation[samples.rows_of(latent)[0]]), 1e-12)
+            rows = [_row(context, peak, local) for context in shown]
+            entries.append([latent, rows, _facts(facts.get(latent), near.get(latent))])
+            if shown:
+                strongest = _shorten(shown[0].tokens[shown[0].anchor])
+                word[place[latent]] = peaks.setdefault(strongest, len(peaks))
+        text = packed({"words": list(local), "cards": entries})
         spent += len(text)
         if spent > MAX_BYTES:
             break
@@ -182,35 +171,29 @@ def _fill(
     return chunk, word, list(peaks)
 
 
-def _rows(
-    samples: SampleTable,
-    every: NDArray[np.int64],
-    rows: NDArray[np.int64],
-    contexts: Contexts,
-    first: int,
-    local: dict[int, int],
-) -> list[list[Any]]:
-    """`rows` of a latent, packed; `every` is all of its rows, strongest first. New words are added to `local`."""
-    peak = max(float(samples.activation[every[0]]), 1e-12)
-    # Two samples of one sequence shade each other's contexts.
-    near = samples.activation_at(every)
-    found = []
-    for n, r in enumerate(rows):
-        context = contexts.of(first + n)
-        anchor, position, sequence = int(samples.anchor[r]), int(samples.position[r]), int(samples.sequence[r])
-        if not 0 <= anchor < len(context):
-            continue
-        begin = max(0, anchor - TOKENS_BEFORE)
-        while begin < anchor and context[begin] == 0:
-            begin += 1
-        window = context[begin : anchor + TOKENS_AFTER + 1]
-        at = {column: near.get((sequence, position - anchor + begin + column)) for column in range(len(window))}
-        at[anchor - begin] = float(samples.activation[r])
-        shades = [[n, round(max(0.0, min(1.0, value / peak)), 2)] for n, value in at.items() if value is not None]
-        numbers = [local.setdefault(int(code), len(local)) for code in window]
-        (activation,) = _rounded([samples.activation[r]], 4)
-        found.append([int(samples.top[r]), activation, position, sequence, anchor - begin, numbers, shades])
+def _contexts(samples: SampleTable, chosen: list[int]) -> dict[int, list[Context]]:
+    """The strongest contexts of each kind of the chosen latents."""
+    shown = [np.zeros(0, np.int64)]
+    for latent in chosen:
+        rows = samples.rows_of(latent)
+        top = samples.top[rows]
+        shown += [rows[top][:SAMPLES_OF_A_KIND], rows[~top][:SAMPLES_OF_A_KIND]]
+    found: dict[int, list[Context]] = {latent: [] for latent in chosen}
+    for context in samples.read_contexts(np.concatenate(shown)):
+        found[context.latent].append(context)
     return found
+
+
+def _row(context: Context, peak: float, words: dict[str, int]) -> list[Any]:
+    """A context, packed; its new words are added to `words`."""
+    begin = max(0, context.anchor - TOKENS_BEFORE)
+    window = slice(begin, context.anchor + TOKENS_AFTER + 1)
+    shades = np.clip(context.activations[window] / peak, 0, 1)
+    numbers = [words.setdefault(_shorten(token), len(words)) for token in context.tokens[window]]
+    (activation,) = _rounded([context.activation], 4)
+    place = [context.position, context.sequence, context.anchor - begin]
+    known = [[n, round(float(shades[n]), 2)] for n in np.flatnonzero(np.isfinite(shades)).tolist()]
+    return [int(context.kind == "top"), activation, *place, numbers, known]
 
 
 def _facts(details: dict[str, Any] | None, near: list[tuple[int, float]] | None) -> dict[str, Any]:

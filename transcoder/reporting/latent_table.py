@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,17 +37,13 @@ class LatentTable:
     why: dict[str, str]
     _path: Path
 
-    def details(self, wanted: set[int]) -> Iterator[tuple[int, dict[str, Any]]]:
-        """(id, lists) of the wanted latents, in order of ids; lists that a latent lacks are empty. Reads in batches."""
+    def details(self, wanted: list[int]) -> dict[int, dict[str, Any]]:
+        """The lists of the wanted latents by id; lists that a latent lacks are empty."""
+        import pyarrow.compute as pc
         import pyarrow.parquet as pq
 
-        with pq.ParquetFile(self._path) as file:
-            for batch in file.iter_batches(batch_size=1024, columns=["latent", *LISTS]):
-                ids = batch.column("latent").to_pylist()
-                rows = [n for n, i in enumerate(ids) if i in wanted]
-                lists = {name: batch.column(name).take(rows).to_pylist() for name in LISTS} if rows else {}
-                for at, row in enumerate(rows):
-                    yield ids[row], {name: column[at] or [] for name, column in lists.items()}
+        rows = pq.read_table(self._path, columns=["latent", *LISTS], filters=pc.field("latent").isin(wanted))
+        return {row.pop("latent"): {name: found or [] for name, found in row.items()} for row in rows.to_pylist()}
 
 
 def read_latents(path: Path) -> LatentTable:

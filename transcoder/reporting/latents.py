@@ -84,7 +84,7 @@ class LatentColumns:
         """int64: the number of each latent's group in `run.duplicates.groups`, -1 for none."""
         numbers = np.full(self.d_sae, -1, dtype=np.int64)
         for n, group in enumerate(self.run.duplicates.groups):
-            numbers[group] = n
+            numbers[[latent for latent in group if 0 <= latent < self.d_sae]] = n
         return numbers
 
 

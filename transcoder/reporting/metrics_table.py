@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transcoder.reporting.follow_metrics import FILE_NAME as FILE_NAME
-from transcoder.reporting.follow_metrics import RESERVED
+from transcoder.reporting.follow_metrics import values_of
 from transcoder.reporting.format import MISSING, as_float, number, whole
 from transcoder.reporting.jsonl import parse_record
 from transcoder.reporting.parts import RunPartMissingError
@@ -214,21 +214,7 @@ class Metrics(ShownAsTable, Mapping[str, Series]):
             self.last_step = step
             if timed:
                 self._pace.append((step, as_float(seconds)))  # type: ignore[arg-type]
-            spelled = record.get("nonfinite")
-            for name, said in record.items():
-                value = _number(said, spelled.get(name) if isinstance(spelled, dict) else None)
-                if value is None or name in RESERVED:
-                    continue
-                column = self.series.get(name)
-                if column is None:
-                    column = self.series[name] = Series()
+            for name, value in values_of(record):
+                column = self.series.setdefault(name, Series())
                 column.steps.append(step)
-                column.values.append(value)
-
-
-def _number(value: object, spelled: object) -> float | None:
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return as_float(value)
-    if value is None and spelled in ("nan", "inf", "-inf"):
-        return float(str(spelled))
-    return None
+                column.values.append(as_float(value))

@@ -15,14 +15,13 @@ import yaml
 
 from transcoder.checkpoint_folder import CheckpointError, candidates, find_checkpoint
 from transcoder.files import local_path
-from transcoder.reporting import plots, run_frames
+from transcoder.reporting import plots, run_tables
 from transcoder.reporting.checkpoint import Checkpoint, newest_readable, read_checkpoint
 from transcoder.reporting.duplicates import Duplicates
 from transcoder.reporting.format import as_float, number, whole
 from transcoder.reporting.latent_table import FILE_NAME as LATENTS_FILE
 from transcoder.reporting.latent_table import LatentTable, read_latents
 from transcoder.reporting.latents import LatentColumns, Latents
-from transcoder.reporting.ledger_verdict import read_ledger
 from transcoder.reporting.metrics_table import FILE_NAME, Metrics
 from transcoder.reporting.parts import Missing, Part, RunPartMissingError
 from transcoder.reporting.samples import SampleTable, read_samples
@@ -166,12 +165,10 @@ class Run:
         """activation_samples/samples.parquet, or None."""
         file = self.path / "activation_samples" / "samples.parquet"
         if not file.exists():
-            every = self.setting("antidup.samples.save_frequency")
-            when = "" if every is None else f" (they are saved every {every} steps)"
+            when = self._every("antidup.samples.save_frequency", "they are saved")
             why = f"samples.parquet is not in the folder{when}: no contexts can be shown"
-            if self.setting("antidup.samples.enabled") is False:
-                why = "the sample collector was switched off"
-            self._why["activation samples"] = why
+            off = self.setting("antidup.samples.enabled") is False
+            self._why["activation samples"] = "the sample collector was switched off" if off else why
             return None
         found = self._parquet(self._why, "activation samples", file, read_samples)
         if found is not None and not len(found):
@@ -203,8 +200,7 @@ class Run:
         """The newest checkpoint that can be read, or None. Its checksums are not verified, which would read all of it."""
         found = newest_readable(self.path)
         if found is None:
-            every = self.setting("checkpoint.every")
-            when = "" if every is None else f" (the run writes one every {every} steps)"
+            when = self._every("checkpoint.every", "the run writes one")
             self._why_lacking["checkpoint"] = f"checkpoints/ holds none that can be read{when}: no decoder neighbours"
         return found
 
@@ -218,12 +214,10 @@ class Run:
         try:
             return read_checkpoint(find_checkpoint(self.path))
         except FileNotFoundError as error:
-            every, second = self.setting("checkpoint.every"), self.setting("checkpoint.second_location")
-            when = "" if every is None else f" (the run writes one every {every} steps and at its end)"
+            second = self.setting("checkpoint.second_location")
             elsewhere = "" if second is None else f"; look into checkpoint.second_location, {second}"
-            raise RunPartMissingError(
-                self._error_text("checkpoint", f"checkpoints/ holds none{when}{elsewhere}")
-            ) from error
+            why = f"checkpoints/ holds none{self._every('checkpoint.every', 'the run writes one')}{elsewhere}"
+            raise RunPartMissingError(self._error_text("checkpoint", why)) from error
         except (OSError, ValueError, CheckpointError) as error:
             raise RunPartMissingError(self._error_text("checkpoint", str(error))) from error
 
@@ -397,11 +391,11 @@ class Run:
         """
         if not self.correlation:
             raise self.missing_error("duplicates", "correlation report")
-        return Duplicates(self.correlation, self.latents)
+        return Duplicates(self)
 
-    prefixes = property(run_frames.prefixes)
-    positions = property(run_frames.positions)
-    ledger = property(read_ledger)
+    prefixes = property(run_tables.prefixes)
+    positions = property(run_tables.positions)
+    ledger = property(run_tables.ledger)
     plot_loss, plot_fvu, plot_duplicates = plots.plot_loss, plots.plot_fvu, plots.plot_duplicates
     plot_density, plot_positions = plots.plot_density, plots.plot_positions
 
@@ -443,6 +437,11 @@ class Run:
         # Plain names ("step", "tokens") are the run's, not metrics.
         metrics = {n: v for n, v in self.final.items() if "/" in n and isinstance(v, (int, float))}
         return {name: as_float(value) for name, value in metrics.items() if math.isfinite(as_float(value))}
+
+    def _every(self, setting: str, what: str) -> str:
+        """ " (`what` every 500 steps)"; nothing where the settings do not say."""
+        every = self.setting(setting)
+        return "" if every is None else f" ({what} every {every} steps)"
 
     def _error_text(self, what: str, why: str) -> str:
         return f"run {str(self.path)!r} has no {what}: {why}"

@@ -38,6 +38,7 @@ class Context:
         position: of the anchor in its sequence.
         sequence: number of the sequence, -1 where unknown.
         step: the training step that saw it.
+        latent: whose sample it is.
     """
 
     kind: Literal["top", "stratified"]
@@ -48,6 +49,7 @@ class Context:
     position: int
     sequence: int
     step: int
+    latent: int
 
     @property
     def text(self) -> str:
@@ -87,25 +89,6 @@ class Context:
 
 
 @dataclass(frozen=True, eq=False)
-class Contexts:
-    """Contexts of some rows, as words of a vocabulary.
-
-    Fields:
-        words: display strings; the first is the empty one, which stands for padding.
-        offsets: [rows + 1] int64 into `codes`.
-        codes: int32 numbers of words.
-    """
-
-    words: list[str]
-    offsets: NDArray[np.int64]
-    codes: NDArray[np.int32]
-
-    def of(self, row: int) -> NDArray[np.int32]:
-        """The codes of one row."""
-        return self.codes[self.offsets[row] : self.offsets[row + 1]]
-
-
-@dataclass(frozen=True, eq=False)
 class SampleTable:
     """Samples, one row each; every column has the same length.
 
@@ -134,34 +117,8 @@ class SampleTable:
         begin, end = np.searchsorted(latents, [latent, latent + 1])
         return order[begin:end]
 
-    def activation_at(self, rows: NDArray[np.int64]) -> dict[tuple[int, int], float]:
-        """(sequence, position) -> activation of one latent's `rows`, strongest first; rows of unknown sequences are left
-        out, and of two at one place the first counts."""
-        known = rows[self.sequence[rows] >= 0][::-1]
-        places = zip(self.sequence[known].tolist(), self.position[known].tolist(), strict=True)
-        return dict(zip(places, self.activation[known].tolist(), strict=True))
-
     def read_contexts(self, rows: NDArray[np.int64]) -> list[Context]:
-        """The contexts of one latent's rows, in their order; a row whose anchor is outside its context is left out."""
-        kept, coded = self.activation_at(rows), self.coded_contexts(rows)
-        found = []
-        for row, r in enumerate(rows):
-            context = [coded.words[code] for code in coded.of(row)]
-            anchor, position, sequence = int(self.anchor[r]), int(self.position[r]), int(self.sequence[r])
-            if not 0 <= anchor < len(context):
-                continue
-            begin = next(n for n, token in enumerate(context) if token != "" or n == anchor)
-            tokens, anchor = context[begin:], anchor - begin
-            near = [kept.get((sequence, position - anchor + n), np.nan) for n in range(len(tokens))]
-            near[anchor] = activation = float(self.activation[r])
-            kind: Literal["top", "stratified"] = "top" if self.top[r] else "stratified"
-            found.append(
-                Context(kind, tokens, anchor, activation, np.asarray(near), position, sequence, int(self.step[r]))
-            )
-        return found
-
-    def coded_contexts(self, rows: NDArray[np.int64]) -> Contexts:
-        """The contexts of `rows`, in their order; token ids in brackets where the file has no display strings.
+        """The contexts of `rows`, in their order; a row whose anchor is outside its context is left out.
 
         Reads the file once, `BATCH_ROWS` rows at a time.
         """
@@ -169,20 +126,39 @@ class SampleTable:
 
         order = np.argsort(rows, kind="stable")
         wanted = rows[order]
-        words: dict[str, int] = {"": 0}
-        parts: list[NDArray[np.int32]] = []
+        read: list[list[str]] = []
         with pq.ParquetFile(self._path) as file:
             first = 0
             for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=_text_columns(file)):
                 inside = wanted[np.searchsorted(wanted, first) : np.searchsorted(wanted, first + len(batch))] - first
                 first += len(batch)
                 if len(inside):
-                    parts.extend(_coded(batch.take(inside), words))
-        codes: list[NDArray[np.int32]] = [np.zeros(0, np.int32)] * len(rows)
-        for place, part in zip(order, parts, strict=True):
-            codes[place] = part
-        offsets = np.cumsum([0, *map(len, codes)], dtype=np.int64)
-        return Contexts(list(words), offsets, np.concatenate(codes) if codes else np.zeros(0, np.int32))
+                    read.extend(_token_texts(batch.take(inside)))
+        texts = dict(zip(order.tolist(), read, strict=True))
+        kept = {latent: self._activation_at(latent) for latent in np.unique(self.latent[rows]).tolist()}
+        found = (self._context(int(row), texts[n], kept[int(self.latent[row])]) for n, row in enumerate(rows))
+        return [context for context in found if context is not None]
+
+    def _activation_at(self, latent: int) -> dict[tuple[int, int], float]:
+        """(sequence, position) -> activation of one latent's samples; those of unknown sequences are left out, and of two at
+        one place the stronger counts."""
+        rows = self.rows_of(latent)
+        known = rows[self.sequence[rows] >= 0][::-1]
+        places = zip(self.sequence[known].tolist(), self.position[known].tolist(), strict=True)
+        return dict(zip(places, self.activation[known].tolist(), strict=True))
+
+    def _context(self, row: int, texts: list[str], kept: dict[tuple[int, int], float]) -> Context | None:
+        """`kept`: `_activation_at` of the row's latent; samples of one sequence shade each other's contexts."""
+        anchor, position, sequence = int(self.anchor[row]), int(self.position[row]), int(self.sequence[row])
+        if not 0 <= anchor < len(texts):
+            return None
+        begin = next(n for n, token in enumerate(texts) if token != "" or n == anchor)
+        tokens, anchor = texts[begin:], anchor - begin
+        near = np.asarray([kept.get((sequence, position - anchor + n), np.nan) for n in range(len(tokens))])
+        near[anchor] = activation = float(self.activation[row])
+        kind: Literal["top", "stratified"] = "top" if self.top[row] else "stratified"
+        step, latent = int(self.step[row]), int(self.latent[row])
+        return Context(kind, tokens, anchor, activation, near, position, sequence, step, latent)
 
     def containing(self, text: str) -> NDArray[np.bool_]:
         """[rows] bool: whether `text` is in the row's context, upper and lower case alike; it may span several tokens."""
@@ -250,20 +226,21 @@ def _text_columns(file: Any) -> list[str]:
     return [name for name in ("context", "tokens") if name in file.schema_arrow.names]
 
 
-def _coded(batch: Any, words: dict[str, int]) -> list[NDArray[np.int32]]:
-    """One array a row; new words are added."""
+def _token_texts(batch: Any) -> list[list[str]]:
+    """A row's display strings, "" for padding; token ids in brackets where the file has none. Alike strings are one object."""
     contexts = batch.column("context")
-    lengths = np.asarray(contexts.value_lengths().fill_null(0).to_numpy(zero_copy_only=False), np.int64)
+    lengths = contexts.value_lengths().fill_null(0)
     ids = contexts.flatten()
     strings = batch.column("tokens") if "tokens" in batch.schema.names else None
     # A file of another writer may have more or fewer strings than ids; then no string belongs to an id.
-    if strings is not None and strings.value_lengths().fill_null(0).equals(contexts.value_lengths().fill_null(0)):
+    if strings is not None and strings.value_lengths().fill_null(0).equals(lengths):
         encoded = strings.flatten().fill_null("").dictionary_encode()
         spelled = encoded.dictionary.to_pylist()
     else:
         encoded = ids.dictionary_encode()
         spelled = [f"[{i}]" for i in encoded.dictionary.to_pylist()]
-    numbers = np.asarray([words.setdefault(s, len(words)) for s in spelled] or [0], np.int32)
-    codes = numbers[np.asarray(encoded.indices.to_numpy(zero_copy_only=False), np.int64)]
-    codes[np.asarray(ids.to_numpy(zero_copy_only=False)) < 0] = 0
-    return np.split(codes, np.cumsum(lengths)[:-1])
+    words = np.asarray([*spelled, ""], dtype=object)
+    codes = np.asarray(encoded.indices.to_numpy(zero_copy_only=False), np.int64)
+    codes = np.where(np.asarray(ids.to_numpy(zero_copy_only=False)) < 0, len(spelled), codes)
+    ends = np.cumsum(lengths.to_numpy(zero_copy_only=False), dtype=np.int64)
+    return [part.tolist() for part in np.split(words[codes], ends[:-1])]

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import yaml
-from numpy.typing import NDArray
 
 from transcoder.reporting import summary_metrics
 from transcoder.reporting.charts import Chart, Line, bar_chart, graph_chart, line_chart, ordered_colors
+from transcoder.reporting.duplicates import Duplicates
 from transcoder.reporting.format import MISSING, number, percent, real, whole
+from transcoder.reporting.parts import RunPartMissingError
 from transcoder.reporting.run import Run
 from transcoder.reporting.samples import SampleTable
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Section = dict[str, Any]
 """What a template is given, by name."""
@@ -125,87 +128,59 @@ def _baselines(run: Run, *, mean: bool = True) -> list[tuple[float, str]]:
 
 
 def prefixes(run: Run) -> Section:
-    heldout = run.prefix_metrics("evaluation/fvu_prefix")
-    found = heldout or run.prefix_metrics("metrics/fvu_prefix")
+    try:
+        found = run.prefixes
+    except RunPartMissingError:
+        return {}
+    heldout = found.attrs["heldout"]
     where = "held-out tokens" if heldout else "the last training batches (no evaluation was recorded)"
     chart = line_chart(
         "FVU by prefix width",
-        [Line("held-out" if heldout else "training", list(found), list(found.values()), markers=True)],
+        [Line("held-out" if heldout else "training", found.index, found.fvu, markers=True)],
         x_label="latents in the prefix",
         y_label="FVU",
         references=_baselines(run, mean=False),
         from_zero=True,
         note=f"Measured on {where}.",
     )
-    rows = []
-    widths, values = list(found), list(found.values())
-    for n, (width, fvu) in enumerate(found.items()):
-        added = width - widths[n - 1] if n else width
-        gain = values[n - 1] - fvu if n else None
-        each = None if gain is None else 1000 * gain / added
-        rows.append([number(width), number(added), number(fvu), percent(1 - fvu), number(gain), number(each)])
-    return {"found": found, "chart": chart, "rows": rows}
+    found["each"] = 1000 * found.gain / found.added
+    return {"chart": chart, "rows": [_prefix_row(row) for row in found.reset_index().to_dict("records")]}
+
+
+def _prefix_row(row: dict[str, Any]) -> list[str]:
+    gain, each = real(row["gain"]), real(row["each"])
+    return [
+        number(row["width"]),
+        number(row["added"]),
+        number(row["fvu"]),
+        percent(row["explained"]),
+        number(gain),
+        number(each),
+    ]
 
 
 def duplicates(run: Run) -> Section:
-    report = run.correlation
-    pairs = ranked_pairs(report)
+    found = Duplicates(run)
+    pairs = found[:LISTED_PAIRS]
     return {
-        "report": report,
+        "report": found.report,
         "why": _why_missing(run, "correlation report"),
-        "pairs": [{**pair, "test": _merge_test(pair)} for pair in pairs],
+        "pairs": pairs,
+        "tests": {True: "duplicate", False: "no duplicate", None: "not tested"},
         "countable": SEQUENCES_COUNTABLE,
-        "graph": _graph(report, pairs),
-        "charts": [_histogram(report), _merge_costs(pairs)],
-        "groups": _components(report, "components"),
-        "candidate_groups": _components(report, "candidate_components"),
+        "graph": _graph(pairs),
+        "charts": [_histogram(found), _merge_costs(pairs)],
+        "groups": found.flagged_groups,
+        "candidate_groups": found.candidate_groups,
     }
 
 
-def ranked_pairs(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The listed pairs that can be read, strongest first."""
-    listed = report.get("pairs")
-    good = [
-        p
-        for p in (listed if isinstance(listed, list) else [])
-        if isinstance(p, dict)
-        and all(whole(p.get(n)) is not None for n in "ij")
-        and real(p.get("correlation")) is not None
-    ]
-    return sorted(good, key=lambda p: -p["correlation"])[:LISTED_PAIRS]
-
-
-def groups_of(report: Mapping[str, Any]) -> list[list[int]]:
-    """Groups of latents joined by candidate or flagged pairs, the largest first."""
-    return _components(report, "candidate_components") or _components(report, "components")
-
-
-def _merge_test(pair: Mapping[str, Any]) -> str:
-    mergeable = pair.get("mergeable")
-    return ("no duplicate", "duplicate")[mergeable] if isinstance(mergeable, bool) else "not tested"
-
-
-def _components(report: Mapping[str, Any], field: str) -> list[list[int]]:
-    listed = report.get(field)
-    groups = [g for g in listed if isinstance(g, list)] if isinstance(listed, list) else []
-    found = [[i for i in g if type(i) is int] for g in groups]
-    return sorted((g for g in found if len(g) > 1), key=len, reverse=True)
-
-
-def _histogram(report: Mapping[str, Any]) -> Chart | None:
-    histogram = report.get("histogram")
-    if not isinstance(histogram, dict):
-        return None
-    edges = [v for e in histogram.get("edges") or [] if (v := real(e)) is not None]
-    counts = [v for c in histogram.get("counts") or [] if (v := real(c)) is not None]
-    if len(edges) != len(counts) + 1:
-        return None
-    limits = report.get("thresholds")
-    threshold = real(limits.get("correlation")) if isinstance(limits, dict) else None
+def _histogram(found: Duplicates) -> Chart | None:
+    threshold = found.thresholds.get("correlation")
     return bar_chart(
         "Correlation of latent pairs",
-        edges,
-        [("pairs", counts, "c0")],
+        found.histogram.edges.tolist(),
+        [("pairs", found.histogram.counts.tolist(), "c0")],
         x_label="correlation",
         y_label="pairs",
         log=True,
@@ -213,9 +188,9 @@ def _histogram(report: Mapping[str, Any]) -> Chart | None:
     )
 
 
-def _merge_costs(pairs: list[dict[str, Any]]) -> Chart | None:
+def _merge_costs(pairs: Duplicates) -> Chart | None:
     """How many of the listed pairs fold at which cost; a cost outside 0 to 1 counts in the outermost bin."""
-    shares = [s for p in pairs if (s := real(p.get("merge_share"))) is not None]
+    shares = [p.merge_share for p in pairs if p.merge_share is not None]
     counts, edges = np.histogram(np.clip(shares, 0, 1), 10, (0, 1))
     return bar_chart(
         "What folding the listed pairs would cost",
@@ -227,9 +202,9 @@ def _merge_costs(pairs: list[dict[str, Any]]) -> Chart | None:
     )
 
 
-def _graph(report: Mapping[str, Any], pairs: list[dict[str, Any]]) -> Chart | None:
+def _graph(pairs: Duplicates) -> Chart | None:
     groups: list[list[int]] = []
-    total = groups_of(report)
+    total = pairs.groups
     for group in total:
         if groups and sum(map(len, groups)) + len(group) > GRAPH_LATENTS:
             break
@@ -237,11 +212,7 @@ def _graph(report: Mapping[str, Any], pairs: list[dict[str, Any]]) -> Chart | No
     if not groups:
         return None
     known = {i for g in groups for i in g}
-    edges = [
-        (p["i"], p["j"], p["correlation"], p.get("flagged") is True, p.get("mergeable") is True)
-        for p in pairs
-        if {p["i"], p["j"]} <= known
-    ]
+    edges = [(p.i, p.j, p.correlation, p.flagged, p.mergeable is True) for p in pairs if {p.i, p.j} <= known]
     spoken = f"{len(total)} groups; {len(groups)} drawn, the largest of {len(groups[0])} latents"
     note = "A thick line is a flagged pair, an orange one folds at little cost. A latent opens its card."
     return graph_chart("Groups of correlated latents", groups, edges, spoken=spoken, note=note)
@@ -251,7 +222,7 @@ def positions(run: Run) -> Section:
     samples = run.samples
     if samples is None:
         return {"tiles": _sinks(run)}
-    latents, shares = concentration(samples)
+    shares = concentration(samples)
     counts, edges = np.histogram(shares, POSITION_BINS, (0, 1))
     concentrated = bar_chart(
         "Do latents keep to one position?",
@@ -259,24 +230,19 @@ def positions(run: Run) -> Section:
         [("latents", counts.tolist(), "c0")],
         x_label="share of a latent's strongest samples at its commonest position",
         y_label="latents",
-        note=f"{number(len(latents))} latents with at least {LEAST_SAMPLES} strongest samples.",
+        note=f"{number(len(shares))} latents with at least {LEAST_SAMPLES} strongest samples.",
     )
-    charts = [_sample_positions(run, samples), concentrated, _drawn_positions(run)]
-    return {"tiles": _sinks(run), "charts": charts, "locked": latents[shares == 1.0].tolist()}
+    charts = [_sample_positions(run), concentrated, _drawn_positions(run)]
+    return {"tiles": _sinks(run), "charts": charts, "locked": shares.index[shares == 1.0].tolist()}
 
 
-def _sample_positions(run: Run, samples: SampleTable) -> Chart | None:
-    length = max(whole(run.setting("activations.sequence_length")) or 0, int(samples.position.max()) + 1)
-    edges = np.linspace(0, length, POSITION_BINS + 1)
-    groups = []
-    for label, chosen, color in (("strongest", samples.top, "c0"), ("across positions", ~samples.top, "c1")):
-        if chosen.any():
-            counts = np.histogram(samples.position[chosen], edges)[0]
-            groups.append((label, (100 * counts / counts.sum()).tolist(), color))
+def _sample_positions(run: Run) -> Chart | None:
+    found = run.positions
+    named = (("strongest", "strongest", "c0"), ("stratified", "across positions", "c1"))
     return bar_chart(
         "Where kept samples stand",
-        edges.tolist(),
-        groups,
+        found.attrs["edges"].tolist(),
+        [(label, _percents(found[name]), color) for name, label, color in named if found[name].any()],
         x_label="position in the sequence",
         y_label="% of samples",
         note="The second kind is drawn to cover all positions, so only the first shows a preference.",
@@ -295,22 +261,24 @@ def _drawn_positions(run: Run) -> Chart | None:
     return bar_chart(
         "What the position sampler chose",
         np.linspace(0, 1, len(seen) + 1).tolist(),
-        [(label, (100 * v / v.sum()).tolist(), color) for v, (label, color) in zip(counts, named, strict=True)],
+        [(label, _percents(v), color) for v, (label, color) in zip(counts, named, strict=True)],
         x_label="position, as a share of the sequence",
         y_label="% of tokens",
     )
 
 
-def concentration(samples: SampleTable) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Per latent with enough strongest samples: its id, and the share of them at its commonest position."""
-    keys = np.stack([samples.latent[samples.top], samples.position[samples.top]], 1)
-    cells, counts = np.unique(keys, axis=0, return_counts=True)
-    latents, first = np.unique(cells[:, 0], return_index=True)
-    if not len(latents):
-        return latents, np.zeros(0)
-    totals, most = np.add.reduceat(counts, first), np.maximum.reduceat(counts, first)
-    enough = totals >= LEAST_SAMPLES
-    return latents[enough], most[enough] / totals[enough]
+def _percents(counts: Any) -> list[float]:
+    return (100 * counts / counts.sum()).tolist()
+
+
+def concentration(samples: SampleTable) -> pd.Series[float]:
+    """By latent with enough strongest samples: the share of them at its commonest position."""
+    import pandas as pd
+
+    top = pd.DataFrame({"latent": samples.latent, "position": samples.position})[samples.top]
+    counts = top.value_counts().groupby("latent").agg(["sum", "max"])
+    counts = counts[counts["sum"] >= LEAST_SAMPLES]
+    return counts["max"] / counts["sum"]
 
 
 def _sinks(run: Run) -> list[tuple[str, str]]:

@@ -8,7 +8,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 import threading
 import time
 from http import HTTPStatus
@@ -23,9 +22,9 @@ from transcoder.reporting.latent_table import FILE_NAME as LATENTS_FILE
 from transcoder.reporting.metrics_table import FILE_NAME as METRICS_FILE
 from transcoder.reporting.metrics_table import Metrics
 from transcoder.reporting.page import chunk_elements, render, render_page
+from transcoder.reporting.report import FILE_NAME as PAGE_FILE
 from transcoder.reporting.report import payload
-from transcoder.reporting.run_process import process_of
-from transcoder.reporting.terminal_view import look
+from transcoder.reporting.watch_state import look, process_of
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +35,8 @@ IDLE_SECONDS = 20
 LEAST_SECONDS = 2.0
 SHARE = 4
 """Between two readings at least so many times the processor time of one: a long run takes seconds, training needs the cores."""
+OF_CARDS = ("activation_samples/samples.parquet", LATENTS_FILE, "anti_duplication_logs/*", "checkpoints/*")
+"""What the latents' cards are made of: packing them again takes seconds."""
 LOOKS = {"running": "good", "slow": "warn", "dead": "bad"}
 """States that a run's files alone do not tell, and how they look."""
 TEXT = "text/plain; charset=utf-8"
@@ -46,7 +47,6 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
-_PACKED = re.compile(r"/packed/(latent-index|chunk-\d{1,6})")
 
 
 class LiveReport:
@@ -64,7 +64,8 @@ class LiveReport:
         self._next = 0.0
         self._version = 0
         self._cards = LatentCards({})
-        self._packed: dict[str, str] = {}
+        self.packed: dict[str, bytes] = {}
+        """Packed latents by their addresses."""
         self.core: dict[str, Any] = {}
         self.data = b"{}"
         self.tag = ""
@@ -87,15 +88,11 @@ class LiveReport:
     def page(self) -> bytes:
         return render_page(self.core, {}, live=True).encode("utf-8", errors="replace")
 
-    def packed(self, name: str) -> bytes | None:
-        found = self._packed.get(name)
-        return None if found is None else found.encode()
-
     def _render(self) -> None:
         began = time.process_time()
         self._seen = self._signature()
         snapshot = look(self._path, self._metrics)
-        cards_seen = _stats(self._of_cards())
+        cards_seen = self._stats(*OF_CARDS)
         changed = cards_seen != self._cards_seen
         version = self._version + changed
         core, cards = payload(snapshot.run, None if changed else self._cards, version)
@@ -106,7 +103,8 @@ class LiveReport:
         core["head"] = render("header.html", header=core["header"])
         if changed:
             self._cards_seen, self._cards, self._version = cards_seen, cards, version
-            self._packed = chunk_elements(cards.packed_index, cards.chunks)
+            packed = chunk_elements(cards.packed_index, cards.chunks)
+            self.packed = {f"/packed/{name}": text.encode() for name, text in packed.items()}
             # What the chunks were made of is not needed any more.
             cards.chunks.clear()
         self.core = core
@@ -117,28 +115,16 @@ class LiveReport:
 
     def _signature(self) -> object:
         """What a page is made of, and whether its process is there."""
-        files = [p for p in self._path.iterdir() if p.name != "report.html"]
-        return process_of(self._path).state, _stats([*files, *self._files_in("activation_samples"), *self._of_cards()])
+        return process_of(self._path).state, self._stats("*", "activation_samples/*", *OF_CARDS)
 
-    def _of_cards(self) -> list[Path]:
-        """What the latents' cards are made of: packing them again takes seconds."""
-        tables = [self._path / "activation_samples" / "samples.parquet", self._path / LATENTS_FILE]
-        return [*tables, *self._files_in("anti_duplication_logs"), *self._files_in("checkpoints")]
-
-    def _files_in(self, folder: str) -> list[Path]:
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            return list((self._path / folder).iterdir())
-        return []
-
-
-def _stats(files: list[Path]) -> list[tuple[str, int, int]]:
-    """Names, sizes and times of the files that are there."""
-    found = []
-    for file in files:
-        with contextlib.suppress(OSError):
-            stat = file.stat()
-            found.append((str(file), stat.st_size, stat.st_mtime_ns))
-    return sorted(found)
+    def _stats(self, *patterns: str) -> list[tuple[str, int, int]]:
+        """Names, sizes and times of the files that are there, but for a page that was made of them."""
+        found = []
+        for file in (file for pattern in patterns for file in self._path.glob(pattern)):
+            with contextlib.suppress(OSError):
+                if file.name != PAGE_FILE:
+                    found.append((str(file), file.stat().st_size, file.stat().st_mtime_ns))
+        return sorted(found)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -174,7 +160,7 @@ class _Handler(BaseHTTPRequestHandler):
             known = self.headers.get("If-None-Match") == report.tag
             status = HTTPStatus.NOT_MODIFIED if known else HTTPStatus.OK
             return status, "application/json", b"" if known else report.data, {"ETag": report.tag}
-        if (wanted := _PACKED.fullmatch(path)) and (found := report.packed(wanted[1])) is not None:
+        if (found := report.packed.get(path)) is not None:
             return HTTPStatus.OK, "text/plain", found, {}
         return HTTPStatus.NOT_FOUND, TEXT, b"not here\n", {}
 

@@ -3,29 +3,54 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn, TextIO
 
-from rich.console import Console, Group
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
+from rich.measure import Measurement
+from rich.progress_bar import ProgressBar
+from rich.table import Table
 from rich.text import Text
 
+from transcoder.checkpoint_folder import candidates
 from transcoder.files import local_path
-from transcoder.reporting.format import clock
-from transcoder.reporting.metrics_table import FILE_NAME, Metrics
+from transcoder.reporting.format import MISSING, clock, number, percent, thousands
+from transcoder.reporting.metrics_table import FILE_NAME, Metrics, Series
 from transcoder.reporting.progress import PLAIN_SECONDS, metrics_text
-from transcoder.reporting.terminal_view import Snapshot, look, picture
+from transcoder.reporting.tables import visible
+from transcoder.reporting.watch_state import Snapshot, look
 
 INTERVAL = 1.0
 EXIT_OK, EXIT_DEAD, EXIT_STOPPED = 0, 1, 75
 """As `transcoder train` itself exits."""
+BLOCKS, PLAIN_BLOCKS = "▁▂▃▄▅▆▇█", "_.-=+*%#"
+OF_THE_START = ("data", "checkpoint_budget")
+"""Events that every run begins with, which say nothing of its progress."""
+CURVES = (
+    ("loss", "losses/overall_loss"),
+    ("FVU", "metrics/fvu"),
+    ("held-out FVU", "evaluation/fvu"),
+    ("duplicates", "duplicates/pairs"),
+)
+"""Label and name; drawn where they were logged."""
+COLORS = {
+    "running": "green",
+    "finished": "green",
+    "slow": "yellow",
+    "stopped": "yellow",
+    "unclear": "yellow",
+    "dead": "red",
+}
 
 
 def watch_terminal(
@@ -140,3 +165,117 @@ def _signals_raise(*numbers: signal.Signals) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def picture(snapshot: Snapshot, ascii_only: bool = False) -> Group:
+    """The picture, which rich draws and cuts to the terminal's width.
+
+    Args:
+        ascii_only: no other characters, for terminals without UTF-8.
+    """
+
+    def text(words: str, style: str = "") -> Text:
+        words = visible(words)
+        if ascii_only:
+            words = words.replace(MISSING, "-").encode("ascii", "replace").decode()
+        return Text(words, style, no_wrap=True, overflow="crop")
+
+    curves = Table.grid(padding=(0, 2, 0, 0))
+    curves.add_column(no_wrap=True, min_width=max(len(label) for label, _ in CURVES))
+    curves.add_column(no_wrap=True, min_width=8, justify="right")
+    # Only a column that may wrap gets narrower where the terminal is narrow.
+    curves.add_column(min_width=8)
+    curves.add_column(no_wrap=True)
+    for label, name in CURVES:
+        series = snapshot.run.metrics.get(name)
+        if series.last() is not None:
+            curves.add_row(text(label), text(number(series.last())), _Sparkline(series), text(_note(label, snapshot)))
+    facts = [
+        ("L0", number(snapshot.metric("metrics/l0"))),
+        ("dead", percent(snapshot.metric("sparsity/dead_share"))),
+        (
+            "tokens/s",
+            thousands(rate) if (rate := snapshot.metric("metrics/tokens_per_second")) is not None else MISSING,
+        ),
+    ]
+    parts = [
+        text(f"{snapshot.run.name}  {snapshot.words}", f"bold {COLORS[snapshot.state]}"),
+        _progress(snapshot, text),
+        Text(),
+        curves,
+        Text(),
+        text("   ".join(f"{label} {value}" for label, value in facts)),
+        text(_last_seen(snapshot)),
+    ]
+    known = (
+        e for e in snapshot.run.metrics.events if isinstance(e.get("step"), int) and e["event"] not in OF_THE_START
+    )
+    if events := list(known)[-3:]:
+        parts.append(text("events: " + ", ".join(f"{e['event']} at {e['step']:,}" for e in events)))
+    return Group(*parts)
+
+
+def _progress(snapshot: Snapshot, text: Callable[[str], Text]) -> RenderableType:
+    done, total = snapshot.step, snapshot.steps
+    head = "no step yet" if done is None else f"step {number(done)}"
+    if not done or not total:
+        return text(head if not total else f"{head} of {number(total)}")
+    seconds = snapshot.run.metrics.seconds
+    elapsed = "" if seconds is None else f"elapsed {clock(seconds)}"
+    left = "" if snapshot.left is None or snapshot.ended else f"left about {clock(snapshot.left)}"
+    row = Table.grid(padding=(0, 2, 0, 0))
+    row.add_column(no_wrap=True)
+    row.add_column(max_width=30)
+    row.add_column(no_wrap=True)
+    share = 100 * min(1.0, done / total)
+    row.add_row(
+        text(f"{head} of {number(total)}  {share:.0f} %"),
+        ProgressBar(100, share),
+        text("  ".join(filter(None, [elapsed, left]))),
+    )
+    return row
+
+
+def _note(label: str, snapshot: Snapshot) -> str:
+    if label == "held-out FVU":
+        linear = snapshot.metric("evaluation/baseline_linear_fvu")
+        return "" if linear is None else f"linear map {number(linear)}"
+    if label == "duplicates":
+        known = [(word, snapshot.metric(f"duplicates/{word}")) for word in ("flagged", "mergeable")]
+        return ", ".join(f"{word} {number(value)}" for word, value in known if value is not None)
+    return ""
+
+
+def _last_seen(snapshot: Snapshot) -> str:
+    age = snapshot.run.metrics.age_seconds
+    saved = candidates([snapshot.run.path / "checkpoints"])
+    seen = "no line yet" if age is None else f"last line {clock(age)} ago"
+    return f"{seen}, {f'checkpoint of step {saved[0][0]:,}' if saved else 'no checkpoint yet'}"
+
+
+@dataclass(frozen=True)
+class _Sparkline:
+    series: Series
+
+    def __rich_console__(self, _: Console, options: ConsoleOptions) -> RenderResult:
+        drawn = sparkline(self.series, options.max_width, PLAIN_BLOCKS if options.ascii_only else BLOCKS)
+        yield Text(drawn, no_wrap=True, overflow="crop")
+
+    def __rich_measure__(self, _: Console, options: ConsoleOptions) -> Measurement:
+        return Measurement(8, 60)
+
+
+def sparkline(series: Series, size: int, blocks: str = BLOCKS) -> str:
+    """The curve in `size` characters: means over equal parts of the values, low to high; blanks where none is finite."""
+    values: Sequence[float] = series.values
+    size = min(size, len(values))
+    means: list[float | None] = []
+    for n in range(size):
+        part = [v for v in values[n * len(values) // size : (n + 1) * len(values) // size] if math.isfinite(v)]
+        means.append(math.fsum(part) / len(part) if part else None)
+    known = [m for m in means if m is not None]
+    if not known:
+        return " " * size
+    low, span = min(known), max(known) - min(known)
+    top = len(blocks) - 1
+    return "".join(" " if m is None else blocks[round(top * (m - low) / span) if span > 0 else 0] for m in means)

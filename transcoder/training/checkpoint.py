@@ -2,12 +2,10 @@
 
 Each holds transcoder.safetensors (the weights), trainer.safetensors and state.json (the rest of the run's state).
 
-Where a write fails, in this order: the temporary folder is removed; checkpoints that the retention lets go are deleted and the
-write is tried again, and again after each pause of `BACK_OFF`; then `checkpoint.second_location` takes it, if set; then it
-takes the space of the reserve; then the essential state alone takes that; then `save` raises `CheckpointError`. The newest
-checkpoint that was good before is still good after any of these. A trainer may go on after the error and try again at the next
-interval. The reserve is for the last state: an earlier one takes it only where the retention then frees enough to hold it
-again.
+Where a write fails, in this order: checkpoints that the retention lets go are deleted and the write is tried again, and again
+after each pause of `BACK_OFF`; then `checkpoint.second_location` takes it, if set; then it takes the space of the reserve, then
+the essential state alone does; then `save` raises `CheckpointError`. The newest good checkpoint stays good in any case. The
+reserve is for the last state: an earlier one takes it only where the retention then frees enough to hold it again.
 """
 
 from __future__ import annotations
@@ -102,11 +100,8 @@ class CheckpointStore:
         self._run_id: str | None = None
 
     def hold_reserve(self, size: int) -> None:
-        """Hold `size` bytes for the last state; given up when nothing else is left, and held again when there is room.
-
-        Raises:
-            CheckpointError: they are not to be had.
-        """
+        """Hold `size` bytes for the last state; CheckpointError where they are not to be had. They are given up when nothing
+        else is left, and held again when there is room."""
         self.reserve = Reserve(self.run_dir, size)
         try:
             self.reserve.make()
@@ -126,7 +121,7 @@ class CheckpointStore:
         essential: Callable[[Any], Any] | None = None,
         last: bool = False,
     ) -> Path:
-        """Write one checkpoint durably and apply the retention.
+        """Write one checkpoint durably and apply the retention. Returns its folder.
 
         Args:
             step: optimizer steps done; names the folder.
@@ -137,12 +132,7 @@ class CheckpointStore:
             essential: gives what of `trainer_tree` is kept where not all of it fits; None: all of it or nothing.
             last: no later state will come: the reserve is for this one.
 
-        Returns:
-            The checkpoint's folder.
-
-        Raises:
-            CheckpointError: neither the run's folder nor the second location took it; older ones are untouched.
-            TypeError: a leaf that cannot be stored; nothing was written.
+        Raises: CheckpointError, older ones untouched. TypeError for a leaf that cannot be stored, before anything is written.
         """
         summary_tensors, packed_summary = pack_state(summary)
         if summary_tensors:
@@ -183,13 +173,12 @@ class CheckpointStore:
             if (path := written(self.folder, state)) is None:
                 continue
             self.degraded = state is not whole
-            if self.degraded:
-                kept, so = (
-                    "only the essential state could be kept",
-                    "; a run resumed from it goes on, but not to the same bits",
-                )
-            else:
-                kept, so = "the state took the space held for the last", ""
+            kept = (
+                "only the essential state could be kept"
+                if self.degraded
+                else "the state took the space held for the last"
+            )
+            so = "; a run resumed from it goes on, but not to the same bits" if self.degraded else ""
             _warn(f"of step {step} {kept} ({path}): {failures[-1]}{so}")
             return path
         self._hold_reserve_again()
@@ -200,28 +189,20 @@ class CheckpointStore:
         )
 
     def latest(self) -> Loaded | None:
-        """The newest checkpoint that verifies, in the run's folder or the second location; None if none is there.
+        """The newest checkpoint that verifies, in the run's folder or the second location; None if none is there. Damaged ones
+        are passed over with a warning.
 
-        Torn, corrupted or half-missing ones are passed over with a warning.
-
-        Raises:
-            CheckpointError: there are checkpoints but not one verifies, or a newer version wrote one.
+        Raises: CheckpointError where there are checkpoints but not one verifies, or a newer version wrote one.
         """
         places = [self.folder, self._second_folder(create=False)]
         return newest(candidates(p for p in places if p is not None), load_checkpoint)
 
     def check_space(self, each: int, steps: int, others: int = 0) -> None:
-        """Refuse, before training, what cannot fit on the disk or under a quota.
-
-        Args:
-            each: bytes of one checkpoint.
-            steps: length of the run.
-            others: bytes of all other files: logs, samples, reserve.
-
-        Raises:
-            CheckpointError: with bytes needed, bytes free and the settings that would fit.
+        """CheckpointError, before training, for what cannot fit on the disk or under a quota: `each` bytes a checkpoint of
+        `steps` steps, and `others` for logs, samples and reserve. It names bytes needed, bytes free, settings that would fit.
         """
-        self._check_second_location()
+        if self._second is not None:
+            self._check_second_location(self._second)
         present = sum(_size(path) for _, path in candidates([self.folder])) + self.reserve.held
         free = free_bytes(self.folder)
         wanted = checkpoint_bytes(self.section, each, steps) + others - present
@@ -229,24 +210,19 @@ class CheckpointStore:
             free = room
         refuse_what_cannot_fit(self.folder, self.section, each, steps, others, free + present)
 
-    def _check_second_location(self) -> None:
-        if self._second is None:
-            return
+    def _check_second_location(self, place: Path) -> None:
         try:
-            self._second.mkdir(parents=True, exist_ok=True)
-            writable = os.access(self._second, os.W_OK | os.X_OK)
+            place.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CheckpointError(f"checkpoint.second_location: cannot be made: {error}") from error
-        if not writable:
-            raise CheckpointError(f"checkpoint.second_location: {self._second} is not writable")
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise CheckpointError(f"checkpoint.second_location: {place} is not writable")
         # The file with the run's id is made while there is room for it.
         self._second_folder(create=True)
 
     def _second_folder(self, create: bool) -> Path | None:
-        """The run's own folder in the second location.
-
-        Named by an id that is deleted with the run folder: another run of this name must never resume from it.
-        """
+        """The run's own folder in the second location, named by an id that is deleted with the run folder: another run of this
+        name must never resume from it."""
         if self._second is None:
             return None
         id_file = self.run_dir / ".run_id"
@@ -296,13 +272,7 @@ class CheckpointStore:
 
 
 def load_checkpoint(path: Path | str) -> Loaded:
-    """Read and verify one checkpoint folder.
-
-    Raises:
-        ValueError: a file is missing, torn or corrupted; the message names it.
-        CheckpointError: the checkpoint was written by a newer version.
-        OSError: a file cannot be read.
-    """
+    """Read and verify one checkpoint folder. Errors as `verify_checkpoint`."""
     path = Path(path)
     state = read_state(path)
     tensors = {name: read_tensors(path / name, expected) for name, expected in state["files"].items()}
@@ -369,19 +339,16 @@ def _superfluous(section: CheckpointSection, place: Path, step: int, metric: flo
 
 
 def _verifies(folder: Path) -> bool:
-    try:
+    with contextlib.suppress(ValueError, OSError, CheckpointError):
         verify_checkpoint(folder)
-    except (ValueError, OSError, CheckpointError):
-        return False
-    return True
+        return True
+    return False
 
 
 def _metric(folder: Path) -> float | None:
-    try:
-        metric = read_state(folder)["metric"]
-    except (ValueError, OSError, CheckpointError):
-        return None
-    return None if metric is None else float(metric)
+    with contextlib.suppress(ValueError, OSError, CheckpointError, TypeError):
+        return float(read_state(folder)["metric"])
+    return None
 
 
 def _delete(folders: Iterable[Path]) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -20,8 +20,7 @@ from transcoder.tensor_file import tensor_bytes
 from transcoder.training.checkpoint import CheckpointStore
 from transcoder.training.disk_space import CHECKPOINT_SLACK, log_bytes
 from transcoder.training.run_state import essential_tree
-from transcoder.training.snapshot import Snapshots
-from transcoder.training.state_tree import pack_state
+from transcoder.training.state_tree import Snapshots, pack_state
 
 if TYPE_CHECKING:
     from transcoder.training.run_parts import RunParts
@@ -34,7 +33,7 @@ FLUSH_SECONDS = 600.0
 """The longest wait for a write in the background: at a signal, at the end, and before the next one begins."""
 
 
-class Saver:
+class Saver(contextlib.AbstractContextManager["Saver"]):
     """The checkpoints of one run.
 
     With `checkpoint.asynchronous` a save copies the state (a consistent one: the copy is complete before the next step can
@@ -133,10 +132,6 @@ class Saver:
         threading.Thread(target=run, name="transcoder-checkpoint", daemon=True).start()
         self._in_writing = future
 
-    def look(self) -> None:
-        """Report how a write in the background ended, if it has. Waits for nothing."""
-        self.flush(0.0)
-
     def flush(self, seconds: float | None = None) -> bool:
         """Wait for the write in the background, and report how it ended. False where it has not ended in time."""
         future = self._in_writing
@@ -145,12 +140,7 @@ class Saver:
             self._settle(future.result, False)
         return self._in_writing is None
 
-    def __enter__(self) -> Saver:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Wait for the write in the background, except at a second Ctrl-C, and give up the reserve."""
         if not self.flush(None if kind is None or issubclass(kind, Exception) else 0.0):
             logger.warning("the checkpoint of step %d was still being written when the run ended", self._step_in_flight)

@@ -49,11 +49,8 @@ def human_bytes(count: int) -> str:
 
 
 def log_bytes(config: RunConfig, samples_at_most: int) -> int:
-    """Upper bound of all files but the checkpoints: the log, once more for each further sink, reports and samples.
-
-    Args:
-        samples_at_most: bytes of the samples' state; their new file is written before the old one goes.
-    """
+    """Upper bound of all files but the checkpoints: the log, once more for each further sink, reports, and twice the bytes of
+    the samples' state: their new file is written before the old one goes."""
     steps, anti = config.training.steps, config.antidup
     lines = 2 + steps // config.logging.every + steps // max(1, config.training.evaluation_every or steps)
     sinks = 1 + (config.logging.wandb != "off") + config.logging.tensorboard
@@ -150,11 +147,7 @@ class Reserve:
 
     Its blocks are allocated (`posix_fallocate`): a sparse file would reserve nothing, and a quota is met here and not at the
     end of a run. File systems that compress or copy on write (btrfs, ZFS) may need further blocks for a later write all the
-    same.
-
-    Args:
-        folder: the run's folder.
-        size: bytes; 0 holds nothing.
+    same. A size of 0 holds nothing.
     """
 
     def __init__(self, folder: Path, size: int) -> None:
@@ -171,11 +164,7 @@ class Reserve:
         return min(found.st_size, getattr(found, "st_blocks", found.st_size // 512 + 1) * 512)
 
     def make(self) -> None:
-        """Allocate it, unless it is there.
-
-        Raises:
-            OSError: there is no room for it, or a quota forbids it; nothing is left behind.
-        """
+        """Allocate it, unless it is there. OSError where it does not fit, or a quota forbids it; nothing is left behind."""
         if self.size == 0 or self.held >= self.size:
             return
         try:

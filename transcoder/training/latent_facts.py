@@ -67,30 +67,21 @@ def write_latent_facts(
         _promoted(transcoder, rows, unembedding, decode_tokens, tokens)
     else:
         why["promoted and suppressed tokens"] = str(unembedding)
-    about = {"tokens": sum(map(len, heldout)), "why": why}
-    schema = pa.schema(
-        [
-            ("latent", pa.int32()),
-            ("tokens_fired", pa.int64()),
-            ("max_activation", pa.float32()),
-            ("histogram", pa.list_(pa.int32())),
-            ("promoted", pa.list_(pa.string())),
-            ("promoted_logits", pa.list_(pa.float32())),
-            ("suppressed", pa.list_(pa.string())),
-            ("suppressed_logits", pa.list_(pa.float32())),
-        ],
-        metadata={ABOUT: json.dumps(about).encode()},
-    )
-    columns = {
-        "latent": list(range(d_sae)),
-        "tokens_fired": fired.tolist(),
-        "max_activation": peak.tolist(),
-        "histogram": histogram.tolist(),
-        **tokens,
-    }
+    columns = [
+        ("latent", pa.int32(), list(range(d_sae))),
+        ("tokens_fired", pa.int64(), fired.tolist()),
+        ("max_activation", pa.float32(), peak.tolist()),
+        ("histogram", pa.list_(pa.int32()), histogram.tolist()),
+        ("promoted", pa.list_(pa.string()), tokens["promoted"]),
+        ("promoted_logits", pa.list_(pa.float32()), tokens["promoted_logits"]),
+        ("suppressed", pa.list_(pa.string()), tokens["suppressed"]),
+        ("suppressed_logits", pa.list_(pa.float32()), tokens["suppressed_logits"]),
+    ]
+    types = [(name, kind) for name, kind, _ in columns]
+    schema = pa.schema(types, metadata={ABOUT: json.dumps({"tokens": sum(map(len, heldout)), "why": why}).encode()})
     path = run_dir / FILE_NAME
     with replacing(path) as file:
-        pq.write_table(pa.table(columns, schema=schema), file)
+        pq.write_table(pa.table([values for _, _, values in columns], schema=schema), file)
     return path
 
 

@@ -6,7 +6,7 @@ import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -28,14 +28,9 @@ class TrainingDivergedError(RuntimeError):
     """Too many steps were NaN or Inf. None of them touched the weights; the state of the last good step is saved."""
 
 
-class Flag(Protocol):
-    """A number, 0 or 1, that may still be on its way to the host."""
-
-    def arrived(self) -> bool: ...
-    def read(self) -> int: ...
-
-
 class _OnHost:
+    """A `DeferredSize` of a flag that is on the host already."""
+
     def __init__(self, flag: Tensor) -> None:
         self._flag = int(flag)
 
@@ -49,6 +44,10 @@ class _OnHost:
 def host_is_device(tensor: Tensor) -> bool:
     """Whether reading the tensor needs no sync."""
     return tensor.is_cpu
+
+
+Flag: TypeAlias = DeferredSize | _OnHost
+"""A number, 0 or 1, that may still be on its way to the host."""
 
 
 def flag_of(bad: Tensor) -> Flag:
@@ -148,20 +147,21 @@ class BadSteps:
 
     def diagnosis(self) -> str:
         """Which steps were bad, and why, as text."""
-        fields = [sorted({name for b in record["batches"] for name in b["not_finite"]}) for record in self.last]
-        data = [f"step {r['step']}: {', '.join(names)}" for r, names in zip(self.last, fields, strict=True) if names]
-        clean = [str(r["step"]) for r, names in zip(self.last, fields, strict=True) if not names]
+        data, clean = [], []
+        for record in self.last:
+            fields = sorted({name for batch in record["batches"] for name in batch["not_finite"]})
+            if fields:
+                data.append(f"step {record['step']}: {', '.join(fields)}")
+            else:
+                clean.append(str(record["step"]))
         said = []
         if data:
-            said.append(
-                f"{len(data)} had NaN or Inf in their batches ({'; '.join(data[:3])}{'; ...' if len(data) > 3 else ''}): "
-                "look for it in the activations"
-            )
+            shown = "; ".join([*data[:3], *["..."] * (len(data) > 3)])
+            said.append(f"{len(data)} had NaN or Inf in their batches ({shown}): look for it in the activations")
         if clean:
-            said.append(
-                f"{len(clean)} had finite batches and a loss or gradients that overflowed (steps {', '.join(clean[:5])}"
-                f"{', ...' if len(clean) > 5 else ''}): lower training.lr, or look for huge activations"
-            )
+            shown = ", ".join([*clean[:5], *["..."] * (len(clean) > 5)])
+            overflow = "had finite batches and a loss or gradients that overflowed"
+            said.append(f"{len(clean)} {overflow} (steps {shown}): lower training.lr, or look for huge activations")
         return f"of the last {len(self.last)}, {'; '.join(said)}"
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """What looks at training: each observer sees every good step, and acts between steps where it is due.
 
-To add one: write it here, and add it to the list in `Trainer`. They act in the order of that list.
+To add one: write it here, and add it to the list in `RunParts`. They act in the order of that list.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ import json
 import logging
 import os
 import time
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from transcoder.activations import ActivationStream
-from transcoder.antidup import ActivationSampleCollector, CorrelationMonitor, PositionSampler
+from transcoder.antidup import ActivationSampleCollector, CorrelationMonitor
 from transcoder.antidup.ledger import LedgerError
 from transcoder.antidup.merge_cost import MergeResult
 from transcoder.antidup.monitor import Judge
@@ -24,17 +25,10 @@ from transcoder.phases import phase
 from transcoder.training.baselines import LinearBaseline
 from transcoder.training.evaluation import cross_entropy, evaluate, merge_test
 from transcoder.training.layer_trainer import LayerTrainer, StepView
-from transcoder.training.meters import Meters
 from transcoder.training.recycling import Recycler
 from transcoder.training.run_state import Stateful
 from transcoder.training.schedule import Calendar, learning_rate
-from transcoder.training.similarity import (
-    CODES_FILE,
-    REPORT_FILE,
-    HeldoutCodes,
-    prefix_similarity,
-    similarity_metrics,
-)
+from transcoder.training.similarity import CODES_FILE, REPORT_FILE, HeldoutCodes, prefix_similarity, similarity_metrics
 
 if TYPE_CHECKING:
     from transcoder.training.trainer import Trainer
@@ -165,38 +159,25 @@ class Recycling(Observer):
         return {"duplicates/recycled": float(self.recycler.total)}
 
 
-class PenaltyLog(Observer):
-    """Tells the ledger what the regularizer did, and writes its metrics."""
+class PartLog(Observer):
+    """Writes a part's own file with each report.
+
+    Args: `save` writes `file` of a step; `parts` as in `Observer`.
+    """
 
     act_phase = "anti-duplication: report"
 
-    def due(self, step: int) -> bool:
-        return self.layer.regularizer is not None and self.calendar.reporting(step)
-
-    def see(self, view: StepView) -> None:
-        for record in view.penalty_records:
-            record()
-
-    def act(self, run: Trainer) -> None:
-        regularizer = self.layer.regularizer
-        assert regularizer is not None
-        run.write("regularizer.jsonl", lambda: regularizer.save(run.step))
-
-
-class PositionLog(Observer):
-    """Writes what the position sampler drew."""
-
-    act_phase = "anti-duplication: report"
-
-    def __init__(self, layer: LayerTrainer, calendar: Calendar, positions: PositionSampler) -> None:
-        super().__init__(layer, calendar, positions=positions)
-        self.positions = positions
+    def __init__(
+        self, layer: LayerTrainer, calendar: Calendar, file: str, save: Callable[[int], object], **parts: Stateful
+    ) -> None:
+        super().__init__(layer, calendar, **parts)
+        self._file, self._save = file, save
 
     def due(self, step: int) -> bool:
         return self.calendar.reporting(step)
 
     def act(self, run: Trainer) -> None:
-        run.write("positions.json", lambda: self.positions.save(run.step))
+        run.write(self._file, lambda: self._save(run.step))
 
 
 class Samples(Observer):
@@ -223,12 +204,17 @@ class Samples(Observer):
 
 
 class Proof(Observer):
-    """Writes usage.json, and once verifies that every enabled anti-duplication part was really used."""
+    """Tells the ledger what the regularizer did, writes usage.json, and once verifies that every enabled anti-duplication part
+    was really used."""
 
     act_phase = "anti-duplication: ledger"
 
     def due(self, step: int) -> bool:
         return self.calendar.reporting(step) or self.calendar.sampling(step)
+
+    def see(self, view: StepView) -> None:
+        for record in view.penalty_records:
+            record()
 
     def act(self, run: Trainer) -> None:
         run.write("usage.json", run.parts.ledger.write)
@@ -244,6 +230,44 @@ class Proof(Observer):
             logger.warning(
                 "%s. Files could not be written: this is looked at again at step %d", error, self.calendar.verify_step
             )
+
+
+class Meters:
+    """Means of a logging interval, kept on the device and read once: `add` accumulates device tensors (0-dim, or vectors under
+    a list of names), `read` transfers all of them at once."""
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self._device = device
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    @torch.no_grad()
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        for name, value in values.items():
+            value = value.detach().to(torch.float64, copy=True)
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def read(self, also: Mapping[str, Tensor] | None = None) -> dict[str, float]:
+        """Means since the last read, and the present values in `also`: one transfer. Starts the next interval."""
+        parts = {name: total / self._counts[name] for name, total in self._sums.items()}
+        parts.update({name: value.detach().double() for name, value in (also or {}).items()})
+        self._sums, self._counts = {}, {}
+        if not parts:
+            return {}
+        return dict(zip(parts, torch.stack(list(parts.values())).tolist(), strict=True))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sums": dict(self._sums), "counts": dict(self._counts)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """All of it or, with a ValueError, nothing."""
+        sums, counts = dict(state["sums"]), dict(state["counts"])
+        if sums.keys() != counts.keys():
+            raise ValueError(
+                f"Meters.load_state_dict: expected a count for each sum, got {sorted(sums)} and {sorted(counts)}"
+            )
+        self._sums, self._counts = {name: value.to(self._device) for name, value in sums.items()}, counts
 
 
 class MetricsLog(Observer):

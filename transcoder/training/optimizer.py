@@ -101,16 +101,6 @@ def _in_one_op(
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
     unit = next((i for i, p in enumerate(parameters) if p is transcoder.W_dec), None)
     exp_avgs, exp_avg_sqs, steps = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
-    update = AdamUpdate(
-        parameters,
-        exp_avgs,
-        exp_avg_sqs,
-        steps,
-        unit_rows=unit,
-        lr=group["lr"],
-        betas=group["betas"],
-        eps=group["eps"],
-        max_norm=limit,
-        bad=bad,
-    )
+    settings: dict[str, Any] = {name: group[name] for name in ("lr", "betas", "eps")}
+    update = AdamUpdate(parameters, exp_avgs, exp_avg_sqs, steps, unit_rows=unit, **settings, max_norm=limit, bad=bad)
     return adam_step(module, update)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from transcoder.activations import ActivationBatch
 from transcoder.config import ConfigError, RunConfig
 from transcoder.phases import PhaseClock
 from transcoder.training.observers import Checkpoints, CorrelationReports, Samples
-from transcoder.training.trainer import Trainer, start_run
+from transcoder.training.trainer import Trainer, opened_run
 
 WARM_UP = 10
 """Steps before the clock starts: first calls compile, allocate, and fill the buffers of data."""
@@ -31,18 +30,6 @@ QUIET = {
 }
 """Settings of a run that is thrown away."""
 REST = "other"
-
-
-@contextmanager
-def opened_run(
-    config: RunConfig,
-    out: Path,
-    batches: Iterable[ActivationBatch] | None = None,
-    heldout: Sequence[ActivationBatch] | None = None,
-) -> Iterator[Trainer]:
-    """A run as `train_transcoder` makes it, whose steps the caller takes: `run.advance()`. Arguments and errors as there."""
-    with ExitStack() as stack:
-        yield start_run(config, out, False, batches, heldout, stack)
 
 
 @dataclass(frozen=True)

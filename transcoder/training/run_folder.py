@@ -1,4 +1,4 @@
-"""The start of a run in its folder: locked for one process; a start that fails leaves no trace."""
+"""A run in its folder: locked for one process; a start that fails leaves no trace."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ import socket
 import time
 import warnings
 from pathlib import Path
-from types import TracebackType
 
 from transcoder.training.disk_space import RESERVE_NAME
 
 LOCK_NAME = ".lock"
-MADE = ("config.yaml", "metrics.jsonl", ".run_id", RESERVE_NAME)
-"""What a start can leave in the folder besides the lock, before training begins."""
+MADE = ("config.yaml", "metrics.jsonl", ".run_id", RESERVE_NAME, LOCK_NAME)
+"""What a start can leave in the folder before training begins."""
 
 
 class RunLockedError(RuntimeError):
@@ -26,8 +25,9 @@ class RunLockedError(RuntimeError):
 class FolderLock(contextlib.AbstractContextManager["FolderLock"]):
     """Exclusive use of a run folder, held until `release` or the end of the process, however it ends.
 
-    The lock is `flock` on `<folder>/.lock` (by filelock), so a killed run leaves none; the file's content (process id, host,
-    start time) is for the message of a run that is refused, and for `transcoder watch`.
+    A `with` block that raises before `begun` is set is a start that failed: what it made is removed (`discard`). The lock is
+    `flock` on `<folder>/.lock` (by filelock), so a killed run leaves none; the file's content (process id, host, start time) is
+    for the message of a run that is refused, and for `transcoder watch`.
 
     Raises:
         RunLockedError: another process holds the folder.
@@ -36,9 +36,12 @@ class FolderLock(contextlib.AbstractContextManager["FolderLock"]):
     def __init__(self, folder: Path) -> None:
         from filelock import FileLock, Timeout
 
-        folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / LOCK_NAME
-        self._was_there = self.path.exists()
+        self.begun = False
+        """The folder holds a run from here on."""
+        self._new_folders = [place for place in (folder, *folder.parents) if not place.exists()]
+        self._new_files = [folder / name for name in MADE if not (folder / name).exists()]
+        folder.mkdir(parents=True, exist_ok=True)
         # A second try: the holder may discard its file between our opening and our locking it. Soft locks outlive a kill.
         self._lock = FileLock(self.path, timeout=0.1, poll_interval=0.05, thread_local=False, fallback_to_soft=False)
         try:
@@ -62,50 +65,21 @@ class FolderLock(contextlib.AbstractContextManager["FolderLock"]):
         self._lock.release(force=True)
 
     def discard(self) -> None:
-        """Give the folder free without a trace: the lock file goes too, if this lock made it."""
-        if not self._was_there:
-            # While it is still held: a process that has opened it meanwhile finds that it is no longer the folder's.
-            with contextlib.suppress(OSError):
-                self.path.unlink(missing_ok=True)
-        self.release()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.release()
-
-
-class RunStart(contextlib.AbstractContextManager["RunStart"]):
-    """Holds the folder's lock. When the block raises before `begun`, what this start made is removed: the files of `MADE`, the
-    lock file, and the folders that were not there before and are empty.
-
-    Raises:
-        RunLockedError: another process holds the folder.
-    """
-
-    def __init__(self, run_dir: Path) -> None:
-        self._new_folders = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
-        self._new_files = [run_dir / name for name in MADE if not (run_dir / name).exists()]
-        self._begun = False
-        self._lock = FolderLock(run_dir)
-
-    def begun(self) -> None:
-        """From here on the folder holds a run."""
-        self._begun = True
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None or self._begun:
-            self._lock.release()
-            return
+        """Give the folder free without a trace: the files of `MADE` and the folders that were not there before go, if empty."""
+        # The lock file goes while it is held: a process that has opened it meanwhile finds that it is no longer the folder's.
         for file in self._new_files:
             with contextlib.suppress(OSError):
                 file.unlink(missing_ok=True)
-        self._lock.discard()
+        self.release()
         for folder in self._new_folders:
             with contextlib.suppress(OSError):
                 folder.rmdir()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None or self.begun:
+            self.release()
+        else:
+            self.discard()
 
 
 def _owner(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -35,38 +36,10 @@ class TrainingData:
     positions: PositionSampler | None = None
 
 
-def open_data(
-    config: RunConfig,
-    device: torch.device,
-    ledger: UsageLedger,
-    logs: Path,
-    batches: Iterable[ActivationBatch] | None,
-    heldout: Sequence[ActivationBatch] | None,
-    stack: ExitStack,
-) -> TrainingData:
-    """The stream of `config.activations`, which `stack` closes, with its position sampler; or a user's own `batches`."""
-    tokens, samples = config.training.evaluation_tokens, config.antidup.samples
-    if batches is not None:
-        source, held = own_data(batches, heldout, tokens, device)
-        return TrainingData("own batches", source, held, sequence_length=config.activations.sequence_length)
-    context = samples.context_tokens if samples.enabled else 0
-    section, seed, made = config.antidup.positions, config.training.seed, list[PositionSampler]()
-
-    def sampler(special_ids: Sequence[int]) -> PositionSampler:
-        made.append(PositionSampler(section, seed, special_ids, ledger, out_dir=logs))
-        return made[-1]
-
-    stream = build_stream(config, device, position_sampler=sampler if section.enabled else None, context_tokens=context)
-    stack.callback(stream.close)
-    held, sinks, positions = stream.heldout(tokens), stream.heldout_sinks(), made[0] if made else None
-    kind, ids = config.activations.kind, stream.special_ids
-    return TrainingData(kind, stream, held, sinks, ids, stream.sequence_length, positions)
-
-
 class RunParts:
     """Everything that a run is made of, before any state is restored.
 
-    Args: as `train_transcoder`; `stack` closes what has to be closed.
+    Args: as `train_transcoder`; `stack` closes the activation stream.
     """
 
     def __init__(
@@ -82,7 +55,12 @@ class RunParts:
         logs = run_dir / "anti_duplication_logs"
         enabled = {name: getattr(anti, section).enabled for name, section in SECTIONS.items()}
         ledger = self.ledger = StepLedger(enabled, run_dir / "usage.json")
-        data = self.data = open_data(config, device, ledger, logs, batches, heldout, stack)
+        if batches is None:
+            data = self.data = _open_stream(config, device, ledger, logs, stack)
+        else:
+            source, held = own_data(batches, heldout, config.training.evaluation_tokens, device)
+            sequence_length = config.activations.sequence_length
+            data = self.data = TrainingData("own batches", source, held, sequence_length=sequence_length)
         monitor = CorrelationMonitor(anti.monitor, shape.d_sae, device, logs, ledger) if anti.monitor.enabled else None
         samples = None
         if anti.samples.enabled:
@@ -103,11 +81,13 @@ class RunParts:
         recycling = None
         if monitor is not None and anti.recycle.enabled:
             recycling = observe.Recycling(layer, calendar, Recycler(anti.recycle, seed, logs), monitor, samples)
+        penalties, positions = layer.regularizer, data.positions
+        part_log = functools.partial(observe.PartLog, layer, calendar)
         every: list[observe.Observer | None] = [
             None if monitor is None else observe.CorrelationReports(layer, calendar, monitor),
             recycling,
-            observe.PenaltyLog(layer, calendar),
-            None if data.positions is None else observe.PositionLog(layer, calendar, data.positions),
+            None if penalties is None else part_log("regularizer.jsonl", penalties.save),
+            None if positions is None else part_log("positions.json", positions.save, positions=positions),
             None if samples is None else observe.Samples(layer, calendar, samples),
             observe.Proof(layer, calendar),
             self.metrics_log,
@@ -116,3 +96,21 @@ class RunParts:
         ]
         self.observers = [observer for observer in every if observer is not None]
         """In the order in which they act."""
+
+
+def _open_stream(
+    config: RunConfig, device: torch.device, ledger: UsageLedger, logs: Path, stack: ExitStack
+) -> TrainingData:
+    """The stream of `config.activations`, which `stack` closes, with its position sampler."""
+    samples, section, made = config.antidup.samples, config.antidup.positions, list[PositionSampler]()
+
+    def sampler(special_ids: Sequence[int]) -> PositionSampler:
+        made.append(PositionSampler(section, config.training.seed, special_ids, ledger, out_dir=logs))
+        return made[-1]
+
+    context = samples.context_tokens if samples.enabled else 0
+    stream = build_stream(config, device, position_sampler=sampler if section.enabled else None, context_tokens=context)
+    stack.callback(stream.close)
+    held, sinks = stream.heldout(config.training.evaluation_tokens), stream.heldout_sinks()
+    kind, ids, positions = config.activations.kind, stream.special_ids, made[0] if made else None
+    return TrainingData(kind, stream, held, sinks, ids, stream.sequence_length, positions)

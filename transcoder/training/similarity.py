@@ -39,12 +39,11 @@ class HeldoutCodes:
     @torch.no_grad()
     def of(cls, transcoder: Transcoder, heldout: Sequence[ActivationBatch], tokens: int) -> HeldoutCodes | None:
         """The codes of the first `tokens` of them at inference; None where that is too few for a mini-batch."""
-        room, parts = tokens, []
+        count, parts = 0, []
         for batch in heldout:
-            if room > 0:
-                parts.append((batch.source[:room], batch.tokens[:room], batch.positions[:room]))
-                room -= len(parts[-1][0])
-        count = sum(len(part[0]) for part in parts)
+            room = tokens - count
+            parts.append((batch.source[:room], batch.tokens[:room], batch.positions[:room]))
+            count += len(parts[-1][0])
         size = min(BATCH_TOKENS, count)
         if size < LEAST_TOKENS:
             return None
@@ -115,14 +114,8 @@ def prefix_similarity(codes: HeldoutCodes, W_dec: Tensor) -> dict[str, Any] | No
     for part in codes.codes:
         groups.update(*(gram_of_codes(part, first, last) for first, last in zip([0, *widths], widths, strict=False)))
         outputs.update(*(gram_of_rows(_decoded(part, W_dec, width)) for width in widths))
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "tokens": len(codes),
-        "batch_tokens": codes.codes[0].shape[0],
-        "widths": widths,
-        "codes": _plain(groups.result()),
-        "reconstructions": _plain(outputs.result()),
-    }
+    about = {"schema_version": SCHEMA_VERSION, "tokens": len(codes), "batch_tokens": codes.codes[0].shape[0]}
+    return {**about, "widths": widths, "codes": _plain(groups.result()), "reconstructions": _plain(outputs.result())}
 
 
 def similarity_metrics(report: Mapping[str, Any]) -> dict[str, float]:
@@ -144,14 +137,13 @@ def run_similarity(runs: Sequence[Path]) -> dict[str, Any]:
     """
     if len(runs) < 2:
         raise ValueError(f"similarity: expected at least two runs, got {len(runs)}")
-    found = []
+    found: list[HeldoutCodes] = []
     for run in runs:
         path = local_path(run) / CODES_FILE
         if not path.is_file():
             raise ValueError(f"similarity: {run} kept no codes of held-out tokens (training.similarity_tokens is 0?)")
         found.append(HeldoutCodes.load(path))
-    for run, codes in zip(runs, found, strict=True):
-        if not found[0].matches(codes):
+        if not found[0].matches(found[-1]):
             raise ValueError(f"similarity: {runs[0]} and {run} were evaluated on different held-out tokens")
     decoders = [decoder for decoder in (_decoder(local_path(run)) for run in runs) if decoder is not None]
     decoded = len(decoders) == len(runs)

@@ -5,15 +5,16 @@ The first batch of an iterable is read in full, the others by their types and sh
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import fields, replace
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from transcoder.activations import ActivationBatch
+from transcoder.activations import ActivationBatch, ActivationStream
 from transcoder.kernels.checks import FLOATS
 from transcoder.tensor_file import tensor_bytes
 from transcoder.training.state_tree import pack_state
@@ -104,22 +105,6 @@ def _said(part: object) -> str:
     return "absent" if part is None else f"width {part[0]}" if isinstance(part, list) and part else repr(part)
 
 
-class BatchSource(Protocol):
-    """An endless iterator of batches with a state. `transcoder.activations.ActivationStream` is one."""
-
-    d_in: int
-    d_out: int
-
-    def __next__(self) -> ActivationBatch: ...
-    def look_ahead(self, tokens: int) -> list[ActivationBatch]: ...
-    def state_bytes_at_most(self) -> int: ...
-    def essential_bytes_at_most(self) -> int: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-    def counters(self) -> dict[str, float]: ...
-    def decode_tokens(self, ids: Sequence[int]) -> list[str]: ...
-
-
 class IterableSource:
     """A user's own iterable of ActivationBatch.
 
@@ -163,23 +148,21 @@ class IterableSource:
         """Whole batches holding at least `tokens`, or all there are; TrainingDataError where there is none."""
         taken: list[ActivationBatch] = []
         have = 0
-        while have < tokens:
-            try:
+        with contextlib.suppress(StopIteration):
+            while have < tokens:
                 taken.append(next(self))
-            except StopIteration:
-                break
-            have += len(taken[-1])
+                have += len(taken[-1])
         if not taken:
             raise TrainingDataError(f"{self._name}: expected at least one ActivationBatch, got an empty iterable")
         return taken
 
     def look_ahead(self, tokens: int) -> list[ActivationBatch]:
         """As `take`, and the batches will come again."""
-        start = (self._origin.state_dict(), self._given) if self._stateful else None
+        start, given = self.state_dict(), self._given
         taken = self.take(tokens)
-        if start is not None:
-            self._origin.load_state_dict(start[0])
-            self._given = start[1]
+        if self._stateful:
+            self._origin.load_state_dict(start["origin"])
+            self._given = given
         else:
             self._returned = [*taken, *self._returned]
         return taken
@@ -210,6 +193,10 @@ class IterableSource:
         return [str(i) for i in ids]
 
 
+BatchSource: TypeAlias = ActivationStream | IterableSource
+"""An endless iterator of batches with a state."""
+
+
 def own_data(
     batches: Iterable[ActivationBatch], heldout: Sequence[ActivationBatch] | None, tokens: int, device: torch.device
 ) -> tuple[IterableSource, list[ActivationBatch]]:
@@ -233,8 +220,5 @@ def own_data(
 
 def _moved(batch: ActivationBatch, device: torch.device) -> ActivationBatch:
     """On the device, and detached: a step's backward must not go on into the language model that made it."""
-    every = {f.name: getattr(batch, f.name) for f in fields(batch)}
-    moved: dict[str, Any] = {
-        n: t.detach().to(device, non_blocking=True) for n, t in every.items() if isinstance(t, Tensor)
-    }
-    return replace(batch, **moved)
+    tensors = {name: value for name in _KINDS if (value := getattr(batch, name)) is not None}
+    return replace(batch, **{name: value.detach().to(device, non_blocking=True) for name, value in tensors.items()})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -73,13 +74,7 @@ def check_switches(
         )
     _name_what_cannot_act(config, trained)
     regularizer = acting_penalties(config)
-    weights = (
-        "correlation_weight",
-        "orthogonality_weight",
-        "all_pairs_weight",
-        "position_entropy_weight",
-        "sink_mass_weight",
-    )
+    weights = [field.name for field in dataclasses.fields(regularizer) if field.name.endswith("_weight")]
     if regularizer.enabled and all(getattr(regularizer, name) == 0 for name in weights):
         raise ConfigError(
             f"antidup.regularizer: enabled with every weight 0 ({', '.join(weights)}): it would have no effect; set one, or "

@@ -10,7 +10,7 @@ from typing import Any
 from transcoder.antidup.row_cosines import cosine_tail, random_cosine_tail
 from transcoder.config import ConfigError, RunConfig
 from transcoder.files import local_path, replace_atomically
-from transcoder.training.heldout_duplicates import heldout_duplicates
+from transcoder.training.evaluation import heldout_duplicates
 from transcoder.training.start_checks import changed_settings
 from transcoder.training.trainer import train_transcoder
 
@@ -55,11 +55,15 @@ def sweep_k(config: RunConfig, ks: Sequence[int], out: Path | str) -> dict[str, 
         raise ConfigError(f"sweep: k: expected one or more different numbers, got {list(ks)}")
     runs = {k: config.replace({"transcoder.k": k, "name": f"{config.name}-k{k}"}) for k in ks}
     out, rows = local_path(out), []
-    shape: tuple[int, int] | None = None
     for k, run in runs.items():
         done = out / f"k{k}" / "figures.json"
         if done.is_file():
-            _check_same(run, out / f"k{k}" / "config.yaml")
+            # Metrics of other settings must not be taken for those of this sweep.
+            if changed := changed_settings(out / f"k{k}" / "config.yaml", run):
+                raise ConfigError(
+                    f"sweep: {out / f'k{k}'} was trained with other settings ({', '.join(changed)}): choose another --out, or "
+                    "delete it"
+                )
         else:
             result = train_transcoder(run, out / f"k{k}", resume=(out / f"k{k}" / "config.yaml").is_file())
             if not result.finished:
@@ -70,38 +74,23 @@ def sweep_k(config: RunConfig, ks: Sequence[int], out: Path | str) -> dict[str, 
                 **result.summary,
                 **heldout_duplicates(result.transcoder, result.heldout, run.antidup.monitor),
                 **{f"decoder_cosine/{n}": v for n, v in (cosine_tail(result.transcoder.W_dec) or {}).items()},
-                "d_out": result.transcoder.config.d_out,
             }
-            kept = {name: metrics.get(name) for name, _ in COLUMNS}
-            replace_atomically(done, json.dumps({"k": k, **kept, "d_out": metrics["d_out"]}, indent=2))
-        row = json.loads(done.read_bytes())
-        shape = (config.transcoder.d_sae, row.pop("d_out"))
-        rows.append(row)
-    assert shape is not None
-    found = {"schema_version": 1, "runs": rows, "random": random_cosine_tail(*shape)}
+            kept = {name: metrics.get(name) for name in (*dict(COLUMNS), "d_out")}
+            replace_atomically(done, json.dumps({"k": k, **kept}, indent=2))
+        rows.append(json.loads(done.read_bytes()))
+    (d_out,) = {row.pop("d_out") for row in rows}
+    found = {"schema_version": 1, "runs": rows, "random": random_cosine_tail(config.transcoder.d_sae, d_out)}
     replace_atomically(out / "sweep.json", json.dumps(found, indent=2))
     return found
 
 
-def _check_same(run: RunConfig, saved: Path) -> None:
-    """Metrics of other settings must not be taken for those of this sweep."""
-    changed = changed_settings(saved, run)
-    if changed:
-        raise ConfigError(
-            f"sweep: {saved.parent} was trained with other settings ({', '.join(changed)}): choose another --out, or delete it"
-        )
-
-
 def format_sweep(found: dict[str, Any]) -> str:
     """A table for a terminal, one row a k."""
-    table = [["k", *(label for _, label in COLUMNS)]]
-    table += [[str(row["k"]), *(_text(row[name]) for name, _ in COLUMNS)] for row in found["runs"]]
+    import pandas as pd
+
+    quantiles = {"cosine 50 %": "median", "99 %": "p99", "99.9 %": "p999"}
+    rows = [{"k": str(row["k"]), **{label: row[name] for name, label in COLUMNS}} for row in found["runs"]]
     if found["random"] is not None:
-        blanks = [""] * (len(COLUMNS) - 3)
-        table.append(["random", *blanks, *(_text(found["random"][q]) for q in ("median", "p99", "p999"))])
-    widths = [max(len(row[c]) for row in table) for c in range(len(table[0]))]
-    return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in table)
-
-
-def _text(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4g}"
+        rows.append({"k": "random", **{label: found["random"][name] for label, name in quantiles.items()}})
+    table = pd.DataFrame(rows).astype({label: float for _, label in COLUMNS})
+    return table.to_string(index=False, na_rep="–", float_format="{:.4g}".format)

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from transcoder.activations import ActivationBatch
+from transcoder.activations import ActivationBatch, ActivationStream
 from transcoder.config import RunConfig
 from transcoder.files import local_path, replace_atomically
 from transcoder.model import Transcoder
 from transcoder.phases import phase
 from transcoder.reporting import MetricsWriter, ProgressBar
+from transcoder.reporting.report_subprocess import write_report_apart
 from transcoder.settings import brief
 from transcoder.training.checkpoint import CheckpointStore, Loaded
 from transcoder.training.checkpointing import Saver
+from transcoder.training.latent_facts import write_latent_facts
 from transcoder.training.layer_trainer import StepView
 from transcoder.training.nonfinite import BadSteps
-from transcoder.training.run_end import write_run_report, write_summary
-from transcoder.training.run_folder import RunStart
+from transcoder.training.run_folder import FolderLock
 from transcoder.training.run_parts import RunParts
 from transcoder.training.run_state import Stateful, restore_parts, trainer_tree
 from transcoder.training.signals import StopRequest
@@ -35,6 +37,11 @@ logger = logging.getLogger(__name__)
 
 AHEAD = 2
 """Steps that the device may be ahead of the host: so many finite flags may still be on their way. On a CPU none is."""
+
+REPORT_PAIRS = 4096
+"""Pairs whose latents get promoted tokens in the report, besides those that samples are kept of."""
+REPORT_SECONDS, INTERRUPTED_REPORT_SECONDS = 900.0, 20.0
+"""How long a run waits for its page at its end, and at an interrupt."""
 
 
 @dataclass(frozen=True)
@@ -84,47 +91,41 @@ def train_transcoder(
         CheckpointError: the disk cannot take a checkpoint.
     """
     run_dir = Path("runs") / config.name if out is None else local_path(out)
-    with ExitStack() as stack:
-        stop = stack.enter_context(StopRequest())
-        return start_run(config, run_dir, resume, batches, heldout, stack).train(stop)
+    with StopRequest() as stop, opened_run(config, run_dir, batches, heldout, resume) as run:
+        return run.train(stop)
 
 
-def start_run(
+@contextmanager
+def opened_run(
     config: RunConfig,
     run_dir: Path,
-    resume: bool,
-    batches: Iterable[ActivationBatch] | None,
-    heldout: Sequence[ActivationBatch] | None,
-    stack: ExitStack,
-) -> Trainer:
-    """A trainer before its first step, in its locked folder; `stack` closes it. Arguments and errors as `train_transcoder`."""
+    batches: Iterable[ActivationBatch] | None = None,
+    heldout: Sequence[ActivationBatch] | None = None,
+    resume: bool = False,
+) -> Iterator[Trainer]:
+    """A run in its locked folder before its first step, whose steps the caller takes: `train` or `advance`. Arguments and
+    errors as `train_transcoder`."""
     device = device_of(config.model.device)
     check_switches(config, batches, heldout)
-    start = stack.enter_context(RunStart(run_dir))
-    check_folder(run_dir, config, resume)
-    run = Trainer(config, run_dir, device, batches, heldout, stack)
-    run.prepare(resume)
-    start.begun()
-    return run
+    with ExitStack() as stack:
+        lock = stack.enter_context(FolderLock(run_dir))
+        check_folder(run_dir, config, resume)
+        run = Trainer(config, run_dir, device, RunParts(config, run_dir, device, batches, heldout, stack), stack)
+        run.prepare(resume)
+        lock.begun = True
+        yield run
 
 
 class Trainer:
     """A run: its loop, and what the loop needs. Its own state is `step` and `tokens`.
 
-    Args: as `train_transcoder`; `stack` closes what has to be closed.
+    `stack` closes what has to be closed.
     """
 
     def __init__(
-        self,
-        config: RunConfig,
-        run_dir: Path,
-        device: torch.device,
-        batches: Iterable[ActivationBatch] | None,
-        heldout: Sequence[ActivationBatch] | None,
-        stack: ExitStack,
+        self, config: RunConfig, run_dir: Path, device: torch.device, parts: RunParts, stack: ExitStack
     ) -> None:
-        self.config, self.run_dir, self.device, self._stack = config, run_dir, device, stack
-        parts = self.parts = RunParts(config, run_dir, device, batches, heldout, stack)
+        self.config, self.run_dir, self.device, self.parts, self._stack = config, run_dir, device, parts, stack
         self.source, self.layers, self.observers = parts.data.source, parts.layers, parts.observers
         self.saver = Saver(CheckpointStore(run_dir, config.checkpoint), config)
         self.step = self.tokens = 0
@@ -157,8 +158,8 @@ class Trainer:
             self.catch_up()
             self.save(wait=True)
         stopped_by = None if finished else stop.signal
-        summary = write_summary(self, finished, stopped_by)
-        report = write_run_report(self, finished)
+        summary = self._write_summary(finished, stopped_by)
+        report = self._write_report(finished)
         transcoder, heldout = self.layers[0].transcoder, self.parts.data.heldout
         return RunResult(self.run_dir, self.step, finished, stopped_by, summary, report, transcoder, heldout)
 
@@ -170,7 +171,7 @@ class Trainer:
                     layer.transcoder.refresh_dead()
         self._train_step()
         self.step += 1
-        self.saver.look()
+        self.saver.flush(0.0)
         due = [observer for observer in self.observers if observer.due(self.step)]
         if due:
             self._settle()
@@ -271,6 +272,56 @@ class Trainer:
         summary = {"transcoder": shape, "config": self.config.to_dict(), **latest}
         model = dict(layer.transcoder.state_dict())
         self.saver.save(self.step, model, lambda: trainer_tree(self._stateful(), more), summary, metric, wait)
+
+    def _write_summary(self, finished: bool, interrupted_by: str | None) -> dict[str, Any]:
+        """Write usage.json and summary.json; returns the latter's content."""
+        self.write("usage.json", self.parts.ledger.write)
+        summary: dict[str, Any] = {
+            "name": self.config.name,
+            "step": self.step,
+            "finished": finished,
+            "interrupted_by": interrupted_by,
+            "tokens": self.tokens,
+            "d_in": self.source.d_in,
+            "d_out": self.source.d_out,
+        }
+        for observer in self.observers:
+            summary |= observer.summary()
+        summary |= {"bad_steps": self.bad_steps.count, "data": self.source.counters()}
+        text = json.dumps(summary, indent=2).encode()
+        self.write("summary.json", lambda: replace_atomically(self.run_dir / "summary.json", text))
+        return summary
+
+    def _write_report(self, finished: bool) -> Path | None:
+        """report.html, by a process of its own: a fault in drawing it does not end the run. None where it is not there yet."""
+        if not self.config.logging.report:
+            return None
+        self.writer.flush()
+        try:
+            if finished:
+                self._write_latent_facts()
+        except Exception as error:
+            logger.warning("latents.parquet could not be written: %s: %s", type(error).__name__, error)
+        try:
+            # After an interrupt this process may soon be killed: the page is then finished without it.
+            path = write_report_apart(self.run_dir, REPORT_SECONDS if finished else INTERRUPTED_REPORT_SECONDS)
+        except Exception as error:
+            logger.warning("report.html could not be written: %s; try `transcoder report %s`", error, self.run_dir)
+            return None
+        if path is None:
+            logger.warning("report.html is still being written, by a process of its own")
+        return path
+
+    def _write_latent_facts(self) -> None:
+        """What only the model and the held-out tokens can say of each latent."""
+        listed = [] if self.parts.samples is None else [self.parts.samples.latents]
+        if self.parts.monitor is not None:
+            listed.extend(self.parts.monitor.target_pairs(REPORT_PAIRS))
+        shown = torch.cat([part.cpu() for part in listed]).unique() if listed else None
+        stream = self.source if isinstance(self.source, ActivationStream) else None
+        unembedding = "the run had no language model at hand" if stream is None else stream.unembedding()
+        decode = None if stream is None else stream.decode_tokens
+        write_latent_facts(self.run_dir, self.layers[0].transcoder, self.parts.data.heldout, shown, unembedding, decode)
 
     def _rescue(self) -> None:
         """The run is about to fail for a reason of its data or files: what was trained since the last checkpoint is kept."""

@@ -347,6 +347,10 @@ def _getters(*names: str) -> list[Any]:
     return [getattr(Tensor, name).__get__ for name in names]
 
 
+def _functions(owner: Any, *names: str) -> list[Any]:
+    return [getattr(owner, name) for name in names]
+
+
 _GRAD = _getters("grad")[0]
 _SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 _WATCHES = {
@@ -371,24 +375,9 @@ _AS_IT_IS = {
     Tensor.requires_grad.__set__,  # type: ignore[attr-defined]
     Tensor.grad.__set__,  # type: ignore[union-attr]
     Tensor.grad.__delete__,  # type: ignore[union-attr]
-    Tensor.requires_grad_,
-    Tensor.size,
-    Tensor.stride,
-    Tensor.storage_offset,
-    Tensor.is_contiguous,
-    Tensor.dim,
-    Tensor.ndimension,
-    Tensor.numel,
-    Tensor.nelement,
-    Tensor.__len__,
-    Tensor.is_floating_point,
-    Tensor.is_complex,
-    Tensor.is_inference,
-    Tensor.get_device,
-    Tensor.element_size,
-    torch.is_floating_point,
-    torch.is_complex,
-    torch.is_inference,
-    torch.numel,
+    *_functions(Tensor, "requires_grad_", "size", "stride", "storage_offset", "is_contiguous", "dim", "ndimension"),
+    *_functions(Tensor, "numel", "nelement", "__len__", "is_floating_point", "is_complex", "is_inference"),
+    *_functions(Tensor, "get_device", "element_size"),
+    *_functions(torch, "is_floating_point", "is_complex", "is_inference", "numel"),
 }
 """What PyTorch itself answers, as of any tensor."""

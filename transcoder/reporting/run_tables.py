@@ -1,10 +1,15 @@
-"""Small tables of a run as pandas data frames, properties of `Run`: prefixes and positions."""
+"""Small tables of a run, properties of `Run`: prefixes and positions as pandas data frames, and the ledger's verdicts."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from transcoder.reporting.format import number, real, whole
+from transcoder.reporting.tables import ShownAsTable
+from transcoder.usage import REQUIRED_EFFECTS, judge
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -51,8 +56,7 @@ def positions(run: Run) -> pd.DataFrame:
     samples = run.samples
     if samples is None:
         raise run.missing_error("positions", "activation samples")
-    stated = run.setting("activations.sequence_length")
-    length = max(stated if isinstance(stated, int) else 0, int(samples.position.max()) + 1)
+    length = max(whole(run.setting("activations.sequence_length")) or 0, int(samples.position.max()) + 1)
     edges = np.linspace(0, length, BINS + 1)
     first = np.ceil(edges).astype(int)
     table = pd.DataFrame(
@@ -62,6 +66,45 @@ def positions(run: Run) -> pd.DataFrame:
         },
         index=pd.MultiIndex.from_arrays([first[:-1], first[1:] - 1], names=["first", "last"]),
     )
-    share = run.sample_summary.get("sink_fraction")
-    table.attrs = {"edges": edges, "sink_share": float(share) if isinstance(share, (int, float)) else None}
+    table.attrs = {"edges": edges, "sink_share": real(run.sample_summary.get("sink_fraction"))}
     return table
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`state` is "used", "off", "not proven" or "unknown"; `why` is what is lacking."""
+
+    title: str
+    state: str
+    calls: float | None
+    effect: str
+    files: int | None
+    why: str
+
+
+def _verdict(run: Run, name: str) -> Verdict:
+    title, enabled, record = name.replace("_", " ").capitalize(), run.part_enabled(name), run.usage.get(name)
+    if not isinstance(record, dict):
+        state, why = ("off", "") if enabled is False else ("unknown", "usage.json has no record of it")
+        return Verdict(title, state, None, "", None, why)
+    usage = judge(name, record, run.path)
+    effect = ", ".join(f"{key.replace('_', ' ')} {number(value)}" for key, value in usage.effect.items())
+    if usage.finding:
+        effect = f"{effect}; {usage.finding}"
+    why = "; ".join(usage.lacking) if enabled else ""
+    state = "off" if not enabled else "not proven" if why else "used"
+    return Verdict(title, state, usage.calls, effect, len(usage.files), why)
+
+
+class Ledger(ShownAsTable, tuple[Verdict, ...]):
+    """The verdict on each anti-duplication part, with its calls, effect, files and what is lacking."""
+
+    HEAD = ("part", "verdict", "calls", "effect", "files", "lacking")
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        return [(v.title, v.state, number(v.calls), v.effect, number(v.files), v.why) for v in self]
+
+
+def ledger(run: Run) -> Ledger:
+    """Whether each anti-duplication part of a run was really used."""
+    return Ledger(_verdict(run, name) for name in REQUIRED_EFFECTS)

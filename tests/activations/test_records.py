@@ -11,6 +11,7 @@ from transcoder.activations.record_sources import (
     FileRecords,
     HubRecords,
     StdlibRecords,
+    files_digest,
     record_sources,
 )
 from transcoder.config import ActivationsSection
@@ -197,3 +198,31 @@ def test_an_unknown_hub_dataset_says_what_to_do(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(DataError, match="Check the name"):
         record_sources(ActivationsSection(dataset="nobody/no-such-dataset"))
+
+
+@pytest.mark.parametrize(
+    ("length", "whole", "places"),
+    [
+        (10_000_000, 10_000_000, [0, 1, 70_000, 5_000_000, 9_999_999]),
+        (10_000_000, 9_999_999, [0, 65_535, 9_934_464, 9_999_999]),
+        (1_048_576, 0, [*range(0, 1_048_576, 70_001), 1_048_575]),
+        (65_537, 0, [0, 65_535, 65_536]),
+        (1, 0, [0]),
+    ],
+)
+def test_a_files_digest_sees_changes(tmp_path: Path, length: int, whole: int, places: list[int]) -> None:
+    """Everywhere in files that are small together, and in large ones in their blocks, first and last included."""
+    path = tmp_path / "file"
+
+    def digest(content: bytes, name: str = "name") -> str:
+        path.write_bytes(content)
+        return files_digest([(name, path)], whole)
+
+    content = b"a" * length
+    before = digest(content)
+    for place in places:
+        assert digest(content[:place] + b"b" + content[place + 1 :]) != before, place
+    assert digest(content) == before
+    assert digest(content, "other") != before
+    assert digest(content[:-1]) != before
+    assert digest(content + b"a") != before
