@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from transcoder import Transcoder, TranscoderConfig, __version__, cli
@@ -219,6 +219,7 @@ def test_a_signal_saves_the_state_and_has_its_own_code(tmp_path: Path, tiny: Pat
     assert list((run / "checkpoints").glob("step_*"))
 
 
+@settings(deadline=None)
 @given(text=st.text(max_size=12), encoding=st.sampled_from(["ascii", "latin-1", "cp1252", "utf-8"]))
 def test_what_a_terminal_cannot_show_changes_no_exit_code(text: str, encoding: str) -> None:
     raw = io.BytesIO()

@@ -220,6 +220,7 @@ KEYS = st.text("abcd", min_size=1, max_size=4)
 TREES = st.recursive(st.integers(0, 9), lambda inner: st.dictionaries(KEYS, inner, min_size=1), max_leaves=12)
 
 
+@settings(deadline=None)
 @given(st.dictionaries(KEYS, TREES, min_size=1), st.randoms(use_true_random=False), st.booleans())
 def test_a_key_that_stands_twice_is_refused_with_both_lines_at_any_depth(
     tree: dict[str, Any], draw: random.Random, quoted: bool

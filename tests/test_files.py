@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from transcoder.files import (
@@ -28,6 +28,7 @@ PARTS = st.text("ab ü.-%~", min_size=1, max_size=5).filter(
 )
 
 
+@settings(deadline=None)
 @given(
     st.lists(PARTS, max_size=3),
     st.sampled_from(["~", "$PLACE", "${PLACE}", "$PLACE/x/$INNER", "~/x/${INNER}", ""]),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from transcoder.config import RunConfig
@@ -26,6 +26,7 @@ def named(config: RunConfig) -> dict[str, int]:
     return {match[1]: int(match[2]) for match in found}
 
 
+@settings(deadline=None)
 @given(
     st.fixed_dictionaries(
         {
