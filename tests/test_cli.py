@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -12,11 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from transcoder import __version__, cli
+from transcoder import Transcoder, TranscoderConfig, __version__, cli
+from transcoder.activations.documents import Reader
+from transcoder.activations.record_sources import record_sources
 from transcoder.cli import main
-from transcoder.config import ConfigError, RunConfig
+from transcoder.commands import COMMANDS
+from transcoder.config import ActivationsSection, ConfigError, RunConfig
+from transcoder.training.checkpoint import CheckpointStore
 
 TINY: dict[str, Any] = {
     "name": "tiny",
@@ -209,3 +217,45 @@ def test_a_signal_saves_the_state_and_has_its_own_code(tmp_path: Path, tiny: Pat
     assert f"stopped by {name}" in out
     assert "--resume" in out
     assert list((run / "checkpoints").glob("step_*"))
+
+
+@settings(deadline=None)
+@given(text=st.text(max_size=12), encoding=st.sampled_from(["ascii", "latin-1", "cp1252", "utf-8"]))
+def test_what_a_terminal_cannot_show_changes_no_exit_code(text: str, encoding: str) -> None:
+    raw = io.BytesIO()
+    with pytest.MonkeyPatch.context() as patch:
+        stream = io.TextIOWrapper(raw, encoding=encoding, errors="strict")
+        patch.setattr(sys, "stdout", stream)
+        patch.setitem(COMMANDS, "doctor", COMMANDS["doctor"]._replace(run=lambda *_: print(f"<{text}>") or 0))
+        assert cli.main(["doctor"]) == 0
+        stream.flush()
+        assert raw.getvalue().decode(encoding).startswith("<")
+
+
+def test_a_standard_output_that_is_closed_changes_no_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setitem(COMMANDS, "doctor", COMMANDS["doctor"]._replace(run=lambda *_: print("fine") or 0))
+    assert cli.main(["doctor"]) == 0
+
+
+@pytest.mark.parametrize("home", ["~", "$PLACE", "${PLACE}"])
+def test_paths_of_settings_and_arguments_are_expanded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, home: str
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PLACE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    model = Transcoder(TranscoderConfig(3, 3, 5, 2))
+    model.save_pretrained(f"{home}/saved")
+    assert torch.equal(Transcoder.from_pretrained(f"{home}/saved").W_dec, model.W_dec)
+    (tmp_path / "my.yaml").write_text(f"name: x\ncheckpoint: {{second_location: '{home}/second'}}\n")
+    config = RunConfig.load(f"{home}/my.yaml")
+    # The setting itself stays as written, so that another machine may resume the run.
+    assert config.checkpoint.second_location == f"{home}/second"
+    CheckpointStore(f"{home}/run", config.checkpoint)._second_folder(create=True).mkdir(parents=True)
+    (tmp_path / "text.jsonl").write_text('{"text": "here"}\n')
+    source, _, _ = record_sources(ActivationsSection(dataset=f"{home}/text.jsonl"))
+    assert [document.content for document in Reader(source)] == ["here"]
+    words = f"export {home}/saved --to original --allow-changed-function --threshold 0.1 --out={home}/exported"
+    assert cli.main(words.split()) == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["exported", "my.yaml", "run", "saved", "second", "text.jsonl"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 import types
 import typing
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from transcoder.config import ConfigError, RunConfig, flags, parse_flag, preset_
 from transcoder.setting_help import settings as all_settings
 from transcoder.setting_help import settings_help
 from transcoder.settings import convert
+from transcoder.yaml_text import read_yaml
 
 LEAVES = dict(flags())
 
@@ -212,3 +214,31 @@ def test_bounds(bound: str, inside: list[float], outside: list[float], words: st
     for value in outside:
         with pytest.raises(ConfigError, match=f"^x: expected {words} or null, got "):
             convert(Annotated[type(value), bound] | None, value, "x")
+
+
+KEYS = st.text("abcd", min_size=1, max_size=4)
+TREES = st.recursive(st.integers(0, 9), lambda inner: st.dictionaries(KEYS, inner, min_size=1), max_leaves=12)
+
+
+@settings(deadline=None)
+@given(st.dictionaries(KEYS, TREES, min_size=1), st.randoms(use_true_random=False), st.booleans())
+def test_a_key_that_stands_twice_is_refused_with_both_lines_at_any_depth(
+    tree: dict[str, Any], draw: random.Random, quoted: bool
+) -> None:
+    text = yaml.safe_dump(tree, sort_keys=False, default_flow_style=False)
+    assert read_yaml(text) == yaml.safe_load(text)
+    lines = text.splitlines()
+    first = draw.randrange(len(lines))
+    key = lines[first].split(":")[0]
+    depth = len(key) - len(key.lstrip())
+    # The end of the mapping that the key is in.
+    last = next((n for n in range(first + 1, len(lines)) if len(lines[n]) - len(lines[n].lstrip()) < depth), len(lines))
+    name = key.strip()
+    lines.insert(last, " " * depth + (f'"{name}"' if quoted else name) + ": 1")
+    with pytest.raises(ValueError, match=f"'{name}' stands twice, in line {first + 1} and in line {last + 1};"):
+        read_yaml("\n".join(lines))
+
+
+def test_a_merged_key_may_be_written_again() -> None:
+    text = "base: &base {a: 1, b: 2}\nnext: {<<: *base, b: 3}\nlast: {b: 4, <<: *base}"
+    assert read_yaml(text) == {"base": {"a": 1, "b": 2}, "next": {"a": 1, "b": 3}, "last": {"a": 1, "b": 4}}

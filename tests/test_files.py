@@ -9,9 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from transcoder.files import (
     file_digest,
+    local_path,
     remove_folder,
     replace_atomically,
     replace_lines,
@@ -19,6 +22,44 @@ from transcoder.files import (
     replacing_all,
     replacing_folder,
 )
+
+PARTS = st.text("ab ü.-%~", min_size=1, max_size=5).filter(
+    lambda part: part not in (".", "..") and not part.startswith("~")
+)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(PARTS, max_size=3),
+    st.sampled_from(["~", "$PLACE", "${PLACE}", "$PLACE/x/$INNER", "~/x/${INNER}", ""]),
+    st.booleans(),
+)
+def test_a_path_has_its_home_and_variables_expanded_once_and_nothing_else(
+    parts: list[str], start: str, as_path: bool
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        for variable, value in (("HOME", "/home/me"), ("PLACE", "/home/me"), ("INNER", "in ner")):
+            patch.setenv(variable, value)
+        given_path = "/".join([*([start] if start else []), *parts]) or "."
+        expanded = "/home/me" + ("/x/in ner" if "INNER" in start else "") if start else ""
+        wanted = Path("/".join([*([expanded] if start else []), *parts]) or ".")
+        found = local_path(Path(given_path) if as_path else given_path)
+        assert found == wanted
+        assert local_path(found) == wanted
+
+
+@pytest.mark.parametrize(
+    "path", ["$NOT_SET_AT_ALL", "here/${NOT_SET_AT_ALL}/x", "/tmp/a$NOT_SET_AT_ALL", "~no_such_user_here/x"]
+)
+def test_a_path_of_an_unknown_variable_or_user_is_refused_by_name(path: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^--out: .*(NOT_SET_AT_ALL|no_such_user_here)"):
+        local_path(path, "--out")
+
+
+def test_a_folder_whose_name_holds_a_dollar_is_itself(tmp_path: Path) -> None:
+    folder = tmp_path / "us$NOT_SET_AT_ALL"
+    folder.mkdir()
+    assert local_path(folder / "new") == folder / "new"
 
 
 def names(folder: Path) -> list[str]:

@@ -191,6 +191,20 @@ def test_save_and_load_keep_every_bit(tmp_path: Path) -> None:
     assert torch.equal(loaded.decode(loaded.encode(x)), model.decode(model.encode(x)))
 
 
+def test_loading_a_runs_folder_points_to_its_newest_checkpoint(tmp_path: Path) -> None:
+    for step in (8, 24, 16):
+        saved(tmp_path).rename(tmp_path / f"step_{step:08d}")
+    (tmp_path / "run").mkdir()
+    checkpoints = tmp_path / "run" / "checkpoints"
+    checkpoints.mkdir()
+    for folder in tmp_path.glob("step_*"):
+        folder.rename(checkpoints / folder.name)
+    for place in (checkpoints, tmp_path / "run"):
+        with pytest.raises(FileNotFoundError, match=rf"a run's folder.*{checkpoints}/step_00000024"):
+            Transcoder.from_pretrained(place)
+    Transcoder.from_pretrained(checkpoints / "step_00000024")
+
+
 def test_loading_names_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"expected config\.json or a checkpoint's state\.json"):
         Transcoder.from_pretrained(tmp_path)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from transcoder.files import WrittenFile, file_digest
+from transcoder.files import WrittenFile, file_digest, local_path
 
 FORMAT, VERSION = "transcoder-checkpoint", 1
 MODEL_FILE, TRAINER_FILE, STATE_FILE = "transcoder.safetensors", "trainer.safetensors", "state.json"
@@ -28,7 +28,7 @@ def verify_checkpoint(path: Path | str) -> int:
     Raises: ValueError naming a file that is missing, torn or corrupted. CheckpointError where a newer version wrote it.
     OSError.
     """
-    path = Path(path)
+    path = local_path(path)
     state = read_state(path)
     for name, expected in state["files"].items():
         if (found := file_digest(path / name)) != expected:
@@ -43,7 +43,7 @@ def find_checkpoint(path: Path | str) -> Path:
         FileNotFoundError: no such folder, or no checkpoint in it.
         CheckpointError: there are checkpoints, but none of them verifies.
     """
-    path = Path(path)
+    path = local_path(path)
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: expected a run folder or a checkpoint folder, there is no such folder")
     if (path / STATE_FILE).is_file():

@@ -8,6 +8,7 @@ was anything to save; 141 the reader of the output went away (`| head`).
 from __future__ import annotations
 
 import argparse
+import io
 import itertools
 import logging
 import os
@@ -48,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code, see the module docstring.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    _show_any_character()
     logging.basicConfig(format="%(levelname)s: %(message)s")
     try:
         with warnings.catch_warnings():
@@ -81,8 +83,18 @@ def _guarded(words: list[str]) -> int:
         return known[0]
 
 
+def _show_any_character() -> None:
+    """Print a character that the terminal's encoding lacks as its escape (`\\xe4`): how a run ended matters more."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
+
+
 def _output_is_open() -> bool:
     """Flush what was printed. If its reader is gone, standard output is discarded from here on."""
+    if sys.stdout is None:
+        # Closed before this process began (`>&-`): Python prints to nowhere then.
+        return True
     try:
         sys.stdout.flush()
         if not _reader_is_gone():

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from transcoder.config import ConfigError, RunConfig
+from transcoder.files import local_path
 
 
 class Exit(enum.IntEnum):
@@ -61,7 +62,7 @@ def argument(name: str, text: str, **options: Any) -> Argument:
 
 
 def run_folder(path: str) -> Path:
-    folder = Path(path)
+    folder = local_path(path)
     if not (folder / "config.yaml").is_file():
         raise FileNotFoundError(f"{path}: expected a run folder, found no config.yaml in it")
     return folder
@@ -189,7 +190,7 @@ def profile(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
 
 
 def _out(options: argparse.Namespace, name: str) -> Path:
-    return Path("runs") / name if options.out is None else Path(options.out)
+    return Path("runs") / name if options.out is None else local_path(options.out, "--out")
 
 
 def _refuse_used_folder(out: Path, resumable: bool = True) -> None:
@@ -215,7 +216,7 @@ def compare(options: argparse.Namespace, _: dict[str, Any]) -> int:
     runs: list[str] = options.runs
     if len(runs) < 2:
         raise ConfigError(f"compare: expected at least two run folders, got {len(runs)}")
-    if any("=" in run and not Path(run).is_dir() for run in runs):
+    if any("=" in run and not local_path(run).is_dir() for run in runs):
         methods = _methods(runs)
         from transcoder.reporting.compare import compare_methods, format_methods
 
@@ -293,10 +294,10 @@ def export(options: argparse.Namespace, _: dict[str, Any]) -> int:
     """Write a run's transcoder in another library's format."""
     from transcoder.interop.formats import export_transcoder, format_name
 
-    name, first = format_name(options.to), Path(options.runs[0])
+    name, first = format_name(options.to), local_path(options.runs[0])
     # Exports go into the run folder: a checkpoint folder is never changed.
     home = first.parent.parent if first.parent.name == "checkpoints" else first
-    out = home / "exports" / name if options.out is None else Path(options.out)
+    out = home / "exports" / name if options.out is None else local_path(options.out, "--out")
     runs = options.runs if len(options.runs) > 1 else options.runs[0]
     record = export_transcoder(runs, name, out, **_given(options, "runs", "to", "out"))
     print(f"{record.format_lines()}\nwritten: {out}")

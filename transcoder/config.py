@@ -18,6 +18,7 @@ import yaml
 
 from transcoder import settings
 from transcoder.dictionary_config import Activation, DictionarySettings, TranscoderConfig
+from transcoder.files import local_path
 from transcoder.settings import (
     ConfigError,
     Count,
@@ -30,6 +31,7 @@ from transcoder.settings import (
     Share,
     Weight,
 )
+from transcoder.yaml_text import read_yaml
 
 __all__ = ["ConfigError", "RunConfig", "flags", "load_yaml", "parse_flag", "preset_names"]
 
@@ -444,7 +446,7 @@ def preset_names() -> list[str]:
 
 def load_yaml(source: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file, or in the preset of that name. A file named as a preset is read if it has a suffix."""
-    path = Path(source)
+    path = local_path(source, "config")
     if isinstance(source, str) and source in preset_names():
         path = Path(__file__).parent / "presets" / f"{source}.yaml"
     elif not path.is_file():
@@ -452,7 +454,7 @@ def load_yaml(source: str | Path) -> dict[str, Any]:
             f"config {str(source)!r}: no such file, and no preset of that name; presets: {preset_names()}"
         )
     try:
-        values = _read_yaml(path.read_text(encoding="utf-8"))
+        values = read_yaml(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConfigError(f"config {path}: not valid YAML: {error}") from error
     if not isinstance(values, (dict, type(None))):
@@ -478,28 +480,7 @@ def parse_flag(dotted: str, text: str | None) -> Any:
         quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
         return text[1:-1] if quoted else text
     try:
-        value = _read_yaml(text) if text.strip() else text
+        value = read_yaml(text) if text.strip() else text
     except ValueError as error:
         raise ConfigError(f"{dotted}: cannot read {settings.short(text)}: {error}") from error
     return settings.convert(kind, value, dotted)
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 without dates: no setting is one, and a name such as 2026-01-31 is text."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in found if not tag.endswith(":timestamp")]
-    for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-
-
-def _read_yaml(text: str) -> Any:
-    """The value of YAML text. Raises ValueError for any defect."""
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-    except (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError) as error:
-        # PyYAML raises all of these, at `!!bool x` or `!!timestamp x` for two.
-        raise ValueError(str(error) or type(error).__name__) from error

@@ -15,6 +15,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -23,6 +24,30 @@ from typing import Any, BinaryIO, NamedTuple
 WRITING, REPLACED, DELETING = ".writing_", ".replaced_", ".deleting_"
 """Prefixes of temporary names: a file or folder being written, a folder being replaced, a folder being deleted."""
 _CHUNK = 1 << 24
+
+
+def local_path(path: str | Path, name: str = "path") -> Path:
+    """A path that a user gave, with `~`, `~user` and `$VARIABLE` or `${VARIABLE}` expanded: a config has no shell to do it.
+
+    A name that holds a literal `$` is kept where such a file or folder is there.
+
+    Args:
+        name: what an error calls it, such as the setting.
+
+    Raises:
+        ValueError: the environment has no such variable, or the machine no such user.
+    """
+    found = Path(os.path.expandvars(os.path.expanduser(path)))
+    parts = found.parts
+    if parts and parts[0].startswith("~") and not Path(parts[0]).exists():
+        raise ValueError(f"{name}: {str(path)!r}: there is no home folder for {parts[0]!r}; write the path in full")
+    for count, part in enumerate(parts, start=1):
+        unset = re.search(r"\$(\w+|\{[^}]*\})", part, re.ASCII)
+        if unset and not Path(*parts[:count]).exists():
+            raise ValueError(
+                f"{name}: {str(path)!r}: the environment has no variable {unset[0]}; set it, or write the path in full"
+            )
+    return found
 
 
 class WrittenFile(NamedTuple):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from transcoder.dictionary_config import TranscoderConfig
+from transcoder.files import local_path
 from transcoder.kernels import SparseCodes, sparse_decode
 from transcoder.kernels.checks import Checks, check_finite_rows, check_float_matrix, check_mode
 from transcoder.losses import auxk_loss, penalty_scale, reconstruction_loss
@@ -304,7 +305,7 @@ class Transcoder(nn.Module):
 
         OSError: the folder cannot be written. An existing pair is unchanged then, and no partial file is left.
         """
-        write_pair(Path(directory), self.config.to_dict(), self.state_dict())
+        write_pair(local_path(directory), self.config.to_dict(), self.state_dict())
 
     @classmethod
     def from_pretrained(

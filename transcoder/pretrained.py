@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transcoder.files import replacing_all
+from transcoder.checkpoint_folder import candidates
+from transcoder.files import local_path, replacing_all
+from transcoder.settings import brief
 from transcoder.tensor_file import write_tensors
 
 WEIGHTS_FILE = "transcoder.safetensors"
@@ -29,7 +31,7 @@ def local_folder(name: str | Path, revision: str | None = None) -> Path:
     Raises:
         FileNotFoundError: the hub has no such repository or revision, or cannot be reached and the cache has none.
     """
-    path = Path(name)
+    path = local_path(name)
     hub = isinstance(name, str) and _HUB_NAME.fullmatch(name) is not None
     if revision is not None and not hub:
         raise ValueError(f"revision: expected a hub name org/name with it, got {str(name)!r}")
@@ -42,9 +44,7 @@ def local_folder(name: str | Path, revision: str | None = None) -> Path:
     try:
         return Path(snapshot_download(str(name), revision=revision, allow_patterns=[WEIGHTS_FILE, CONFIG_FILE]))
     except (OSError, ValueError) as error:
-        # The hub's messages have many lines.
-        cause = " ".join(str(error).split())[:300]
-        raise FileNotFoundError(f"{name}: no such folder here, and the hub did not give it: {cause}") from error
+        raise FileNotFoundError(f"{name}: no such folder here, and the hub did not give it: {brief(error)}") from error
 
 
 def write_pair(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -77,7 +77,9 @@ def read_config(folder: Path) -> tuple[Path, dict[str, Any]]:
         if not isinstance(found, dict):
             raise ValueError(f"{path}: expected a checkpoint's state with summary.transcoder, an object; found none")
         return path, found
-    raise FileNotFoundError(f"expected {CONFIG_FILE} or a checkpoint's {CHECKPOINT_STATE_FILE} in {folder}")
+    checkpoints = candidates([folder / "checkpoints", folder])
+    hint = f"; it is a run's folder: give a checkpoint of it, the newest is {checkpoints[0][1]}" if checkpoints else ""
+    raise FileNotFoundError(f"expected {CONFIG_FILE} or a checkpoint's {CHECKPOINT_STATE_FILE} in {folder}{hint}")
 
 
 def read_weights(folder: Path, expected: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> dict[str, Tensor]:
@@ -98,7 +100,7 @@ def read_weights(folder: Path, expected: Mapping[str, tuple[tuple[int, ...], tor
     try:
         tensors = load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{path}: not a safetensors file, or a torn one: {error}") from error
+        raise ValueError(f"{path}: not a safetensors file, or a torn one: {brief(error)}") from error
     check_tensors(str(path), tensors, {name: shape for name, (shape, _) in expected.items()})
     for name, (_, dtype) in expected.items():
         tensor = tensors[name]

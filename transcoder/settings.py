@@ -79,6 +79,12 @@ def short(value: object) -> str:
     return shown if len(shown) <= 200 else f"{shown[:200]}..."
 
 
+def brief(error: BaseException, most: int = 300) -> str:
+    """An error of another library in one line, cut to `most` characters: some run over pages."""
+    words = " ".join(str(error).split()) or type(error).__name__
+    return words if len(words) <= most else f"{words[:most]}..."
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """The end of an error about an unknown name: the known name that is nearest, or else all of them."""
     known = list(known)

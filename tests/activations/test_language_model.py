@@ -172,3 +172,26 @@ def test_a_pickle_in_a_models_folder_is_not_run(model_folder: Path, tmp_path: Pa
     with pytest.raises(ModelError, match=r"model\.name"):
         HookedModel(str(folder), "blocks.1.hook_resid_mid", "blocks.1.hook_mlp_out", torch.float32, torch.device("cpu"))
     assert not proof.exists()
+
+
+@pytest.mark.parametrize(
+    ("path", "hooks"),
+    [
+        ("model.layers.1.mlp", "blocks.1.mlp"),
+        ("layers.1.mlp", "blocks.1.mlp"),
+        ("model.layers[2].self_attn", "blocks.2.attn"),
+        ("model.layers.0", "blocks.0"),
+        ("model.layers.1.mlp.down_proj", "blocks.1.mlp.out"),
+    ],
+)
+def test_a_module_path_is_answered_with_its_hooks(model_folder: Path, path: str, hooks: str) -> None:
+    with pytest.raises(ModelError) as refusal:
+        load(model_folder, path, "blocks.2.hook_resid_post")
+    assert f"activations.source_hook: {path!r} is a module of this model" in str(refusal.value)
+    assert f"input is the hook '{hooks}.hook_in', its output '{hooks}.hook_out'" in str(refusal.value)
+
+
+@pytest.mark.parametrize("path", ["transformer.h.1.mlp", "gpt_neox.layers.1.mlp", "h.1.mlp"])
+def test_a_module_path_of_another_architecture_leads_to_the_block(model_folder: Path, path: str) -> None:
+    with pytest.raises(ModelError, match=r"no hook .*nearest are 'blocks\.1\.mlp\.hook_in'"):
+        load(model_folder, "blocks.0.hook_resid_pre", path)

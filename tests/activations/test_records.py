@@ -95,6 +95,9 @@ def test_unusable_records_are_skipped_and_counted(tmp_path: Path) -> None:
     reader = Reader(FileRecords(tmp_path, "text", None))
     assert [(d.index, d.content) for d in reader] == [(0, "good"), (8, "last")]
     assert reader.skipped == 9
+    assert reader.reasons == {
+        "blank": 2, "not a JSON object": 2, "missing or null": 1, "int instead of text": 1, "binary": 2, "not UTF-8": 1,
+    }  # fmt: skip
 
 
 def test_skipped_count_survives_a_resume(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from transcoder.activations.shards import (
 )
 from transcoder.activations.vocabulary import Vocabulary
 from transcoder.config import RunConfig
-from transcoder.files import file_digest
+from transcoder.files import file_digest, local_path
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class CachedActivations(ActivationSource):
     ) -> None:
         section = config.activations
         assert section.cached_path is not None  # the configuration checks it
-        self._folder = Path(section.cached_path).expanduser()
+        self._folder = local_path(section.cached_path, "activations.cached_path")
         self._index = index = read_index(self._folder)
         whole = index.get("sequence_length")
         if make_sampler is not None and whole is None:
@@ -221,7 +221,7 @@ def cache_activations(
     """
     from transcoder.activations.model_activations import ModelActivations
 
-    folder = Path(folder)
+    folder = local_path(folder)
     if tokens < 1 or shard_tokens < 1:
         raise ValueError(
             f"cache_activations: tokens and shard_tokens: expected at least 1, got {tokens}, {shard_tokens}"

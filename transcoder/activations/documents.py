@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias, TypeGuard
+from typing import Any, Protocol, TypeAlias
 
 RECORD_BLOCK_LENGTH = 1 << 18
 """A record of more characters, or token ids, is given in blocks of this length: bounds memory and what a saved cursor
@@ -20,6 +20,10 @@ class DataError(ValueError):
     """Data that cannot be read or used. The message names the file or document and says what to do."""
 
 
+class Messages(list[dict[str, Any]]):
+    """A conversation: messages with `role` and `content`, which the tokenizer's chat template makes text of."""
+
+
 @dataclass(frozen=True)
 class Document:
     """One document, or one block of a very long one.
@@ -27,22 +31,23 @@ class Document:
     Fields:
         index: its place in the stream, from 0; blocks of one document share it.
         name: what an error calls it.
-        content: the text, or the token ids of an already-tokenised document.
+        content: the text, the messages of a conversation, or the token ids of an already-tokenised document.
         ends: False for a block that the same document goes on after.
     """
 
     index: int
     name: str
-    content: str | list[int]
+    content: str | Messages | list[int]
     ends: bool = True
 
 
 @dataclass(frozen=True)
 class Record:
-    """What a source delivers before skipping and splitting; `content` None: it cannot be used."""
+    """What a source delivers before skipping and splitting; `content` None: it cannot be used, for the reason `why`."""
 
     name: str
-    content: str | list[int] | None
+    content: str | Messages | list[int] | None
+    why: str = ""
 
 
 Records: TypeAlias = Iterator[tuple[Record, dict[str, Any]]]
@@ -65,13 +70,22 @@ class Reader:
 
     Skipped: no text, blank text, text with a NUL character (binary), an empty id list, and what the source
     could not decode. `state()` holds JSON values only and may be taken after any document.
+
+    Attributes:
+        reasons: {why: records skipped for it}.
     """
 
     def __init__(self, source: RecordSource, state: dict[str, Any] | None = None) -> None:
         state = state or {"records": None, "blocks": 0, "index": 0, "skipped": 0}
         self._place = state["records"]
-        self._index, self._blocks, self.skipped = int(state["index"]), int(state["blocks"]), int(state["skipped"])
+        self._index, self._blocks = int(state["index"]), int(state["blocks"])
+        self.reasons = reasons_of(state["skipped"])
         self._documents = self._read(source.read(self._place))
+
+    @property
+    def skipped(self) -> int:
+        """Records skipped so far."""
+        return sum(self.reasons.values())
 
     def __iter__(self) -> Iterator[Document]:
         return self._documents
@@ -82,25 +96,27 @@ class Reader:
     def _read(self, records: Records) -> Iterator[Document]:
         for record, place in records:
             index, given = self._index, self._blocks
-            if not _usable(record.content):
-                self.skipped += 1
+            content = record.content
+            why = record.why if content is None else _why_not(content)
+            if content is None or why:
+                self.reasons[why] = self.reasons.get(why, 0) + 1
                 self._finish_record(place)
                 continue
-            for number, (content, ends) in enumerate(_blocks(record.content), start=1):
+            for number, (block, ends) in enumerate(_blocks(content), start=1):
                 # The state moves before the document is handed out: it is the state behind this document.
                 if ends:
                     self._finish_record(place)
                 elif number > given:
                     self._blocks = number
                 if number > given:
-                    yield Document(index, record.name, content, ends)
+                    yield Document(index, record.name, block, ends)
 
     def _finish_record(self, place: dict[str, Any]) -> None:
         self._place, self._blocks = place, 0
         self._index += 1
 
     def state(self) -> dict[str, Any]:
-        return {"records": self._place, "blocks": self._blocks, "index": self._index, "skipped": self.skipped}
+        return {"records": self._place, "blocks": self._blocks, "index": self._index, "skipped": dict(self.reasons)}
 
 
 def is_heldout(index: int, fraction: float) -> bool:
@@ -117,13 +133,34 @@ def cut(text: str, length: int) -> tuple[str, str]:
     return text[:end], text[end:]
 
 
-def _usable(content: str | list[int] | None) -> TypeGuard[str | list[int]]:
-    if isinstance(content, str):
-        return bool(content.strip()) and "\0" not in content
-    return bool(content)
+def reasons_of(saved: Any) -> dict[str, int]:
+    """{why: count} as a state has it; that of an earlier version has the number alone."""
+    if isinstance(saved, dict):
+        return {str(why): int(count) for why, count in saved.items()}
+    return {"by an earlier version": int(saved)} if saved else {}
 
 
-def _blocks(content: str | list[int]) -> Iterator[tuple[str | list[int], bool]]:
+def reasons_in_words(reasons: dict[str, int]) -> str:
+    """Such as "3 of the records were skipped: 2 blank, 1 not UTF-8", the most frequent reason first."""
+    if not reasons:
+        return "no record was skipped"
+    counted = sorted(reasons.items(), key=lambda item: -item[1])
+    return f"{sum(reasons.values())} records were skipped: {', '.join(f'{count} {why}' for why, count in counted)}"
+
+
+def _why_not(content: str | Messages | list[int]) -> str:
+    """Why a content cannot be used; empty where it can."""
+    if not isinstance(content, str):
+        return "" if content else "empty list"
+    if not content.strip():
+        return "blank"
+    return "binary" if "\0" in content else ""
+
+
+def _blocks(content: str | Messages | list[int]) -> Iterator[tuple[str | Messages | list[int], bool]]:
+    if isinstance(content, Messages):
+        yield content, True
+        return
     if not isinstance(content, str):
         for begin in range(0, len(content), RECORD_BLOCK_LENGTH):
             end = begin + RECORD_BLOCK_LENGTH

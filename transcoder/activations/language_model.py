@@ -10,7 +10,6 @@ import os
 import re
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +18,8 @@ from torch import Tensor
 from transcoder.activations.rows import Substitute
 from transcoder.activations.vocabulary import Vocabulary
 from transcoder.demo import language_model_path
+from transcoder.files import local_path
+from transcoder.settings import brief
 
 OLDEST = (3, 9)
 """The oldest TransformerLens whose bridge the tests pass with. Other libraries pin older ones, so an install may bring one."""
@@ -46,7 +47,7 @@ def resolve_model_name(name: str) -> str:
             return str(language_model_path())
         except FileNotFoundError as error:
             raise ModelError(f"model.name: {error}") from error
-    path = Path(name).expanduser()
+    path = local_path(name, "model.name")
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(
@@ -70,13 +71,13 @@ def _check_hub_model(name: str) -> None:
         HfApi().model_info(official, timeout=15)
     except HFValidationError as error:
         raise ModelError(
-            f"model.name: {name!r} is neither 'demo' nor a folder, and no hub name either: {error}"
+            f"model.name: {name!r} is neither 'demo' nor a folder, and no hub name either: {brief(error)}"
         ) from error
     except Exception as error:
         # The hub's client raises its own types and those of two HTTP libraries.
         raise ModelError(
             f"model.name: there is no folder {name!r}, and the Hugging Face hub gives no model of that name: "
-            f"{type(error).__name__}: {error}. Check the name and the network (a gated model needs `hf auth login`); "
+            f"{type(error).__name__}: {brief(error)}. Check the name and the network (a gated model needs `hf auth login`); "
             "without a network use 'demo' or a local folder."
         ) from error
 
@@ -152,7 +153,7 @@ class HookedModel:
         except Exception as error:
             # Loading raises many types: a torn weight file, an architecture without an adapter, no network
             # half-way.
-            raise ModelError(f"model.name: cannot load {name!r}: {type(error).__name__}: {error}") from error
+            raise ModelError(f"model.name: cannot load {name!r}: {type(error).__name__}: {brief(error)}") from error
         bridge.eval()
         bridge.requires_grad_(False)
         self._bridge: Any = bridge
@@ -194,7 +195,15 @@ class HookedModel:
         names = self._bridge.hook_dict
         for role, hook in self._hooks.items():
             if hook not in names:
-                close = difflib.get_close_matches(hook, names, n=3, cutoff=0.5)
+                module = _hooks_of_module(self._bridge, hook)
+                if module is not None:
+                    raise ModelError(
+                        f"activations.{role}_hook: {hook!r} is a module of this model: its input is the hook "
+                        f"{module[0]!r}, its output {module[1]!r}"
+                    )
+                # A module path of another architecture still says the block and, often, the part of it.
+                meant = re.sub(r"^(?!blocks\.)\D*\b(\d+)\b", r"blocks.\1", hook)
+                close = difflib.get_close_matches(meant, names, n=3, cutoff=0.5)
                 layers = int(self._bridge.cfg.n_layers)
                 raise ModelError(
                     f"activations.{role}_hook: this model has no hook {hook!r}; the nearest are "
@@ -203,7 +212,9 @@ class HookedModel:
             try:
                 self._bridge.add_hook(hook, self._capture(role), is_permanent=True)
             except (ValueError, NotImplementedError) as error:
-                raise ModelError(f"activations.{role}_hook: {hook!r} cannot be read on this model: {error}") from error
+                raise ModelError(
+                    f"activations.{role}_hook: {hook!r} cannot be read on this model: {brief(error)}"
+                ) from error
 
     def _capture(self, role: str) -> Any:
         from transformer_lens.model_bridge.exceptions import StopAtLayerException
@@ -289,6 +300,24 @@ class HookedModel:
                 f"{tuple(tokens.shape)}; expected [sequences, positions, width]"
             )
         return value.flatten(2)
+
+
+def _hooks_of_module(bridge: Any, path: str) -> tuple[str, str] | None:
+    """The hooks at the input and the output of a module, by its path in Hugging Face's model, such as `model.layers.1.mlp`, or
+    the end of that path (`layers.1.mlp`); None unless exactly one module is meant."""
+    path = re.sub(r"\[(\d+)\]", r".\1", path)
+    # The bridge's wrappers stand in the paths of its modules, and each of its hook points knows its own name.
+    found = {}
+    for place, point in bridge.original_model.named_modules():
+        if place.endswith(".hook_in"):
+            module = place.replace("._original_component", "").removesuffix(".hook_in")
+            if f".{module}".endswith(f".{path}"):
+                found[module] = str(point.name)
+    if len(found) != 1 and path not in found:
+        return None
+    into = found[path] if path in found else next(iter(found.values()))
+    out = into.removesuffix("hook_in") + "hook_out"
+    return (into, out) if {into, out} <= set(bridge.hook_dict) else None
 
 
 @contextlib.contextmanager

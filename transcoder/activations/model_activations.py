@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from transcoder.activations.activation_source import ActivationSource
-from transcoder.activations.documents import DataError, Document, Reader, RecordSource, is_heldout
+from transcoder.activations.documents import DataError, Document, Reader, RecordSource, is_heldout, reasons_in_words
 from transcoder.activations.language_model import HookedModel
 from transcoder.activations.packing import Packed, Packer
 from transcoder.activations.record_sources import record_sources
@@ -35,8 +36,8 @@ class ModelActivations(ActivationSource):
         first = next(reader, None)
         if first is None:
             raise DataError(
-                f"activations.dataset: {section.dataset!r} holds no usable document ({reader.skipped} records were skipped as "
-                "empty, binary or not UTF-8); text must be plain UTF-8, JSONL or Parquet"
+                f"activations.dataset: {section.dataset!r} holds no usable document ({reasons_in_words(reader.reasons)}); text "
+                "must be plain UTF-8, JSONL or Parquet, and lists of token ids need activations.tokens_column"
             )
         self._model = model = HookedModel(
             config.model.name,
@@ -173,4 +174,9 @@ class ModelActivations(ActivationSource):
         self._packer.load_state_dict(place["packer"])
 
     def _progress(self, place: dict[str, Any]) -> dict[str, int]:
-        return {name: int(place["packer"][name]) for name in ("documents", "skipped_documents", "epochs", "sequences")}
+        packer = place["packer"]
+        reasons = {
+            f"skipped_{re.sub(r'[^a-z0-9]+', '_', why.lower())}": count
+            for why, count in packer.get("skipped_reasons", {}).items()
+        }
+        return {n: int(packer[n]) for n in ("documents", "skipped_documents", "epochs", "sequences")} | reasons

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from transcoder.activations.documents import RECORD_BLOCK_LENGTH, DataError, Document, Reader, RecordSource
+from transcoder.activations.documents import (
+    RECORD_BLOCK_LENGTH,
+    DataError,
+    Document,
+    Reader,
+    RecordSource,
+    reasons_in_words,
+    reasons_of,
+)
 from transcoder.activations.vocabulary import Ids, Vocabulary
 
 _IDS_A_CHARACTER = 4
@@ -80,7 +89,9 @@ class Packer:
         self._rest: Ids = np.empty(0, np.int32)
         self._head: Ids = np.empty(0, np.int32)
         """The epoch's first tokens, as many as a sequence takes."""
-        self._epoch = self._sequences = self._documents = self._skipped_before = 0
+        self._epoch = self._sequences = self._documents = 0
+        self._skipped_before: dict[str, int] = {}
+        """{why: records skipped for it} in the epochs before this one."""
         self._epoch_tokens = 0
 
     def pack(self, sequences: int, repeat: bool = True) -> Packed | None:
@@ -143,10 +154,10 @@ class Packer:
             if self._epoch_tokens == 0:
                 raise DataError(
                     "activations.dataset: a whole pass over the data gave no usable document "
-                    f"({self._reader.skipped} records were skipped as empty, binary or not UTF-8; held-out "
-                    "documents do not train): check dataset, text_column and heldout_fraction"
+                    f"({reasons_in_words(self._reader.reasons)}; held-out documents do not train): check dataset, "
+                    "text_column and heldout_fraction"
                 )
-            self._skipped_before += self._reader.skipped
+            self._skipped_before = self.skipped()
             # np.resize repeats: data shorter than one sequence go round in it.
             filling = np.resize(self._head, -self._epoch_tokens % self._body)
             self._epoch += 1
@@ -161,12 +172,15 @@ class Packer:
         """Whole passes over the data so far."""
         return self._epoch
 
+    def skipped(self) -> dict[str, int]:
+        """{why: records skipped for it so far}."""
+        return dict(Counter(self._skipped_before) + Counter(self._reader.reasons if self._reader else {}))
+
     def counts(self) -> dict[str, int]:
         """Numbers so far: documents, skipped_documents, epochs, sequences."""
-        skipped = self._skipped_before + (self._reader.skipped if self._reader else 0)
         return {
             "documents": self._documents,
-            "skipped_documents": skipped,
+            "skipped_documents": sum(self.skipped().values()),
             "epochs": self._epoch,
             "sequences": self._sequences,
         }
@@ -178,7 +192,8 @@ class Packer:
             "rest": torch.from_numpy(self._rest.copy()),
             "head": torch.from_numpy(self._head.copy()),
             "epoch_tokens": self._epoch_tokens,
-            "skipped_before": self._skipped_before,
+            "skipped_before": dict(self._skipped_before),
+            "skipped_reasons": self.skipped(),
             **self.counts(),
         }
 
@@ -193,4 +208,4 @@ class Packer:
         self._rest, self._head = (state[n].cpu().numpy().astype(np.int32, copy=True) for n in ("rest", "head"))
         self._documents, self._sequences = int(state["documents"]), int(state["sequences"])
         self._epoch, self._epoch_tokens = int(state["epochs"]), int(state["epoch_tokens"])
-        self._skipped_before = int(state["skipped_before"])
+        self._skipped_before = reasons_of(state["skipped_before"])

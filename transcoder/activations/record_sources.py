@@ -13,10 +13,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from transcoder.activations.documents import DataError, Record, Records, RecordSource, cut
+from transcoder.activations.documents import DataError, Messages, Record, Records, RecordSource, cut
 from transcoder.activations.retry import RetriedRecords
 from transcoder.config import ActivationsSection
 from transcoder.demo.stdlib_text import iter_documents, source_files
+from transcoder.files import local_path
+from transcoder.settings import brief
 
 FILE_BLOCK_CHARACTERS = 1 << 14
 """A plain text file is read as documents of at most this length: a long file can be shuffled and held out."""
@@ -44,7 +46,7 @@ def record_sources(section: ActivationsSection) -> tuple[RecordSource, RecordSou
                 "activations.tokens_column: the dataset 'stdlib' is text; set it to null or choose another dataset"
             )
         return StdlibRecords("train"), StdlibRecords("heldout"), 0.0
-    path = Path(name).expanduser()
+    path = local_path(name, "activations.dataset")
     source: RecordSource
     if path.exists():
         source = FileRecords(path, section.text_column, section.tokens_column)
@@ -54,8 +56,10 @@ def record_sources(section: ActivationsSection) -> tuple[RecordSource, RecordSou
             "file, a folder of them, 'stdlib', or the name of a Hugging Face dataset"
         )
     else:
+        name = name.removeprefix("hf:")
+        here = local_path(name, "activations.dataset")
         source = HubRecords(
-            name.removeprefix("hf:"), section.dataset_config, section.dataset_split, section.text_column,
+            str(here) if here.exists() else name, section.dataset_config, section.dataset_split, section.text_column,
             section.tokens_column,
         )  # fmt: skip
     source = RetriedRecords(source)
@@ -140,16 +144,19 @@ class FileRecords:
     def _read_file(self, path: Path, skip: int) -> Iterator[Record]:
         if path.suffix == ".parquet":
             for row, value in enumerate(_parquet_column(path, self._column, skip), start=skip):
-                yield Record(f"{path} row {row}", _content_of(value, self._tokens))
+                yield _record(f"{path} row {row}", value, self._tokens)
         elif path.suffix in _JSON_SUFFIXES:
             for line, record in enumerate(itertools.islice(_json_lines(path), skip, None), start=skip + 1):
-                value = None if record is None else record.get(self._column)
-                yield Record(f"{path} line {line}", _content_of(value, self._tokens))
+                where = f"{path} line {line}"
+                if record is None:
+                    yield Record(where, None, "not a JSON object")
+                else:
+                    yield _record(where, record.get(self._column), self._tokens)
         elif self._tokens:
-            yield Record(str(path), None)
+            yield Record(str(path), None, "a file without columns")
         else:
             for block, text in enumerate(itertools.islice(_text_blocks(path), skip, None), start=skip):
-                yield Record(f"{path} block {block}", text)
+                yield Record(f"{path} block {block}", text, "not UTF-8")
 
 
 def _files_below(folder: Path) -> list[Path]:
@@ -230,7 +237,7 @@ class HubRecords:
 
     def __init__(self, name: str, config: str | None, split: str, text_column: str, tokens_column: str | None) -> None:
         self._name, self._config, self._split = name, config, split
-        self._local = Path(name).expanduser().exists()
+        self._local = Path(name).exists()
         self._column = tokens_column or text_column
         self._tokens = tokens_column is not None
         self._dataset = _load_streaming(name, config, split)
@@ -250,7 +257,7 @@ class HubRecords:
 
     def _read_from(self, dataset: Any, first: int) -> Records:
         for number, row in enumerate(dataset, start=first):
-            record = Record(f"dataset {self._name!r} record {number}", _content_of(row.get(self._column), self._tokens))
+            record = _record(f"dataset {self._name!r} record {number}", row.get(self._column), self._tokens)
             yield record, {"record": number + 1, "dataset": dataset.state_dict()}
 
     def _load_again(self) -> Any:
@@ -262,7 +269,7 @@ class HubRecords:
 
     def digest(self) -> str | None:
         """The repository's commit, or the files of a local folder; None where the hub was not asked."""
-        folder = Path(self._name).expanduser()
+        folder = Path(self._name)
         if folder.exists():
             files = [folder] if folder.is_file() else _files_below(folder)
             return files_digest(
@@ -277,18 +284,15 @@ def _load_streaming(name: str, config: str | None, split: str) -> Any:
     import datasets
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
-    local = Path(name).expanduser().exists()
-    if not local and not HF_HUB_OFFLINE:
+    if not Path(name).exists() and not HF_HUB_OFFLINE:
         _check_hub_dataset(name)
     try:
-        return datasets.load_dataset(
-            str(Path(name).expanduser()) if local else name, config, split=split, streaming=True
-        )
+        return datasets.load_dataset(name, config, split=split, streaming=True)
     except Exception as error:
         # `datasets` raises dozens of types here (missing, gated, bad split or configuration, no network).
         raise DataError(
             f"activations.dataset: cannot open {name!r} (dataset_config {config!r}, dataset_split "
-            f"{split!r}) with Hugging Face datasets: {type(error).__name__}: {error}. Check the name, configuration "
+            f"{split!r}) with Hugging Face datasets: {type(error).__name__}: {brief(error)}. Check the name, configuration "
             "and split, and the network; without a network use 'stdlib' or a local file or folder."
         ) from error
 
@@ -304,7 +308,7 @@ def _check_hub_dataset(name: str) -> str | None:
     except Exception as error:
         raise DataError(
             f"activations.dataset: no file or folder {name!r}, and the Hugging Face hub gives no dataset of "
-            f"that name: {type(error).__name__}: {error}. Check the name and the network (a private or gated dataset "
+            f"that name: {type(error).__name__}: {brief(error)}. Check the name and the network (a private or gated dataset "
             "needs `hf auth login`); without a network use 'stdlib' or a local file or folder."
         ) from error
 
@@ -317,12 +321,18 @@ def _check_column(field: str, column: str, names: Iterable[str], where: str) -> 
         raise DataError(f"activations.{field}: no column {column!r} in {where}; it has {names}{hint}")
 
 
-def _content_of(value: Any, tokens: bool) -> str | list[int] | None:
-    if not tokens:
-        return value if isinstance(value, str) else None
+def _record(name: str, value: Any, tokens: bool) -> Record:
+    """A record of the value of a column. A conversation is kept as its messages; a value of another type says so."""
     if value is None:
-        return None
-    return list(value) if isinstance(value, (list, tuple)) else [value]
+        return Record(name, None, "missing or null")
+    if tokens:
+        return Record(name, list(value) if isinstance(value, (list, tuple)) else [value])
+    if isinstance(value, str):
+        return Record(name, value)
+    if isinstance(value, list) and value and all(isinstance(turn, dict) and "role" in turn for turn in value):
+        return Record(name, Messages(value))
+    kind = "a list" if isinstance(value, list) else type(value).__name__
+    return Record(name, None, f"{kind} instead of text")
 
 
 def files_digest(files: Iterable[tuple[str, Path]], whole_bytes: int = WHOLE_BYTES) -> str:

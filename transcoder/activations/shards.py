@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from transcoder.activations.documents import DataError
-from transcoder.files import file_digest, replace_atomically, replacing
+from transcoder.files import file_digest, local_path, replace_atomically, replacing
 from transcoder.tensor_file import write_tensors
 
 INDEX_NAME = "index.json"
@@ -45,7 +45,7 @@ def write_shard(
         ValueError, TypeError: shapes, types or lengths that do not agree, or a name that does not end in
             .safetensors.
     """
-    path = Path(path)
+    path = local_path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"write_shard: path: expected a name ending in .safetensors, got {path.name!r}")
     if source.dim() != 2 or target.dim() != 2 or source.dtype != target.dtype or source.dtype not in DTYPES.values():
@@ -91,7 +91,7 @@ def write_index(
     Raises:
         DataError: no shard, an unreadable one, or shards of different widths or types.
     """
-    folder = Path(folder)
+    folder = local_path(folder)
     paths = sorted(folder.glob("*.safetensors"))
     if not paths:
         raise DataError(f"write_index: no .safetensors shard in {str(folder)!r}")

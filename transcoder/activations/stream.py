@@ -251,8 +251,8 @@ class ActivationStream:
 
     def counters(self) -> dict[str, float]:
         """Numbers up to the last pass that the buffer took in (for `look_ahead` too): documents,
-        skipped_documents, epochs, sequences, passes, tokens_seen, masked_by_id, masked_by_norm,
-        masked_by_position, left_by_sampler, sink_norm_ratio (mean source norm of the masked tokens over the
+        skipped_documents and skipped_<why> for each reason, epochs, sequences, passes, tokens_seen, masked_by_id,
+        masked_by_norm, masked_by_position, left_by_sampler, sink_norm_ratio (mean source norm of the masked tokens over the
         median norm) and sink_norm_ratio_max.
         """
         return self._source.counters(self._cursor)

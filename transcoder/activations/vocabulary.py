@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from transcoder.activations.documents import DataError, Document
+from transcoder.activations.documents import DataError, Document, Messages
+from transcoder.settings import brief
 
 Ids = npt.NDArray[np.int32]
 
@@ -42,14 +43,15 @@ class Vocabulary:
             DataError: an id outside the vocabulary, an entry that is no whole number, or text without a
                 tokenizer.
         """
-        if isinstance(document.content, str):
+        if isinstance(document.content, (str, Messages)):
             if self._tokenizer is None:
                 raise DataError(
                     f"{document.name}: text needs a tokenizer and the model has none; set activations.tokens_column"
                 )
-            ids = self._tokenizer(
-                document.content, add_special_tokens=False, return_attention_mask=False, verbose=False
-            )["input_ids"]
+            text = document.content if isinstance(document.content, str) else self._conversation(document)
+            ids = self._tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)[
+                "input_ids"
+            ]
             return self._check_range(document, np.asarray(ids, dtype=np.int64))
         try:
             ids = np.asarray(document.content)
@@ -61,6 +63,22 @@ class Vocabulary:
                 f"{str(document.content)[:80]}"
             )
         return self._check_range(document, ids)
+
+    def _conversation(self, document: Document) -> str:
+        """The messages of a document as the tokenizer's chat template writes them, without its BOS: packing adds that."""
+        tokenizer: Any = self._tokenizer
+        if not getattr(tokenizer, "chat_template", None):
+            raise DataError(
+                f"{document.name}: it holds messages with roles, and this tokenizer has no chat template to make text of them; "
+                "set activations.text_column to a column of text, or use the instruct model's tokenizer"
+            )
+        try:
+            text = tokenizer.apply_chat_template(list(document.content), tokenize=False)
+        except Exception as error:  # a template raises what it likes
+            raise DataError(
+                f"{document.name}: the tokenizer's chat template does not take these messages: {brief(error)}"
+            ) from error
+        return str(text).removeprefix(getattr(tokenizer, "bos_token", None) or "")
 
     def _check_range(self, document: Document, ids: npt.NDArray[Any]) -> Ids:
         if not len(ids):

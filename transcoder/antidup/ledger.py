@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transcoder.files import replace_atomically
+from transcoder.files import local_path, replace_atomically
 from transcoder.usage import MONITOR, REGULARIZER, REQUIRED_EFFECTS, judge, no_pairs_possible, zero_penalty_finding
 
 
@@ -43,7 +43,7 @@ class UsageLedger:
                 f"UsageLedger: enabled: expected exactly {', '.join(REQUIRED_EFFECTS)}; "
                 f"unknown: {', '.join(unknown) or 'none'}, missing: {', '.join(missing) or 'none'}"
             )
-        self.path = Path(path)
+        self.path = local_path(path)
         self._enabled = {name: bool(enabled[name]) for name in REQUIRED_EFFECTS}
         self._calls = dict.fromkeys(REQUIRED_EFFECTS, 0)
         self._effects: dict[str, dict[str, float | Tensor]] = {name: {} for name in REQUIRED_EFFECTS}
@@ -80,7 +80,7 @@ class UsageLedger:
 
     def record_file(self, name: str, path: Path) -> None:
         """List a file that the part wrote, once, relative to the run's folder."""
-        path = Path(path)
+        path = local_path(path)
         folder = self.path.parent.resolve()
         shown = path.resolve()
         text = shown.relative_to(folder).as_posix() if shown.is_relative_to(folder) else path.as_posix()

@@ -30,7 +30,7 @@ from transcoder.antidup.merge_cost_streaming import MergeEvidence
 from transcoder.antidup.pair_errors import LEAST_SHARE, PairErrors, PairJackknife, correlation_bounds, most_pairs
 from transcoder.antidup.window import SequenceCounts, Window, correlation_state_bytes, nothing, state_names
 from transcoder.config import MonitorSection
-from transcoder.files import replace_atomically
+from transcoder.files import local_path, replace_atomically
 from transcoder.kernels import CorrelatedPairs, FeatureCorrelation, SparseCodes
 from transcoder.kernels.correlation.op import EXACT_LIMIT
 from transcoder.kernels.correlation.statistics import PairStatistics, Survey, sorted_pairs
@@ -83,7 +83,7 @@ class CorrelationMonitor:
     ) -> None:
         self.section, self.d_sae = section, d_sae
         self.device = torch.empty(0, device=device).device
-        self._out_dir, self._ledger = Path(out_dir), ledger
+        self._out_dir, self._ledger = local_path(out_dir), ledger
         self._sketch_dim = section.sketch_dim
         if self._sketch_dim is None and d_sae > EXACT_LIMIT:
             self._sketch_dim = SKETCH_DIM

@@ -18,7 +18,7 @@ from transcoder.antidup.positions import PositionSampler
 from transcoder.antidup.sample_store import EMPTY, Samples, best_entries, merged, without_overlap
 from transcoder.antidup.special_tokens import SpecialTokens
 from transcoder.config import SamplesSection
-from transcoder.files import replacing_all
+from transcoder.files import local_path, replacing_all
 from transcoder.kernels import SparseCodes, counts_cpp
 from transcoder.kernels.correlation.counter_rng import uniform
 
@@ -73,7 +73,7 @@ class ActivationSampleCollector:
         """Keys the random draws, with seed and step."""
         self.section, self.d_sae, self.seed, self.sequence_length = section, d_sae, seed, sequence_length
         self.device = torch.empty(0, device=device).device
-        self._out_dir, self._ledger, self._positions = Path(out_dir), ledger, positions
+        self._out_dir, self._ledger, self._positions = local_path(out_dir), ledger, positions
         self._special = SpecialTokens(special_ids, self.device)
         number = min(section.max_latents, d_sae)
         self.latents = torch.arange(number, device=self.device) * d_sae // number

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from transcoder.checkpoint_folder import find_checkpoint
+from transcoder.files import local_path
 from transcoder.interop.folded_weights import Hooks
 from transcoder.model import Transcoder
 
@@ -45,7 +46,7 @@ def load_source(source: Exportable) -> Source:
         raise TypeError(
             f"export: expected a Transcoder, a run folder, a checkpoint or a saved folder, got {type(source).__name__}"
         )
-    path = Path(source)
+    path = local_path(source)
     if not path.is_dir():
         raise FileNotFoundError(
             f"export: {path}: expected a run folder, a checkpoint or a saved transcoder; no such folder"

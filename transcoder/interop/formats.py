@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from transcoder.files import local_path
 from transcoder.interop import circuit_tracer, dictionary_learning, gemma_scope, original, saelens, sparsify
 from transcoder.interop.conversion_record import ChangedFunctionError, Conversion
 from transcoder.interop.export_source import HOOKS_FILE, Exportable, load_source
@@ -68,7 +69,7 @@ class Imported:
         Raises:
             FileExistsError: `out_dir` is not empty.   OSError: it cannot be written; nothing is left then.
         """
-        out = Path(out_dir)
+        out = local_path(out_dir)
         with new_folder(f"{self.record.format} import", out, self.record) as folder:
             self.transcoder.save_pretrained(folder)
             write_json(folder / HOOKS_FILE, asdict(self.hooks))
@@ -118,7 +119,7 @@ def export_transcoder(
     name = format_name(format)
     known = FORMATS[name]
     given = _options(f"{name} export", options, (*known.export_options, *_EXPORT))
-    out = Path(out_dir)
+    out = local_path(out_dir)
     record = Conversion("export", name, str(out), allow_changed_function, known.tested)
     folded = [_folded(one, record, given) for one in _several(name, source)]
     for weights in folded:
@@ -155,7 +156,7 @@ def read_transcoder(format: str, path: str | Path, *, allow_changed_function: bo
     k = given.get("k")
     if k is not None and (isinstance(k, bool) or not isinstance(k, int) or k < 1):
         raise ValueError(f"{name} import: k: expected a whole number of at least 1, got {k!r}")
-    where = Path(path)
+    where = local_path(path)
     if not where.exists():
         raise FileNotFoundError(f"{name} import: {where}: expected a folder or file of this format, there is none")
     record = Conversion("import", name, str(where), allow_changed_function, known.tested)

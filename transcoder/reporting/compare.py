@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from transcoder.files import replace_atomically
+from transcoder.files import local_path, replace_atomically
 from transcoder.reporting.format import MISSING, number
 from transcoder.reporting.run import Run
 from transcoder.reporting.statistics import half_width, interval
@@ -140,7 +140,7 @@ def format_methods(comparison: dict[str, Any]) -> str:
 
 def write_comparison(comparison: dict[str, Any], path: str | Path) -> Path:
     """Write a comparison as JSON (atomic) and return the path."""
-    path = Path(path)
+    path = local_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     return replace_atomically(path, json.dumps(comparison, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 

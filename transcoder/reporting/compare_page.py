@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from transcoder.files import replace_atomically
+from transcoder.files import local_path, replace_atomically
 from transcoder.reporting.charts import Chart, Line, interval_chart, interval_words, line_chart
 from transcoder.reporting.compare import mean_text, metric_named
 from transcoder.reporting.format import number
@@ -71,7 +71,7 @@ def _write(path: str | Path, title: str, facts: Sequence[str], parts: dict[str, 
             for name, part in parts.items()
         ],
     }
-    path = Path(path)
+    path = local_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     return replace_atomically(path, render_page(core, {}))
 

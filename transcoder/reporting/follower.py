@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from transcoder.config import RunConfig
-from transcoder.files import replace_atomically
+from transcoder.files import local_path, replace_atomically
 from transcoder.reporting import follow_metrics
 from transcoder.reporting.follow_metrics import FILE_NAME, MetricsCursor, by_step
 
@@ -203,7 +203,7 @@ def sync_run(run_dir: Path | str, mode: str = "online", seconds: float = SYNC_SE
     Raises:
         FileNotFoundError: no such folder or file.  RuntimeError: W&B is absent, cannot be reached, or did not end in time.
     """
-    run_dir = Path(run_dir).absolute()
+    run_dir = local_path(run_dir).absolute()
     if not (run_dir / FILE_NAME).is_file():
         raise FileNotFoundError(f"{run_dir}: expected a run folder, found no {FILE_NAME} in it")
     lines = sum(event is None for *_, event in by_step(MetricsCursor(str(run_dir / FILE_NAME)).read()))

@@ -104,7 +104,8 @@ def plotly() -> Library | None:
         package = importlib.metadata.distribution("plotly")
         script = (Path(spec.origin).parent / "package_data/plotly.min.js").read_bytes() if spec and spec.origin else b""
         files = [file for file in package.files or () if file.name.upper().startswith("LICENSE")]
-        licence = files[0].read_text() if files else "MIT License, Copyright Plotly, Inc. (no licence file was found)"
+        none = "MIT License, Copyright Plotly, Inc. (no licence file was found)"
+        licence = files[0].read_text(encoding="utf-8") if files else none
     except (ImportError, ValueError, OSError):
         return None
     return Library(script, pack(script), package.version, licence) if script else None

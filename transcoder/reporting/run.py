@@ -14,6 +14,7 @@ import numpy as np
 import yaml
 
 from transcoder.checkpoint_folder import CheckpointError, candidates, find_checkpoint
+from transcoder.files import local_path
 from transcoder.reporting import plots, run_tables
 from transcoder.reporting.checkpoint import Checkpoint, newest_readable, read_checkpoint
 from transcoder.reporting.duplicates import Duplicates
@@ -63,7 +64,7 @@ class Run:
     """
 
     def __init__(self, path: str | Path, *, empty_ok: bool = False, metrics: Metrics | None = None) -> None:
-        self.path = Path(path)
+        self.path = local_path(path)
         if not self.path.is_dir():
             raise FileNotFoundError(
                 f"run folder {str(self.path)!r}: no such folder; expected one that `transcoder train` wrote"

@@ -15,6 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from transcoder.files import local_path
 from transcoder.reporting.format import clock
 from transcoder.reporting.latent_cards import LatentCards
 from transcoder.reporting.latent_table import FILE_NAME as LATENTS_FILE
@@ -213,7 +214,7 @@ def serve(run_dir: str | Path, port: int = 0) -> _Server:
     if not 0 <= port <= 65535:
         raise ValueError(f"watch: expected a port from 0 (a free one) to 65535, got {port}")
     try:
-        return _Server(LiveReport(Path(run_dir)), port)
+        return _Server(LiveReport(local_path(run_dir)), port)
     except OSError as error:
         if error.errno not in (errno.EADDRINUSE, errno.EACCES):
             raise

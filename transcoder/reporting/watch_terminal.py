@@ -23,6 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from transcoder.checkpoint_folder import candidates
+from transcoder.files import local_path
 from transcoder.reporting.format import MISSING, clock, number, percent, thousands
 from transcoder.reporting.metrics_table import FILE_NAME, Metrics, Series
 from transcoder.reporting.progress import PLAIN_SECONDS, metrics_text
@@ -77,10 +78,10 @@ def watch_terminal(
         FileNotFoundError: no such folder.
     """
     out = sys.stdout if stream is None else stream
-    metrics = Metrics(Path(run_dir) / FILE_NAME)
+    metrics = Metrics(local_path(run_dir) / FILE_NAME)
     show = _draw if out.isatty() and os.environ.get("TERM", "dumb") != "dumb" else _lines
     try:
-        last = show(Path(run_dir), metrics, out, interval, line_seconds)
+        last = show(local_path(run_dir), metrics, out, interval, line_seconds)
     except KeyboardInterrupt:
         return EXIT_OK
     return {"dead": EXIT_DEAD, "stopped": EXIT_STOPPED}.get(last.state, EXIT_OK)

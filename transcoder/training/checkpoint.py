@@ -41,7 +41,15 @@ from transcoder.checkpoint_folder import (
     verify_checkpoint,
 )
 from transcoder.config import CheckpointSection
-from transcoder.files import DELETING, REPLACED, WRITING, remove_folder, replace_atomically, replacing_folder
+from transcoder.files import (
+    DELETING,
+    REPLACED,
+    WRITING,
+    local_path,
+    remove_folder,
+    replace_atomically,
+    replacing_folder,
+)
 from transcoder.tensor_file import read_tensors, tensor_bytes, write_tensors
 from transcoder.training.disk_space import (
     CHECKPOINT_SLACK,
@@ -81,8 +89,10 @@ class CheckpointStore:
     """
 
     def __init__(self, run_dir: Path | str, section: CheckpointSection | None = None) -> None:
-        self.run_dir = Path(run_dir)
+        self.run_dir = local_path(run_dir)
         self.section = section or CheckpointSection()
+        second = self.section.second_location
+        self._second = None if second is None else local_path(second, "checkpoint.second_location")
         self.folder = self.run_dir / "checkpoints"
         self.reserve = Reserve(self.run_dir, 0)
         self.degraded = False
@@ -191,8 +201,8 @@ class CheckpointStore:
         """CheckpointError, before training, for what cannot fit on the disk or under a quota: `each` bytes a checkpoint of
         `steps` steps, and `others` for logs, samples and reserve. It names bytes needed, bytes free, settings that would fit.
         """
-        if self.section.second_location is not None:
-            self._check_second_location(Path(self.section.second_location))
+        if self._second is not None:
+            self._check_second_location(self._second)
         present = sum(_size(path) for _, path in candidates([self.folder])) + self.reserve.held
         free = free_bytes(self.folder)
         wanted = checkpoint_bytes(self.section, each, steps) + others - present
@@ -213,7 +223,7 @@ class CheckpointStore:
     def _second_folder(self, create: bool) -> Path | None:
         """The run's own folder in the second location, named by an id that is deleted with the run folder: another run of this
         name must never resume from it."""
-        if self.section.second_location is None:
+        if self._second is None:
             return None
         id_file = self.run_dir / ".run_id"
         written = None
@@ -229,7 +239,7 @@ class CheckpointStore:
         if create and written is None:
             with contextlib.suppress(OSError):
                 replace_atomically(id_file, self._run_id)
-        return Path(self.section.second_location) / f"{self.run_dir.resolve().name}-{self._run_id}"
+        return self._second / f"{self.run_dir.resolve().name}-{self._run_id}"
 
     def _hold_reserve_again(self) -> None:
         # Where there is no room for it, the next save tries again.

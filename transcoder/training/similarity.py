@@ -14,7 +14,7 @@ from torch import Tensor
 from transcoder.activations import ActivationBatch
 from transcoder.antidup.cka import LEAST_TOKENS, Similarity, StreamingCKA, gram_of_codes, gram_of_rows
 from transcoder.checkpoint_folder import CheckpointError, find_checkpoint
-from transcoder.files import replacing
+from transcoder.files import local_path, replacing
 from transcoder.kernels import SparseCodes, sparse_decode
 from transcoder.model import Transcoder
 from transcoder.tensor_file import read_tensors, write_tensors
@@ -139,13 +139,13 @@ def run_similarity(runs: Sequence[Path]) -> dict[str, Any]:
         raise ValueError(f"similarity: expected at least two runs, got {len(runs)}")
     found: list[HeldoutCodes] = []
     for run in runs:
-        path = Path(run) / CODES_FILE
+        path = local_path(run) / CODES_FILE
         if not path.is_file():
             raise ValueError(f"similarity: {run} kept no codes of held-out tokens (training.similarity_tokens is 0?)")
         found.append(HeldoutCodes.load(path))
         if not found[0].matches(found[-1]):
             raise ValueError(f"similarity: {runs[0]} and {run} were evaluated on different held-out tokens")
-    decoders = [decoder for decoder in (_decoder(Path(run)) for run in runs) if decoder is not None]
+    decoders = [decoder for decoder in (_decoder(local_path(run)) for run in runs) if decoder is not None]
     decoded = len(decoders) == len(runs)
     codes_cka, output_cka = StreamingCKA(len(runs)), StreamingCKA(len(runs))
     for parts in zip(*(codes.codes for codes in found), strict=True):

@@ -14,6 +14,7 @@ import torch
 
 from transcoder.activations import ActivationBatch
 from transcoder.config import ConfigError, RunConfig, flags, load_yaml
+from transcoder.settings import brief
 from transcoder.training.layer_trainer import acting_penalties
 
 logger = logging.getLogger(__name__)
@@ -28,9 +29,14 @@ def device_of(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
+        if device.type == "meta":
+            raise RuntimeError("it holds no numbers")
     except (RuntimeError, AssertionError) as error:
+        # Of what torch says, the first sentence: others name its own functions, over pages.
+        reason = brief(error).partition(". ")[0]
+        have = ", ".join(map(repr, ["auto", "cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]))
         raise ConfigError(
-            f"model.device: expected 'auto' or a device of this machine, got {name!r}: {error}"
+            f"model.device: expected a device of this machine ({have}), got {name!r}: {reason}"
         ) from error
     return device
 
@@ -81,6 +87,7 @@ def check_switches(
             anti.monitor.block_tokens,
             int(anti.recycle.until * trained),
         )
+    _name_what_cannot_act(config, trained)
     regularizer = acting_penalties(config)
     weights = [field.name for field in dataclasses.fields(regularizer) if field.name.endswith("_weight")]
     if regularizer.enabled and all(getattr(regularizer, name) == 0 for name in weights):
@@ -89,6 +96,34 @@ def check_switches(
             "pair penalty counts as 0 without antidup.monitor, which finds the pairs); set one, switch on the monitor, or set "
             "antidup.regularizer.enabled to false"
         )
+
+
+def _name_what_cannot_act(config: RunConfig, trained: int) -> None:
+    """Warn of settings that wait for more tokens or steps than the run has. `trained`: its tokens."""
+    dictionary, monitor, steps = config.transcoder, config.antidup.monitor, config.training.steps
+    if dictionary.dead_after_tokens >= trained:
+        logger.warning(
+            "transcoder.dead_after_tokens is %d and the run has %d tokens: no latent will be counted dead, and AuxK has "
+            "nothing to train; %d would act",
+            dictionary.dead_after_tokens,
+            trained,
+            max(1, trained // 4),
+        )
+    if monitor.enabled and monitor.blocks_to_flag * monitor.block_tokens > trained:
+        logger.warning(
+            "antidup.monitor.block_tokens is %d, a flag needs %d blocks, and the run has %d tokens: no pair will be flagged; "
+            "%d would act",
+            monitor.block_tokens,
+            monitor.blocks_to_flag,
+            trained,
+            max(1, trained // (monitor.blocks_to_flag + 1)),
+        )
+    for name, value in (
+        ("training.warmup_steps", config.training.warmup_steps),
+        ("training.evaluation_every", config.training.evaluation_every),
+    ):
+        if value > steps:
+            logger.warning("%s is %d and the run has %d steps: %d would act", name, value, steps, max(1, steps // 10))
 
 
 def check_folder(run_dir: Path, config: RunConfig, resume: bool) -> None:

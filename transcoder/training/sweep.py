@@ -9,7 +9,7 @@ from typing import Any
 
 from transcoder.antidup.row_cosines import cosine_tail, random_cosine_tail
 from transcoder.config import ConfigError, RunConfig
-from transcoder.files import replace_atomically
+from transcoder.files import local_path, replace_atomically
 from transcoder.training.evaluation import heldout_duplicates
 from transcoder.training.start_checks import changed_settings
 from transcoder.training.trainer import train_transcoder
@@ -54,7 +54,7 @@ def sweep_k(config: RunConfig, ks: Sequence[int], out: Path | str) -> dict[str, 
     if not ks or len(set(ks)) != len(ks):
         raise ConfigError(f"sweep: k: expected one or more different numbers, got {list(ks)}")
     runs = {k: config.replace({"transcoder.k": k, "name": f"{config.name}-k{k}"}) for k in ks}
-    out, rows = Path(out), []
+    out, rows = local_path(out), []
     for k, run in runs.items():
         done = out / f"k{k}" / "figures.json"
         if done.is_file():

@@ -15,11 +15,12 @@ import torch
 
 from transcoder.activations import ActivationBatch, ActivationStream
 from transcoder.config import RunConfig
-from transcoder.files import replace_atomically
+from transcoder.files import local_path, replace_atomically
 from transcoder.model import Transcoder
 from transcoder.phases import phase
 from transcoder.reporting import MetricsWriter, ProgressBar
 from transcoder.reporting.report_subprocess import write_report_apart
+from transcoder.settings import brief
 from transcoder.training.checkpoint import CheckpointStore, Loaded
 from transcoder.training.checkpointing import Saver
 from transcoder.training.latent_facts import write_latent_facts
@@ -89,7 +90,7 @@ def train_transcoder(
         TrainingDivergedError: more than training.max_bad_steps steps were NaN or Inf, or the weights overflowed.
         CheckpointError: the disk cannot take a checkpoint.
     """
-    run_dir = Path("runs") / config.name if out is None else Path(out)
+    run_dir = Path("runs") / config.name if out is None else local_path(out)
     with StopRequest() as stop, opened_run(config, run_dir, batches, heldout, resume) as run:
         return run.train(stop)
 
@@ -229,8 +230,8 @@ class Trainer:
             except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
                 raise ValueError(
                     f"resume: {loaded.path} is whole but does not hold the state of this run "
-                    f"({type(error).__name__}: {error}): it was written by another version or with other settings; start a "
-                    "new run with another --out"
+                    f"({type(error).__name__}: {brief(error)}): it was written by another version or with other settings; "
+                    "start a new run with another --out"
                 ) from error
         budget = self.saver.reserve(self.parts)
         self._folder = self.run_dir.stat().st_ino

@@ -12,7 +12,7 @@ from typing import Any
 from transcoder.antidup import validate_correlation_report
 from transcoder.checkpoint_folder import CheckpointError, verify_checkpoint
 from transcoder.config import RunConfig
-from transcoder.files import replace_atomically
+from transcoder.files import local_path, replace_atomically
 from transcoder.reporting.compare import compare_runs, format_comparison, write_comparison
 from transcoder.training.evaluation import heldout_duplicates
 from transcoder.training.trainer import train_transcoder
@@ -79,7 +79,7 @@ def validate(config: RunConfig, out: Path | str) -> ValidationResult:
         LedgerError: in the run with the parts on, one was not really used. ConfigError and others as
             `train_transcoder`.
     """
-    out = Path(out)
+    out = local_path(out)
     checks: dict[str, list[Check]] = {}
     for name, enabled in (("with_antidup", True), ("baseline", False)):
         switches = {f"antidup.{section}.enabled": enabled for section in SECTIONS.values()}

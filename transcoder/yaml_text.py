@@ -1,0 +1,44 @@
+"""YAML as a configuration needs it: safe, no dates, no key twice, and one kind of error."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 without dates (no setting is one, and a name such as 2026-01-31 is text), and without duplicate keys, of which
+    PyYAML would keep the last one and lose the others without a word."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        # Checked as written: a merge (`<<`) adds keys later, which may be written again.
+        node = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag.endswith(":merge"):
+                continue
+            line, known = key.start_mark.line + 1, (key.tag, key.value)
+            if known in lines:
+                raise ValueError(
+                    f"the key {key.value!r} stands twice, in line {lines[known]} and in line {line}; join the two"
+                )
+            lines[known] = line
+        return node
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in found if not tag.endswith(":timestamp")]
+    for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def read_yaml(text: str) -> Any:
+    """What YAML text stands for. Raises ValueError, whatever is wrong with it."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError) as error:
+        # PyYAML raises all of these, at `!!bool x` or `!!timestamp x` for two.
+        raise ValueError(str(error) or type(error).__name__) from error
