@@ -341,6 +341,15 @@ class AntidupSection(Section, where="antidup."):
     otherwise the run stops."""
 
     @property
+    def regularizer_acts(self) -> bool:
+        """Whether the regularizer has a term: the pair penalty needs the monitor, which finds the pairs."""
+        others = (f.name for f in dataclasses.fields(self.regularizer) if f.name.endswith("_weight"))
+        return self.regularizer.enabled and (
+            self.monitor.enabled
+            or any(getattr(self.regularizer, name) > 0 for name in others if name != "correlation_weight")
+        )
+
+    @property
     def positions_act(self) -> bool:
         """Whether the position sampler has something to choose: training tokens, or what samples are collected from."""
         return self.positions.enabled and (self.positions.train or self.samples.enabled)

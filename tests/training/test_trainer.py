@@ -317,9 +317,17 @@ def test_the_disk_budget_bounds_what_checkpoints_take(whole: RunResult) -> None:
 def test_the_regularizer_without_the_monitor_leaves_the_pair_term_out(tmp_path: Path) -> None:
     result = train_transcoder(config(antidup__monitor__enabled=False), tmp_path / "run", batches=Planted())
     assert result.finished
+
+
+def test_a_regularizer_of_the_pair_term_alone_is_off_without_the_monitor(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     only_pairs = config(antidup__monitor__enabled=False, antidup__regularizer__orthogonality_weight=0.0)
-    with pytest.raises(ConfigError, match="enabled with every weight 0"):
-        train_transcoder(only_pairs, tmp_path / "pairs", batches=Planted())
+    without = train_transcoder(only_pairs, tmp_path / "pairs", batches=Planted())
+    assert without.finished
+    assert "the pair penalty is off too" in caplog.text
+    off = config(antidup__monitor__enabled=False, antidup__regularizer__enabled=False)
+    assert_same(weights(train_transcoder(off, tmp_path / "off", batches=Planted())), weights(without))
 
 
 @pytest.mark.parametrize("convention", ["mse", "saelens", "dictionary_learning"])

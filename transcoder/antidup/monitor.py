@@ -38,8 +38,7 @@ from transcoder.kernels.correlation.statistics import PairStatistics, Survey, so
 _NAME = "correlation_monitor"
 Judge = Callable[[Tensor, Tensor], MergeResult]
 MOST_JUDGED = 4096
-"""Most pairs of a merge test, flagged ones first, then the strongest: the test multiplies the held-out residual by the decoder
-rows of both latents."""
+"""Most pairs of a merge test, flagged ones first, then the strongest: each costs a product with the held-out residual."""
 JUDGED_AT_A_TIME = 1024
 SKETCH_DIM = 128
 """Used beyond the widest exactly counted dictionary: standard deviation 0.03 at r = 0.8."""

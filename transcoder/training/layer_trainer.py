@@ -87,7 +87,7 @@ class LayerTrainer:
         self.optimizer = make_optimizer(self.transcoder, config.training, self.peak)
         self.regularizer: DiversityRegularizer | None = None
         self._ledger = ledger
-        if config.antidup.regularizer.enabled:
+        if config.antidup.regularizer_acts:
             self.regularizer = DiversityRegularizer(
                 acting_penalties(config),
                 shape.d_sae,

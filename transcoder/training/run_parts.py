@@ -19,7 +19,7 @@ from transcoder.training.nonfinite import StepLedger
 from transcoder.training.recycling import Recycler
 from transcoder.training.schedule import Calendar
 from transcoder.training.sources import BatchSource, own_data
-from transcoder.usage import POSITIONS, SECTIONS
+from transcoder.usage import POSITIONS, REGULARIZER, SECTIONS
 
 
 @dataclass
@@ -54,7 +54,7 @@ class RunParts:
         anti, shape, seed = config.antidup, config.transcoder, config.training.seed
         logs = run_dir / "anti_duplication_logs"
         enabled = {name: getattr(anti, section).enabled for name, section in SECTIONS.items()}
-        enabled[POSITIONS] = anti.positions_act
+        enabled[POSITIONS], enabled[REGULARIZER] = anti.positions_act, anti.regularizer_acts
         ledger = self.ledger = StepLedger(enabled, run_dir / "usage.json")
         if batches is None:
             data = self.data = _open_stream(config, device, ledger, logs, stack)

@@ -15,7 +15,6 @@ import torch
 from transcoder.activations import ActivationBatch
 from transcoder.config import ConfigError, RunConfig, flags, load_yaml
 from transcoder.settings import brief
-from transcoder.training.layer_trainer import acting_penalties
 
 logger = logging.getLogger(__name__)
 
@@ -88,13 +87,16 @@ def check_switches(
             int(anti.recycle.until * trained),
         )
     _name_what_cannot_act(config, trained)
-    regularizer = acting_penalties(config)
-    weights = [field.name for field in dataclasses.fields(regularizer) if field.name.endswith("_weight")]
-    if regularizer.enabled and all(getattr(regularizer, name) == 0 for name in weights):
+    section = anti.regularizer
+    weights = [field.name for field in dataclasses.fields(section) if field.name.endswith("_weight")]
+    if section.enabled and all(getattr(section, name) == 0 for name in weights):
         raise ConfigError(
-            f"antidup.regularizer: enabled with every weight 0 ({', '.join(weights)}): it would have no effect (the "
-            "pair penalty counts as 0 without antidup.monitor, which finds the pairs); set one, switch on the monitor, or set "
-            "antidup.regularizer.enabled to false"
+            f"antidup.regularizer: enabled with every weight 0 ({', '.join(weights)}): it would have no effect; set one, or "
+            "set antidup.regularizer.enabled to false"
+        )
+    if section.enabled and not anti.regularizer_acts:
+        logger.warning(
+            "antidup.regularizer: the pair penalty is off too, since antidup.monitor finds its pairs and that is off"
         )
 
 

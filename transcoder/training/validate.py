@@ -143,7 +143,7 @@ def _metrics(run_dir: Path, config: RunConfig) -> str:
     }
     for width in config.transcoder.widths or (config.transcoder.d_sae,):
         wanted |= {f"losses/inner_mse_loss_{width}", f"metrics/fvu_prefix_{width}", f"evaluation/fvu_prefix_{width}"}
-    if config.antidup.regularizer.enabled:
+    if config.antidup.regularizer_acts:
         wanted.add("losses/diversity_penalty")
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     records = [line for line in lines if "step" in line]
