@@ -128,7 +128,9 @@ def test_resumes_to_the_same_bits_and_a_run_without_the_setting_goes_on_drawing_
     tmp_path: Path,
 ) -> None:
     for train, name in ((False, "samples"), (True, "training")):
-        settings = config(antidup__positions__train=train)
+        # The default of the version that always drew training tokens; today's is 0.
+        former = {"antidup__regularizer__orthogonality_weight": 0.01} if train else {}
+        settings = config(antidup__positions__train=train, **former)
         whole, run_dir = train_transcoder(settings, tmp_path / f"{name} whole"), tmp_path / name
         with opened_run(settings, run_dir) as run:
             for _ in range(3):
@@ -142,7 +144,9 @@ def test_resumes_to_the_same_bits_and_a_run_without_the_setting_goes_on_drawing_
         resumed = train_transcoder(config(), run_dir, resume=True)
         assert_same(weights(whole), weights(resumed))
         assert positions_json(run_dir) == positions_json(whole.run_dir)
-        assert RunConfig.load(run_dir / "config.yaml").antidup.positions.train is train
+        antidup = RunConfig.load(run_dir / "config.yaml").antidup
+        assert antidup.positions.train is train
+        assert antidup.regularizer.orthogonality_weight == (0.01 if train else 0)
         files = [folder / "activation_samples" / "samples.parquet" for folder in (run_dir, whole.run_dir)]
         assert files[0].read_bytes() == files[1].read_bytes()
 

@@ -39,7 +39,6 @@ _NAME = "correlation_monitor"
 Judge = Callable[[Tensor, Tensor], MergeResult]
 MOST_JUDGED = 4096
 """Most pairs of a merge test, flagged ones first, then the strongest: each costs a product with the held-out residual."""
-JUDGED_AT_A_TIME = 1024
 SKETCH_DIM = 128
 """Used beyond the widest exactly counted dictionary: standard deviation 0.03 at r = 0.8."""
 _NUMBERS_BYTES = 4096
@@ -391,7 +390,7 @@ class CorrelationMonitor:
             return None
         found = MergeResult.untested(pairs.i, pairs.j)
         order = self._flagged_first(pairs)[:MOST_JUDGED]
-        for part in order.split(JUDGED_AT_A_TIME):
+        for part in order.split(MOST_JUDGED // 4):
             one = judge(pairs.i[part], pairs.j[part])
             for name in MergeResult.__dataclass_fields__:
                 getattr(found, name)[part] = getattr(one, name)

@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 MAY_CHANGE = ("model.device", "activations.prefetch", "activations.allow_changed_data", "training.max_bad_steps")
 """Settings that a resumed run may be given other values of: they do not change its results, or say so in their help."""
+FORMER_DEFAULTS = {"antidup.regularizer.orthogonality_weight": 0.01}
+"""Defaults that changed with the version that added `antidup.positions.train`, as they were before it."""
 
 
 def device_of(name: str) -> torch.device:
@@ -146,12 +148,18 @@ def check_folder(run_dir: Path, config: RunConfig, resume: bool) -> None:
 
 
 def as_started(config: RunConfig, run_dir: Path, resume: bool) -> RunConfig:
-    """`config` with what a run of an earlier version did and its config.yaml has no name for: it had no
-    `antidup.positions.train`, and its position sampler always drew the training tokens."""
+    """`config` as a resumed run of an earlier version was started: its position sampler always drew the training tokens,
+    without a setting for it, and where `config` has today's default, what was the default then is kept."""
     saved = run_dir / "config.yaml"
     if not resume or not saved.exists() or not _drew_training_tokens(saved):
         return config
-    return config.replace({"antidup.positions.train": True})
+    before, now, defaults = (c.to_dict() for c in (RunConfig.load(saved), config, RunConfig()))
+    kept = {
+        name: value
+        for name, value in FORMER_DEFAULTS.items()
+        if _setting(before, name) == value and _setting(now, name) == _setting(defaults, name)
+    }
+    return config.replace({"antidup.positions.train": True, **kept})
 
 
 def _drew_training_tokens(saved: Path) -> bool:
