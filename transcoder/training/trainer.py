@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,19 +12,18 @@ from typing import Any
 
 import torch
 
-from transcoder.activations import ActivationBatch, ActivationStream
+from transcoder.activations import ActivationBatch
 from transcoder.config import RunConfig
 from transcoder.files import local_path, replace_atomically
 from transcoder.model import Transcoder
 from transcoder.phases import phase
 from transcoder.reporting import MetricsWriter, ProgressBar
-from transcoder.reporting.report_subprocess import write_report_apart
 from transcoder.settings import brief
 from transcoder.training.checkpoint import CheckpointStore, Loaded
 from transcoder.training.checkpointing import Saver
-from transcoder.training.latent_facts import write_latent_facts
 from transcoder.training.layer_trainer import StepView
 from transcoder.training.nonfinite import BadSteps
+from transcoder.training.run_end import write_run_report, write_summary
 from transcoder.training.run_folder import FolderLock
 from transcoder.training.run_parts import RunParts
 from transcoder.training.run_state import Stateful, restore_parts, trainer_tree
@@ -37,11 +35,6 @@ logger = logging.getLogger(__name__)
 
 AHEAD = 2
 """Steps that the device may be ahead of the host: so many finite flags may still be on their way. On a CPU none is."""
-
-REPORT_PAIRS = 4096
-"""Pairs whose latents get promoted tokens in the report, besides those that samples are kept of."""
-REPORT_SECONDS, INTERRUPTED_REPORT_SECONDS = 900.0, 20.0
-"""How long a run waits for its page at its end, and at an interrupt."""
 
 
 @dataclass(frozen=True)
@@ -159,8 +152,8 @@ class Trainer:
             self.catch_up()
             self.save(wait=True)
         stopped_by = None if finished else stop.signal
-        summary = self._write_summary(finished, stopped_by)
-        report = self._write_report(finished)
+        summary = write_summary(self, finished, stopped_by)
+        report = write_run_report(self, finished)
         transcoder, heldout = self.layers[0].transcoder, self.parts.data.heldout
         return RunResult(self.run_dir, self.step, finished, stopped_by, summary, report, transcoder, heldout)
 
@@ -273,56 +266,6 @@ class Trainer:
         summary = {"transcoder": shape, "config": self.config.to_dict(), **latest}
         model = dict(layer.transcoder.state_dict())
         self.saver.save(self.step, model, lambda: trainer_tree(self._stateful(), more), summary, metric, wait)
-
-    def _write_summary(self, finished: bool, interrupted_by: str | None) -> dict[str, Any]:
-        """Write usage.json and summary.json; returns the latter's content."""
-        self.write("usage.json", self.parts.ledger.write)
-        summary: dict[str, Any] = {
-            "name": self.config.name,
-            "step": self.step,
-            "finished": finished,
-            "interrupted_by": interrupted_by,
-            "tokens": self.tokens,
-            "d_in": self.source.d_in,
-            "d_out": self.source.d_out,
-        }
-        for observer in self.observers:
-            summary |= observer.summary()
-        summary |= {"bad_steps": self.bad_steps.count, "data": self.source.counters()}
-        text = json.dumps(summary, indent=2).encode()
-        self.write("summary.json", lambda: replace_atomically(self.run_dir / "summary.json", text))
-        return summary
-
-    def _write_report(self, finished: bool) -> Path | None:
-        """report.html, by a process of its own: a fault in drawing it does not end the run. None where it is not there yet."""
-        if not self.config.logging.report:
-            return None
-        self.writer.flush()
-        try:
-            if finished:
-                self._write_latent_facts()
-        except Exception as error:
-            logger.warning("latents.parquet could not be written: %s: %s", type(error).__name__, error)
-        try:
-            # After an interrupt this process may soon be killed: the page is then finished without it.
-            path = write_report_apart(self.run_dir, REPORT_SECONDS if finished else INTERRUPTED_REPORT_SECONDS)
-        except Exception as error:
-            logger.warning("report.html could not be written: %s; try `transcoder report %s`", error, self.run_dir)
-            return None
-        if path is None:
-            logger.warning("report.html is still being written, by a process of its own")
-        return path
-
-    def _write_latent_facts(self) -> None:
-        """What only the model and the held-out tokens can say of each latent."""
-        listed = [] if self.parts.samples is None else [self.parts.samples.latents]
-        if self.parts.monitor is not None:
-            listed.extend(self.parts.monitor.target_pairs(REPORT_PAIRS))
-        shown = torch.cat([part.cpu() for part in listed]).unique() if listed else None
-        stream = self.source if isinstance(self.source, ActivationStream) else None
-        unembedding = "the run had no language model at hand" if stream is None else stream.unembedding()
-        decode = None if stream is None else stream.decode_tokens
-        write_latent_facts(self.run_dir, self.layers[0].transcoder, self.parts.data.heldout, shown, unembedding, decode)
 
     def _rescue(self) -> None:
         """The run is about to fail for a reason of its data or files: what was trained since the last checkpoint is kept."""
