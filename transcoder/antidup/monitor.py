@@ -39,6 +39,7 @@ _NAME = "correlation_monitor"
 Judge = Callable[[Tensor, Tensor], MergeResult]
 MOST_JUDGED = 4096
 """Most pairs of a merge test, flagged ones first, then the strongest: each costs a product with the held-out residual."""
+JUDGED_AT_A_TIME = 1024
 SKETCH_DIM = 128
 """Used beyond the widest exactly counted dictionary: standard deviation 0.03 at r = 0.8."""
 _NUMBERS_BYTES = 4096
@@ -48,10 +49,9 @@ _NUMBERS_BYTES = 4096
 class CorrelationMonitor:
     """Streams latent correlation over tumbling blocks and reports duplicates.
 
-    The stream is cut into disjoint blocks of `block_tokens`; a block closes at the first report after it is
-    full (mining reads the device, so it never happens inside a step). The live view that reports show is
-    the last full block and the one in progress or, with `halflife_tokens`, a second statistic that decays (twice the cost of an
-    update).
+    The stream is cut into disjoint blocks of `block_tokens`; a block closes at the first report after it is full (mining reads
+    the device, so it never happens inside a step). The live view that reports show is the last full block and the one in
+    progress or, with `halflife_tokens`, a second statistic that decays (twice the cost of an update).
 
     Under a sketch, the block counts the pairs that a search (`report`, `refresh_targets`) proposes exactly from then on,
     including those whose support is still too small. The decaying statistic cannot: its sketched pairs are decided by the
@@ -390,7 +390,7 @@ class CorrelationMonitor:
             return None
         found = MergeResult.untested(pairs.i, pairs.j)
         order = self._flagged_first(pairs)[:MOST_JUDGED]
-        for part in order.split(MOST_JUDGED // 4):
+        for part in order.split(JUDGED_AT_A_TIME):
             one = judge(pairs.i[part], pairs.j[part])
             for name in MergeResult.__dataclass_fields__:
                 getattr(found, name)[part] = getattr(one, name)

@@ -91,8 +91,6 @@ class CheckpointStore:
     def __init__(self, run_dir: Path | str, section: CheckpointSection | None = None) -> None:
         self.run_dir = local_path(run_dir)
         self.section = section or CheckpointSection()
-        second = self.section.second_location
-        self._second = None if second is None else local_path(second, "checkpoint.second_location")
         self.folder = self.run_dir / "checkpoints"
         self.reserve = Reserve(self.run_dir, 0)
         self.degraded = False
@@ -209,6 +207,11 @@ class CheckpointStore:
         if 0 < wanted <= free and (room := room_for(self.run_dir, wanted)) < wanted:
             free = room
         refuse_what_cannot_fit(self.folder, self.section, each, steps, others, free + present)
+
+    @property
+    def _second(self) -> Path | None:
+        second = self.section.second_location
+        return None if second is None else local_path(second, "checkpoint.second_location")
 
     def _check_second_location(self, place: Path) -> None:
         try:
