@@ -94,7 +94,7 @@ def test_intervals_behind_shares_means_and_ratios() -> None:
     assert of_two([40.0, 38.0], [4.0, 5.0], down) == ""
     assert of_two([40.0, 40.0, 40.0], [4.0, 4.0, 4.0], down) == " [90, 90]"
     # A difference of means: the pseudo-values are the paired differences themselves.
-    assert of_two([1.0, 2.0, 4.0], [2.0, 4.0, 7.0], lambda a, b: b - a) == " [-0.4843, 4.484]"
+    assert of_two([1.0, 2.0, 4.0], [2.0, 4.0, 7.0], lambda a, b: b - a) == " [-0.4841, 4.484]"
 
 
 def test_a_short_line_is_an_exit_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
