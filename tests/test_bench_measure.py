@@ -65,6 +65,7 @@ def test_no_environment_is_another_matter(tmp_path: Path, capsys: pytest.Capture
     assert "no environment for saelens" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_stage_that_fails_leaves_the_others(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """The whole run cannot take no steps, and saelens has nowhere to be; what is not asked for is kept."""
     target, nowhere = tmp_path / "results" / "here.json", tmp_path / "a-file"

@@ -128,6 +128,7 @@ def test_long_messages_become_one_line(capsys: pytest.CaptureFixture[str], monke
     assert_refused(capsys, ["train", "demo"], "error: a b c")
 
 
+@pytest.mark.slow
 def test_train_then_report_then_compare(capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny: Path) -> None:
     run = tmp_path / "run"
     code, out, err = outcome(capsys, "train", tiny, "--out", run, "--training.seed", "1")
@@ -177,6 +178,7 @@ def test_another_broken_pipe_is_an_error(capsys: pytest.CaptureFixture[str], mon
     assert_refused(capsys, ["train", "demo"], "a worker died", code=1)
 
 
+@pytest.mark.slow
 def test_without_progress_nothing_is_shown(tmp_path: Path, tiny: Path) -> None:
     command = [sys.executable, "-m", "transcoder", "train", str(tiny), "--out", str(tmp_path / "run")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)

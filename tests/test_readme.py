@@ -58,6 +58,7 @@ def test_the_sample_config_loads() -> None:
     assert RunConfig.from_dict(yaml.safe_load(sample)).transcoder.widths == (128, 512, 1024)
 
 
+@pytest.mark.slow
 def test_the_sample_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     sample = "\n".join(blocks("python"))

@@ -47,6 +47,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.beside("-c", GOOD, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
 def test_a_good_verdict_of_the_real_kernels_is_kept(beside: subprocess.CompletedProcess[str]) -> None:

@@ -102,6 +102,7 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [3, 700, 1500])
 def test_the_number_of_threads_never_shows(rows: int, threads: None) -> None:
     x, W, b = numbers(rows, 60, 1030)

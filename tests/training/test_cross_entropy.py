@@ -42,6 +42,7 @@ class Given(Transcoder):
         return torch.zeros_like(x) if self.answer is None else self.answer.expand_as(x)
 
 
+@pytest.mark.slow
 def test_nothing_recovers_nothing_and_noise_less(stream: ActivationStream) -> None:
     nothing = Given(stream.d_in, None).train()
     figures = cross_entropy(nothing, stream, TOKENS)

@@ -175,6 +175,7 @@ def recycling(**settings: Any) -> RunConfig:
     )
 
 
+@pytest.mark.slow
 def test_a_run_recycles_and_resumes_exactly(tmp_path: Path) -> None:
     whole = train_transcoder(recycling(), tmp_path / "whole", batches=Stream())
     lines = (tmp_path / "whole" / "anti_duplication_logs" / "recycled.jsonl").read_text()

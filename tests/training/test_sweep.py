@@ -29,6 +29,7 @@ SMALL = {
 }
 
 
+@pytest.mark.slow
 def test_a_sweep_measures_each_k_and_trains_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = RunConfig.load("demo", SMALL)
     found = sweep_k(config, [2, 8], tmp_path)

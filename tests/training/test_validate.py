@@ -44,6 +44,7 @@ def validated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Validatio
     return out, validate(TINY, out)
 
 
+@pytest.mark.slow
 def test_every_check_holds_and_the_comparison_is_saved(validated: tuple[Path, ValidationResult]) -> None:
     out, result = validated
     assert result.passed, result.format()
