@@ -1,4 +1,4 @@
-"""W&B and TensorBoard follow metrics.jsonl, in one process beside a run (`Follower`) or afterwards (`sync_run`).
+"""W&B and TensorBoard follow metrics.jsonl, in a process of their own during a run (`Follower`) or afterwards (`sync_run`).
 
 Training never waits for a sink and never fails from one: what goes wrong is one warning.
 """
