@@ -100,7 +100,7 @@ def _figure(count: int) -> tuple[Figure, list[Axes]]:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(
-            "plots need matplotlib, which is not installed: pip install matplotlib (or the extra: transcoder[bench])"
+            "plots need matplotlib, which is not installed: pip install matplotlib"
         ) from error
 
     class ShownFigure(Figure):
