@@ -159,5 +159,7 @@ def test_the_ops_work_there(bare: Path, tmp_path: Path, backend: str) -> None:
 
 def test_a_checkout_as_current_folder_does_not_hide_the_installed_kernels(bare: Path) -> None:
     """`python -c`, `python -m`: the current folder comes first, and its transcoder/ has no folder kernels."""
-    code = "import transcoder.kernels as k, os; print(os.path.realpath(k.__file__)); import transcoder.kernels.decode.op"
+    code = (
+        "import transcoder.kernels as k, os; print(os.path.realpath(k.__file__)); import transcoder.kernels.decode.op"
+    )
     assert run(bare, ["-c", code], ROOT).stdout.split() == [str(ROOT / "kernels" / "__init__.py")]
