@@ -1,4 +1,4 @@
-"""What is published: an sdist that is the whole checkout, a wheel that is whole, and ops that need torch, triton and numpy only."""
+"""What is published: an sdist that is the whole checkout, a whole wheel, and ops that need torch, triton and numpy only."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def closure(names: tuple[str, ...]) -> dict[str, importlib.metadata.Distribution
 
 @pytest.fixture(scope="module")
 def bare(built: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The Python of an environment that has torch, triton, numpy (and what these need), and the wheel without its dependencies."""
+    """The Python of an environment of torch, triton, numpy, what these need, and the wheel without its dependencies."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("no triton on this system")
     home = tmp_path_factory.mktemp("bare")
