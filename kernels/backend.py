@@ -84,7 +84,7 @@ def may_serve(name: str, family: str, device: torch.device, dtype: torch.dtype |
     if not has_backend(name, family):
         return False
     taken = getattr(backend_module(family, name), "DTYPES", None)
-    if None not in (dtype, taken) and dtype not in taken:
+    if dtype is not None and taken is not None and dtype not in taken:
         return False
     if name != "triton":
         return True
