@@ -44,8 +44,8 @@ _OF_THE_MOMENT = re.compile(
     r"|resource temporarily unavailable|input/output error|stale file handle|text file busy|busy or unavailable|no message)",
     re.IGNORECASE,
 )
-"""What compilers, linkers and the system say of an event that passes: an interrupt, a kill, a full memory or disk. Such a failure
-says nothing about sources and compiler, so the next process tries again."""
+"""What compilers, linkers and the system say of an event that passes: an interrupt, a kill, a full memory or disk. It says
+nothing about sources and compiler, so the next process tries again."""
 
 _COMMON = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
 _X86 = {
@@ -259,9 +259,7 @@ def _run(command: list[str], calls: list[list[str]], folder: Path) -> str | None
         for call in calls:
             # Its own language: `passes` reads what it says.
             environment = {**os.environ, "LC_ALL": "C"}
-            running.append(
-                subprocess.Popen(call, stderr=subprocess.PIPE, text=True, errors="replace", env=environment)
-            )
+            running.append(subprocess.Popen(call, stderr=subprocess.PIPE, text=True, errors="replace", env=environment))
         errors = [process.communicate()[1] for process in running]
     finally:
         # Whatever interrupts the wait, no compiler goes on by itself.

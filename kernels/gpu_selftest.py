@@ -84,9 +84,16 @@ class Verdict:
 
 def proven(family: str, device: torch.device) -> bool:
     """Whether `auto` may run an op family on this CUDA device by Triton. False where Triton interprets."""
-    if interpreted():
-        return False
-    return proof(family, torch.device("cuda", torch.cuda.current_device()) if device.index is None else device).good
+    return not interpreted() and _proof_here(family, device).good
+
+
+def why_not(family: str, device: torch.device) -> str:
+    """The reason of a `proven` that is False."""
+    return "TRITON_INTERPRET is set" if interpreted() else str(_proof_here(family, device))
+
+
+def _proof_here(family: str, device: torch.device) -> Verdict:
+    return proof(family, torch.device("cuda", torch.cuda.current_device()) if device.index is None else device)
 
 
 @functools.cache

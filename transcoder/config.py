@@ -119,7 +119,7 @@ class TranscoderSection(DictionarySettings, where="transcoder."):
     def config(self, d_in: int, d_out: int) -> TranscoderConfig:
         """The config of a transcoder of these settings."""
         shared = {f.name: getattr(self, f.name) for f in dataclasses.fields(DictionarySettings)}
-        return TranscoderConfig(d_in, d_out, **shared)
+        return TranscoderConfig(d_in, d_out, **{name: value for name, value in shared.items() if value is not None})
 
 
 @dataclass(frozen=True)
@@ -134,8 +134,8 @@ class TrainingSection(Section, where="training."):
     """Micro-batches summed into one optimizer step."""
     lr: PositiveNumber | None = None
     """null is 2e-4 / sqrt(d_sae / 2^14)."""
-    warmup_steps: Count = 100
-    """Steps in which the learning rate rises linearly to lr."""
+    warmup_steps: Count | None = None
+    """Steps in which the learning rate rises linearly to lr. null is 100, at most a tenth of the run."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """Learning rate after warmup."""
     min_lr_ratio: Share = 0.01
@@ -253,8 +253,9 @@ class MonitorSection(Section, where="antidup.monitor."):
     """Fewest tokens on which at least one latent of a pair fires."""
     min_sequences: Annotated[int, "[1, 1000]"] = 30
     """Fewest distinct sequences among these tokens; at most 1000 (their number is estimated, up to 1420)."""
-    block_tokens: Positive = 4_000_000
-    """Tokens a block. Blocks do not overlap, so that each is new evidence for a flag."""
+    block_tokens: Positive | None = None
+    """Tokens a block. Blocks do not overlap, so that each is new evidence for a flag. null is 4 million, in a run at most what
+    lets blocks_to_flag of them end at half of its tokens."""
     blocks_to_flag: Positive = 3
     """Blocks in which a pair must be above the threshold to be flagged."""
     blocks_remembered: int = 4

@@ -161,7 +161,8 @@ def test_notes_and_leftovers_of_killed_processes_do_not_stay(box: Box) -> None:
     leftover = failure.with_name(f"{extension.BUILD}killed")
     leftover.mkdir()
     assert box.run()[0] == "cpp None"
-    assert not failure.exists() and not leftover.exists()
+    assert not failure.exists()
+    assert not leftover.exists()
 
 
 def test_an_interrupt_ends_the_compilers_too(box: Box) -> None:
