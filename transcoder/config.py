@@ -309,6 +309,8 @@ class SamplesSection(Section, where="antidup.samples."):
     """Largest share of contexts whose firing token is a special token."""
     max_latents: Positive = 4096
     """Latents followed, evenly spread over the dictionary: this bounds memory."""
+    forget_after: PositiveShare = 0.2
+    """Share of the run's steps after which a sample is dropped: the weights that gave it are gone."""
     save_frequency: Positive = 500
     """Steps between writes into activation_samples/."""
 
@@ -395,6 +397,9 @@ class LoggingSection(Section, where="logging."):
     """Write report.html, in a separate process, when the run ends; `transcoder report RUN` writes it at any time."""
     report_latents: Count = 4096
     """Latents shown with their contexts in report.html, which stays below 10 MB in any case."""
+    report_tokens: Count = 400_000
+    """Tokens, training and held-out, that the final weights are run on after training for contexts, histograms, densities and
+    duplicates; at most a quarter of those trained on. 0 runs none."""
 
 
 @dataclass(frozen=True)

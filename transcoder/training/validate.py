@@ -12,9 +12,8 @@ from typing import Any
 from transcoder.antidup import validate_correlation_report
 from transcoder.checkpoint_folder import CheckpointError, verify_checkpoint
 from transcoder.config import RunConfig
-from transcoder.files import local_path, replace_atomically
+from transcoder.files import local_path
 from transcoder.reporting.compare import compare_runs, format_comparison, write_comparison
-from transcoder.training.evaluation import heldout_duplicates
 from transcoder.training.trainer import train_transcoder
 from transcoder.usage import SECTIONS, judge
 
@@ -90,11 +89,8 @@ def validate(config: RunConfig, out: Path | str) -> ValidationResult:
         if not result.finished:
             ending = f"stopped by {result.interrupted_by} after step {result.step} of {run.training.steps}"
             return ValidationResult({**checks, name: [Check("finished", False, ending)]}, None)
-        found = heldout_duplicates(result.transcoder, result.heldout, run.antidup.monitor)
-        path = out / name / "summary.json"
-        replace_atomically(path, json.dumps({**json.loads(path.read_bytes()), **found}, indent=2))
         checks[name] = check_run(out / name, run)
-    comparison = compare_runs(out / "with_antidup", out / "baseline")
+    comparison = compare_runs(out / "baseline", out / "with_antidup")
     write_comparison(comparison, out / "comparison.json")
     return ValidationResult(checks, comparison)
 
