@@ -133,7 +133,7 @@ class TrainingSection(Section, where="training."):
     accumulation: Positive = 1
     """Micro-batches summed into one optimizer step."""
     lr: PositiveNumber | None = None
-    """null is 2e-4 / sqrt(d_sae / 2^14)."""
+    """Learning rate; null is 2e-4 / sqrt(d_sae / 2^14)."""
     warmup_steps: Count = 100
     """Steps in which the learning rate rises linearly to lr."""
     schedule: Literal["cosine", "constant"] = "cosine"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,6 +18,8 @@ from transcoder.activations.packing import Packed, Packer
 from transcoder.activations.record_sources import record_sources
 from transcoder.activations.rows import MakePositionChoice, Pass, Substitute, grid
 from transcoder.config import RunConfig
+
+logger = logging.getLogger(__name__)
 
 
 class ModelActivations(ActivationSource):
@@ -118,9 +121,13 @@ class ModelActivations(ActivationSource):
         while (packed := packer.pack(self._section.sequences_per_forward, repeat=False)) is not None:
             yield packed
 
-    def heldout_losses(self, substitutes: Mapping[str, Substitute | None], tokens: int) -> dict[str, float]:
+    def heldout_losses(self, substitutes: Mapping[str, Substitute | None], tokens: int) -> dict[str, float] | None:
         """Mean cross-entropy in nats of the first `tokens` or so held-out tokens, once for each of the `substitutes` at the
-        target hook (None: the model as it is). Sinks keep their own activations, as they do at inference."""
+        target hook (None: the model as it is). Sinks keep their own activations, as they do at inference. None where the model
+        does not predict the next token."""
+        if self._model.without_head is not None:
+            logger.warning("no cross-entropy: %s", self._model.without_head)
+            return None
         totals = torch.zeros(len(substitutes), dtype=torch.float64, device=self._device)
         count, seen = 0, 0
         for packed in self._sequences_from_start(heldout=True):
