@@ -49,6 +49,8 @@ class DictionarySettings(Section):
     """Active latents a token: exactly k for topk, k on average over a batch for batch_topk, the target of the mean for
     jumprelu (and the unit of its other penalties)."""
     activation: Activation
+    """How latents are selected: the k largest of each token, the largest k * tokens of a batch, or by a trained threshold for
+    each latent."""
     widths: Sequence[int] | None = None
     """Cumulative Matryoshka widths, strictly increasing, the last one d_sae; null trains the full width only."""
     skip: bool = False
