@@ -263,14 +263,16 @@ PLANTED: list[tuple[str, str, str, str, str, Callable[[], None]]] = [
     ),
     (
         "race", "tl.store(found_count", "encode.batch_kernel", "at = tl.atomic_add(found_count, total) + tl.cumsum",
-        "tl.store(found_count, tl.load(found_count) + total)\n        at = tl.load(found_count) - total + tl.cumsum", batch_topk,
+        "tl.store(found_count, tl.load(found_count) + total)\n        at = tl.load(found_count) - total + tl.cumsum",
+        batch_topk,
     ),
     (
         "race", "tl.store(open_count", "encode.batch_kernel", "first = tl.atomic_add(open_count, number)",
         "first = tl.load(open_count)\n        tl.store(open_count, first + number)", batch_topk,
     ),
     (
-        "oob_read", "key = tl.load(kept_key + entry", "encode.batch_kernel", "    inside = entry < entries\n    key = tl.load(kept_key",
+        "oob_read", "key = tl.load(kept_key + entry", "encode.batch_kernel",
+        "    inside = entry < entries\n    key = tl.load(kept_key",
         "    inside = entry >= 0\n    key = tl.load(kept_key", batch_topk,
     ),
     ("oob_read", "", "segments_triton", "mask=live[:, None] & inside[None, :]", "mask=live[:, None]", decode),
@@ -279,7 +281,10 @@ PLANTED: list[tuple[str, str, str, str, str, Callable[[], None]]] = [
         "race", "tl.store(partial", "segments_triton",
         "    partial += tl.program_id(1).to(tl.int64) * entries\n", "", decode,
     ),
-    ("", "", "segments_triton", "values + j + lane, mask=j + lane < end", "values + j + lane, mask=j + lane <= end", encode_backward),
+    (
+        "", "", "segments_triton", "values + j + lane, mask=j + lane < end", "values + j + lane, mask=j + lane <= end",
+        encode_backward,
+    ),
     (
         "", "tl.store(out + m", "segments_triton",
         "out_column, total, mask=inside)\n\n\n@triton.jit\ndef split", "out_column, total)\n\n\n@triton.jit\ndef split", decode,
@@ -314,7 +319,10 @@ PLANTED: list[tuple[str, str, str, str, str, Callable[[], None]]] = [
         "oob_read", "", "adam.kernel", "products += g * tl.load(parameter + place, mask=inside, other=0)",
         "products += g * tl.load(parameter + place)", adam,
     ),
-    ("oob_read", "", "adam.kernel", "g = tl.load(gradient + place, mask=place < count, other=0)", "g = tl.load(gradient + place)", adam),
+    (
+        "oob_read", "", "adam.kernel", "g = tl.load(gradient + place, mask=place < count, other=0)",
+        "g = tl.load(gradient + place)", adam,
+    ),
     (VALUE, "", "encode.triton_backend", "x, W, b.contiguous()", "x, W, b", layouts),
 ]  # fmt: skip
 
