@@ -4,6 +4,7 @@ out. A process of these tests is no other's: ttsem stands in for the GPU from be
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import re
 import sys
@@ -23,7 +24,7 @@ if not HAVE:
 
 @pytest.fixture(scope="session", autouse=True)
 def session() -> Iterator[Any]:
-    """ttsem's session: every launch inside is run by it, as for sm_90. Memory that nobody wrote is NaN, or a huge integer, in the
+    """ttsem's session: it runs every launch inside, as for sm_90. Memory that nobody wrote is NaN, or a huge integer, in the
     forward pass (ttsem) and the backward pass (PyTorch's own switch)."""
     from ttsem import sanitize
 
@@ -47,6 +48,9 @@ def session() -> Iterator[Any]:
         from transcoder.kernels.correlation import op
 
         op.DeferredSize = Arrived  # type: ignore[misc,assignment]
+        # Imported now: a module that is imported while a fault is planted would keep it.
+        for family in ("encode", "decode", "correlation", "adam"):
+            importlib.import_module(f"transcoder.kernels.{family}.triton_backend")
         yield state
     torch.use_deterministic_algorithms(False)
 

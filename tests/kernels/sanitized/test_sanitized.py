@@ -245,7 +245,7 @@ PLANTED: list[tuple[str, str, str, str, str, Callable[[], None]]] = [
     (VALUE, "", "encode.kernel", "is_open = wanted & (slot % kept == kept - 1)", "is_open = wanted & (slot < 0)", topk),
     (
         "race", "tl.store(failed_count", "encode.kernel", "tl.store(failed + tl.atomic_add(failed_count, 1), row.to(tl.int32))",
-        "tl.store(failed_count, tl.load(failed_count) + 1)\n        tl.store(failed + tl.load(failed_count) - 1, row.to(tl.int32))",
+        "n = tl.load(failed_count)\n        tl.store(failed_count, n + 1)\n        tl.store(failed + n, row.to(tl.int32))",
         topk,
     ),
     (VALUE, "", "encode.kernel", "            count += BN\n", "            count += BN // 2\n", topk),
