@@ -22,6 +22,8 @@ MAY_CHANGE = ("model.device", "activations.prefetch", "activations.allow_changed
 """Settings that a resumed run may be given other values of: they do not change its results, or say so in their help."""
 FORMER_DEFAULTS = {"antidup.regularizer.orthogonality_weight": 0.01}
 """Defaults that changed with the version that added `antidup.positions.train`, as they were before it."""
+FOUND = ("activations.mask_norm_multiple",)
+"""Settings whose `auto` a run replaces by what it finds: its config.yaml has the value, which a resumed run goes on with."""
 
 
 def device_of(name: str) -> torch.device:
@@ -148,18 +150,22 @@ def check_folder(run_dir: Path, config: RunConfig, resume: bool) -> None:
 
 
 def as_started(config: RunConfig, run_dir: Path, resume: bool) -> RunConfig:
-    """`config` as a resumed run of an earlier version was started: its position sampler always drew the training tokens,
-    without a setting for it, and where `config` has today's default, what was the default then is kept."""
+    """`config` as a resumed run was started: with what it found where `config` says `auto`. A run of an earlier version, whose
+    position sampler always drew the training tokens without a setting for it, goes on so, and with what was the default then
+    where `config` has today's."""
     saved = run_dir / "config.yaml"
-    if not resume or not saved.exists() or not _drew_training_tokens(saved):
+    if not resume or not saved.exists():
         return config
     before, now, defaults = (c.to_dict() for c in (RunConfig.load(saved), config, RunConfig()))
-    kept = {
-        name: value
-        for name, value in FORMER_DEFAULTS.items()
-        if _setting(before, name) == value and _setting(now, name) == _setting(defaults, name)
-    }
-    return config.replace({"antidup.positions.train": True, **kept})
+    kept = {name: _setting(before, name) for name in FOUND if _setting(now, name) == "auto"}
+    if _drew_training_tokens(saved):
+        kept["antidup.positions.train"] = True
+        kept |= {
+            name: value
+            for name, value in FORMER_DEFAULTS.items()
+            if _setting(before, name) == value and _setting(now, name) == _setting(defaults, name)
+        }
+    return config.replace(kept)
 
 
 def _drew_training_tokens(saved: Path) -> bool:
