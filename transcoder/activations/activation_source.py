@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from transcoder.activations.batch import ActivationBatch
-from transcoder.activations.masking import SinkMasker
+from transcoder.activations.masking import FIT_TOKENS, SinkMasker
 from transcoder.activations.rows import Chunk, MakePositionChoice, Pass, RowMaker, Substitute, counters_of
 from transcoder.activations.vocabulary import Vocabulary
 from transcoder.config import RunConfig
@@ -73,8 +73,8 @@ class ActivationSource(ABC):
         """The next pass over the data, which begin again when they end; sinks and all."""
 
     @abstractmethod
-    def _heldout(self) -> Iterator[Pass]:
-        """Each pass that has held-out tokens, from the start of the data."""
+    def _from_start(self, heldout: bool) -> Iterator[Pass]:
+        """Each pass that has held-out tokens, or else training tokens, from the start of the data to their end."""
 
     @abstractmethod
     def _place(self) -> dict[str, Any]:
@@ -104,6 +104,27 @@ class ActivationSource(ABC):
         """See `ActivationStream.unembedding`."""
         return "the run had no language model at hand"
 
+    @property
+    def mask_norm_multiple(self) -> float | None:
+        """Norms above this multiple of the median are masked; None: none are."""
+        return self._masker.multiple
+
+    def fit_mask(self, tokens: int) -> dict[str, Any]:
+        """Find the norm that `mask_norm_multiple: auto` masks from, on at least `tokens` tokens from where the data stand, or
+        one epoch of them; they are read again afterwards. Returns what `SinkMasker.fit` found."""
+        begin, seen, found = self._place(), 0, list[dict[str, Tensor]]()
+        epoch = self._progress(begin)["epochs"]
+        while seen < max(tokens, FIT_TOKENS) and self._progress(self._place())["epochs"] == epoch:
+            one = self.next_pass()
+            trains = self._trains(one)
+            valid = one.valid if trains is None else one.valid & trains
+            found.append(self._masker.candidates(one.source, one.tokens, one.positions, valid))
+            seen += len(found[-1]["ratios"])
+        self._seek(begin)
+        sinks = self._masker.fit(**{name: torch.cat([part[name] for part in found]) for name in found[0]})
+        self._rows.totals |= {f"sinks_{name}": float(sinks[name]) for name in ("multiple", "share", "held")}
+        return sinks
+
     def produce(self) -> Chunk:
         """The next pass's rows for training."""
         found = self.next_pass()
@@ -114,12 +135,13 @@ class ActivationSource(ABC):
         """Told of each chunk that is taken for training."""
         self._rows.record(chunk.sample)
 
-    def heldout_passes(self) -> Iterator[tuple[ActivationBatch, ActivationBatch]]:
-        """(rows, sinks) of the held-out data, pass by pass, from their start whatever the cursor; no position sampling."""
+    def passes(self, heldout: bool) -> Iterator[tuple[ActivationBatch, ActivationBatch]]:
+        """(rows, sinks) of the held-out data, or else of the training data, pass by pass, once from their start whatever the
+        cursor; no position sampling."""
         maker = RowMaker(self._masker, self._context_tokens, None)
-        for found in self._heldout():
+        for found in self._from_start(heldout):
             trains = self._trains(found)
-            made = maker.make(found, None if trains is None else ~trains)
+            made = maker.make(found, None if trains is None else trains != heldout)
             yield made.rows, made.sinks
 
     def cursor(self) -> dict[str, Any]:

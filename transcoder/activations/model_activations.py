@@ -106,12 +106,18 @@ class ModelActivations(ActivationSource):
         assert packed is not None  # it repeats for ever
         return self._run(packed, f"forward pass at sequence {packed.first_sequence}")
 
-    def _heldout(self) -> Iterator[Pass]:
-        for number, packed in enumerate(self._heldout_sequences()):
-            yield self._run(packed, f"held-out pass {number}")
+    def _from_start(self, heldout: bool) -> Iterator[Pass]:
+        kind = "held-out" if heldout else "training"
+        for number, packed in enumerate(self._sequences_from_start(heldout)):
+            yield self._run(packed, f"{kind} pass {number} from the start")
 
-    def _heldout_sequences(self) -> Iterator[Packed]:
-        packer = self._pack(self._heldout_source, self._is_for_evaluation)
+    def _sequences_from_start(self, heldout: bool) -> Iterator[Packed]:
+        source, keep = (
+            (self._heldout_source, self._is_for_evaluation)
+            if heldout
+            else (self._training_source, self._is_for_training)
+        )
+        packer = self._pack(source, keep)
         while (packed := packer.pack(self._section.sequences_per_forward, repeat=False)) is not None:
             yield packed
 
@@ -124,7 +130,7 @@ class ModelActivations(ActivationSource):
             return None
         totals = torch.zeros(len(substitutes), dtype=torch.float64, device=self._device)
         count, seen = 0, 0
-        for packed in self._heldout_sequences():
+        for packed in self._sequences_from_start(heldout=True):
             size = self._model.sequences_at_a_time(packed.tokens.shape[1])
             columns = (
                 torch.from_numpy(c).to(self._device).split(size) for c in (packed.tokens, packed.valid, packed.ids)
