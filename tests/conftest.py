@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
-import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.machinery import ModuleSpec
 from importlib.util import module_from_spec
 from pathlib import Path
@@ -24,113 +21,75 @@ for _name in ("bench", "tools"):
     _spec.submodule_search_locations = [str(Path(__file__).resolve().parent.parent / _name)]
     sys.modules.setdefault(_name, module_from_spec(_spec))
 
-Finished = subprocess.CompletedProcess[str]
-
-
 FOLDER = "{folder}"
 LIMIT = 900.0
 """Seconds after which a command is killed: by far the longest takes a tenth of that on an idle core."""
-WAIT = 3 * LIMIT
-"""Seconds that a test may wait for its command's turn and end."""
-
-
-class Beside:
-    """Commands of tests marked `beside(*words, **environment)`: Python processes of their own that take minutes. They start
-    when the first test does, one after another, on a core that the other tests leave idle; their tests come last. Tests of
-    one and the same command share its process. A word `{folder}` becomes an empty folder of the command's own, which the
-    finished process names in its `args`."""
-
-    def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(max_workers=1)
-        self._jobs: dict[tuple[object, ...], Future[Finished]] = {}
-        self._lock = threading.Lock()
-        self._running: subprocess.Popen[str] | None = None
-        self._ended = False
-        self._folders: list[str] = []
-
-    def start(self, item: pytest.Item) -> Future[Finished] | None:
-        mark = item.get_closest_marker("beside")
-        if mark is None:
-            return None
-        command = (mark.args, tuple(sorted(mark.kwargs.items())))
-        if command not in self._jobs:
-            self._jobs[command] = self._pool.submit(self._run, list(mark.args), dict(mark.kwargs))
-        return self._jobs[command]
-
-    def result(self, item: pytest.Item) -> Finished:
-        job = self.start(item)
-        assert job is not None, "the fixture `beside` needs the mark of this name"
-        return job.result()
-
-    def end(self) -> None:
-        with self._lock:
-            self._ended = True
-            if self._running is not None:
-                self._running.kill()
-        self._pool.shutdown(cancel_futures=True)
-        for folder in self._folders:
-            shutil.rmtree(folder, ignore_errors=True)
-
-    def _run(self, words: list[str], environment: dict[str, str]) -> Finished:
-        variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-        variables.pop("PYTEST_ADDOPTS", None)
-        if FOLDER in words:
-            self._folders.append(tempfile.mkdtemp(prefix="transcoder-beside-"))
-            words = [self._folders[-1] if word == FOLDER else word for word in words]
-        with self._lock:
-            if self._ended:
-                raise RuntimeError("the session has ended")
-            self._running = subprocess.Popen(
-                [sys.executable, *words],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                env=variables,
-                cwd=Path(__file__).resolve().parent.parent,
-            )
-        try:
-            out, _ = self._running.communicate(timeout=LIMIT)
-        except subprocess.TimeoutExpired:
-            self._running.kill()
-            out, _ = self._running.communicate()
-            out += f"\nkilled after {LIMIT:.0f} s"
-        return subprocess.CompletedProcess(words, self._running.returncode, out, "")
-
-
-_beside = pytest.StashKey[Beside]()
+MOST_WORKERS = 8
+_finished = pytest.StashKey[dict[str, subprocess.CompletedProcess[str]]]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "beside(*words, **environment): its command runs beside the other tests")
-    config.stash[_beside] = Beside()
-    # Two cores: one for the tests, one for what runs beside them. Threads that wait for each other there take both.
+    config.addinivalue_line("markers", "command(*words, **environment): what the fixture `finished_command` runs")
+    config.stash[_finished] = {}
+    # One core a worker: threads of two workers that wait for each other take both.
     torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """The whole suite, which is what `pytest` alone asks for, runs on every core; named files run in one process."""
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    if "PYTEST_XDIST_WORKER" in os.environ:  # A worker has the same options, and no workers of its own.
+        return
+    if whole and getattr(config.option, "numprocesses", 0) is None and not config.option.usepdb:
+        config.option.numprocesses = min(MOST_WORKERS, os.cpu_count() or 1)
+        config.option.dist = "loadgroup"
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Who waits for a command comes last: until then nothing waits."""
-    items.sort(key=lambda item: item.get_closest_marker("beside") is not None)
+    """Tests of one command come first, since they take longest, and go to one worker, which runs the command once."""
+    items.sort(key=lambda item: item.get_closest_marker("command") is None)
     for item in items:
-        if item.get_closest_marker("beside") is not None:
-            item.add_marker(pytest.mark.timeout(WAIT), append=False)
+        mark = item.get_closest_marker("command")
+        if mark is not None:
+            item.add_marker(pytest.mark.xdist_group(_key(mark)))
+            item.add_marker(pytest.mark.timeout(LIMIT + 60), append=False)
 
 
-def pytest_collection_finish(session: pytest.Session) -> None:
-    # Workers of xdist collect everything each, and use every core anyhow: there a command starts with its test.
-    if "PYTEST_XDIST_WORKER" not in os.environ and not session.config.option.collectonly:
-        for item in session.items:
-            session.config.stash[_beside].start(item)
-
-
-def pytest_unconfigure(config: pytest.Config) -> None:
-    config.stash[_beside].end()
+def _key(mark: pytest.Mark) -> str:
+    return hashlib.sha256(repr((mark.args, sorted(mark.kwargs.items()))).encode()).hexdigest()[:12]
 
 
 @pytest.fixture
-def beside(request: pytest.FixtureRequest) -> Finished:
-    """The finished process of the test's `beside` mark; stderr is in its stdout."""
-    return request.config.stash[_beside].result(request.node)
+def finished_command(request: pytest.FixtureRequest, tmp_path: Path) -> subprocess.CompletedProcess[str]:
+    """The ended Python process of the test's mark `command`; its stdout holds its stderr. Tests with the same words share
+    one process. A word `{folder}` is an empty folder, which the process names in its `args`."""
+    mark = request.node.get_closest_marker("command")
+    assert mark is not None, "the fixture `finished_command` needs the mark `command`"
+    known = request.config.stash[_finished]
+    if _key(mark) not in known:
+        words = [str(tmp_path) if word == FOLDER else word for word in mark.args]
+        variables = {**os.environ, "OMP_NUM_THREADS": "1", **mark.kwargs}
+        for name in ("PYTEST_ADDOPTS", "PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT"):
+            variables.pop(name, None)
+        with subprocess.Popen(
+            [sys.executable, *words],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=variables,
+            cwd=Path(__file__).resolve().parent.parent,
+        ) as process:
+            try:
+                out, _ = process.communicate(timeout=LIMIT)
+            except BaseException as error:
+                process.kill()
+                if not isinstance(error, subprocess.TimeoutExpired):
+                    raise
+                out = process.communicate()[0] + f"\nkilled after {LIMIT:.0f} s"
+        known[_key(mark)] = subprocess.CompletedProcess(words, process.returncode, out, "")
+    return known[_key(mark)]
 
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]

@@ -122,8 +122,8 @@ def test_no_worse_is_said_of_the_whole_interval() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.beside("-m", "bench.science", "--quick")
+@pytest.mark.command("-m", "bench.science", "--quick")
 @pytest.mark.timeout(900)
-def test_the_quick_mode_meets_every_target(beside: subprocess.CompletedProcess[str]) -> None:
-    assert beside.returncode == 0, beside.stdout
-    assert "0 short" in beside.stdout
+def test_the_quick_mode_meets_every_target(finished_command: subprocess.CompletedProcess[str]) -> None:
+    assert finished_command.returncode == 0, finished_command.stdout
+    assert "0 short" in finished_command.stdout

@@ -100,10 +100,10 @@ def test_loss_and_every_gradient_match_a_dense_float64_version(
 
 
 @pytest.mark.skipif(BACKENDS == ["triton"], reason="the test above launches Triton's kernels already")
-@pytest.mark.beside(*INTERPRETED, TRITON_INTERPRET="1")
-def test_gradients_in_tritons_interpreter(beside: subprocess.CompletedProcess[str]) -> None:
-    assert beside.returncode == 0, beside.stdout[-8000:]
-    assert "2 passed" in beside.stdout
+@pytest.mark.command(*INTERPRETED, TRITON_INTERPRET="1")
+def test_gradients_in_tritons_interpreter(finished_command: subprocess.CompletedProcess[str]) -> None:
+    assert finished_command.returncode == 0, finished_command.stdout[-8000:]
+    assert "2 passed" in finished_command.stdout
 
 
 def test_every_activation_has_its_selection() -> None:

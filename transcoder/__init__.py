@@ -1,10 +1,11 @@
-"""Train sparse TopK, BatchTopK and Matryoshka transcoders whose latents do not duplicate each other.
+"""Train sparse transcoders (TopK, BatchTopK, Matryoshka, JumpReLU), and see which of their latents duplicate each other.
 
 Public names load on first use, so that `import transcoder` stays quick and needs torch, triton and numpy only.
 """
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
     from transcoder.training import RunResult, train_transcoder
 
 __version__ = "0.1.0"
+
+if not os.path.isdir(os.path.join(__path__[0], "kernels")):
+    # A checkout on sys.path (the current folder, say) hides an installed package: there kernels/ lies beside this folder.
+    __path__.append(os.path.dirname(__path__[0]))
 
 _HOMES = {
     "ActivationBatch": "transcoder.activations",

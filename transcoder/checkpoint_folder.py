@@ -92,7 +92,7 @@ def read_state(path: Path) -> dict[str, Any]:
     if body["version"] not in range(1, VERSION + 1):
         raise CheckpointError(
             f"{path}: written in checkpoint format {body['version']!r}, this version reads 1 to {VERSION}: "
-            "pip install --upgrade transcoder reads newer ones"
+            "pip install --upgrade sparse-transcoders reads newer ones"
         )
     try:
         body["files"] = {name: WrittenFile(**body["files"][name]) for name in (MODEL_FILE, TRAINER_FILE)}

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 PROGRAM = Path(__file__).with_name("failing_writes.py")
-pytestmark = [pytest.mark.slow, pytest.mark.beside(str(PROGRAM), "{folder}")]
+pytestmark = [pytest.mark.slow, pytest.mark.command(str(PROGRAM), "{folder}")]
 
 
 @pytest.fixture
-def results(beside: subprocess.CompletedProcess[str]) -> dict[str, list[dict[str, Any]]]:
-    assert beside.returncode == 0, beside.stdout
-    found: dict[str, list[dict[str, Any]]] = json.loads(beside.stdout.splitlines()[-1])
+def results(finished_command: subprocess.CompletedProcess[str]) -> dict[str, list[dict[str, Any]]]:
+    assert finished_command.returncode == 0, finished_command.stdout
+    found: dict[str, list[dict[str, Any]]] = json.loads(finished_command.stdout.splitlines()[-1])
     return found
 
 

@@ -23,12 +23,12 @@ def figures(run_dir: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.beside(str(PROGRAM), "{folder}", str(KILLS), "6")
-def test_fifty_kills_change_no_bit(beside: subprocess.CompletedProcess[str]) -> None:
-    assert beside.returncode == 0, beside.stdout
-    folder, said = Path(beside.args[1]), json.loads(beside.stdout.splitlines()[-1])
+@pytest.mark.command(str(PROGRAM), "{folder}", str(KILLS), "6")
+def test_fifty_kills_change_no_bit(finished_command: subprocess.CompletedProcess[str]) -> None:
+    assert finished_command.returncode == 0, finished_command.stdout
+    folder, said = Path(finished_command.args[1]), json.loads(finished_command.stdout.splitlines()[-1])
     print(said)
-    assert said["last_status"] == 0, beside.stdout
+    assert said["last_status"] == 0, finished_command.stdout
     assert len(said["steps"]) == KILLS
     assert not said["ended_early"], "every kill met a run that was still going"
     assert said["steps"] == sorted(said["steps"]), "no kill loses a checkpoint"

@@ -15,10 +15,12 @@ ROOM = 8 << 20
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
-@pytest.mark.beside(str(PROGRAM), "{folder}")
-def test_twenty_thousand_steps_take_no_more_memory_nor_files(beside: subprocess.CompletedProcess[str]) -> None:
-    assert beside.returncode == 0, beside.stdout
-    memory, files = zip(*json.loads(beside.stdout.splitlines()[-1]), strict=True)
+@pytest.mark.command(str(PROGRAM), "{folder}")
+def test_twenty_thousand_steps_take_no_more_memory_nor_files(
+    finished_command: subprocess.CompletedProcess[str],
+) -> None:
+    assert finished_command.returncode == 0, finished_command.stdout
+    memory, files = zip(*json.loads(finished_command.stdout.splitlines()[-1]), strict=True)
     print(memory, files)
     assert len(memory) >= 15
     assert len(set(files)) == 1, files

@@ -30,9 +30,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     files = sorted({str(item.path) for item in again})
     options = ("-m", "pytest", "-q", "-m", "interpreted", "-p", "no:cacheprovider", "-p", "no:xdist")
     for item in again:
-        # One process for all files: each would import torch and triton anew. A worker of xdist has few of them.
+        # One process for all files, since each imports torch and triton anew; one a file where workers share them.
         mine = [str(item.path)] if "PYTEST_XDIST_WORKER" in os.environ else files
-        item.add_marker(pytest.mark.beside(*options, *mine, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES=""))
+        item.add_marker(pytest.mark.command(*options, *mine, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES=""))
     if INTERPRETED or torch.cuda.is_available():
         return
     left_out = [item for item in items if item.get_closest_marker("interpreted")]
@@ -47,12 +47,12 @@ def triton_device() -> torch.device:
 
 
 @pytest.fixture
-def interpreted_again(beside: subprocess.CompletedProcess[str], request: pytest.FixtureRequest) -> None:
+def interpreted_again(finished_command: subprocess.CompletedProcess[str], request: pytest.FixtureRequest) -> None:
     """Every `interpreted` test of the file passed in Triton's interpreter."""
-    broken = [line for line in beside.stdout.splitlines() if line.startswith(("FAILED ", "ERROR "))]
+    broken = [line for line in finished_command.stdout.splitlines() if line.startswith(("FAILED ", "ERROR "))]
     others = all(request.path.name not in line for line in broken)
     # Another file's failure is told there. A process that said of nothing that it failed must have ended well.
-    assert beside.returncode == 0 or (broken and others), beside.stdout[-8000:]
+    assert finished_command.returncode == 0 or (broken and others), finished_command.stdout[-8000:]
 
 
 @pytest.fixture(scope="module", params=["torch", "cpp"])

@@ -49,11 +49,11 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.beside("-c", GOOD, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
-def test_a_good_verdict_of_the_real_kernels_is_kept(beside: subprocess.CompletedProcess[str]) -> None:
-    assert beside.returncode == 0, beside.stdout
-    assert "GOOD AND KEPT" in beside.stdout
-    assert beside.stdout.count("checking the Triton kernels of correlation natively on cpu") == 1
+@pytest.mark.command("-c", GOOD, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+def test_a_good_verdict_of_the_real_kernels_is_kept(finished_command: subprocess.CompletedProcess[str]) -> None:
+    assert finished_command.returncode == 0, finished_command.stdout
+    assert "GOOD AND KEPT" in finished_command.stdout
+    assert finished_command.stdout.count("checking the Triton kernels of correlation natively on cpu") == 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the child would have kernels to run")

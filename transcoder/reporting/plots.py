@@ -99,9 +99,7 @@ def _figure(count: int) -> tuple[Figure, list[Axes]]:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError(
-            "plots need matplotlib, which is not installed: pip install matplotlib (or the extra: transcoder[bench])"
-        ) from error
+        raise ImportError("plots need matplotlib, which is not installed: pip install matplotlib") from error
 
     class ShownFigure(Figure):
         def _repr_png_(self) -> bytes:
