@@ -115,7 +115,6 @@ class ActivationsSection(Section, where="activations."):
         if self.kind == "cached":
             self._require("cached_path", bool(self.cached_path), "a folder of shards when kind is 'cached'")
 
-
     @property
     def pairs(self) -> list[LayerHooks]:
         """The hooks of each layer, see `layer_hooks`."""
@@ -439,7 +438,9 @@ class RunConfig(Section):
         if self.activations.kind == "model" and buffer is not None and buffer < batch:
             raise settings.refusal("activations.buffer_tokens", f"at least training.batch_size = {batch}", buffer)
         if self.activations.layers is None and self.per_layer.given:
-            raise ConfigError(f"per_layer: {', '.join(self.per_layer.given)} by layer, and activations.layers is not set")
+            raise ConfigError(
+                f"per_layer: {', '.join(self.per_layer.given)} by layer, and activations.layers is not set"
+            )
         if self.activations.layers not in (None, "all"):
             self.by_layer()
 

@@ -170,7 +170,7 @@ class HookedModel:
         """By the number of the pair."""
         self._whole = False
         """Whether the pass runs to its end."""
-        self._hooks = {hook: "source" for hook in sources} | {hook: "target" for hook in targets}
+        self._hooks = dict.fromkeys(sources, "source") | dict.fromkeys(targets, "target")
         self._pair_of_target = {hook: n for n, hook in enumerate(targets)}
         self.max_length: int | None = getattr(bridge.cfg, "n_ctx", None)
         size = int(bridge.cfg.d_vocab)

@@ -53,7 +53,7 @@ def write_shard(
     path = local_path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"write_shard: path: expected a name ending in .safetensors, got {path.name!r}")
-    sources, targets = ({None: m} if isinstance(m, Tensor) else dict(m) for m in (source, target))
+    sources, targets = _by_layer(source), _by_layer(target)
     if sources.keys() != targets.keys():
         raise ValueError(f"write_shard: expected a target for each source, got layers {[*sources]} and {[*targets]}")
     columns: dict[str, Tensor] = {}
@@ -139,6 +139,10 @@ def write_index(
         for layer, pair in hooks.items():
             index["layers"][str(layer)] |= {"source_hook": pair[0], "target_hook": pair[1]}
     return replace_atomically(folder / INDEX_NAME, json.dumps(index, indent=1) + "\n")
+
+
+def _by_layer(matrices: Matrices) -> dict[int | None, Tensor]:
+    return {None: matrices} if isinstance(matrices, Tensor) else dict(matrices.items())
 
 
 def matrix_names(layer: int | None) -> tuple[str, str]:
@@ -233,8 +237,9 @@ def read_header(path: Path) -> Header:
             dtypes = {name: value.get_dtype() for name, value in slices.items()}
     except (SafetensorError, OSError) as error:
         raise DataError(f"{path}: not a whole safetensors file (truncated?): {error}; write the shard again") from error
-    layers = dict.fromkeys(match[2] and int(match[2]) for name in shapes if (match := _MATRIX.fullmatch(name)))
-    matrices = [name for layer in layers or (None,) for name in matrix_names(layer)]
+    found = [match[2] for name in shapes if (match := _MATRIX.fullmatch(name))]
+    layers: list[int | None] = [None if layer is None else int(layer) for layer in dict.fromkeys(found)]
+    matrices = [name for layer in layers or [None] for name in matrix_names(layer)]
     missing = [name for name in (*matrices, *_VECTORS) if name not in shapes and name not in _OPTIONAL]
     if missing:
         raise DataError(f"{path}: lacks the tensor(s) {', '.join(missing)}; it has {sorted(shapes)}")
@@ -249,8 +254,11 @@ def read_header(path: Path) -> Header:
         raise DataError(
             f"{path}: expected source and target of one type (F32, BF16 or F16) and I64 for the rest, got {dtypes}"
         )
-    widths = {layer: tuple(shapes[name][1] for name in matrix_names(layer)) for layer in layers}
-    return Header(widths, dtypes[matrices[0]], tokens, "sequences" in shapes)  # type: ignore[arg-type]
+    widths: Widths = {}
+    for layer in layers:
+        source, target = matrix_names(layer)
+        widths[layer] = (shapes[source][1], shapes[target][1])
+    return Header(widths, dtypes[matrices[0]], tokens, "sequences" in shapes)
 
 
 def read_column(path: Path, name: str) -> Tensor:

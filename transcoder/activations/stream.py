@@ -254,7 +254,7 @@ class ActivationStream:
         return self._source.source.vocabulary.decode_tokens(ids)
 
     def close(self) -> None:
-        """End the prefetch thread, when no other layer reads on. The stream gives no further batch; held-out data stay readable."""
+        """The stream gives no further batch; held-out data stay readable. The prefetch thread ends with the last layer's."""
         self._feed.leave(self._number)
 
     def __enter__(self) -> ActivationStream:
@@ -295,7 +295,9 @@ def build_stream(
             hub name, column, hook or shard, or one that does not fit.
     """
     source = open_source(config, device)
-    return layer_stream(PassFeed(source, config.activations.prefetch), 0, config, device, position_sampler, context_tokens)
+    return layer_stream(
+        PassFeed(source, config.activations.prefetch), 0, config, device, position_sampler, context_tokens
+    )
 
 
 def open_source(config: RunConfig, device: torch.device) -> ActivationSource:
