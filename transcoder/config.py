@@ -1,8 +1,7 @@
 """Every constant of a run, as frozen dataclasses. YAML <-> dataclass <-> flags.
 
-One `RunConfig` describes a run; its sections correspond to the packages that read them. The type of a field includes its
-bounds; `--help` prints the docstring under it. `transcoder.settings` reads and checks the fields, so every config object is
-valid.
+The type of a field includes its bounds, which `transcoder.settings` checks, so every config object is valid; `--help` prints
+the docstring under it.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import yaml
 
 from transcoder import settings
 from transcoder.dictionary_config import Activation, DictionarySettings, TranscoderConfig
-from transcoder.layer_list import LayerHooks, PerLayerSection, layer_hooks, parse_layers
+from transcoder.layer_list import LayerHooks, PerLayerSection, layer_hooks, layer_values, parse_layers
 from transcoder.settings import (
     ConfigError,
     Count,
@@ -110,8 +109,6 @@ class ActivationsSection(Section, where="activations."):
         object.__setattr__(self, "layers", parse_layers(self.layers))
         if self.layers is None and self.buffer_tokens is None:
             object.__setattr__(self, "buffer_tokens", BUFFER_TOKENS)
-        if self.layers != "all":
-            _ = self.pairs
         if self.kind == "cached":
             self._require("cached_path", bool(self.cached_path), "a folder of shards when kind is 'cached'")
 
@@ -136,8 +133,8 @@ class TranscoderSection(DictionarySettings, where="transcoder."):
 
     def config(self, d_in: int, d_out: int) -> TranscoderConfig:
         """The config of a transcoder of these settings."""
-        shared = {f.name: getattr(self, f.name) for f in dataclasses.fields(DictionarySettings)}
-        return TranscoderConfig(d_in, d_out, **shared)
+        given = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(DictionarySettings))
+        return TranscoderConfig(d_in, d_out, **{name: value for name, value in given if value is not None})
 
 
 @dataclass(frozen=True)
@@ -151,9 +148,9 @@ class TrainingSection(Section, where="training."):
     accumulation: Positive = 1
     """Micro-batches summed into one optimizer step."""
     lr: PositiveNumber | None = None
-    """null is 2e-4 / sqrt(d_sae / 2^14)."""
-    warmup_steps: Count = 100
-    """Steps in which the learning rate rises linearly to lr."""
+    """Learning rate; null is 2e-4 / sqrt(d_sae / 2^14)."""
+    warmup_steps: Count | None = None
+    """Steps in which the learning rate rises linearly to lr. null is 100, at most a tenth of the run."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """Learning rate after warmup."""
     min_lr_ratio: Share = 0.01
@@ -178,7 +175,7 @@ class TrainingSection(Section, where="training."):
     """Held-out tokens on which prefixes are compared by CKA at the end of the run (similarity.json). Their codes are saved
     (heldout_codes.safetensors, 8 bytes an active latent) so that `transcoder compare` can compare runs. 0 skips both."""
     dead_refresh_steps: Positive = 25
-    """Steps between reads of the list of dead latents by the host: AuxK's only device-to-host transfer, outside the step."""
+    """Steps between reads of the list of dead latents, for AuxK."""
     max_bad_steps: Count = 10
     """A step whose loss or gradients are NaN or Inf changes nothing and is recorded with its batch. More such steps than this
     in the whole run stop it with a diagnosis and its state saved; a resumed run may be given more. 0 stops at the first."""
@@ -271,8 +268,9 @@ class MonitorSection(Section, where="antidup.monitor."):
     """Fewest tokens on which at least one latent of a pair fires."""
     min_sequences: Annotated[int, "[1, 1000]"] = 30
     """Fewest distinct sequences among these tokens; at most 1000 (their number is estimated, up to 1420)."""
-    block_tokens: Positive = 4_000_000
-    """Tokens a block. Blocks do not overlap, so that each is new evidence for a flag."""
+    block_tokens: Positive | None = None
+    """Tokens a block. Blocks do not overlap, so that each is new evidence for a flag. null is 4 million, at most what gives a
+    flag by half of the run."""
     blocks_to_flag: Positive = 3
     """Blocks in which a pair must be above the threshold to be flagged."""
     blocks_remembered: int = 4
@@ -327,6 +325,8 @@ class SamplesSection(Section, where="antidup.samples."):
     """Largest share of contexts whose firing token is a special token."""
     max_latents: Positive = 4096
     """Latents followed, evenly spread over the dictionary: this bounds memory."""
+    forget_after: PositiveShare = 0.2
+    """Share of the run's steps after which a sample is dropped: the weights that gave it are gone."""
     save_frequency: Positive = 500
     """Steps between writes into activation_samples/."""
 
@@ -413,6 +413,9 @@ class LoggingSection(Section, where="logging."):
     """Write report.html, in a separate process, when the run ends; `transcoder report RUN` writes it at any time."""
     report_latents: Count = 4096
     """Latents shown with their contexts in report.html, which stays below 10 MB in any case."""
+    report_tokens: Count = 400_000
+    """Tokens, training and held-out, that the final weights are run on after training for contexts, histograms, densities and
+    duplicates; at most a quarter of those trained on. 0 runs none."""
 
 
 @dataclass(frozen=True)
@@ -437,12 +440,8 @@ class RunConfig(Section):
         batch, buffer = self.training.batch_size, self.activations.buffer_tokens
         if self.activations.kind == "model" and buffer is not None and buffer < batch:
             raise settings.refusal("activations.buffer_tokens", f"at least training.batch_size = {batch}", buffer)
-        if self.activations.layers is None and self.per_layer.given:
-            raise ConfigError(
-                f"per_layer: {', '.join(self.per_layer.given)} by layer, and activations.layers is not set"
-            )
-        if self.activations.layers not in (None, "all"):
-            self.by_layer()
+        if self.activations.layers != "all":
+            layer_values(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
@@ -463,24 +462,6 @@ class RunConfig(Section):
         for dotted, value in overrides.items():
             settings.set_dotted(values, dotted, value)
         return RunConfig.from_dict(values)
-
-    def by_layer(self) -> dict[int, RunConfig]:
-        """The config of each layer's run, by layer: one pair of hooks, the layer's own values, and a name that ends in the
-        layer. Empty without `activations.layers`."""
-        hooks = {hook.layer: hook for hook in self.activations.pairs if hook.layer is not None}
-        own = self.per_layer.values(list(hooks))
-        quiet = {"progress": False, "wandb": "off", "tensorboard": False}
-        made = {}
-        for layer, pair in hooks.items():
-            values = {**self.to_dict(), "name": f"{self.name}-{layer:02}", "per_layer": {}}
-            values["activations"] |= {"layers": None, "source_hook": pair.source, "target_hook": pair.target}
-            values["logging"] |= quiet
-            if (d_sae := own[layer].get("transcoder.d_sae")) and self.transcoder.widths is not None:
-                values["transcoder"]["widths"] = [w * d_sae // self.transcoder.d_sae for w in self.transcoder.widths]
-            for dotted, value in own[layer].items():
-                settings.set_dotted(values, dotted, value)
-            made[layer] = RunConfig.from_dict(values)
-        return made
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, numbers and strings: what YAML and JSON hold."""

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from transcoder.settings import ConfigError, Section, convert, refusal
+
+if TYPE_CHECKING:
+    from transcoder.config import RunConfig
 
 LAYERS = "activations.layers"
 EXPECTED = "layers such as 8, 0-25, [2, 3], all, or a list of [source hook, target hook]"
@@ -65,6 +68,46 @@ def layer_hooks(layers: Any, source_hook: str, target_hook: str) -> list[LayerHo
         LayerHooks(n, _at_layer("source_hook", source_hook, n), _at_layer("target_hook", target_hook, n))
         for n in layers
     ]
+
+
+def layer_values(config: RunConfig) -> dict[int, dict[str, Any]]:
+    """{layer: {dotted name: value}}: where the settings of each layer's run differ from the set's. Empty without layers.
+
+    Raises:
+        ConfigError: see `layer_hooks` and `PerLayerSection.values`; or values by layer without layers.
+    """
+    section, widths = config.activations, config.transcoder.widths
+    if section.layers is None and config.per_layer.given:
+        raise ConfigError(f"per_layer: gives {', '.join(config.per_layer.given)} by layer, and {LAYERS} is not set")
+    pairs = [pair for pair in section.pairs if pair.layer is not None]
+    found = config.per_layer.values([int(pair.layer or 0) for pair in pairs])
+    for layer, source, target in pairs:
+        own = found[int(layer or 0)]
+        if "transcoder.d_sae" in own and widths is not None:
+            own["transcoder.widths"] = [width * own["transcoder.d_sae"] // config.transcoder.d_sae for width in widths]
+        own |= {"activations.source_hook": source, "activations.target_hook": target}
+    return found
+
+
+def layer_configs(config: RunConfig, buffer_tokens: int) -> dict[int, RunConfig]:
+    """The config of each layer's run, by layer: one pair of hooks, the layer's own values, a name that ends in the layer.
+
+    Args:
+        buffer_tokens: where the config leaves it open.
+    """
+    shared = {
+        "activations.layers": None,
+        "activations.buffer_tokens": config.activations.buffer_tokens or buffer_tokens,
+        # The set has one progress bar, and one run at W&B.
+        "logging.progress": False,
+        "logging.wandb": "off",
+        "logging.tensorboard": False,
+        **{f"per_layer.{field.name}": None for field in fields(PerLayerSection)},
+    }
+    return {
+        layer: config.replace({**shared, "name": f"{config.name}-{layer_name(layer)}", **own})
+        for layer, own in layer_values(config).items()
+    }
 
 
 def layer_name(layer: int) -> str:

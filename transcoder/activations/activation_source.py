@@ -67,8 +67,9 @@ class ActivationSource(ABC):
         """Of each layer, the next pass over the data, which begin again when they end; sinks and all."""
 
     @abstractmethod
-    def heldout_passes(self) -> Iterator[list[Pass]]:
-        """Of each layer, each pass that has held-out tokens, from the start of the data."""
+    def from_start(self, heldout: bool) -> Iterator[list[Pass]]:
+        """Of each layer, each pass that has held-out tokens, or else training tokens, from the start of the data to their
+        end."""
 
     @abstractmethod
     def place(self) -> dict[str, Any]:
@@ -128,25 +129,31 @@ class LayerSource:
         self.row_bytes = row_bytes(source.activation_bytes[layer], context_tokens, make_sampler is not None)
         sampler = None if make_sampler is None else make_sampler(source.vocabulary.special_ids)
         self._rows = RowMaker(source.masker, context_tokens, sampler)
-        self._heldout_rows = RowMaker(source.masker, context_tokens, None)
+        self._all_rows = RowMaker(source.masker, context_tokens, None)
 
     @property
-    def passes(self) -> int:
+    def passes_made(self) -> int:
         """Passes made into rows for training."""
         return int(self._rows.totals["passes"])
 
     def chunk(self, found: Pass, trains: Tensor | None, place: dict[str, Any]) -> Chunk:
         """A pass's rows for training; `place` is behind it."""
-        made = self._rows.make(found, trains, step=self.passes)
+        made = self._rows.make(found, trains, step=self.passes_made)
         return Chunk(made.rows, made.sample, self.cursor(place))
 
     def record(self, chunk: Chunk) -> None:
         """Told of each chunk that is taken for training."""
         self._rows.record(chunk.sample)
 
-    def heldout(self, found: Pass, trains: Tensor | None) -> tuple[ActivationBatch, ActivationBatch]:
-        """(rows, sinks) of a pass's held-out tokens, given those that train; no position sampling."""
-        made = self._heldout_rows.make(found, None if trains is None else ~trains)
+    def passes(self, heldout: bool) -> Iterator[tuple[ActivationBatch, ActivationBatch]]:
+        """(rows, sinks) of the held-out data, or else of the training data, pass by pass, once from their start whatever the
+        cursor; no position sampling."""
+        for passes in self.source.from_start(heldout):
+            yield self.rows_of(passes[self.layer], self.source.trains(passes[0]), heldout)
+
+    def rows_of(self, found: Pass, trains: Tensor | None, heldout: bool) -> tuple[ActivationBatch, ActivationBatch]:
+        """(rows, sinks) of a pass's held-out tokens, or else of those that train; no position sampling."""
+        made = self._all_rows.make(found, None if trains is None else trains != heldout)
         return made.rows, made.sinks
 
     def cursor(self, place: dict[str, Any]) -> dict[str, Any]:

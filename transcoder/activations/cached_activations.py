@@ -105,7 +105,7 @@ class CachedActivations(ActivationSource):
             self._shard_number, self._epoch = 0, self._epoch + 1
         return found
 
-    def heldout_passes(self) -> Iterator[list[Pass]]:
+    def from_start(self, heldout: bool) -> Iterator[list[Pass]]:
         for number in range(len(self._index["shards"])):
             shard = self._load(number)
             for begin in range(0, len(shard.tokens), self.pass_rows):

@@ -105,11 +105,11 @@ class PassFeed:
         # Any layer's maker will do: masking and the width of contexts are the same for all, and nothing else matters here.
         found: list[Heldout] = [([], []) for _ in self.source.widths]
         have = [0] * len(found)
-        for passes in self.source.heldout_passes():
+        for passes in self.source.from_start(heldout=True):
             trains = self.source.trains(passes[0])
             for place, (rows, sinks) in enumerate(found):
                 if have[place] < wanted:
-                    kept, masked = maker.heldout(passes[place], trains)
+                    kept, masked = maker.rows_of(passes[place], trains, heldout=True)
                     rows.append(kept)
                     sinks.append(masked)
                     have[place] += len(kept)
@@ -123,8 +123,8 @@ class PassFeed:
             reader.waiting.clear()
             reader.source.seek(reader.cursor)
         going = [reader for reader in self._readers if not reader.left]
-        earliest = min(going, key=lambda reader: reader.source.passes)
-        self._made = earliest.source.passes
+        earliest = min(going, key=lambda reader: reader.source.passes_made)
+        self._made = earliest.source.passes_made
         self.source.seek(earliest.cursor)
         # What one refill takes is made while the rows before it are trained on: a refill then finds it waiting.
         enough = max(reader.refill_rows for reader in going)
@@ -136,7 +136,7 @@ class PassFeed:
         self._made += 1
         return [
             None
-            if reader.left or reader.source.passes >= self._made
+            if reader.left or reader.source.passes_made >= self._made
             else reader.source.chunk(passes[reader.source.layer], trains, place)
             for reader in self._readers
         ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ class ActivationStream:
         special_ids: ids of BOS, EOS, PAD and the tokenizer's other special tokens.
         sequence_length: tokens of a packed sequence.
         vocab_size: number of token ids.
+        holds_out: whether there are held-out data.
     """
 
     def __init__(self, source: LayerSource, feed: PassFeed, config: RunConfig, device: torch.device) -> None:
@@ -51,7 +52,7 @@ class ActivationStream:
         shared = source.source
         self.special_ids: list[int] = shared.vocabulary.special_ids
         self.sequence_length = shared.sequence_length
-        self.vocab_size = shared.vocabulary.size
+        self.vocab_size, self.holds_out = shared.vocabulary.size, shared.holds_out
         self._buffer = self._new_buffer()
         self._pending: list[ActivationBatch] = []
         """Rows taken from passes that found no room in the buffer, fewer than one pass gives."""
@@ -125,6 +126,11 @@ class ActivationStream:
         if tokens not in self._heldout:
             self._heldout = {tokens: self._read_heldout(tokens)}
         return self._heldout[tokens][0]
+
+    def passes(self, heldout: bool) -> Iterator[ActivationBatch]:
+        """The held-out non-sink tokens, or else those of the training text, once from their start, in the order of the text: a
+        forward pass of the language model at a time, of unequal sizes. Does not move the stream."""
+        return (rows for rows, _ in self._source.passes(heldout) if len(rows))
 
     def heldout_sinks(self) -> ActivationBatch | None:
         """The tokens masked out of the sequences that `heldout` read last, for metrics of their own; or None."""

@@ -28,7 +28,14 @@ from transcoder.antidup.ledger import UsageLedger
 from transcoder.antidup.merge_cost import MergeResult
 from transcoder.antidup.merge_cost_streaming import MergeEvidence
 from transcoder.antidup.pair_errors import LEAST_SHARE, PairErrors, PairJackknife, correlation_bounds, most_pairs
-from transcoder.antidup.window import SequenceCounts, Window, correlation_state_bytes, nothing, state_names
+from transcoder.antidup.window import (
+    BLOCK_TOKENS,
+    SequenceCounts,
+    Window,
+    correlation_state_bytes,
+    nothing,
+    state_names,
+)
 from transcoder.config import MonitorSection
 from transcoder.files import local_path, replace_atomically
 from transcoder.kernels import CorrelatedPairs, FeatureCorrelation, SparseCodes
@@ -79,7 +86,7 @@ class CorrelationMonitor:
         out_dir: Path,
         ledger: UsageLedger,
     ) -> None:
-        self.section, self.d_sae = section, d_sae
+        self.section, self.d_sae, self._block_tokens = section, d_sae, section.block_tokens or BLOCK_TOKENS
         self.device = torch.empty(0, device=device).device
         self._out_dir, self._ledger = local_path(out_dir), ledger
         self._sketch_dim = section.sketch_dim
@@ -161,7 +168,7 @@ class CorrelationMonitor:
                 not affected.
         """
         section = self.section
-        closes = self._block.statistics.tokens_offered >= section.block_tokens
+        closes = self._block.statistics.tokens_offered >= self._block_tokens
         if closes:
             self._close_block()
         with_cosines = closes or not cosines_by_block
@@ -182,7 +189,7 @@ class CorrelationMonitor:
             "schema_version": SCHEMA_VERSION,
             "step": step,
             "tokens": self._tokens,
-            "block_tokens": section.block_tokens,
+            "block_tokens": self._block_tokens,
             "d_sae": self.d_sae,
             "live_latents": live,
             "thresholds": {

@@ -29,7 +29,7 @@ from transcoder.training.run_parts import RunParts
 from transcoder.training.run_state import Stateful, restore_parts, trainer_tree
 from transcoder.training.signals import StopRequest
 from transcoder.training.sources import TrainingDataError
-from transcoder.training.start_checks import as_started, check_folder, check_switches, device_of
+from transcoder.training.start_checks import as_started, check_folder, check_switches, device_of, say_backend
 
 logger = logging.getLogger(__name__)
 
@@ -105,6 +105,7 @@ def opened_run(
     device = device_of(config.model.device)
     config = as_started(config, run_dir, resume)
     check_switches(config, batches, heldout)
+    say_backend(device)
     with ExitStack() as stack:
         lock = stack.enter_context(FolderLock(run_dir))
         check_folder(run_dir, config, resume)
