@@ -96,8 +96,10 @@ class ActivationsSection(Section, where="activations."):
     then holds at most those rows (refill_fraction * buffer_tokens, in whole batches) and one pass in addition to the buffer."""
     mask_bos: bool = True
     """Drop special tokens (BOS, EOS, PAD and the tokenizer's others) at every position."""
-    mask_norm_multiple: Annotated[float, "(1, inf)"] | None = 10.0
-    """Drop tokens whose source norm exceeds this multiple of the median over non-pad tokens; null keeps them."""
+    mask_norm_multiple: Annotated[float, "(1, inf)"] | Literal["auto"] | None = "auto"
+    """Drop tokens whose source norm exceeds this multiple of the median over non-pad tokens; null keeps them. `auto` takes the
+    norm from which on a group of tokens stands apart, found on the first tokens of the text (10 where none does); the run's
+    config.yaml has the number."""
     mask_position_zero: bool = False
     """Drop the first token of each sequence."""
     allow_changed_data: bool = False
@@ -142,7 +144,9 @@ class TrainingSection(Section, where="training."):
     """The optimizer, its schedule, and what is evaluated."""
 
     steps: Positive = 1000
-    """Optimizer steps of the run."""
+    """Optimizer steps of the run. A run that is resumed may be given more, even after its end."""
+    init_from: str | None = None
+    """Begin from the weights of a run folder, a checkpoint, or a saved or imported transcoder of this shape."""
     batch_size: Positive = 1024
     """Tokens an optimizer step sees in one micro-batch."""
     accumulation: Positive = 1
@@ -169,16 +173,15 @@ class TrainingSection(Section, where="training."):
     evaluation_tokens: Positive = 16384
     """Held-out tokens of an evaluation."""
     evaluation_ce_tokens: Count = 8192
-    """Held-out tokens for the language model's cross-entropy with the transcoder in place of the layer, measured at the end
-    of the run; 0 skips it."""
+    """Held-out tokens for the cross-entropy with the transcoder in place of the layer, at the end; 0 skips it."""
     similarity_tokens: Count = 4096
-    """Held-out tokens on which prefixes are compared by CKA at the end of the run (similarity.json). Their codes are saved
-    (heldout_codes.safetensors, 8 bytes an active latent) so that `transcoder compare` can compare runs. 0 skips both."""
+    """Held-out tokens on which prefixes are compared by CKA at the end (similarity.json). Their codes are saved for `transcoder
+    compare` (heldout_codes.safetensors, 8 bytes an active latent). 0 skips both."""
     dead_refresh_steps: Positive = 25
     """Steps between reads of the list of dead latents, for AuxK."""
     max_bad_steps: Count = 10
     """A step whose loss or gradients are NaN or Inf changes nothing and is recorded with its batch. More such steps than this
-    in the whole run stop it with a diagnosis and its state saved; a resumed run may be given more. 0 stops at the first."""
+    stop the run with a diagnosis and its state saved; a resumed run may be given more. 0 stops at the first."""
 
 
 @dataclass(frozen=True)
@@ -239,9 +242,9 @@ class PositionsSection(Section, where="antidup.positions."):
 
     enabled: bool = True
     train: bool = False
-    """Draw the training tokens themselves, with importance weights that keep the objective's expectation. It costs the rest:
-    the language model runs 1 / keep_fraction tokens for each one that trains (twice as many by default), which took 1.6
-    times as long on the demo. Off, every token trains, and the draw chooses which tokens of a batch antidup.samples looks at.
+    """Draw the training tokens themselves, with importance weights that keep the objective's expectation. The language model
+    then runs 1 / keep_fraction tokens for each one that trains, which took 1.6 times as long on the demo. Off, every token
+    trains, and the draw chooses which tokens of a batch antidup.samples looks at.
     A run of an earlier version, which always drew its training tokens, goes on so when it is resumed."""
     bins: Positive = 10
     """Equal ranges of positions that a sequence is divided into."""
@@ -269,8 +272,7 @@ class MonitorSection(Section, where="antidup.monitor."):
     min_sequences: Annotated[int, "[1, 1000]"] = 30
     """Fewest distinct sequences among these tokens; at most 1000 (their number is estimated, up to 1420)."""
     block_tokens: Positive | None = None
-    """Tokens a block. Blocks do not overlap, so that each is new evidence for a flag. null is 4 million, at most what gives a
-    flag by half of the run."""
+    """Tokens a block, each new evidence for a flag. null is 4 million, at most what gives a flag by half of the run."""
     blocks_to_flag: Positive = 3
     """Blocks in which a pair must be above the threshold to be flagged."""
     blocks_remembered: int = 4

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from transcoder.activations.batch import ActivationBatch
 from transcoder.activations.documents import DataError
-from transcoder.activations.masking import SinkMasker
+from transcoder.activations.masking import FIT_TOKENS, SinkMasker
 from transcoder.activations.rows import Chunk, MakePositionChoice, Pass, RowMaker, Substitute, counters_of
 from transcoder.activations.vocabulary import Vocabulary
 from transcoder.config import RunConfig
@@ -54,7 +54,9 @@ class ActivationSource(ABC):
         self.vocabulary, self.widths, self.sequence_length = vocabulary, widths, sequence_length
         self.activation_bytes = activation_bytes
         self.pass_rows = section.sequences_per_forward * sequence_length
-        self.masker = SinkMasker(section, vocabulary.special_ids, vocabulary.size, pad_id, device)
+        self.maskers = [SinkMasker(section, vocabulary.special_ids, vocabulary.size, pad_id, device) for _ in widths]
+        """Of each layer: sinks differ between layers."""
+        self._fitted: list[dict[str, Any]] = []
 
     @abstractmethod
     def identity(self, layer: int) -> dict[str, Any]:
@@ -102,6 +104,29 @@ class ActivationSource(ABC):
         """See `ActivationStream.unembedding`."""
         return "the run had no language model at hand"
 
+    def fit_masks(self, tokens: int) -> list[dict[str, Any]]:
+        """Find the norm that `mask_norm_multiple: auto` masks from, of each layer, on at least `tokens` tokens from where the
+        data stand, or one epoch of them; they are read again afterwards, and read once for all layers. Returns what
+        `SinkMasker.fit` found."""
+        if self._fitted:
+            return self._fitted
+        begin, seen = self.place(), 0
+        found: list[list[dict[str, Tensor]]] = [[] for _ in self.maskers]
+        epoch = self.progress(begin)["epochs"]
+        while seen < max(tokens, FIT_TOKENS) and self.progress(self.place())["epochs"] == epoch:
+            passes = self.next_pass()
+            trains = self.trains(passes[0])
+            for one, masker, parts in zip(passes, self.maskers, found, strict=True):
+                valid = one.valid if trains is None else one.valid & trains
+                parts.append(masker.candidates(one.source, one.tokens, one.positions, valid))
+            seen += len(found[0][-1]["ratios"])
+        self.seek(begin)
+        self._fitted = [
+            masker.fit(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+            for masker, parts in zip(self.maskers, found, strict=True)
+        ]
+        return self._fitted
+
 
 class LayerSource:
     """The rows of one layer of a source.
@@ -123,13 +148,23 @@ class LayerSource:
     ) -> None:
         if make_sampler is not None and source.no_sampling is not None:
             raise DataError(source.no_sampling)
-        self.source, self.layer = source, layer
+        self.source, self.layer, self.context_tokens = source, layer, context_tokens
         self.d_in, self.d_out = source.widths[layer]
         self.identity = source.identity(layer)
         self.row_bytes = row_bytes(source.activation_bytes[layer], context_tokens, make_sampler is not None)
         sampler = None if make_sampler is None else make_sampler(source.vocabulary.special_ids)
-        self._rows = RowMaker(source.masker, context_tokens, sampler)
-        self._all_rows = RowMaker(source.masker, context_tokens, None)
+        self._rows = RowMaker(source.maskers[layer], context_tokens, sampler)
+
+    @property
+    def mask_norm_multiple(self) -> float | None:
+        """Norms above this multiple of the median are masked; None: none are."""
+        return self.source.maskers[self.layer].multiple
+
+    def fit_mask(self, tokens: int) -> dict[str, Any]:
+        """This layer's part of `ActivationSource.fit_masks`."""
+        sinks = self.source.fit_masks(tokens)[self.layer]
+        self._rows.totals |= {f"sinks_{name}": float(sinks[name]) for name in ("multiple", "share", "held")}
+        return sinks
 
     @property
     def passes_made(self) -> int:
@@ -148,13 +183,11 @@ class LayerSource:
     def passes(self, heldout: bool) -> Iterator[tuple[ActivationBatch, ActivationBatch]]:
         """(rows, sinks) of the held-out data, or else of the training data, pass by pass, once from their start whatever the
         cursor; no position sampling."""
+        maker = RowMaker(self.source.maskers[self.layer], self.context_tokens, None)
         for passes in self.source.from_start(heldout):
-            yield self.rows_of(passes[self.layer], self.source.trains(passes[0]), heldout)
-
-    def rows_of(self, found: Pass, trains: Tensor | None, heldout: bool) -> tuple[ActivationBatch, ActivationBatch]:
-        """(rows, sinks) of a pass's held-out tokens, or else of those that train; no position sampling."""
-        made = self._all_rows.make(found, None if trains is None else trains != heldout)
-        return made.rows, made.sinks
+            trains = self.source.trains(passes[0])
+            made = maker.make(passes[self.layer], None if trains is None else trains != heldout)
+            yield made.rows, made.sinks
 
     def cursor(self, place: dict[str, Any]) -> dict[str, Any]:
         """A place of the source and this layer's totals up to it."""

@@ -138,7 +138,7 @@ class ModelActivations(ActivationSource):
                 predicted = valid[:, 1:] & valid[:, :-1]
                 for n, by_layer in enumerate(substitutes.values()):
                     past_sinks = {
-                        layer: self._past_sinks(substitute, text, positions, valid)
+                        layer: self._past_sinks(layer, substitute, text, positions, valid)
                         for layer, substitute in by_layer.items()
                     }
                     losses = self._model.next_token_losses(text, past_sinks)
@@ -153,9 +153,11 @@ class ModelActivations(ActivationSource):
         """As `HookedModel.unembedding`."""
         return self._model.unembedding(layer)
 
-    def _past_sinks(self, substitute: Substitute, tokens: Tensor, positions: Tensor, valid: Tensor) -> Substitute:
+    def _past_sinks(
+        self, layer: int, substitute: Substitute, tokens: Tensor, positions: Tensor, valid: Tensor
+    ) -> Substitute:
         def run(source: Tensor, target: Tensor) -> Tensor:
-            sink = self.masker.find(source, tokens.flatten(), positions, valid.flatten()).any
+            sink = self.maskers[layer].find(source, tokens.flatten(), positions, valid.flatten()).any
             return torch.where(sink[:, None], target, substitute(source, target).to(target.dtype))
 
         return run

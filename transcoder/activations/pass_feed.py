@@ -10,7 +10,7 @@ from typing import Any
 from transcoder.activations.activation_source import ActivationSource, LayerSource
 from transcoder.activations.batch import ActivationBatch
 from transcoder.activations.prefetch import Prefetcher
-from transcoder.activations.rows import Chunk
+from transcoder.activations.rows import Chunk, RowMaker
 
 logger = logging.getLogger(__name__)
 
@@ -98,21 +98,21 @@ class PassFeed:
         same passes, and kept until they are asked for."""
         layer = self._readers[number].source
         if (layer.layer, wanted) not in self._heldout:
-            self._read_heldout(layer, wanted)
+            self._read_heldout(layer.context_tokens, wanted)
         return self._heldout.pop((layer.layer, wanted))
 
-    def _read_heldout(self, maker: LayerSource, wanted: int) -> None:
-        # Any layer's maker will do: masking and the width of contexts are the same for all, and nothing else matters here.
-        found: list[Heldout] = [([], []) for _ in self.source.widths]
-        have = [0] * len(found)
+    def _read_heldout(self, context_tokens: int, wanted: int) -> None:
+        makers = [RowMaker(masker, context_tokens, None) for masker in self.source.maskers]
+        found: list[Heldout] = [([], []) for _ in makers]
+        have = [0] * len(makers)
         for passes in self.source.from_start(heldout=True):
             trains = self.source.trains(passes[0])
             for place, (rows, sinks) in enumerate(found):
                 if have[place] < wanted:
-                    kept, masked = maker.rows_of(passes[place], trains, heldout=True)
-                    rows.append(kept)
-                    sinks.append(masked)
-                    have[place] += len(kept)
+                    made = makers[place].make(passes[place], None if trains is None else ~trains)
+                    rows.append(made.rows)
+                    sinks.append(made.sinks)
+                    have[place] += len(made.rows)
             if min(have) >= wanted:
                 break
         self._heldout.update({(place, wanted): part for place, part in enumerate(found)})

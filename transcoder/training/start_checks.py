@@ -18,14 +18,19 @@ from transcoder.antidup.window import BLOCK_TOKENS
 from transcoder.config import ConfigError, RunConfig, flags, load_yaml
 from transcoder.kernels.backend import why_slower
 from transcoder.settings import brief
-from transcoder.training.schedule import length_defaults
+from transcoder.training.schedule import learning_rate, length_defaults, peak_learning_rate
 
 logger = logging.getLogger(__name__)
 
-MAY_CHANGE = ("model.device", "activations.prefetch", "activations.allow_changed_data", "training.max_bad_steps")
+MAY_CHANGE = (
+    *("model.device", "activations.prefetch", "activations.allow_changed_data"),
+    *("training.steps", "training.max_bad_steps"),
+)
 """Settings that a resumed run may be given other values of: they do not change its results, or say so in their help."""
 FORMER_DEFAULTS = {"antidup.regularizer.orthogonality_weight": 0.01}
 """Defaults that changed with the version that added `antidup.positions.train`, as they were before it."""
+FOUND = ("activations.mask_norm_multiple",)
+"""Settings whose `auto` a run replaces by what it finds: its config.yaml has the value, which a resumed run goes on with."""
 
 
 def device_of(name: str) -> torch.device:
@@ -215,10 +220,42 @@ def check_folder(run_dir: Path, config: RunConfig, resume: bool) -> None:
             )
 
 
+def check_length(config: RunConfig, run_dir: Path, step: int) -> None:
+    """Before a resumed run of `step` steps goes on: say what another number of steps than it was started with makes of its
+    schedule. Its summary of an earlier end is removed.
+
+    Raises: ConfigError: fewer steps than are done.
+    """
+    section, peak = config.training, peak_learning_rate(config)
+    if section.steps < step:
+        raise ConfigError(
+            f"training.steps: this run has done {step} steps: expected at least as many, got {section.steps}"
+        )
+    if section.steps == step:
+        logger.warning("all %d steps are done; a larger training.steps trains on", step)
+        return
+    saved = run_dir / "config.yaml"
+    before = RunConfig.load(saved).training if saved.exists() else section
+    if before.steps != section.steps:
+        logger.warning(
+            "training.steps is %d, it was %d: schedule %s goes on as in a run of %d steps. Learning rate %.3g in the last "
+            "step, %.3g from step %d on, %.3g at the end",
+            section.steps,
+            before.steps,
+            section.schedule,
+            section.steps,
+            learning_rate(max(0, step - 1), before, peak),
+            learning_rate(step, section, peak),
+            step + 1,
+            learning_rate(section.steps - 1, section, peak),
+        )
+    (run_dir / "summary.json").unlink(missing_ok=True)
+
+
 def as_started(config: RunConfig, run_dir: Path, resume: bool) -> RunConfig:
-    """`config` with every default that depends on the run filled in: what a resumed run was started with, else what its length
-    gives. A run of an earlier version keeps the defaults of then where `config` has today's, and its position sampler goes on
-    drawing the training tokens, for which there was no setting."""
+    """`config` with every default that depends on the run filled in: what a resumed run was started with, or found where
+    `config` says `auto`, else what its length gives. A run of an earlier version keeps the defaults of then where `config`
+    has today's, and its position sampler goes on drawing the training tokens, for which there was no setting."""
     saved = run_dir / "config.yaml"
     kept: dict[str, Any] = {}
     if resume and saved.exists():
@@ -230,6 +267,7 @@ def as_started(config: RunConfig, run_dir: Path, resume: bool) -> RunConfig:
             for name, value in former.items()
             if _setting(before, name) == value and _setting(now, name) == _setting(defaults, name)
         }
+        kept |= {name: _setting(before, name) for name in FOUND if _setting(now, name) == "auto"}
         kept |= {"antidup.positions.train": True} if older else {}
     config = config.replace(kept) if kept else config
     values = config.to_dict()
