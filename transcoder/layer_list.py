@@ -5,12 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from transcoder.settings import ConfigError, Section, convert, refusal
-
-if TYPE_CHECKING:
-    from transcoder.config import RunConfig
 
 LAYERS = "activations.layers"
 EXPECTED = "layers such as 8, 0-25, [2, 3], all, or a list of [source hook, target hook]"
@@ -70,7 +67,7 @@ def layer_hooks(layers: Any, source_hook: str, target_hook: str) -> list[LayerHo
     ]
 
 
-def layer_values(config: RunConfig) -> dict[int, dict[str, Any]]:
+def layer_values(config: Any) -> dict[int, dict[str, Any]]:
     """{layer: {dotted name: value}}: where the settings of each layer's run differ from the set's. Empty without layers.
 
     Raises:
@@ -89,10 +86,11 @@ def layer_values(config: RunConfig) -> dict[int, dict[str, Any]]:
     return found
 
 
-def layer_configs(config: RunConfig, buffer_tokens: int) -> dict[int, RunConfig]:
+def layer_configs(config: Any, buffer_tokens: int) -> dict[int, Any]:
     """The config of each layer's run, by layer: one pair of hooks, the layer's own values, a name that ends in the layer.
 
     Args:
+        config: a `RunConfig`; the values are too (config.py imports this file).
         buffer_tokens: where the config leaves it open.
     """
     shared = {
