@@ -78,10 +78,13 @@ def has_backend(name: str, family: str) -> bool:
     return module is not None and (usable is None or bool(usable()))
 
 
-def may_serve(name: str, family: str, device: torch.device) -> bool:
-    """Whether `auto` may choose `name` on `device`: it is available and, for Triton, has passed its checks on this kind of
-    GPU."""
+def may_serve(name: str, family: str, device: torch.device, dtype: torch.dtype | None = None) -> bool:
+    """Whether `auto` may choose `name` on `device` for inputs of `dtype`: it is available, takes the dtype (a backend that does
+    not take every one lists its `DTYPES`) and, for Triton, has passed its checks on this kind of GPU."""
     if not has_backend(name, family):
+        return False
+    taken = getattr(backend_module(family, name), "DTYPES", None)
+    if dtype is not None and taken is not None and dtype not in taken:
         return False
     if name != "triton":
         return True
@@ -96,8 +99,9 @@ has_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
 may_serve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def active_backend(device: torch.device | str, family: str = "encode") -> str:
-    """The backend that an op of `family` on `device` would run on now: never `auto`.
+def active_backend(device: torch.device | str, family: str = "encode", dtype: torch.dtype | None = None) -> str:
+    """The backend that an op of `family` on `device` would run on now: never `auto`. `dtype` is the inputs'; None: any that
+    every backend takes.
 
     Raises: RuntimeError if a backend was requested by name and is not available: an explicit choice never falls back.
     """
@@ -105,7 +109,7 @@ def active_backend(device: torch.device | str, family: str = "encode") -> str:
     if name == "auto":
         device = torch.device(device)
         order = FASTEST_FIRST.get(device.type, ("torch",))
-        return next(choice for choice in order if may_serve(choice, family, device))
+        return next(choice for choice in order if may_serve(choice, family, device, dtype))
     if not has_backend(name, family):
         here = [choice for choice in NAMES[1:] if has_backend(choice, family)]
         raise RuntimeError(
@@ -113,6 +117,31 @@ def active_backend(device: torch.device | str, family: str = "encode") -> str:
             "use 'auto' or one of those"
         )
     return name
+
+
+def why_slower(device: torch.device) -> str | None:
+    """One line that names the slower backend on which ops on `device` run, with the reason; None if all run on the fastest.
+    Compiles or checks a backend that has not been tried yet."""
+    fastest = FASTEST_FIRST.get(device.type, ("torch",))[0]
+    chosen = {family: active_backend(device, family) for family in ("encode", "decode", "correlation", "adam")}
+    slower = [family for family, name in chosen.items() if name != fastest]
+    if not slower:
+        return None
+    if requested_backend() != "auto":
+        reason = "use_backend or TRANSCODER_BACKEND asks for it"
+    elif fastest == "cpp":
+        from transcoder.kernels import extension
+
+        reason = f"C++ extension: {extension.available_reason()}"
+    elif has_backend(fastest, slower[0]):
+        from transcoder.kernels import gpu_selftest
+
+        reason = "; ".join(gpu_selftest.why_not(family, device) for family in slower)
+    else:
+        reason = f"{fastest} is not installed, or cannot be imported"
+    return (
+        f"{', '.join(slower)} on backend {chosen[slower[0]]}, which is slower than {fastest} on {device.type}: {reason}"
+    )
 
 
 def implementation(family: str, device: torch.device) -> Any:

@@ -32,7 +32,13 @@ def mark_places(codes: SparseCodes, place: Tensor, weights: Tensor | None, bits:
     """
     weights = None if weights is None else weights.double().contiguous()
     pairs: int = torch.ops.transcoder_cpp.mark_places(
-        readable(codes), codes.indices.contiguous(), codes.row_ptr.contiguous(), place, weights, bits, marks
+        readable(codes),
+        codes.indices.contiguous(),
+        codes.row_ptr.contiguous(),
+        place.contiguous(),
+        weights,
+        bits,
+        marks,
     )
     return pairs
 
@@ -46,6 +52,7 @@ def add_by_group(codes: SparseCodes, i: Tensor, j: Tensor, group: Tensor, weight
     """
     weights = None if weights is None else weights.detach().double().contiguous()
     order = codes.by_latent()
+    i, j, group = (part.contiguous() for part in (i, j, group))
     torch.ops.transcoder_cpp.add_by_group(
         readable(codes), order.permutation, order.rows, order.latent_ptr, i, j, group, weights, sums
     )
@@ -70,6 +77,7 @@ def offer_samples(
 
     Returns: how many of the samples are new.
     """
+    group, score, activation, rows = (part.contiguous() for part in (group, score, activation, rows))
     tokens, positions, sequences, contexts = (None if part is None else part.contiguous() for part in batch)
     new: int = torch.ops.transcoder_cpp.offer_samples(
         group, score, activation, rows, tokens, positions, sequences, contexts, step, window, *store

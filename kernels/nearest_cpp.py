@@ -48,5 +48,5 @@ def nearest(unit: Tensor, rows: Tensor) -> Tensor | None:
 
 def rows_in_zeros(values: Tensor, rows: Tensor, total: int) -> Tensor:
     """[total, d]: zeros but for `values` [n, d] at `rows` [n], each once."""
-    whole: Tensor = torch.ops.transcoder_cpp.rows_in_zeros(values.contiguous(), rows, total)
+    whole: Tensor = torch.ops.transcoder_cpp.rows_in_zeros(values.contiguous(), rows.contiguous(), total)
     return whole

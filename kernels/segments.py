@@ -45,7 +45,7 @@ def row_dots(left: Tensor, table: Tensor, rows: Tensor, ids: Tensor, ptr: Tensor
         return left.new_zeros(ids.numel())
     sum_mode, no_padding = 0, -1
     return torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        left.contiguous(), table.to(left.dtype), ids, ptr, rows, sum_mode, no_padding
+        left.contiguous(), table.to(left.dtype), *(t.contiguous() for t in (ids, ptr, rows)), sum_mode, no_padding
     )
 
 

@@ -51,7 +51,7 @@ def segment_holding(ptr, segments, entry):
 def gathered_rows(table, ids, start, lane, live, column, inside, table_row, table_column, ACC: tl.constexpr):
     """[ROWS, TILE] rows `ids[start + lane]` of the table, 0 beyond the live lanes and columns."""
     row = tl.load(ids + start + lane, mask=live, other=0)
-    places = table + row[:, None] * table_row + column[None, :] * table_column
+    places = table + row[:, None] * table_row + column[None, :].to(tl.int64) * table_column
     return tl.load(places, mask=live[:, None] & inside[None, :], other=0).to(ACC)
 
 
@@ -108,7 +108,7 @@ def weighted_rows(
             )
             if BIAS:
                 total += tl.load(bias + column, mask=inside, other=0).to(ACC)
-            tl.store(out + m * out_row + column * out_column, total, mask=inside)
+            tl.store(out + m * out_row + column.to(tl.int64) * out_column, total, mask=inside)
 
 
 @triton.jit
@@ -128,7 +128,7 @@ def split_totals(
             total += tl.load(pieces + 2 * later * columns + column, mask=inside, other=0)
         if BIAS:
             total += tl.load(bias + column, mask=inside, other=0).to(ACC)
-        tl.store(out + m * out_row + column * out_column, total, mask=inside)
+        tl.store(out + m * out_row + column.to(tl.int64) * out_column, total, mask=inside)
 
 
 @triton.jit
@@ -140,7 +140,7 @@ def row_products(
     m = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * TILE + tl.arange(0, TILE)
     inside = column < columns
-    vector = tl.load(left + m * left_row + column * left_column, mask=inside, other=0).to(ACC)
+    vector = tl.load(left + m * left_row + column.to(tl.int64) * left_column, mask=inside, other=0).to(ACC)
     start, end = tl.load(ptr + m), tl.load(ptr + m + 1)
     lane = tl.arange(0, ROWS)
     partial += tl.program_id(1).to(tl.int64) * entries

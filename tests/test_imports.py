@@ -38,7 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     "training": LOW | {"losses", "model", "checkpoint_folder", "activations", "antidup", "reporting", "demo"},
     "interop": LOW | {"losses", "model", "checkpoint_folder", "activations", "training"},
     "setting_help": {"config", "settings"},
-    "doctor": LOW | {"demo"},
+    "doctor": LOW | {"__init__", "demo"},
     "cli": {"__init__", "commands", "config", "setting_help"},
     "commands": LOW | {"doctor", "training", "reporting", "interop"},
     "__main__": {"cli"},

@@ -266,12 +266,19 @@ def _print_similarity(folders: list[Path], method: str | None = None) -> None:
     print("", format_run_similarity(found) if method is None else format_seed_similarity(method, found), sep="\n")
 
 
-@command(RUN)
+REFRESH = "first run its newest checkpoint on its text again, for contexts, histograms, densities and duplicates"
+
+
+@command(RUN, argument("--refresh", REFRESH, action="store_true"))
 def report(options: argparse.Namespace, _: dict[str, Any]) -> int:
     """Write report.html of a run again, from its files."""
     folder = run_folder(options.run_folder)
     from transcoder.reporting import write_report
 
+    if options.refresh:
+        from transcoder.training.describe_latents import refresh
+
+        refresh(folder)
     print(write_report(folder))
     return Exit.OK
 

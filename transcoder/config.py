@@ -1,8 +1,7 @@
 """Every constant of a run, as frozen dataclasses. YAML <-> dataclass <-> flags.
 
-One `RunConfig` describes a run; its sections correspond to the packages that read them. The type of a field includes its
-bounds; `--help` prints the docstring under it. `transcoder.settings` reads and checks the fields, so every config object is
-valid.
+The type of a field includes its bounds, which `transcoder.settings` checks, so every config object is valid; `--help` prints
+the docstring under it.
 """
 
 from __future__ import annotations
@@ -118,8 +117,8 @@ class TranscoderSection(DictionarySettings, where="transcoder."):
 
     def config(self, d_in: int, d_out: int) -> TranscoderConfig:
         """The config of a transcoder of these settings."""
-        shared = {f.name: getattr(self, f.name) for f in dataclasses.fields(DictionarySettings)}
-        return TranscoderConfig(d_in, d_out, **shared)
+        given = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(DictionarySettings))
+        return TranscoderConfig(d_in, d_out, **{name: value for name, value in given if value is not None})
 
 
 @dataclass(frozen=True)
@@ -127,15 +126,17 @@ class TrainingSection(Section, where="training."):
     """The optimizer, its schedule, and what is evaluated."""
 
     steps: Positive = 1000
-    """Optimizer steps of the run."""
+    """Optimizer steps of the run. A run that is resumed may be given more, even after its end."""
+    init_from: str | None = None
+    """Begin from the weights of a run folder, a checkpoint, or a saved or imported transcoder of this shape."""
     batch_size: Positive = 1024
     """Tokens an optimizer step sees in one micro-batch."""
     accumulation: Positive = 1
     """Micro-batches summed into one optimizer step."""
     lr: PositiveNumber | None = None
-    """null is 2e-4 / sqrt(d_sae / 2^14)."""
-    warmup_steps: Count = 100
-    """Steps in which the learning rate rises linearly to lr."""
+    """Learning rate; null is 2e-4 / sqrt(d_sae / 2^14)."""
+    warmup_steps: Count | None = None
+    """Steps in which the learning rate rises linearly to lr. null is 100, at most a tenth of the run."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """Learning rate after warmup."""
     min_lr_ratio: Share = 0.01
@@ -154,16 +155,15 @@ class TrainingSection(Section, where="training."):
     evaluation_tokens: Positive = 16384
     """Held-out tokens of an evaluation."""
     evaluation_ce_tokens: Count = 8192
-    """Held-out tokens for the language model's cross-entropy with the transcoder in place of the layer, measured at the end
-    of the run; 0 skips it."""
+    """Held-out tokens for the cross-entropy with the transcoder in place of the layer, at the end; 0 skips it."""
     similarity_tokens: Count = 4096
-    """Held-out tokens on which prefixes are compared by CKA at the end of the run (similarity.json). Their codes are saved
-    (heldout_codes.safetensors, 8 bytes an active latent) so that `transcoder compare` can compare runs. 0 skips both."""
+    """Held-out tokens on which prefixes are compared by CKA at the end (similarity.json). Their codes are saved for `transcoder
+    compare` (heldout_codes.safetensors, 8 bytes an active latent). 0 skips both."""
     dead_refresh_steps: Positive = 25
-    """Steps between reads of the list of dead latents by the host: AuxK's only device-to-host transfer, outside the step."""
+    """Steps between reads of the list of dead latents, for AuxK."""
     max_bad_steps: Count = 10
     """A step whose loss or gradients are NaN or Inf changes nothing and is recorded with its batch. More such steps than this
-    in the whole run stop it with a diagnosis and its state saved; a resumed run may be given more. 0 stops at the first."""
+    stop the run with a diagnosis and its state saved; a resumed run may be given more. 0 stops at the first."""
 
 
 @dataclass(frozen=True)
@@ -224,9 +224,9 @@ class PositionsSection(Section, where="antidup.positions."):
 
     enabled: bool = True
     train: bool = False
-    """Draw the training tokens themselves, with importance weights that keep the objective's expectation. It costs the rest:
-    the language model runs 1 / keep_fraction tokens for each one that trains (twice as many by default), which took 1.6
-    times as long on the demo. Off, every token trains, and the draw chooses which tokens of a batch antidup.samples looks at.
+    """Draw the training tokens themselves, with importance weights that keep the objective's expectation. The language model
+    then runs 1 / keep_fraction tokens for each one that trains, which took 1.6 times as long on the demo. Off, every token
+    trains, and the draw chooses which tokens of a batch antidup.samples looks at.
     A run of an earlier version, which always drew its training tokens, goes on so when it is resumed."""
     bins: Positive = 10
     """Equal ranges of positions that a sequence is divided into."""
@@ -253,8 +253,8 @@ class MonitorSection(Section, where="antidup.monitor."):
     """Fewest tokens on which at least one latent of a pair fires."""
     min_sequences: Annotated[int, "[1, 1000]"] = 30
     """Fewest distinct sequences among these tokens; at most 1000 (their number is estimated, up to 1420)."""
-    block_tokens: Positive = 4_000_000
-    """Tokens a block. Blocks do not overlap, so that each is new evidence for a flag."""
+    block_tokens: Positive | None = None
+    """Tokens a block, each new evidence for a flag. null is 4 million, at most what gives a flag by half of the run."""
     blocks_to_flag: Positive = 3
     """Blocks in which a pair must be above the threshold to be flagged."""
     blocks_remembered: int = 4
@@ -309,6 +309,8 @@ class SamplesSection(Section, where="antidup.samples."):
     """Largest share of contexts whose firing token is a special token."""
     max_latents: Positive = 4096
     """Latents followed, evenly spread over the dictionary: this bounds memory."""
+    forget_after: PositiveShare = 0.2
+    """Share of the run's steps after which a sample is dropped: the weights that gave it are gone."""
     save_frequency: Positive = 500
     """Steps between writes into activation_samples/."""
 
@@ -395,6 +397,9 @@ class LoggingSection(Section, where="logging."):
     """Write report.html, in a separate process, when the run ends; `transcoder report RUN` writes it at any time."""
     report_latents: Count = 4096
     """Latents shown with their contexts in report.html, which stays below 10 MB in any case."""
+    report_tokens: Count = 400_000
+    """Tokens, training and held-out, that the final weights are run on after training for contexts, histograms, densities and
+    duplicates; at most a quarter of those trained on. 0 runs none."""
 
 
 @dataclass(frozen=True)

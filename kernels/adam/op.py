@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -62,7 +62,20 @@ def adam_step(module: Any, update: AdamUpdate) -> Tensor:
     Equivalent to: `grad -= (grad * W).sum(1, keepdim=True) * W` of the matrix of unit rows, `torch.nn.utils.clip_grad_norm_`,
     `torch.optim.Adam.step` and `W /= W.norm(dim=1, keepdim=True)`, up to rounding (`adam_step_reference`).
     """
-    norm: Tensor = module.adam_step(update)
+    moments = [*update.exp_avgs, *update.exp_avg_sqs]
+    for p, moment in zip([*update.parameters] * 2, moments, strict=True):
+        if (moment.shape, moment.dtype, moment.device) != (p.shape, p.dtype, p.device):
+            raise ValueError(
+                f"adam_step: exp_avgs, exp_avg_sqs: expected the parameter's {p.dtype} of shape {list(p.shape)} on {p.device}, "
+                f"got {moment.dtype} of shape {list(moment.shape)} on {moment.device}"
+            )
+    # The kernels read and write raw memory; a loaded state may have any strides.
+    dense = [moment.contiguous() for moment in moments]
+    count = len(update.parameters)
+    norm: Tensor = module.adam_step(replace(update, exp_avgs=dense[:count], exp_avg_sqs=dense[count:]))
+    for moment, made in zip(moments, dense, strict=True):
+        if made is not moment:
+            moment.copy_(made)
     # Backward through a graph that saved a parameter before this update must raise.
     written = [*update.parameters, *update.exp_avgs, *update.exp_avg_sqs, *update.steps]
     torch.autograd.graph.increment_version(written)

@@ -179,6 +179,7 @@ def mine(
         apart, inverse: [d_sae] float64.   fired: [d_sae] in the dtype of the summed counts.
         edges: [bins + 1] float64, ascending; None counts no histogram.
     """
+    edges = None if edges is None else edges.contiguous()
     return Mined(
         *torch.ops.transcoder_cpp.survey_pairs(products, joints, apart, inverse, fired, least, least_union, most, edges)
     )
@@ -193,6 +194,7 @@ def sketch_add(rows: Tensor, ones: Tensor, entries: Entries, weights: Tensor | N
 
     `rows` are backend `torch`'s to the bit; so are `ones` without weights, with them their sum is in another order.
     """
+    weights = None if weights is None else weights.contiguous()
     torch.ops.transcoder_cpp.sketch_add(
         entries.latent, entries.row, entries.weighted.contiguous(), weights, tokens, key_state(*keys), rows, ones
     )
@@ -201,5 +203,6 @@ def sketch_add(rows: Tensor, ones: Tensor, entries: Entries, weights: Tensor | N
 def similar_rows(left: Tensor, right: Tensor, above: float, apart: int) -> tuple[Tensor, Tensor, Tensor]:
     """(i, j, left_i . right_j), each [P], of the pairs whose product exceeds `above` and j > i + apart. fp32; products are
     computed in tiles and filtered in the cache. The same bits for any number of threads."""
+    left, right = left.contiguous(), right.contiguous()
     found: tuple[Tensor, Tensor, Tensor] = torch.ops.transcoder_cpp.similar_rows(left, right, above, apart)
     return found

@@ -42,7 +42,7 @@ def walk_up(
     column = tile * TILE + tl.arange(0, TILE)
     inside = column < columns
     running = tl.load(bias + column, mask=inside, other=0).to(ACC)
-    running -= tl.load(y + b * y_row + column * y_column, mask=inside, other=0).to(ACC)
+    running -= tl.load(y + b * y_row + column.to(tl.int64) * y_column, mask=inside, other=0).to(ACC)
     errors += tile.to(tl.int64) * rows + b
     start = tl.load(row_ptr + b)
     for p in range(prefixes):

@@ -334,7 +334,7 @@ def above_threshold(
     pre = pre_activations(
         x, W, b, tl.minimum(rows, rows_total - 1), owned, d_in, x_row, x_col, W_row, W_col, BM, BN, BK, EVEN, PRECISION
     )
-    limit = tl.load(threshold + owned * threshold_step)
+    limit = tl.load(threshold + owned.to(tl.int64) * threshold_step)
     passes = (pre > limit[None, :]) & (latents < d_sae)[None, :] & (rows < rows_total)[:, None]
     number = passes.to(tl.int32)
     at = rows.to(tl.int64) * tiles + tile

@@ -226,7 +226,8 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 def _encode(op: torch._ops.OpOverload, x: Tensor, W_enc: Tensor, b_enc: Tensor, argument: int | Tensor) -> SparseCodes:
     derived: dict[str, object] = {}
-    arguments = (x, W_enc, b_enc, argument, _compute_dtype(x, W_enc), active_backend(x.device, "encode"))
+    dtype = _compute_dtype(x, W_enc)
+    arguments = (x, W_enc, b_enc, argument, dtype, active_backend(x.device, "encode", dtype))
     with torch.autocast(x.device.type, enabled=False):
         if registration.traced(x, W_enc, b_enc):
             values, indices, row_ptr = op(*arguments)

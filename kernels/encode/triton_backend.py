@@ -25,6 +25,8 @@ if usable():
 __all__ = ["counters", "gradients", "select_batch_topk", "select_threshold", "select_topk", "usable"]
 
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Of x and W; `auto` gives others to the next backend."""
 Adapt = Callable[[config.ProductLaunch], config.ProductLaunch]
 
 
@@ -244,17 +246,18 @@ class Product:
 
     def __init__(self, x: Tensor, W: Tensor, b: Tensor, op: str, adapt: Adapt | None = None) -> None:
         check_device(op, x.device)
-        if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        if x.dtype not in DTYPES:
             raise TypeError(
                 f"{op}: backend triton: expected float32, bfloat16 or float16, got {x.dtype}: use backend torch"
             )
         if interpreted() and x.dtype == torch.bfloat16:
             # The interpreter multiplies the bits of bfloat16 as integers. Widened, products and sums are what they should be.
             x, W = x.float(), W.float()
-        self.x, self.W, self.b = x, W, b
+        self.x, self.W, self.b = x, W, b.contiguous()
         self.rows, self.d_in, self.d_sae = x.shape[0], x.shape[1], W.shape[0]
         self.precision = "ieee"
-        if x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
+        # Follows the former switch `allow_tf32` too, which raises when it is read after this one is set.
+        if x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
             self.precision = "tf32"
         launch = _launch(x.device, x.dtype, self.precision)
         self.launch = adapt(launch) if adapt else launch

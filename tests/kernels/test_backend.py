@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from transcoder.kernels import active_backend, extension, nested_loss, sparse_decode, topk_encode, use_backend
+from transcoder.kernels import active_backend, backend, extension, nested_loss, sparse_decode, topk_encode, use_backend
 from transcoder.kernels.backend import requested_backend
 
 
@@ -45,6 +45,22 @@ def test_unknown_names_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRANSCODER_BACKEND", "fast")
     with pytest.raises(ValueError, match="TRANSCODER_BACKEND"):
         run()
+
+
+def test_auto_on_a_gpu_gives_a_dtype_to_a_backend_that_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "has_backend", lambda name, family: backend.backend_module(family, name) is not None)
+    monkeypatch.setattr("transcoder.kernels.gpu_selftest.proven", lambda family, device: True)
+    for dtype in (None, torch.float32, torch.bfloat16, torch.float16):
+        assert active_backend("cuda", "encode", dtype) == "triton"
+    assert active_backend("cuda", "encode", torch.float64) == "torch"
+    # Their kernels take it.
+    assert (
+        active_backend("cuda", "decode", torch.float64)
+        == active_backend("cuda", "correlation", torch.float64)
+        == "triton"
+    )
+    with use_backend("triton"):
+        assert active_backend("cuda", "encode", torch.float64) == "triton", "a backend by name never falls back"
 
 
 def in_a_thread(run: Callable[[], object]) -> object:

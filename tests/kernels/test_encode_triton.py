@@ -107,6 +107,24 @@ def test_choice_float64_is_refused_by_name(select: Select) -> None:
         select("topk", x.double(), W.double(), b.double(), 2)
 
 
+@pytest.mark.interpreted
+def test_choice_of_tf32_follows_each_of_pytorchs_switches(triton_device: torch.device) -> None:
+    x, W, b = (t.to(triton_device) for t in inputs(2, 3, 9))
+    matmul, general = torch.backends.cuda.matmul, torch.backends
+    switches = [(matmul, "allow_tf32", False, True), (matmul, "fp32_precision", "ieee", "tf32")]
+    switches.append((general, "fp32_precision", "none", "tf32"))
+    before = matmul.fp32_precision, general.fp32_precision
+    try:
+        for where, name, off, on in switches:
+            matmul.fp32_precision = "none"
+            for value, precision in ((on, "tf32"), (off, "ieee")):
+                setattr(where, name, value)
+                assert triton_backend.Product(x, W, b, "topk_encode").precision == precision, (name, value)
+                assert triton_backend.Product(x.half(), W.half(), b, "topk_encode").precision == "ieee"
+    finally:
+        matmul.fp32_precision, general.fp32_precision = before
+
+
 def test_choice_of_kept_entries_covers_every_winner_or_is_rare() -> None:
     assert config.kept_entries(48, 18432, 128) == 6
     assert config.kept_entries(48, 18432, 128, spread=2) == 7

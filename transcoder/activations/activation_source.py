@@ -73,8 +73,8 @@ class ActivationSource(ABC):
         """The next pass over the data, which begin again when they end; sinks and all."""
 
     @abstractmethod
-    def _heldout(self) -> Iterator[Pass]:
-        """Each pass that has held-out tokens, from the start of the data."""
+    def _from_start(self, heldout: bool) -> Iterator[Pass]:
+        """Each pass that has held-out tokens, or else training tokens, from the start of the data to their end."""
 
     @abstractmethod
     def _place(self) -> dict[str, Any]:
@@ -114,12 +114,13 @@ class ActivationSource(ABC):
         """Told of each chunk that is taken for training."""
         self._rows.record(chunk.sample)
 
-    def heldout_passes(self) -> Iterator[tuple[ActivationBatch, ActivationBatch]]:
-        """(rows, sinks) of the held-out data, pass by pass, from their start whatever the cursor; no position sampling."""
+    def passes(self, heldout: bool) -> Iterator[tuple[ActivationBatch, ActivationBatch]]:
+        """(rows, sinks) of the held-out data, or else of the training data, pass by pass, once from their start whatever the
+        cursor; no position sampling."""
         maker = RowMaker(self._masker, self._context_tokens, None)
-        for found in self._heldout():
+        for found in self._from_start(heldout):
             trains = self._trains(found)
-            made = maker.make(found, None if trains is None else ~trains)
+            made = maker.make(found, None if trains is None else trains != heldout)
             yield made.rows, made.sinks
 
     def cursor(self) -> dict[str, Any]:

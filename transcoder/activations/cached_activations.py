@@ -104,7 +104,7 @@ class CachedActivations(ActivationSource):
             self._shard_number, self._epoch = 0, self._epoch + 1
         return found
 
-    def _heldout(self) -> Iterator[Pass]:
+    def _from_start(self, heldout: bool) -> Iterator[Pass]:
         for number in range(len(self._index["shards"])):
             shard = self._load(number)
             for begin in range(0, len(shard.tokens), self.pass_rows):

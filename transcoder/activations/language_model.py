@@ -1,12 +1,11 @@
-"""The language model: found by name, hooked at two places, stopped as soon as both have fired."""
+"""The language model: hooked at two places, stopped as soon as both have fired."""
 
 from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import hashlib
-import importlib.metadata
-import os
 import re
 import threading
 from collections.abc import Iterator
@@ -15,100 +14,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from transcoder.activations.direct_effect import unembedding_at
+from transcoder.activations.model_name import ModelError, check_library, resolve_model_name
 from transcoder.activations.rows import Substitute
 from transcoder.activations.vocabulary import Vocabulary
-from transcoder.demo import language_model_path
-from transcoder.files import local_path
 from transcoder.settings import brief
-
-OLDEST = (3, 9)
-"""The oldest TransformerLens whose bridge the tests pass with. Other libraries pin older ones, so an install may bring one."""
 
 LOGITS = 1 << 27
 """Logits of a pass: 1.3 GB with the temporaries of the softmax."""
-
-
-class ModelError(ValueError):
-    """A language model or a hook that cannot be had. The message says what there is and what to do."""
-
-
-def resolve_model_name(name: str) -> str:
-    """What to load for `model.name`: `demo` is the packaged folder (one of that name here is `./demo`), an existing folder is
-    itself, else a hub name.
-
-    Asks the hub one quick question unless the model is in its local cache, so that a wrong name or a missing
-    network is an error at once and not after half a minute of retries.
-
-    Raises:
-        ModelError: no such folder, a folder without config.json, or nothing of that name on the hub.
-    """
-    if name == "demo":
-        try:
-            return str(language_model_path())
-        except FileNotFoundError as error:
-            raise ModelError(f"model.name: {error}") from error
-    path = local_path(name, "model.name")
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelError(
-                f"model.name: the folder {name!r} holds no config.json; give a folder in Hugging Face layout"
-            )
-        return str(path)
-    if path.exists() or name.startswith((".", "~", os.sep)) or name.count("/") > 1:
-        raise ModelError(f"model.name: no model folder at {name!r}; give 'demo', a Hugging Face folder or a hub name")
-    _check_hub_model(name)
-    return name
-
-
-def _check_hub_model(name: str) -> None:
-    from huggingface_hub import HfApi, try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    official = _official_name(name)
-    try:
-        if isinstance(try_to_load_from_cache(official, "config.json"), str):
-            return
-        HfApi().model_info(official, timeout=15)
-    except HFValidationError as error:
-        raise ModelError(
-            f"model.name: {name!r} is neither 'demo' nor a folder, and no hub name either: {brief(error)}"
-        ) from error
-    except Exception as error:
-        # The hub's client raises its own types and those of two HTTP libraries.
-        raise ModelError(
-            f"model.name: there is no folder {name!r}, and the Hugging Face hub gives no model of that name: "
-            f"{type(error).__name__}: {brief(error)}. Check the name and the network (a gated model needs `hf auth login`); "
-            "without a network use 'demo' or a local folder."
-        ) from error
-
-
-def _official_name(name: str) -> str:
-    """The hub's name of a model that TransformerLens knows by another."""
-    _check_library()
-    from transformer_lens.tools.model_registry import registry_io
-
-    if hasattr(registry_io, "resolve_model_alias"):
-        return registry_io.resolve_model_alias(name) or name
-    # Up to 3.x the aliases are a plain table.
-    from transformer_lens.supported_models import MODEL_ALIASES
-
-    return next((official for official, aliases in MODEL_ALIASES.items() if name in aliases), name)
-
-
-def _check_library() -> None:
-    have = importlib.metadata.version("transformer-lens")
-    if tuple(int(part) for part in re.findall(r"\d+", have)[:2]) < OLDEST:
-        raise ModelError(
-            "model.name: reading a language model needs transformer-lens 3.9 or newer (tested with 3.9 and 4.3), and this "
-            f"environment has {have}: pip install 'transformer-lens>=3.9,<5', in an environment of its own where another "
-            "library pins the older one"
-        )
 
 
 def layer_of(hook: str) -> int | None:
     """The block that a hook name belongs to; None outside the blocks."""
     match = re.match(r"blocks\.(\d+)\.", hook)
     return int(match.group(1)) if match else None
+
+
+_PAIRS = (
+    ("mlp.hook_in", "mlp.hook_out"),
+    ("ln2.hook_normalized", "hook_mlp_out"),
+    ("hook_resid_mid", "hook_mlp_out"),
+    ("hook_resid_pre", "hook_attn_out"),
+)
 
 
 class HookedModel:
@@ -144,7 +71,7 @@ class HookedModel:
     ) -> None:
         _check_layers(source_hook, target_hook)
         folder = resolve_model_name(name)
-        _check_library()
+        check_library()
         from transformer_lens.model_bridge import TransformerBridge
 
         try:
@@ -171,11 +98,15 @@ class HookedModel:
         size = int(bridge.cfg.d_vocab)
         self.vocabulary = Vocabulary(bridge.tokenizer, size)
         self._attach()
-        source, target = self.forward(torch.zeros(2, 13, dtype=torch.int64, device=device))
+        try:
+            source, target = self.forward(torch.zeros(2, 13, dtype=torch.int64, device=device))
+        except RuntimeError as error:
+            # Some of the bridge's attentions mix types in half precision.
+            raise ModelError(f"model.dtype: {name!r} does not run in {dtype}: {brief(error)}; try float32") from error
         if self._first == "target":
             raise ModelError(
                 f"activations.source_hook: {source_hook!r} comes after target_hook {target_hook!r} in the layer; a transcoder "
-                "predicts an output from what comes before it"
+                f"predicts an output from what comes before it{self._working_pairs(target_hook)}"
             )
         self.d_in, self.d_out = source.shape[-1], target.shape[-1]
         self.token_bytes = sum(t.shape[-1] * t.element_size() for t in (source, target))
@@ -213,7 +144,7 @@ class HookedModel:
                 self._bridge.add_hook(hook, self._capture(role), is_permanent=True)
             except (ValueError, NotImplementedError) as error:
                 raise ModelError(
-                    f"activations.{role}_hook: {hook!r} cannot be read on this model: {brief(error)}"
+                    f"activations.{role}_hook: {hook!r} cannot be read on this model: {brief(error)}{self._working_pairs(hook)}"
                 ) from error
 
     def _capture(self, role: str) -> Any:
@@ -250,10 +181,19 @@ class HookedModel:
                 self._bridge.forward(tokens, return_type=None, use_cache=False)
                 for role, hook in self._hooks.items():
                     if role not in self._captured:
-                        raise ModelError(f"activations.{role}_hook: {hook!r} exists on this model but never fires")
+                        raise ModelError(
+                            f"activations.{role}_hook: {hook!r} exists on this model but never fires{self._working_pairs(hook)}"
+                        )
                 return self._flat("source", tokens), self._flat("target", tokens)
             finally:
                 self._captured.clear()
+
+    def _working_pairs(self, hook: str) -> str:
+        """For errors: the pairs of hooks that transcoders are usually trained on, as far as the hook's layer has them."""
+        prefix = f"blocks.{layer_of(hook) or 0}."
+        pairs = ((prefix + source, prefix + target) for source, target in _PAIRS)
+        there = [f"{source} -> {target}" for source, target in pairs if {source, target} <= set(self._bridge.hook_dict)]
+        return f". Pairs that this model has: {', '.join(there)}" if there else ""
 
     def sequences_at_a_time(self, length: int) -> int:
         """How many sequences `next_token_losses` should be given together."""
@@ -266,38 +206,69 @@ class HookedModel:
         `substitute` takes the activations at the two hooks, [S L, d_in] and [S L, d_out], and gives what the rest of the model
         reads at the target hook instead, [S L, d_out]. All logits exist at once: see `sequences_at_a_time`.
         """
-        with self._lock:
-            self._captured.clear()
-            self._substitute, self._whole = substitute, True
-            try:
-                logits = self._bridge.forward(tokens, return_type="logits", use_cache=False)
-            finally:
-                self._captured.clear()
-                self._substitute, self._whole = None, False
+        logits = self._logits(tokens, substitute)
         return torch.nn.functional.cross_entropy(
             logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none"
         ).view(tokens.shape[0], -1)
 
     @torch.no_grad()
+    def _logits(self, tokens: Tensor, substitute: Substitute | None = None) -> Tensor:
+        with self._lock:
+            self._captured.clear()
+            self._substitute, self._whole = substitute, True
+            try:
+                logits: Tensor = self._bridge.forward(tokens, return_type="logits", use_cache=False)
+                return logits
+            finally:
+                self._captured.clear()
+                self._substitute, self._whole = None, False
+
+    @functools.cached_property
+    def without_head(self) -> str | None:
+        """Why its logits are not those of the next token; None where they are."""
+        config = self._bridge.original_model.config
+        made_for = [str(name) for name in getattr(config, "architectures", None) or ()]
+        # The library puts a random head on a model that has none of its own, unless the embedding is the head.
+        heads = any(re.search(r"CausalLM|LMHead|ConditionalGeneration", name) for name in made_for)
+        if made_for and not heads and not getattr(config, "tie_word_embeddings", False):
+            return f"the model is a {', '.join(made_for)}, which has no head for the next token"
+        tokens = torch.zeros(1, 8, dtype=torch.int64, device=self._device)
+        changed = tokens.clone()
+        changed[0, -1] = 1
+        before, after = self._logits(tokens)[:, :-1].float(), self._logits(changed)[:, :-1].float()
+        if not torch.allclose(before, after, rtol=0, atol=1e-4 * float(before.std())):
+            return "the model predicts a token from those behind it as well"
+        return None
+
+    @torch.no_grad()
     def unembedding(self) -> Tensor | str:
-        """[d_model, vocabulary] fp32: what the logits read of the residual stream, the final norm's weight folded in (its scale
-        is not); or the reason why the target hook has none."""
-        hook = self._hooks["target"]
-        if not re.search(r"(hook_mlp_out|hook_attn_out|hook_resid_\w+|mlp\.hook_out|attn\.hook_out)$", hook):
-            return f"{hook} does not write into the residual stream"
-        weight = getattr(self._bridge, "W_U", None)
-        if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.shape[0] != self.d_out:
-            return f"this model has no unembedding of width {self.d_out}"
-        norm = getattr(getattr(self._bridge, "ln_final", None), "weight", None)
-        folded = weight.float()
-        return folded * norm.float()[:, None] if isinstance(norm, Tensor) and norm.shape == (self.d_out,) else folded
+        """[d_out, vocabulary] fp32: a small step at the target hook times it is the step's direct effect on the logits, through
+        the model's own norms at a fixed scale; or the reason why the target hook has none."""
+        return self.without_head or unembedding_at(self._hooks["target"], self.d_out, self._bridge, self._replace)
+
+    def _replace(self, written: str, read: str, values: Tensor) -> Tensor:
+        """[n, width]: what the hook `read` has when `written` has values [n, width'], one a position."""
+        found: list[Tensor] = []
+        tokens = torch.zeros(1, len(values), dtype=torch.int64, device=self._device)
+        hooks = [
+            (written, lambda old, hook: values.to(old.dtype).view_as(old)),
+            (read, lambda value, hook: found.append(value.detach())),
+        ]
+        with self._lock:
+            self._whole = True
+            try:
+                self._bridge.run_with_hooks(tokens, fwd_hooks=hooks, return_type="logits", use_cache=False)
+            finally:
+                self._captured.clear()
+                self._whole = False
+        return found[0].flatten(0, -2).float()
 
     def _flat(self, role: str, tokens: Tensor) -> Tensor:
         value = self._captured[role]
         if value.dim() < 3 or value.shape[:2] != tokens.shape or not value.is_floating_point():
             raise ModelError(
                 f"activations.{role}_hook: {self._hooks[role]!r} gives shape {tuple(value.shape)} for tokens "
-                f"{tuple(tokens.shape)}; expected [sequences, positions, width]"
+                f"{tuple(tokens.shape)}; expected [sequences, positions, width]{self._working_pairs(self._hooks[role])}"
             )
         return value.flatten(2)
 

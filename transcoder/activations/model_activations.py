@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,6 +18,8 @@ from transcoder.activations.packing import Packed, Packer
 from transcoder.activations.record_sources import record_sources
 from transcoder.activations.rows import MakePositionChoice, Pass, Substitute, grid
 from transcoder.config import RunConfig
+
+logger = logging.getLogger(__name__)
 
 
 class ModelActivations(ActivationSource):
@@ -103,21 +106,31 @@ class ModelActivations(ActivationSource):
         assert packed is not None  # it repeats for ever
         return self._run(packed, f"forward pass at sequence {packed.first_sequence}")
 
-    def _heldout(self) -> Iterator[Pass]:
-        for number, packed in enumerate(self._heldout_sequences()):
-            yield self._run(packed, f"held-out pass {number}")
+    def _from_start(self, heldout: bool) -> Iterator[Pass]:
+        kind = "held-out" if heldout else "training"
+        for number, packed in enumerate(self._sequences_from_start(heldout)):
+            yield self._run(packed, f"{kind} pass {number} from the start")
 
-    def _heldout_sequences(self) -> Iterator[Packed]:
-        packer = self._pack(self._heldout_source, self._is_for_evaluation)
+    def _sequences_from_start(self, heldout: bool) -> Iterator[Packed]:
+        source, keep = (
+            (self._heldout_source, self._is_for_evaluation)
+            if heldout
+            else (self._training_source, self._is_for_training)
+        )
+        packer = self._pack(source, keep)
         while (packed := packer.pack(self._section.sequences_per_forward, repeat=False)) is not None:
             yield packed
 
-    def heldout_losses(self, substitutes: Mapping[str, Substitute | None], tokens: int) -> dict[str, float]:
+    def heldout_losses(self, substitutes: Mapping[str, Substitute | None], tokens: int) -> dict[str, float] | None:
         """Mean cross-entropy in nats of the first `tokens` or so held-out tokens, once for each of the `substitutes` at the
-        target hook (None: the model as it is). Sinks keep their own activations, as they do at inference."""
+        target hook (None: the model as it is). Sinks keep their own activations, as they do at inference. None where the model
+        does not predict the next token."""
+        if self._model.without_head is not None:
+            logger.warning("no cross-entropy: %s", self._model.without_head)
+            return None
         totals = torch.zeros(len(substitutes), dtype=torch.float64, device=self._device)
         count, seen = 0, 0
-        for packed in self._heldout_sequences():
+        for packed in self._sequences_from_start(heldout=True):
             size = self._model.sequences_at_a_time(packed.tokens.shape[1])
             columns = (
                 torch.from_numpy(c).to(self._device).split(size) for c in (packed.tokens, packed.valid, packed.ids)

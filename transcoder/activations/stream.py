@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ class ActivationStream:
         special_ids: ids of BOS, EOS, PAD and the tokenizer's other special tokens.
         sequence_length: tokens of a packed sequence.
         vocab_size: number of token ids.
+        holds_out: whether there are held-out data.
     """
 
     def __init__(self, source: ActivationSource, config: RunConfig, device: torch.device) -> None:
@@ -49,7 +50,7 @@ class ActivationStream:
         self.d_in, self.d_out = source.d_in, source.d_out
         self.special_ids: list[int] = source.vocabulary.special_ids
         self.sequence_length = source.sequence_length
-        self.vocab_size = source.vocabulary.size
+        self.vocab_size, self.holds_out = source.vocabulary.size, source.holds_out
         self._buffer = self._new_buffer()
         self._pending: list[ActivationBatch] = []
         """Rows taken from passes that found no room in the buffer, fewer than one pass gives."""
@@ -126,6 +127,11 @@ class ActivationStream:
             self._heldout = {tokens: self._read_heldout(tokens)}
         return self._heldout[tokens][0]
 
+    def passes(self, heldout: bool) -> Iterator[ActivationBatch]:
+        """The held-out non-sink tokens, or else those of the training text, once from their start, in the order of the text: a
+        forward pass of the language model at a time, of unequal sizes. Does not move the stream."""
+        return (rows for rows, _ in self._source.passes(heldout) if len(rows))
+
     def heldout_sinks(self) -> ActivationBatch | None:
         """The tokens masked out of the sequences that `heldout` read last, for metrics of their own; or None."""
         if not self._heldout:
@@ -153,7 +159,7 @@ class ActivationStream:
         have = 0
         if not self._source.holds_out:
             return [], None
-        for kept, masked in self._source.heldout_passes():
+        for kept, masked in self._source.passes(heldout=True):
             rows.append(kept)
             sinks.append(masked)
             have += len(kept)

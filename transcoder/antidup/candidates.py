@@ -15,7 +15,7 @@ from transcoder.antidup.pair_errors import places_of
 from transcoder.antidup.window import SequenceCounts
 from transcoder.config import MonitorSection
 from transcoder.kernels import CorrelatedPairs, FeatureCorrelation
-from transcoder.kernels.correlation.statistics import PairStatistics, sorted_pairs
+from transcoder.kernels.correlation.statistics import PairStatistics, Survey, kept, sorted_pairs
 
 MOST_MINED = 1 << 16
 """Most pairs that a search gives, the strongest: 4 MiB."""
@@ -78,6 +78,12 @@ def at(pairs: CorrelatedPairs, index: Tensor) -> CorrelatedPairs:
     return CorrelatedPairs(*(getattr(pairs, f.name)[index] for f in fields(CorrelatedPairs)))
 
 
+def flagged_first(pairs: CorrelatedPairs, flagged: set[Pair]) -> Tensor:
+    """[P] int64: the order of flagged pairs, then the others, each in the order of `pairs`."""
+    late = [pair not in flagged for pair in zip(pairs.i.tolist(), pairs.j.tolist(), strict=True)]
+    return torch.tensor(late, dtype=torch.bool, device=pairs.i.device).sort(stable=True).indices
+
+
 def first_of_each(i: Tensor, j: Tensor, d_sae: int) -> tuple[Tensor, Tensor]:
     """Each distinct pair at its first place."""
     key, inverse = torch.unique(i * d_sae + j, return_inverse=True)
@@ -98,6 +104,22 @@ class KnownPairs:
     """Pairs above the threshold beyond those."""
     histogram: Tensor | None
     effective_size: float | None
+
+    @classmethod
+    def of(cls, survey: Survey, listed: CorrelatedPairs, d_sae: int, size: float | None = None) -> KnownPairs:
+        # Beyond the limits the sequences of the pairs that are left out are not looked at.
+        unlisted = 0
+        if survey.total > min(MOST_MINED, most_candidates(d_sae)):
+            unlisted = max(0, survey.total - len(listed))
+        return cls(listed.i, listed.j, unlisted, survey.histogram, size)
+
+    def now(
+        self, view: FeatureCorrelation, beside: list[FeatureCorrelation], section: MonitorSection
+    ) -> CorrelatedPairs:
+        """Those of the pairs that are still candidates."""
+        found = view.statistics(self.i, self.j, beside=beside)
+        enough = kept(found, section.correlation_threshold, section.min_support)
+        return sorted_pairs([enough], view.d_sae, view.device)
 
     def state_dict(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(KnownPairs)}

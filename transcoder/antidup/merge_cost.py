@@ -6,6 +6,8 @@ with correlated causes but different directions fail it.
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import NamedTuple
@@ -180,6 +182,14 @@ class MergeTest:
                 if side is i:
                     add_at(self._product, a + pair, value[at] * z[where, partner])
 
+    @staticmethod
+    def joined(tests: Sequence[MergeTest]) -> MergeTest:
+        """One test of the tokens of all of these, which are of the same pairs and decoder."""
+        found = copy.copy(tests[0])
+        for name in ("_square", "_along", "_fired", "_product", "_cross_j", "_cross_i", "_tokens", *_TARGET_SUMS):
+            setattr(found, name, sum(getattr(test, name) for test in tests[1:]) + getattr(tests[0], name))
+        return found
+
     def result(self) -> MergeResult:
         """The result over all tokens so far, the better direction of each pair. Raises: ValueError before the first token."""
         if self._tokens == 0:
@@ -196,6 +206,21 @@ class MergeTest:
         length = self._rows.double().square().sum(1)[dropped]
         sums = PairTotals(self._square[kept], self._square[dropped], self._along[dropped], self._product, cross, length)
         return sums.fold(self._latents[kept], self._latents[dropped], self._fired[dropped], total)
+
+
+_TARGET_SUMS = ("_target_sum", "_target_square")
+
+
+def jackknifed(tests: Sequence[MergeTest]) -> tuple[MergeResult, Tensor]:
+    """The result of all tests together, and the standard error [P] float64 of its `cost_share`, by leaving out one test at a
+    time (NaN with fewer than two): the tests are of separate stretches of the held-out tokens."""
+    found = MergeTest.joined(tests).result()
+    count = len(tests)
+    if count < 2:
+        return found, torch.full_like(found.cost_share, math.nan)
+    without = [MergeTest.joined([t for t in tests if t is not left]).result().cost_share for left in tests]
+    shares = torch.stack(without)
+    return found, ((shares - shares.mean(0)).square().sum(0) * (count - 1) / count).sqrt()
 
 
 class PairTotals(NamedTuple):

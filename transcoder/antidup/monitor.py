@@ -15,6 +15,7 @@ from transcoder.antidup.candidates import (
     KnownPairs,
     Verdicts,
     first_of_each,
+    flagged_first,
     listed_pairs,
     most_candidates,
 )
@@ -34,13 +35,21 @@ from transcoder.antidup.ledger import UsageLedger
 from transcoder.antidup.merge_cost import MergeResult
 from transcoder.antidup.merge_cost_streaming import MergeEvidence
 from transcoder.antidup.pair_errors import PairJackknife, correlation_bounds, most_pairs
-from transcoder.antidup.window import SequenceCounts, Window, correlation_state_bytes, nothing, pairs_in, state_names
+from transcoder.antidup.window import (
+    BLOCK_TOKENS,
+    SequenceCounts,
+    Window,
+    correlation_state_bytes,
+    nothing,
+    pairs_in,
+    state_names,
+)
 from transcoder.antidup.workload import CELL, FOUND, SEARCH, WorkBudget
 from transcoder.config import MonitorSection
 from transcoder.files import local_path, replace_atomically
 from transcoder.kernels import CorrelatedPairs, FeatureCorrelation, SparseCodes
 from transcoder.kernels.correlation.op import EXACT_LIMIT
-from transcoder.kernels.correlation.statistics import Survey, kept, sorted_pairs
+from transcoder.kernels.correlation.statistics import Survey
 
 EDGES = torch.linspace(-1, 1, HISTOGRAM_BINS + 1, dtype=torch.float64, device="cpu")
 
@@ -88,7 +97,7 @@ class CorrelationMonitor:
         out_dir: Path,
         ledger: UsageLedger,
     ) -> None:
-        self.section, self.d_sae = section, d_sae
+        self.section, self.d_sae, self._block_tokens = section, d_sae, section.block_tokens or BLOCK_TOKENS
         self.device = torch.empty(0, device=device).device
         self._out_dir, self._ledger = local_path(out_dir), ledger
         self._sketch_dim = section.sketch_dim
@@ -143,7 +152,7 @@ class CorrelationMonitor:
         """
         survey = self._survey()
         pairs, _ = self._listed(survey.pairs, self._book.flagged)
-        self._remember(survey, pairs)
+        self._known = KnownPairs.of(survey, pairs, self.d_sae)
         self._watch(survey, pairs)
         self._set_targets(pairs, self._tested(pairs, judge, test))
         return self._targets[0].numel()
@@ -179,20 +188,22 @@ class CorrelationMonitor:
                 not affected.
         """
         section = self.section
-        closes = self._block.statistics.tokens_offered >= section.block_tokens
+        closes = self._block.statistics.tokens_offered >= self._block_tokens
         survey = self._close_block() if closes else None
         with_cosines = closes or not cosines_by_block
         view, beside = self._view()
-        if survey is None and (search or self._known is None):
-            survey = self._survey()
         flagged = sorted(self._book.flagged)
-        pairs, sequences = self._listed(
-            self._candidates_again() if survey is None else survey.pairs, self._book.flagged
-        )
+        known = self._known
+        if survey is None and known is not None and not search:
+            found = known.now(view, beside, section)
+        else:
+            survey = survey or self._survey()
+            found = survey.pairs
+        pairs, sequences = self._listed(found, self._book.flagged)
         live = int((view.counts(beside=beside) > 0).sum())
         if survey is not None:
-            self._remember(survey, pairs, effective_size(live, survey, view.effective_tokens(beside=beside)))
-        known = self._known
+            size = effective_size(live, survey, view.effective_tokens(beside=beside))
+            known = self._known = KnownPairs.of(survey, pairs, self.d_sae, size)
         assert known is not None
         errors = self._own_errors(pairs)
         if survey is not None:
@@ -207,7 +218,7 @@ class CorrelationMonitor:
             "schema_version": SCHEMA_VERSION,
             "step": step,
             "tokens": self._tokens,
-            "block_tokens": section.block_tokens,
+            "block_tokens": self._block_tokens,
             "d_sae": self.d_sae,
             "live_latents": live,
             "thresholds": {
@@ -370,26 +381,11 @@ class CorrelationMonitor:
         return self._search(view, beside)
 
     def _search(self, view: FeatureCorrelation, beside: list[FeatureCorrelation]) -> Survey:
-        section, edges = self.section, EDGES.to(self.device)
-        threshold, support = section.correlation_threshold, section.min_support
-        found = view.survey(threshold, support, edges, beside=beside, most=MOST_MINED)
+        threshold, support = self.section.correlation_threshold, self.section.min_support
+        found = view.survey(threshold, support, EDGES.to(self.device), beside=beside, most=MOST_MINED)
         cells = self.d_sae * (self.d_sae - 1) / 2 * (1 + len(beside))
         self.work.spend(SEARCH, CELL * cells + FOUND * min(found.total, 2 * MOST_MINED))
         return found
-
-    def _remember(self, survey: Survey, pairs: CorrelatedPairs, size: float | None = None) -> None:
-        # Beyond the limits the sequences of the pairs that are left out are not looked at.
-        most = min(MOST_MINED, most_candidates(self.d_sae))
-        unlisted = max(0, survey.total - len(pairs)) if survey.total > most else 0
-        self._known = KnownPairs(pairs.i, pairs.j, unlisted, survey.histogram, size)
-
-    def _candidates_again(self) -> CorrelatedPairs:
-        """The candidates of the last search, as they are now."""
-        assert self._known is not None
-        view, beside = self._view()
-        now = view.statistics(self._known.i, self._known.j, beside=beside)
-        enough = kept(now, self.section.correlation_threshold, self.section.min_support)
-        return sorted_pairs([enough], self.d_sae, self.device)
 
     def _statistics(self, halflife: int | None = None) -> FeatureCorrelation:
         return FeatureCorrelation(self.d_sae, self._sketch_dim, halflife, device=self.device)
@@ -444,7 +440,7 @@ class CorrelationMonitor:
         if not test:
             return self._verdicts.of(pairs.i, pairs.j)
         found = MergeResult.untested(pairs.i, pairs.j)
-        order = self._flagged_first(pairs)[:MOST_JUDGED]
+        order = flagged_first(pairs, self._book.flagged)[:MOST_JUDGED]
         if order.numel():
             one = judge(pairs.i[order], pairs.j[order])
             for name in MergeResult.__dataclass_fields__:
@@ -452,12 +448,6 @@ class CorrelationMonitor:
         self.evidence.settle()
         self._verdicts.remember(found)
         return found
-
-    def _flagged_first(self, pairs: CorrelatedPairs) -> Tensor:
-        """[P] int64: the order of flagged pairs, then the others, each in the report's order."""
-        flagged = self._book.flagged
-        late = [(i, j) not in flagged for i, j in zip(pairs.i.tolist(), pairs.j.tolist(), strict=True)]
-        return torch.tensor(late, dtype=torch.bool, device=self.device).sort(stable=True).indices
 
     def _refused(self, verdicts: MergeResult) -> Tensor:
         limit = self.section.merge_share_to_act
@@ -492,7 +482,7 @@ class CorrelationMonitor:
     def _set_targets(self, pairs: CorrelatedPairs, verdicts: MergeResult | None) -> None:
         """Flagged pairs first, then the others, each in the report's order. The search is recorded only if there were
         tokens."""
-        order = self._flagged_first(pairs)
+        order = flagged_first(pairs, self._book.flagged)
         if verdicts is not None:
             acted = ~self._refused(verdicts)
             if self.section.merge_share_to_act is not None and not self.section.act_on_untested:

@@ -21,6 +21,10 @@ PARTS = {"": "statistics", "_sequences": "sequences", "_errors": "errors"}
 """Suffix in a saved state -> field."""
 
 
+BLOCK_TOKENS = 4_000_000
+"""Default of `antidup.monitor.block_tokens`, which shorter runs lower."""
+
+
 class Window:
     """Three statistics of the same tokens: correlations, distinct sequences of each latent, and the errors of some pairs."""
 

@@ -70,8 +70,9 @@ class RunParts:
         if anti.samples.enabled:
             folder, special = run_dir / "activation_samples", data.special_ids
             chosen = None if anti.positions.train else data.positions
+            keep = max(anti.samples.collect_every, round(anti.samples.forget_after * config.training.steps))
             samples = ActivationSampleCollector(
-                anti.samples, shape.d_sae, device, seed, folder, special, data.sequence_length, ledger, chosen
+                anti.samples, shape.d_sae, device, seed, folder, special, data.sequence_length, ledger, chosen, keep
             )
         self.monitor, self.samples = monitor, samples
         d_in, d_out = data.source.d_in, data.source.d_out

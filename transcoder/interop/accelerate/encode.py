@@ -36,7 +36,7 @@ class _Select(torch.autograd.Function):
         argument: Any,
         derived: dict[str, object],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.backend = active_backend(x.device, "encode")
+        ctx.backend = active_backend(x.device, "encode", torch.promote_types(x.dtype, W.dtype))
         biases = b.detach() if scale is None else b.detach() * scale
         latents = _scaled(W.detach(), scale) if rows else _transposed(W.detach(), scale, ctx.backend)
         if how == "topk":
