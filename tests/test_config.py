@@ -35,8 +35,7 @@ def values_for(kind: Any, name: str) -> st.SearchStrategy[Any]:
     """Values that are valid for a field on its own; ties between fields are made below."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
-        (inner,) = (a for a in args if a is not type(None))
-        return st.none() | values_for(inner, name)
+        return st.none() | st.one_of(*(values_for(a, name) for a in args if a is not type(None)))
     if origin is Literal:
         return st.sampled_from(args)
     if name.endswith(("sequence_length", "normalization_tokens", "sketch_dim")):

@@ -122,6 +122,7 @@ def _train(config: RunConfig, options: argparse.Namespace) -> int:
     print("fraction of variance unexplained on held-out non-sink tokens (lower is better):")
     for key, label in (
         ("evaluation/fvu", "transcoder"),
+        ("evaluation/fvu_with_sinks", "  of all tokens"),
         ("evaluation/baseline_linear_fvu", "least-squares linear map"),
         ("evaluation/baseline_mean_fvu", "mean"),
     ):

@@ -88,8 +88,10 @@ class ActivationsSection(Section, where="activations."):
     then holds at most those rows (refill_fraction * buffer_tokens, in whole batches) and one pass in addition to the buffer."""
     mask_bos: bool = True
     """Drop special tokens (BOS, EOS, PAD and the tokenizer's others) at every position."""
-    mask_norm_multiple: Annotated[float, "(1, inf)"] | None = 10.0
-    """Drop tokens whose source norm exceeds this multiple of the median over non-pad tokens; null keeps them."""
+    mask_norm_multiple: Annotated[float, "(1, inf)"] | Literal["auto"] | None = "auto"
+    """Drop tokens whose source norm exceeds this multiple of the median over non-pad tokens; null keeps them. `auto` takes the
+    norm from which on a group of tokens stands apart, found on the first tokens of the text (10 where none does); the run's
+    config.yaml has the number."""
     mask_position_zero: bool = False
     """Drop the first token of each sequence."""
     allow_changed_data: bool = False

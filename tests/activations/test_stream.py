@@ -253,7 +253,7 @@ def test_tokenised_columns_train_and_bad_ids_reach_the_trainer(
     stream = build(dataset=str(path), tokens_column="ids")
     assert len(next(stream)) == 32
     pyarrow.parquet.write_table(pyarrow.table({"ids": [*good, [5, 70000]]}), path)
-    stream = build(dataset=str(path), tokens_column="ids", heldout_fraction=0.0, prefetch=2)
+    stream = build(dataset=str(path), tokens_column="ids", heldout_fraction=0.0, prefetch=2, mask_norm_multiple=10.0)
     with pytest.raises(DataError, match=r"a\.parquet row 30.*70000"):
         drain(stream, 60)
 

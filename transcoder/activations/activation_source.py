@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from transcoder.activations.batch import ActivationBatch
-from transcoder.activations.masking import SinkMasker
+from transcoder.activations.masking import FIT_TOKENS, SinkMasker
 from transcoder.activations.rows import Chunk, MakePositionChoice, Pass, RowMaker, Substitute, counters_of
 from transcoder.activations.vocabulary import Vocabulary
 from transcoder.config import RunConfig
@@ -103,6 +103,27 @@ class ActivationSource(ABC):
     def unembedding(self) -> Tensor | str:
         """See `ActivationStream.unembedding`."""
         return "the run had no language model at hand"
+
+    @property
+    def mask_norm_multiple(self) -> float | None:
+        """Norms above this multiple of the median are masked; None: none are."""
+        return self._masker.multiple
+
+    def fit_mask(self, tokens: int) -> dict[str, Any]:
+        """Find the norm that `mask_norm_multiple: auto` masks from, on at least `tokens` tokens from where the data stand, or
+        one epoch of them; they are read again afterwards. Returns what `SinkMasker.fit` found."""
+        begin, seen, found = self._place(), 0, list[dict[str, Tensor]]()
+        epoch = self._progress(begin)["epochs"]
+        while seen < max(tokens, FIT_TOKENS) and self._progress(self._place())["epochs"] == epoch:
+            one = self.next_pass()
+            trains = self._trains(one)
+            valid = one.valid if trains is None else one.valid & trains
+            found.append(self._masker.candidates(one.source, one.tokens, one.positions, valid))
+            seen += len(found[-1]["ratios"])
+        self._seek(begin)
+        sinks = self._masker.fit(**{name: torch.cat([part[name] for part in found]) for name in found[0]})
+        self._rows.totals |= {f"sinks_{name}": float(sinks[name]) for name in ("multiple", "share", "held")}
+        return sinks
 
     def produce(self) -> Chunk:
         """The next pass's rows for training."""

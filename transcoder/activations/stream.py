@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from transcoder.activations.documents import DataError
 from transcoder.activations.prefetch import Prefetcher
 from transcoder.activations.rows import Chunk, MakePositionChoice, Substitute
 from transcoder.config import RunConfig
+
+logger = logging.getLogger(__name__)
 
 _JSON_BYTES = 1 << 16
 """Room for a state's identity, counters and place in the data."""
@@ -36,6 +39,8 @@ class ActivationStream:
         sequence_length: tokens of a packed sequence.
         vocab_size: number of token ids.
         holds_out: whether there are held-out data.
+        mask_norm_multiple: norms above this multiple of the median are masked; None: none are.
+        sinks: where `auto` found that multiple, what it found, in JSON values, see `SinkMasker.fit`.
     """
 
     def __init__(self, source: ActivationSource, config: RunConfig, device: torch.device) -> None:
@@ -51,6 +56,11 @@ class ActivationStream:
         self.special_ids: list[int] = source.vocabulary.special_ids
         self.sequence_length = source.sequence_length
         self.vocab_size, self.holds_out = source.vocabulary.size, source.holds_out
+        self.sinks: dict[str, Any] | None = None
+        if config.activations.mask_norm_multiple == "auto":
+            self.sinks = source.fit_mask(config.transcoder.normalization_tokens)
+            _tell_sinks(self.sinks, self.decode_tokens)
+        self.mask_norm_multiple = source.mask_norm_multiple
         self._buffer = self._new_buffer()
         self._pending: list[ActivationBatch] = []
         """Rows taken from passes that found no room in the buffer, fewer than one pass gives."""
@@ -259,7 +269,8 @@ class ActivationStream:
         """Numbers up to the last pass that the buffer took in (for `look_ahead` too): documents,
         skipped_documents and skipped_<why> for each reason, epochs, sequences, passes, tokens_seen, masked_by_id,
         masked_by_norm, masked_by_position, left_by_sampler, sink_norm_ratio (mean source norm of the masked tokens over the
-        median norm) and sink_norm_ratio_max.
+        median norm) and sink_norm_ratio_max; where `auto` found the mask, sinks_multiple, sinks_share and sinks_held (shares of
+        the tokens and of the squared norms).
         """
         return self._source.counters(self._cursor)
 
@@ -276,6 +287,20 @@ class ActivationStream:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _tell_sinks(sinks: Mapping[str, Any], decode: Callable[[Sequence[int]], list[str]]) -> None:
+    if not sinks["share"]:
+        return
+    said = ", ".join(
+        f"{word!r} {share:.0%}" for word, share in zip(decode(sinks["ids"]), sinks["id_shares"], strict=True)
+    )
+    logger.warning(
+        "activations.mask_norm_multiple: auto masks norms above %g times the median: %.2g %% of %d tokens, which hold %.0f %% "
+        "of the squared norms (at most %.3g times the median). They are %s; %.0f %% stand at position 0",
+        sinks["multiple"], 100 * sinks["share"], sinks["tokens"], 100 * sinks["held"], sinks["largest"], said,
+        100 * sinks["at_position_0"],
+    )  # fmt: skip
 
 
 def _copies(batches: Iterable[ActivationBatch]) -> dict[str, dict[str, Tensor]]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from transcoder.activations import ActivationBatch
+from transcoder.activations import ActivationBatch, ActivationStream
 from transcoder.config import RunConfig
 from transcoder.files import local_path, replace_atomically
 from transcoder.model import Transcoder
@@ -113,7 +113,8 @@ def opened_run(
     with ExitStack() as stack:
         lock = stack.enter_context(FolderLock(run_dir))
         check_folder(run_dir, config, resume)
-        run = Trainer(config, run_dir, device, RunParts(config, run_dir, device, batches, heldout, stack), stack)
+        parts = RunParts(config, run_dir, device, batches, heldout, stack)
+        run = Trainer(parts.config, run_dir, device, parts, stack)
         run.prepare(resume)
         lock.begun = True
         yield run
@@ -245,7 +246,8 @@ class Trainer:
         self.writer = enter(MetricsWriter(self.run_dir, config, None if loaded is None else self.step))
         # Closed before the log: what became of the last write is in it.
         enter(self.saver.begin(self.writer))
-        self.writer.write_event("data", {"source": self.parts.data.kind})
+        sinks = self.source.sinks if isinstance(self.source, ActivationStream) else None
+        self.writer.write_event("data", {"source": self.parts.data.kind} | ({} if sinks is None else {"sinks": sinks}))
         if begun is not None:
             self.writer.write_event("begun_from", begun)
         self.writer.write_event("checkpoint_budget", {"bytes_each_at_most": budget})
