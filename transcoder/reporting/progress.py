@@ -11,6 +11,12 @@ from typing import Any, TextIO
 from transcoder.reporting.format import clock, thousands
 
 PLAIN_SECONDS = 10.0
+SHARES = {
+    "time/language_model_share": "model",
+    "time/transcoder_share": "transcoder",
+    "time/antidup_share": "anti-dup",
+    "time/files_share": "files",
+}
 
 
 class ProgressBar:
@@ -106,4 +112,7 @@ def metrics_text(metrics: Mapping[str, float]) -> str:
         )
     if "metrics/tokens_per_second" in metrics:
         parts.append(f"{thousands(metrics['metrics/tokens_per_second'])} tok/s")
+    shares = [(label, metrics[name]) for name, label in SHARES.items() if name in metrics]
+    if shares:
+        parts.append("time " + ", ".join(f"{label} {100 * share:.0f}%" for label, share in shares))
     return "  ".join(parts)

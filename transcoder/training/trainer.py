@@ -151,8 +151,9 @@ class Trainer:
         steps = self.config.training.steps
         self.parts.metrics_log.begin(self.tokens)
         try:
-            while self.step < steps and stop.signal is None:
-                self.advance()
+            with self.parts.metrics_log.shares.running():
+                while self.step < steps and stop.signal is None:
+                    self.advance()
         except Exception as error:
             self._rescue()
             if not isinstance(error, StopIteration):
