@@ -91,27 +91,66 @@ CONVERSION = (
 @command(
     argument("config CONFIG", "a YAML file, or a preset's name: demo, gemma-2-2b-layer8"),
     argument("--out DIR", "run folder (default: runs/<name>)"),
+    argument("--seeds S,S,...", "train once a seed, into DIR-seed0, DIR-seed1, ...: what compare wants"),
     RESUME,
     words="CONFIG ",
 )
 def train(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
     """Train a transcoder."""
-    return _train(RunConfig.load(options.config, overrides), options)
+    config = RunConfig.load(options.config, overrides)
+    if options.seeds is None:
+        return _train(config, _out(options, config.name), options.resume)
+    seeds = _whole_numbers("--seeds", options.seeds)
+    runs = {
+        seed: _out(options, config.name).with_name(f"{_out(options, config.name).name}-seed{seed}") for seed in seeds
+    }
+    if not options.resume:
+        for out in runs.values():
+            _refuse_used_folder(out)
+    for seed, out in runs.items():
+        code = _train(config.replace({"training.seed": seed, "name": f"{config.name}-seed{seed}"}), out, options.resume)
+        if code != Exit.OK:
+            return code
+    print(
+        f"to compare with another method: transcoder compare {config.name}={','.join(map(str, runs.values()))} OTHER=..."
+    )
+    return Exit.OK
+
+
+def _whole_numbers(flag: str, text: str) -> list[int]:
+    """Different whole numbers with commas between."""
+    try:
+        found = [int(word) for word in text.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"{flag}: expected whole numbers with commas between, got {text!r}") from error
+    if len(set(found)) != len(found):
+        raise ConfigError(f"{flag}: expected different numbers, got {text!r}")
+    return found
 
 
 @command(argument("--out DIR", "run folder (default: runs/demo)"), RESUME, words="")
 def demo(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
     """Train the demo: the shipped model, this Python's own source as text."""
-    return _train(RunConfig.load("demo", overrides), options)
+    config = RunConfig.load("demo", overrides)
+    return _train(config, _out(options, config.name), options.resume)
 
 
-def _train(config: RunConfig, options: argparse.Namespace) -> int:
-    out = _out(options, config.name)
-    if not options.resume:
+def _train(config: RunConfig, out: Path, resume: bool) -> int:
+    if not resume:
         _refuse_used_folder(out)
-    from transcoder.training import train_transcoder
+    elif _is_done(config, out):
+        print(
+            f"{out}: finished at step {config.training.steps:,} already; `transcoder report {out}` draws its page again"
+        )
+        _print_verdict(out)
+        return Exit.OK
+    from transcoder.reporting.progress import stages
 
-    result = train_transcoder(config, out, resume=options.resume)
+    with stages(config.logging.progress) as stage:
+        stage("loading PyTorch")
+        from transcoder.training import train_transcoder
+
+        result = train_transcoder(config, out, resume=resume)
     if not result.finished:
         # A closed pipe does not change the exit code of the run.
         with contextlib.suppress(BrokenPipeError):
@@ -119,20 +158,29 @@ def _train(config: RunConfig, options: argparse.Namespace) -> int:
             print(f"run folder: {result.run_dir}\n{stopped}; the state is saved, add --resume to go on")
         return Exit.STOPPED
     print(f"run folder: {result.run_dir}")
-    print("fraction of variance unexplained on held-out non-sink tokens (lower is better):")
-    for key, label in (
-        ("evaluation/fvu", "transcoder"),
-        ("evaluation/baseline_linear_fvu", "least-squares linear map"),
-        ("evaluation/baseline_mean_fvu", "mean"),
-    ):
-        if key in result.summary:
-            print(f"  {label:<26}{result.summary[key]:.4f}")
-    if "evaluation/ce_recovered" in result.summary:
-        recovered = result.summary["evaluation/ce_recovered"]
-        print(f"cross-entropy recovered with the transcoder in the layer's place: {recovered:.1%}")
-    if result.report is not None:
-        print(f"report: {result.report}")
+    _print_verdict(result.run_dir)
     return Exit.OK
+
+
+def _is_done(config: RunConfig, out: Path) -> bool:
+    """Whether the folder holds this run, finished, with its page: told without torch."""
+    from transcoder.reporting import Run
+
+    if not (out / "config.yaml").is_file() or RunConfig.load(out / "config.yaml") != config:
+        return False
+    run = Run(out)
+    whole = (out / "report.html").exists() or not config.logging.report
+    return run.finished and whole and run.last_step == config.training.steps
+
+
+def _print_verdict(out: Path) -> None:
+    """How the run went, in the words of its page."""
+    from transcoder.reporting import Run
+    from transcoder.reporting.verdict import verdict_lines
+
+    print(*verdict_lines(Run(out, empty_ok=True)), sep="\n")
+    if (out / "report.html").exists():
+        print(f"report: {out / 'report.html'}")
 
 
 @command(
@@ -162,10 +210,7 @@ def sweep(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
     """Train with several k; show duplicates, decoder cosines and FVU against k. A k that is too large makes duplicates."""
     config = RunConfig.load(options.config, overrides)
     out = _out(options, f"sweep-{config.name}")
-    try:
-        ks = [int(word) for word in options.k.split(",")]
-    except ValueError as error:
-        raise ConfigError(f"sweep: --k: expected whole numbers with commas between, got {options.k!r}") from error
+    ks = _whole_numbers("sweep: --k", options.k)
     from transcoder.training.sweep import format_sweep, sweep_k
 
     print(format_sweep(sweep_k(config, ks, out)))

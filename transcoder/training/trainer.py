@@ -18,6 +18,7 @@ from transcoder.files import local_path, replace_atomically
 from transcoder.model import Transcoder
 from transcoder.phases import phase
 from transcoder.reporting import MetricsWriter, ProgressBar
+from transcoder.reporting.progress import stage
 from transcoder.settings import brief
 from transcoder.training.checkpoint import CheckpointStore, Loaded
 from transcoder.training.checkpointing import Saver
@@ -136,6 +137,7 @@ class Trainer:
         """Steps until the last one or a signal; then the run's summary and page. What was trained is saved in any case."""
         steps = self.config.training.steps
         self.parts.metrics_log.begin(self.tokens)
+        stage("taking the first steps (the C++ backend is compiled once, about 20 s)")
         try:
             while self.step < steps and stop.signal is None:
                 self.advance()
@@ -148,6 +150,7 @@ class Trainer:
                 "saved, so with more data --resume goes on"
             ) from None
         finished = self.step >= steps
+        self.bar.close()
         if not finished:
             self.catch_up()
             self.save(wait=True)
@@ -214,6 +217,7 @@ class Trainer:
     def prepare(self, resume: bool) -> None:
         """Restore the newest checkpoint, or fit the normalisation; check that the run's files will fit; open the logs."""
         loaded = self.saver.store.latest() if resume else None
+        stage("fitting the normalisation" if loaded is None else f"going on from step {loaded.step:,}")
         if loaded is None:
             for layer in self.layers:
                 layer.fit_normalization(self.source)
