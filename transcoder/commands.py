@@ -166,7 +166,13 @@ def _is_done(config: RunConfig, out: Path) -> bool:
     """Whether the folder holds this run, finished, with its page: told without torch."""
     from transcoder.reporting import Run
 
-    if not (out / "config.yaml").is_file() or RunConfig.load(out / "config.yaml") != config:
+    if not (out / "config.yaml").is_file():
+        return False
+    saved, multiple = RunConfig.load(out / "config.yaml"), "activations.mask_norm_multiple"
+    if config.activations.mask_norm_multiple == "auto":
+        # The run's file has the value that was found.
+        config = config.replace({multiple: saved.activations.mask_norm_multiple})
+    if saved != config:
         return False
     run = Run(out)
     whole = (out / "report.html").exists() or not config.logging.report
@@ -357,12 +363,13 @@ def export(options: argparse.Namespace, _: dict[str, Any]) -> int:
 
 
 @command(
-    argument("format FORMAT", FORMATS),
+    argument("format FORMAT", f"{FORMATS}, llama-scope"),
     argument("path PATH", "the folder or file that the library wrote"),
     argument("--out DIR", "a new folder, which Transcoder.from_pretrained loads", required=True),
     *CONVERSION,
     argument("--layer", "circuit-tracer, gemma-scope: which layer", type=int),
-    argument("--k", "latents a token for further training, where the files do not say", type=int),
+    argument("--k", "latents a token, where the files do not say", type=int),
+    argument("--threshold", "of a BatchTopK whose files have none", type=float),
     argument("--allow-pickle", PICKLE, action="store_true", default=None),
 )
 def import_(options: argparse.Namespace, _: dict[str, Any]) -> int:

@@ -84,7 +84,11 @@ def quality(run: Run) -> Verdict:
     rivals = [(f"a linear map leaves {number(linear)}", linear), (f"the mean {number(mean)}", mean)]
     known = [(text, value) for text, value in rivals if value is not None]
     against = f"; {', '.join(text for text, _ in known)}" if known else ""
-    text = f"{percent(1 - fvu)} of the variance of held-out tokens is explained (FVU {number(fvu)}{against})."
+    sinks = run.metric("evaluation/fvu_with_sinks")
+    with_sinks = "" if sinks is None else f", with sinks {number(sinks)}"
+    text = (
+        f"{percent(1 - fvu)} of the variance of held-out tokens is explained (FVU {number(fvu)}{with_sinks}{against})."
+    )
     beaten = [fvu < value for _, value in known]
     if not all(beaten):
         return Verdict(

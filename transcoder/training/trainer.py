@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from transcoder.activations import ActivationBatch
-from transcoder.config import RunConfig
+from transcoder.activations import ActivationBatch, ActivationStream
+from transcoder.config import ConfigError, RunConfig
 from transcoder.files import local_path, replace_atomically
 from transcoder.model import Transcoder
 from transcoder.phases import phase
@@ -22,6 +22,7 @@ from transcoder.reporting.progress import stage
 from transcoder.settings import brief
 from transcoder.training.checkpoint import CheckpointStore, Loaded
 from transcoder.training.checkpointing import Saver
+from transcoder.training.initial_weights import begin_from
 from transcoder.training.layer_trainer import StepView
 from transcoder.training.nonfinite import BadSteps
 from transcoder.training.run_end import write_run_report, write_summary
@@ -30,7 +31,14 @@ from transcoder.training.run_parts import RunParts
 from transcoder.training.run_state import Stateful, restore_parts, trainer_tree
 from transcoder.training.signals import StopRequest
 from transcoder.training.sources import TrainingDataError
-from transcoder.training.start_checks import as_started, check_folder, check_switches, device_of
+from transcoder.training.start_checks import (
+    as_started,
+    check_folder,
+    check_length,
+    check_switches,
+    device_of,
+    say_backend,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -99,13 +107,19 @@ def opened_run(
 ) -> Iterator[Trainer]:
     """A run in its locked folder before its first step, whose steps the caller takes: `train` or `advance`. Arguments and
     errors as `train_transcoder`."""
+    if config.activations.layers is not None:
+        raise ConfigError(
+            "activations.layers: expected null, for a run whose steps the caller takes; `train_transcoder` trains layer sets"
+        )
     device = device_of(config.model.device)
     config = as_started(config, run_dir, resume)
     check_switches(config, batches, heldout)
+    say_backend(device)
     with ExitStack() as stack:
         lock = stack.enter_context(FolderLock(run_dir))
         check_folder(run_dir, config, resume)
-        run = Trainer(config, run_dir, device, RunParts(config, run_dir, device, batches, heldout, stack), stack)
+        parts = RunParts(config, run_dir, device, batches, heldout, stack)
+        run = Trainer(parts.config, run_dir, device, parts, stack)
         run.prepare(resume)
         lock.begun = True
         yield run
@@ -216,11 +230,13 @@ class Trainer:
 
     def prepare(self, resume: bool) -> None:
         """Restore the newest checkpoint, or fit the normalisation; check that the run's files will fit; open the logs."""
-        loaded = self.saver.store.latest() if resume else None
+        loaded, begun = self.saver.store.latest() if resume else None, None
         stage("fitting the normalisation" if loaded is None else f"going on from step {loaded.step:,}")
         if loaded is None:
             for layer in self.layers:
                 layer.fit_normalization(self.source)
+                if self.config.training.init_from is not None:
+                    begun = begin_from(layer.transcoder, self.config.training.init_from, self.parts.data.heldout)
         else:
             try:
                 self._restore(loaded)
@@ -230,6 +246,7 @@ class Trainer:
                     f"({type(error).__name__}: {brief(error)}): it was written by another version or with other settings; "
                     "start a new run with another --out"
                 ) from error
+            check_length(self.config, self.run_dir, self.step)
         budget = self.saver.reserve(self.parts)
         self._folder = self.run_dir.stat().st_ino
         self.write_config()
@@ -237,7 +254,10 @@ class Trainer:
         self.writer = enter(MetricsWriter(self.run_dir, config, None if loaded is None else self.step))
         # Closed before the log: what became of the last write is in it.
         enter(self.saver.begin(self.writer))
-        self.writer.write_event("data", {"source": self.parts.data.kind})
+        sinks = self.source.sinks if isinstance(self.source, ActivationStream) else None
+        self.writer.write_event("data", {"source": self.parts.data.kind} | ({} if sinks is None else {"sinks": sinks}))
+        if begun is not None:
+            self.writer.write_event("begun_from", begun)
         self.writer.write_event("checkpoint_budget", {"bytes_each_at_most": budget})
         self.bar = ProgressBar(config.training.steps, self.step, config.logging.progress)
         self._stack.callback(self.bar.close)

@@ -14,6 +14,7 @@ from transcoder.checkpoint_folder import CheckpointError, verify_checkpoint
 from transcoder.config import RunConfig
 from transcoder.files import local_path
 from transcoder.reporting.compare import compare_runs, format_comparison, write_comparison
+from transcoder.training.start_checks import as_started
 from transcoder.training.trainer import train_transcoder
 from transcoder.usage import SECTIONS, judge
 
@@ -119,7 +120,8 @@ def _require(condition: object, otherwise: str) -> None:
 
 
 def _settings(run_dir: Path, config: RunConfig) -> str:
-    _require(RunConfig.load(run_dir / "config.yaml") == config, "config.yaml differs from the settings of the run")
+    expected = as_started(config, run_dir, resume=False)
+    _require(RunConfig.load(run_dir / "config.yaml") == expected, "config.yaml differs from the settings of the run")
     return "config.yaml holds the settings of the run"
 
 
