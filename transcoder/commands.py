@@ -182,9 +182,13 @@ def _is_done(config: RunConfig, out: Path) -> bool:
 def _print_verdict(out: Path) -> None:
     """How the run went, in the words of its page."""
     from transcoder.reporting import Run
+    from transcoder.reporting.layer_sets import layer_folders, set_lines
     from transcoder.reporting.verdict import verdict_lines
 
-    print(*verdict_lines(Run(out, empty_ok=True)), sep="\n")
+    run = Run(out, empty_ok=True)
+    lines = verdict_lines(run)
+    # Of a layer set these are means; its page leads to each layer's.
+    print(*([f"mean over layers: {lines[0]}", *set_lines(run.final)] if layer_folders(out) else lines), sep="\n")
     if (out / "report.html").exists():
         print(f"report: {out / 'report.html'}")
 
