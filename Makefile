@@ -1,4 +1,4 @@
-.PHONY: check test test-slow bench measure demo sanitize
+.PHONY: check test test-slow bench measure demo docs sanitize
 
 check:  ## linters and type checker
 	ruff check
@@ -16,6 +16,9 @@ bench:
 
 measure:  ## everything for this machine, on a quiet one: bench/results/<device>.json and docs/performance.md
 	python -m bench.measure
+
+docs:  ## the documentation site into build/site; needs pip install -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict
 
 demo:
 	transcoder demo

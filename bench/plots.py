@@ -17,6 +17,8 @@ SETTINGS = {
     "axes.spines.right": False,
     "figure.facecolor": "white",
 }
+LIBRARIES = {"saelens": "SAELens", "sparsify": "sparsify", "dictionary_learning": "dictionary_learning"}
+"""Names of the peers by their environment."""
 AXES = {"d_sae": "latents N", "rows": "batch B", "k": "k", "d": "d"}
 
 
@@ -48,6 +50,61 @@ def _figure(rows: int = 1, columns: int = 1, width: float = 8.0, height: float =
 
 def _steps(found: dict[str, Any]) -> list[dict[str, Any]]:
     return [row for row in found.get("rows", {}).get("rows", []) if row["operation"] == "step"]
+
+
+def of_libraries(found: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
+    """{the kind of step: {who: its time}} at the largest size: ours, eager PyTorch, and the fastest variant of each library."""
+    steps = _steps(found)
+    largest = max((row["size"]["d_sae"] * row["size"]["d"] for row in steps), default=0)
+    chosen: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in steps:
+        if row["size"]["d_sae"] * row["size"]["d"] != largest or "environment" in row:
+            continue
+        selection = {"topk": "TopK", "batch_topk": "BatchTopK"}.get(row["activation"], row["activation"])
+        bars: dict[str, dict[str, Any]] = {}
+        for name, one in row["variants"].items():
+            who = LIBRARIES.get(one.get("environment", ""), name)
+            if "wrong" in one or (one["ours"] and (who in LIBRARIES.values() or "this package" in bars)):
+                continue
+            if one["ours"]:
+                who = "this package"
+            elif who not in (*LIBRARIES.values(), "eager PyTorch"):
+                continue
+            if who not in bars or one["ratio"]["forward"]["median"] < bars[who]["ratio"]["forward"]["median"]:
+                bars[who] = one
+        chosen[f"{selection}, Matryoshka" if len(row.get("widths", ())) > 1 else selection] = bars
+    return chosen
+
+
+def speed(found: dict[str, Any]) -> Any:
+    """The picture of the first screen: the step's time beside the libraries', at the largest size."""
+    kinds = of_libraries(found)
+    if not kinds:
+        return None
+    size = max((row["size"] for row in _steps(found)), key=lambda size: size["d_sae"])
+    figure, axes = _figure(height=0.9 + 0.24 * sum(len(bars) + 1 for bars in kinds.values()))
+    axis, place, ticks = axes[0][0], 0.0, []
+    for kind, bars in kinds.items():
+        axis.text(0.0, place, kind, fontweight="bold", va="center")
+        for who, one in sorted(bars.items(), key=lambda item: item[1]["ratio"]["forward"]["median"]):
+            place -= 1
+            ratio = one["ratio"]["forward"]["median"]
+            axis.barh(place, ratio, color=OURS if one["ours"] else "#b8bec6", height=0.75)
+            axis.text(ratio + 0.08, place, f"{ratio:.1f}", va="center")
+            ticks.append((place, who))
+        place -= 1.2
+    axis.set_yticks([p for p, _ in ticks], [n for _, n in ticks])
+    axis.tick_params(left=False, bottom=False, labelbottom=False)
+    axis.spines["bottom"].set_visible(False)
+    axis.set_ylim(place + 0.6, 0.7)
+    device = found["device"]
+    axis.set_title(
+        f"Time of a training step, as a multiple of this package's (shorter is faster)\n{device['name']}, "
+        f"{device['cores']} cores; {size['rows']} tokens, d {size['d']}, {size['d_sae']} latents, k {size['k']}",
+        loc="left",
+        fontsize=9,
+    )
+    return figure
 
 
 def peers(found: dict[str, Any]) -> Any:
@@ -104,7 +161,7 @@ def floor(found: dict[str, Any]) -> Any:
     axis.set_xscale("log")
     axis.set_ylim(0.5 - len(rows), 0.5)
     axis.set_xlabel(
-        "time, multiples of this machine's floor for the same bytes and operations (log; lines to the quartiles)"
+        "times slower than this machine's limit for the same bytes and operations (log; lines to the quartiles)"
     )
     return figure
 
@@ -208,6 +265,7 @@ def _peak(one: dict[str, Any]) -> dict[str, float] | None:
 
 
 PLOTS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "speed": speed,
     "peers": peers,
     "floor": floor,
     "monitoring": monitoring,

@@ -22,7 +22,8 @@ from bench.document import ANTI_DUPLICATION, replace_between
 from transcoder import ActivationBatch, RunConfig, Transcoder, train_transcoder
 from transcoder.activations import ActivationStream, build_stream, cache_activations
 from transcoder.reporting.statistics import interval
-from transcoder.training.evaluation import cross_entropy, evaluate, heldout_duplicates
+from transcoder.training.evaluation import cross_entropy, evaluate
+from transcoder.training.heldout_pairs import heldout_duplicates
 
 PRESET = "demo"
 CACHE_TOKENS = 600_000

@@ -22,11 +22,8 @@ DOCUMENT = machine.ROOT / "docs" / "performance.md"
 PLOTS = "performance"
 INTRODUCTION = """# Performance
 
-Written by `python -m bench.report` from `bench/results/*.json`; `python -m bench.measure` makes such a file for the machine
-it runs on (under twenty minutes on two cores). `python -m bench.report A.json B.json` compares two. No number here is typed
-by hand.
-
-How to read it:
+"""
+READING = """## How to read the tables
 
 - **Every variant was checked first**, on 64 rows and on as many as are timed (fewer, 8 at least, where dense codes would be
   large): the same weights and inputs must give the same codes, losses, gradients and two optimizer steps, all of them (relative
@@ -42,16 +39,16 @@ How to read it:
   has the source as its target. A library that is installed in the same environment takes part in `pytest bench/` itself.
 - **Times** are medians with quartiles. `forward` and `backward` are two parts of one run, `both` is their sum. A step is
   everything from the batch to the updated weights. Times of another day or machine say little; ratios within a row say much.
-- **x floor** is the time as a multiple of what this very machine, in the same rounds, needs to copy as many bytes as any exact
-  implementation must move, or to do as many operations at the rate of the fastest product it was seen to do (in fp32 or bf16),
-  whichever is longer. Both are counted in `bench/roofline.py`. What changes memory in place (the optimizer) may come below 1:
-  a copy also reads the lines that it writes. **x product** is a yardstick, not a floor: PyTorch's fp32
-  product of the batch with the encoder alone, into memory that is there. What screens candidates, or keeps only what it
-  selects, may be faster than that.
-- **Peak MB** is the peak of one run beyond the memory held before it; **held MB** the memory that a variant keeps between runs:
+- **x limit**: how many times slower than the hardware limit. The limit is what this very machine, in the same rounds, needs to
+  copy as many bytes as any exact implementation must move, or to do as many operations at the rate of the fastest product seen
+  (in fp32 or bf16), whichever is longer. Both are counted in `bench/roofline.py`. What changes memory in place (the optimizer)
+  may come below 1: a copy also reads the lines that it writes.
+- **x product** is a yardstick, not a limit: PyTorch's fp32 product of the batch with the encoder alone, into memory that is
+  there. What screens candidates, or keeps only what it selects, may be faster than that.
+- **Peak MB** is the peak of one run beyond the memory held before it; **kept MB** the memory that a variant keeps between runs:
   weights, moments, statistics. The inputs are in neither.
 
-What these numbers do not show:
+### What these numbers do not show
 
 - Inputs are Gaussian noise and weights those of the beginning: codes spread evenly over the latents, where those of a trained
   dictionary do not. The trainer's rows and the whole run learn sparse sums of planted directions.
@@ -59,6 +56,10 @@ What these numbers do not show:
   size, look up under Scaling.
 - SAELens, sparsify and dictionary_learning are made for GPUs. Where a device below is a CPU, nothing here compares us on a GPU.
 - On fewer activations than a batch here has, or with a model whose forward pass is the larger part, a training run gains less.
+
+`python -m bench.report` writes this page from `bench/results/*.json`; `python -m bench.measure` makes such a file for the
+machine it runs on (under twenty minutes on two cores). `python -m bench.report A.json B.json` compares two machines or commits.
+No number is typed by hand.
 """
 
 
@@ -97,10 +98,62 @@ def merged(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def render(found: Sequence[dict[str, Any]]) -> str:
-    lines = [INTRODUCTION]
+    lines = [INTRODUCTION.rstrip(), ""]
+    for one in found:
+        lines += _short(one)
+    if all(one["device"].get("kind", "cpu") == "cpu" for one in found):
+        lines += ["No GPU has been measured yet: there, `python -m bench.measure` adds its figures to this page.", ""]
+    lines.append(READING)
     for one in found:
         lines += _device(one)
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _short(found: dict[str, Any]) -> Iterator[str]:
+    """What most readers want of a device, in a few lines and one picture."""
+    from bench.plots import of_libraries
+
+    kinds = of_libraries(found) if found["format"] == results.FORMAT else {}
+    if not kinds:
+        return
+    about = found["device"]
+    yield f"**{about['name']}, {about['cores']} cores**"
+    yield ""
+    yield f"![Time of a training step beside other libraries]({PLOTS}/{about['slug']}-speed.svg)"
+    yield ""
+    for kind, bars in kinds.items():
+        ours = bars.pop("this package", None)
+        others = sorted(bars.items(), key=lambda item: item[1]["ratio"]["forward"]["median"])
+        beside = ", ".join(f"{who} {one['ratio']['forward']['median']:.1f}" for who, one in others)
+        if ours is not None and beside:
+            milliseconds = 1e3 * ours["seconds"]["forward"]["median"]
+            yield f"- A training step with {kind}: {milliseconds:.0f} ms. Times as long: {beside}."
+    rows = [row for row in found["rows"]["rows"] if row["operation"] == "step"]
+    slower = [
+        row["variants"][name]["seconds"]["forward"]["median"] / row["floor"]["forward"]["seconds"]
+        for row in rows
+        for name in list(row["variants"])[:1]
+        if "wrong" not in row["variants"][name]
+    ]
+    if slower:
+        yield f"- A step takes {min(slower):.1f} to {max(slower):.1f} times the hardware's limit (of memory or arithmetic)."
+    watched = found.get("whole_run", {}).get("kinds", {}).get("monitoring on")
+    if watched:
+        ratio = watched["ratio"]
+        yield (
+            f"- A whole run with monitoring, samples and penalty takes {100 * (ratio['total'] - 1):.0f} % longer than without "
+            f"(95 % interval {100 * (ratio['low'] - 1):.0f} to {100 * (ratio['high'] - 1):.0f} %)."
+        )
+    yield ""
+
+
+def _folded(title: str, lines: Iterator[str]) -> Iterator[str]:
+    """A part that a click opens, on GitHub as in the documentation site."""
+    yield f'<details markdown="1"><summary>{title}</summary>'
+    yield ""
+    yield from lines
+    yield "</details>"
+    yield ""
 
 
 def _device(found: dict[str, Any]) -> Iterator[str]:
@@ -116,7 +169,7 @@ def _device(found: dict[str, Any]) -> Iterator[str]:
         )
         yield ""
         return
-    yield from _sections(found)
+    yield from _folded("When and with what it was measured", _sections(found))
     if found.get("rows", {}).get("rows"):
         yield from _rows(found)
     if "kinds" in found.get("whole_run", {}):
@@ -137,7 +190,7 @@ def _machine_line(about: dict[str, Any]) -> str:
 
 
 def _sections(found: dict[str, Any]) -> Iterator[str]:
-    yield from _head("part", "measured", "commit", "load before the writing", "versions")
+    yield from _head("part", "measured", "commit", "machine load", "versions")
     sections = {name: found[name] for name in results.SECTIONS if name in found}
     sections |= {f"peer: {name}": section for name, section in found.get("peers", {}).items()}
     for name, section in sections.items():
@@ -170,26 +223,30 @@ def _rows(found: dict[str, Any]) -> Iterator[str]:
     yield ""
     for row in rows:
         if row["operation"] == "step":
-            yield from _table(row)
+            yield from _folded(_title(row), _table(row))
     training = [row for row in found["rows"]["rows"] if row["operation"] == "training"]
     if training:
         yield from _training(training, slug)
     yield "### Its parts"
     yield ""
-    yield f"![Distance to the floor]({PLOTS}/{slug}-floor.svg)"
+    yield f"![Times slower than the hardware limit]({PLOTS}/{slug}-floor.svg)"
     yield ""
     for row in rows:
         if row["operation"] != "step":
-            yield from _table(row)
+            yield from _folded(_title(row), _table(row))
     for name, why in found["rows"].get("skipped", {}).items():
         if name not in found.get("peers", {}):
             yield f"Skipped: {name}: {why}."
     yield ""
 
 
-def _table(row: dict[str, Any]) -> Iterator[str]:
+def _title(row: dict[str, Any]) -> str:
     there = f", in the {row['environment']} run" if "environment" in row else ""
-    yield f"**{label(row)}{there}**: {_floor_line(row)}"
+    return f"{label(row)}{there}"
+
+
+def _table(row: dict[str, Any]) -> Iterator[str]:
+    yield f"Hardware limit: {_floor_line(row)}"
     yield ""
     # The product of batch and encoder is a yardstick only for operations that contain it.
     product = ["x product"] if row["operation"] in ("step", "encode") else []
@@ -198,10 +255,10 @@ def _table(row: dict[str, Any]) -> Iterator[str]:
         "part",
         "ms [quartiles]",
         "x ours [quartiles]",
-        "x floor",
+        "x limit",
         *product,
         "peak MB",
-        "held MB",
+        "kept MB",
         "differs in",
     )
     for name, one in row["variants"].items():
@@ -231,14 +288,14 @@ def _floor_line(row: dict[str, Any]) -> str:
     parts = []
     for direction, floor in row["floor"].items():
         parts.append(
-            f"{direction} at least {floor['bytes'] / 1e6:.1f} MB and {floor['operations'] / 1e9:.2f} Gop, "
+            f"{direction} at least {floor['bytes'] / 1e6:.1f} MB and {floor['operations'] / 1e9:.2f} GFLOP, "
             f"{1e3 * floor['seconds']:.3f} ms here"
         )
     rates = row["rates"]
     return (
-        f"{'; '.join(parts)} (copy {rates['copy_bytes_per_second'] / 1e9:.1f} GB/s, fastest product "
-        f"{rates['fastest_operations_per_second'] / 1e9:.0f} Gop/s, {rates['fastest']}; the encoder's fp32 product "
-        f"{1e3 * row['product_seconds']:.3f} ms, {rates['product_operations_per_second'] / 1e9:.0f} Gop/s)."
+        f"{'; '.join(parts)} (copies {rates['copy_bytes_per_second'] / 1e9:.1f} GB/s, fastest product "
+        f"{rates['fastest_operations_per_second'] / 1e9:.0f} GFLOP/s, {rates['fastest']}; the encoder's fp32 product "
+        f"{1e3 * row['product_seconds']:.3f} ms, {rates['product_operations_per_second'] / 1e9:.0f} GFLOP/s)."
     )
 
 
@@ -307,16 +364,18 @@ def _scaling(found: dict[str, Any]) -> Iterator[str]:
     for name, what in (("scaling", "Cost against N, B, k and d"), ("memory", "Memory against N")):
         yield f"![{what}]({PLOTS}/{slug}-{name}.svg)"
         yield ""
-    yield from _head(
-        "axis",
-        "value",
-        "operation",
-        "ours ms",
-        "best other",
-        "its ms",
-        "x ours [quartiles]",
-        "ours peak MB",
-        "ours held MB",
+    table = list(
+        _head(
+            "axis",
+            "value",
+            "operation",
+            "ours ms",
+            "best other",
+            "its ms",
+            "x ours [quartiles]",
+            "ours peak MB",
+            "ours kept MB",
+        )
     )
     beaten = []
     for point in points:
@@ -324,23 +383,25 @@ def _scaling(found: dict[str, Any]) -> Iterator[str]:
         best = min(others, key=lambda item: item[1]["ratio"]["median"], default=None)
         peak = first[1]["peak_bytes"]
         size = point["size"]
-        yield _line(
-            {"d_sae": "N", "rows": "B"}.get(point["axis"], point["axis"]),
-            f"{point['value']:,}",
-            point["operation"],
-            f"{1e3 * first[1]['seconds']['median']:.2f}",
-            "" if best is None else best[0],
-            "" if best is None else f"{1e3 * best[1]['seconds']['median']:.2f}",
-            "" if best is None else _spread(best[1]["ratio"], 1.0),
-            "" if peak is None else f"{peak / 1e6:.1f}",
-            f"{first[1]['held_bytes'] / 1e6:.1f}",
+        table.append(
+            _line(
+                {"d_sae": "N", "rows": "B"}.get(point["axis"], point["axis"]),
+                f"{point['value']:,}",
+                point["operation"],
+                f"{1e3 * first[1]['seconds']['median']:.2f}",
+                "" if best is None else best[0],
+                "" if best is None else f"{1e3 * best[1]['seconds']['median']:.2f}",
+                "" if best is None else _spread(best[1]["ratio"], 1.0),
+                "" if peak is None else f"{peak / 1e6:.1f}",
+                f"{first[1]['held_bytes'] / 1e6:.1f}",
+            )
         )
         if best is not None and best[1]["ratio"]["high"] < 1:
             shape = f"B {size['rows']}, d {size['d']}, N {size['d_sae']}, k {size['k']}"
             beaten.append(
                 f"- {point['operation']} at {shape}: {best[0]} takes {_spread(best[1]['ratio'], 1.0)} of ours"
             )
-    yield ""
+    yield from _folded("Every size that was measured", iter([*table, ""]))
     if beaten:
         yield "Where another path was faster than our default (three quarters of the rounds or more):"
         yield ""

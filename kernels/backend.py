@@ -119,6 +119,31 @@ def active_backend(device: torch.device | str, family: str = "encode", dtype: to
     return name
 
 
+def why_slower(device: torch.device) -> str | None:
+    """One line that names the slower backend on which ops on `device` run, with the reason; None if all run on the fastest.
+    Compiles or checks a backend that has not been tried yet."""
+    fastest = FASTEST_FIRST.get(device.type, ("torch",))[0]
+    chosen = {family: active_backend(device, family) for family in ("encode", "decode", "correlation", "adam")}
+    slower = [family for family, name in chosen.items() if name != fastest]
+    if not slower:
+        return None
+    if requested_backend() != "auto":
+        reason = "use_backend or TRANSCODER_BACKEND asks for it"
+    elif fastest == "cpp":
+        from transcoder.kernels import extension
+
+        reason = f"C++ extension: {extension.available_reason()}"
+    elif has_backend(fastest, slower[0]):
+        from transcoder.kernels import gpu_selftest
+
+        reason = "; ".join(gpu_selftest.why_not(family, device) for family in slower)
+    else:
+        reason = f"{fastest} is not installed, or cannot be imported"
+    return (
+        f"{', '.join(slower)} on backend {chosen[slower[0]]}, which is slower than {fastest} on {device.type}: {reason}"
+    )
+
+
 def implementation(family: str, device: torch.device) -> Any:
     """The module that runs an op family on `device`: `transcoder.kernels.<family>.<backend>_backend`."""
     return backend_module(family, active_backend(device, family))

@@ -16,6 +16,7 @@ import contextlib
 import hashlib
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -32,9 +33,19 @@ import torch
 LIBRARY = "transcoder_cpp.so"
 CHECKSUM = "sha256"
 FAILURE = "failed.txt"
+BUILD = ".build-"
 SECONDS = "seconds"
 RETRY_AFTER = 24 * 3600.0
 """Seconds before a failed compilation is tried again. Without this every process would repeat it."""
+_OF_THE_MOMENT = re.compile(
+    r"\b(killed|hangup|bus error|(interrupt|terminated) signal|(terminated with signal |ended with -)(1|2|7|9|15|24|25)\b"
+    r"|unable to execute command: (killed|terminated|interrupt)|(out of|not enough|insufficient|cannot allocate) memory"
+    r"|memory exhausted|bad_alloc|no space left|quota exceeded|file too large|(cpu time|file size) limit|too many open files"
+    r"|resource temporarily unavailable|input/output error|stale file handle|text file busy|busy or unavailable|no message)",
+    re.IGNORECASE,
+)
+"""What compilers, linkers and the system say of an event that passes: an interrupt, a kill, a full memory or disk. It says
+nothing about sources and compiler, so the next process tries again."""
 
 _COMMON = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
 _X86 = {
@@ -146,19 +157,31 @@ def _load() -> str | None:
         return f"{type(error).__name__}: {error}"
 
 
+def passes(failure: str) -> bool:
+    """Whether this reason of a failure is of the moment, so that the next process tries again."""
+    return _OF_THE_MOMENT.search(failure) is not None
+
+
 def _build_and_load(command: list[str], folder: Path) -> str | None:
     library = folder / LIBRARY
     if _is_whole(library):
         try:
             torch.ops.load_library(library)
-        except OSError:
+        except OSError as error:
+            if passes(str(error)):
+                return f"cannot be loaded: {_first_line(str(error))}"
             # The checksum is right, but another system that shares the folder compiled it: compile again.
             library.unlink()
         else:
             return None
     failure = folder / FAILURE
     if failure.is_file() and time.time() - failure.stat().st_mtime < RETRY_AFTER:
-        return f"{failure.read_text().strip()} (delete {folder} to try again)"
+        known = failure.read_text(errors="replace").strip()
+        if known and not passes(known):
+            return f"{known} (delete {folder} to try again)"
+    for leftover in folder.glob(f"{BUILD}*"):
+        # Of a process that was killed while it compiled: this one holds the lock.
+        shutil.rmtree(leftover, ignore_errors=True)
     print(f"transcoder: compiling the C++ backend into {folder} (once, about 20 s)", file=sys.stderr, flush=True)
     start = time.perf_counter()
     wrong = _compile(command, library)
@@ -167,9 +190,11 @@ def _build_and_load(command: list[str], folder: Path) -> str | None:
         try:
             torch.ops.load_library(library)
         except OSError as error:
-            wrong = f"cannot be loaded: {str(error).splitlines()[0]}"
+            wrong = f"cannot be loaded: {_first_line(str(error))}"
     if wrong is None:
         failure.unlink(missing_ok=True)
+    elif passes(wrong):
+        wrong = f"{wrong} (the next process tries again)"
     else:
         failure.write_text(wrong)
     return wrong
@@ -207,23 +232,18 @@ def _units(sources: Path, objects: Path) -> list[tuple[list[str], Path]]:
 
 def _compile(command: list[str], library: Path) -> str | None:
     """Compile and link in a temporary folder, then move the result into place. Returns the error, or None."""
-    with tempfile.TemporaryDirectory(prefix=".build-", dir=library.parent) as name:
+    with tempfile.TemporaryDirectory(prefix=BUILD, dir=library.parent) as name:
         build = Path(name)
         units = _units(source_folder(), build)
-        running = [
-            subprocess.Popen([*command, *args, "-c", "-o", str(to)], stderr=subprocess.PIPE, text=True)
-            for args, to in units
-        ]
-        errors = [process.communicate()[1] for process in running]
-        (library.parent / "build.log").write_text("\n".join(errors))
-        for process, error in zip(running, errors, strict=True):
-            if process.returncode:
-                return f"{Path(command[0]).name} failed: {_first_error(error)}"
+        (library.parent / "build.log").unlink(missing_ok=True)
+        wrong = _run(command, [[*command, *args, "-c", "-o", str(to)] for args, to in units], library.parent)
+        if wrong is not None:
+            return wrong
         torch_lib = Path(torch.__file__).parent / "lib"
         link = [*command, "-shared", *(str(to) for _, to in units), f"-L{torch_lib}", "-ltorch_cpu", "-lc10"]
-        linked = subprocess.run([*link, "-o", str(build / LIBRARY)], capture_output=True, text=True)
-        if linked.returncode:
-            return f"linking failed: {_first_error(linked.stderr)}"
+        wrong = _run(command, [[*link, "-o", str(build / LIBRARY)]], library.parent)
+        if wrong is not None:
+            return wrong
         checksum = hashlib.sha256((build / LIBRARY).read_bytes()).hexdigest()
         # The checksum is moved last: until then a reader sees that the library is incomplete.
         (build / LIBRARY).replace(library)
@@ -232,16 +252,53 @@ def _compile(command: list[str], library: Path) -> str | None:
     return None
 
 
+def _run(command: list[str], calls: list[list[str]], folder: Path) -> str | None:
+    """Run the calls of the compiler at the same time; what they say is added to build.log. Returns the error, or None."""
+    running: list[subprocess.Popen[str]] = []
+    try:
+        for call in calls:
+            # Its own language: `passes` reads what it says.
+            environment = {**os.environ, "LC_ALL": "C"}
+            running.append(subprocess.Popen(call, stderr=subprocess.PIPE, text=True, errors="replace", env=environment))
+        errors = [process.communicate()[1] for process in running]
+    finally:
+        # Whatever interrupts the wait, no compiler goes on by itself.
+        for process in running:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+    with (folder / "build.log").open("a") as log:
+        log.write("\n".join(errors))
+    failed = [(process.returncode, said) for process, said in zip(running, errors, strict=True) if process.returncode]
+    if not failed:
+        return None
+    # One that was killed has nothing to say about the sources, whatever the others say.
+    code, said = min(failed)
+    why = f"ended with {code}" if code < 0 else f"failed: {_first_error(said)}"
+    return f"{Path(command[0]).name} {why}"
+
+
 def _first_error(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return next((line for line in lines if "error" in line), lines[0] if lines else "no message")[:300]
+    # What a killed or starved part of the compiler leaves says nothing about the sources, wherever it stands.
+    told = [line for line in lines if "error" in line.lower() or passes(line)]
+    return next((line for line in told if passes(line)), (told or lines or ["no message"])[0])[:300]
+
+
+def _first_line(text: str) -> str:
+    return (text.splitlines() or ["no message"])[0][:300]
 
 
 @contextlib.contextmanager
 def only_one(path: Path) -> Iterator[None]:
-    """A file lock: one process at a time; the others wait and then find the cached result."""
+    """A file lock: one process at a time; the others say that they wait, and then find the cached result. It ends with its
+    process, however that ends."""
     import fcntl
 
     with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"transcoder: another process works on {path.parent}; waiting for it", file=sys.stderr, flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -41,7 +41,7 @@ from transcoder.kernels.correlation.reference import correlation_reference
 from transcoder.kernels.decode.op import nested_loss, sparse_decode
 from transcoder.kernels.decode.reference import nested_loss_reference, sparse_decode_reference
 from transcoder.kernels.encode.op import batch_topk_encode, threshold_encode, topk_encode
-from transcoder.kernels.extension import RETRY_AFTER, cache_folder, only_one
+from transcoder.kernels.extension import RETRY_AFTER, cache_folder, only_one, passes
 from transcoder.kernels.sparse_codes import SparseCodes
 from transcoder.kernels.triton_support import interpreted
 
@@ -57,8 +57,6 @@ SECONDS = 600.0
 """Time limit of a check in seconds. Nearly all of the time is compilation; about a minute is expected, not measured."""
 GRACE = 10.0
 """Seconds to wait until a killed check has exited."""
-_OF_THE_MOMENT = ("out of memory", "busy or unavailable")
-"""Errors of a GPU that other processes occupy. They say nothing about the kernels, so such a verdict is not cached."""
 
 
 @dataclass(frozen=True)
@@ -86,9 +84,16 @@ class Verdict:
 
 def proven(family: str, device: torch.device) -> bool:
     """Whether `auto` may run an op family on this CUDA device by Triton. False where Triton interprets."""
-    if interpreted():
-        return False
-    return proof(family, torch.device("cuda", torch.cuda.current_device()) if device.index is None else device).good
+    return not interpreted() and _proof_here(family, device).good
+
+
+def why_not(family: str, device: torch.device) -> str:
+    """The reason of a `proven` that is False."""
+    return "TRITON_INTERPRET is set" if interpreted() else str(_proof_here(family, device))
+
+
+def _proof_here(family: str, device: torch.device) -> Verdict:
+    return proof(family, torch.device("cuda", torch.cuda.current_device()) if device.index is None else device)
 
 
 @functools.cache
@@ -111,7 +116,8 @@ def proof(family: str, device: torch.device, seconds: float = SECONDS, small: bo
                 said = f"transcoder: checking the Triton kernels of {family} natively on {name} (once)"
                 print(said, file=sys.stderr, flush=True)
                 kept = _check(family, device, name, seconds, small, file)
-                if not any(words in (kept.problem or "") for words in _OF_THE_MOMENT):
+                # A GPU that other processes occupy, a kill, a full disk: they say nothing about the kernels.
+                if not passes(kept.problem or ""):
                     _write(file, kept)
     except OSError as error:
         # Without a cache every process would run the checks, which costs too much: Triton is not used.
@@ -173,6 +179,9 @@ def _check(family: str, device: torch.device, name: str, seconds: float, small: 
                 out = ""
                 child.stdout.close()  # type: ignore[union-attr]
             problem = f"not ended after {seconds:.0f} s"
+        except BaseException:
+            child.kill()
+            raise
     for line in out.splitlines():
         with contextlib.suppress(ValueError):
             said = json.loads(line)

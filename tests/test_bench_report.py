@@ -168,7 +168,7 @@ def test_a_page_of_every_section(written: Path) -> None:
     for words in (
         "## Example CPU",
         "`abcdef0123`",
-        "| variant | part | ms [quartiles] | x ours [quartiles] | x floor | x product | peak MB | held MB | differs in |",
+        "| variant | part | ms [quartiles] | x ours [quartiles] | x limit | x product | peak MB | kept MB | differs in |",
         "| eager PyTorch |  | 40.00 [39.20, 40.80] | 4.00 [3.92, 4.08] | 8.00 | 5.00 | 200.0 | 400.0 | no projection |",
         # Of another run: its ratios are to ours, the floor and the product of that one.
         "| ours (cpp), in the saelens run |  | 12.50 [12.25, 12.75] | 1.00 | 1.25 | 0.62 | 50.0 | 100.0 |  |",
@@ -222,7 +222,7 @@ def test_peers_stand_alone_where_our_own_rows_failed() -> None:
     found["rows"] = {"failed": "exit code 2"}
     page = report.render([report.merged(found)])
     assert "| rows | failed |" in page
-    assert "**step topk, B1024-d128-N2048-k16, in the saelens run**" in page
+    assert "<summary>step topk, B1024-d128-N2048-k16, in the saelens run</summary>" in page
     assert "| SAELens TopK |  | 50.00" in page
 
 

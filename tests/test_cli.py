@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from transcoder.activations.record_sources import record_sources
 from transcoder.cli import main
 from transcoder.commands import COMMANDS
 from transcoder.config import ActivationsSection, ConfigError, RunConfig
+from transcoder.setting_help import FIRST
 from transcoder.training.checkpoint import CheckpointStore
 
 TINY: dict[str, Any] = {
@@ -74,8 +76,9 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_no_command_shows_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = outcome(capsys)
     assert code == 2
-    for command in ("train", "demo", "validate", "compare", "report", "doctor", "75"):
-        assert command in out
+    assert "75" in out
+    assert set(re.findall(r"^  ([a-z]+) ", out, flags=re.M)) == set(COMMANDS), "each once, under a heading"
+    assert {name for names in cli.GROUPS.values() for name in names} <= set(COMMANDS)
 
 
 @pytest.mark.parametrize("command", ["train", "demo", "validate"])
@@ -88,6 +91,8 @@ def test_help_lists_every_setting(capsys: pytest.CaptureFixture[str], command: s
     for name, _ in flags():
         assert f"--{name} " in out
     assert "(default: 1000)" in out
+    first = out[out.index("\nfirst:") : out.index("\nrun:")]
+    assert re.findall(r"^  --(\S+)", first, flags=re.M) == list(FIRST)
     assert "null is 2e-4 / sqrt(d_sae / 2^14)." in out
 
 

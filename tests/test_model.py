@@ -512,3 +512,12 @@ def test_a_threshold_a_latent_is_compared_saved_and_loaded(tmp_path: Path) -> No
     torch.testing.assert_close(loaded.encode(x).to_dense(), want, rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match=r"latent_thresholds.*batch_topk"):
         TranscoderConfig(10, 7, 30, 4, latent_thresholds=True)
+
+
+def test_repr_names_the_shape_the_selection_and_the_device() -> None:
+    model = Transcoder(TranscoderConfig(6, 7, 32, 4, activation="batch_topk", widths=[8, 32], skip=True))
+    count = 32 * 6 + 32 + 32 * 7 + 7 + 7 * 6
+    assert repr(model) == (
+        "Transcoder(d_in=6, d_out=7, d_sae=32, batch_topk, k=4, widths=[8, 32], skip=True, "
+        f"parameters={count}, device=cpu)"
+    )

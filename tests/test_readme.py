@@ -1,4 +1,4 @@
-"""README.md says nothing that does not run: the gate's blocks, the commands, the sample config, the sample code."""
+"""README.md and docs/ say nothing that does not run: the gate's blocks, commands, sample configs, sample code, links."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from transcoder.config import RunConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.M | re.S)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.M | re.S)
 
 
 @pytest.mark.parametrize(
@@ -31,10 +33,12 @@ def test_the_gate_finds_its_blocks(name: str, command: str) -> None:
     assert f"readme {name}" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
 
 
-def test_every_command_parses() -> None:
-    commands = [shlex.split(line, comments=True) for block in blocks("bash") for line in block.splitlines()]
+@each_page
+def test_every_command_parses(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    commands = [shlex.split(line, comments=True) for block in blocks("bash", text) for line in block.splitlines()]
     ours = [words[1:] for words in commands if words[:1] == ["transcoder"]]
-    assert len(ours) >= 4
+    assert len(ours) >= 4 or page.name != "README.md" or page.parent != ROOT
     parser, parsers = cli._parsers()
     for words in ours:
         rest, settings = cli._take_settings(words, parsers[words[0]])
@@ -53,9 +57,10 @@ def test_the_exit_codes_are_those_of_the_command_line() -> None:
         assert re.search(rf"\b{code} [a-z]", text[text.index("Exit codes:") :]), code
 
 
-def test_the_sample_config_loads() -> None:
-    (sample,) = blocks("yaml")
-    assert RunConfig.from_dict(yaml.safe_load(sample)).transcoder.widths == (128, 512, 1024)
+@each_page
+def test_sample_configs_load(page: Path) -> None:
+    for sample in blocks("yaml", page.read_text(encoding="utf-8")):
+        assert RunConfig.from_dict(yaml.safe_load(sample)).transcoder.widths == (128, 512, 1024)
 
 
 @pytest.mark.slow
@@ -74,6 +79,15 @@ def test_the_sample_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         assert (tmp_path / "runs" / run / "report.html").stat().st_size > 0
 
 
-def test_links_lead_somewhere() -> None:
-    for target in re.findall(r"\]\(([^)#:]+)\)", README):
-        assert (ROOT / target).exists(), target
+@each_page
+def test_links_lead_somewhere(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text) + re.findall(r'src="([^":]+)"', text):
+        assert (page.parent / target).exists(), target
+
+
+def test_every_page_is_in_the_site() -> None:
+    """mkdocs itself says so too, in the gate."""
+    listed = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    for page in (*PAGES[2:], *(ROOT / "docs").glob("*.ipynb")):
+        assert f": {page.relative_to(ROOT / 'docs')}\n" in listed, page

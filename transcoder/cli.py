@@ -1,8 +1,10 @@
-"""`transcoder train | demo | validate | sweep | profile | compare | report | export | import | watch | sync | doctor`.
+"""Train and inspect sparse transcoders. Start with `transcoder demo`.
 
-Exit codes: 0 done; 1 the run failed; 2 bad input (settings, data, files); 3 an anti-duplication part was not
-really used; 75 stopped by a signal with the state saved (add --resume to go on); 130 interrupted before there
-was anything to save; 141 the reader of the output went away (`| head`).
+`transcoder COMMAND --help` explains a command, with every setting that it takes.
+
+Exit codes: 0 done; 1 the run failed; 2 bad input (settings, data, files); 3 an enabled anti-duplication part
+did nothing; 75 stopped by a signal with the state saved (add --resume to go on); 130 interrupted before
+there was anything to save; 141 broken pipe (`| head`).
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import logging
 import os
 import select
 import sys
+import textwrap
 import traceback
 import warnings
 from collections.abc import Sequence
@@ -22,6 +25,14 @@ from typing import Any, NoReturn
 from transcoder import __version__
 from transcoder.commands import COMMANDS, Exit
 from transcoder.config import ConfigError, parse_flag
+
+GROUPS = {
+    "train": ("demo", "train", "sweep", "profile"),
+    "look at runs": ("report", "watch", "compare", "sync"),
+    "other libraries": ("export", "import"),
+    "check": ("doctor", "validate"),
+}
+"""Commands in the help, by heading. One that is not named here comes last."""
 
 _CODES: dict[str, int] = {
     "LedgerError": Exit.LEDGER,
@@ -132,14 +143,17 @@ def _run(words: list[str]) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Raises ConfigError instead of exiting, and lists the settings in the help of commands that take them."""
+    """Raises ConfigError instead of exiting. Help lists commands in groups, and the settings of commands that take them."""
 
     takes_settings = False
+    has_commands = False
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message} (see `{self.prog} --help`)")
 
     def format_help(self) -> str:
+        if self.has_commands:
+            return f"{self.format_usage()}\n{self.description}\n{_commands_help()}"
         if not self.takes_settings:
             return super().format_help()
         from transcoder.setting_help import settings_help
@@ -147,9 +161,22 @@ class _Parser(argparse.ArgumentParser):
         return f"{super().format_help()}\n{settings_help()}"
 
 
+def _commands_help() -> str:
+    named = {name for names in GROUPS.values() for name in names}
+    lines = []
+    for heading, names in {**GROUPS, "more": tuple(name for name in COMMANDS if name not in named)}.items():
+        lines += [f"{heading}:"] if names else []
+        for name in names:
+            text = textwrap.wrap(COMMANDS[name].run.__doc__ or "", 88)
+            lines += [f"  {name:<10}{text[0]}", *(f"{'':12}{more}" for more in text[1:])]
+        lines += [""] if names else []
+    return "\n".join([*lines, "  --version   the version of this package"]) + "\n"
+
+
 def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     """The parser of the command line, and that of each command."""
-    parser = _Parser(prog="transcoder", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _Parser(prog="transcoder", description=__doc__)
+    parser.has_commands = True
     parser.add_argument("--version", action="version", version=f"transcoder {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
     parsers: dict[str, _Parser] = {}

@@ -122,6 +122,7 @@ def _train(config: RunConfig, options: argparse.Namespace) -> int:
     print("fraction of variance unexplained on held-out non-sink tokens (lower is better):")
     for key, label in (
         ("evaluation/fvu", "transcoder"),
+        ("evaluation/fvu_with_sinks", "  of all tokens"),
         ("evaluation/baseline_linear_fvu", "least-squares linear map"),
         ("evaluation/baseline_mean_fvu", "mean"),
     ):
@@ -266,12 +267,19 @@ def _print_similarity(folders: list[Path], method: str | None = None) -> None:
     print("", format_run_similarity(found) if method is None else format_seed_similarity(method, found), sep="\n")
 
 
-@command(RUN)
+REFRESH = "first run its newest checkpoint on its text again, for contexts, histograms, densities and duplicates"
+
+
+@command(RUN, argument("--refresh", REFRESH, action="store_true"))
 def report(options: argparse.Namespace, _: dict[str, Any]) -> int:
     """Write report.html of a run again, from its files."""
     folder = run_folder(options.run_folder)
     from transcoder.reporting import write_report
 
+    if options.refresh:
+        from transcoder.training.describe_latents import refresh
+
+        refresh(folder)
     print(write_report(folder))
     return Exit.OK
 
@@ -305,12 +313,13 @@ def export(options: argparse.Namespace, _: dict[str, Any]) -> int:
 
 
 @command(
-    argument("format FORMAT", FORMATS),
+    argument("format FORMAT", f"{FORMATS}, llama-scope"),
     argument("path PATH", "the folder or file that the library wrote"),
     argument("--out DIR", "a new folder, which Transcoder.from_pretrained loads", required=True),
     *CONVERSION,
     argument("--layer", "circuit-tracer, gemma-scope: which layer", type=int),
-    argument("--k", "latents a token for further training, where the files do not say", type=int),
+    argument("--k", "latents a token, where the files do not say", type=int),
+    argument("--threshold", "of a BatchTopK whose files have none", type=float),
     argument("--allow-pickle", PICKLE, action="store_true", default=None),
 )
 def import_(options: argparse.Namespace, _: dict[str, Any]) -> int:

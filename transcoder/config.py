@@ -1,8 +1,7 @@
 """Every constant of a run, as frozen dataclasses. YAML <-> dataclass <-> flags.
 
-One `RunConfig` describes a run; its sections correspond to the packages that read them. The type of a field includes its
-bounds; `--help` prints the docstring under it. `transcoder.settings` reads and checks the fields, so every config object is
-valid.
+The type of a field includes its bounds, which `transcoder.settings` checks, so every config object is valid; `--help` prints
+the docstring under it.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import yaml
 
 from transcoder import settings
 from transcoder.dictionary_config import Activation, DictionarySettings, TranscoderConfig
-from transcoder.files import local_path
+from transcoder.layer_list import LayerHooks, PerLayerSection, layer_hooks, layer_values, parse_layers
 from transcoder.settings import (
     ConfigError,
     Count,
@@ -31,7 +30,10 @@ from transcoder.settings import (
     Share,
     Weight,
 )
-from transcoder.yaml_text import read_yaml
+from transcoder.yaml_text import load_yaml, preset_names, read_yaml
+
+BUFFER_TOKENS = 32768
+"""Of a run of one layer where `activations.buffer_tokens` is null."""
 
 __all__ = ["ConfigError", "RunConfig", "flags", "load_yaml", "parse_flag", "preset_names"]
 
@@ -64,6 +66,10 @@ class ActivationsSection(Section, where="activations."):
     """Hook of TransformerLens whose activations the transcoder reads."""
     target_hook: str = "blocks.2.hook_mlp_out"
     """Hook whose activations the transcoder predicts."""
+    layers: Any = None
+    """Train a transcoder for each of these layers from one pass of the language model: `0-25`, `[2, 3]`, `all`, or a list of
+    [source hook, target hook]. `{layer}` in the hooks' names is the place of its number, or else the layer number in them.
+    Each layer gets a run folder of its own under layers/. null trains the one pair of hooks."""
     dataset: str = "stdlib"
     """`stdlib` (this Python's own standard library), a text/JSONL/Parquet file or folder, or a hub dataset's name."""
     dataset_config: str | None = None
@@ -79,8 +85,9 @@ class ActivationsSection(Section, where="activations."):
     prepend_bos: bool = True
     sequences_per_forward: Positive = 32
     """Sequences in one forward pass of the language model."""
-    buffer_tokens: Positive = 32768
-    """Tokens in the shuffle buffer, on the device."""
+    buffer_tokens: Positive | None = None
+    """Tokens in the shuffle buffer, on the device. null is 32768; of a layer set as many of these as a quarter of the free
+    memory holds."""
     refill_fraction: PositiveShare = 0.5
     """The buffer is refilled when this share of it has been consumed; the rest stays and mixes with the new tokens."""
     prefetch: Count = 2
@@ -89,8 +96,10 @@ class ActivationsSection(Section, where="activations."):
     then holds at most those rows (refill_fraction * buffer_tokens, in whole batches) and one pass in addition to the buffer."""
     mask_bos: bool = True
     """Drop special tokens (BOS, EOS, PAD and the tokenizer's others) at every position."""
-    mask_norm_multiple: Annotated[float, "(1, inf)"] | None = 10.0
-    """Drop tokens whose source norm exceeds this multiple of the median over non-pad tokens; null keeps them."""
+    mask_norm_multiple: Annotated[float, "(1, inf)"] | Literal["auto"] | None = "auto"
+    """Drop tokens whose source norm exceeds this multiple of the median over non-pad tokens; null keeps them. `auto` takes the
+    norm from which on a group of tokens stands apart, found on the first tokens of the text (10 where none does); the run's
+    config.yaml has the number."""
     mask_position_zero: bool = False
     """Drop the first token of each sequence."""
     allow_changed_data: bool = False
@@ -99,8 +108,16 @@ class ActivationsSection(Section, where="activations."):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "layers", parse_layers(self.layers))
+        if self.layers is None and self.buffer_tokens is None:
+            object.__setattr__(self, "buffer_tokens", BUFFER_TOKENS)
         if self.kind == "cached":
             self._require("cached_path", bool(self.cached_path), "a folder of shards when kind is 'cached'")
+
+    @property
+    def pairs(self) -> list[LayerHooks]:
+        """The hooks of each layer, see `layer_hooks`."""
+        return layer_hooks(self.layers, self.source_hook, self.target_hook)
 
 
 @dataclass(frozen=True)
@@ -118,8 +135,8 @@ class TranscoderSection(DictionarySettings, where="transcoder."):
 
     def config(self, d_in: int, d_out: int) -> TranscoderConfig:
         """The config of a transcoder of these settings."""
-        shared = {f.name: getattr(self, f.name) for f in dataclasses.fields(DictionarySettings)}
-        return TranscoderConfig(d_in, d_out, **shared)
+        given = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(DictionarySettings))
+        return TranscoderConfig(d_in, d_out, **{name: value for name, value in given if value is not None})
 
 
 @dataclass(frozen=True)
@@ -127,15 +144,17 @@ class TrainingSection(Section, where="training."):
     """The optimizer, its schedule, and what is evaluated."""
 
     steps: Positive = 1000
-    """Optimizer steps of the run."""
+    """Optimizer steps of the run. A run that is resumed may be given more, even after its end."""
+    init_from: str | None = None
+    """Begin from the weights of a run folder, a checkpoint, or a saved or imported transcoder of this shape."""
     batch_size: Positive = 1024
     """Tokens an optimizer step sees in one micro-batch."""
     accumulation: Positive = 1
     """Micro-batches summed into one optimizer step."""
     lr: PositiveNumber | None = None
-    """null is 2e-4 / sqrt(d_sae / 2^14)."""
-    warmup_steps: Count = 100
-    """Steps in which the learning rate rises linearly to lr."""
+    """Learning rate; null is 2e-4 / sqrt(d_sae / 2^14)."""
+    warmup_steps: Count | None = None
+    """Steps in which the learning rate rises linearly to lr. null is 100, at most a tenth of the run."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """Learning rate after warmup."""
     min_lr_ratio: Share = 0.01
@@ -154,16 +173,15 @@ class TrainingSection(Section, where="training."):
     evaluation_tokens: Positive = 16384
     """Held-out tokens of an evaluation."""
     evaluation_ce_tokens: Count = 8192
-    """Held-out tokens for the language model's cross-entropy with the transcoder in place of the layer, measured at the end
-    of the run; 0 skips it."""
+    """Held-out tokens for the cross-entropy with the transcoder in place of the layer, at the end; 0 skips it."""
     similarity_tokens: Count = 4096
-    """Held-out tokens on which prefixes are compared by CKA at the end of the run (similarity.json). Their codes are saved
-    (heldout_codes.safetensors, 8 bytes an active latent) so that `transcoder compare` can compare runs. 0 skips both."""
+    """Held-out tokens on which prefixes are compared by CKA at the end (similarity.json). Their codes are saved for `transcoder
+    compare` (heldout_codes.safetensors, 8 bytes an active latent). 0 skips both."""
     dead_refresh_steps: Positive = 25
-    """Steps between reads of the list of dead latents by the host: AuxK's only device-to-host transfer, outside the step."""
+    """Steps between reads of the list of dead latents, for AuxK."""
     max_bad_steps: Count = 10
     """A step whose loss or gradients are NaN or Inf changes nothing and is recorded with its batch. More such steps than this
-    in the whole run stop it with a diagnosis and its state saved; a resumed run may be given more. 0 stops at the first."""
+    stop the run with a diagnosis and its state saved; a resumed run may be given more. 0 stops at the first."""
 
 
 @dataclass(frozen=True)
@@ -224,9 +242,9 @@ class PositionsSection(Section, where="antidup.positions."):
 
     enabled: bool = True
     train: bool = False
-    """Draw the training tokens themselves, with importance weights that keep the objective's expectation. It costs the rest:
-    the language model runs 1 / keep_fraction tokens for each one that trains (twice as many by default), which took 1.6
-    times as long on the demo. Off, every token trains, and the draw chooses which tokens of a batch antidup.samples looks at.
+    """Draw the training tokens themselves, with importance weights that keep the objective's expectation. The language model
+    then runs 1 / keep_fraction tokens for each one that trains, which took 1.6 times as long on the demo. Off, every token
+    trains, and the draw chooses which tokens of a batch antidup.samples looks at.
     A run of an earlier version, which always drew its training tokens, goes on so when it is resumed."""
     bins: Positive = 10
     """Equal ranges of positions that a sequence is divided into."""
@@ -253,8 +271,8 @@ class MonitorSection(Section, where="antidup.monitor."):
     """Fewest tokens on which at least one latent of a pair fires."""
     min_sequences: Annotated[int, "[1, 1000]"] = 30
     """Fewest distinct sequences among these tokens; at most 1000 (their number is estimated, up to 1420)."""
-    block_tokens: Positive = 4_000_000
-    """Tokens a block. Blocks do not overlap, so that each is new evidence for a flag."""
+    block_tokens: Positive | None = None
+    """Tokens a block, each new evidence for a flag. null is 4 million, at most what gives a flag by half of the run."""
     blocks_to_flag: Positive = 3
     """Blocks in which a pair must be above the threshold to be flagged."""
     blocks_remembered: int = 4
@@ -309,6 +327,8 @@ class SamplesSection(Section, where="antidup.samples."):
     """Largest share of contexts whose firing token is a special token."""
     max_latents: Positive = 4096
     """Latents followed, evenly spread over the dictionary: this bounds memory."""
+    forget_after: PositiveShare = 0.2
+    """Share of the run's steps after which a sample is dropped: the weights that gave it are gone."""
     save_frequency: Positive = 500
     """Steps between writes into activation_samples/."""
 
@@ -395,6 +415,9 @@ class LoggingSection(Section, where="logging."):
     """Write report.html, in a separate process, when the run ends; `transcoder report RUN` writes it at any time."""
     report_latents: Count = 4096
     """Latents shown with their contexts in report.html, which stays below 10 MB in any case."""
+    report_tokens: Count = 400_000
+    """Tokens, training and held-out, that the final weights are run on after training for contexts, histograms, densities and
+    duplicates; at most a quarter of those trained on. 0 runs none."""
 
 
 @dataclass(frozen=True)
@@ -410,14 +433,17 @@ class RunConfig(Section):
     antidup: AntidupSection = field(default_factory=AntidupSection)
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     logging: LoggingSection = field(default_factory=LoggingSection)
+    per_layer: PerLayerSection = field(default_factory=PerLayerSection)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         safe = bool(self.name) and self.name not in (".", "..") and all(c.isalnum() or c in "._-" for c in self.name)
         self._require("name", safe, "letters, digits, '.', '_' and '-' (it becomes a folder)")
         batch, buffer = self.training.batch_size, self.activations.buffer_tokens
-        if self.activations.kind == "model" and buffer < batch:
+        if self.activations.kind == "model" and buffer is not None and buffer < batch:
             raise settings.refusal("activations.buffer_tokens", f"at least training.batch_size = {batch}", buffer)
+        if self.activations.layers != "all":
+            layer_values(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
@@ -447,28 +473,6 @@ class RunConfig(Section):
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
-
-
-def preset_names() -> list[str]:
-    return sorted(path.stem for path in (Path(__file__).parent / "presets").glob("*.yaml"))
-
-
-def load_yaml(source: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file, or in the preset of that name. A file named as a preset is read if it has a suffix."""
-    path = local_path(source, "config")
-    if isinstance(source, str) and source in preset_names():
-        path = Path(__file__).parent / "presets" / f"{source}.yaml"
-    elif not path.is_file():
-        raise ConfigError(
-            f"config {str(source)!r}: no such file, and no preset of that name; presets: {preset_names()}"
-        )
-    try:
-        values = read_yaml(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"config {path}: not valid YAML: {error}") from error
-    if not isinstance(values, (dict, type(None))):
-        raise ConfigError(f"config {path}: expected a mapping of sections, got {type(values).__name__}")
-    return values or {}
 
 
 def flags() -> list[tuple[str, Any]]:

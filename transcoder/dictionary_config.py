@@ -49,6 +49,8 @@ class DictionarySettings(Section):
     """Active latents a token: exactly k for topk, k on average over a batch for batch_topk, the target of the mean for
     jumprelu (and the unit of its other penalties)."""
     activation: Activation
+    """How latents are selected: the k largest of each token, the largest k * tokens of a batch, or by a trained threshold for
+    each latent."""
     widths: Sequence[int] | None = None
     """Cumulative Matryoshka widths, strictly increasing, the last one d_sae; null trains the full width only."""
     skip: bool = False
@@ -61,8 +63,9 @@ class DictionarySettings(Section):
     """Dead latents that AuxK may revive a token; null is d_in // 2 (at least 1), 0 switches AuxK off."""
     aux_coefficient: Weight = 1 / 32
     """Weight of the AuxK loss."""
-    dead_after_tokens: Positive = 10_000_000
-    """A latent is dead when it has not fired on this many tokens."""
+    dead_after_tokens: Positive | None = None
+    """A latent is dead when it has not fired on this many tokens. null is 10 million, and in a run at most a quarter of its
+    tokens."""
     threshold_rate: PositiveShare = 0.05
     """Rate of the fp32 running mean of the smallest selected value (BatchTopK's threshold at inference). That minimum is
     taken over batch_size * k values and hardly varies, so a short memory costs no noise and keeps up with training."""
@@ -98,6 +101,8 @@ class TranscoderConfig(DictionarySettings, _Sizes, where="TranscoderConfig."):
     """
 
     activation: Activation = "topk"
+    dead_after_tokens: Positive = 10_000_000
+    """A latent is dead when it has not fired on this many tokens."""
     latent_thresholds: bool = False
     """BatchTopK at inference uses one threshold per latent [d_sae], as imported JumpReLU dictionaries do."""
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from transcoder import __version__
 from transcoder.files import replace_atomically
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def _python() -> Iterator[Fact]:
 
 
 def _packages() -> Iterator[Fact]:
-    yield Fact("ok", f"transcoder {_version('transcoder')}")
+    yield Fact("ok", f"transcoder {__version__}")
     # Triton has no build for other systems, and the torch backend runs without it.
     essential = (*ESSENTIAL, "triton") if platform.system() == "Linux" else ESSENTIAL
     for name in essential:
@@ -92,9 +93,9 @@ def _devices() -> Iterator[Fact]:
         capability = f"sm_{about.major}{about.minor}"
         yield Fact("ok", f"device cuda:{i}: {about.name}, {about.total_memory / 2**30:.0f} GiB, {capability}")
     if not torch.cuda.is_available():
-        built = torch.version.cuda or torch.version.hip
-        why = f"torch is built for {built}, no GPU answers" if built else "torch is built without CUDA"
-        yield Fact("note", f"device cpu only: {why}")
+        built = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"
+        known = torch.version.cuda or torch.version.hip
+        yield Fact("note", f"PyTorch is built for {built}; no GPU found" if known else "PyTorch is built for CPUs only")
 
 
 def _backends() -> Iterator[Fact]:
@@ -131,8 +132,8 @@ def _extension_time() -> Iterator[Fact]:
 
     cost = extension.first_call()
     if cost is not None:
-        cold = "at a time not noted" if cost.compiled is None else f"in {cost.compiled:.1f} s"
-        text = f"C++ extension: compiled once {cold}; this process waited {cost.waited:.3f} s; kept in {cost.folder}"
+        cold = "" if cost.compiled is None else f" in {cost.compiled:.1f} s"
+        text = f"C++ extension: compiled once{cold}; this process waited {cost.waited:.3f} s; kept in {cost.folder}"
         yield Fact("ok", text)
 
 
@@ -236,7 +237,9 @@ def _ops() -> Iterator[Fact]:
         for name, check in _op_checks(device).items():
             worst = check()
             fits = worst < 1e-4
-            text = f"{name} on {device}: off its reference by at most {worst:.1e}"
+            text = (
+                f"{name} on {device}: {'matches' if fits else 'differs from'} the reference (largest error {worst:.1g})"
+            )
             yield Fact("ok" if fits else "missing", text if fits else f"{text}, expected below 1e-4")
 
 
@@ -300,10 +303,11 @@ def _demo() -> Iterator[Fact]:
 
 def _tools() -> Iterator[Fact]:
     compiler = next((c for c in (os.environ.get("CXX"), "c++", "g++", "clang++") if c and shutil.which(c)), None)
-    for name, found in (("C++ compiler", compiler), ("nvcc", shutil.which("nvcc"))):
-        yield (
-            Fact("ok", f"{name}: {Path(found).name}") if found else Fact("note", f"{name}: none (not needed to train)")
-        )
+    yield (
+        Fact("ok", f"C++ compiler: {Path(compiler).name}")
+        if compiler
+        else Fact("note", "no C++ compiler: backend torch")
+    )
 
 
 def _disk() -> Iterator[Fact]:

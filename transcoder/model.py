@@ -96,6 +96,16 @@ class Transcoder(nn.Module):
         self._dead_ids: Tensor | None = None
         self.to(device)
 
+    def extra_repr(self) -> str:
+        config = self.config
+        widths = f", widths={list(self.widths)}" if len(self.widths) > 1 else ""
+        skip = ", skip=True" if config.skip else ""
+        count = sum(parameter.numel() for parameter in self.parameters())
+        return (
+            f"d_in={config.d_in}, d_out={config.d_out}, d_sae={config.d_sae}, {config.activation}, k={config.k}{widths}{skip}, "
+            f"parameters={count:,}, device={self.W_enc.device}"
+        )
+
     @property
     def widths(self) -> tuple[int, ...]:
         return tuple(self.config.widths or ())

@@ -13,6 +13,13 @@ from typing import Any, Literal, NamedTuple
 from transcoder.config import RunConfig
 from transcoder.settings import field_types
 
+FIRST = (
+    *("model.name", "activations.dataset", "activations.source_hook", "activations.target_hook"),
+    *("transcoder.d_sae", "transcoder.k", "transcoder.activation"),
+    *("training.steps", "training.batch_size", "training.lr"),
+)
+"""What a new run of one's own sets. `--help` shows these before the others."""
+
 
 class Setting(NamedTuple):
     """One leaf field of the configuration."""
@@ -31,17 +38,29 @@ def settings() -> list[Setting]:
 
 
 def settings_help(width: int = 100) -> str:
-    """All settings, grouped by section, for the end of a `--help` page."""
-    lines = ["settings (each a flag: `--training.steps 100` or `--training.steps=100`, values as in YAML):"]
+    """The settings that nearly every run changes, then all of them by section, for the end of a `--help` page."""
+    found = settings()
+    lines = [
+        "settings (each a flag: `--training.steps 100` or `--training.steps=100`, values as in YAML)",
+        "",
+        "first:",
+    ]
+    for name in FIRST:
+        setting = next(s for s in found if s.name == name)
+        lines += _lines(setting, setting.text.partition(". ")[0].rstrip("."), width)
     shown = None
-    for setting in settings():
+    for setting in found:
         section = setting.name.rpartition(".")[0]
         if section != shown:
             lines += ["", f"{section or 'run'}:"]
             shown = section
-        lines.append(f"  --{setting.name} {setting.kind}  (default: {setting.default})")
-        lines += textwrap.wrap(setting.text, width, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        lines += _lines(setting, setting.text, width)
     return "\n".join(lines) + "\n"
+
+
+def _lines(setting: Setting, text: str, width: int) -> list[str]:
+    head = f"  --{setting.name} {setting.kind}  (default: {setting.default})"
+    return [head, *textwrap.wrap(text, width, initial_indent=" " * 6, subsequent_indent=" " * 6)]
 
 
 def _settings(cls: type, prefix: str) -> Iterator[Setting]:
@@ -67,4 +86,4 @@ def _kind(hint: Any) -> str:
         return "{" + ",".join(map(str, args)) + "}"
     if origin in (tuple, Sequence):
         return f"[{_kind(args[0])}, ...]"
-    return {int: "INT", float: "FLOAT", bool: "{true,false}", str: "TEXT"}.get(hint, str(hint))
+    return {int: "INT", float: "FLOAT", bool: "{true,false}", str: "TEXT", Any: "VALUE"}.get(hint, str(hint))

@@ -121,6 +121,44 @@ def test_model_names(model_folder: Path, tmp_path: Path, monkeypatch: pytest.Mon
         resolve_model_name("two words")
 
 
+@pytest.mark.parametrize(
+    ("files", "what"),
+    [
+        ({"adapter_config.json": '{"base_model_name_or_path": "org/base"}'}, r"adapter \(LoRA\) of org/base"),
+        ({"transcoder.safetensors": "x", "config.json": '{"format": "transcoder"}'}, "holds a transcoder"),
+        ({"sae_weights.safetensors": "x", "cfg.json": "{}"}, "sparse autoencoder of SAELens"),
+        ({"checkpoints/step_00000004/state.json": "{}", "config.yaml": "name: x"}, "folder of a run"),
+        ({"model_index.json": "{}", "unet/config.json": "{}"}, "pipeline of diffusers"),
+        ({"consolidated.00.pth": "x", "params.json": "{}"}, "Meta's own layout"),
+        ({"model.gguf": "GGUF"}, "llama.cpp"),
+        ({"snapshots/abc/config.json": "{}"}, "there is one in .*abc"),
+        ({"config.json": "{"}, "without model_type"),
+        ({"config.json": '{"model_type": "llama"}', "tokenizer.json": "{}"}, "no weights"),
+        (
+            {
+                "config.json": '{"model_type": "llama"}',
+                "model.safetensors.index.json": '{"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}',
+                "model-1.safetensors": "x",
+            },
+            "lacks model-2.safetensors",
+        ),
+    ],
+)
+def test_a_folder_that_is_no_model_is_told_apart(files: dict[str, str], what: str, tmp_path: Path) -> None:
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content, encoding="utf-8")
+    with pytest.raises(ModelError, match=rf"model\.name: the folder .*{what}"):
+        resolve_model_name(str(tmp_path))
+
+
+def test_a_file_is_no_model(tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF")
+    with pytest.raises(ModelError, match=r"is a file; give the folder .*llama\.cpp"):
+        resolve_model_name(str(file))
+
+
 def test_a_torn_model_is_named(model_folder: Path, tmp_path: Path) -> None:
     for file in model_folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())

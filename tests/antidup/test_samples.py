@@ -140,6 +140,28 @@ def test_contexts_of_one_store_do_not_overlap(tmp_path: Path) -> None:
                 assert all(s != t or abs(p - q) >= WIDTH for t, q in places[:a])
 
 
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
+def test_samples_of_old_weights_are_forgotten(backend: str, tmp_path: Path) -> None:
+    """A latent that was strong early and is weak now shows what it is now; one that no longer fires shows nothing."""
+    text = Text(20, seed=2)
+    text.z[:, 0] = text.z[:, 0] * torch.where(
+        torch.arange(len(text.z)).argsort()[text.order.argsort()] < 300, 10.0, 1.0
+    )
+    late = text.order.argsort() >= 300
+    text.z[late, 1] = 0
+    ledger = UsageLedger(dict.fromkeys(REQUIRED_EFFECTS, True), tmp_path / "usage.json")
+    folder = tmp_path / "activation_samples"
+    part = ActivationSampleCollector(SECTION, D_SAE, "cpu", 0, folder, [BOS], LENGTH, ledger, None, 3)
+    with use_backend(backend):
+        for step, (codes, batch) in enumerate(text.batches(100)):
+            part.collect(codes, batch, step)
+        part.save(7, words)
+    rows = rows_of(tmp_path)
+    assert {row["step"] for row in rows} <= {4, 5, 6, 7}
+    assert max(row["activation"] for row in rows if row["latent"] == 0) <= 1.0
+    assert {row["latent"] for row in rows} == {0, *range(2, D_SAE)}
+
+
 def test_every_bin_has_its_samples_and_sinks_their_share(tmp_path: Path) -> None:
     text = Text(60, 3)
     text.z[::LENGTH] = 5.0  # BOS excites every latent, as sinks do

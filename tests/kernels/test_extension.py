@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,8 @@ for word in "$@"; do
     last=$word
 done
 echo $mode >> "{log}"
+if [ -n "$FAKE_DIES" ]; then kill -$FAKE_DIES $$; fi
+if [ -n "$FAKE_HANGS" ]; then echo $$ >> "{log}.pids"; exec sleep 60; fi
 if [ -n "$FAKE_FAILS" ]; then echo "adam.cpp:1: error: $FAKE_FAILS" >&2; exit 1; fi
 if [ $mode = -shared ]; then sleep 0.3; cp "{library}" "$last"; else : > "$last"; fi
 """
@@ -101,6 +105,79 @@ def test_a_failed_compilation_leaves_torch_with_the_reason_and_is_remembered(box
     assert out.startswith("torch cxx failed: adam.cpp:1: error: out of registers (delete ")
     assert "compiling" not in err
     assert box.run(FAKE_VERSION="newer")[0] == "cpp None"
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "g++: fatal error: Killed signal terminated program cc1plus",
+        "g++: fatal error: Interrupt signal terminated program cc1plus",
+        "internal compiler error: Killed (program cc1plus)",
+        "clang: error: unable to execute command: Terminated",
+        "cc1plus: out of memory allocating 65536 bytes after a total of 25 bytes",
+        "virtual memory exhausted: Cannot allocate memory",
+        "terminate called after throwing an instance of 'std::bad_alloc'",
+        "fatal error: error writing to /tmp/ccX.s: No space left on device",
+        "collect2: fatal error: ld terminated with signal 7 [Bus error]",
+        "g++: fatal error: cannot execute 'cc1plus': vfork: Resource temporarily unavailable",
+        "/usr/bin/ld: final link failed: Disk quota exceeded",
+    ],
+)
+def test_a_passing_event_is_told_from_a_fault(said: str) -> None:
+    assert extension.passes(said)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "adam.cpp:1: error: out of registers",
+        "fatal error: torch/extension.h: No such file or directory",
+        "error: no member named 'memory_order' in namespace 'std'",
+        "error: 'signal' was not declared in this scope",
+        "g++: fatal error: Segmentation fault signal terminated program cc1plus",
+        "g++: error: unrecognized command-line option '-std=c++20'",
+        "cannot be loaded: x.so: undefined symbol: interrupt",
+    ],
+)
+def test_a_fault_is_told_from_a_passing_event(said: str) -> None:
+    assert not extension.passes(said)
+
+
+@pytest.mark.parametrize(
+    "environment", [{"FAKE_DIES": "INT"}, {"FAKE_DIES": "KILL"}, {"FAKE_FAILS": "No space left on device"}]
+)
+def test_a_passing_failure_is_tried_again_by_the_next_process(box: Box, environment: dict[str, str]) -> None:
+    out, _ = box.run(**environment)
+    assert out.startswith("torch cxx ")
+    assert out.endswith("(the next process tries again)")
+    assert box.run()[0] == "cpp None"
+
+
+def test_notes_and_leftovers_of_killed_processes_do_not_stay(box: Box) -> None:
+    box.run(FAKE_FAILS="out of registers")
+    (failure,) = box.cache.glob(f"extension/*/{extension.FAILURE}")
+    # As an earlier version noted an interrupt.
+    failure.write_text("cxx failed: no message")
+    leftover = failure.with_name(f"{extension.BUILD}killed")
+    leftover.mkdir()
+    assert box.run()[0] == "cpp None"
+    assert not failure.exists()
+    assert not leftover.exists()
+
+
+def test_an_interrupt_ends_the_compilers_too(box: Box) -> None:
+    process, pids = box.start(FAKE_HANGS="1"), Path(f"{box.log}.pids")
+    while len(pids.read_text().split() if pids.exists() else []) < 2:
+        assert process.poll() is None
+        time.sleep(0.05)
+    # To the one process only, as `kill -INT` sends it.
+    process.send_signal(signal.SIGINT)
+    assert "KeyboardInterrupt" in process.communicate(timeout=60)[1]
+    for pid in map(int, pids.read_text().split()):
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+    assert not list(box.cache.glob(f"extension/*/{extension.BUILD}*"))
+    assert box.run()[0] == "cpp None"
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from transcoder.training import RunResult, train_transcoder
 from transcoder.training import trainer as trainer_module
 from transcoder.training.checkpoint import load_checkpoint
 from transcoder.training.sources import TrainingDataError
+from transcoder.training.start_checks import as_started
 from transcoder.training.validate import check_run
 
 
@@ -36,7 +37,7 @@ def test_a_run_leaves_everything_it_promises(whole: RunResult) -> None:
     run_dir = whole.run_dir
     assert whole.finished
     assert whole.step == 30
-    assert RunConfig.load(run_dir / "config.yaml") == config(logging__report=True)
+    assert RunConfig.load(run_dir / "config.yaml") == as_started(config(logging__report=True), run_dir, resume=False)
     assert sorted(p.name for p in (run_dir / "checkpoints").iterdir()) >= ["step_00000020", "step_00000030"]
     reports = sorted(p.name for p in (run_dir / "anti_duplication_logs").glob("correlation_step_*.json"))
     assert {"correlation_step_00000008.json", "correlation_step_00000030.json"} <= set(reports)

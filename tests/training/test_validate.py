@@ -15,7 +15,7 @@ import torch
 from transcoder.activations import ActivationBatch
 from transcoder.config import MonitorSection, RunConfig
 from transcoder.model import Transcoder, TranscoderConfig
-from transcoder.training.evaluation import heldout_duplicates
+from transcoder.training.heldout_pairs import heldout_duplicates
 from transcoder.training.validate import ValidationResult, check_run, validate
 
 TINY = RunConfig.from_dict(

@@ -63,6 +63,7 @@ def config() -> RunConfig:
         "antidup.samples.collect_every": 1,
         "checkpoint.every": 14,
         "logging.report": False,
+        "logging.report_tokens": 0,
         "logging.progress": False,
     })  # fmt: skip
 

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from transcoder.config import SamplesSection
+
 EMPTY = -1.0
 """Score of an empty place; scores of samples are >= 0."""
 
@@ -106,3 +108,24 @@ def without_overlap(score: Tensor, position: Tensor, sequence: Tensor, window: i
         same = (sequence[:, :n] == sequence[:, n : n + 1]) & known[:, :n]
         keep[:, n] &= ~(near & same & keep[:, :n]).any(1)
     return keep
+
+
+def strata_of(section: SamplesSection) -> tuple[int, int]:
+    """(strata, places in each) of a latent's stratified samples: position bins, and one for special tokens if any are kept."""
+    bins, wanted = section.position_bins, section.stratified_per_latent
+    per_bin = max(section.min_per_bin, -(-wanted // bins)) if wanted else 0
+    return bins + 1 if section.max_sink_fraction > 0 else bins, per_bin
+
+
+def evenly_chosen(spread: Samples, followed: int, section: SamplesSection, window: int) -> Samples:
+    """[followed, strata * places] of stratified samples [followed * strata, places]: overlaps between bins dropped, special
+    tokens cut to `max_sink_fraction` of a latent's samples."""
+    strata, per_bin = strata_of(section)
+    joined = Samples(*(part.reshape(followed, strata * per_bin, *part.shape[2:]) for part in spread))
+    keep = without_overlap(joined.score, joined.position, joined.sequence, window)
+    ordinary = section.position_bins * per_bin
+    fraction = section.max_sink_fraction
+    if strata > section.position_bins and fraction < 1:
+        room = (keep[:, :ordinary].sum(1, keepdim=True).double() * fraction / (1 - fraction) + 1e-6).floor()
+        keep[:, ordinary:] &= keep[:, ordinary:].cumsum(1) <= room
+    return joined._replace(score=torch.where(keep, joined.score, EMPTY))

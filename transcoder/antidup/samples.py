@@ -15,7 +15,7 @@ from torch import Tensor
 from transcoder.activations.batch import ActivationBatch
 from transcoder.antidup.ledger import UsageLedger
 from transcoder.antidup.positions import PositionSampler
-from transcoder.antidup.sample_store import EMPTY, Samples, best_entries, merged, without_overlap
+from transcoder.antidup.sample_store import EMPTY, Samples, best_entries, evenly_chosen, merged, strata_of
 from transcoder.antidup.special_tokens import SpecialTokens
 from transcoder.config import SamplesSection
 from transcoder.files import local_path, replacing_all
@@ -41,6 +41,9 @@ class ActivationSampleCollector:
             `stratified_per_latent` places, and at least `min_per_bin` a bin. Special tokens have their own stratum, cut on
             saving to at most `max_sink_fraction` of a latent's stratified samples.
 
+    A sample older than `keep_steps` is dropped: the weights that gave it are gone. What is on cards after training is not from
+    these stores but from the final weights, see `transcoder.training.describe_latents`.
+
     Samples whose contexts overlap a better one of the same store (same sequence, fewer than context_tokens
     positions apart) are dropped; a batch offers each store its best k, before overlaps within the batch are
     dropped (rare in batches shuffled over sequences). Activations below `min_activation` are not sampled.
@@ -55,6 +58,7 @@ class ActivationSampleCollector:
         sequence_length: positions run from 0 to sequence_length - 1.
         ledger: records calls, samples kept and files.
         positions: chooses which tokens of a batch are looked at; None looks at all of them.
+        keep_steps: steps after which a sample is forgotten; None keeps it.
     """
 
     def __init__(
@@ -68,24 +72,21 @@ class ActivationSampleCollector:
         sequence_length: int,
         ledger: UsageLedger,
         positions: PositionSampler | None = None,
+        keep_steps: int | None = None,
     ) -> None:
         self._rank = 0
         """Keys the random draws, with seed and step."""
         self.section, self.d_sae, self.seed, self.sequence_length = section, d_sae, seed, sequence_length
         self.device = torch.empty(0, device=device).device
         self._out_dir, self._ledger, self._positions = local_path(out_dir), ledger, positions
-        self._special = SpecialTokens(special_ids, self.device)
+        self._special, self._keep_steps = SpecialTokens(special_ids, self.device), keep_steps
         number = min(section.max_latents, d_sae)
         self.latents = torch.arange(number, device=self.device) * d_sae // number
         """[followed] int64 latent ids."""
         # Latents that are not followed map to slot `number`, which is beyond all stores.
         self._slot = torch.full((d_sae,), number, dtype=torch.int64, device=self.device)
         self._slot[self.latents] = torch.arange(number, device=self.device)
-        bins = section.position_bins
-        wanted = section.stratified_per_latent
-        self._per_bin = max(section.min_per_bin, -(-wanted // bins)) if wanted else 0
-        self._strata = bins + 1 if section.max_sink_fraction > 0 else bins
-        """Number of strata: position bins, and one for special tokens if any may be kept."""
+        self._strata, self._per_bin = strata_of(section)
         self._stores: tuple[Samples, Samples] | None = None
         self._anchor = 0
 
@@ -116,6 +117,9 @@ class ActivationSampleCollector:
                 "ActivationSampleCollector.collect: batch.contexts: expected the first batch's width "
                 f"{top.context.shape[2]} and anchor {self._anchor}, got width {contexts.shape[1]} and anchor {anchor}"
             )
+        if self._keep_steps is not None:
+            for store in (top, spread):
+                store.score.masked_fill_(store.step < step - self._keep_steps, EMPTY)
         section, window = self.section, max(1, contexts.shape[1])
         value, rows = codes.values.detach().float(), codes.rows()
         followed = self.latents.numel()
@@ -192,18 +196,10 @@ class ActivationSampleCollector:
             OSError: a file could not be written; the previous files and the collected samples are unchanged.
         """
         top, spread = self._opened(1, 0)
-        spread = self._chosen(spread)
-        latents = self.latents.cpu().numpy()
-        parts = []
-        for samples, is_top in ((top, True), (spread, False)):
-            keep = (samples.score >= 0).cpu().numpy()
-            group, _ = np.nonzero(keep)
-            columns = {name: getattr(samples, name).cpu().numpy()[keep] for name in Samples._fields}
-            parts.append({**columns, "latent": latents[group], "kind": np.full(len(group), is_top)})
-        every = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        order = np.lexsort((-every["activation"], ~every["kind"], every["latent"]))
-        every = {name: column[order] for name, column in every.items()}
-        summary = self._summary(step, every)
+        window = max(1, top.context.shape[2])
+        every = sample_columns(self.latents, top, evenly_chosen(spread, self.latents.numel(), self.section, window))
+        ids = self._special.ids
+        summary = samples_summary(self.section, self.sequence_length, ids, self.latents.numel(), step, every)
         paths = write_samples(self._out_dir, every, every["context"], self._anchor, decode_tokens, summary)
         for path in paths:
             self._ledger.record_file(_NAME, path)
@@ -253,37 +249,46 @@ class ActivationSampleCollector:
             )
         return self._stores
 
-    def _chosen(self, spread: Samples) -> Samples:
-        """[followed, strata * k]: overlaps between bins dropped, special tokens cut to their share."""
-        followed = self.latents.numel()
-        joined = Samples(*(part.reshape(followed, self._strata * self._per_bin, *part.shape[2:]) for part in spread))
-        window = max(1, joined.context.shape[2])
-        keep = without_overlap(joined.score, joined.position, joined.sequence, window)
-        ordinary = self.section.position_bins * self._per_bin
-        fraction = self.section.max_sink_fraction
-        if self._strata > self.section.position_bins and fraction < 1:
-            room = (keep[:, :ordinary].sum(1, keepdim=True).double() * fraction / (1 - fraction) + 1e-6).floor()
-            keep[:, ordinary:] &= keep[:, ordinary:].cumsum(1) <= room
-        return joined._replace(score=torch.where(keep, joined.score, -1.0))
-
-    def _summary(self, step: int, every: dict[str, np.ndarray[Any, Any]]) -> dict[str, Any]:
-        bins = self.section.position_bins
-        place = np.clip(every["position"] * bins // self.sequence_length, 0, bins - 1)
-        spread = ~every["kind"]
-        sinks = np.isin(every["token"], self._special.ids)
-        return {
-            "schema_version": 1,
-            "step": step,
-            "latents_followed": self.latents.numel(),
-            "latents_with_samples": len(np.unique(every["latent"])),
-            "samples_kept": len(place),
-            "position_bins": np.bincount(place[spread], minlength=bins).tolist(),
-            "sink_fraction": float(sinks[spread].mean()) if spread.any() else 0.0,
-        }
-
 
 def _plain(samples: Samples) -> dict[str, Tensor]:
     return {name: part.clone() for name, part in samples._asdict().items()}
+
+
+def sample_columns(latents: Tensor, top: Samples, spread: Samples) -> dict[str, NDArray[Any]]:
+    """Columns of the samples of `latents` [F], each [n], sorted by latent, top samples first, and falling activation."""
+    ids, parts = latents.cpu().numpy(), []
+    for samples, is_top in ((top, True), (spread, False)):
+        keep = (samples.score >= 0).cpu().numpy()
+        group, _ = np.nonzero(keep)
+        columns = {name: getattr(samples, name).cpu().numpy()[keep] for name in Samples._fields}
+        parts.append({**columns, "latent": ids[group], "kind": np.full(len(group), is_top)})
+    every = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    order = np.lexsort((-every["activation"], ~every["kind"], every["latent"]))
+    return {name: column[order] for name, column in every.items()}
+
+
+def samples_summary(
+    section: SamplesSection,
+    length: int,
+    special: Sequence[int],
+    followed: int,
+    step: int,
+    every: dict[str, NDArray[Any]],
+) -> dict[str, Any]:
+    """Content of activation_samples/summary.json for columns of `sample_columns`."""
+    bins = section.position_bins
+    place = np.clip(every["position"] * bins // max(1, length), 0, bins - 1)
+    spread = ~every["kind"]
+    sinks = np.isin(every["token"], special)
+    return {
+        "schema_version": 1,
+        "step": step,
+        "latents_followed": followed,
+        "latents_with_samples": len(np.unique(every["latent"])),
+        "samples_kept": len(place),
+        "position_bins": np.bincount(place[spread], minlength=bins).tolist(),
+        "sink_fraction": float(sinks[spread].mean()) if spread.any() else 0.0,
+    }
 
 
 def write_samples(
@@ -293,6 +298,7 @@ def write_samples(
     anchor: int,
     decode_tokens: Callable[[Sequence[int]], list[str]],
     summary: dict[str, Any],
+    activations: NDArray[np.float32] | None = None,
 ) -> list[Path]:
     """Write `samples.parquet` and `summary.json` into `folder`; both are complete before either replaces the old one.
 
@@ -302,6 +308,7 @@ def write_samples(
         anchor: the column of `contexts` that holds the token itself.
         decode_tokens: ids to display strings, one each.
         summary: content of summary.json without `file`.
+        activations: [n, C], the latent's on each token of the context, NaN where not known; None writes no such column.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -334,6 +341,9 @@ def write_samples(
             "tokens": pa.ListArray.from_arrays(offsets, strings),
         }
     )
+    if activations is not None:
+        found = pa.array(activations[present].astype(np.float32))
+        table = table.append_column("activations", pa.ListArray.from_arrays(offsets, found))
     data, about = folder / "samples.parquet", folder / "summary.json"
     content = json.dumps({**summary, "file": data.name}, indent=1, allow_nan=False) + "\n"
 

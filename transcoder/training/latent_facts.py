@@ -1,4 +1,4 @@
-"""latents.parquet: what a trained transcoder's latents do on held-out tokens, and which tokens each one promotes."""
+"""latents.parquet: how often and how strongly each latent of a trained transcoder fires, and which tokens it promotes."""
 
 from __future__ import annotations
 
@@ -10,13 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transcoder.activations import ActivationBatch
 from transcoder.files import replacing
 from transcoder.model import Transcoder
 from transcoder.reporting.latent_table import ABOUT, FILE_NAME
-from transcoder.training.evaluation import at_inference
+from transcoder.training.firings import Firings
 
-BINS = 20
 TOKENS_SHOWN = 8
 """Promoted and suppressed tokens of a latent, of each so many."""
 LOGITS = 1 << 25
@@ -29,20 +27,21 @@ MOST_PRODUCTS = 4e12
 def write_latent_facts(
     run_dir: Path,
     transcoder: Transcoder,
-    heldout: Sequence[ActivationBatch],
+    firings: Firings,
     shown: Tensor | None = None,
     unembedding: Tensor | str = "the run had no language model at hand",
     decode_tokens: Callable[[Sequence[int]], list[str]] | None = None,
 ) -> Path:
     """Write `run_dir/latents.parquet`, one row a latent, and return its path.
 
-    Columns: latent int32, tokens_fired int64 and max_activation float32 on the held-out tokens, histogram list<int32> (20 bins
-    of activation from 0 to its maximum), promoted and suppressed list<string> with their logits list<float32>. The logits are
-    a decoder row's direct effect through the final norm's weight and the unembedding, less their mean over the vocabulary.
-    Columns that could not be computed are empty; the file's metadata says why.
+    Columns: latent int32, tokens_fired int64 and max_activation float32 on the tokens of `firings`, histogram list<int32> (20
+    bins of activation from 0 to its maximum), quantiles list<float32> of its activations (25, 50, 75, 95 %), promoted and
+    suppressed list<string> with their logits list<float32>. The logits are a decoder row's direct effect
+    through the final norm's weight and the unembedding, less their mean over the vocabulary. Columns that could not be
+    computed are empty; the file's metadata says why.
 
     Args:
-        heldout: what evaluation read; empty leaves the first columns 0.
+        firings: of these weights; of no tokens leaves the first columns 0.
         shown: [n] int64 latents that get tokens; None is all of them.
         unembedding: [d_model, vocabulary], the final norm's weight folded in; or why there is none.
 
@@ -52,8 +51,8 @@ def write_latent_facts(
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    why: dict[str, str] = {} if heldout else {"activation histograms": "nothing was held out"}
-    fired, peak, histogram = _fired(transcoder, heldout)
+    why: dict[str, str] = {} if len(firings) else {"activation histograms": "no token was looked at"}
+    counts = firings.counts()
     d_sae = transcoder.config.d_sae
     tokens: dict[str, list[Any]] = {
         name: [[] for _ in range(d_sae)] for name in ("promoted", "promoted_logits", "suppressed", "suppressed_logits")
@@ -69,41 +68,21 @@ def write_latent_facts(
         why["promoted and suppressed tokens"] = str(unembedding)
     columns = [
         ("latent", pa.int32(), list(range(d_sae))),
-        ("tokens_fired", pa.int64(), fired.tolist()),
-        ("max_activation", pa.float32(), peak.tolist()),
-        ("histogram", pa.list_(pa.int32()), histogram.tolist()),
+        ("tokens_fired", pa.int64(), counts.fired.tolist()),
+        ("max_activation", pa.float32(), counts.peak.tolist()),
+        ("histogram", pa.list_(pa.int32()), counts.histogram.tolist()),
+        ("quantiles", pa.list_(pa.float32()), counts.quantiles.tolist()),
         ("promoted", pa.list_(pa.string()), tokens["promoted"]),
         ("promoted_logits", pa.list_(pa.float32()), tokens["promoted_logits"]),
         ("suppressed", pa.list_(pa.string()), tokens["suppressed"]),
         ("suppressed_logits", pa.list_(pa.float32()), tokens["suppressed_logits"]),
     ]
     types = [(name, kind) for name, kind, _ in columns]
-    schema = pa.schema(types, metadata={ABOUT: json.dumps({"tokens": sum(map(len, heldout)), "why": why}).encode()})
+    schema = pa.schema(types, metadata={ABOUT: json.dumps({"tokens": len(firings), "why": why}).encode()})
     path = run_dir / FILE_NAME
     with replacing(path) as file:
         pq.write_table(pa.table([values for _, _, values in columns], schema=schema), file)
     return path
-
-
-def _fired(transcoder: Transcoder, heldout: Sequence[ActivationBatch]) -> tuple[Tensor, Tensor, Tensor]:
-    """(tokens fired on [d_sae] int64, highest activation [d_sae] fp32, histogram [d_sae, BINS] int64), on the CPU."""
-    d_sae, device = transcoder.config.d_sae, transcoder.W_dec.device
-    peak = torch.zeros(d_sae, device=device)
-    counts = torch.zeros(d_sae * BINS, dtype=torch.int64, device=device)
-    with at_inference(transcoder):
-        # Two passes over the tokens: the bins need the maximum.
-        for counting in (False, True):
-            for batch in heldout:
-                codes = transcoder.encode(batch.source)
-                live = codes.values > 0
-                values, latents = codes.values[live].float(), codes.indices[live].long()
-                if not counting:
-                    peak.scatter_reduce_(0, latents, values, "amax")
-                    continue
-                place = (values / peak[latents] * BINS).long().clamp_(0, BINS - 1)
-                counts += torch.bincount(latents * BINS + place, minlength=d_sae * BINS)
-    histogram = counts.view(d_sae, BINS).cpu()
-    return histogram.sum(1), peak.cpu(), histogram
 
 
 def _promoted(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import tempfile
 import time
@@ -52,8 +53,8 @@ class StepProfile:
         total = sum(self.phases.values())
         median = statistics.median(self.step_seconds)
         lines = [
-            f"{self.steps} steps on {self.device}: median {1e3 * median:.2f} ms a step ({self.tokens_per_step / median:,.0f} "
-            f"tokens/s), mean {1e3 * total:.2f} ms",
+            f"{self.steps} steps on {self.device}: {1e3 * total:.2f} ms a step ({self.tokens_per_step / total:,.0f} tokens/s), "
+            f"median {1e3 * median:.2f} ms",
             "",
             f"{'phase':<34}{'ms a step':>10}{'share':>8}{'calls':>8}",
         ]
@@ -127,6 +128,8 @@ def _write_trace(run: Trainer, clock: PhaseClock, trace: Path) -> None:
     activities = [torch.profiler.ProfilerActivity.CPU]
     if run.device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
+    # The profiler's own lines of progress on stderr are not for users of the command.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     # The trace shows the device as it is, not as the clock makes it wait.
     clock.synchronise = False
     with torch.profiler.profile(activities=activities) as profiler:

@@ -7,20 +7,16 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from transcoder.activations import ActivationStream
 from transcoder.files import replace_atomically
 from transcoder.reporting.report_subprocess import write_report_apart
-from transcoder.training.latent_facts import write_latent_facts
+from transcoder.training.describe_latents import describe_latents, tokens_to_look_at
 
 if TYPE_CHECKING:
     from transcoder.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
-REPORT_PAIRS = 4096
-"""Pairs whose latents get promoted tokens in the report, besides those that samples are kept of."""
 REPORT_SECONDS, INTERRUPTED_REPORT_SECONDS = 900.0, 20.0
 """How long a run waits for its page at its end, and at an interrupt."""
 
@@ -39,6 +35,11 @@ def write_summary(run: Trainer, finished: bool, interrupted_by: str | None) -> d
     }
     for observer in run.observers:
         summary |= observer.summary()
+    if finished:
+        found = describe_final_weights(run)
+        if found:
+            run.writer.write(run.step, found)
+        summary |= found
     summary |= {"bad_steps": run.bad_steps.count, "data": run.source.counters()}
     text = json.dumps(summary, indent=2).encode()
     run.write("summary.json", lambda: replace_atomically(run.run_dir / "summary.json", text))
@@ -51,11 +52,6 @@ def write_run_report(run: Trainer, finished: bool) -> Path | None:
         return None
     run.writer.flush()
     try:
-        if finished:
-            _write_latent_facts(run)
-    except Exception as error:
-        logger.warning("latents.parquet could not be written: %s: %s", type(error).__name__, error)
-    try:
         # After an interrupt this process may soon be killed: the page is then finished without it.
         path = write_report_apart(run.run_dir, REPORT_SECONDS if finished else INTERRUPTED_REPORT_SECONDS)
     except Exception as error:
@@ -66,13 +62,14 @@ def write_run_report(run: Trainer, finished: bool) -> Path | None:
     return path
 
 
-def _write_latent_facts(run: Trainer) -> None:
-    """What only the model and the held-out tokens can say of each latent."""
-    listed = [] if run.parts.samples is None else [run.parts.samples.latents]
-    if run.parts.monitor is not None:
-        listed.extend(run.parts.monitor.target_pairs(REPORT_PAIRS))
-    shown = torch.cat([part.cpu() for part in listed]).unique() if listed else None
-    stream = run.source if isinstance(run.source, ActivationStream) else None
-    unembedding = "the run had no language model at hand" if stream is None else stream.unembedding()
-    decode = None if stream is None else stream.decode_tokens
-    write_latent_facts(run.run_dir, run.layers[0].transcoder, run.parts.data.heldout, shown, unembedding, decode)
+def describe_final_weights(run: Trainer) -> dict[str, float]:
+    """Contexts, histograms, densities and duplicates of the final weights, see `describe_latents`: their metrics. What goes
+    wrong costs a warning."""
+    tokens = tokens_to_look_at(run.config, run.tokens)
+    data = run.source if isinstance(run.source, ActivationStream) else run.parts.data.heldout
+    try:
+        layer = run.layers[0]
+        return describe_latents(run.run_dir, run.config, layer.transcoder, data, step=run.step, tokens=tokens)
+    except Exception as error:
+        logger.warning("the final weights could not be looked at: %s: %s", type(error).__name__, error)
+        return {}

@@ -1,10 +1,16 @@
-"""Learning rate, and what is due after which step, as functions of the step: resuming needs no state."""
+"""What follows from the length of a run: defaults, the learning rate, and what is due after which step. All of it is a function
+of the step, so resuming needs no state."""
 
 from __future__ import annotations
 
 import math
 
+from transcoder.antidup.window import BLOCK_TOKENS
 from transcoder.config import RunConfig, TrainingSection
+from transcoder.dictionary_config import TranscoderConfig
+
+WARMUP_STEPS = 100
+"""Default of `training.warmup_steps` in runs of a thousand steps and more."""
 
 
 def peak_learning_rate(config: RunConfig) -> float:
@@ -14,15 +20,28 @@ def peak_learning_rate(config: RunConfig) -> float:
     return 2e-4 / math.sqrt(config.transcoder.d_sae / 2**14)
 
 
+def length_defaults(config: RunConfig) -> dict[str, int]:
+    """{setting: its default for a run of this length}, of the settings for which null means such a default. Each acts within
+    the run: the warm-up ends, a latent can be counted dead, a pair can be flagged by the middle of the run."""
+    training, flag_blocks = config.training, config.antidup.monitor.blocks_to_flag
+    tokens = training.steps * training.batch_size * training.accumulation
+    return {
+        "training.warmup_steps": min(WARMUP_STEPS, training.steps // 10),
+        "transcoder.dead_after_tokens": max(1, min(TranscoderConfig.dead_after_tokens, tokens // 4)),
+        "antidup.monitor.block_tokens": max(1, min(BLOCK_TOKENS, tokens // (2 * flag_blocks))),
+    }
+
+
 def learning_rate(step: int, section: TrainingSection, peak: float) -> float:
     """Rate of the step with index `step` (0 is the first): linear warm-up that never starts at 0, then the cosine from
     `peak` to `peak * min_lr_ratio`, which the last step runs at exactly; `constant` stays at `peak`."""
-    if step < section.warmup_steps:
-        return peak * (step + 1) / section.warmup_steps
+    warmup = WARMUP_STEPS if section.warmup_steps is None else section.warmup_steps
+    if step < warmup:
+        return peak * (step + 1) / warmup
     if section.schedule == "constant":
         return peak
-    span = section.steps - 1 - section.warmup_steps
-    progress = min(1.0, (step - section.warmup_steps) / span) if span > 0 else 1.0
+    span = section.steps - 1 - warmup
+    progress = min(1.0, (step - warmup) / span) if span > 0 else 1.0
     floor = peak * section.min_lr_ratio
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import logging
 import operator
 from collections.abc import Iterable, Sequence
@@ -13,15 +14,23 @@ from typing import Any
 import torch
 
 from transcoder.activations import ActivationBatch
+from transcoder.antidup.window import BLOCK_TOKENS
 from transcoder.config import ConfigError, RunConfig, flags, load_yaml
+from transcoder.kernels.backend import why_slower
 from transcoder.settings import brief
+from transcoder.training.schedule import learning_rate, length_defaults, peak_learning_rate
 
 logger = logging.getLogger(__name__)
 
-MAY_CHANGE = ("model.device", "activations.prefetch", "activations.allow_changed_data", "training.max_bad_steps")
+MAY_CHANGE = (
+    *("model.device", "activations.prefetch", "activations.allow_changed_data"),
+    *("training.steps", "training.max_bad_steps"),
+)
 """Settings that a resumed run may be given other values of: they do not change its results, or say so in their help."""
 FORMER_DEFAULTS = {"antidup.regularizer.orthogonality_weight": 0.01}
 """Defaults that changed with the version that added `antidup.positions.train`, as they were before it."""
+FOUND = ("activations.mask_norm_multiple",)
+"""Settings whose `auto` a run replaces by what it finds: its config.yaml has the value, which a resumed run goes on with."""
 
 
 def device_of(name: str) -> torch.device:
@@ -40,6 +49,13 @@ def device_of(name: str) -> torch.device:
             f"model.device: expected a device of this machine ({have}), got {name!r}: {reason}"
         ) from error
     return device
+
+
+def say_backend(device: torch.device) -> None:
+    """Warn where the ops run on a slower backend than this device usually has. Compiles one that was never used."""
+    slower = why_slower(device)
+    if slower is not None:
+        logger.warning("slow: %s; see `transcoder doctor`", slower)
 
 
 def check_switches(
@@ -79,16 +95,7 @@ def check_switches(
             "antidup.recycle.enabled: AuxK trains the latents that it frees; set transcoder.aux_k and "
             "transcoder.aux_coefficient above 0"
         )
-    evidence = anti.monitor.blocks_to_flag * anti.monitor.block_tokens
-    if anti.recycle.enabled and evidence > anti.recycle.until * trained:
-        logger.warning(
-            "antidup.recycle: a flag needs %d blocks of %d tokens, and the run's last round comes after %d tokens: nothing "
-            "will be recycled; lower antidup.monitor.block_tokens",
-            anti.monitor.blocks_to_flag,
-            anti.monitor.block_tokens,
-            int(anti.recycle.until * trained),
-        )
-    _name_what_cannot_act(config, trained)
+    _name_what_cannot_act(config)
     section = anti.regularizer
     weights = [field.name for field in dataclasses.fields(section) if field.name.endswith("_weight")]
     if section.enabled and all(getattr(section, name) == 0 for name in weights):
@@ -102,32 +109,98 @@ def check_switches(
         )
 
 
-def _name_what_cannot_act(config: RunConfig, trained: int) -> None:
-    """Warn of settings that wait for more tokens or steps than the run has. `trained`: its tokens."""
-    dictionary, monitor, steps = config.transcoder, config.antidup.monitor, config.training.steps
-    if dictionary.dead_after_tokens >= trained:
+def _name_what_cannot_act(config: RunConfig) -> None:
+    """Warn of each setting that waits for more tokens or steps than the run has, with a value that would act."""
+    dictionary, training, anti = config.transcoder, config.training, config.antidup
+    steps, monitor = training.steps, anti.monitor
+    a_step = training.batch_size * training.accumulation
+    tokens = steps * a_step
+
+    def warn(name: str, value: int | None, why: str, would: int) -> None:
         logger.warning(
-            "transcoder.dead_after_tokens is %d and the run has %d tokens: no latent will be counted dead, and AuxK has "
-            "nothing to train; %d would act",
-            dictionary.dead_after_tokens,
-            trained,
-            max(1, trained // 4),
+            "%s is %s and the run has %d steps of %d tokens: %s; %d would act",
+            *(name, value, steps, a_step, why, would),
         )
-    if monitor.enabled and monitor.blocks_to_flag * monitor.block_tokens > trained:
-        logger.warning(
-            "antidup.monitor.block_tokens is %d, a flag needs %d blocks, and the run has %d tokens: no pair will be flagged; "
-            "%d would act",
-            monitor.block_tokens,
-            monitor.blocks_to_flag,
-            trained,
-            max(1, trained // (monitor.blocks_to_flag + 1)),
-        )
-    for name, value in (
-        ("training.warmup_steps", config.training.warmup_steps),
-        ("training.evaluation_every", config.training.evaluation_every),
-    ):
-        if value > steps:
-            logger.warning("%s is %d and the run has %d steps: %d would act", name, value, steps, max(1, steps // 10))
+
+    refresh = training.dead_refresh_steps
+    acts_from = min(refresh, steps // 4) if steps > 3 else 1
+    if refresh >= steps > 1:
+        warn("training.dead_refresh_steps", refresh, "AuxK never reads which latents are dead", acts_from)
+    dead_after = dictionary.dead_after_tokens
+    if dead_after is not None and dead_after > (steps - 1) // acts_from * acts_from * a_step and steps > 1:
+        why = "no latent will be counted dead, and AuxK has nothing to train"
+        warn("transcoder.dead_after_tokens", dead_after, why, max(1, tokens // 4))
+    if monitor.enabled:
+        last = int(anti.recycle.until * steps) if anti.recycle.enabled else steps
+        outcome = "flagged" if last == steps else f"flagged by step {last}, after which nothing is recycled"
+        for name, would in _changes_for_a_flag(config, last).items():
+            why = f"a flag needs {monitor.blocks_to_flag} blocks, each closed by a report, so no pair will be {outcome}"
+            warn(f"antidup.monitor.{name}", getattr(monitor, name), why, would)
+    waits: dict[str, tuple[bool, int | None, int, str]] = {
+        "training.warmup_steps": (True, training.warmup_steps, steps, "the learning rate never reaches lr"),
+        "training.evaluation_every": (True, training.evaluation_every, steps, "there is one evaluation, at the end"),
+        "transcoder.jumprelu.warmup_steps": (
+            dictionary.activation == "jumprelu",
+            dictionary.jumprelu.warmup_steps,
+            steps,
+            "the penalty never reaches its weight",
+        ),
+        "antidup.samples.collect_every": (
+            anti.samples.enabled,
+            anti.samples.collect_every,
+            steps - 1,
+            "samples are collected from the untrained weights of step 0 alone",
+        ),
+        "antidup.regularizer.orthogonality_every": (
+            anti.regularizer.enabled and anti.regularizer.orthogonality_weight > 0,
+            anti.regularizer.orthogonality_every,
+            steps - 1,
+            "the decoder penalty acts in step 0 alone",
+        ),
+        "antidup.recycle.every": (
+            anti.recycle.enabled,
+            anti.recycle.every,
+            int(anti.recycle.until * steps),
+            f"nothing is recycled, since the last round is due at step {int(anti.recycle.until * steps)}",
+        ),
+    }
+    for name, (used, value, most, why) in waits.items():
+        if used and value is not None and value > most > 0:
+            warn(name, value, why, max(1, most // 10))
+
+
+def _changes_for_a_flag(config: RunConfig, last: int) -> dict[str, int]:
+    """The fewest settings of the monitor, with values, that let a pair be flagged by step `last`; none if it can be already, or
+    if there are fewer steps than blocks."""
+    monitor, training = config.antidup.monitor, config.training
+    a_step, needed = training.batch_size * training.accumulation, monitor.blocks_to_flag
+    if last < needed:
+        return {}
+    now = {
+        "block_tokens": monitor.block_tokens or BLOCK_TOKENS,
+        "correlation_save_frequency": monitor.correlation_save_frequency,
+        "update_every": monitor.update_every,
+    }
+    most = {
+        "block_tokens": max(1, last * a_step // (2 * needed)),
+        "correlation_save_frequency": max(1, last // (2 * needed)),
+        "update_every": 1,
+    }
+
+    def flags_come(values: dict[str, int]) -> bool:
+        frequency, since, closed = values["correlation_save_frequency"], 0, 0
+        for step in [*range(frequency, last, frequency), last]:
+            counted = -(-step // values["update_every"]) * a_step
+            if counted - since >= values["block_tokens"]:
+                since, closed = counted, closed + 1
+        return closed >= needed
+
+    for size in range(len(now) + 1):
+        for names in itertools.combinations(now, size):
+            changes = {name: min(now[name], most[name]) for name in names}
+            if flags_come({**now, **changes}):
+                return changes
+    return {}
 
 
 def check_folder(run_dir: Path, config: RunConfig, resume: bool) -> None:
@@ -147,19 +220,59 @@ def check_folder(run_dir: Path, config: RunConfig, resume: bool) -> None:
             )
 
 
-def as_started(config: RunConfig, run_dir: Path, resume: bool) -> RunConfig:
-    """`config` as a resumed run of an earlier version was started: its position sampler always drew the training tokens,
-    without a setting for it, and where `config` has today's default, what was the default then is kept."""
+def check_length(config: RunConfig, run_dir: Path, step: int) -> None:
+    """Before a resumed run of `step` steps goes on: say what another number of steps than it was started with makes of its
+    schedule. Its summary of an earlier end is removed.
+
+    Raises: ConfigError: fewer steps than are done.
+    """
+    section, peak = config.training, peak_learning_rate(config)
+    if section.steps < step:
+        raise ConfigError(
+            f"training.steps: this run has done {step} steps: expected at least as many, got {section.steps}"
+        )
+    if section.steps == step:
+        logger.warning("all %d steps are done; a larger training.steps trains on", step)
+        return
     saved = run_dir / "config.yaml"
-    if not resume or not saved.exists() or not _drew_training_tokens(saved):
-        return config
-    before, now, defaults = (c.to_dict() for c in (RunConfig.load(saved), config, RunConfig()))
-    kept = {
-        name: value
-        for name, value in FORMER_DEFAULTS.items()
-        if _setting(before, name) == value and _setting(now, name) == _setting(defaults, name)
-    }
-    return config.replace({"antidup.positions.train": True, **kept})
+    before = RunConfig.load(saved).training if saved.exists() else section
+    if before.steps != section.steps:
+        logger.warning(
+            "training.steps is %d, it was %d: schedule %s goes on as in a run of %d steps. Learning rate %.3g in the last "
+            "step, %.3g from step %d on, %.3g at the end",
+            section.steps,
+            before.steps,
+            section.schedule,
+            section.steps,
+            learning_rate(max(0, step - 1), before, peak),
+            learning_rate(step, section, peak),
+            step + 1,
+            learning_rate(section.steps - 1, section, peak),
+        )
+    (run_dir / "summary.json").unlink(missing_ok=True)
+
+
+def as_started(config: RunConfig, run_dir: Path, resume: bool) -> RunConfig:
+    """`config` with every default that depends on the run filled in: what a resumed run was started with, or found where
+    `config` says `auto`, else what its length gives. A run of an earlier version keeps the defaults of then where `config`
+    has today's, and its position sampler goes on drawing the training tokens, for which there was no setting."""
+    saved = run_dir / "config.yaml"
+    kept: dict[str, Any] = {}
+    if resume and saved.exists():
+        before, now, defaults = (c.to_dict() for c in (RunConfig.load(saved), config, RunConfig()))
+        older = _drew_training_tokens(saved)
+        former = {name: _setting(before, name) for name in length_defaults(config)} | (FORMER_DEFAULTS if older else {})
+        kept = {
+            name: value
+            for name, value in former.items()
+            if _setting(before, name) == value and _setting(now, name) == _setting(defaults, name)
+        }
+        kept |= {name: _setting(before, name) for name in FOUND if _setting(now, name) == "auto"}
+        kept |= {"antidup.positions.train": True} if older else {}
+    config = config.replace(kept) if kept else config
+    values = config.to_dict()
+    unset = {name: value for name, value in length_defaults(config).items() if _setting(values, name) is None}
+    return config.replace(unset) if unset else config
 
 
 def _drew_training_tokens(saved: Path) -> bool:
@@ -172,8 +285,8 @@ def _drew_training_tokens(saved: Path) -> bool:
 
 def changed_settings(saved: Path, config: RunConfig) -> list[str]:
     """Names of the settings that change a run's results and differ between `config` and a saved config.yaml."""
-    before, now = as_started(RunConfig.load(saved), saved.parent, resume=True).to_dict(), config.to_dict()
-    sections = ("model.", "activations.", "transcoder.", "training.", "antidup.")
+    before, now = (as_started(c, saved.parent, resume=True).to_dict() for c in (RunConfig.load(saved), config))
+    sections = ("model.", "activations.", "transcoder.", "training.", "antidup.", "per_layer.")
     names = [name for name, _ in flags() if name.startswith(sections)]
     return [name for name in names if _setting(before, name) != _setting(now, name)]
 

@@ -10,7 +10,6 @@ from typing import Any
 from transcoder.antidup.row_cosines import cosine_tail, random_cosine_tail
 from transcoder.config import ConfigError, RunConfig
 from transcoder.files import local_path, replace_atomically
-from transcoder.training.evaluation import heldout_duplicates
 from transcoder.training.start_checks import changed_settings
 from transcoder.training.trainer import train_transcoder
 
@@ -72,7 +71,6 @@ def sweep_k(config: RunConfig, ks: Sequence[int], out: Path | str) -> dict[str, 
                 )
             metrics = {
                 **result.summary,
-                **heldout_duplicates(result.transcoder, result.heldout, run.antidup.monitor),
                 **{f"decoder_cosine/{n}": v for n, v in (cosine_tail(result.transcoder.W_dec) or {}).items()},
             }
             kept = {name: metrics.get(name) for name in (*dict(COLUMNS), "d_out")}

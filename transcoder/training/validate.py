@@ -12,9 +12,9 @@ from typing import Any
 from transcoder.antidup import validate_correlation_report
 from transcoder.checkpoint_folder import CheckpointError, verify_checkpoint
 from transcoder.config import RunConfig
-from transcoder.files import local_path, replace_atomically
+from transcoder.files import local_path
 from transcoder.reporting.compare import compare_runs, format_comparison, write_comparison
-from transcoder.training.evaluation import heldout_duplicates
+from transcoder.training.start_checks import as_started
 from transcoder.training.trainer import train_transcoder
 from transcoder.usage import SECTIONS, judge
 
@@ -90,11 +90,8 @@ def validate(config: RunConfig, out: Path | str) -> ValidationResult:
         if not result.finished:
             ending = f"stopped by {result.interrupted_by} after step {result.step} of {run.training.steps}"
             return ValidationResult({**checks, name: [Check("finished", False, ending)]}, None)
-        found = heldout_duplicates(result.transcoder, result.heldout, run.antidup.monitor)
-        path = out / name / "summary.json"
-        replace_atomically(path, json.dumps({**json.loads(path.read_bytes()), **found}, indent=2))
         checks[name] = check_run(out / name, run)
-    comparison = compare_runs(out / "with_antidup", out / "baseline")
+    comparison = compare_runs(out / "baseline", out / "with_antidup")
     write_comparison(comparison, out / "comparison.json")
     return ValidationResult(checks, comparison)
 
@@ -123,7 +120,8 @@ def _require(condition: object, otherwise: str) -> None:
 
 
 def _settings(run_dir: Path, config: RunConfig) -> str:
-    _require(RunConfig.load(run_dir / "config.yaml") == config, "config.yaml differs from the settings of the run")
+    expected = as_started(config, run_dir, resume=False)
+    _require(RunConfig.load(run_dir / "config.yaml") == expected, "config.yaml differs from the settings of the run")
     return "config.yaml holds the settings of the run"
 
 
