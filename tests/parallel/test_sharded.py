@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from transcoder.config import ConfigError, RunConfig
 from transcoder.parallel import Lanes
+from transcoder.training import train_transcoder
 
 PROGRAM = str(Path(__file__).with_name("ranks.py"))
 ALL = ("codes", "gradients", "training", "a_bad_step_is_bad_everywhere", "files")
@@ -55,3 +60,24 @@ def test_lanes_hold_every_latent_once(d_sae: int, lanes: int, ranks: int) -> Non
 def test_sizes_that_do_not_divide_are_refused(d_sae: int, lanes: int, ranks: int, named: str) -> None:
     with pytest.raises(ValueError, match=named):
         Lanes(d_sae, lanes, ranks, 0)
+
+
+@pytest.mark.slow
+def test_the_documented_loop_runs(tmp_path: Path) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "scale.md").read_text(encoding="utf-8")
+    (program,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "loop.py").write_text(program, encoding="utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4", "--standalone", "loop.py"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "loss of rank 0's tokens: " in done.stdout
+    assert (tmp_path / "sharded" / "transcoder.safetensors").exists()
+
+
+def test_a_run_under_torchrun_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(ConfigError, match=r"expected one process, got 2 .*without torchrun"):
+        train_transcoder(RunConfig(name="x"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
