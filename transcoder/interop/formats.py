@@ -73,7 +73,7 @@ _NOT_READ = {
     "transcoder.safetensors": "It is a transcoder of this library, which Transcoder.from_pretrained reads as it is",
     "checkpoints/step_*/transcoder.safetensors": "It is the folder of a run; Transcoder.from_pretrained reads its checkpoints",
     "W_enc_*.safetensors": "It is a cross-layer transcoder, each of whose latents writes into every later layer",
-    "params_layer_*.safetensors": "It is Gemma Scope 2's cross-layer transcoder; transcoder/ and transcoder_all/ are of one layer",
+    "params_layer_*.safetensors": "It is Gemma Scope 2's cross-layer transcoder; transcoder/, transcoder_all/ are of one layer",
     "*.dcp": "It is a distributed checkpoint: save it in its library as .safetensors first",
 }
 """What is in folders that no format reads."""
