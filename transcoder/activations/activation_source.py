@@ -11,7 +11,7 @@ from torch import Tensor
 
 from transcoder.activations.batch import ActivationBatch
 from transcoder.activations.masking import SinkMasker
-from transcoder.activations.rows import Chunk, MakePositionChoice, Pass, RowMaker, Substitute, counters_of
+from transcoder.activations.rows import Chunk, Group, MakePositionChoice, Pass, RowMaker, Substitute, counters_of
 from transcoder.activations.vocabulary import Vocabulary
 from transcoder.config import RunConfig
 
@@ -99,6 +99,10 @@ class ActivationSource(ABC):
     def heldout_losses(self, substitutes: Mapping[str, Substitute | None], tokens: int) -> dict[str, float] | None:
         """See `ActivationStream.heldout_losses`; None without a language model."""
         return None
+
+    def heldout_groups(self, tokens: int, sequences: int) -> Iterator[Group]:
+        """See `ActivationStream.heldout_groups`; none without a language model."""
+        return iter(())
 
     def unembedding(self) -> Tensor | str:
         """See `ActivationStream.unembedding`."""

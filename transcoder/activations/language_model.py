@@ -206,13 +206,14 @@ class HookedModel:
         `substitute` takes the activations at the two hooks, [S L, d_in] and [S L, d_out], and gives what the rest of the model
         reads at the target hook instead, [S L, d_out]. All logits exist at once: see `sequences_at_a_time`.
         """
-        logits = self._logits(tokens, substitute)
+        logits = self.logits(tokens, substitute)
         return torch.nn.functional.cross_entropy(
             logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none"
         ).view(tokens.shape[0], -1)
 
     @torch.no_grad()
-    def _logits(self, tokens: Tensor, substitute: Substitute | None = None) -> Tensor:
+    def logits(self, tokens: Tensor, substitute: Substitute | None = None) -> Tensor:
+        """[S, L, vocabulary], `substitute` as in `next_token_losses`."""
         with self._lock:
             self._captured.clear()
             self._substitute, self._whole = substitute, True
@@ -235,7 +236,7 @@ class HookedModel:
         tokens = torch.zeros(1, 8, dtype=torch.int64, device=self._device)
         changed = tokens.clone()
         changed[0, -1] = 1
-        before, after = self._logits(tokens)[:, :-1].float(), self._logits(changed)[:, :-1].float()
+        before, after = self.logits(tokens)[:, :-1].float(), self.logits(changed)[:, :-1].float()
         if not torch.allclose(before, after, rtol=0, atol=1e-4 * float(before.std())):
             return "the model predicts a token from those behind it as well"
         return None

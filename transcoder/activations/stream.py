@@ -16,7 +16,7 @@ from transcoder.activations.batch import ActivationBatch, batch_of, columns_of, 
 from transcoder.activations.buffer import ShuffleBuffer, permutation, to_device
 from transcoder.activations.documents import DataError
 from transcoder.activations.prefetch import Prefetcher
-from transcoder.activations.rows import Chunk, MakePositionChoice, Substitute
+from transcoder.activations.rows import Chunk, Group, MakePositionChoice, Substitute
 from transcoder.config import RunConfig
 
 _JSON_BYTES = 1 << 16
@@ -144,6 +144,11 @@ class ActivationStream:
         [T, d_in], target [T, d_out]) -> [T, d_out] at the target hook, None for the model as it is; or None where there is no
         model to run (cached activations) or nothing held out."""
         return self._source.heldout_losses(substitutes, tokens) if self._source.holds_out else None
+
+    def heldout_groups(self, tokens: int, sequences: int) -> Iterator[Group]:
+        """About `tokens` tokens of held-out text, at most so many sequences at a time, with the language model to run on them,
+        see `Group`. None where there is no model that predicts the next token, or nothing held out."""
+        return self._source.heldout_groups(tokens, sequences) if self._source.holds_out else iter(())
 
     def unembedding(self) -> Tensor | str:
         """[d_out, vocabulary] fp32, what the logits read of the target's stream, see `HookedModel.unembedding`; or the reason
