@@ -128,7 +128,10 @@ OVERRIDES: list[tuple[dict[str, Any], list[str]]] = [
     ({"training.steps": "1e"}, ["training.steps: expected a whole number, got '1e'"]),
     ({"training.lr": 10**400}, ["training.lr: expected a finite number, got 1000"]),
     ({"training.gradient_clip": 0}, ["training.gradient_clip: expected positive or null, got 0.0"]),
-    ({"activations.mask_norm_multiple": 1}, ["activations.mask_norm_multiple: expected above 1 or null, got 1.0"]),
+    (
+        {"activations.mask_norm_multiple": 1},
+        ["activations.mask_norm_multiple: expected above 1, 'auto' or null, got 1.0"],
+    ),
     ({"antidup.monitor.min_sequences": 1001}, ["antidup.monitor.min_sequences: expected", "1000", "got 1001"]),
     ({"antidup.monitor.sketch_dim": 4}, ["antidup.monitor.sketch_dim: expected at least 8 or null, got 4"]),
     # Settings that contradict each other.

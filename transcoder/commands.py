@@ -122,6 +122,7 @@ def _train(config: RunConfig, options: argparse.Namespace) -> int:
     print("fraction of variance unexplained on held-out non-sink tokens (lower is better):")
     for key, label in (
         ("evaluation/fvu", "transcoder"),
+        ("evaluation/fvu_with_sinks", "  of all tokens"),
         ("evaluation/baseline_linear_fvu", "least-squares linear map"),
         ("evaluation/baseline_mean_fvu", "mean"),
     ):
@@ -274,6 +275,12 @@ def _config_of_weights(weights: Path, hooks: Any, given: str | None, overrides: 
     own = next((file for file in homes if file.is_file()), None)
     source = own if given is None else given
     values = {} if source is None else load_yaml(source)
+    activations = values.get("activations") or {}
+    if isinstance(activations, dict) and activations.get("layers") is not None:
+        # Of a layer set, the weights know their own hooks.
+        values["activations"] = {
+            k: v for k, v in activations.items() if k not in ("layers", "source_hook", "target_hook")
+        }
     known = {
         "model.name": hooks.model_name,
         "activations.source_hook": hooks.source,
@@ -404,12 +411,13 @@ def export(options: argparse.Namespace, _: dict[str, Any]) -> int:
 
 
 @command(
-    argument("format FORMAT", FORMATS),
+    argument("format FORMAT", f"{FORMATS}, llama-scope"),
     argument("path PATH", "the folder or file that the library wrote"),
     argument("--out DIR", "a new folder, which Transcoder.from_pretrained loads", required=True),
     *CONVERSION,
     argument("--layer", "circuit-tracer, gemma-scope: which layer", type=int),
-    argument("--k", "latents a token for further training, where the files do not say", type=int),
+    argument("--k", "latents a token, where the files do not say", type=int),
+    argument("--threshold", "of a BatchTopK whose files have none", type=float),
     argument("--allow-pickle", PICKLE, action="store_true", default=None),
 )
 def import_(options: argparse.Namespace, _: dict[str, Any]) -> int:

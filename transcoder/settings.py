@@ -125,8 +125,11 @@ def convert(kind: Any, value: Any, name: str, or_null: str = "") -> Any:
     """
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
-        (inner,) = (a for a in args if a is not type(None))
-        return None if value is None else convert(inner, value, name, " or null")
+        words = [word for a in args if typing.get_origin(a) is Literal for word in typing.get_args(a)]
+        if value in (None, *words):
+            return value
+        (inner,) = (a for a in args if a is not type(None) and typing.get_origin(a) is not Literal)
+        return convert(inner, value, name, "".join([*(f", {word!r}" for word in words), " or null"]))
     if origin is Annotated:
         value = convert(args[0], value, name)
         if not _inside(value, args[1]):

@@ -200,8 +200,8 @@ def test_positions_cannot_be_sampled_from_loose_tokens(folder: Path) -> None:
 
 def test_a_wrong_sequence_length_is_found(folder: Path) -> None:
     write_index(folder, vocab_size=100, sequence_length=5)
-    with stream_of(folder) as stream, pytest.raises(DataError, match="positions do not run 0 to 4"):
-        next(stream)
+    with pytest.raises(DataError, match="positions do not run 0 to 4"):
+        stream_of(folder)
 
 
 def damage_index(folder: Path, **change: Any) -> None:
@@ -275,14 +275,14 @@ def test_a_changed_byte_is_found_by_its_checksum(folder: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-10] ^= 1
     path.write_bytes(data)
-    with stream_of(folder, prefetch=2) as stream, pytest.raises(DataError, match=r"shard_000.*sha256"):
-        next(stream)
+    with pytest.raises(DataError, match=r"shard_000.*sha256"):
+        stream_of(folder, prefetch=2)
 
 
 def test_ids_outside_the_vocabulary_are_named(folder: Path) -> None:
     write_index(folder, vocab_size=50)
-    with stream_of(folder) as stream, pytest.raises(DataError, match=r"shard_000.*\[0, 50\)"):
-        next(stream)
+    with pytest.raises(DataError, match=r"shard_000.*\[0, 50\)"):
+        stream_of(folder)
 
 
 def test_the_writer_refuses_what_the_reader_could_not_use(tmp_path: Path) -> None:

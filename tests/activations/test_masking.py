@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from transcoder.activations.documents import DataError
-from transcoder.activations.masking import SinkMasker, context_anchor, context_windows
+from transcoder.activations.masking import SinkMasker, context_anchor, context_windows, find_sinks, heavy_tokens
 from transcoder.activations.rows import Pass, RowMaker
 from transcoder.config import ActivationsSection
 
@@ -155,3 +155,67 @@ def test_contexts_are_the_tokens_around(width: int) -> None:
 
 def test_three_quarters_of_a_window_stand_before_the_token() -> None:
     assert [context_anchor(w) for w in (1, 2, 5, 9, 20, 21)] == [0, 0, 3, 6, 14, 15]
+
+
+def spread(count: int, sd: float, share: float, times: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(norms [count] with a log-normal bulk, which of them are planted sinks)."""
+    g = torch.Generator().manual_seed(seed)
+    norms = 7.0 * (sd * torch.randn(count, generator=g)).exp()
+    sink = torch.rand(count, generator=g) < share
+    norms[sink] = 7.0 * times * (0.05 * torch.randn(int(sink.sum()), generator=g)).exp()
+    return norms, sink
+
+
+@pytest.mark.parametrize("share", [0.005, 0.02, 0.05])
+@pytest.mark.parametrize(
+    ("times", "sd"), [(3, 0.06), (3, 0.15), (3, 0.25), (6, 0.06), (6, 0.35), (30, 0.06), (30, 0.35)]
+)
+def test_planted_sinks_are_found_whatever_their_norm(times: float, sd: float, share: float) -> None:
+    for seed in range(3):
+        norms, sink = spread(16384, sd, share, times, seed)
+        found = find_sinks(norms)
+        assert found is not None
+        marked = norms > found.multiple * norms.median()
+        assert bool(marked[sink].all())
+        assert int((marked & ~sink).sum()) <= 0.006 * len(norms)
+        assert found.share == pytest.approx(float(marked.double().mean()), abs=1e-4)
+
+
+@pytest.mark.parametrize("tail", ["normal 0.06", "normal 0.5", "laplace", "student", "constant", "zero", "few"])
+def test_tails_without_a_group_of_their_own_are_no_sinks(tail: str) -> None:
+    g = torch.Generator().manual_seed(1)
+    noise = torch.randn(16384, generator=g)
+    norms = {
+        "normal 0.06": (0.06 * noise).exp(),
+        "normal 0.5": (0.5 * noise).exp(),
+        "laplace": (0.25 * noise.sign() * torch.rand(16384, generator=g).log()).exp(),
+        "student": 1 + (noise / torch.randn(16384, 5, generator=g).square().mean(1).sqrt()).abs(),
+        "constant": torch.ones(16384),
+        "zero": torch.zeros(16384),
+        "few": torch.tensor([1.0, 1.0, 50.0]),
+    }[tail]
+    assert find_sinks(norms) is None
+    assert tail in ("laplace", "normal 0.5", "few") or not heavy_tokens(norms)
+
+
+def test_what_is_no_number_is_no_sink() -> None:
+    norms, _ = spread(4096, 0.1, 0.02, 6, 0)
+    found = find_sinks(norms)
+    assert found == find_sinks(torch.cat([norms, torch.tensor([float("nan"), float("inf")])]))
+
+
+def test_the_mask_takes_the_multiple_that_was_fitted() -> None:
+    norms, sink = spread(8192, 0.1, 0.02, 3, 0)
+    norms /= norms.median()
+    tokens = torch.where(sink, 7, torch.arange(8192) % 40 + 8)
+    found = masker(mask_norm_multiple="auto")
+    assert found.multiple == 10
+    facts = found.fit(norms, tokens, torch.arange(8192) % 16)
+    assert 1.3 < facts["multiple"] < 2.9
+    assert facts["multiple"] == found.multiple
+    assert facts["ids"] == [7]
+    assert facts["share"] == pytest.approx(0.02, abs=0.004)
+    valid = torch.ones(8192, dtype=torch.bool)
+    mask = found.find(norms[:, None], tokens, torch.ones(8192, dtype=torch.int64), valid)
+    assert torch.equal(mask.by_norm, sink)
+    assert masker(mask_norm_multiple="auto").fit(torch.ones(999), tokens[:999], tokens[:999])["multiple"] == 10

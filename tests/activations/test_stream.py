@@ -106,7 +106,7 @@ def test_a_refill_finds_its_rows_waiting(build: Callable[..., ActivationStream])
     for _ in range(6):
         # Until the thread has nothing left to do, however busy the machine is.
         end = time.monotonic() + 10
-        while (waiting := stream._producer.waiting()) < 128 and time.monotonic() < end:
+        while (waiting := stream._feed._producer.waiting()) < 128 and time.monotonic() < end:
             time.sleep(0.005)
         # One refill's rows, and less than one pass (at most 60 rows) more.
         assert 128 <= waiting < 128 + 60
@@ -253,7 +253,7 @@ def test_tokenised_columns_train_and_bad_ids_reach_the_trainer(
     stream = build(dataset=str(path), tokens_column="ids")
     assert len(next(stream)) == 32
     pyarrow.parquet.write_table(pyarrow.table({"ids": [*good, [5, 70000]]}), path)
-    stream = build(dataset=str(path), tokens_column="ids", heldout_fraction=0.0, prefetch=2)
+    stream = build(dataset=str(path), tokens_column="ids", heldout_fraction=0.0, prefetch=2, mask_norm_multiple=10.0)
     with pytest.raises(DataError, match=r"a\.parquet row 30.*70000"):
         drain(stream, 60)
 

@@ -206,6 +206,7 @@ def counters_of(totals: dict[str, float], counts: dict[str, int]) -> dict[str, f
         "not_finite": totals.get("not_finite", 0.0),
         "sink_norm_ratio": totals["sink_ratio_sum"] / sinks if sinks else 0.0,
         "sink_norm_ratio_max": totals["sink_ratio_max"],
+        **{name: value for name, value in totals.items() if name.startswith("sinks_")},
     }
 
 

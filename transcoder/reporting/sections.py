@@ -300,6 +300,8 @@ def _sinks(run: Run) -> list[tuple[str, str]]:
         if kept and run.sampler_positions.get("chooses") != "samples":
             facts.append(("Language-model tokens for each one drawn", number((total + special) / kept)))
     facts.append(("FVU on masked sink tokens", number(summary_metrics.SINK_FVU.of(run))))
+    facts.append(("FVU of all tokens, sinks included", number(summary_metrics.FVU_WITH_SINKS.of(run))))
+    facts.append(("FVU without any sinks", number(summary_metrics.FVU_WITHOUT_SINKS.of(run))))
     for name in run.metric_names():
         if name.startswith("data/"):
             facts.append((name.removeprefix("data/").replace("_", " ").capitalize(), number(run.metric(name))))

@@ -54,6 +54,14 @@ LINEAR_BASELINE = SummaryMetric(
     "Linear map",
     "What the least-squares linear map from source to target leaves unexplained.",
 )
+FVU_WITH_SINKS = SummaryMetric(
+    "evaluation/fvu_with_sinks", "FVU with sinks", "Over all held-out tokens, those that training masks included."
+)
+FVU_WITHOUT_SINKS = SummaryMetric(
+    "evaluation/fvu_without_sinks",
+    "FVU without sinks",
+    "Without masked tokens and without any further ones whose norms stand apart.",
+)
 SINK_FVU = SummaryMetric(
     "evaluation/sink_fvu", "FVU on sink tokens", "The tokens that training masks: reported apart, not optimised."
 )

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from transcoder.activations import ActivationBatch, ActivationStream
+from transcoder.activations.masking import find_sinks
 from transcoder.activations.rows import Substitute
 from transcoder.antidup.merge_cost import MergeResult, MergeTest
 from transcoder.antidup.running_mass import PositionMass
+from transcoder.antidup.workload import ENCODED, TESTED
 from transcoder.kernels import SparseCodes, nested_loss, sparse_decode
 from transcoder.model import Transcoder
 from transcoder.training.baselines import LinearBaseline
@@ -41,9 +43,12 @@ def evaluate(
     threshold, as at inference. Targets that do not vary have their mean square in the place of their variance, as in
     `losses.spread`. `evaluation/sink_fvu` is the same ratio over the masked-out sink tokens, around the mean of
     the others; `evaluation/sink_l0` and `evaluation/sink_only_latents` (that fire on sinks and on no other held-out token) say
-    what the dictionary would do with them. Reads the device: call it between steps.
+    what the dictionary would do with them. `evaluation/fvu_with_sinks` is over all held-out tokens, masked ones too, around the
+    mean of all. `evaluation/fvu_without_sinks` leaves out what was masked and any further tokens whose norms stand apart
+    (`masking.find_sinks`): it is `evaluation/fvu` where the mask takes every sink. Reads the device: call it between steps.
 
-    Returns: {"evaluation/fvu", "evaluation/fvu_prefix_<w>", "evaluation/explained_variance", "evaluation/l0",
+    Returns: {"evaluation/fvu", "evaluation/fvu_with_sinks", "evaluation/fvu_without_sinks",
+    "evaluation/fvu_prefix_<w>", "evaluation/explained_variance", "evaluation/l0",
     "evaluation/tokens", "evaluation/live_share", and with a baseline "evaluation/baseline_mean_fvu",
     "evaluation/baseline_linear_fvu"}; over the latents that fired at least 30 times, the entropy of where in the sequence they
     are active, divided by what each tenth of it offered, 1 being everywhere alike: "evaluation/position_entropy_median",
@@ -111,6 +116,17 @@ def merge_test(
         return test.result()
 
 
+def merge_test_work(
+    transcoder: Transcoder, heldout: Sequence[ActivationBatch], i: Tensor, j: Tensor, tokens: int | None = None
+) -> float:
+    """Work of `merge_test` with these arguments, see `antidup.workload`."""
+    config, held = transcoder.config, sum(map(len, heldout))
+    seen = held if tokens is None else min(tokens, held)
+    encoder = seen * config.d_sae * config.d_in
+    rows = seen * torch.cat([i, j]).unique().numel() * config.d_out
+    return ENCODED * encoder + rows + TESTED * 2 * i.numel() * seen * config.k / config.d_sae
+
+
 def _evaluate(
     transcoder: Transcoder,
     heldout: Sequence[ActivationBatch],
@@ -130,8 +146,10 @@ def _evaluate(
     fired = torch.zeros(transcoder.config.d_sae, dtype=torch.bool, device=device)
     longest = max((int(batch.positions.max()) + 1 for batch in heldout if len(batch)), default=0)
     where = PositionMass(transcoder.config.d_sae, device, torch.float64, decay=1.0, length=longest)
+    parts = _Parts(heldout, mean.numel(), device)
     for batch in heldout:
-        sums, codes = _prefix_sums(transcoder, batch)
+        sums, codes, row_errors = _prefix_sums(transcoder, batch)
+        parts.add(batch, row_errors)
         where.add(codes, batch.positions)
         errors += sums
         total += (batch.target.double() - mean).square().sum()
@@ -158,7 +176,8 @@ def _evaluate(
     if solution is not None:
         metrics["evaluation/baseline_mean_fvu"], metrics["evaluation/baseline_linear_fvu"] = (rivals / total).tolist()
     if sinks is not None and len(sinks) > 0:
-        sums, codes = _prefix_sums(transcoder, sinks)
+        sums, codes, row_errors = _prefix_sums(transcoder, sinks)
+        parts.add_masked(sinks, row_errors)
         on_sinks = codes.indices[codes.values > 0]
         only = torch.zeros_like(fired).index_fill_(0, on_sinks, True) & ~fired
         metrics["evaluation/sink_l0"] = on_sinks.numel() / len(sinks)
@@ -169,7 +188,43 @@ def _evaluate(
         around, size = (part.square().sum() for part in (sinks.target.double() - mean, sinks.target.double()))
         metrics["evaluation/sink_fvu"] = float(sums[-1] / _denominator(around, size, sinks.target.numel()))
         metrics["evaluation/sink_tokens"] = float(len(sinks))
-    return metrics
+    return metrics | parts.metrics()
+
+
+class _Parts:
+    """FVU of the held-out tokens with and without those whose norms stand apart, around each part's own mean."""
+
+    def __init__(self, heldout: Sequence[ActivationBatch], d_out: int, device: torch.device) -> None:
+        norms = torch.cat([torch.linalg.vector_norm(batch.source.float(), dim=1) for batch in heldout])
+        sinks = find_sinks(norms)
+        self._above = float("inf") if sinks is None else sinks.multiple * float(norms.median())
+        self._errors = torch.zeros(2, dtype=torch.float64, device=device)
+        self._sums = torch.zeros(2, d_out, dtype=torch.float64, device=device)
+        self._squares, self._tokens = torch.zeros_like(self._errors), torch.zeros_like(self._errors)
+
+    def add(self, batch: ActivationBatch, errors: Tensor) -> None:
+        """Rows that training does not mask, and the squared error [B] of each."""
+        self._add(0, batch.target, errors)
+        ordinary = torch.linalg.vector_norm(batch.source.float(), dim=1) <= self._above
+        self._add(1, batch.target[ordinary], errors[ordinary])
+
+    def add_masked(self, batch: ActivationBatch, errors: Tensor) -> None:
+        self._add(0, batch.target, errors)
+
+    def _add(self, part: int, target: Tensor, errors: Tensor) -> None:
+        self._errors[part] += errors.sum()
+        self._sums[part] += target.double().sum(0)
+        self._squares[part] += target.double().square().sum()
+        self._tokens[part] += len(target)
+
+    def metrics(self) -> dict[str, float]:
+        around = self._squares - self._sums.square().sum(1) / self._tokens.clamp(min=1)
+        numbers = self._tokens.max() * self._sums.shape[1]
+        fvu = [
+            float(e / _denominator(a, s, int(numbers)))
+            for e, a, s in zip(self._errors, around, self._squares, strict=True)
+        ]
+        return {"evaluation/fvu_with_sinks": fvu[0], "evaluation/fvu_without_sinks": fvu[1]}
 
 
 def _quantiles(name: str, values: Tensor, wanted: Mapping[str, float]) -> dict[str, float]:
@@ -185,10 +240,11 @@ def _denominator(around: Tensor, size: Tensor, numbers: int) -> Tensor:
     return torch.where(around > rounding, around, torch.where(size > 0, size, torch.full_like(size, float(numbers))))
 
 
-def _prefix_sums(transcoder: Transcoder, batch: ActivationBatch) -> tuple[Tensor, SparseCodes]:
-    """(squared errors [P] in raw units, summed over the batch; codes)."""
+def _prefix_sums(transcoder: Transcoder, batch: ActivationBatch) -> tuple[Tensor, SparseCodes, Tensor]:
+    """(squared errors [P] in raw units, summed over the batch; codes; squared error of each row [B], of the full width)."""
     codes = transcoder.encode(batch.source)
     target = transcoder.residual_target(batch.source, batch.target)
     nested = nested_loss(codes, transcoder.W_dec, transcoder.b_dec, target, transcoder.widths)
-    raw = nested.per_prefix.double() * target.numel() / transcoder.target_scale.double().square()
-    return raw, codes
+    unit = transcoder.target_scale.double().square()
+    raw = nested.per_prefix.double() * target.numel() / unit
+    return raw, codes, nested.residual.double().square().sum(1) / unit

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from transcoder.activations import ActivationBatch
+from transcoder.activations.masking import heavy_tokens
 from transcoder.antidup import CorrelationMonitor, DiversityRegularizer
 from transcoder.antidup.merge_cost_streaming import Measured
 from transcoder.config import RegularizerSection, RunConfig
@@ -23,6 +25,8 @@ from transcoder.training.optimizer import make_optimizer, optimizer_step
 from transcoder.training.run_state import Stateful
 from transcoder.training.schedule import learning_rate, peak_learning_rate
 from transcoder.training.sources import BatchSource
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,12 +146,17 @@ class LayerTrainer:
     def fit_normalization(self, source: BatchSource) -> None:
         """Fit the transcoder's normalisation to a sample, which `source` gives to training again."""
         shape = self.config.transcoder
-        if shape.normalize == "none":
-            return
         taken = source.look_ahead(shape.normalization_tokens)
-        self.transcoder.set_normalization(
-            torch.cat([b.source for b in taken]), torch.cat([b.target for b in taken]), shape.normalize
-        )
+        sample = {name: torch.cat([getattr(batch, name) for batch in taken]) for name in ("source", "target")}
+        for name, rows in sample.items():
+            heavy = heavy_tokens(torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32))
+            if heavy:
+                logger.warning(
+                    "sinks that are not masked: %s of the %s. Latents that fire on them alone look like duplicates; see "
+                    "activations.mask_norm_multiple", heavy, name,
+                )  # fmt: skip
+        if shape.normalize != "none":
+            self.transcoder.set_normalization(sample["source"], sample["target"], shape.normalize)
 
     def check_weights(self, step: int) -> None:
         """TrainingDivergedError where a weight is NaN or Inf. Reads the device."""

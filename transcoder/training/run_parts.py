@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from transcoder.activations import ActivationBatch, build_stream
+from transcoder.activations import ActivationBatch, ActivationStream, build_stream
 from transcoder.antidup import ActivationSampleCollector, CorrelationMonitor, PositionSampler, UsageLedger
 from transcoder.config import RunConfig
 from transcoder.training import observers as observe
@@ -58,6 +58,8 @@ class RunParts:
         ledger = self.ledger = StepLedger(enabled, run_dir / "usage.json")
         if batches is None:
             data = self.data = _open_stream(config, device, ledger, logs, stack)
+            if isinstance(data.source, ActivationStream):
+                config = config.replace({"activations.mask_norm_multiple": data.source.mask_norm_multiple})
         else:
             source, held = own_data(batches, heldout, config.training.evaluation_tokens, device)
             sequence_length = config.activations.sequence_length
@@ -74,6 +76,8 @@ class RunParts:
             samples = ActivationSampleCollector(
                 anti.samples, shape.d_sae, device, seed, folder, special, data.sequence_length, ledger, chosen, keep
             )
+        self.config = config
+        """With the values that `auto` stood for."""
         self.monitor, self.samples = monitor, samples
         d_in, d_out = data.source.d_in, data.source.d_out
         layer = LayerTrainer(config, d_in, d_out, device, ledger, monitor, data.special_ids, logs)

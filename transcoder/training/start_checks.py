@@ -29,6 +29,8 @@ MAY_CHANGE = (
 """Settings that a resumed run may be given other values of: they do not change its results, or say so in their help."""
 FORMER_DEFAULTS = {"antidup.regularizer.orthogonality_weight": 0.01}
 """Defaults that changed with the version that added `antidup.positions.train`, as they were before it."""
+FOUND = ("activations.mask_norm_multiple",)
+"""Settings whose `auto` a run replaces by what it finds: its config.yaml has the value, which a resumed run goes on with."""
 
 
 def device_of(name: str) -> torch.device:
@@ -251,9 +253,9 @@ def check_length(config: RunConfig, run_dir: Path, step: int) -> None:
 
 
 def as_started(config: RunConfig, run_dir: Path, resume: bool) -> RunConfig:
-    """`config` with every default that depends on the run filled in: what a resumed run was started with, else what its length
-    gives. A run of an earlier version keeps the defaults of then where `config` has today's, and its position sampler goes on
-    drawing the training tokens, for which there was no setting."""
+    """`config` with every default that depends on the run filled in: what a resumed run was started with, or found where
+    `config` says `auto`, else what its length gives. A run of an earlier version keeps the defaults of then where `config`
+    has today's, and its position sampler goes on drawing the training tokens, for which there was no setting."""
     saved = run_dir / "config.yaml"
     kept: dict[str, Any] = {}
     if resume and saved.exists():
@@ -265,6 +267,7 @@ def as_started(config: RunConfig, run_dir: Path, resume: bool) -> RunConfig:
             for name, value in former.items()
             if _setting(before, name) == value and _setting(now, name) == _setting(defaults, name)
         }
+        kept |= {name: _setting(before, name) for name in FOUND if _setting(now, name) == "auto"}
         kept |= {"antidup.positions.train": True} if older else {}
     config = config.replace(kept) if kept else config
     values = config.to_dict()

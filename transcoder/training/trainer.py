@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from transcoder.activations import ActivationBatch
-from transcoder.config import RunConfig
+from transcoder.activations import ActivationBatch, ActivationStream
+from transcoder.config import ConfigError, RunConfig
 from transcoder.files import local_path, replace_atomically
 from transcoder.model import Transcoder
 from transcoder.phases import phase
@@ -106,6 +106,10 @@ def opened_run(
 ) -> Iterator[Trainer]:
     """A run in its locked folder before its first step, whose steps the caller takes: `train` or `advance`. Arguments and
     errors as `train_transcoder`."""
+    if config.activations.layers is not None:
+        raise ConfigError(
+            "activations.layers: expected null, for a run whose steps the caller takes; `train_transcoder` trains layer sets"
+        )
     device = device_of(config.model.device)
     config = as_started(config, run_dir, resume)
     check_switches(config, batches, heldout)
@@ -113,7 +117,8 @@ def opened_run(
     with ExitStack() as stack:
         lock = stack.enter_context(FolderLock(run_dir))
         check_folder(run_dir, config, resume)
-        run = Trainer(config, run_dir, device, RunParts(config, run_dir, device, batches, heldout, stack), stack)
+        parts = RunParts(config, run_dir, device, batches, heldout, stack)
+        run = Trainer(parts.config, run_dir, device, parts, stack)
         run.prepare(resume)
         lock.begun = True
         yield run
@@ -245,7 +250,8 @@ class Trainer:
         self.writer = enter(MetricsWriter(self.run_dir, config, None if loaded is None else self.step))
         # Closed before the log: what became of the last write is in it.
         enter(self.saver.begin(self.writer))
-        self.writer.write_event("data", {"source": self.parts.data.kind})
+        sinks = self.source.sinks if isinstance(self.source, ActivationStream) else None
+        self.writer.write_event("data", {"source": self.parts.data.kind} | ({} if sinks is None else {"sinks": sinks}))
         if begun is not None:
             self.writer.write_event("begun_from", begun)
         self.writer.write_event("checkpoint_budget", {"bytes_each_at_most": budget})
