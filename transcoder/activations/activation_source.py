@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transcoder.activations.batch import ActivationBatch
 from transcoder.activations.documents import DataError
 from transcoder.activations.masking import FIT_TOKENS, SinkMasker
 from transcoder.activations.rows import Chunk, Group, MakePositionChoice, Pass, RowMaker, Substitute, counters_of
@@ -108,6 +107,11 @@ class ActivationSource(ABC):
         """See `ActivationStream.unembedding`."""
         return "the run had no language model at hand"
 
+    def set_multiple(self, layer: int, multiple: float | str | None) -> None:
+        """Mask a layer's norms above this multiple of the median, unless it is `auto`."""
+        if multiple != "auto":
+            self.maskers[layer].multiple = None if multiple is None else float(multiple)
+
     def fit_masks(self, tokens: int) -> list[dict[str, Any]]:
         """Find the norm that `mask_norm_multiple: auto` masks from, of each layer, on at least `tokens` tokens from where the
         data stand, or one epoch of them; they are read again afterwards, and read once for all layers. Returns what
@@ -183,15 +187,6 @@ class LayerSource:
     def record(self, chunk: Chunk) -> None:
         """Told of each chunk that is taken for training."""
         self._rows.record(chunk.sample)
-
-    def passes(self, heldout: bool) -> Iterator[tuple[ActivationBatch, ActivationBatch]]:
-        """(rows, sinks) of the held-out data, or else of the training data, pass by pass, once from their start whatever the
-        cursor; no position sampling."""
-        maker = RowMaker(self.source.maskers[self.layer], self.context_tokens, None)
-        for passes in self.source.from_start(heldout):
-            trains = self.source.trains(passes[0])
-            made = maker.make(passes[self.layer], None if trains is None else trains != heldout)
-            yield made.rows, made.sinks
 
     def cursor(self, place: dict[str, Any]) -> dict[str, Any]:
         """A place of the source and this layer's totals up to it."""

@@ -141,7 +141,7 @@ class ActivationStream:
     def passes(self, heldout: bool) -> Iterator[ActivationBatch]:
         """The held-out non-sink tokens, or else those of the training text, once from their start, in the order of the text: a
         forward pass of the language model at a time, of unequal sizes. Does not move the stream."""
-        return (rows for rows, _ in self._source.passes(heldout) if len(rows))
+        return self._feed.passes(self._number, heldout)
 
     def heldout_sinks(self) -> ActivationBatch | None:
         """The tokens masked out of the sequences that `heldout` read last, for metrics of their own; or None."""
@@ -336,6 +336,20 @@ def build_stream(
     return layer_stream(
         PassFeed(source, config.activations.prefetch), 0, config, device, position_sampler, context_tokens
     )
+
+
+def resolved_layers(config: RunConfig) -> RunConfig:
+    """`config` with the layers that `all` stands for: those of the model, or of the cache."""
+    section = config.activations
+    if section.layers != "all":
+        return config
+    if section.kind == "cached":
+        from transcoder.activations.cached_activations import cached_layers
+
+        return config.replace({"activations.layers": cached_layers(section)})
+    from transcoder.activations.model_name import layer_count
+
+    return config.replace({"activations.layers": list(range(layer_count(config.model.name)))})
 
 
 def open_source(config: RunConfig, device: torch.device) -> ActivationSource:
