@@ -43,8 +43,8 @@ TORCH_LIBRARY(transcoder_cpp, m) {
       "wide, int latents, Tensor(a!) product, Tensor(b!) joint) -> ()",
       add_kept);
   cpu(
-      "survey_pairs(Tensor[] products, Tensor[] joints, Tensor apart, Tensor inverse, float least, Tensor? edges) "
-      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+      "survey_pairs(Tensor[] products, Tensor[] joints, Tensor apart, Tensor inverse, Tensor fired, float least, float "
+      "least_union, int most, Tensor? edges) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int)",
       survey_pairs);
   cpu(
       "sketch_add(Tensor latent, Tensor token, Tensor weighted, Tensor? token_weights, int tokens, int key, "
@@ -61,7 +61,7 @@ TORCH_LIBRARY(transcoder_cpp, m) {
       add_moments);
   cpu(
       "mark_places(Tensor values, Tensor ids, Tensor row_ptr, Tensor place, Tensor? token_weights, int bits, "
-      "Tensor(a!) marks) -> ()",
+      "Tensor(a!) marks) -> int",
       mark_places);
   cpu(
       "add_by_group(Tensor values, Tensor order, Tensor row_of, Tensor latent_ptr, Tensor i, Tensor j, Tensor "

@@ -2,8 +2,12 @@
 // over all pairs.
 #include <ATen/ops/zeros.h>
 
+#include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <limits>
+#include <mutex>
+#include <tuple>
 
 #include "ops.h"
 
@@ -167,14 +171,41 @@ struct Triangle {
   const void* joint;
 };
 
+// A pair that is reported, with its sums over all parts.
+template <typename Count>
+struct Hit {
+  double r;
+  int64_t i, j;
+  double product;
+  Count joint;
+};
+
+// Keeps the `most` pairs of the highest r, ties by (j, i): the same ones whatever the order in which they came.
+template <typename Count>
+void keep_highest(std::vector<Hit<Count>>& hits, int64_t most) {
+  if (static_cast<int64_t>(hits.size()) <= most) return;
+  std::nth_element(hits.begin(), hits.begin() + most, hits.end(), [](const Hit<Count>& a, const Hit<Count>& b) {
+    return std::tie(b.r, a.j, a.i) < std::tie(a.r, b.j, b.i);
+  });
+  hits.resize(most);
+}
+
 // The result of a range of rows of the triangle.
 template <typename Count>
 struct Found {
-  std::vector<int64_t> i, j;
-  std::vector<double> product;
-  std::vector<Count> joint;
+  std::vector<Hit<Count>> hits;
+  int64_t total = 0;
   double squared = 0;
   std::vector<int64_t> histogram;
+};
+
+// Which pairs are reported, and how many at most.
+template <typename Count>
+struct Wanted {
+  double least;
+  const Count* fired;
+  Count least_union;
+  int64_t most;
 };
 
 // The last place whose edge is not above r; r outside, and NaN, in the first or last bin. Edges ascend, most often evenly.
@@ -191,7 +222,7 @@ inline int64_t bin_of(double r, const double* edges, int64_t bins) {
 // Stored is the type of the counts in the triangles, Count that of their sum.
 template <typename Stored, typename Count>
 void look_at(int64_t first, int64_t last, const std::vector<Triangle>& parts, const double* apart, const double* inverse,
-             double least, const double* edges, int64_t bins, Found<Count>& found) {
+             const Wanted<Count>& wanted, const double* edges, int64_t bins, Found<Count>& found) {
   found.histogram.assign(bins, 0);
   for (int64_t j = first; j < last; ++j) {
     const int64_t begin = j * (j - 1) / 2;
@@ -204,11 +235,10 @@ void look_at(int64_t first, int64_t last, const std::vector<Triangle>& parts, co
       const double by_chance = apart[i] * apart[j], r = product * inverse[i] * inverse[j] - by_chance;
       found.squared += r * r - by_chance * by_chance;
       if (bins > 0) ++found.histogram[bin_of(r, edges, bins)];
-      if (r >= least) {
-        found.i.push_back(i);
-        found.j.push_back(j);
-        found.product.push_back(product);
-        found.joint.push_back(joint);
+      if (r >= wanted.least && wanted.fired[i] + wanted.fired[j] - joint >= wanted.least_union) {
+        ++found.total;
+        found.hits.push_back({r, i, j, product, joint});
+        if (static_cast<int64_t>(found.hits.size()) >= 2 * wanted.most) keep_highest(found.hits, wanted.most);
       }
     }
   }
@@ -328,17 +358,22 @@ void add_kept(const Tensor& partners, const Tensor& starts, const optional<Tenso
 }
 
 // One pass over all pairs that fired together, in parts of one stream: those whose correlation
-// product * inverse[i] * inverse[j] - apart[i] * apart[j] is at least `least` (i, j, product, joint), the sum over all of r^2
-// minus its value without joint firings, and the number of pairs in each bin.
-tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> survey_pairs(at::TensorList products, at::TensorList joints,
-                                                                   const Tensor& apart, const Tensor& inverse, double least,
-                                                                   const optional<Tensor>& edges) {
+// product * inverse[i] * inverse[j] - apart[i] * apart[j] is at least `least`, and of whose firing tokens there are at least
+// `least_union`: the `most` of the highest correlation (i, j, product, joint), and how many there are; the sum over all of r^2
+// minus its value without joint firings, and the number of pairs in each bin. `fired`: firing tokens of each latent.
+tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int64_t> survey_pairs(at::TensorList products, at::TensorList joints,
+                                                                            const Tensor& apart, const Tensor& inverse,
+                                                                            const Tensor& fired, double least,
+                                                                            double least_union, int64_t most,
+                                                                            const optional<Tensor>& edges) {
   const int64_t latents = apart.numel(), pairs = latents * (latents - 1) / 2;
   const int64_t bins = edges ? edges->numel() - 1 : 0;
   TORCH_CHECK_VALUE(bins >= 0, "survey_pairs: edges: expected at least one");
   TORCH_CHECK_VALUE(!products.empty() && products.size() == joints.size(), "survey_pairs: expected lists of one length");
+  TORCH_CHECK_VALUE(most >= 1, "survey_pairs: most: expected at least 1, got ", most);
   check_shape("apart", apart, {latents});
   check_shape("inverse", inverse, {latents});
+  check_shape("fired", fired, {latents});
   bool same = true;
   for (const Tensor& joint : joints) same = same && joint.scalar_type() == joints[0].scalar_type();
   std::vector<Triangle> parts;
@@ -357,21 +392,43 @@ tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> survey_pairs(at::TensorLis
     if ((j + 1) * j / 2 - bounds.back() * (bounds.back() - 1) / 2 >= RANGE || j + 1 == latents) bounds.push_back(j + 1);
   }
   const int64_t tasks = static_cast<int64_t>(bounds.size()) - 1;
+  most = std::min(most, std::max<int64_t>(1, pairs));
   const auto run = [&](auto stored, auto count) {
     using Count = decltype(count);
+    const Wanted<Count> wanted = {least, in<Count>(fired), static_cast<Count>(std::ceil(least_union)), most};
     std::vector<Found<Count>> found(tasks);
+    std::vector<Hit<Count>> hits;
+    std::mutex guard;
     for_each_task<Nothing>(tasks, [&](int64_t task, Nothing&) {
-      look_at<decltype(stored), Count>(bounds[task], bounds[task + 1], parts, in<double>(apart), in<double>(inverse), least,
-                                       edges ? in<double>(*edges) : nullptr, bins, found[task]);
+      Found<Count>& own = found[task];
+      look_at<decltype(stored), Count>(bounds[task], bounds[task + 1], parts, in<double>(apart), in<double>(inverse), wanted,
+                                       edges ? in<double>(*edges) : nullptr, bins, own);
+      // In the order in which the tasks end: what is kept does not depend on it.
+      const std::lock_guard<std::mutex> held(guard);
+      hits.insert(hits.end(), own.hits.begin(), own.hits.end());
+      std::vector<Hit<Count>>().swap(own.hits);
+      if (static_cast<int64_t>(hits.size()) >= 2 * most) keep_highest(hits, most);
     });
+    keep_highest(hits, most);
+    std::sort(hits.begin(), hits.end(),
+              [](const Hit<Count>& a, const Hit<Count>& b) { return std::tie(a.j, a.i) < std::tie(b.j, b.i); });
+    const int64_t number = hits.size();
+    Tensor i = empty({number}, at::kLong), j = empty({number}, at::kLong), product = empty({number}, at::kDouble);
+    Tensor joint = empty({number}, c10::CppTypeToScalarType<Count>::value);
+    for (int64_t n = 0; n < number; ++n) {
+      out<int64_t>(i)[n] = hits[n].i;
+      out<int64_t>(j)[n] = hits[n].j;
+      out<double>(product)[n] = hits[n].product;
+      out<Count>(joint)[n] = hits[n].joint;
+    }
+    int64_t total = 0;
     Tensor squared = at::zeros({}, at::kDouble), histogram = at::zeros({bins}, at::kLong);
     for (const Found<Count>& part : found) {
+      total += part.total;
       *out<double>(squared) += part.squared;
       for (int64_t bin = 0; bin < bins; ++bin) out<int64_t>(histogram)[bin] += part.histogram[bin];
     }
-    using Part = Found<Count>;
-    return tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>{
-        joined(found, &Part::i), joined(found, &Part::j), joined(found, &Part::product), joined(found, &Part::joint), squared, histogram};
+    return tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int64_t>{i, j, product, joint, squared, histogram, total};
   };
   switch (counts[0].scalar_type()) {
     case at::kInt: return run(int32_t{}, int64_t{});

@@ -70,9 +70,10 @@ void add_moments(const Tensor& latent, const Tensor& value, const Tensor& weight
   add(double{});
 }
 
-// marks[latent * bits + place[row]] = 1 where the entry fires on a token of weight above 0.
-void mark_places(const Tensor& values, const Tensor& ids, const Tensor& row_ptr, const Tensor& place,
-                 const optional<Tensor>& token_weights, int64_t bits, Tensor marks) {
+// marks[latent * bits + place[row]] = 1 where the entry fires on a token of weight above 0. Returns the number of pairs of
+// entries that fire on one token, whatever its weight.
+int64_t mark_places(const Tensor& values, const Tensor& ids, const Tensor& row_ptr, const Tensor& place,
+                    const optional<Tensor>& token_weights, int64_t bits, Tensor marks) {
   const int64_t entries = ids.numel(), rows = row_ptr.numel() - 1;
   check_shape("values", values, {entries});
   check_shape("place", place, {rows});
@@ -84,16 +85,22 @@ void mark_places(const Tensor& values, const Tensor& ids, const Tensor& row_ptr,
   const double* weight = token_weights ? in<double>(*token_weights) : nullptr;
   const int64_t *id = in<int64_t>(ids), *ptr = in<int64_t>(row_ptr), *at = in<int64_t>(place);
   uint8_t* to = out<uint8_t>(marks);
+  int64_t pairs = 0;
   with_type(values, [&](auto type) {
     using T = decltype(type);
     const T* value = in<T>(values);
     for (int64_t row = 0; row < rows; ++row) {
-      if (weight && !(weight[row] > 0)) continue;
+      const bool counts = !weight || weight[row] > 0;
+      int64_t fired = 0;
       for (int64_t i = ptr[row]; i < ptr[row + 1]; ++i) {
-        if (value[i] > 0) to[id[i] * bits + at[row]] = 1;
+        if (!(value[i] > 0)) continue;
+        ++fired;
+        if (counts) to[id[i] * bits + at[row]] = 1;
       }
+      pairs += fired * (fired - 1) / 2;
     }
   });
+  return pairs;
 }
 
 // For each pair (i, j) and the group [0, groups) of each token, sums [6, P, groups] of: weight; weight times value and its

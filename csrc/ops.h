@@ -39,9 +39,11 @@ tuple<int64_t, int64_t> keep_entries(const Tensor& values, const Tensor& ids, co
                                      int64_t tokens);
 void add_kept(const Tensor& partners, const Tensor& starts, const optional<Tensor>& weights, const optional<Tensor>& tallies,
               int64_t entries, int64_t tokens, bool wide, int64_t latents, Tensor product, Tensor joint);
-tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> survey_pairs(at::TensorList products, at::TensorList joints,
-                                                                   const Tensor& apart, const Tensor& inverse, double least,
-                                                                   const optional<Tensor>& edges);
+tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int64_t> survey_pairs(at::TensorList products, at::TensorList joints,
+                                                                            const Tensor& apart, const Tensor& inverse,
+                                                                            const Tensor& fired, double least,
+                                                                            double least_union, int64_t most,
+                                                                            const optional<Tensor>& edges);
 
 // sketch.cpp
 void sketch_add(const Tensor& latent, const Tensor& token, const Tensor& weighted, const optional<Tensor>& token_weights,
@@ -53,7 +55,7 @@ tuple<Tensor, Tensor, Tensor, Tensor, Tensor> firing_entries(const Tensor& value
                                                              const optional<Tensor>& token_weights);
 void add_moments(const Tensor& latent, const Tensor& value, const Tensor& weighted, const Tensor& tally, Tensor total,
                  Tensor square, Tensor count);
-void mark_places(const Tensor& values, const Tensor& ids, const Tensor& row_ptr, const Tensor& place,
+int64_t mark_places(const Tensor& values, const Tensor& ids, const Tensor& row_ptr, const Tensor& place,
                  const optional<Tensor>& token_weights, int64_t bits, Tensor marks);
 void add_by_group(const Tensor& values, const Tensor& order, const Tensor& row_of, const Tensor& latent_ptr, const Tensor& i,
                   const Tensor& j, const Tensor& group, const optional<Tensor>& token_weights, Tensor sums);

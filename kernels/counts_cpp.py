@@ -23,14 +23,15 @@ def readable(codes: SparseCodes) -> Tensor:
     return (values if values.dtype in (torch.float32, torch.float64) else values.float()).contiguous()
 
 
-def mark_places(codes: SparseCodes, place: Tensor, weights: Tensor | None, bits: int, marks: Tensor) -> None:
-    """`marks[latent * bits + place[row]] = 1` where an entry fires on a token of weight above 0, in place.
+def mark_places(codes: SparseCodes, place: Tensor, weights: Tensor | None, bits: int, marks: Tensor) -> int:
+    """`marks[latent * bits + place[row]] = 1` where an entry fires on a token of weight above 0, in place. Returns the
+    number of pairs of entries that fire on one token, whatever its weight.
 
     Args:
         place: [B] int64 in [0, bits).   weights: [B] or None.   marks: [d_sae * bits] uint8.
     """
     weights = None if weights is None else weights.double().contiguous()
-    torch.ops.transcoder_cpp.mark_places(
+    pairs: int = torch.ops.transcoder_cpp.mark_places(
         readable(codes),
         codes.indices.contiguous(),
         codes.row_ptr.contiguous(),
@@ -39,6 +40,7 @@ def mark_places(codes: SparseCodes, place: Tensor, weights: Tensor | None, bits:
         bits,
         marks,
     )
+    return pairs
 
 
 def add_by_group(codes: SparseCodes, i: Tensor, j: Tensor, group: Tensor, weights: Tensor | None, sums: Tensor) -> None:

@@ -313,12 +313,13 @@ def export(options: argparse.Namespace, _: dict[str, Any]) -> int:
 
 
 @command(
-    argument("format FORMAT", FORMATS),
+    argument("format FORMAT", f"{FORMATS}, llama-scope"),
     argument("path PATH", "the folder or file that the library wrote"),
     argument("--out DIR", "a new folder, which Transcoder.from_pretrained loads", required=True),
     *CONVERSION,
     argument("--layer", "circuit-tracer, gemma-scope: which layer", type=int),
-    argument("--k", "latents a token for further training, where the files do not say", type=int),
+    argument("--k", "latents a token, where the files do not say", type=int),
+    argument("--threshold", "of a BatchTopK whose files have none", type=float),
     argument("--allow-pickle", PICKLE, action="store_true", default=None),
 )
 def import_(options: argparse.Namespace, _: dict[str, Any]) -> int:

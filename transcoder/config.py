@@ -17,7 +17,7 @@ import yaml
 
 from transcoder import settings
 from transcoder.dictionary_config import Activation, DictionarySettings, TranscoderConfig
-from transcoder.files import local_path
+from transcoder.layer_list import LayerHooks, PerLayerSection, layer_hooks, layer_values, parse_layers
 from transcoder.settings import (
     ConfigError,
     Count,
@@ -30,7 +30,10 @@ from transcoder.settings import (
     Share,
     Weight,
 )
-from transcoder.yaml_text import read_yaml
+from transcoder.yaml_text import load_yaml, preset_names, read_yaml
+
+BUFFER_TOKENS = 32768
+"""Of a run of one layer where `activations.buffer_tokens` is null."""
 
 __all__ = ["ConfigError", "RunConfig", "flags", "load_yaml", "parse_flag", "preset_names"]
 
@@ -63,6 +66,10 @@ class ActivationsSection(Section, where="activations."):
     """Hook of TransformerLens whose activations the transcoder reads."""
     target_hook: str = "blocks.2.hook_mlp_out"
     """Hook whose activations the transcoder predicts."""
+    layers: Any = None
+    """Train a transcoder for each of these layers from one pass of the language model: `0-25`, `[2, 3]`, `all`, or a list of
+    [source hook, target hook]. `{layer}` in the hooks' names is the place of its number, or else the layer number in them.
+    Each layer gets a run folder of its own under layers/. null trains the one pair of hooks."""
     dataset: str = "stdlib"
     """`stdlib` (this Python's own standard library), a file or folder of text or rows, or a hub dataset's name."""
     dataset_config: str | None = None
@@ -81,8 +88,9 @@ class ActivationsSection(Section, where="activations."):
     """Let EOS stand in for a BOS that the tokenizer does not have, as TransformerLens does."""
     sequences_per_forward: Positive = 32
     """Sequences in one forward pass of the language model."""
-    buffer_tokens: Positive = 32768
-    """Tokens in the shuffle buffer, on the device."""
+    buffer_tokens: Positive | None = None
+    """Tokens in the shuffle buffer, on the device. null is 32768; of a layer set as many of these as a quarter of the free
+    memory holds."""
     refill_fraction: PositiveShare = 0.5
     """The buffer is refilled when this share of it has been consumed; the rest stays and mixes with the new tokens."""
     prefetch: Count = 2
@@ -100,8 +108,16 @@ class ActivationsSection(Section, where="activations."):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "layers", parse_layers(self.layers))
+        if self.layers is None and self.buffer_tokens is None:
+            object.__setattr__(self, "buffer_tokens", BUFFER_TOKENS)
         if self.kind == "cached":
             self._require("cached_path", bool(self.cached_path), "a folder of shards when kind is 'cached'")
+
+    @property
+    def pairs(self) -> list[LayerHooks]:
+        """The hooks of each layer, see `layer_hooks`."""
+        return layer_hooks(self.layers, self.source_hook, self.target_hook)
 
 
 @dataclass(frozen=True)
@@ -417,14 +433,17 @@ class RunConfig(Section):
     antidup: AntidupSection = field(default_factory=AntidupSection)
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     logging: LoggingSection = field(default_factory=LoggingSection)
+    per_layer: PerLayerSection = field(default_factory=PerLayerSection)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         safe = bool(self.name) and self.name not in (".", "..") and all(c.isalnum() or c in "._-" for c in self.name)
         self._require("name", safe, "letters, digits, '.', '_' and '-' (it becomes a folder)")
         batch, buffer = self.training.batch_size, self.activations.buffer_tokens
-        if self.activations.kind == "model" and buffer < batch:
+        if self.activations.kind == "model" and buffer is not None and buffer < batch:
             raise settings.refusal("activations.buffer_tokens", f"at least training.batch_size = {batch}", buffer)
+        if self.activations.layers != "all":
+            layer_values(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
@@ -454,28 +473,6 @@ class RunConfig(Section):
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
-
-
-def preset_names() -> list[str]:
-    return sorted(path.stem for path in (Path(__file__).parent / "presets").glob("*.yaml"))
-
-
-def load_yaml(source: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file, or in the preset of that name. A file named as a preset is read if it has a suffix."""
-    path = local_path(source, "config")
-    if isinstance(source, str) and source in preset_names():
-        path = Path(__file__).parent / "presets" / f"{source}.yaml"
-    elif not path.is_file():
-        raise ConfigError(
-            f"config {str(source)!r}: no such file, and no preset of that name; presets: {preset_names()}"
-        )
-    try:
-        values = read_yaml(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"config {path}: not valid YAML: {error}") from error
-    if not isinstance(values, (dict, type(None))):
-        raise ConfigError(f"config {path}: expected a mapping of sections, got {type(values).__name__}")
-    return values or {}
 
 
 def flags() -> list[tuple[str, Any]]:

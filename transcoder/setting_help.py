@@ -86,4 +86,4 @@ def _kind(hint: Any) -> str:
         return "{" + ",".join(map(str, args)) + "}"
     if origin in (tuple, Sequence):
         return f"[{_kind(args[0])}, ...]"
-    return {int: "INT", float: "FLOAT", bool: "{true,false}", str: "TEXT"}.get(hint, str(hint))
+    return {int: "INT", float: "FLOAT", bool: "{true,false}", str: "TEXT", Any: "VALUE"}.get(hint, str(hint))

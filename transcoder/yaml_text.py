@@ -1,10 +1,14 @@
-"""YAML as a configuration needs it: safe, no dates, no key twice, and one kind of error."""
+"""YAML as a configuration needs it: safe, no dates, no key twice, and one kind of error; and the presets."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import yaml
+
+from transcoder.files import local_path
+from transcoder.settings import ConfigError
 
 
 class _Loader(yaml.SafeLoader):
@@ -42,3 +46,25 @@ def read_yaml(text: str) -> Any:
     except (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError) as error:
         # PyYAML raises all of these, at `!!bool x` or `!!timestamp x` for two.
         raise ValueError(str(error) or type(error).__name__) from error
+
+
+def preset_names() -> list[str]:
+    return sorted(path.stem for path in (Path(__file__).parent / "presets").glob("*.yaml"))
+
+
+def load_yaml(source: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file, or in the preset of that name. A file named as a preset is read if it has a suffix."""
+    path = local_path(source, "config")
+    if isinstance(source, str) and source in preset_names():
+        path = Path(__file__).parent / "presets" / f"{source}.yaml"
+    elif not path.is_file():
+        raise ConfigError(
+            f"config {str(source)!r}: no such file, and no preset of that name; presets: {preset_names()}"
+        )
+    try:
+        values = read_yaml(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"config {path}: not valid YAML: {error}") from error
+    if not isinstance(values, (dict, type(None))):
+        raise ConfigError(f"config {path}: expected a mapping of sections, got {type(values).__name__}")
+    return values or {}

@@ -156,6 +156,8 @@ class Mined(NamedTuple):
     """0-dim float64: sum of r^2 - (apart_i apart_j)^2."""
     histogram: Tensor
     """[bins] int64, empty without edges."""
+    total: int
+    """Pairs that passed, of which P are listed."""
 
 
 def mine(
@@ -163,18 +165,24 @@ def mine(
     joints: Sequence[Tensor],
     apart: Tensor,
     inverse: Tensor,
+    fired: Tensor,
     least: float,
+    least_union: float,
+    most: int,
     edges: Tensor | None,
 ) -> Mined:
-    """The pairs that fired together with r = product * inverse_i * inverse_j - apart_i * apart_j of at least `least`.
+    """The pairs that fired together with r = product * inverse_i * inverse_j - apart_i * apart_j of at least `least` and
+    fired_i + fired_j - joint of at least `least_union`; of more than `most` those of the highest r.
 
     Args:
         products, joints: the sums of parts of one stream, packed triangles.
-        apart, inverse: [d_sae] float64.
+        apart, inverse: [d_sae] float64.   fired: [d_sae] in the dtype of the summed counts.
         edges: [bins + 1] float64, ascending; None counts no histogram.
     """
     edges = None if edges is None else edges.contiguous()
-    return Mined(*torch.ops.transcoder_cpp.survey_pairs(products, joints, apart, inverse, least, edges))
+    return Mined(
+        *torch.ops.transcoder_cpp.survey_pairs(products, joints, apart, inverse, fired, least, least_union, most, edges)
+    )
 
 
 def sketch_add(rows: Tensor, ones: Tensor, entries: Entries, weights: Tensor | None, tokens: int, *keys: int) -> None:

@@ -19,11 +19,10 @@ from transcoder.kernels.correlation.checks import check_fields, check_tensor, re
 from transcoder.kernels.correlation.cpp_backend import WaitingPairs
 from transcoder.kernels.correlation.statistics import (
     Moments,
-    PairStatistics,
+    StrongestPairs,
     Survey,
     kept,
     pair_statistics,
-    sorted_pairs,
 )
 from transcoder.kernels.correlation.torch_backend import Entries, add_at, pair_pages, pair_products
 from transcoder.kernels.sparse_codes import SparseCodes
@@ -214,6 +213,7 @@ def survey_exact(
     min_support: int,
     edges: Tensor | None,
     unit: float,
+    most: int | None = None,
 ) -> Survey:
     """`FeatureCorrelation.survey` over triangles of disjoint parts of a stream; `moments` are those of all of it."""
     mean, inverse = moments.centred()
@@ -225,13 +225,15 @@ def survey_exact(
     d_sae, device = t.numel(), t.device
     # The other statistics are computed only for the few pairs that may pass; the slack covers rounding.
     least = min_correlation - 1e-6
-    found: list[PairStatistics] = []
+    found = StrongestPairs(d_sae, device, most)
     if min_correlation > 0 and active_backend(device, "correlation") == "cpp":
         parts = [part.product for part in triangles], [part.joint for part in triangles]
-        mined = cpp_backend.mine(*parts, t, inverse, least, edges)
+        limit = triangles[0].pairs if most is None else most
+        mined = cpp_backend.mine(*parts, t, inverse, moments.count, least, min_support * unit, max(1, limit), edges)
         stats = pair_statistics(moments, mined.i, mined.j, mined.product, mined.joint, unit)
-        pairs = sorted_pairs([kept(stats, min_correlation, min_support)], d_sae, device)
-        return Survey(pairs, None if edges is None else mined.histogram, float(squared + mined.squared))
+        found.add(kept(stats, min_correlation, min_support))
+        total = found.total if mined.total == mined.i.numel() else mined.total
+        return Survey(found.pairs(), total, None if edges is None else mined.histogram, float(squared + mined.squared))
     histogram = None if edges is None else torch.zeros(edges.numel() - 1, dtype=torch.int64, device=device)
     for key, product, joint in fired_tiles(triangles, everything=min_correlation <= 0):
         i, j = pair_of_key(key)
@@ -244,8 +246,8 @@ def survey_exact(
             histogram += torch.bincount(place.clamp(0, histogram.numel() - 1), minlength=histogram.numel())
         near = (correlation >= least).nonzero().flatten()
         stats = pair_statistics(moments, i[near], j[near], product[near], joint[near], unit)
-        found.append(kept(stats, min_correlation, min_support))
-    return Survey(sorted_pairs(found, d_sae, device), histogram, float(squared))
+        found.add(kept(stats, min_correlation, min_support))
+    return Survey(found.pairs(), found.total, histogram, float(squared))
 
 
 def _wide(counts: Tensor) -> torch.dtype:

@@ -321,10 +321,11 @@ class FeatureCorrelation:
         edges: Tensor | None = None,
         *,
         beside: Sequence[FeatureCorrelation] = (),
+        most: int | None = None,
     ) -> Survey:
-        """`pairs`, and in the same pass the histogram over `edges` [bins + 1] (float64, ascending; the last
-        bin includes its upper edge) of the pairs that fired together, and the sum of squared correlations
-        over all pairs. In sketch mode instead of these two the pairs that it proposed, for `watch`."""
+        """`pairs` (with `most`, so many of the strongest, in bounded memory), and in the same pass the histogram over `edges`
+        [bins + 1] (float64, ascending; the last bin includes its upper edge) of the pairs that fired together, and the sum of
+        squared correlations over all pairs. In sketch mode instead of these two the pairs that it proposed, for `watch`."""
         if not -1 <= min_correlation <= 1:
             raise ValueError(f"{NAME}.pairs: min_correlation: expected in [-1, 1], got {min_correlation!r}")
         if min_support < 0:
@@ -333,8 +334,8 @@ class FeatureCorrelation:
         sketches, moments = _sketches(parts), _summed_moments(parts)
         if sketches:
             above = min_correlation - self.sketch_margin
-            return survey_sketches(sketches, moments, above, min_correlation, min_support)
-        return survey_exact(_triangles(parts), moments, min_correlation, min_support, edges, self._unit())
+            return survey_sketches(sketches, moments, above, min_correlation, min_support, most)
+        return survey_exact(_triangles(parts), moments, min_correlation, min_support, edges, self._unit(), most)
 
     def counts(self, *, beside: Sequence[FeatureCorrelation] = ()) -> Tensor:
         """[d_sae] tokens on which each latent fired: int64, float64 (decayed) with a half-life."""

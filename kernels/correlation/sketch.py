@@ -348,15 +348,21 @@ def best_candidates(i: Tensor, j: Tensor, estimate: Tensor) -> tuple[Tensor, Ten
 
 
 def survey_sketches(
-    parts: list[tuple[Sketch, Moments]], moments: Moments, above: float, min_correlation: float, min_support: int
+    parts: list[tuple[Sketch, Moments]],
+    moments: Moments,
+    above: float,
+    min_correlation: float,
+    min_support: int,
+    most: int | None = None,
 ) -> Survey:
     """`FeatureCorrelation.survey`: pairs whose estimate exceeds `above`, decided exactly. `moments` are those of all parts."""
     device = moments.total.device
     on_triton = active_backend(device, "correlation") == "triton"
     propose = implementation("correlation", device).similar if on_triton else candidates
     i, j = propose([sketch for sketch, _ in parts], moments, above)
-    decided = [kept(confirm(parts, i, j), min_correlation, min_support)]
-    return Survey(sorted_pairs(decided, moments.total.numel(), device), None, None, (i, j))
+    decided = kept(confirm(parts, i, j), min_correlation, min_support)
+    pairs = sorted_pairs([decided], moments.total.numel(), device, most)
+    return Survey(pairs, decided.i.numel(), None, None, (i, j))
 
 
 def check_signs(where: str, parts: list[tuple[int, Sketch]]) -> None:

@@ -250,6 +250,8 @@ class Survey:
     counted."""
 
     pairs: CorrelatedPairs
+    total: int
+    """Pairs that passed; `pairs` are the strongest of them where not all were asked for."""
     histogram: Tensor | None
     """[bins] int64: pairs that fired together at least once, counted by correlation."""
     squared_sum: float | None
@@ -263,7 +265,10 @@ def kept(stats: PairStatistics, min_correlation: float, min_support: int) -> Pai
     return PairStatistics(*(getattr(stats, name)[keep] for name in PairStatistics.__dataclass_fields__))
 
 
-def sorted_pairs(found: list[PairStatistics], d_sae: int, device: torch.device) -> CorrelatedPairs:
+def sorted_pairs(
+    found: list[PairStatistics], d_sae: int, device: torch.device, most: int | None = None
+) -> CorrelatedPairs:
+    """The first `most` of all the pairs (None: all), strongest first."""
     names = ("i", "j", "correlation", "support", "cosine", "jaccard", "weight")
     kinds = (torch.int64, torch.int64, torch.float64, torch.int64, torch.float64, torch.float64, torch.float64)
     columns = [
@@ -271,5 +276,26 @@ def sorted_pairs(found: list[PairStatistics], d_sae: int, device: torch.device) 
         for name, kind in zip(names, kinds, strict=True)
     ]
     by_pair = (columns[0] * d_sae + columns[1]).argsort()
-    order = by_pair[columns[2][by_pair].sort(descending=True, stable=True).indices]
+    order = by_pair[columns[2][by_pair].sort(descending=True, stable=True).indices][:most]
     return CorrelatedPairs(*(column[order] for column in columns))
+
+
+class StrongestPairs:
+    """Collects pairs in parts; holds at most twice `most` of them (None: all), the strongest ones."""
+
+    def __init__(self, d_sae: int, device: torch.device, most: int | None) -> None:
+        self._d_sae, self._device, self._most = d_sae, device, most
+        self._parts: list[PairStatistics] = []
+        self._held = self.total = 0
+
+    def add(self, part: PairStatistics) -> None:
+        self._parts.append(part)
+        self._held += part.i.numel()
+        self.total += part.i.numel()
+        if self._most is not None and self._held > 2 * self._most:
+            kept_ones = self.pairs()
+            self._parts = [PairStatistics(*(getattr(kept_ones, n) for n in PairStatistics.__dataclass_fields__))]
+            self._held = len(kept_ones)
+
+    def pairs(self) -> CorrelatedPairs:
+        return sorted_pairs(self._parts, self._d_sae, self._device, self._most)

@@ -76,7 +76,7 @@ def select_topk(x: Tensor, W: Tensor, b: Tensor, k: int) -> Selection:
                 CHUNK=chunk, num_warps=config.selection_warps(chunk),
             )  # fmt: skip
             kernel.rescan_rows[(min(number, part.programs),)](
-                part.x, part.W, b, kept_key, kept_place, picked, picked_count, cuts, failed, failed_count, _totals_on(x.device),
+                *part.operands, kept_key, kept_place, picked, picked_count, cuts, failed, failed_count, _totals_on(x.device),
                 number, part.d_in, d_sae, part.tiles, kept, k, stride, *part.strides, **part.tile_options,
                 CHUNK=config.RESCAN_CHUNK,
             )  # fmt: skip
@@ -126,7 +126,7 @@ def select_batch_topk(x: Tensor, W: Tensor, b: Tensor, k: int) -> Selection:
                     tiles, kept, d_sae, **last,
                 )  # fmt: skip
                 batch_kernel.rescan_cells[(max(1, min(most_open, product.programs)),)](
-                    product.x, product.W, b, kept_key, fresh, open_cell, open_count, product.d_in, d_sae, tiles, kept,
+                    *product.operands, kept_key, fresh, open_cell, open_count, product.d_in, d_sae, tiles, kept,
                     *product.strides, **product.tile_options,
                 )  # fmt: skip
         position = torch.full((wanted,), torch.iinfo(torch.int64).max, dtype=torch.int64, device=device)
@@ -164,7 +164,7 @@ def _above_threshold(
     step = threshold.stride(0) if threshold.dim() else 0
     with product.on_device():
         kernel.above_threshold[product.grid()](
-            product.x, product.W, product.b, threshold, bounds, bounds if values is None else values,
+            *product.operands, threshold, bounds, bounds if values is None else values,
             bounds if indices is None else indices, product.rows, product.d_in, product.d_sae, product.tiles, step,
             *product.strides, GROUP=product.launch.group, WRITE=values is not None, **product.tile_options,
         )  # fmt: skip
@@ -264,6 +264,11 @@ class Product:
         self.tiles = cdiv(self.d_sae, self.launch.latents)
 
     @property
+    def operands(self) -> tuple[Tensor, Tensor, Tensor]:
+        """x, W and b, whose numbers are next to each other: kernels know strides of matrices only."""
+        return self.x, self.W, self.b
+
+    @property
     def strides(self) -> tuple[int, ...]:
         return (*self.x.stride(), *self.W.stride())
 
@@ -304,7 +309,7 @@ class Product:
         kept_place = torch.empty(shape, dtype=torch.uint8, device=self.x.device)
         if self.rows:
             kernel.keep_tile_best[self.grid()](
-                self.x, self.W, self.b, kept_key, kept_place, self.rows, self.d_in, self.d_sae, self.tiles, kept,
+                *self.operands, kept_key, kept_place, self.rows, self.d_in, self.d_sae, self.tiles, kept,
                 *self.strides, GROUP=self.launch.group, **self.tile_options,
             )  # fmt: skip
         return kept_key, kept_place

@@ -106,7 +106,7 @@ def test_a_refill_finds_its_rows_waiting(build: Callable[..., ActivationStream])
     for _ in range(6):
         # Until the thread has nothing left to do, however busy the machine is.
         end = time.monotonic() + 10
-        while (waiting := stream._producer.waiting()) < 128 and time.monotonic() < end:
+        while (waiting := stream._feed._producer.waiting()) < 128 and time.monotonic() < end:
             time.sleep(0.005)
         # One refill's rows, and less than one pass (at most 60 rows) more.
         assert 128 <= waiting < 128 + 60

@@ -164,7 +164,7 @@ def test_no_state_takes_more_bytes_than_said_and_a_full_one_little_less(
         rows = stream._buffer.state_dict()["rows"]
         assert sum(v[0].nbytes for v in rows.values()) == stream._source.row_bytes
         # The rest of the bound is room for documents read ahead.
-        ahead = stream._source.cursor_bytes_at_most()
+        ahead = stream._source.source.cursor_bytes_at_most()
         assert largest > 0.95 * (at_first - ahead - (1 << 16) - 64 * stream._source.row_bytes)
 
 

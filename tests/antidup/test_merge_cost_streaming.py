@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bench.science.toy import Toy, independent
 from transcoder import RunConfig, train_transcoder
+from transcoder.antidup import merge_cost_streaming as module
 from transcoder.antidup.merge_cost import MergeResult, MergeTest
 from transcoder.antidup.merge_cost_streaming import ENOUGH, MergeEvidence
 from transcoder.kernels import SparseCodes, sparse_decode
@@ -18,6 +19,11 @@ from transcoder.kernels import SparseCodes, sparse_decode
 D_SAE, D_OUT, TOKENS = 12, 7, 400
 LEFT, RIGHT = torch.tensor([0, 2, 5, 3]), torch.tensor([1, 9, 6, 10])
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _reads_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MOST_READ", 1 << 40)
 
 
 def world(seed: int, tokens: int = TOKENS) -> tuple[SparseCodes, Tensor, Tensor, Tensor]:
@@ -76,7 +82,7 @@ def test_both_ways_of_measuring_are_one(weighted: bool, monkeypatch: pytest.Monk
     w = torch.rand(TOKENS, generator=torch.Generator().manual_seed(1)).double() if weighted else None
     if w is not None:
         w[::5] = 0
-    sums, fired = evidence._measure_firings(codes, residual, W, w)
+    sums, fired, _ = evidence._measure_firings(codes, residual, W, w)
     monkeypatch.setattr("transcoder.antidup.merge_cost_streaming.MOST_FIRINGS", 5000)
     every, all_fired, looked_at = evidence._measure_some(codes, residual, W, w)
     assert bool(looked_at.all())
@@ -85,26 +91,31 @@ def test_both_ways_of_measuring_are_one(weighted: bool, monkeypatch: pytest.Monk
     assert int(fired[1, 3]) == 0
     assert int(fired.sum()) > 500
     silent = codes.with_values(torch.zeros_like(values))
-    assert not bool(torch.cat(evidence._measure_firings(silent, residual, W, w)).any())
+    assert not bool(torch.cat(evidence._measure_firings(silent, residual, W, w)[:2]).any())
     assert not bool(torch.cat(evidence._measure_some(silent, residual, W, w)[:2]).any())
 
 
+@pytest.mark.parametrize("way", ["some", "firings"])
 @pytest.mark.parametrize("room", [0, 1, 300, 301, 302, 303])
-def test_a_batch_of_too_many_firings_says_what_its_first_tokens_say(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_of_too_many_firings_says_what_its_first_tokens_say(
+    room: int, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As much as fits, whole tokens only; the target is that of the same tokens."""
-    monkeypatch.setattr("transcoder.antidup.merge_cost_streaming.MOST_FIRINGS", room)
+    for name in ("MOST_FIRINGS", "MOST_READ"):
+        monkeypatch.setattr(module, name, room)
     codes, residual, _, W = world(5)
     evidence = MergeEvidence(D_SAE, CPU)
     asked(evidence)
     residual[-1] = torch.nan
-    sums, fired, looked_at = evidence._measure_some(codes, residual, W, None)
+    sums, fired, looked_at = getattr(evidence, f"_measure_{way}")(codes, residual, W, None)
     told = int(looked_at.sum())
     assert bool(looked_at[:told].all())
     assert told < TOKENS
     followed = torch.isin(codes.indices, torch.cat([LEFT, RIGHT])) & (codes.values > 0)
     assert int(fired.sum()) == int(followed[: codes.row_ptr[told]].sum()) <= room
     assert int(followed[: codes.row_ptr[told + 1]].sum()) > room
-    wanted, all_fired = evidence._measure_firings(
+    monkeypatch.setattr(module, "MOST_READ", TOKENS * D_SAE)
+    wanted, all_fired, _ = evidence._measure_firings(
         SparseCodes.from_dense(codes.to_dense()[:told]), residual[:told], W, None
     )
     torch.testing.assert_close(sums, wanted, rtol=1e-12, atol=1e-12)

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from transcoder.antidup import CorrelationMonitor, UsageLedger, validate_correlation_report
 from transcoder.antidup.merge_cost import MergeResult
-from transcoder.antidup.monitor import _pairs_in
 from transcoder.antidup.pair_errors import correlation_bounds
+from transcoder.antidup.window import pairs_in
 from transcoder.config import MonitorSection
 from transcoder.kernels import FeatureCorrelation, SparseCodes
 from transcoder.kernels.correlation.reference import correlation_reference
@@ -324,7 +324,7 @@ def test_pairs_seen_are_those_that_fire_together(density: float, zeros: bool) ->
     z = torch.rand(20, 9, generator=g) * (torch.rand(20, 9, generator=g) < density)
     codes = SparseCodes.from_dense(z + 1.0).with_values(z.flatten()) if zeros else SparseCodes.from_dense(z)
     fired = (z > 0).sum(1)
-    assert int(_pairs_in(codes)) == int((fired * (fired - 1) // 2).sum())
+    assert int(pairs_in(codes)) == int((fired * (fired - 1) // 2).sum())
 
 
 def test_targets_can_be_surveyed_before_the_first_report(tmp_path: Path) -> None:
@@ -471,9 +471,8 @@ def test_a_state_that_does_not_fit_changes_nothing(tmp_path: Path, field: str) -
     assert other.report(50) == part.report(50)
 
 
-def test_flagged_pairs_are_judged_first_and_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flagged_pairs_are_judged_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transcoder.antidup.monitor.MOST_JUDGED", 2)
-    monkeypatch.setattr("transcoder.antidup.monitor.JUDGED_AT_A_TIME", 1)
     z = planted(6000, 19)
     part = monitor(tmp_path, z.shape[1], replace(SECTION, block_tokens=2000, blocks_to_flag=2, blocks_remembered=3))
     feed(part, z)
@@ -486,6 +485,6 @@ def test_flagged_pairs_are_judged_first_and_in_parts(tmp_path: Path, monkeypatch
 
     report = part.report(99, judge=judge)
     validate_correlation_report(report)
-    assert asked == [[(6, 7)], [(10, 11)]]
+    assert asked == [[(6, 7), (10, 11)]]
     assert {(p["i"], p["j"]): p["mergeable"] for p in report["pairs"]} == {(6, 7): False, (8, 9): None, (10, 11): True}
     assert (report["pairs_mergeable"], report["pairs_refused"], report["pairs_untested"]) == (1, 1, 1)

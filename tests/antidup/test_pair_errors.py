@@ -11,8 +11,14 @@ from torch import Tensor
 
 from transcoder.antidup import pair_errors as module
 from transcoder.antidup.flags import FlagBook
-from transcoder.antidup.monitor import _scaled
-from transcoder.antidup.pair_errors import GROUPS, PairErrors, PairJackknife, correlation_bounds, pooled_lower_bound
+from transcoder.antidup.pair_errors import (
+    GROUPS,
+    PairErrors,
+    PairJackknife,
+    correlation_bounds,
+    pooled_lower_bound,
+    scaled,
+)
 from transcoder.config import MonitorSection
 from transcoder.kernels import FeatureCorrelation, SparseCodes
 from transcoder.kernels.correlation.counter_rng import hash_bits
@@ -215,6 +221,6 @@ def test_blocks_are_pooled_by_their_weights() -> None:
 def test_an_error_of_part_of_the_tokens_is_scaled_to_all_of_them_or_not_believed() -> None:
     error = torch.tensor([0.1, 0.1, 0.1, 0.1], dtype=torch.float64)
     found = PairErrors(error, error, torch.tensor([400.0, 100.0, 99.0, 500.0], dtype=torch.float64))
-    scaled = _scaled(found, found.fisher, torch.full((4,), 400.0, dtype=torch.float64))
-    assert scaled[[0, 1, 3]].tolist() == pytest.approx([0.1, 0.05, 0.1])
-    assert bool(scaled[2].isnan())
+    believed = scaled(found, found.fisher, torch.full((4,), 400.0, dtype=torch.float64))
+    assert believed[[0, 1, 3]].tolist() == pytest.approx([0.1, 0.05, 0.1])
+    assert bool(believed[2].isnan())

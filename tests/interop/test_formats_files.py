@@ -195,7 +195,7 @@ def test_dictionary_learning(name: str, tmp_path: Path) -> None:
     found = read_transcoder("dictionary_learning", tmp_path)
     check(found.transcoder(X), peers.dictionary_learning(tmp_path, X))
     assert found.transcoder.widths == ((5, 12, 20) if "Matryoshka" in name else (N,))
-    assert found.hooks.source == "resid_post_layer_3"
+    assert found.hooks.source == found.hooks.target == "blocks.3.hook_resid_post"
     # Group sizes and back again.
     export_transcoder(found.transcoder, "dictionary_learning", tmp_path / "out")
     again = torch.load(tmp_path / "out" / "ae.pt", weights_only=True)

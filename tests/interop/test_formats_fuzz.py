@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from transcoder import Transcoder, TranscoderConfig, export_transcoder
-from transcoder.interop.formats import FORMATS, read_transcoder
+from transcoder.interop.formats import EXPORTED, read_transcoder
 
 MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 HOOKS = {"source_hook": "blocks.0.ln2.hook_normalized", "target_hook": "blocks.0.hook_mlp_out"}
@@ -38,7 +38,7 @@ fast = settings(max_examples=40, deadline=None, derandomize=True)
 @pytest.fixture(scope="module")
 def exports() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
-        for name in FORMATS:
+        for name in EXPORTED:
             activation = "topk" if name == "sparsify" else "batch_topk"
             config = TranscoderConfig(5, 5, 12, 3, activation=activation, widths=[4, 12])  # type: ignore[arg-type]
             export_transcoder(Transcoder(config), name, Path(folder) / name, **HOOKS)
@@ -63,7 +63,7 @@ def paths(values: Any, so_far: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return found
 
 
-@pytest.mark.parametrize("name", [name for name in FORMATS if name != "gemma-scope"])
+@pytest.mark.parametrize("name", [name for name in EXPORTED if name != "gemma-scope"])
 @fast
 @given(data=st.data())
 def test_any_value_anywhere_in_the_config(name: str, data: st.DataObject, exports: Path) -> None:
@@ -85,7 +85,7 @@ def test_any_value_anywhere_in_the_config(name: str, data: st.DataObject, export
         attempt(name, Path(folder) / "in")
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", EXPORTED)
 @fast
 @given(data=st.data())
 def test_any_bytes_anywhere_in_the_weights(name: str, data: st.DataObject, exports: Path) -> None:

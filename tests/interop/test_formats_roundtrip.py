@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from transcoder import Transcoder, TranscoderConfig, export_transcoder
-from transcoder.interop.formats import FORMATS, read_transcoder
+from transcoder.interop.formats import EXPORTED, read_transcoder
 
 from . import peers
 
@@ -106,7 +106,7 @@ def exported(model: Transcoder, name: str) -> Iterator[Path]:
 fast = settings(max_examples=15, deadline=None, derandomize=True)
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", EXPORTED)
 @fast
 @given(data=st.data())
 def test_what_is_written_is_the_same_function_by_the_peers_formula(name: str, data: st.DataObject) -> None:
@@ -122,7 +122,7 @@ def test_what_is_written_is_the_same_function_by_the_peers_formula(name: str, da
         assert found.record.function in ("same", "same up to rounding")
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", EXPORTED)
 @fast
 @given(data=st.data())
 def test_a_second_trip_is_bitwise_the_first(name: str, data: st.DataObject) -> None:

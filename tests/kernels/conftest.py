@@ -9,7 +9,8 @@ import re
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -18,6 +19,27 @@ from transcoder.kernels import active_backend, backend, extension
 from transcoder.kernels.triton_support import interpreted
 
 INTERPRETED = interpreted()
+
+
+def _patch_the_language_once() -> None:
+    """Triton's interpreter patches the whole language at a launch, and again at each call of a device function: a third of the
+    time of these tests. The second is needed once, for functions of Triton's own that see `tl.core`, and is never undone."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    done: list[bool] = []
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not done and tl.core in (v for v in self.fn.__globals__.values() if isinstance(v, ModuleType)):
+            interpreter._patch_lang(self.fn)
+            done.append(True)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = call  # type: ignore[method-assign]
+
+
+if INTERPRETED:
+    _patch_the_language_once()
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -455,12 +455,13 @@ def test_bins_are_those_of_searchsorted() -> None:
         product[0] = value
         joint = torch.tensor([1, 0, 0], dtype=torch.int32)
         zero, one = torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
-        histogram = torch.ops.transcoder_cpp.survey_pairs([product], [joint], zero, one, 2.0, edges)[-1]
+        fired = torch.full((3,), 2)
+        histogram = torch.ops.transcoder_cpp.survey_pairs([product], [joint], zero, one, fired, 2.0, 0.0, 8, edges)[-2]
         want = (torch.searchsorted(edges, value, right=True) - 1).clamp(0, 4)
         assert histogram.tolist() == torch.bincount(want[None], minlength=5).tolist()
     for wrong in ((product[:2], joint, zero, one), (product, joint[:2], zero, one), (product, joint, zero, one[:2])):
         with pytest.raises(ValueError, match="expected"):
-            torch.ops.transcoder_cpp.survey_pairs([wrong[0]], [wrong[1]], *wrong[2:], 0.5, None)
+            torch.ops.transcoder_cpp.survey_pairs([wrong[0]], [wrong[1]], *wrong[2:], fired, 0.5, 0.0, 8, None)
 
 
 @pytest.mark.skipif(CPP == "torch", reason="no compiler")

@@ -61,18 +61,18 @@ def test_the_layer_itself_recovers_everything(stream: ActivationStream) -> None:
 
 
 def test_sinks_keep_their_activations(stream: ActivationStream) -> None:
-    model = stream._source._model  # type: ignore[attr-defined]
+    model = stream._source.source._model  # type: ignore[attr-defined]
     special = torch.tensor(stream.special_ids)
     outputs: list[tuple[Tensor, Tensor, Tensor]] = []
     inner = model.next_token_losses
 
     def spy(tokens: Tensor, substitute=None):  # type: ignore[no-untyped-def]
         def watched(source: Tensor, target: Tensor) -> Tensor:
-            found = substitute(source, target)
+            found = substitute[0](source, target)
             outputs.append((tokens.flatten(), target, found))
             return found
 
-        return inner(tokens, None if substitute is None else watched)
+        return inner(tokens, watched if substitute else None)
 
     model.next_token_losses = spy
     try:
@@ -101,7 +101,7 @@ def test_few_sequences_at_a_time_give_the_same_losses(
     stream: ActivationStream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = stream.heldout_losses({"model": None, "zero": lambda _, target: torch.zeros_like(target)}, TOKENS)
-    model = stream._source._model  # type: ignore[attr-defined]
+    model = stream._source.source._model  # type: ignore[attr-defined]
     monkeypatch.setattr(type(model), "sequences_at_a_time", lambda self, length: 3)
     parts = stream.heldout_losses({"model": None, "zero": lambda _, target: torch.zeros_like(target)}, TOKENS)
     assert whole is not None

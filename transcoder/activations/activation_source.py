@@ -1,4 +1,4 @@
-"""What a stream draws from: passes of activations, made into rows, with a place to go on from."""
+"""What a stream draws from: passes of activations of every layer, with a place to go on from, and the rows of each layer."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from transcoder.activations.batch import ActivationBatch
+from transcoder.activations.documents import DataError
 from transcoder.activations.masking import FIT_TOKENS, SinkMasker
 from transcoder.activations.rows import Chunk, MakePositionChoice, Pass, RowMaker, Substitute, counters_of
 from transcoder.activations.vocabulary import Vocabulary
@@ -17,78 +18,74 @@ from transcoder.config import RunConfig
 
 
 class ActivationSource(ABC):
-    """Passes of a language model over text, or of cached shards, made into rows for training and for evaluation.
+    """Passes of a language model over text, or of cached shards: the activations of every layer of a run.
 
     Args:
         config: section `activations` is read.
         device: where the activations lie.
-        make_sampler: see `build_stream`.
-        context_tokens: width of the context windows.
         vocabulary: of the model that made the activations.
-        d_in, d_out: widths of source and target.
+        widths: (d_in, d_out) of each layer.
         sequence_length: tokens of a sequence.
-        activation_bytes: bytes of a token's source and target.
+        activation_bytes: bytes of a token's source and target, of each layer.
         pad_id: id that the median norm leaves out.
 
     Attributes:
-        identity: JSON values that a saved cursor and this source must share. A value that is a dict with
-            "weights" is compared by those alone; the rest of it is for the message. Under "data" stands the digest of the
-            text or cache (None: unknown, not compared), which `activations.allow_changed_data` lets differ.
         holds_out: whether there are held-out data.
-        pass_rows: the most rows that a pass gives.
-        row_bytes: bytes of a row: its activations, token id, position and sequence, its importance weight if it has one,
-            and its context window.
+        pass_rows: the most rows of a layer that a pass gives.
+        no_sampling: why positions cannot be sampled, or None.
     """
 
-    identity: dict[str, Any]
     holds_out: bool
+    no_sampling: str | None = None
 
     def __init__(
         self,
         config: RunConfig,
         device: torch.device,
-        make_sampler: MakePositionChoice | None,
-        context_tokens: int,
         *,
         vocabulary: Vocabulary,
-        d_in: int,
-        d_out: int,
+        widths: list[tuple[int, int]],
         sequence_length: int,
-        activation_bytes: int,
+        activation_bytes: list[int],
         pad_id: int | None,
     ) -> None:
         section = config.activations
-        self._device, self._context_tokens = device, context_tokens
-        self.vocabulary, self.d_in, self.d_out, self.sequence_length = vocabulary, d_in, d_out, sequence_length
+        self._device = device
+        self.vocabulary, self.widths, self.sequence_length = vocabulary, widths, sequence_length
+        self.activation_bytes = activation_bytes
         self.pass_rows = section.sequences_per_forward * sequence_length
-        self.row_bytes = activation_bytes + 3 * torch.int64.itemsize + torch.int32.itemsize * context_tokens
-        if make_sampler is not None:
-            self.row_bytes += torch.float32.itemsize
-        self._masker = SinkMasker(section, vocabulary.special_ids, vocabulary.size, pad_id, device)
-        sampler = None if make_sampler is None else make_sampler(vocabulary.special_ids)
-        self._rows = RowMaker(self._masker, context_tokens, sampler)
+        self.maskers = [SinkMasker(section, vocabulary.special_ids, vocabulary.size, pad_id, device) for _ in widths]
+        """Of each layer: sinks differ between layers."""
+        self._fitted: list[dict[str, Any]] = []
 
     @abstractmethod
-    def next_pass(self) -> Pass:
-        """The next pass over the data, which begin again when they end; sinks and all."""
+    def identity(self, layer: int) -> dict[str, Any]:
+        """JSON values that a saved cursor and this source must share, for the layer of this place in `widths`. A value that is
+        a dict with "weights" is compared by those alone; the rest of it is for the message. Under "data" stands the digest of
+        the text or cache (None: unknown, not compared), which `activations.allow_changed_data` lets differ."""
 
     @abstractmethod
-    def _from_start(self, heldout: bool) -> Iterator[Pass]:
-        """Each pass that has held-out tokens, or else training tokens, from the start of the data to their end."""
+    def next_pass(self) -> list[Pass]:
+        """Of each layer, the next pass over the data, which begin again when they end; sinks and all."""
 
     @abstractmethod
-    def _place(self) -> dict[str, Any]:
+    def from_start(self, heldout: bool) -> Iterator[list[Pass]]:
+        """Of each layer, each pass that has held-out tokens, or else training tokens, from the start of the data to their
+        end."""
+
+    @abstractmethod
+    def place(self) -> dict[str, Any]:
         """Where the next pass begins."""
 
     @abstractmethod
-    def _seek(self, place: dict[str, Any]) -> None:
+    def seek(self, place: dict[str, Any]) -> None:
         """Go on from a place."""
 
     @abstractmethod
-    def _progress(self, place: dict[str, Any]) -> dict[str, int]:
+    def progress(self, place: dict[str, Any]) -> dict[str, int]:
         """Documents, epochs and the like up to a place."""
 
-    def _trains(self, found: Pass) -> Tensor | None:
+    def trains(self, found: Pass) -> Tensor | None:
         """[T] bool: the tokens that are not held out; None: all of them."""
         return None
 
@@ -96,40 +93,88 @@ class ActivationSource(ABC):
         """Bytes that a cursor's tensors can take."""
         return 0
 
-    def heldout_losses(self, substitutes: Mapping[str, Substitute | None], tokens: int) -> dict[str, float] | None:
-        """See `ActivationStream.heldout_losses`; None without a language model."""
+    def heldout_losses(
+        self, substitutes: Mapping[str, Mapping[int, Substitute]], tokens: int
+    ) -> dict[str, float] | None:
+        """See `ActivationStream.heldout_losses`; of each name, the substitutes by the layer's place in `widths`. None without
+        a language model."""
         return None
 
-    def unembedding(self) -> Tensor | str:
+    def unembedding(self, layer: int) -> Tensor | str:
         """See `ActivationStream.unembedding`."""
         return "the run had no language model at hand"
+
+    def fit_masks(self, tokens: int) -> list[dict[str, Any]]:
+        """Find the norm that `mask_norm_multiple: auto` masks from, of each layer, on at least `tokens` tokens from where the
+        data stand, or one epoch of them; they are read again afterwards, and read once for all layers. Returns what
+        `SinkMasker.fit` found."""
+        if self._fitted:
+            return self._fitted
+        begin, seen = self.place(), 0
+        found: list[list[dict[str, Tensor]]] = [[] for _ in self.maskers]
+        epoch = self.progress(begin)["epochs"]
+        while seen < max(tokens, FIT_TOKENS) and self.progress(self.place())["epochs"] == epoch:
+            passes = self.next_pass()
+            trains = self.trains(passes[0])
+            for one, masker, parts in zip(passes, self.maskers, found, strict=True):
+                valid = one.valid if trains is None else one.valid & trains
+                parts.append(masker.candidates(one.source, one.tokens, one.positions, valid))
+            seen += len(found[0][-1]["ratios"])
+        self.seek(begin)
+        self._fitted = [
+            masker.fit(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+            for masker, parts in zip(self.maskers, found, strict=True)
+        ]
+        return self._fitted
+
+
+class LayerSource:
+    """The rows of one layer of a source.
+
+    Args:
+        source: shared by all layers of a run.
+        layer: the layer's place in `source.widths`.
+        make_sampler: see `build_stream`.
+        context_tokens: width of the context windows.
+
+    Attributes:
+        identity: as `ActivationSource.identity`.
+        row_bytes: bytes of a row: its activations, token id, position and sequence, its importance weight if it has one,
+            and its context window.
+    """
+
+    def __init__(
+        self, source: ActivationSource, layer: int, make_sampler: MakePositionChoice | None, context_tokens: int
+    ) -> None:
+        if make_sampler is not None and source.no_sampling is not None:
+            raise DataError(source.no_sampling)
+        self.source, self.layer, self.context_tokens = source, layer, context_tokens
+        self.d_in, self.d_out = source.widths[layer]
+        self.identity = source.identity(layer)
+        self.row_bytes = row_bytes(source.activation_bytes[layer], context_tokens, make_sampler is not None)
+        sampler = None if make_sampler is None else make_sampler(source.vocabulary.special_ids)
+        self._rows = RowMaker(source.maskers[layer], context_tokens, sampler)
 
     @property
     def mask_norm_multiple(self) -> float | None:
         """Norms above this multiple of the median are masked; None: none are."""
-        return self._masker.multiple
+        return self.source.maskers[self.layer].multiple
 
     def fit_mask(self, tokens: int) -> dict[str, Any]:
-        """Find the norm that `mask_norm_multiple: auto` masks from, on at least `tokens` tokens from where the data stand, or
-        one epoch of them; they are read again afterwards. Returns what `SinkMasker.fit` found."""
-        begin, seen, found = self._place(), 0, list[dict[str, Tensor]]()
-        epoch = self._progress(begin)["epochs"]
-        while seen < max(tokens, FIT_TOKENS) and self._progress(self._place())["epochs"] == epoch:
-            one = self.next_pass()
-            trains = self._trains(one)
-            valid = one.valid if trains is None else one.valid & trains
-            found.append(self._masker.candidates(one.source, one.tokens, one.positions, valid))
-            seen += len(found[-1]["ratios"])
-        self._seek(begin)
-        sinks = self._masker.fit(**{name: torch.cat([part[name] for part in found]) for name in found[0]})
+        """This layer's part of `ActivationSource.fit_masks`."""
+        sinks = self.source.fit_masks(tokens)[self.layer]
         self._rows.totals |= {f"sinks_{name}": float(sinks[name]) for name in ("multiple", "share", "held")}
         return sinks
 
-    def produce(self) -> Chunk:
-        """The next pass's rows for training."""
-        found = self.next_pass()
-        made = self._rows.make(found, self._trains(found), step=int(self._rows.totals["passes"]))
-        return Chunk(made.rows, made.sample, self.cursor())
+    @property
+    def passes_made(self) -> int:
+        """Passes made into rows for training."""
+        return int(self._rows.totals["passes"])
+
+    def chunk(self, found: Pass, trains: Tensor | None, place: dict[str, Any]) -> Chunk:
+        """A pass's rows for training; `place` is behind it."""
+        made = self._rows.make(found, trains, step=self.passes_made)
+        return Chunk(made.rows, made.sample, self.cursor(place))
 
     def record(self, chunk: Chunk) -> None:
         """Told of each chunk that is taken for training."""
@@ -138,21 +183,26 @@ class ActivationSource(ABC):
     def passes(self, heldout: bool) -> Iterator[tuple[ActivationBatch, ActivationBatch]]:
         """(rows, sinks) of the held-out data, or else of the training data, pass by pass, once from their start whatever the
         cursor; no position sampling."""
-        maker = RowMaker(self._masker, self._context_tokens, None)
-        for found in self._from_start(heldout):
-            trains = self._trains(found)
-            made = maker.make(found, None if trains is None else trains != heldout)
+        maker = RowMaker(self.source.maskers[self.layer], self.context_tokens, None)
+        for passes in self.source.from_start(heldout):
+            trains = self.source.trains(passes[0])
+            made = maker.make(passes[self.layer], None if trains is None else trains != heldout)
             yield made.rows, made.sinks
 
-    def cursor(self) -> dict[str, Any]:
-        """The place from which the next pass follows, and the totals up to it."""
-        return {**self._place(), "totals": dict(self._rows.totals)}
+    def cursor(self, place: dict[str, Any]) -> dict[str, Any]:
+        """A place of the source and this layer's totals up to it."""
+        return {**place, "totals": dict(self._rows.totals)}
 
     def seek(self, cursor: dict[str, Any]) -> None:
-        """Go on from a cursor."""
-        self._seek(cursor)
+        """Count on from a cursor."""
         self._rows.totals = {name: float(value) for name, value in cursor["totals"].items()}
 
     def counters(self, cursor: dict[str, Any]) -> dict[str, float]:
         """What `ActivationStream.counters` gives at a cursor."""
-        return counters_of(cursor["totals"], self._progress(cursor))
+        return counters_of(cursor["totals"], self.source.progress(cursor))
+
+
+def row_bytes(activations: int, context_tokens: int, weighted: bool) -> int:
+    """Bytes of a row, see `LayerSource`."""
+    fixed = 3 * torch.int64.itemsize + torch.int32.itemsize * context_tokens
+    return activations + fixed + torch.float32.itemsize * weighted

@@ -13,13 +13,15 @@ from torch import Tensor
 from transcoder.activations.activation_source import ActivationSource
 from transcoder.activations.documents import DataError, is_heldout
 from transcoder.activations.record_sources import files_digest
-from transcoder.activations.rows import PASS_COLUMNS, MakePositionChoice, Pass
+from transcoder.activations.rows import PASS_COLUMNS, Pass
 from transcoder.activations.shards import (
     DTYPES,
     INDEX_NAME,
+    matrix_names,
     read_column,
     read_header,
     read_index,
+    widths_of,
     write_index,
     write_shard,
 )
@@ -46,16 +48,14 @@ class CachedActivations(ActivationSource):
     is held out is chosen by a hash of the sequence's id, so that training and evaluation share no sequence.
     """
 
-    def __init__(
-        self, config: RunConfig, device: torch.device, make_sampler: MakePositionChoice | None, context_tokens: int
-    ) -> None:
+    def __init__(self, config: RunConfig, device: torch.device) -> None:
         section = config.activations
         assert section.cached_path is not None  # the configuration checks it
         self._folder = local_path(section.cached_path, "activations.cached_path")
         self._index = index = read_index(self._folder)
         whole = index.get("sequence_length")
-        if make_sampler is not None and whole is None:
-            raise DataError(
+        if whole is None:
+            self.no_sampling = (
                 f"{self._folder / INDEX_NAME}: positions can only be sampled from whole sequences and this "
                 "cache has no sequence_length; set antidup.positions.train to false, or cache whole sequences"
             )
@@ -63,24 +63,19 @@ class CachedActivations(ActivationSource):
         vocabulary = Vocabulary(_tokenizer(index), int(index["vocab_size"]), index["special_ids"])
         if vocabulary.special_ids == [] and index["special_ids"]:
             raise DataError(f"{self._folder / INDEX_NAME}: special_ids lie outside vocab_size = {index['vocab_size']}")
-        d_in, d_out = int(index["d_in"]), int(index["d_out"])
+        self._pairs = _pairs_read(index, config, self._folder / INDEX_NAME)
         super().__init__(
             config,
             device,
-            make_sampler,
-            context_tokens,
             vocabulary=vocabulary,
-            d_in=d_in,
-            d_out=d_out,
+            widths=[(pair.d_in, pair.d_out) for pair in self._pairs],
             sequence_length=int(whole or section.sequence_length),
-            activation_bytes=(d_in + d_out) * DTYPES[index["dtype"]].itemsize,
+            activation_bytes=[(pair.d_in + pair.d_out) * DTYPES[index["dtype"]].itemsize for pair in self._pairs],
             pad_id=index.get("pad_id"),
         )
         self._fraction = section.heldout_fraction
-        self.identity = {
+        self._identity = {
             "kind": "cached",
-            "d_in": d_in,
-            "d_out": d_out,
             "dtype": index["dtype"],
             "vocabulary": self.vocabulary.size,
             "tokens": int(index["tokens"]),
@@ -93,7 +88,13 @@ class CachedActivations(ActivationSource):
         self._shard_number = self._row = self._epoch = 0
         self._shard: tuple[int, _Shard] | None = None
 
-    def next_pass(self) -> Pass:
+    def identity(self, layer: int) -> dict[str, Any]:
+        pair = self._pairs[layer]
+        # The cache of one pair of hooks has none of them in its identity: another cache of the same data will do.
+        hooks = {"source_hook": pair.source_hook, "target_hook": pair.target_hook} if pair.number is not None else {}
+        return {**self._identity, "d_in": pair.d_in, "d_out": pair.d_out, **hooks}
+
+    def next_pass(self) -> list[Pass]:
         shard = self._open(self._shard_number)
         begin, end = self._row, min(self._row + self.pass_rows, len(shard.tokens))
         found = self._read(shard, begin, end)
@@ -104,23 +105,25 @@ class CachedActivations(ActivationSource):
             self._shard_number, self._epoch = 0, self._epoch + 1
         return found
 
-    def _from_start(self, heldout: bool) -> Iterator[Pass]:
+    def from_start(self, heldout: bool) -> Iterator[list[Pass]]:
         for number in range(len(self._index["shards"])):
             shard = self._load(number)
             for begin in range(0, len(shard.tokens), self.pass_rows):
                 yield self._read(shard, begin, min(begin + self.pass_rows, len(shard.tokens)))
 
-    def _trains(self, found: Pass) -> Tensor:
+    def trains(self, found: Pass) -> Tensor:
         ids, place = found.sequences.unique(return_inverse=True)
         trains = torch.tensor([not is_heldout(int(i), self._fraction) for i in ids.tolist()], device=ids.device)
         return trains[place]
 
-    def _read(self, shard: _Shard, begin: int, end: int) -> Pass:
+    def _read(self, shard: _Shard, begin: int, end: int) -> list[Pass]:
         from safetensors import safe_open
 
         with safe_open(shard.path, framework="pt") as file:
-            source = file.get_slice("source")[begin:end].to(self._device)
-            target = file.get_slice("target")[begin:end].to(self._device)
+            pairs = [
+                [file.get_slice(name)[begin:end].to(self._device) for name in matrix_names(pair.number)]
+                for pair in self._pairs
+            ]
         tokens, positions, sequences = (
             column[begin:end].to(self._device) for column in (shard.tokens, shard.positions, shard.sequences)
         )
@@ -134,16 +137,20 @@ class CachedActivations(ActivationSource):
                 f"{where}: the index says whole sequences of {length} tokens, and positions do not run 0 to "
                 f"{length - 1} here"
             )
-        return Pass(
-            source=source,
-            target=target,
-            tokens=tokens,
-            positions=positions,
-            sequences=sequences,
-            valid=torch.ones_like(tokens, dtype=torch.bool),
-            shape=shape,
-            where=where,
-        )
+        valid = torch.ones_like(tokens, dtype=torch.bool)
+        return [
+            Pass(
+                source=source,
+                target=target,
+                tokens=tokens,
+                positions=positions,
+                sequences=sequences,
+                valid=valid,
+                shape=shape,
+                where=where,
+            )
+            for source, target in pairs
+        ]
 
     def _open(self, number: int) -> _Shard:
         if self._shard is None or self._shard[0] != number:
@@ -167,14 +174,51 @@ class CachedActivations(ActivationSource):
         )
         return _Shard(path, tokens, positions, sequences)
 
-    def _place(self) -> dict[str, Any]:
+    def place(self) -> dict[str, Any]:
         return {"shard": self._shard_number, "row": self._row, "epoch": self._epoch}
 
-    def _seek(self, place: dict[str, Any]) -> None:
+    def seek(self, place: dict[str, Any]) -> None:
         self._shard_number, self._row, self._epoch = (int(place[name]) for name in ("shard", "row", "epoch"))
 
-    def _progress(self, place: dict[str, Any]) -> dict[str, int]:
+    def progress(self, place: dict[str, Any]) -> dict[str, int]:
         return {"epochs": int(place["epoch"])}
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """A pair of hooks in a cache; `number` is its layer, None where the cache holds one pair only."""
+
+    number: int | None
+    d_in: int
+    d_out: int
+    source_hook: str
+    target_hook: str
+
+
+def _pairs_read(index: Mapping[str, Any], config: RunConfig, where: Path) -> list[_Pair]:
+    """The pairs of a cache that a run reads: by the number of the layer and its hooks; the one pair there is in any case."""
+    wanted, widths = config.activations.pairs, widths_of(index)
+    if None in widths:
+        if wanted[0].layer is not None:
+            raise DataError(
+                f"{where}: holds one pair of hooks, and activations.layers asks for layers {[w.layer for w in wanted]}; "
+                "cache them together, or leave activations.layers out"
+            )
+        return [_Pair(None, *widths[None], wanted[0].source, wanted[0].target)]
+    there = {
+        int(layer): (str(pair.get("source_hook")), str(pair.get("target_hook")))
+        for layer, pair in index["layers"].items()
+    }
+    found = []
+    for layer, *hooks in wanted:
+        number = layer if layer in there else next((n for n, pair in there.items() if pair == tuple(hooks)), None)
+        if number is None or there[number] != tuple(hooks):
+            raise DataError(
+                f"{where}: holds the hooks {'; '.join(f'{n}: {a}, {b}' for n, (a, b) in sorted(there.items()))}, and the run "
+                f"asks for {hooks[0]}, {hooks[1]}; set activations.layers, source_hook and target_hook to what is there"
+            )
+        found.append(_Pair(number, *widths[number], *there[number]))
+    return found
 
 
 def _number_sequences(positions: Tensor, shard: int) -> Tensor:
@@ -228,17 +272,26 @@ def cache_activations(
         )
     if any(folder.glob("*.safetensors")):
         raise DataError(f"cache_activations: {str(folder)!r} holds shards already; give an empty folder")
-    model = ModelActivations(config, device, None, 0)
-    waiting: list[Pass] = []
+    model, pairs = ModelActivations(config, device), config.activations.pairs
+    waiting: list[list[Pass]] = []
     written = number = 0
     while written < tokens or waiting:
         if written < tokens:
             waiting.append(model.next_pass())
-            written += len(waiting[-1].tokens)
-        if written >= tokens or sum(len(p.tokens) for p in waiting) >= shard_tokens:
-            columns = {name: torch.cat([getattr(p, name) for p in waiting]) for name in PASS_COLUMNS}
+            written += len(waiting[-1][0].tokens)
+        if written >= tokens or sum(len(passes[0].tokens) for passes in waiting) >= shard_tokens:
+            columns: dict[str, Any] = {
+                name: torch.cat([getattr(passes[0], name) for passes in waiting]) for name in PASS_COLUMNS[2:]
+            }
+            for name in PASS_COLUMNS[:2]:
+                by_layer = {
+                    pair.layer: torch.cat([getattr(passes[n], name) for passes in waiting])
+                    for n, pair in enumerate(pairs)
+                }
+                columns[name] = by_layer.get(None, by_layer)
             write_shard(folder / f"shard_{number:06}.safetensors", **columns)
             waiting, number = [], number + 1
+    one = pairs[0].layer is None
     return write_index(
         folder,
         sequence_length=model.sequence_length,
@@ -246,5 +299,6 @@ def cache_activations(
         special_ids=model.vocabulary.special_ids,
         pad_id=model.vocabulary.pad_id,
         model=config.model.name,
-        extra={"source_hook": config.activations.source_hook, "target_hook": config.activations.target_hook},
+        extra={"source_hook": pairs[0].source, "target_hook": pairs[0].target} if one else None,
+        hooks=None if one else {pair.layer: (pair.source, pair.target) for pair in pairs if pair.layer is not None},
     )

@@ -8,7 +8,7 @@ import functools
 import hashlib
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,21 +39,22 @@ _PAIRS = (
 
 
 class HookedModel:
-    """A TransformerBridge that yields the activations at two hooks.
+    """A TransformerBridge that yields the activations at pairs of hooks, all of them from one pass.
 
     Args:
         name: as `resolve_model_name` takes it.
         source_hook, target_hook: TransformerLens names, canonical or alias, such as
             `blocks.8.hook_resid_mid` and `blocks.8.hook_mlp_out`, or `blocks.8.mlp.hook_in` and
-            `blocks.8.mlp.hook_out`.
+            `blocks.8.mlp.hook_out`; for several layers, a sequence of each, as long as the other.
         dtype: type of weights and activations.
         device: where it runs.
         progress: False keeps the loader's progress bars quiet.
 
     Attributes:
-        d_in, d_out: widths at the two hooks (a hook with heads is flattened).
+        pairs: (source hook, target hook) of each layer.
+        widths: (d_in, d_out) of each pair (a hook with heads is flattened); d_in, d_out: of the first.
         vocabulary: the tokenizer and the model's vocabulary size.
-        token_bytes: bytes of a token's activations at both hooks.
+        token_bytes: bytes of a token's activations at both hooks of each pair.
 
     Raises:
         ModelError: an unknown hook (with the nearest names), one that never fires, or a source after its
@@ -63,13 +64,16 @@ class HookedModel:
     def __init__(
         self,
         name: str,
-        source_hook: str,
-        target_hook: str,
+        source_hook: str | Sequence[str],
+        target_hook: str | Sequence[str],
         dtype: torch.dtype,
         device: torch.device,
         progress: bool = True,
     ) -> None:
-        _check_layers(source_hook, target_hook)
+        sources, targets = ([hook] if isinstance(hook, str) else list(hook) for hook in (source_hook, target_hook))
+        self.pairs = list(zip(sources, targets, strict=True))
+        for pair in self.pairs:
+            _check_layers(*pair)
         folder = resolve_model_name(name)
         check_library()
         from transformer_lens.model_bridge import TransformerBridge
@@ -90,12 +94,13 @@ class HookedModel:
         # Training and evaluation may run the model from two threads, and the captures are this object's.
         self._lock = threading.Lock()
         self._captured: dict[str, Tensor] = {}
-        self._first = "source"
-        """Which of the two came first in the last pass."""
-        self._substitute: Substitute | None = None
+        """By hook, in the order in which the pass came to them."""
+        self._substitutes: Mapping[int, Substitute] = {}
+        """By the number of the pair."""
         self._whole = False
         """Whether the pass runs to its end."""
-        self._hooks = {"source": source_hook, "target": target_hook}
+        self._hooks = dict.fromkeys(sources, "source") | dict.fromkeys(targets, "target")
+        self._pair_of_target = {hook: n for n, hook in enumerate(targets)}
         self.max_length: int | None = getattr(bridge.cfg, "n_ctx", None)
         size = int(bridge.cfg.d_vocab)
         # The bridge gives a tokenizer without BOS its EOS as one.
@@ -104,17 +109,22 @@ class HookedModel:
         self.vocabulary.check()
         self._attach()
         try:
-            source, target = self.forward(torch.zeros(2, 13, dtype=torch.int64, device=device))
+            with self._lock:
+                self._capture_all(tokens := torch.zeros(2, 13, dtype=torch.int64, device=device))
+                order = list(self._captured)
+                found = self._take_pairs(tokens)
         except RuntimeError as error:
             # Some of the bridge's attentions mix types in half precision.
             raise ModelError(f"model.dtype: {name!r} does not run in {dtype}: {brief(error)}; try float32") from error
-        if self._first == "target":
-            raise ModelError(
-                f"activations.source_hook: {source_hook!r} comes after target_hook {target_hook!r} in the layer; a transcoder "
-                f"predicts an output from what comes before it{self._working_pairs(target_hook)}"
-            )
-        self.d_in, self.d_out = source.shape[-1], target.shape[-1]
-        self.token_bytes = sum(t.shape[-1] * t.element_size() for t in (source, target))
+        for source, target in self.pairs:
+            if order.index(source) > order.index(target):
+                raise ModelError(
+                    f"activations.source_hook: {source!r} comes after target_hook {target!r} in the layer; a transcoder "
+                    f"predicts an output from what comes before it{self._working_pairs(target)}"
+                )
+        self.widths = [(source.shape[-1], target.shape[-1]) for source, target in found]
+        self.token_bytes = [sum(t.shape[-1] * t.element_size() for t in pair) for pair in found]
+        self.d_in, self.d_out = self.widths[0]
 
     def fingerprint(self) -> str:
         """16 hexadecimal digits that depend on the weights' shapes and on up to 64 values spread over each: the
@@ -129,7 +139,7 @@ class HookedModel:
 
     def _attach(self) -> None:
         names = self._bridge.hook_dict
-        for role, hook in self._hooks.items():
+        for hook, role in self._hooks.items():
             if hook not in names:
                 module = _hooks_of_module(self._bridge, hook)
                 if module is not None:
@@ -146,52 +156,62 @@ class HookedModel:
                     f"{', '.join(map(repr, close)) or 'none'} (blocks 0 to {layers - 1})"
                 )
             try:
-                self._bridge.add_hook(hook, self._capture(role), is_permanent=True)
+                self._bridge.add_hook(hook, self._capture(hook), is_permanent=True)
             except (ValueError, NotImplementedError) as error:
                 raise ModelError(
                     f"activations.{role}_hook: {hook!r} cannot be read on this model: {brief(error)}{self._working_pairs(hook)}"
                 ) from error
 
-    def _capture(self, role: str) -> Any:
+    def _capture(self, name: str) -> Any:
         from transformer_lens.model_bridge.exceptions import StopAtLayerException
 
         def capture(activation: Tensor, hook: object) -> Tensor | None:
-            if not self._captured:
-                self._first = role
-            self._captured[role] = activation.detach()
+            self._captured[name] = activation.detach()
             if self._whole:
-                if role == "source" or self._substitute is None:
+                pair = self._pair_of_target.get(name)
+                if pair is None or pair not in self._substitutes:
                     return None
-                found = self._substitute(
-                    self._captured["source"].flatten(0, 1).flatten(1), activation.flatten(0, 1).flatten(1)
-                )
-                return found.to(activation.dtype).view_as(activation)
-            if len(self._captured) == 2:
+                source = self._captured[self.pairs[pair][0]]
+                found = self._substitutes[pair](source.flatten(0, 1).flatten(1), activation.flatten(0, 1).flatten(1))
+                # The source of a later layer may be this very hook.
+                self._captured[name] = found.to(activation.dtype).view_as(activation)
+                return self._captured[name]
+            if len(self._captured) == len(self._hooks):
                 # The bridge's own signal for stop_at_layer, sent from inside the layer: nothing after the
-                # later hook runs, neither the rest of its block nor, for the last block, the unembedding.
+                # last hook runs, neither the rest of its block nor, for the last block, the unembedding.
                 raise StopAtLayerException(activation)
             return None
 
         return capture
 
-    @torch.no_grad()
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """(source [S, L, d_in], target [S, L, d_out]) of tokens [S, L] int64, in the model's dtype.
+        """(source [S, L, d_in], target [S, L, d_out]) of the first pair, of tokens [S, L] int64, in the model's dtype.
 
         Equivalent to: `run_with_cache(tokens)` read at the two hooks.
         """
+        return self.forward_pairs(tokens)[0]
+
+    def forward_pairs(self, tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """As `forward`, of every pair: one pass, to the last hook."""
         with self._lock:
+            self._capture_all(tokens)
+            return self._take_pairs(tokens)
+
+    @torch.no_grad()
+    def _capture_all(self, tokens: Tensor) -> None:
+        self._captured.clear()
+        self._bridge.forward(tokens, return_type=None, use_cache=False)
+
+    def _take_pairs(self, tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
+        try:
+            for hook, role in self._hooks.items():
+                if hook not in self._captured:
+                    raise ModelError(
+                        f"activations.{role}_hook: {hook!r} exists on this model but never fires{self._working_pairs(hook)}"
+                    )
+            return [(self._flat(source, tokens), self._flat(target, tokens)) for source, target in self.pairs]
+        finally:
             self._captured.clear()
-            try:
-                self._bridge.forward(tokens, return_type=None, use_cache=False)
-                for role, hook in self._hooks.items():
-                    if role not in self._captured:
-                        raise ModelError(
-                            f"activations.{role}_hook: {hook!r} exists on this model but never fires{self._working_pairs(hook)}"
-                        )
-                return self._flat("source", tokens), self._flat("target", tokens)
-            finally:
-                self._captured.clear()
 
     def _working_pairs(self, hook: str) -> str:
         """For errors: the pairs of hooks that transcoders are usually trained on, as far as the hook's layer has them."""
@@ -205,28 +225,32 @@ class HookedModel:
         return max(1, LOGITS // (length * self.vocabulary.size))
 
     @torch.no_grad()
-    def next_token_losses(self, tokens: Tensor, substitute: Substitute | None = None) -> Tensor:
+    def next_token_losses(
+        self, tokens: Tensor, substitute: Substitute | Mapping[int, Substitute] | None = None
+    ) -> Tensor:
         """[S, L - 1] fp32: cross-entropy in nats of each token after the first, of tokens [S, L] int64.
 
         `substitute` takes the activations at the two hooks, [S L, d_in] and [S L, d_out], and gives what the rest of the model
-        reads at the target hook instead, [S L, d_out]. All logits exist at once: see `sequences_at_a_time`.
+        reads at the target hook instead, [S L, d_out]: of the first pair, or of each pair whose number it is given for. A later
+        layer then reads what earlier ones made of it. All logits exist at once: see `sequences_at_a_time`.
         """
-        logits = self._logits(tokens, substitute)
+        substitutes = {} if substitute is None else substitute if isinstance(substitute, Mapping) else {0: substitute}
+        logits = self._logits(tokens, substitutes)
         return torch.nn.functional.cross_entropy(
             logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none"
         ).view(tokens.shape[0], -1)
 
     @torch.no_grad()
-    def _logits(self, tokens: Tensor, substitute: Substitute | None = None) -> Tensor:
+    def _logits(self, tokens: Tensor, substitutes: Mapping[int, Substitute]) -> Tensor:
         with self._lock:
             self._captured.clear()
-            self._substitute, self._whole = substitute, True
+            self._substitutes, self._whole = substitutes, True
             try:
                 logits: Tensor = self._bridge.forward(tokens, return_type="logits", use_cache=False)
                 return logits
             finally:
                 self._captured.clear()
-                self._substitute, self._whole = None, False
+                self._substitutes, self._whole = {}, False
 
     @functools.cached_property
     def without_head(self) -> str | None:
@@ -240,16 +264,18 @@ class HookedModel:
         tokens = torch.zeros(1, 8, dtype=torch.int64, device=self._device)
         changed = tokens.clone()
         changed[0, -1] = 1
-        before, after = self._logits(tokens)[:, :-1].float(), self._logits(changed)[:, :-1].float()
+        before, after = self._logits(tokens, {})[:, :-1].float(), self._logits(changed, {})[:, :-1].float()
         if not torch.allclose(before, after, rtol=0, atol=1e-4 * float(before.std())):
             return "the model predicts a token from those behind it as well"
         return None
 
     @torch.no_grad()
-    def unembedding(self) -> Tensor | str:
-        """[d_out, vocabulary] fp32: a small step at the target hook times it is the step's direct effect on the logits, through
-        the model's own norms at a fixed scale; or the reason why the target hook has none."""
-        return self.without_head or unembedding_at(self._hooks["target"], self.d_out, self._bridge, self._replace)
+    def unembedding(self, pair: int = 0) -> Tensor | str:
+        """[d_out, vocabulary] fp32: a small step at the target hook of this pair times it is the step's direct effect on the
+        logits, through the model's own norms at a fixed scale; or the reason why the target hook has none."""
+        return self.without_head or unembedding_at(
+            self.pairs[pair][1], self.widths[pair][1], self._bridge, self._replace
+        )
 
     def _replace(self, written: str, read: str, values: Tensor) -> Tensor:
         """[n, width]: what the hook `read` has when `written` has values [n, width'], one a position."""
@@ -268,12 +294,12 @@ class HookedModel:
                 self._whole = False
         return found[0].flatten(0, -2).float()
 
-    def _flat(self, role: str, tokens: Tensor) -> Tensor:
-        value = self._captured[role]
+    def _flat(self, hook: str, tokens: Tensor) -> Tensor:
+        value = self._captured[hook]
         if value.dim() < 3 or value.shape[:2] != tokens.shape or not value.is_floating_point():
             raise ModelError(
-                f"activations.{role}_hook: {self._hooks[role]!r} gives shape {tuple(value.shape)} for tokens "
-                f"{tuple(tokens.shape)}; expected [sequences, positions, width]{self._working_pairs(self._hooks[role])}"
+                f"activations.{self._hooks[hook]}_hook: {hook!r} gives shape {tuple(value.shape)} for tokens "
+                f"{tuple(tokens.shape)}; expected [sequences, positions, width]{self._working_pairs(hook)}"
             )
         return value.flatten(2)
 

@@ -25,7 +25,7 @@ from transcoder.activations.documents import (
 from transcoder.activations.language_model import HookedModel
 from transcoder.activations.packing import Packed, Packer
 from transcoder.activations.record_sources import record_sources
-from transcoder.activations.rows import MakePositionChoice, Pass, Substitute, grid
+from transcoder.activations.rows import Pass, Substitute, grid
 from transcoder.activations.vocabulary import Vocabulary
 from transcoder.config import RunConfig
 
@@ -44,9 +44,7 @@ class ModelActivations(ActivationSource):
     the documents chosen by a hash of their place in the stream.
     """
 
-    def __init__(
-        self, config: RunConfig, device: torch.device, make_sampler: MakePositionChoice | None, context_tokens: int
-    ) -> None:
+    def __init__(self, config: RunConfig, device: torch.device) -> None:
         self._section = section = config.activations
         # Before the model is loaded: a wrong path or an unreadable file should not cost minutes.
         self._training_source, self._heldout_source, self._fraction = record_sources(section)
@@ -56,8 +54,8 @@ class ModelActivations(ActivationSource):
             raise self._no_document(reader)
         self._model = model = HookedModel(
             config.model.name,
-            section.source_hook,
-            section.target_hook,
+            [pair.source for pair in section.pairs],
+            [pair.target for pair in section.pairs],
             getattr(torch, config.model.dtype),
             device,
             config.logging.progress,
@@ -71,23 +69,16 @@ class ModelActivations(ActivationSource):
         super().__init__(
             config,
             device,
-            make_sampler,
-            context_tokens,
             vocabulary=model.vocabulary,
-            d_in=model.d_in,
-            d_out=model.d_out,
+            widths=model.widths,
             sequence_length=section.sequence_length,
             activation_bytes=model.token_bytes,
             pad_id=model.vocabulary.pad_id,
         )
-        self.identity = {
+        self._identity = {
             "kind": "model",
             "dtype": config.model.dtype,
             "model": {"name": Path(config.model.name).name, "weights": self._model.fingerprint()},
-            "source_hook": section.source_hook,
-            "target_hook": section.target_hook,
-            "d_in": self.d_in,
-            "d_out": self.d_out,
             "vocabulary": self.vocabulary.size,
             "sequence_length": section.sequence_length,
             "sequences_per_forward": section.sequences_per_forward,
@@ -127,6 +118,10 @@ class ModelActivations(ActivationSource):
                 "activations.keep_rows to true to keep each as a sequence of its own"
             )
 
+    def identity(self, layer: int) -> dict[str, Any]:
+        (source, target), (d_in, d_out) = self._model.pairs[layer], self.widths[layer]
+        return {**self._identity, "source_hook": source, "target_hook": target, "d_in": d_in, "d_out": d_out}
+
     def _digest(self) -> str | None:
         """Of the training text, and of the held-out text where that lies apart."""
         sources = dict.fromkeys((self._training_source, self._heldout_source))
@@ -151,12 +146,12 @@ class ModelActivations(ActivationSource):
     def _is_for_evaluation(self, document: Document) -> bool:
         return self._fraction == 0 or is_heldout(document.index, self._fraction)
 
-    def next_pass(self) -> Pass:
+    def next_pass(self) -> list[Pass]:
         packed = self._packer.pack(self._section.sequences_per_forward)
         assert packed is not None  # it repeats for ever
         return self._run(packed, f"forward pass at sequence {packed.first_sequence}")
 
-    def _from_start(self, heldout: bool) -> Iterator[Pass]:
+    def from_start(self, heldout: bool) -> Iterator[list[Pass]]:
         kind = "held-out" if heldout else "training"
         for number, packed in enumerate(self._sequences_from_start(heldout)):
             yield self._run(packed, f"{kind} pass {number} from the start")
@@ -171,10 +166,13 @@ class ModelActivations(ActivationSource):
         while (packed := packer.pack(self._section.sequences_per_forward, repeat=False)) is not None:
             yield packed
 
-    def heldout_losses(self, substitutes: Mapping[str, Substitute | None], tokens: int) -> dict[str, float] | None:
-        """Mean cross-entropy in nats of the first `tokens` or so held-out tokens, once for each of the `substitutes` at the
-        target hook (None: the model as it is). Sinks keep their own activations, as they do at inference. None where the model
-        does not predict the next token."""
+    def heldout_losses(
+        self, substitutes: Mapping[str, Mapping[int, Substitute]], tokens: int
+    ) -> dict[str, float] | None:
+        """Mean cross-entropy in nats of the first `tokens` or so held-out tokens, once for each of the `substitutes`, which
+        stand at the target hooks of some layers (none: the model as it is). Sinks keep their own activations, as they do at
+        inference; what is a sink is found in the source as the layer then reads it. None where the model does not predict the
+        next token."""
         if self._model.without_head is not None:
             logger.warning("no cross-entropy: %s", self._model.without_head)
             return None
@@ -188,8 +186,11 @@ class ModelActivations(ActivationSource):
             for text, valid, ids in zip(*columns, strict=True):
                 positions, _ = grid(ids, text.shape[1])
                 predicted = valid[:, 1:] & valid[:, :-1]
-                for n, substitute in enumerate(substitutes.values()):
-                    past_sinks = None if substitute is None else self._past_sinks(substitute, text, positions, valid)
+                for n, by_layer in enumerate(substitutes.values()):
+                    past_sinks = {
+                        layer: self._past_sinks(layer, substitute, text, positions, valid)
+                        for layer, substitute in by_layer.items()
+                    }
                     losses = self._model.next_token_losses(text, past_sinks)
                     totals[n] += losses[predicted].double().sum()
                 count += int(predicted.sum())
@@ -198,45 +199,50 @@ class ModelActivations(ActivationSource):
                 break
         return {name: total / max(1, count) for name, total in zip(substitutes, totals.tolist(), strict=True)}
 
-    def unembedding(self) -> Tensor | str:
+    def unembedding(self, layer: int) -> Tensor | str:
         """As `HookedModel.unembedding`."""
-        return self._model.unembedding()
+        return self._model.unembedding(layer)
 
-    def _past_sinks(self, substitute: Substitute, tokens: Tensor, positions: Tensor, valid: Tensor) -> Substitute:
+    def _past_sinks(
+        self, layer: int, substitute: Substitute, tokens: Tensor, positions: Tensor, valid: Tensor
+    ) -> Substitute:
         def run(source: Tensor, target: Tensor) -> Tensor:
-            sink = self._masker.find(source, tokens.flatten(), positions, valid.flatten()).any
+            sink = self.maskers[layer].find(source, tokens.flatten(), positions, valid.flatten()).any
             return torch.where(sink[:, None], target, substitute(source, target).to(target.dtype))
 
         return run
 
-    def _run(self, packed: Packed, where: str) -> Pass:
+    def _run(self, packed: Packed, where: str) -> list[Pass]:
         tokens = torch.from_numpy(packed.tokens).to(self._device)
-        source, target = self._model.forward(tokens)
+        pairs = self._model.forward_pairs(tokens)
         sequences, length = packed.tokens.shape
         positions, ids = grid(torch.from_numpy(packed.ids).to(self._device), length)
         valid = torch.from_numpy(packed.valid).to(self._device).view(-1)
-        return Pass(
-            source=source.flatten(0, 1),
-            target=target.flatten(0, 1),
-            tokens=tokens.view(-1),
-            positions=positions,
-            sequences=ids,
-            valid=valid,
-            shape=(sequences, length),
-            where=where,
-        )
+        return [
+            Pass(
+                source=source.flatten(0, 1),
+                target=target.flatten(0, 1),
+                tokens=tokens.view(-1),
+                positions=positions,
+                sequences=ids,
+                valid=valid,
+                shape=(sequences, length),
+                where=where,
+            )
+            for source, target in pairs
+        ]
 
     def cursor_bytes_at_most(self) -> int:
         return self._packer.state_bytes_at_most()
 
-    def _place(self) -> dict[str, Any]:
+    def place(self) -> dict[str, Any]:
         return {"packer": self._packer.state_dict()}
 
-    def _seek(self, place: dict[str, Any]) -> None:
+    def seek(self, place: dict[str, Any]) -> None:
         self._packer = self._pack(self._training_source, self._is_for_training)
         self._packer.load_state_dict(place["packer"])
 
-    def _progress(self, place: dict[str, Any]) -> dict[str, int]:
+    def progress(self, place: dict[str, Any]) -> dict[str, int]:
         packer = place["packer"]
         reasons = {
             f"skipped_{re.sub(r'[^a-z0-9]+', '_', why.lower())}": count

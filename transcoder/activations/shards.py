@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,17 +18,21 @@ from transcoder.tensor_file import write_tensors
 
 INDEX_NAME = "index.json"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-_MATRICES = ("source", "target")
-"""Columns [T, width] of one of `DTYPES`, both of the same."""
+_MATRIX = re.compile(r"(source|target)(?:\.(\d+))?")
+"""Names of the columns [T, width], all of one of `DTYPES`: `source` and `target`, or `source.8` and `target.8` by layer."""
 _VECTORS = ("tokens", "positions", "sequences")
 """Columns [T] of whole numbers, written as int64."""
 _OPTIONAL = {"sequences"}
 
 
+Matrices = Tensor | Mapping[int, Tensor]
+"""[T, width] of the one pair of hooks, or of each layer by its number."""
+
+
 def write_shard(
     path: str | Path,
-    source: Tensor,
-    target: Tensor,
+    source: Matrices,
+    target: Matrices,
     tokens: Tensor,
     positions: Tensor,
     sequences: Tensor | None = None,
@@ -36,7 +41,7 @@ def write_shard(
 
     Args:
         path: `<folder>/<name>.safetensors`; shards are read in the order of their names.
-        source: [T, d_in]; target: [T, d_out]; float32, bfloat16 or float16, both alike.
+        source: [T, d_in]; target: [T, d_out]; float32, bfloat16 or float16, both alike. {layer: matrix} for several layers.
         tokens, positions: [T] whole numbers, in the order of the text. Keep sinks: the reader masks them.
         sequences: [T] ids of the packed sequences, unique over all shards; None: a sequence begins where
             positions do not go up.
@@ -48,12 +53,19 @@ def write_shard(
     path = local_path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"write_shard: path: expected a name ending in .safetensors, got {path.name!r}")
-    if source.dim() != 2 or target.dim() != 2 or source.dtype != target.dtype or source.dtype not in DTYPES.values():
-        raise TypeError(
-            "write_shard: expected source [T, d_in] and target [T, d_out], both float32, bfloat16 or float16, got "
-            f"{list(source.shape)} {source.dtype} and {list(target.shape)} {target.dtype}"
-        )
-    columns = {"source": source, "target": target}
+    sources, targets = _by_layer(source), _by_layer(target)
+    if sources.keys() != targets.keys():
+        raise ValueError(f"write_shard: expected a target for each source, got layers {[*sources]} and {[*targets]}")
+    columns: dict[str, Tensor] = {}
+    dtypes = {matrix.dtype for matrix in (*sources.values(), *targets.values())}
+    for layer, one in sources.items():
+        other = targets[layer]
+        if one.dim() != 2 or other.dim() != 2 or len(dtypes) > 1 or one.dtype not in DTYPES.values():
+            raise TypeError(
+                "write_shard: expected source [T, d_in] and target [T, d_out], both float32, bfloat16 or float16, got "
+                f"{list(one.shape)} {one.dtype} and {list(other.shape)} {other.dtype}"
+            )
+        columns |= dict(zip(matrix_names(layer), (one, other), strict=True))
     for name, value in zip(_VECTORS, (tokens, positions, sequences), strict=True):
         if value is not None:
             columns[name] = value.to(torch.int64)
@@ -75,6 +87,7 @@ def write_index(
     model: str | None = None,
     extra: Mapping[str, Any] | None = None,
     checksums: bool = True,
+    hooks: Mapping[int, tuple[str, str]] | None = None,
 ) -> Path:
     """Describe the shards of a folder in its index.json: widths, type, tokens and bytes of each, sha256 if
     asked.
@@ -86,6 +99,7 @@ def write_index(
         special_ids: ids that the reader masks as sinks; pad_id: left out of the median norm.
         model: `demo` or a folder or hub name in the local cache whose tokenizer shows the tokens.
         extra: further JSON values to keep, such as the hooks.
+        hooks: (source hook, target hook) of each layer, for shards of several.
         checksums: hash every file now; a reader then verifies each shard when it first opens it.
 
     Raises:
@@ -110,8 +124,7 @@ def write_index(
     ]
     index = {
         "schema_version": 1,
-        "d_in": headers[0].d_in,
-        "d_out": headers[0].d_out,
+        **_widths_in_index(headers[0].widths),
         "dtype": headers[0].dtype,
         "tokens": sum(header.tokens for header in headers),
         "sequence_length": sequence_length,
@@ -122,15 +135,51 @@ def write_index(
         **(extra or {}),
         "shards": shards,
     }
+    if hooks is not None:
+        for layer, pair in hooks.items():
+            index["layers"][str(layer)] |= {"source_hook": pair[0], "target_hook": pair[1]}
     return replace_atomically(folder / INDEX_NAME, json.dumps(index, indent=1) + "\n")
+
+
+def _by_layer(matrices: Matrices) -> dict[int | None, Tensor]:
+    return {None: matrices} if isinstance(matrices, Tensor) else dict(matrices.items())
+
+
+def matrix_names(layer: int | None) -> tuple[str, str]:
+    """The columns of a layer's source and target; without a layer, of the one pair of hooks."""
+    return ("source", "target") if layer is None else (f"source.{layer}", f"target.{layer}")
+
+
+Widths = dict[int | None, tuple[int, int]]
+"""(d_in, d_out) by layer; the layer of the one pair of hooks is None."""
+
+
+def widths_of(index: Mapping[str, Any]) -> Widths:
+    """The widths that an index states."""
+    if "layers" not in index:
+        return {None: (int(index["d_in"]), int(index["d_out"]))}
+    return {int(layer): (int(pair["d_in"]), int(pair["d_out"])) for layer, pair in index["layers"].items()}
+
+
+def _widths_in_index(widths: Widths) -> dict[str, Any]:
+    if None in widths:
+        return dict(zip(("d_in", "d_out"), widths[None], strict=True))
+    return {"layers": {str(layer): {"d_in": d_in, "d_out": d_out} for layer, (d_in, d_out) in widths.items()}}
+
+
+def _kind(widths: Widths, dtype: str) -> str:
+    """What all shards of a cache have in common, in words."""
+    if None in widths:
+        return "d_in {}, d_out {}, {}".format(*widths[None], dtype)
+    layers = ", ".join(f"{layer}: {d_in} to {d_out}" for layer, (d_in, d_out) in sorted(widths.items(), key=str))
+    return f"layers {layers}, {dtype}"
 
 
 @dataclass(frozen=True)
 class Header:
     """What a shard holds, read without its data."""
 
-    d_in: int
-    d_out: int
+    widths: Widths
     dtype: str
     tokens: int
     sequences: bool
@@ -138,7 +187,7 @@ class Header:
     @property
     def kind(self) -> str:
         """What all shards of a cache have in common, in words."""
-        return f"d_in {self.d_in}, d_out {self.d_out}, {self.dtype}"
+        return _kind(self.widths, self.dtype)
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -157,9 +206,9 @@ def read_index(folder: Path) -> dict[str, Any]:
         index = json.loads(path.read_text(encoding="utf-8"))
         names = [str(entry["file"]) for entry in index["shards"]]
         shards = [(folder / name, int(entry["tokens"])) for name, entry in zip(names, index["shards"], strict=True)]
-        expected = f"d_in {int(index['d_in'])}, d_out {int(index['d_out'])}, {index['dtype']}"
+        expected = _kind(widths_of(index), str(index["dtype"]))
         needed = {name: index[name] for name in ("tokens", "vocab_size", "special_ids")}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: not an index of activation shards: {type(error).__name__}: {error}") from error
     outside = [name for name in names if Path(name).name != name or name in ("", ".", "..")]
     if outside:
@@ -188,21 +237,28 @@ def read_header(path: Path) -> Header:
             dtypes = {name: value.get_dtype() for name, value in slices.items()}
     except (SafetensorError, OSError) as error:
         raise DataError(f"{path}: not a whole safetensors file (truncated?): {error}; write the shard again") from error
-    missing = [name for name in (*_MATRICES, *_VECTORS) if name not in shapes and name not in _OPTIONAL]
+    found = [match[2] for name in shapes if (match := _MATRIX.fullmatch(name))]
+    layers: list[int | None] = [None if layer is None else int(layer) for layer in dict.fromkeys(found)]
+    matrices = [name for layer in layers or [None] for name in matrix_names(layer)]
+    missing = [name for name in (*matrices, *_VECTORS) if name not in shapes and name not in _OPTIONAL]
     if missing:
         raise DataError(f"{path}: lacks the tensor(s) {', '.join(missing)}; it has {sorted(shapes)}")
     vectors = [name for name in _VECTORS if name in shapes]
     tokens = shapes["tokens"][0] if shapes["tokens"] else -1
     if any(shapes[n] != [tokens] for n in vectors) or any(
-        len(shapes[n]) != 2 or shapes[n][0] != tokens for n in _MATRICES
+        len(shapes[n]) != 2 or shapes[n][0] != tokens for n in matrices
     ):
         raise DataError(f"{path}: expected source [T, d_in], target [T, d_out] and [T] for the rest, got {shapes}")
     whole = all(dtypes[n] in ("I64", "I32") for n in vectors)
-    if not whole or dtypes["source"] != dtypes["target"] or dtypes["source"] not in DTYPES:
+    if not whole or len({dtypes[n] for n in matrices}) > 1 or dtypes[matrices[0]] not in DTYPES:
         raise DataError(
             f"{path}: expected source and target of one type (F32, BF16 or F16) and I64 for the rest, got {dtypes}"
         )
-    return Header(shapes["source"][1], shapes["target"][1], dtypes["source"], tokens, "sequences" in shapes)
+    widths: Widths = {}
+    for layer in layers:
+        source, target = matrix_names(layer)
+        widths[layer] = (shapes[source][1], shapes[target][1])
+    return Header(widths, dtypes[matrices[0]], tokens, "sequences" in shapes)
 
 
 def read_column(path: Path, name: str) -> Tensor:

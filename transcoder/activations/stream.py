@@ -12,16 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transcoder.activations.activation_source import ActivationSource
+from transcoder.activations.activation_source import ActivationSource, LayerSource
 from transcoder.activations.batch import ActivationBatch, batch_of, columns_of, concatenate, take_rows
 from transcoder.activations.buffer import ShuffleBuffer, permutation, to_device
 from transcoder.activations.documents import DataError
-from transcoder.activations.prefetch import Prefetcher
-from transcoder.activations.rows import Chunk, MakePositionChoice, Substitute
-from transcoder.config import RunConfig
+from transcoder.activations.pass_feed import PassFeed
+from transcoder.activations.rows import MakePositionChoice, Substitute
+from transcoder.config import BUFFER_TOKENS, RunConfig
 
 logger = logging.getLogger(__name__)
 
+_SURPLUS_PASSES = 8
+"""Passes that a layer of a set may be behind another, besides what the layers hold anyway."""
 _JSON_BYTES = 1 << 16
 """Room for a state's identity, counters and place in the data."""
 
@@ -43,19 +45,20 @@ class ActivationStream:
         sinks: where `auto` found that multiple, what it found, in JSON values, see `SinkMasker.fit`.
     """
 
-    def __init__(self, source: ActivationSource, config: RunConfig, device: torch.device) -> None:
-        self._source, self._device = source, device
+    def __init__(self, source: LayerSource, feed: PassFeed, config: RunConfig, device: torch.device) -> None:
+        self._source, self._feed, self._device = source, feed, device
         self._batch_size = config.training.batch_size
         self._seed = config.training.seed
         self._evaluation_tokens = config.training.evaluation_tokens
-        self._prefetch = config.activations.prefetch
         self._allow_changed_data = config.activations.allow_changed_data
-        capacity = max(config.activations.buffer_tokens, self._batch_size)
+        # Of a layer set each layer's config has the number that was chosen for all.
+        capacity = max(config.activations.buffer_tokens or BUFFER_TOKENS, self._batch_size)
         self._capacity, self._refill_fraction = capacity, config.activations.refill_fraction
         self.d_in, self.d_out = source.d_in, source.d_out
-        self.special_ids: list[int] = source.vocabulary.special_ids
-        self.sequence_length = source.sequence_length
-        self.vocab_size, self.holds_out = source.vocabulary.size, source.holds_out
+        shared = source.source
+        self.special_ids: list[int] = shared.vocabulary.special_ids
+        self.sequence_length = shared.sequence_length
+        self.vocab_size, self.holds_out = shared.vocabulary.size, shared.holds_out
         self.sinks: dict[str, Any] | None = None
         if config.activations.mask_norm_multiple == "auto":
             self.sinks = source.fit_mask(config.transcoder.normalization_tokens)
@@ -66,16 +69,14 @@ class ActivationStream:
         """Rows taken from passes that found no room in the buffer, fewer than one pass gives."""
         self._peeked: deque[ActivationBatch] = deque()
         """Batches that were looked at and are due next."""
-        self._cursor = source.cursor()
-        self._producer = self._new_producer()
+        # A layer of a set begins a pass ahead of another at most, unless they mask very different tokens.
+        surplus = capacity + config.transcoder.normalization_tokens + _SURPLUS_PASSES * shared.pass_rows
+        self._number = feed.join(source, self._buffer.refill_rows, surplus + self._buffer.refill_rows)
+        self._cursor = feed.cursor(self._number)
         self._heldout: dict[int, tuple[list[ActivationBatch], ActivationBatch | None]] = {}
 
     def _new_buffer(self) -> ShuffleBuffer:
         return ShuffleBuffer(self._capacity, self._batch_size, self._refill_fraction, self._seed)
-
-    def _new_producer(self) -> Prefetcher[Chunk]:
-        # What one refill takes is made while the rows before it are trained on: a refill then finds it waiting.
-        return Prefetcher(self._source.produce, self._prefetch, self._buffer.refill_rows, lambda c: len(c.rows))
 
     def __iter__(self) -> ActivationStream:
         return self
@@ -103,7 +104,7 @@ class ActivationStream:
         have = sum(map(len, self._pending))
         barren_since: float | None = None
         while have < self._buffer.room:
-            chunk = self._producer.next()
+            chunk = self._feed.next(self._number)
             # Rows and cursor move together: whatever interrupts this loop, the state saved describes what is
             # held.
             self._cursor = chunk.cursor
@@ -153,28 +154,23 @@ class ActivationStream:
         """The language model's mean cross-entropy in nats on held-out text, once for each of the `substitutes` (source
         [T, d_in], target [T, d_out]) -> [T, d_out] at the target hook, None for the model as it is; or None where there is no
         model to run (cached activations) or nothing held out."""
-        return self._source.heldout_losses(substitutes, tokens) if self._source.holds_out else None
+        source, layer = self._source.source, self._source.layer
+        by_layer = {name: {} if one is None else {layer: one} for name, one in substitutes.items()}
+        return source.heldout_losses(by_layer, tokens) if source.holds_out else None
 
     def unembedding(self) -> Tensor | str:
         """[d_out, vocabulary] fp32, what the logits read of the target's stream, see `HookedModel.unembedding`; or the reason
         why there is none."""
-        return self._source.unembedding()
+        return self._source.source.unembedding(self._source.layer)
 
     def _read_heldout(self, tokens: int) -> tuple[list[ActivationBatch], ActivationBatch | None]:
         if tokens < 1:
             raise ValueError(f"ActivationStream.heldout: tokens: expected at least 1, got {tokens}")
         wanted = -(-tokens // self._batch_size) * self._batch_size
-        rows: list[ActivationBatch] = []
-        sinks: list[ActivationBatch] = []
-        have = 0
-        if not self._source.holds_out:
+        if not self._source.source.holds_out:
             return [], None
-        for kept, masked in self._source.passes(heldout=True):
-            rows.append(kept)
-            sinks.append(masked)
-            have += len(kept)
-            if have >= wanted:
-                break
+        rows, sinks = self._feed.heldout(self._number, wanted)
+        have = sum(map(len, rows))
         if have == 0:
             raise DataError(
                 "activations.heldout_fraction: a whole pass over the data found no held-out token beyond masked "
@@ -207,12 +203,12 @@ class ActivationStream:
 
         Text is taken to give at most 4 token ids a character.
         """
-        rows = self._capacity + self._source.pass_rows + sum(map(len, self._peeked))
-        return rows * self._source.row_bytes + self._source.cursor_bytes_at_most() + _JSON_BYTES
+        rows = self._capacity + self._source.source.pass_rows + sum(map(len, self._peeked))
+        return rows * self._source.row_bytes + self.essential_bytes_at_most()
 
     def essential_bytes_at_most(self) -> int:
         """The same without any rows: what a state takes from which the stream goes on behind the rows that it held."""
-        return self._source.cursor_bytes_at_most() + _JSON_BYTES
+        return self._source.source.cursor_bytes_at_most() + _JSON_BYTES
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on exactly where `state_dict` was taken.
@@ -233,11 +229,8 @@ class ActivationStream:
                     f"{saved.get(name)!r} and this run has {value!r}; resume with the settings that the "
                     "run was started with"
                 )
-        # The thread runs ahead with the old cursor: it must end before the source is moved.
-        self._producer.close()
-        self._source.seek(state["cursor"])
+        self._feed.seek(self._number, state["cursor"])
         self._cursor = state["cursor"]
-        self._producer = self._new_producer()
         anchor = int(state["buffer"]["anchor"])
         self._pending = self._restored(state["pending"], anchor)
         self._peeked = deque(self._restored(state["peeked"], anchor))
@@ -276,11 +269,11 @@ class ActivationStream:
 
     def decode_tokens(self, ids: Sequence[int]) -> list[str]:
         """One display string for each id."""
-        return self._source.vocabulary.decode_tokens(ids)
+        return self._source.source.vocabulary.decode_tokens(ids)
 
     def close(self) -> None:
-        """End the prefetch thread. The stream gives no further batch; held-out data stay readable."""
-        self._producer.close()
+        """The stream gives no further batch; held-out data stay readable. The prefetch thread ends with the last layer's."""
+        self._feed.leave(self._number)
 
     def __enter__(self) -> ActivationStream:
         return self
@@ -333,15 +326,33 @@ def build_stream(
         ModelError, DataError: subclasses of ValueError, as early as it can be known: a missing folder, file,
             hub name, column, hook or shard, or one that does not fit.
     """
-    if context_tokens < 0:
-        raise ValueError(f"build_stream: context_tokens: expected at least 0, got {context_tokens}")
-    source: ActivationSource
+    source = open_source(config, device)
+    return layer_stream(
+        PassFeed(source, config.activations.prefetch), 0, config, device, position_sampler, context_tokens
+    )
+
+
+def open_source(config: RunConfig, device: torch.device) -> ActivationSource:
+    """The passes of all layers that a configuration describes. Errors as `build_stream`."""
     if config.activations.kind == "cached":
         from transcoder.activations.cached_activations import CachedActivations
 
-        source = CachedActivations(config, device, position_sampler, context_tokens)
-    else:
-        from transcoder.activations.model_activations import ModelActivations
+        return CachedActivations(config, device)
+    from transcoder.activations.model_activations import ModelActivations
 
-        source = ModelActivations(config, device, position_sampler, context_tokens)
-    return ActivationStream(source, config, device)
+    return ModelActivations(config, device)
+
+
+def layer_stream(
+    feed: PassFeed,
+    layer: int,
+    config: RunConfig,
+    device: torch.device,
+    position_sampler: MakePositionChoice | None = None,
+    context_tokens: int = 0,
+) -> ActivationStream:
+    """The stream of one layer of a source; `layer` is its place in the source, `config` the layer's own. Others as
+    `build_stream`."""
+    if context_tokens < 0:
+        raise ValueError(f"build_stream: context_tokens: expected at least 0, got {context_tokens}")
+    return ActivationStream(LayerSource(feed.source, layer, position_sampler, context_tokens), feed, config, device)

@@ -153,11 +153,10 @@ def effective_size(live: int, survey: Survey, tokens: float) -> float | None:
     return live**2 / (live + max(0.0, 2 * survey.squared_sum - noise))
 
 
-def histogram(survey: Survey, edges: Tensor) -> dict[str, list[float]]:
-    """Of all pairs that fired together; under a sketch, of the reported pairs only."""
-    counts = survey.histogram
+def histogram(counts: Tensor | None, correlation: Tensor, edges: Tensor) -> dict[str, list[float]]:
+    """`counts` of all pairs that fired together; None (under a sketch) counts the reported pairs' `correlation` only."""
     if counts is None:
-        place = (torch.searchsorted(edges, survey.pairs.correlation, right=True) - 1).clamp(0, HISTOGRAM_BINS - 1)
+        place = (torch.searchsorted(edges, correlation, right=True) - 1).clamp(0, HISTOGRAM_BINS - 1)
         counts = torch.bincount(place, minlength=HISTOGRAM_BINS)
     return {"edges": [round(x, 9) for x in edges.tolist()], "counts": counts.tolist()}
 

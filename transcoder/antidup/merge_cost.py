@@ -9,13 +9,14 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from transcoder.kernels import SparseCodes
+from transcoder.kernels.correlation.torch_backend import add_at
 
 TILE_NUMBERS = 1 << 22
 """Numbers in the largest temporary (32 MiB of fp64)."""
@@ -55,6 +56,9 @@ class MergeResult:
         """The result for pairs that were not tested: no firings, so no verdict."""
         nothing = torch.zeros(i.shape, dtype=torch.float64, device=i.device)
         return cls(i.clone(), j.clone(), nothing, nothing.clone(), nothing.clone(), torch.zeros_like(i))
+
+    def at(self, index: Tensor) -> MergeResult:
+        return MergeResult(*(getattr(self, f.name)[index] for f in fields(MergeResult)))
 
     @property
     def known(self) -> Tensor:
@@ -106,7 +110,8 @@ class MergeTest:
         self._widths = widths
         self._latents, slots = torch.unique(torch.cat([i, j]), return_inverse=True)
         self._i, self._j = slots[: i.numel()], slots[i.numel() :]
-        self._rows = W_dec.detach()[self._latents].double()
+        wide = torch.promote_types(W_dec.dtype, torch.float32)
+        self._rows = W_dec.detach()[self._latents].to(wide)
         count, device = self._latents.numel(), W_dec.device
         self._slot = torch.full((self.d_sae,), count, dtype=torch.int64, device=device)
         self._slot[self._latents] = torch.arange(count, device=device)
@@ -140,29 +145,42 @@ class MergeTest:
         self._target_sum += wide.sum(0)
         self._target_square += wide.square().sum()
         self._tokens += codes.shape[0]
-        count = self._latents.numel()
-        row, entry = codes.rows(), self._slot[codes.indices]
-        step = max(1, TILE_NUMBERS // max(1, count + 1))
+        values, entry = codes.values.detach(), self._slot[codes.indices]
+        fires = (entry < self._latents.numel()) & (values > 0)
+        # By latent; on each in the order of the tokens.
+        order = entry[fires].sort(stable=True)
+        place = fires.nonzero().flatten()[order.indices]
+        latent, row, value = order.values, codes.rows()[place], values[place].double()
+        step = max(1, TILE_NUMBERS // (self._latents.numel() + 1))
         for a in range(0, codes.shape[0], step):
-            b = min(a + step, codes.shape[0])
-            first, last = codes.row_ptr[a], codes.row_ptr[b]
-            z = torch.zeros(b - a, count + 1, dtype=torch.float64, device=target.device)
-            z[row[first:last] - a, entry[first:last]] = codes.values.detach()[first:last].double()
-            z = z[:, :count]
-            along = residual[a:b].double() @ self._rows.T
-            self._square += z.square().sum(0)
-            self._along += (z * along).sum(0)
-            self._fired += (z > 0).sum(0)
-            self._add_pairs(z, along)
+            here = (row >= a) & (row < a + step)
+            with torch.autocast(residual.device.type, enabled=False):
+                along = residual[a : a + step].to(self._rows.dtype) @ self._rows.T
+            self._add(latent[here], row[here] - a, value[here], along)
 
-    def _add_pairs(self, z: Tensor, along: Tensor) -> None:
-        step = max(1, TILE_NUMBERS // max(1, z.shape[0]))
-        for a in range(0, self._i.numel(), step):
+    def _add(self, latent: Tensor, row: Tensor, value: Tensor, along: Tensor) -> None:
+        """Firings of some tokens, by latent; `along` [tokens, latents] are the products of their residuals with each row."""
+        count, pairs = self._latents.numel(), self._i.numel()
+        add_at(self._square, latent, value.square())
+        add_at(self._along, latent, value * along[row, latent])
+        often = torch.bincount(latent, minlength=count)
+        self._fired += often
+        first = often.cumsum(0) - often
+        z = along.new_zeros(along.shape, dtype=value.dtype)
+        z[row, latent] = value
+        step = max(1, TILE_NUMBERS // max(1, along.shape[0]))
+        for a in range(0, pairs, step):
             i, j = self._i[a : a + step], self._j[a : a + step]
-            z_i, z_j = z[:, i], z[:, j]
-            self._product[a : a + step] += (z_i * z_j).sum(0)
-            self._cross_j[a : a + step] += (z_i * along[:, j]).sum(0)
-            self._cross_i[a : a + step] += (z_j * along[:, i]).sum(0)
+            for side, other, cross in ((i, j, self._cross_j), (j, i, self._cross_i)):
+                # A pair's sums have terms only where `side` fires.
+                number = often[side]
+                pair = torch.repeat_interleave(torch.arange(side.numel(), device=side.device), number)
+                nth = torch.arange(pair.numel(), device=side.device) - (number.cumsum(0) - number)[pair]
+                at = first[side][pair] + nth
+                where, partner = row[at], other[pair]
+                add_at(cross, a + pair, value[at] * along[where, partner])
+                if side is i:
+                    add_at(self._product, a + pair, value[at] * z[where, partner])
 
     @staticmethod
     def joined(tests: Sequence[MergeTest]) -> MergeTest:
@@ -185,7 +203,7 @@ class MergeTest:
         return cheaper_fold(into_i, into_j, self._widths)
 
     def _fold(self, kept: Tensor, dropped: Tensor, cross: Tensor, total: Tensor) -> MergeResult:
-        length = self._rows.square().sum(1)[dropped]
+        length = self._rows.double().square().sum(1)[dropped]
         sums = PairTotals(self._square[kept], self._square[dropped], self._along[dropped], self._product, cross, length)
         return sums.fold(self._latents[kept], self._latents[dropped], self._fired[dropped], total)
 

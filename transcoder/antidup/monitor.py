@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from transcoder.antidup.candidates import (
+    MOST_MINED,
+    KnownPairs,
+    Verdicts,
+    first_of_each,
+    flagged_first,
+    listed_pairs,
+    most_candidates,
+)
 from transcoder.antidup.correlation_report import (
     HISTOGRAM_BINS,
     SCHEMA_VERSION,
@@ -23,30 +30,34 @@ from transcoder.antidup.correlation_report import (
     pair_entries,
     report_metrics,
 )
-from transcoder.antidup.flags import MAX_PAIRS, Evidence, FlagBook, Pair
+from transcoder.antidup.flags import MAX_PAIRS, FlagBook, Pair
 from transcoder.antidup.ledger import UsageLedger
 from transcoder.antidup.merge_cost import MergeResult
 from transcoder.antidup.merge_cost_streaming import MergeEvidence
-from transcoder.antidup.pair_errors import LEAST_SHARE, PairErrors, PairJackknife, correlation_bounds, most_pairs
+from transcoder.antidup.pair_errors import PairJackknife, correlation_bounds, most_pairs
 from transcoder.antidup.window import (
     BLOCK_TOKENS,
     SequenceCounts,
     Window,
     correlation_state_bytes,
     nothing,
+    pairs_in,
     state_names,
 )
+from transcoder.antidup.workload import CELL, FOUND, SEARCH, WorkBudget
 from transcoder.config import MonitorSection
 from transcoder.files import local_path, replace_atomically
 from transcoder.kernels import CorrelatedPairs, FeatureCorrelation, SparseCodes
 from transcoder.kernels.correlation.op import EXACT_LIMIT
-from transcoder.kernels.correlation.statistics import PairStatistics, Survey, sorted_pairs
+from transcoder.kernels.correlation.statistics import Survey
+
+EDGES = torch.linspace(-1, 1, HISTOGRAM_BINS + 1, dtype=torch.float64, device="cpu")
 
 _NAME = "correlation_monitor"
 Judge = Callable[[Tensor, Tensor], MergeResult]
 MOST_JUDGED = 4096
-"""Most pairs of a merge test, flagged ones first, then the strongest: each costs a product with the held-out residual."""
-JUDGED_AT_A_TIME = 1024
+"""Most pairs of a merge test, flagged ones first, then the strongest: the residual is multiplied by the decoder rows of both
+latents."""
 SKETCH_DIM = 128
 """Used beyond the widest exactly counted dictionary: standard deviation 0.03 at r = 0.8."""
 _NUMBERS_BYTES = 4096
@@ -99,8 +110,12 @@ class CorrelationMonitor:
         self._book = self._new_book()
         self._tokens = 0
         self._targets = nothing(self.device)
+        self._known: KnownPairs | None = None
         self._judged = MergeResult.untested(*nothing(self.device))
+        self._verdicts = Verdicts(d_sae, self.device)
         self._metrics: dict[str, float] = {}
+        self.work = WorkBudget()
+        """Which searches and tests are affordable; kept by the caller, who knows what a step costs."""
         self.evidence = MergeEvidence(d_sae, self.device)
         """Sums over training tokens for pairs without a verdict of `judge`, which may use them to complete its verdicts."""
 
@@ -120,26 +135,26 @@ class CorrelationMonitor:
         """
         if step % self.section.update_every:
             return
-        self._block.update(codes, sequences, weights)
+        pairs = self._block.update(codes, sequences, weights)
         if self._fading is not None:
             self._fading.update(codes, weights)
         self._tokens += codes.shape[0]
         self._ledger.record_call(_NAME)
-        self._ledger.record_effect(_NAME, pairs_seen=_pairs_in(codes))
+        self._ledger.record_effect(_NAME, pairs_seen=pairs_in(codes) if pairs is None else pairs)
 
-    def refresh_targets(self, judge: Judge | None = None) -> int:
+    def refresh_targets(self, judge: Judge | None = None, *, test: bool = True) -> int:
         """Search the live view for pairs to penalise. Writes no report, closes no block and does not change `metrics`. Reads
         the device; one pass over the pairs that fired together.
 
-        Called before the first report, so that the pair penalty acts early. `judge` as in `report`.
+        Called before the first report, so that the pair penalty acts early. `judge` and `test` as in `report`.
 
         Returns: the number of pairs of `target_pairs`.
         """
-        view, beside = self._view()
-        survey = view.survey(self.section.correlation_threshold, self.section.min_support, beside=beside)
-        pairs, _ = self._listed(survey.pairs, sorted(self._book.flagged))
+        survey = self._survey()
+        pairs, _ = self._listed(survey.pairs, self._book.flagged)
+        self._known = KnownPairs.of(survey, pairs, self.d_sae)
         self._watch(survey, pairs)
-        self._set_targets(pairs, self._verdicts(pairs, judge))
+        self._set_targets(pairs, self._tested(pairs, judge, test))
         return self._targets[0].numel()
 
     def report(
@@ -150,6 +165,8 @@ class CorrelationMonitor:
         *,
         W_enc: Tensor | None = None,
         cosines_by_block: bool = False,
+        search: bool = True,
+        test: bool = True,
     ) -> dict[str, Any]:
         """Close a full block, mine the live view, write `correlation_step_%08d.json` and return its content
         (schema version 5, see `validate_correlation_report`). Reads the device.
@@ -162,6 +179,9 @@ class CorrelationMonitor:
             judge: (i, j), each [P] int64 -> the merge test on held-out tokens. At most `MOST_JUDGED` pairs are tested, flagged
                 ones first. Pairs that it refuses (`merge_share_to_act`) or has no verdict for (`act_on_untested`) are no
                 targets. None tests nothing, and every candidate is a target.
+            search: False measures the candidates of the last search again instead of searching all pairs (which a report that
+                closes a block, and the first one, does in any case); histogram and effective size are then of that search.
+            test: False takes the latest verdicts of earlier tests instead of asking `judge`.
 
         Raises:
             OSError: the file could not be written. Targets, flags and metrics are updated nevertheless, and the next report is
@@ -169,22 +189,31 @@ class CorrelationMonitor:
         """
         section = self.section
         closes = self._block.statistics.tokens_offered >= self._block_tokens
-        if closes:
-            self._close_block()
+        survey = self._close_block() if closes else None
         with_cosines = closes or not cosines_by_block
-        edges = torch.linspace(-1, 1, HISTOGRAM_BINS + 1, dtype=torch.float64, device=self.device)
         view, beside = self._view()
-        survey = view.survey(section.correlation_threshold, section.min_support, edges, beside=beside)
         flagged = sorted(self._book.flagged)
-        pairs, sequences = self._listed(survey.pairs, flagged)
-        errors = self._own_errors(pairs)
-        self._watch(survey, pairs)
+        known = self._known
+        if survey is None and known is not None and not search:
+            found = known.now(view, beside, section)
+        else:
+            survey = survey or self._survey()
+            found = survey.pairs
+        pairs, sequences = self._listed(found, self._book.flagged)
         live = int((view.counts(beside=beside) > 0).sum())
+        if survey is not None:
+            size = effective_size(live, survey, view.effective_tokens(beside=beside))
+            known = self._known = KnownPairs.of(survey, pairs, self.d_sae, size)
+        assert known is not None
+        errors = self._own_errors(pairs)
+        if survey is not None:
+            self._watch(survey, pairs)
         paired = torch.cat([pairs.i, pairs.j]).unique().numel()
         components = connected_components(flagged)
-        verdicts = self._verdicts(pairs, judge)
+        verdicts = self._tested(pairs, judge, test)
         # `pairs` has the flagged ones too.
         wider = connected_components(zip(pairs.i.tolist(), pairs.j.tolist(), strict=True))
+        total = len(pairs) + known.unlisted
         report: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
             "step": step,
@@ -199,20 +228,20 @@ class CorrelationMonitor:
                 "min_sequences": section.min_sequences,
             },
             "pairs": pair_entries(pairs, sequences, errors, verdicts, self._book, section.max_reported_pairs),
-            "pairs_total": len(pairs),
+            "pairs_total": total,
             "pairs_flagged": len(flagged),
             "pairs_mergeable": None if verdicts is None else int(verdicts.mergeable().sum()),
             "pairs_refused": None if verdicts is None else int(self._refused(verdicts).sum()),
-            "pairs_untested": len(pairs) if verdicts is None else int((~verdicts.known).sum()),
+            "pairs_untested": total if verdicts is None else total - int(verdicts.known.sum()),
             "components": components,
             "candidate_components": wider,
             "distinct_latents": distinct_latents(live, components),
             "distinct_latents_candidates": distinct_latents(live, wider),
             "share_of_live_with_neighbour": min(1.0, paired / live) if live else 0.0,
-            "effective_dictionary_size": effective_size(live, survey, view.effective_tokens(beside=beside)),
+            "effective_dictionary_size": known.effective_size,
             "decoder_cosine": cosines(W_dec) if with_cosines else None,
             "encoder_cosine": cosines(W_enc) if with_cosines else None,
-            "histogram": histogram(survey, edges),
+            "histogram": histogram(known.histogram, pairs.correlation, EDGES.to(self.device)),
         }
         self._set_targets(pairs, verdicts)
         self._judged = MergeResult.untested(*nothing(self.device)) if verdicts is None else verdicts
@@ -231,13 +260,10 @@ class CorrelationMonitor:
         """The flagged pairs of the last report that passed the merge test, the cheapest first. Not part of `state_dict`: call
         it right after the report."""
         found = self._judged
-        flagged = [
-            tuple(sorted(p)) in self._book.flagged
-            for p in zip(found.kept.tolist(), found.dropped.tolist(), strict=True)
-        ]
+        pairs = zip(found.kept.tolist(), found.dropped.tolist(), strict=True)
+        flagged = [(min(pair), max(pair)) in self._book.flagged for pair in pairs]
         chosen = found.mergeable() & torch.tensor(flagged, dtype=torch.bool, device=self.device)
-        order = torch.where(chosen, found.cost_share, torch.inf).argsort(stable=True)[: int(chosen.sum())]
-        return MergeResult(*(getattr(found, f.name)[order] for f in fields(MergeResult)))
+        return found.at(torch.where(chosen, found.cost_share, torch.inf).argsort(stable=True)[: int(chosen.sum())])
 
     def forget(self, latents: Tensor) -> None:
         """Drop the statistics of these latents [n] int64, which were reset, and every pair that contains one of them."""
@@ -245,6 +271,7 @@ class CorrelationMonitor:
             if part is not None:
                 part.forget(latents)
         self.evidence.forget(latents)
+        self._verdicts.forget(latents)
         gone = set(latents.tolist())
         self._book.forget(gone)
         keep = ~(torch.isin(self._targets[0], latents) | torch.isin(self._targets[1], latents))
@@ -269,10 +296,13 @@ class CorrelationMonitor:
         rest = self._block.sequences.state_bytes() + PairJackknife.state_bytes_at_most(self.d_sae)
         # The block and the past, each with its bitmap of sequences and its errors; the fading view has none.
         statistics = 2 * (one + rest) + (one if self._fading is not None else 0)
-        held = min(MAX_PAIRS, self.d_sae * (self.d_sae - 1) // 2)
+        every = self.d_sae * (self.d_sae - 1) // 2
+        held = min(MAX_PAIRS, every)
+        # The listed pairs, and the six columns of their verdicts.
+        listed = 16 * min(2 * most_candidates(self.d_sae), every) + 48 * min(MOST_JUDGED, every)
         # int64 (i, j): targets, flagged pairs, and the pairs of each block remembered; with three numbers, its evidence.
         remembered = (16 * held + 40 * most_pairs(self.d_sae)) * self.section.blocks_remembered
-        return statistics + 16 * held * 2 + remembered + MergeEvidence.state_bytes_at_most() + _NUMBERS_BYTES
+        return statistics + listed + 16 * held * 2 + remembered + MergeEvidence.state_bytes_at_most() + _NUMBERS_BYTES
 
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = {
@@ -282,7 +312,11 @@ class CorrelationMonitor:
             "targets": {"i": self._targets[0].clone(), "j": self._targets[1].clone()},
             "evidence": self.evidence.state_dict(),
             "metrics": dict(self._metrics),
+            "verdicts": self._verdicts.state_dict(),
+            "work": self.work.state_dict(),
         }
+        if self._known is not None:
+            state["known"] = self._known.state_dict()
         if self._past is not None:
             state.update(self._past.state_dict("past"))
         if self._fading is not None:
@@ -293,7 +327,9 @@ class CorrelationMonitor:
         """Restore a state of `state_dict`. Raises: ValueError naming the field; nothing has changed then."""
         needed = {*state_names("block"), "book", "tokens", "targets", "evidence", "metrics"}
         optional = state_names("past")
-        missing, unknown = needed - set(state), set(state) - needed - optional - {"fading"}
+        # Checkpoints of before 2026-12-01 have no verdicts, no work and no known pairs.
+        later = {"verdicts", "work", "known"}
+        missing, unknown = needed - set(state), set(state) - needed - optional - later - {"fading"}
         if optional & set(state):
             missing |= optional - set(state)
         if missing or unknown:
@@ -308,6 +344,12 @@ class CorrelationMonitor:
         # Read into new parts first, so that a state that does not fit changes nothing.
         evidence = MergeEvidence(self.d_sae, self.device)
         evidence.load_state_dict(state["evidence"])
+        verdicts, work = Verdicts(self.d_sae, self.device), WorkBudget()
+        if "verdicts" in state:
+            verdicts.load_state_dict(state["verdicts"])
+        if "work" in state:
+            work.load_state_dict(state["work"])
+        known = KnownPairs.from_state(state["known"], self.device) if "known" in state else None
         block, past = Window(self._statistics()), Window(self._statistics()) if "past" in state else None
         block.load_state_dict("block", state)
         if past is not None:
@@ -320,7 +362,7 @@ class CorrelationMonitor:
         i, j = state["targets"]["i"].to(self.device), state["targets"]["j"].to(self.device)
         tokens, metrics = int(state["tokens"]), dict(state["metrics"])
         self._block, self._past, self._fading, self._book = block, past, fading, book
-        self.evidence = evidence
+        self.evidence, self._verdicts, self.work, self._known = evidence, verdicts, work, known
         self._tokens, self._targets, self._metrics = tokens, (i, j), metrics
 
     def _view(self) -> tuple[FeatureCorrelation, list[FeatureCorrelation]]:
@@ -328,7 +370,22 @@ class CorrelationMonitor:
         return self._by_blocks() if self._fading is None else (self._fading, [])
 
     def _by_blocks(self) -> tuple[FeatureCorrelation, list[FeatureCorrelation]]:
-        return self._block.statistics, [] if self._past is None else [self._past.statistics]
+        if self._past is None:
+            return self._block.statistics, []
+        if self._block.statistics.tokens_offered == 0:
+            return self._past.statistics, []
+        return self._block.statistics, [self._past.statistics]
+
+    def _survey(self) -> Survey:
+        view, beside = self._view()
+        return self._search(view, beside)
+
+    def _search(self, view: FeatureCorrelation, beside: list[FeatureCorrelation]) -> Survey:
+        threshold, support = self.section.correlation_threshold, self.section.min_support
+        found = view.survey(threshold, support, EDGES.to(self.device), beside=beside, most=MOST_MINED)
+        cells = self.d_sae * (self.d_sae - 1) / 2 * (1 + len(beside))
+        self.work.spend(SEARCH, CELL * cells + FOUND * min(found.total, 2 * MOST_MINED))
+        return found
 
     def _statistics(self, halflife: int | None = None) -> FeatureCorrelation:
         return FeatureCorrelation(self.d_sae, self._sketch_dim, halflife, device=self.device)
@@ -345,13 +402,13 @@ class CorrelationMonitor:
         flagged = self._table(self._book.flagged)
         remembered = self._table(self._book.remembered() - self._book.flagged)
         i, j = (torch.cat([flagged[n], remembered[n], side]) for n, side in enumerate((listed.i, listed.j)))
-        self._block.errors.watch(*_first_of_each(i, j, self.d_sae))
+        self._block.errors.watch(*first_of_each(i, j, self.d_sae))
         if survey.candidates is None:
             return
         if self._fading is not None:
             # A decaying sketch proposes pairs of its own time span and cannot watch pairs.
             view, beside = self._by_blocks()
-            survey = view.survey(self.section.correlation_threshold, self.section.min_support, beside=beside)
+            survey = self._search(view, beside)
         assert survey.candidates is not None
         i, j = (torch.cat([part, flagged[n]]) for n, part in enumerate(survey.candidates))
         self._block.statistics.watch(i, j)
@@ -365,109 +422,72 @@ class CorrelationMonitor:
         half-life."""
         if self._fading is not None:
             return [None] * len(pairs)
-        past = None if self._past is None else self._past.errors
-        found = self._block.errors.errors(pairs.i, pairs.j, earlier=past)
-        return [None if math.isnan(e) else e for e in _scaled(found, found.fisher, pairs.weight).tolist()]
+        return self._block.own_errors(pairs.i, pairs.j, pairs.weight, self._past)
 
-    def _listed(self, found: CorrelatedPairs, flagged: list[Pair]) -> tuple[CorrelatedPairs, list[int | None]]:
+    def _listed(self, found: CorrelatedPairs, flagged: set[Pair]) -> tuple[CorrelatedPairs, list[int | None]]:
         """Candidates (above the threshold, on enough sequences) and flagged pairs, sorted, and each one's
         sequences."""
         seen = SequenceCounts(self.d_sae, self.device)
         seen.merge(self._block.sequences)
         if self._past is not None:
             seen.merge(self._past.sequences)
-        keep = found.correlation > self.section.correlation_threshold
-        distinct = seen.distinct(found.i, found.j)
-        if distinct is not None:
-            keep &= distinct >= self.section.min_sequences
-        parts = [PairStatistics(*(getattr(found, f.name)[keep] for f in fields(PairStatistics)))]
-        known = set(zip(parts[0].i.tolist(), parts[0].j.tolist(), strict=True))
-        extra = [pair for pair in flagged if pair not in known]
-        if extra:
-            i, j = (torch.tensor(side, device=self.device) for side in zip(*extra, strict=True))
-            statistics, beside = self._view()
-            parts.append(statistics.statistics(i, j, beside=beside))
-        pairs = sorted_pairs(parts, self.d_sae, self.device)
-        distinct = seen.distinct(pairs.i, pairs.j)
-        return pairs, [None] * len(pairs) if distinct is None else distinct.tolist()
+        return listed_pairs(found, flagged, seen, *self._view(), self.section)
 
-    def _verdicts(self, pairs: CorrelatedPairs, judge: Judge | None) -> MergeResult | None:
+    def _tested(self, pairs: CorrelatedPairs, judge: Judge | None, test: bool) -> MergeResult | None:
         """One verdict a pair, flagged pairs judged first; pairs beyond `MOST_JUDGED` are untested."""
         if judge is None:
             return None
+        if not test:
+            return self._verdicts.of(pairs.i, pairs.j)
         found = MergeResult.untested(pairs.i, pairs.j)
-        order = self._flagged_first(pairs)[:MOST_JUDGED]
-        for part in order.split(JUDGED_AT_A_TIME):
-            one = judge(pairs.i[part], pairs.j[part])
+        order = flagged_first(pairs, self._book.flagged)[:MOST_JUDGED]
+        if order.numel():
+            one = judge(pairs.i[order], pairs.j[order])
             for name in MergeResult.__dataclass_fields__:
-                getattr(found, name)[part] = getattr(one, name)
+                getattr(found, name)[order] = getattr(one, name)
+        self.evidence.settle()
+        self._verdicts.remember(found)
         return found
-
-    def _flagged_first(self, pairs: CorrelatedPairs) -> Tensor:
-        """[P] int64: the order of flagged pairs, then the others, each in the report's order."""
-        flagged = self._book.flagged
-        late = [(i, j) not in flagged for i, j in zip(pairs.i.tolist(), pairs.j.tolist(), strict=True)]
-        return torch.tensor(late, dtype=torch.bool, device=self.device).sort(stable=True).indices
 
     def _refused(self, verdicts: MergeResult) -> Tensor:
         limit = self.section.merge_share_to_act
         return torch.zeros_like(verdicts.known) if limit is None else verdicts.known & ~verdicts.mergeable(limit)
 
-    def _close_block(self) -> None:
-        """Pass the block's evidence to the flag book, keep the block as the last full one and begin the next."""
+    def _close_block(self) -> Survey | None:
+        """Pass the block's evidence to the flag book, keep the block as the last full one and begin the next. Returns what was
+        found in it, where that is the live view now."""
         section, block = self.section, self._block
-        pairs = block.statistics.pairs(section.correlation_threshold, section.min_support)
-        distinct = block.sequences.distinct(pairs.i, pairs.j)
-        enough = [True] * len(pairs) if distinct is None else (distinct >= section.min_sequences).tolist()
+        survey = self._search(block.statistics, [])
+        # Of very many pairs not all are listed: those that were above in earlier blocks are looked at first.
+        earlier = self._book.remembered()
+        pairs, often = listed_pairs(survey.pairs, earlier, block.sequences, block.statistics, [], section)
         columns = (pairs.i, pairs.j, pairs.correlation, pairs.support)
         above = [
             (i, j)
-            for i, j, r, support, often in zip(*(c.tolist() for c in columns), enough, strict=True)
-            if often and correlation_bounds(r, support)[0] > section.correlation_threshold
+            for i, j, r, support, seen in zip(*(c.tolist() for c in columns), often, strict=True)
+            if support >= section.min_support
+            and (seen is None or seen >= section.min_sequences)
+            and correlation_bounds(r, support)[0] > section.correlation_threshold
         ]
-        self._book.close_block(above, self._released(block), self._evidence(block))
+        above.sort(key=lambda pair: pair not in earlier)
+        limited = above[: 2 * most_candidates(self.d_sae)]
+        released = block.released(sorted(self._book.flagged), section.release_threshold)
+        self._book.close_block(limited, released, block.evidence())
         fresh = Window(self._statistics()) if self._past is None else self._past
         # The block before the last is dropped, so that pairs that are no longer correlated leave the live view.
         self._past, self._block = self._block, fresh
         self._block.begin(self._past)
-
-    def _evidence(self, block: Window) -> dict[Pair, Evidence]:
-        """Evidence of every pair that was followed on enough of the block, at any correlation."""
-        i, j = block.errors.i, block.errors.j
-        stats, found = block.statistics.statistics(i, j), block.errors.errors(i, j)
-        error = _scaled(found, found.plain, stats.weight)
-        kept = ~error.isnan() & (stats.support > 3)
-        columns = (i, j, stats.correlation, error, stats.support.double())
-        rows = zip(*(column[kept].tolist() for column in columns), strict=True)
-        return {(a, b): (r, e, support) for a, b, r, e, support in rows}
-
-    def _released(self, block: Window) -> list[Pair]:
-        flagged = sorted(self._book.flagged)
-        if not flagged:
-            return []
-        i, j = self._table(self._book.flagged)
-        stats, counts = block.statistics.statistics(i, j), block.statistics.counts()
-        found = block.errors.errors(i, j)
-        errors = _scaled(found, found.fisher, stats.weight).tolist()
-        dead = ((counts[i] == 0) | (counts[j] == 0)).tolist()
-        columns = (stats.correlation.tolist(), stats.support.tolist(), errors, dead)
-        released = []
-        for pair, r, support, error, gone in zip(flagged, *columns, strict=True):
-            upper = correlation_bounds(r, support, None if math.isnan(error) else error)[1]
-            if gone or upper < self.section.release_threshold:
-                released.append(pair)
-        return released
+        return survey if self._fading is None else None
 
     def _set_targets(self, pairs: CorrelatedPairs, verdicts: MergeResult | None) -> None:
         """Flagged pairs first, then the others, each in the report's order. The search is recorded only if there were
         tokens."""
-        order = self._flagged_first(pairs)
+        order = flagged_first(pairs, self._book.flagged)
         if verdicts is not None:
             acted = ~self._refused(verdicts)
             if self.section.merge_share_to_act is not None and not self.section.act_on_untested:
                 acted &= verdicts.known
             order = order[acted[order]]
-        self.evidence.settle()
         order = order[:MAX_PAIRS]
         self._targets = (pairs.i[order], pairs.j[order])
         if self._tokens:
@@ -477,31 +497,3 @@ class CorrelationMonitor:
         path = self._out_dir / f"correlation_step_{step:08d}.json"
         replace_atomically(path, json.dumps(report, indent=1, allow_nan=False) + "\n")
         self._ledger.record_file(_NAME, path)
-
-
-def _scaled(found: PairErrors, error: Tensor, weight: Tensor) -> Tensor:
-    """[P]: errors rescaled from the tokens on which a pair was followed to those of `weight` [P]; NaN if it was followed on too
-    few."""
-    share = found.weight / weight.clamp(min=1e-300)
-    return torch.where(share >= LEAST_SHARE, error * share.clamp(max=1).sqrt(), torch.nan)
-
-
-def _first_of_each(i: Tensor, j: Tensor, d_sae: int) -> tuple[Tensor, Tensor]:
-    """Each distinct pair at its first place."""
-    key, inverse = torch.unique(i * d_sae + j, return_inverse=True)
-    first = torch.full_like(key, key.numel() + i.numel())
-    first.scatter_reduce_(0, inverse, torch.arange(i.numel(), device=i.device), "amin")
-    order = first.sort().values
-    return i[order], j[order]
-
-
-def _pairs_in(codes: SparseCodes) -> Tensor:
-    """0-dim: pairs of latents that fire on the same token, summed over tokens."""
-    fires = codes.values.detach() > 0
-    if codes.device.type == "cpu" and bool(fires.all()):
-        active = codes.row_ptr.diff()
-    else:
-        fired = torch.zeros(codes.nnz + 1, dtype=torch.int64, device=codes.device)
-        torch.cumsum(fires, 0, out=fired[1:])
-        active = fired[codes.row_ptr].diff()
-    return (active * (active - 1)).sum() // 2

@@ -64,6 +64,9 @@ MOST_PAIRS = 4096
 dictionary with more candidates has failed as a whole."""
 LEAST_SHARE = 0.25
 """Share of the tokens on which a pair must have been followed for its own error to be used."""
+EVERY_UPDATE = 1024
+"""Pairs that are followed in every update; of more, each in one of two or (from twice as many on) three, which the errors are
+scaled for: the work of an update is bounded, and the share of tokens stays above `LEAST_SHARE`."""
 TILE_NUMBERS = 1 << 20
 """Numbers in the largest temporary (8 MiB)."""
 _KEY = 0x6A61636B
@@ -84,6 +87,13 @@ class PairErrors(NamedTuple):
     """[P] float64: standard error of r."""
     weight: Tensor
     """[P] float64: sum of those tokens' weights."""
+
+
+def scaled(found: PairErrors, error: Tensor, weight: Tensor) -> Tensor:
+    """[P]: errors rescaled from the tokens on which a pair was followed to those of `weight` [P]; NaN if it was followed on too
+    few."""
+    share = found.weight / weight.clamp(min=1e-300)
+    return torch.where(share >= LEAST_SHARE, error * share.clamp(max=1).sqrt(), torch.nan)
 
 
 class PairJackknife:
@@ -124,8 +134,8 @@ class PairJackknife:
         token counts as a sequence. `weights` [B] as in `FeatureCorrelation.update`."""
         batch = codes.shape[0]
         numbers = torch.arange(self._offered, self._offered + batch, device=self.device)
-        self._offered += batch
-        if len(self) == 0:
+        turn = self._offered // max(1, batch)
+        if len(self) == 0 or turn % min(3, -(-len(self) // EVERY_UPDATE)):
             return
         group = hash_bits(numbers if sequences is None else sequences, _KEY) & (GROUPS - 1)
         if counts_cpp.runs(codes):

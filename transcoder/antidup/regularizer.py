@@ -129,6 +129,7 @@ class DiversityRegularizer:
         """The rate of each micro-batch of this step."""
         self._step: int | None = None
         self._steps = 0
+        self._no_rate = torch.zeros((), dtype=torch.float64, device=self.device)
         self._last_fired = torch.full((d_sae,), -_LIVE_STEPS, dtype=torch.int64, device=self.device)
         self._positions = PositionMass(d_sae, self.device) if section.position_entropy_weight > 0 else None
         self._special = SpecialTokens(special_ids, self.device)
@@ -336,16 +337,18 @@ class DiversityRegularizer:
     def _control(self, codes: SparseCodes, pairs: tuple[Tensor, Tensor]) -> None:
         """Set the next step's weight from this step's weight and the mean rate of its micro-batches so far."""
         section = self.section
-        now = torch.where(codes.values > 0, self._steps, -_LIVE_STEPS)
-        self._last_fired.scatter_reduce_(0, codes.indices, now, "amax")
+        self._note_firing(codes)
         if pairs[0].numel() == 0 and self._ledger.surveys == 0:
             return
-        live = (self._last_fired > self._steps - _LIVE_STEPS).sum().clamp(min=1)
-        paired = torch.zeros(self.d_sae, dtype=torch.bool, device=self.device)
-        for side in pairs:
-            paired.index_fill_(0, side, True)
-        self._rates.append(paired.sum().double() / live)
-        rate = torch.stack(self._rates).mean()
+        if pairs[0].numel() == 0:
+            self._rates.append(self._no_rate)
+        else:
+            live = (self._last_fired > self._steps - _LIVE_STEPS).sum().clamp(min=1)
+            paired = torch.zeros(self.d_sae, dtype=torch.bool, device=self.device)
+            for side in pairs:
+                paired.index_fill_(0, side, True)
+            self._rates.append(paired.sum().double() / live)
+        rate = self._rates[0] if len(self._rates) == 1 else torch.stack(self._rates).mean()
         low, high = section.correlation_weight, section.correlation_weight_max
         off = rate - section.target_rate
         if section.adaptive_step is None:
@@ -355,3 +358,11 @@ class DiversityRegularizer:
             low, exponent = 0.0, section.adaptive_step * off
         # Not in place: the metric of this step and the graph of its loss hold the old tensor.
         self._next_weight = (self._weight * torch.exp(exponent)).clamp(low, high)
+
+    def _note_firing(self, codes: SparseCodes) -> None:
+        fires = codes.values > 0
+        if self.device.type == "cpu" and bool(fires.all()):
+            self._last_fired.index_fill_(0, codes.indices, self._steps)
+            return
+        now = torch.where(fires, self._steps, -_LIVE_STEPS)
+        self._last_fired.scatter_reduce_(0, codes.indices, now, "amax")

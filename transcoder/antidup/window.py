@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from transcoder.antidup.pair_errors import PairJackknife
+from transcoder.antidup.flags import Evidence, Pair
+from transcoder.antidup.pair_errors import PairJackknife, correlation_bounds, scaled
 from transcoder.kernels import FeatureCorrelation, SparseCodes, counts_cpp
 from transcoder.kernels.correlation.counter_rng import hash_bits
 from transcoder.kernels.correlation.tracked_pairs import MAX_WATCHED
 
+PAIRS_AT_A_TIME = 4096
+"""Pairs whose bitmaps are joined at a time: 1 MiB."""
 PARTS = {"": "statistics", "_sequences": "sequences", "_errors": "errors"}
 """Suffix in a saved state -> field."""
 
@@ -29,10 +33,12 @@ class Window:
         self.sequences = SequenceCounts(statistics.d_sae, statistics.device)
         self.errors = PairJackknife(statistics.d_sae, statistics.device)
 
-    def update(self, codes: SparseCodes, sequences: Tensor | None, weights: Tensor | None) -> None:
+    def update(self, codes: SparseCodes, sequences: Tensor | None, weights: Tensor | None) -> int | None:
+        """Returns what `pairs_in` does, where it was counted on the way."""
         self.statistics.update(codes, weights)
-        self.sequences.update(codes, sequences, weights)
+        pairs = self.sequences.update(codes, sequences, weights)
         self.errors.update(codes, sequences, weights)
+        return pairs
 
     def forget(self, latents: Tensor) -> None:
         self.statistics.forget(latents)
@@ -46,6 +52,34 @@ class Window:
         self.sequences.reset()
         self.errors.reset()
         self.errors.watch(before.errors.i, before.errors.j)
+
+    def own_errors(self, i: Tensor, j: Tensor, weight: Tensor, earlier: Window | None) -> list[float | None]:
+        """Standard errors of atanh(r) over these tokens and those of `earlier`, of total weight `weight` [P]; None where a pair
+        was not followed on enough of them."""
+        found = self.errors.errors(i, j, earlier=None if earlier is None else earlier.errors)
+        return [None if math.isnan(e) else e for e in scaled(found, found.fisher, weight).tolist()]
+
+    def evidence(self) -> dict[Pair, Evidence]:
+        """Evidence of every pair that was followed on enough of the window, at any correlation."""
+        i, j = self.errors.i, self.errors.j
+        stats, found = self.statistics.statistics(i, j), self.errors.errors(i, j)
+        error = scaled(found, found.plain, stats.weight)
+        kept = ~error.isnan() & (stats.support > 3)
+        columns = (i, j, stats.correlation, error, stats.support.double())
+        rows = zip(*(column[kept].tolist() for column in columns), strict=True)
+        return {(a, b): (r, e, support) for a, b, r, e, support in rows}
+
+    def released(self, flagged: list[Pair], threshold: float) -> list[Pair]:
+        """Those whose upper bound is below the threshold, or one of whose latents did not fire."""
+        if not flagged:
+            return []
+        i, j = torch.tensor(flagged, dtype=torch.int64, device=self.statistics.device).T
+        stats, counts = self.statistics.statistics(i, j), self.statistics.counts()
+        errors = self.own_errors(i, j, stats.weight, None)
+        dead = ((counts[i] == 0) | (counts[j] == 0)).tolist()
+        columns = (stats.correlation.tolist(), stats.support.tolist(), errors, dead)
+        rows = zip(flagged, *columns, strict=True)
+        return [pair for pair, r, n, e, gone in rows if gone or correlation_bounds(r, n, e)[1] < threshold]
 
     def state_dict(self, name: str) -> dict[str, Any]:
         """{name, name_sequences, name_errors}."""
@@ -83,22 +117,22 @@ class SequenceCounts:
         self.known = False
         """Whether any update was given the sequences of its tokens."""
 
-    def update(self, codes: SparseCodes, sequences: Tensor | None, weights: Tensor | None = None) -> None:
+    def update(self, codes: SparseCodes, sequences: Tensor | None, weights: Tensor | None = None) -> int | None:
         """`sequences` [B] ids, whole numbers. Tokens of unknown sequences, or of weight 0 in `weights` [B], leave the
-        counts as they are."""
+        counts as they are. Returns what `pairs_in` does, where it was counted on the way."""
         if sequences is None:
-            return
+            return None
         self.known = True
         place = hash_bits(sequences.long()) & (self.bits - 1)
         if counts_cpp.runs(codes):
-            counts_cpp.mark_places(codes, place, weights, self.bits, self._map)
-            return
+            return counts_cpp.mark_places(codes, place, weights, self.bits, self._map)
         place = place[codes.rows()]
         # A maximum does not depend on the order, and entries that do not fire change nothing.
         fires = codes.values.detach() > 0
         if weights is not None:
             fires = fires & (weights > 0)[codes.rows()]
         self._map.scatter_reduce_(0, codes.indices * self.bits + place, fires.to(torch.uint8), "amax")
+        return None
 
     def distinct(self, i: Tensor, j: Tensor) -> Tensor | None:
         """[P] int64: estimated distinct sequences on which at least one of the pair fired; None if sequences were never
@@ -106,7 +140,10 @@ class SequenceCounts:
         if not self.known:
             return None
         rows = self._map.view(-1, self.bits)
-        empty = self.bits - (rows[i] | rows[j]).sum(1)
+        parts = [
+            (rows[a] | rows[b]).sum(1) for a, b in zip(i.split(PAIRS_AT_A_TIME), j.split(PAIRS_AT_A_TIME), strict=True)
+        ]
+        empty = self.bits - torch.cat(parts)
         return (-self.bits * (empty.clamp(min=1).double() / self.bits).log()).round().long()
 
     def merge(self, other: SequenceCounts) -> None:
@@ -165,3 +202,15 @@ def correlation_state_bytes(part: FeatureCorrelation, batch_tokens: int, entries
     # Statistics with a half-life have no watched pairs.
     watched = min(MAX_WATCHED, part.d_sae * (part.d_sae - 1) // 2) if part.halflife is None else 0
     return moments + 4 * part.sketch_dim * (part.d_sae + 1) + ring + _WATCHED_BYTES * watched + _NUMBERS_BYTES
+
+
+def pairs_in(codes: SparseCodes) -> Tensor:
+    """0-dim: pairs of latents that fire on the same token, summed over tokens."""
+    fires = codes.values.detach() > 0
+    if codes.device.type == "cpu" and bool(fires.all()):
+        active = codes.row_ptr.diff()
+    else:
+        fired = torch.zeros(codes.nnz + 1, dtype=torch.int64, device=codes.device)
+        torch.cumsum(fires, 0, out=fired[1:])
+        active = fired[codes.row_ptr].diff()
+    return (active * (active - 1)).sum() // 2

@@ -17,11 +17,13 @@ import yaml
 from torch import Tensor
 
 from transcoder.files import WRITING
+from transcoder.interop import gemma_scope
 from transcoder.interop.conversion_record import Conversion
-from transcoder.interop.files import read_safetensors, write_safetensors
+from transcoder.interop.files import existing, locate, read_safetensors, write_safetensors
 from transcoder.interop.folded_weights import FoldedWeights, Hooks
 from transcoder.interop.foreign_config import ForeignConfig, Object, Rising, Text, Whole
 from transcoder.interop.layout import from_layout, to_layout
+from transcoder.settings import brief
 
 TESTED = "circuit-tracer 0.4.1 and PyPI's 0.5.0, a fork (JumpReLU); its main branch at 4bb8c0e, tag v0.5.0 (TopK too)"
 CONFIG_FILE = "config.yaml"
@@ -40,6 +42,7 @@ class _Config(ForeignConfig):
     k: Whole = None
     feature_input_hook: Text = None
     feature_output_hook: Text = None
+    transcoders: Any = None
     # Ours, by layer.
     unpadded_widths: Object = None
     training_k: Object = None
@@ -159,26 +162,38 @@ def _tensors(weights: FoldedWeights | None, like: FoldedWeights, width: int, ski
 def read(path: Path, record: Conversion, options: Mapping[str, Any]) -> FoldedWeights:
     """One layer of a set: a folder, or a layer_{i}.safetensors in it. Options: layer."""
     where = "circuit-tracer import"
-    folder = path if path.is_dir() else path.parent
-    config = _read_config(where, folder)
-    file = path if path.is_file() else _layer_file(where, folder, config, options.get("layer"))
+    folder = locate(where, path, (CONFIG_FILE, "layer_*.safetensors")).parent
+    config = _read_config(where, folder, record)
+    if config.transcoders is not None and path.suffix != ".safetensors":
+        return _read_link(where, config, record, options)
+    file = (
+        path
+        if path.is_file() and path.name != CONFIG_FILE
+        else _layer_file(where, folder, config, options.get("layer"))
+    )
     in_file = f"{where}: {file}"
     match = _FILE.fullmatch(file.name)
-    layer = int(match[1]) if match else None
+    layer = int(match[1]) if match else options.get("layer")
     tensors, optional = read_safetensors(where, file), (_THRESHOLD, "W_skip", "k")
     fields = from_layout(in_file, tensors, _LAYOUT, record, optional, counts=("k",))
     own = _Layer.of(
         f"{config.where}: layer {layer}", {name: (getattr(config, name) or {}).get(layer) for name in _BY_LAYER}
     )
-    d_sae, topk = fields["W_enc"].shape[0], config.activation == "topk"
     k, count = own.training_k, fields.pop("k", None)
+    # Only a TopK of circuit-tracer's own class has k in its weights.
+    d_sae, topk = (
+        fields["W_enc"].shape[0],
+        config.activation == "topk" or (config.activation is None and count is not None),
+    )
     threshold, skip = fields.get("threshold"), fields.get("W_skip")
     if topk:
         # The number is in the weights too where circuit-tracer's own class wrote them.
         k = int(count) if config.k is None and count is not None and count.numel() == 1 else config.k
+        k = options.get("k") if k is None else k
         if k is None or not 0 < k <= d_sae:
             raise ValueError(
-                f"{config.where}: k: expected a whole number of the {d_sae} latents for activation topk, got {k}"
+                f"{config.where}: k: expected a whole number of the {d_sae} latents for activation topk, got {k}; where the "
+                "file has none, give it: k= (--k)"
             )
     if config.activation in ("topk", "relu") and threshold is not None:
         raise ValueError(
@@ -210,9 +225,6 @@ def read(path: Path, record: Conversion, options: Mapping[str, Any]) -> FoldedWe
         if threshold is not None and threshold.shape == (d_sae,):
             threshold = threshold[:width].clone()
 
-    def hook(name: str | None) -> str | None:
-        return f"blocks.{layer}.{name}" if name is not None and layer is not None else None
-
     # A set has skip connections everywhere or nowhere: zeros are the ones that were padded.
     fields["W_skip"] = skip if skip is not None and bool(skip.any()) else None
     return FoldedWeights(
@@ -220,16 +232,74 @@ def read(path: Path, record: Conversion, options: Mapping[str, Any]) -> FoldedWe
         activation="topk" if topk else "threshold",
         k=k,
         widths=tuple(own.matryoshka_widths or ()) or None,
-        hooks=Hooks(hook(config.feature_input_hook), hook(config.feature_output_hook), config.model_name),
+        hooks=Hooks(
+            _hook(layer, config.feature_input_hook), _hook(layer, config.feature_output_hook), config.model_name
+        ),
     )
 
 
-def _read_config(where: str, folder: Path) -> _Config:
+def _read_link(where: str, config: _Config, record: Conversion, options: Mapping[str, Any]) -> FoldedWeights:
+    """One layer of a config that lists where the layers are: paths, or hf://org/name/file, in order or with a layer each."""
+    listed = config.transcoders if isinstance(config.transcoders, list) else []
+    links = {n: one for n, one in enumerate(listed) if isinstance(one, str)}
+    links |= {
+        one["layer"]: one["filepath"]
+        for one in listed
+        if isinstance(one, dict) and type(one.get("layer")) is int and isinstance(one.get("filepath"), str)
+    }
+    config.require("transcoders", len(links) == len(listed) > 0, "a list of paths or hf:// links")
+    layer = options.get("layer", next(iter(links)) if len(links) == 1 else None)
+    if layer not in links:
+        raise ValueError(f"{where}: layer: expected one of {sorted(links)} (--layer), got {layer}")
+    folder = Path(config.where.removeprefix(f"{where}: ")).parent
+    file = _linked_file(where, links[layer], folder)
+    record.add(f"layer {layer} is {links[layer]}", "note")
+    gemma = file.suffix == ".npz" or "w_enc" in read_safetensors(where, file)
+    if gemma:
+        weights = gemma_scope.read(file, record, {**options, "layer": layer, "source_hook": None})
+    else:
+        weights = read(file, record, {**options, "layer": layer})
+    hooks = weights.hooks
+    return replace(
+        weights,
+        hooks=replace(
+            hooks,
+            source=_hook(layer, config.feature_input_hook) or hooks.source,
+            target=_hook(layer, config.feature_output_hook) or hooks.target,
+            model_name=config.model_name or hooks.model_name,
+        ),
+    )
+
+
+def _linked_file(where: str, link: str, folder: Path) -> Path:
+    match = re.fullmatch(r"hf://([^/]+/[^/]+)/([^?]+)(?:\?revision=([^&]+))?", link)
+    if match is None:
+        if "://" in link:
+            raise ValueError(f"{where}: transcoders: expected paths and hf:// links, got {link!r}")
+        return existing(where, folder / link, "the layer that config.yaml names")
+    try:
+        from huggingface_hub import hf_hub_download
+
+        return Path(hf_hub_download(match[1], match[2], revision=match[3]))
+    except (ImportError, OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"{where}: {link} could not be fetched: {brief(error)}. Download it by hand and import the file itself"
+        ) from error
+
+
+def _hook(layer: int | None, name: str | None) -> str | None:
+    return f"blocks.{layer}.{name}" if name is not None and layer is not None else None
+
+
+def _read_config(where: str, folder: Path, record: Conversion) -> _Config:
     file = folder / CONFIG_FILE
     if not file.is_file():
-        raise FileNotFoundError(
-            f"{where}: expected {CONFIG_FILE} in {folder}, found none: without it nothing says whether the activation is TopK"
+        record.add(
+            f"no {CONFIG_FILE}: read as circuit-tracer reads such a file, a ReLU, or JumpReLU where it has thresholds. Was it "
+            f"trained with TopK? Then write {CONFIG_FILE} with activation: topk and k",
+            "note",
         )
+        return _Config(f"{where}: {file}", model_kind="transcoder_set")
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -241,7 +311,11 @@ def _read_config(where: str, folder: Path) -> _Config:
             # JSON, which is YAML too, has texts as keys.
             values[name] = {int(key): value for key, value in by_layer.items() if str(key).isdecimal()}
     config = _Config.of(f"{where}: {file}", values)
-    config.require("model_kind", config.model_kind == "transcoder_set", "'transcoder_set' (one layer each)")
+    config.require(
+        "model_kind",
+        config.model_kind == "transcoder_set" or (config.model_kind is None and config.transcoders is not None),
+        "'transcoder_set' (a Transcoder is of one layer; a cross-layer one writes into every later layer)",
+    )
     config.require("activation", config.activation in _ACTIVATIONS, "topk, relu, jumprelu or none")
     return config
 

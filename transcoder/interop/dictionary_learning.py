@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
@@ -12,8 +13,8 @@ import torch
 from torch import Tensor
 
 from transcoder.interop.conversion_record import Conversion
-from transcoder.interop.files import read_json, read_pickle, write_json, write_state_dict
-from transcoder.interop.folded_weights import FoldedWeights, Hooks
+from transcoder.interop.files import locate, read_json, read_state, unwrapped, write_json, write_state_dict
+from transcoder.interop.folded_weights import FoldedWeights, Hooks, batch_topk_at_inference
 from transcoder.interop.foreign_config import ForeignConfig, Object, Size, Text, Whole
 from transcoder.interop.layout import from_layout, to_layout
 
@@ -96,18 +97,28 @@ def write(weights: FoldedWeights, folder: Path, record: Conversion, options: Map
 
 
 def read(path: Path, record: Conversion, options: Mapping[str, Any]) -> FoldedWeights:
-    """A folder with ae.pt (and config.json), or such a .pt file. Options: allow_pickle."""
+    """A folder with ae.pt (and config.json, there or one folder up), or such a file, checkpoints/ae_N.pt too, or the state that
+    an interrupted training left in ae.pt. Options: allow_pickle; threshold, of a BatchTopK whose file has none."""
     where = "dictionary-learning import"
-    file = path / WEIGHTS_FILE if path.is_dir() else path
-    state = read_pickle(where, file, bool(options.get("allow_pickle")))
-    config_file = file.parent / CONFIG_FILE
-    config = _Config.of(f"{where}: {config_file}", read_json(where, config_file) if config_file.is_file() else {})
-    trainer = _Trainer.of(f"{config.where}: trainer", config.trainer)
+    file = locate(where, path, (WEIGHTS_FILE, "ae.safetensors", "ae_*.pt", "checkpoints/ae_*.pt"))
+    saved = read_state(where, file, bool(options.get("allow_pickle")))
+    state = unwrapped(saved)
+    config_file = next((f for f in (file.parent / CONFIG_FILE, file.parent.parent / CONFIG_FILE) if f.is_file()), None)
+    config = _Config.of(f"{where}: {config_file or file}", {} if config_file is None else read_json(where, config_file))
+    of_state = saved.get("config") if saved is not state else None
+    trainer = _Trainer.of(
+        f"{config.where}: trainer", config.trainer or (of_state if isinstance(of_state, Mapping) else None)
+    )
     name = _class_of(where, state, trainer)
-    fields = from_layout(f"{where}: {file} ({name})", state, _LAYOUTS[name], record, counts=_COUNTS.get(name, ()))
+    counts, sparse = _COUNTS.get(name, ()), name.endswith(("TopK", "TopKSAE"))
+    # Files of before December 2024 have no threshold, older ones no k either.
+    optional = ("threshold", "k") if sparse else ()
+    fields = from_layout(f"{where}: {file} ({name})", state, _LAYOUTS[name], record, optional, counts=counts)
     record.add(f"class {name}", "layout")
     d_sae, d_in = fields["W_enc"].shape
     trainer.check_sizes(activation_dim=d_in, dict_size=d_sae)
+    if saved is not state:
+        fields = _unscaled(f"{where}: {file}", fields, saved.get("norm_factor"), record)
     widths = None
     if "group_sizes" in fields:
         sizes = fields.pop("group_sizes").flatten().tolist()
@@ -115,25 +126,58 @@ def read(path: Path, record: Conversion, options: Mapping[str, Any]) -> FoldedWe
             raise ValueError(f"{where}: {file}: group_sizes: expected positive sizes that sum to {d_sae}, got {sizes}")
         record.add("group sizes became cumulative widths", "layout")
         widths = tuple(accumulate(sizes)) if len(sizes) > 1 else None
-    subtracts = name not in ("AutoEncoderNew", "JumpReluAutoEncoder")
-    source = trainer.submodule_name
-    k = _k(f"{where}: {file}", fields.pop("k", None), trainer)
-    return FoldedWeights(
-        **{"threshold": torch.tensor(0.0), **fields},
-        input_bias=fields["b_dec"].clone() if subtracts else None,
-        activation="topk" if name == "AutoEncoderTopK" else "threshold",
-        k=k,
-        widths=widths,
-        hooks=Hooks(source, trainer.submodule_name_out or source, trainer.lm_name),
+    if name not in ("AutoEncoderNew", "JumpReluAutoEncoder"):
+        fields["input_bias"] = fields["b_dec"].clone()
+    final = file.name == WEIGHTS_FILE and saved is state
+    k = _k(f"{where}: {file}", fields.pop("k", None), trainer, final, record) or options.get("k")
+    threshold = fields.pop("threshold", None)
+    if name == "AutoEncoderTopK":
+        selection: dict[str, Any] = {"activation": "topk", "threshold": threshold}
+    elif sparse:
+        selection = batch_topk_at_inference(threshold, k, options, record)
+    else:
+        selection = {"activation": "threshold", "threshold": torch.tensor(0.0) if threshold is None else threshold}
+    source = _hook(trainer.submodule_name)
+    target = _hook(trainer.submodule_name_out) or source
+    return FoldedWeights(**fields, **selection, k=k, widths=widths, hooks=Hooks(source, target, trainer.lm_name))
+
+
+def _unscaled(where: str, fields: dict[str, Any], factor: Any, record: Conversion) -> dict[str, Any]:
+    """The fields of an interrupted training, for activations in their own units, as the library scales them when it ends.
+
+    Equivalent to: `scale_biases(norm_factor)`.
+    """
+    if factor is None:
+        return fields
+    factor = float(factor) if isinstance(factor, (int, float)) else float("nan")
+    if not 0 < factor < float("inf"):
+        raise ValueError(f"{where}: norm_factor: expected a number above 0")
+    record.add(
+        f"the biases were scaled by norm_factor {factor:g}, as the library does when a training ends", "rounding"
     )
+    # A threshold of -1 is the mark of none.
+    scaled = {name: fields[name] for name in ("b_enc", "b_dec", "threshold") if name in fields}
+    return fields | {
+        name: torch.where(tensor < 0, tensor, tensor * factor)
+        if name == "threshold"
+        else (tensor.double() * factor).float()
+        for name, tensor in scaled.items()
+    }
+
+
+def _hook(submodule: str | None) -> str | None:
+    """The hook at the library's own names of places, resid_post_layer_3 and such; other names as they are."""
+    match = re.fullmatch(r"(resid_pre|resid_mid|resid_post|mlp_out|attn_out)_layer_?(\d+)", submodule or "")
+    return submodule if match is None else f"blocks.{match[2]}.hook_{match[1]}"
 
 
 def _class_of(where: str, state: Mapping[str, Any], trainer: _Trainer) -> str:
     """By config.json; without it by the names of the tensors, where they tell."""
     if trainer.dict_class is not None:
-        known = isinstance(trainer.dict_class, str) and trainer.dict_class in _LAYOUTS
-        trainer.require("dict_class", known, f"one of {', '.join(_LAYOUTS)}")
-        return str(trainer.dict_class)
+        # Some configs have the class as Python prints it.
+        name = str(trainer.dict_class).rstrip("'>").rsplit(".")[-1]
+        trainer.require("dict_class", name in _LAYOUTS, f"one of {', '.join(_LAYOUTS)}")
+        return name
     fitting = [name for name, layout in _LAYOUTS.items() if {*layout, *_COUNTS.get(name, ())} == set(state)]
     if len(fitting) == 1:
         return fitting[0]
@@ -145,11 +189,14 @@ def _class_of(where: str, state: Mapping[str, Any], trainer: _Trainer) -> str:
     raise ValueError(f"{where}: the tensors {', '.join(sorted(map(str, state)))} fit none of {', '.join(_LAYOUTS)}")
 
 
-def _k(where: str, found: Tensor | None, trainer: _Trainer) -> int | None:
-    """Of the weights, which the config may not contradict (the library refuses that too); else of the config."""
+def _k(where: str, found: Tensor | None, trainer: _Trainer, final: bool, record: Conversion) -> int | None:
+    """Of the weights, which the config of final ones may not contradict (the library refuses that too); else of the config."""
     if found is None:
         return trainer.k
     if found.numel() != 1 or int(found) < 1:
         raise ValueError(f"{where}: k: expected a whole number of latents a token, got {found.tolist()}")
-    trainer.check_sizes(k=int(found))
+    if final:
+        trainer.check_sizes(k=int(found))
+    elif trainer.k not in (None, int(found)):
+        record.add(f"k = {int(found)} of this state, on its way to the config's {trainer.k}", "note")
     return int(found)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import pickle
+import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,37 @@ def existing(where: str, path: Path, what: str) -> Path:
     if not path.is_file():
         raise FileNotFoundError(f"{where}: expected {what} at {path}, found none")
     return path
+
+
+def locate(where: str, path: Path, names: Sequence[str]) -> Path:
+    """The file of one of these `names` (patterns; of several the one with the highest number): `path` itself where it is a
+    file, else in that folder, or in the only folder below it that has one.
+
+    Raises:
+        FileNotFoundError: there is none.   ValueError: several folders below have one; they are named.
+    """
+    if path.is_file():
+        return path
+    for name in names:
+        here = [file for file in path.glob(name) if file.is_file()]
+        if here:
+            return max(here, key=lambda file: (len(file.name), file.name))
+    # As deep as layer_L/width_N/average_l0_N below a folder of repositories.
+    found = {file.parent for depth in range(1, 5) for name in names for file in path.glob("*/" * depth + name)}
+    found = {folder for folder in found if found.isdisjoint(folder.parents)}
+    if len(found) == 1:
+        return locate(where, found.pop(), names)
+    what = " or ".join(names)
+    if not found:
+        raise FileNotFoundError(f"{where}: expected {what} in {path}, found none")
+    raise ValueError(f"{where}: {path} has no {what} itself, but {listed(found, path)} have: give one of these folders")
+
+
+def listed(paths: Iterable[Path], below: Path) -> str:
+    """Up to 12 of the paths, in the order of the numbers in them, relative to `below`."""
+    names = [str(path.relative_to(below)) for path in paths]
+    names.sort(key=lambda name: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)])
+    return ", ".join(names[:12]) + f" and {len(names) - 12} more" * (len(names) > 12)
 
 
 def read_json(where: str, path: Path) -> dict[str, Any]:
@@ -71,6 +103,19 @@ def read_pickle(where: str, path: Path, allow_pickle: bool = False) -> dict[str,
     if not isinstance(values, Mapping):
         raise ValueError(f"{where}: {path}: expected a state dict, got {type(values).__name__}")
     return dict(values)
+
+
+def read_state(where: str, path: Path, allow_pickle: bool = False) -> dict[str, Any]:
+    """The tensors of a .safetensors file, or of a `torch.save` file as `read_pickle` has them."""
+    return read_safetensors(where, path) if path.suffix == ".safetensors" else read_pickle(where, path, allow_pickle)
+
+
+def unwrapped(state: dict[str, Any]) -> dict[str, Any]:
+    """The state dict inside what a training script saved next to its optimizer."""
+    for key in ("model_state_dict", "state_dict", "ae", "sae", "model"):
+        if isinstance(inner := state.get(key), Mapping):
+            return dict(inner)
+    return state
 
 
 @contextlib.contextmanager

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -156,6 +157,38 @@ class FoldedWeights:
     def with_latent_thresholds(self) -> FoldedWeights:
         """The same function with a threshold for each latent."""
         return replace(self, threshold=self.latent_thresholds())
+
+
+def batch_topk_at_inference(
+    threshold: Tensor | None, k: int | None, options: Mapping[str, Any], record: Conversion
+) -> dict[str, Any]:
+    """`activation` and `threshold` of a BatchTopK with the tracked threshold of its file. Without one the option `threshold`
+    counts, or it becomes a TopK where the record allows that."""
+    if threshold is not None:
+        return {"activation": "threshold", "threshold": threshold}
+    if options.get("threshold") is not None:
+        record.add(f"the threshold {options['threshold']:g} was given: the file has none", "note")
+        return {"activation": "threshold", "threshold": torch.tensor(float(options["threshold"]))}
+    record.change(
+        f"it is a BatchTopK without a tracked threshold, which chooses over each batch; a TopK of k = {k} would choose for "
+        "each token",
+        "The mean of the smallest chosen value over some batches is its threshold: threshold= (--threshold).",
+    )
+    return {"activation": "topk", "threshold": None}
+
+
+def with_unit_decoder(where: str, fields: Mapping[str, Any], record: Conversion, setting: str) -> dict[str, Any]:
+    """The fields of a dictionary that selects by activations times the decoder's norms, with a decoder of norm 1."""
+    norms = torch.linalg.vector_norm(fields["W_dec"].double(), dim=1)
+    record.add(f"{setting}: the decoder's norms were folded into W_enc, b_enc and W_dec", "rounding")
+    if bool((norms == 0).any()):
+        raise ValueError(f"{where}: W_dec: expected no row of zeros with {setting}, found some")
+    return {
+        **fields,
+        "W_enc": (fields["W_enc"].double() * norms[:, None]).float(),
+        "b_enc": (fields["b_enc"].double() * norms).float(),
+        "W_dec": (fields["W_dec"].double() / norms[:, None]).float(),
+    }
 
 
 def from_transcoder(model: Transcoder, hooks: Hooks, record: Conversion) -> FoldedWeights:

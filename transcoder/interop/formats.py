@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from transcoder.files import local_path
-from transcoder.interop import circuit_tracer, dictionary_learning, gemma_scope, original, saelens, sparsify
+from transcoder.interop import (
+    circuit_tracer,
+    dictionary_learning,
+    gemma_scope,
+    llama_scope,
+    original,
+    saelens,
+    sparsify,
+)
 from transcoder.interop.conversion_record import ChangedFunctionError, Conversion
 from transcoder.interop.export_source import HOOKS_FILE, Exportable, load_source
 from transcoder.interop.files import new_folder, write_json
@@ -16,6 +25,7 @@ from transcoder.interop.folded_weights import FoldedWeights, Hooks, check_weight
 from transcoder.model import Transcoder
 
 __all__ = [
+    "EXPORTED",
     "FORMATS",
     "ChangedFunctionError",
     "Conversion",
@@ -42,7 +52,11 @@ FORMATS: dict[str, Format] = {
     "saelens": Format(saelens.read, saelens.TESTED, saelens.write, ("architecture", "threshold")),
     "sparsify": Format(sparsify.read, sparsify.TESTED, sparsify.write),
     "dictionary-learning": Format(
-        dictionary_learning.read, dictionary_learning.TESTED, dictionary_learning.write, (), ("allow_pickle",)
+        dictionary_learning.read,
+        dictionary_learning.TESTED,
+        dictionary_learning.write,
+        (),
+        ("allow_pickle", "threshold"),
     ),
     "circuit-tracer": Format(
         circuit_tracer.read, circuit_tracer.TESTED, None, ("layer", "n_layers", "scan"), ("layer",)
@@ -50,8 +64,11 @@ FORMATS: dict[str, Format] = {
     "gemma-scope": Format(
         gemma_scope.read, gemma_scope.TESTED, gemma_scope.write, ("norm_weight", "threshold"), ("layer", "norm_weight")
     ),
-    "original": Format(original.read, original.TESTED, original.write, ("threshold",), ("allow_pickle",)),
+    "original": Format(original.read, original.TESTED, original.write, ("threshold",), ("allow_pickle", "threshold")),
+    "llama-scope": Format(llama_scope.read, llama_scope.TESTED, None, (), ("threshold",)),
 }
+EXPORTED = tuple(name for name, known in FORMATS.items() if known.write is not None or name == "circuit-tracer")
+"""Those that can be written."""
 _EXPORT, _IMPORT = ("source_hook", "target_hook", "model_name"), ("k", "source_hook", "target_hook", "model_name")
 
 
@@ -103,7 +120,7 @@ def export_transcoder(
     Args:
         source: a Transcoder, a run folder (its newest checkpoint), a checkpoint, or a saved folder. circuit-tracer takes
             several: a list, or {layer: source}.
-        format: one of `FORMATS`: saelens, sparsify, dictionary-learning, circuit-tracer, gemma-scope, original.
+        format: one of `EXPORTED`: saelens, sparsify, dictionary-learning, circuit-tracer, gemma-scope, original.
         out_dir: a folder that does not exist or is empty.
         allow_changed_function: write what the format can hold where it cannot hold the same function.
         options: of the format (`FORMATS[name].export_options`), and source_hook, target_hook, model_name, where the run does
@@ -117,6 +134,8 @@ def export_transcoder(
         FileNotFoundError, FileExistsError, OSError: folders. Nothing is left half-written.
     """
     name = format_name(format)
+    if name not in EXPORTED:
+        raise ValueError(f"{name} export: expected one of {', '.join(EXPORTED)}; this format is only read")
     known = FORMATS[name]
     given = _options(f"{name} export", options, (*known.export_options, *_EXPORT))
     out = local_path(out_dir)
@@ -160,7 +179,16 @@ def read_transcoder(format: str, path: str | Path, *, allow_changed_function: bo
     if not where.exists():
         raise FileNotFoundError(f"{name} import: {where}: expected a folder or file of this format, there is none")
     record = Conversion("import", name, str(where), allow_changed_function, known.tested)
-    weights = known.read(where, record, given)
+    try:
+        weights = known.read(where, record, given)
+    except ChangedFunctionError:
+        raise
+    except (FileNotFoundError, ValueError) as error:
+        fitting = _formats_that_read(where, name)
+        if not fitting:
+            raise
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(f"{error}. These files are of the format {fitting[0]}: transcoder import {fitting[0]}") from error
     model = to_transcoder(weights, record, k=k)
     return Imported(model, _named(weights.hooks, given), record)
 
@@ -171,6 +199,17 @@ def import_transcoder(format: str, path: str | Path, **options: Any) -> Transcod
     Equivalent to: `read_transcoder(format, path, **options).transcoder`.
     """
     return read_transcoder(format, path, **options).transcoder
+
+
+def _formats_that_read(path: Path, tried: str) -> list[str]:
+    """The other formats whose reader takes these files, whatever it changes."""
+    found = []
+    for name in FORMATS:
+        if name != tried:
+            with contextlib.suppress(Exception):
+                FORMATS[name].read(path, Conversion("import", name, str(path), allow_changed_function=True), {})
+                found.append(name)
+    return found
 
 
 def _several(name: str, source: Exportable | Sequence[Exportable] | Mapping[int, Exportable]) -> list[Exportable]:

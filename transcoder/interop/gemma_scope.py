@@ -1,8 +1,9 @@
-"""Gemma Scope: params.npz with `W_enc [d_in, d_sae]`, `W_dec`, `b_enc`, `b_dec`, `threshold [d_sae]`.
+"""Gemma Scope: params.npz with `W_enc [d_in, d_sae]`, `W_dec`, `b_enc`, `b_dec`, `threshold [d_sae]`; read too: Gemma Scope 2,
+params.safetensors with the same names in small letters, perhaps `affine_skip_connection [d_in, d_out]` and a config.json.
 
-Its transcoders read `blocks.L.ln2.hook_normalized`, the RMSNorm before its weight, and write `blocks.L.hook_mlp_out`. A
-transcoder that reads behind the weight (`blocks.L.mlp.hook_in`) takes diag(w) into its encoder; one that reads the residual
-stream has the norm's division in between, which no weight can hold.
+The first generation's transcoders read `blocks.L.ln2.hook_normalized`, the RMSNorm before its weight, the second's
+`blocks.L.mlp.hook_in`, behind it; both write `blocks.L.hook_mlp_out`. From one hook to the other diag(w) goes into or out of
+the encoder; one that reads the residual stream has the norm's division in between, which no weight can hold.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import re
 import zipfile
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,23 @@ import torch
 from torch import Tensor
 
 from transcoder.interop.conversion_record import Conversion
-from transcoder.interop.files import existing
+from transcoder.interop.files import existing, locate, read_json, read_safetensors
 from transcoder.interop.folded_weights import FoldedWeights, Hooks
+from transcoder.interop.foreign_config import Flag, ForeignConfig, Mean, Size, Text, nearest_whole
 from transcoder.interop.layout import from_layout, to_layout
 
-TESTED = "the files of google/gemma-scope-2b-pt-transcoders as circuit-tracer 0.4.1 and sae-lens 6.54.12 read them"
+TESTED = "google's files as sae-lens 6.54.12 and circuit-tracer 0.4.1 and 0.5.0 read them"
 WEIGHTS_FILE = "params.npz"
 _LAYOUT = {"W_enc": "W_enc.T", "W_dec": "W_dec", "b_enc": "b_enc", "b_dec": "b_dec", "threshold": "threshold"}
+WEIGHTS_FILE_2, CONFIG_FILE_2 = "params.safetensors", "config.json"
+_LAYOUT_2 = {name.lower(): field for name, field in _LAYOUT.items()} | {"affine_skip_connection": "W_skip.T"}
+_SITES = {
+    # The first generation has them in the repository's name, the second in a folder's.
+    r"-pt-res\b|-it-res\b|\bresid_post": "hook_resid_post",
+    r"-pt-att\b|-it-att\b|\battn_out": "attn.hook_z",
+    r"-pt-mlp\b|-it-mlp\b|\bmlp_out": "hook_mlp_out",
+}
+"""Where sparse autoencoders read and write, by what is in their path."""
 _FLOATING = ("float32", "float16", "float64")
 READ, READ_BEHIND, WRITTEN = "ln2.hook_normalized", "mlp.hook_in", "hook_mlp_out"
 
@@ -73,45 +84,120 @@ def _to_normalized(weights: FoldedWeights, record: Conversion, options: Mapping[
     return replace(weights, W_enc=(weights.W_enc.double() * w).float())
 
 
+@dataclass(frozen=True)
+class _Config(ForeignConfig):
+    """config.json of the second generation, which may be missing."""
+
+    architecture: Text = None
+    model_name: Text = None
+    type: Text = None
+    hf_hook_point_in: Text = None
+    hf_hook_point_out: Text = None
+    width: Size = None
+    l0: Mean = None
+    affine_connection: Flag = None
+
+
 def read(path: Path, record: Conversion, options: Mapping[str, Any]) -> FoldedWeights:
-    """params.npz or the folder it is in.
+    """params.npz or params.safetensors, or the folder that it is in, or the only one below.
 
     Options: layer (else from the path); source_hook: where the transcoder shall read, the format's own hook or the one behind
-    the norm's weight, which needs norm_weight.
+    (before) the norm's weight, which needs norm_weight.
     """
     where = "gemma-scope import"
-    file = existing(where, path / WEIGHTS_FILE if path.is_dir() else path, WEIGHTS_FILE)
-    fields = from_layout(f"{where}: {file}", _read_npz(where, file), _LAYOUT, record)
-    W_enc = fields["W_enc"]
+    file = locate(where, path, (WEIGHTS_FILE, WEIGHTS_FILE_2))
+    second = file.suffix == ".safetensors"
+    config = _config(where, file) if second else _Config(where)
+    tensors = read_safetensors(where, file) if second else _read_npz(where, file)
+    if second:
+        _check_single_layer(f"{where}: {file}", tensors)
+    layout = _LAYOUT_2 if second else _LAYOUT
+    optional = ("affine_skip_connection",) * second
+    fields = from_layout(f"{where}: {file}", tensors, layout, record, optional)
+    if second:
+        config.check_sizes(width=fields["W_enc"].shape[0])
+        affine = "W_skip" in fields
+        config.require("affine_connection", config.affine_connection in (None, affine), f"{affine}, as in the weights")
+    record.add("W_enc transposed to a latent a row", "layout")
     layer = options.get("layer")
     if layer is None and (match := re.search(r"layer_(\d+)", str(file))) is not None:
         layer = int(match[1])
     prefix = "" if layer is None else f"blocks.{layer}."
-    wanted = (options.get("source_hook") or prefix + READ).removeprefix(prefix)
-    record.add("W_enc transposed to a latent a row", "layout")
+    site = next((hook for pattern, hook in _SITES.items() if re.search(pattern, str(file.parent))), None)
+    own = site or (READ_BEHIND if second else READ)
+    wanted = (options.get("source_hook") or prefix + own).removeprefix(prefix)
+    fields |= _moved(where, fields, own, wanted, layer, options, record)
+    # The folders are called average_l0_N, the second generation's config says it: the nearest thing to a k that there is.
+    named = re.search(r"average_l0_(\d+)", str(file))
+    k = nearest_whole(float(named[1])) if named else nearest_whole(config.l0)
+    if k is not None:
+        record.add(f"k = {k}, the average L0 that its publishers give, for further training", "note")
+    hooks = Hooks(model_name=_model_name(config, file))
+    if layer is not None:
+        hooks = replace(hooks, source=prefix + wanted, target=prefix + (site or WRITTEN))
+    return FoldedWeights(**fields, activation="threshold", k=k, hooks=hooks)
+
+
+def _config(where: str, file: Path) -> _Config:
+    there = file.parent / CONFIG_FILE_2
+    config = _Config.of(f"{where}: {there}", read_json(where, there) if there.is_file() else {})
+    config.require("architecture", config.architecture in (None, "jump_relu"), "jump_relu")
+    return config
+
+
+def _check_single_layer(where: str, tensors: Mapping[str, Tensor]) -> None:
+    """ValueError for the second generation's cross-layer transcoders and crosscoders, which have an axis more."""
+    three = [name for name in ("w_enc", "w_dec") if name in tensors and tensors[name].dim() == 3]
+    if three:
+        what = "a crosscoder" if "w_enc" in three else "one layer of a cross-layer transcoder"
+        shapes = ", ".join(f"{name} {list(tensors[name].shape)}" for name in three)
+        raise ValueError(
+            f"{where}: expected a transcoder of one layer, got {what} ({shapes}), which a Transcoder does not hold: take one "
+            "of the folders transcoder/ or transcoder_all/ of the same repository"
+        )
+
+
+def _moved(
+    where: str,
+    fields: Mapping[str, Tensor],
+    own: str,
+    wanted: str,
+    layer: int | None,
+    options: Mapping[str, Any],
+    record: Conversion,
+) -> dict[str, Tensor]:
+    """The matrices that read x, for x at the hook `wanted` instead of the format's `own`."""
+    d_in = fields["W_enc"].shape[1]
+    if wanted == own or {wanted, own} != {READ, READ_BEHIND}:
+        _unused_weight(options, d_in, layer, record)
+        if wanted != own:
+            record.change(
+                f"to read {wanted} instead of {own} leaves out what lies between them, such as an RMSNorm's division"
+            )
+        return {}
+    if options.get("norm_weight") is None:
+        raise ValueError(f"{where}: to read {wanted} give norm_weight= (--norm-weight), the factor as applied")
+    w = norm_weight(options["norm_weight"], d_in, layer)
     if wanted == READ_BEHIND:
-        if options.get("norm_weight") is None:
-            raise ValueError(f"{where}: to read {READ_BEHIND} give norm_weight= (--norm-weight), the factor as applied")
-        w = norm_weight(options["norm_weight"], W_enc.shape[1], layer)
         if bool((w == 0).any()):
             raise ValueError(f"{where}: norm_weight: expected no zeros to read behind it, got {int((w == 0).sum())}")
         record.add(f"1 / w of the RMSNorm was folded into W_enc: {READ} = {READ_BEHIND} / w", "rounding")
-        W_enc = (W_enc.double() / w).float()
+        w = 1 / w
     else:
-        _unused_weight(options, W_enc.shape[1], layer, record)
-    if wanted not in (READ, READ_BEHIND):
-        record.change(f"to read {wanted} instead of {READ} leaves out the RMSNorm's division")
-    # The folders are called average_l0_N: the nearest thing to a k that there is.
-    l0 = re.search(r"average_l0_(\d+)", str(file))
-    k = max(1, int(l0[1])) if l0 else None
-    if k is not None:
-        record.add(f"k = {k}, the average L0 in the path, for further training", "note")
-    return FoldedWeights(
-        **{**fields, "W_enc": W_enc},
-        activation="threshold",
-        k=k,
-        hooks=Hooks() if layer is None else Hooks(source=prefix + wanted, target=prefix + WRITTEN),
-    )
+        record.add(f"the RMSNorm's weight was folded into W_enc: {READ_BEHIND} = {READ} * w", "rounding")
+    return {name: (fields[name].double() * w).float() for name in ("W_enc", "W_skip") if name in fields}
+
+
+def _model_name(config: _Config, file: Path) -> str | None:
+    """As the hub has it: of the config, whose spelling varies, or of the repository in the path."""
+    name = config.model_name
+    if name is None and (match := re.search(r"gemma-scope-2-(\w+-(?:pt|it))", str(file))):
+        name = f"gemma-3-{match[1]}"
+    if name is None:
+        return None
+    name = name.rsplit("/")[-1].replace("gemma-v3", "gemma-3")
+    # The smallest one has no suffix there.
+    return "google/" + (name.removesuffix("-pt") if "270m" in name else name)
 
 
 def _read_npz(where: str, file: Path) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ The file's `encoder.weight` is the field W_enc of `FoldedWeights`, its `decoder.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -19,6 +20,11 @@ from transcoder.interop.folded_weights import FoldedWeights
 Layout = Mapping[str, str]
 _FLOATING = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 _WHOLE = {getattr(torch, name): name for name in ("uint8", "int8", "int16", "int32", "int64")}
+
+_STATISTIC = re.compile(
+    r"sparsity|fired|firing|not_active|act_freq|frequenc|dead|num_batches|num_tokens|n_forward|steps?$"
+)
+"""Names of what trainers count; the function has none of it."""
 
 
 def to_layout(weights: FoldedWeights, layout: Layout) -> dict[str, Tensor]:
@@ -53,8 +59,15 @@ def from_layout(
             all in the file.
     """
     required = [name for name in (*layout, *counts) if name not in optional]
+    tensors = _without_wrappers(tensors, required)
     missing = [name for name in required if name not in tensors]
-    unknown = sorted(map(str, set(tensors) - {*required, *optional, *ignored}))
+    others = sorted(map(str, set(tensors) - {*required, *optional, *ignored}))
+    statistics = [
+        name for name in others if _STATISTIC.search(name) and isinstance(tensors[name], (Tensor, int, float))
+    ]
+    if statistics:
+        record.add(f"left out, as statistics of training: {', '.join(statistics)}", "note")
+    unknown = [name for name in others if name not in statistics]
     if missing or unknown:
         parts = [f"missing {', '.join(missing)}"] * bool(missing) + [f"unknown {', '.join(unknown)}"] * bool(unknown)
         raise ValueError(
@@ -81,6 +94,17 @@ def from_layout(
     if rounded:
         record.add(f"{', '.join(rounded)}: fp64, rounded to fp32", "rounding")
     return found
+
+
+def _without_wrappers(tensors: Mapping[str, Any], required: Collection[str]) -> Mapping[str, Any]:
+    """Without the prefix that a wrapper puts before every name: module. of data parallel training, _orig_mod. of torch.compile,
+    the attribute of a module around it."""
+    first = next(iter(required))
+    for name in tensors:
+        prefix = str(name).removesuffix(first)
+        if prefix.endswith(".") and prefix != name and all(prefix + wanted in tensors for wanted in required):
+            return {str(key).removeprefix(prefix): value for key, value in tensors.items()}
+    return tensors
 
 
 def _dense(where: str, name: str, tensor: object, types: Mapping[torch.dtype, str]) -> Tensor:

@@ -1,4 +1,8 @@
-"""The original project's `MatryoshkaTranscoder`: a state dict (checkpoints/final.pt, checkpoint.pt) and config.json."""
+"""The original project's `MatryoshkaTranscoder`: a state dict (checkpoints/final.pt, checkpoint.pt) and config.json.
+
+Read too: the SAEs of the repositories that it grew out of, bartbussmann's BatchTopK and matryoshka_sae, whose folders have the
+same files (sae.pt, config.json).
+"""
 
 from __future__ import annotations
 
@@ -10,17 +14,23 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from transcoder.interop.conversion_record import Conversion
-from transcoder.interop.files import read_json, read_pickle, write_json, write_state_dict
-from transcoder.interop.folded_weights import FoldedWeights, Hooks
+from transcoder.interop.files import locate, read_json, read_state, unwrapped, write_json, write_state_dict
+from transcoder.interop.folded_weights import FoldedWeights, Hooks, batch_topk_at_inference
 from transcoder.interop.foreign_config import Flag, ForeignConfig, Size, Text, Whole
 from transcoder.interop.layout import from_layout, to_layout
 
 TESTED = "its source at commit 888d820"
 CONFIG_FILE = "config.json"
 _TRANSCODERS = ("matryoshka-transcoder", "matryoshka-cross-layer-transcoder")
-_WEIGHTS = ("checkpoint.pt", "checkpoints/final.pt", "final.pt", "sae.pt")
+_WEIGHTS = ("checkpoint.pt", "checkpoints/final.pt", "final.pt", "sae.pt", "checkpoints/step_*.pt")
 _LAYOUT = {"b_enc": "b_enc", "W_enc": "W_enc.T", "W_dec": "W_dec", "b_dec": "b_dec", "threshold": "threshold"}
+_LOG_THRESHOLD = "jumprelu.log_threshold"
+_SAES = ("topk", "batchtopk", "globalmatryoshkatopk", "jumprelu", "vanilla")
+"""`sae_type` of the SAEs, without hyphens."""
+_WORDS = {"True": True, "False": False, "None": None}
 
 
 @dataclass(frozen=True)
@@ -79,16 +89,18 @@ def write(weights: FoldedWeights, folder: Path, record: Conversion, options: Map
 def read(path: Path, record: Conversion, options: Mapping[str, Any]) -> FoldedWeights:
     """A run folder, a folder with config.json and checkpoint.pt or sae.pt, or the .pt file itself. Options: allow_pickle."""
     where = "original import"
-    file = path if path.is_file() else _weights_in(where, path)
-    state: dict[str, Any] = read_pickle(where, file, bool(options.get("allow_pickle")))
+    file = locate(where, path, _WEIGHTS)
+    state = unwrapped(read_state(where, file, bool(options.get("allow_pickle"))))
     config_file = _config_file(where, file)
-    config = _Config.of(f"{where}: {config_file}", read_json(where, config_file))
-    for key in ("model_state_dict", "state_dict"):
-        # Some of its scripts wrapped the state with the optimizer's.
-        if isinstance(state.get(key), Mapping):
-            state = dict(state[key])
-    fields = from_layout(f"{where}: {file}", state, _LAYOUT, record, ignored=("num_batches_not_active",))
-    _check_transcoder(config, options)
+    # Its configs are JSON with what JSON does not know as text.
+    values = {key: _plain(value) for key, value in read_json(where, config_file).items()}
+    config = _Config.of(f"{where}: {config_file}", values)
+    sae = _sae_type(config, state, options)
+    layout = {name: field for name, field in _LAYOUT.items() if name != "threshold" or sae != "jumprelu"}
+    if sae == "jumprelu":
+        layout[_LOG_THRESHOLD] = "threshold"
+    optional = ("threshold",) * (sae is not None)
+    fields = from_layout(f"{where}: {file}", state, layout, record, optional)
     # Its own default is true, and the model reads a missing one as false.
     config.require("input_unit_norm", config.input_unit_norm is not None, "true or false")
     if config.input_unit_norm:
@@ -98,26 +110,40 @@ def read(path: Path, record: Conversion, options: Mapping[str, Any]) -> FoldedWe
         own = f"{side}_act_size"
         config.check_sizes(**{own if getattr(config, own) is not None else "act_size": size})
     config.check_sizes(dict_size=d_sae)
-    threshold = fields.pop("threshold")
-    if threshold.numel() != 1:
-        raise ValueError(f"{where}: {file}: threshold: expected one number, got shape {list(threshold.shape)}")
+    threshold = fields.pop("threshold", None)
+    if threshold is not None and sae != "jumprelu":
+        if threshold.numel() != 1:
+            raise ValueError(f"{where}: {file}: threshold: expected one number, got shape {list(threshold.shape)}")
+        threshold = threshold.reshape(())
     record.add("weights transposed to a latent a row; prefix_sizes became cumulative widths", "layout")
+    if sae not in (None, "jumprelu"):
+        record.add("a sparse autoencoder: b_dec is subtracted from the input first", "note")
+        fields["input_bias"] = fields["b_dec"].clone()
+    if sae == "topk":
+        selection: dict[str, Any] = {"activation": "topk"}
+    elif sae in ("jumprelu", "vanilla"):
+        selection = {
+            "activation": "threshold",
+            "threshold": torch.tensor(0.0) if threshold is None else threshold.exp(),
+        }
+    elif sae is not None:
+        selection = batch_topk_at_inference(threshold, config.top_k, options, record)
+    else:
+        selection = {"activation": "threshold", "threshold": threshold}
+    source = config.source_hook_point or config.hook_point
     return FoldedWeights(
         **fields,
-        activation="threshold",
-        k=config.top_k,
-        threshold=threshold.reshape(()),
-        widths=_widths(config, d_sae),
-        hooks=Hooks(config.source_hook_point or config.hook_point, config.target_hook_point, config.model_name),
+        **selection,
+        k=None if sae in ("jumprelu", "vanilla") else config.top_k,
+        widths=_widths(config, d_sae) if sae in (None, "globalmatryoshkatopk") else None,
+        hooks=Hooks(source, config.target_hook_point or (source if sae else None), config.model_name),
     )
 
 
-def _weights_in(where: str, folder: Path) -> Path:
-    found = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
-    steps = sorted((folder / "checkpoints").glob("step_*.pt"), key=lambda path: (len(path.name), path.name))
-    if found is None and not steps:
-        raise FileNotFoundError(f"{where}: expected one of {', '.join(_WEIGHTS)} or checkpoints/step_N.pt in {folder}")
-    return found if found is not None else steps[-1]
+def _plain(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    return int(value) if value.isascii() and value.isdecimal() else _WORDS.get(value, value)
 
 
 def _config_file(where: str, file: Path) -> Path:
@@ -130,19 +156,24 @@ def _config_file(where: str, file: Path) -> Path:
     )
 
 
-def _check_transcoder(config: _Config, options: Mapping[str, Any]) -> None:
-    """Its SAEs (BatchTopK, until October 2025) have tensors of the same names and subtract b_dec from the input."""
+def _sae_type(config: _Config, state: Mapping[str, Any], options: Mapping[str, Any]) -> str | None:
+    """Which SAE it is; None for a transcoder. The tensors have the same names, and an SAE subtracts b_dec from the input."""
     # Its scripts leave the default, "topk", for a MatryoshkaTranscoder as well: only that one has two sides.
     two_sides = all(
         getattr(config, f"{side}_hook_point") is not None or options.get(f"{side}_hook") is not None
         for side in ("source", "target")
     )
-    if config.sae_type not in _TRANSCODERS and not (config.sae_type in (None, "topk") and two_sides):
+    if config.sae_type in _TRANSCODERS or (config.sae_type in (None, "topk") and two_sides):
+        return None
+    sae = str(config.sae_type).replace("-", "").replace("_", "")
+    # A TopK SAE tracks no threshold: a default "topk" next to one says nothing.
+    if sae not in _SAES or config.target_hook_point is not None or (sae == "topk" and "threshold" in state):
         raise ValueError(
             f"{config.where}: sae_type: expected {' or '.join(_TRANSCODERS)}, or none or 'topk' together with "
-            f"source_hook_point and target_hook_point, got {config.sae_type!r}. A transcoder that does not say so: give both "
-            "(--source-hook, --target-hook)"
+            f"source_hook_point and target_hook_point, or an SAE of {', '.join(_SAES)}, got {config.sae_type!r}. A transcoder "
+            "that does not say so: give both (--source-hook, --target-hook)"
         )
+    return sae
 
 
 def _widths(config: _Config, d_sae: int) -> tuple[int, ...] | None:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from transcoder.interop.conversion_record import Conversion
-from transcoder.interop.files import read_json, read_safetensors, write_json, write_safetensors
-from transcoder.interop.folded_weights import FoldedWeights, Hooks
+from transcoder.interop.files import locate, read_json, read_safetensors, write_json, write_safetensors
+from transcoder.interop.folded_weights import FoldedWeights, Hooks, with_unit_decoder
 from transcoder.interop.foreign_config import Flag, ForeignConfig, Mean, Object, Rising, Size, Text, nearest_whole
 from transcoder.interop.layout import from_layout, to_layout
 
@@ -45,6 +45,7 @@ class _Config(ForeignConfig):
     matryoshka_widths: Rising = None
     rescale_acts_by_decoder_norm: Flag = None
     apply_b_dec_to_input: Flag = None
+    finetuning_scaling_factor: Any = None
     reshape_activations: Any = "none"
     normalize_activations: Any = "none"
     # Of training SAEs only.
@@ -168,7 +169,9 @@ def _metadata(weights: FoldedWeights) -> dict[str, Any]:
 def read(path: Path, record: Conversion, options: Mapping[str, Any]) -> FoldedWeights:
     """A folder that `SAE.save_model`, `TrainingSAE.save_model` or `save_inference_model` wrote, or a checkpoint of SAELens'
     trainer; of our classes in its registry too."""
-    where, in_file = "saelens import", f"saelens import: {path / WEIGHTS_FILE}"
+    where = "saelens import"
+    path = locate(where, path, (CONFIG_FILE,)).parent
+    in_file = f"{where}: {path / WEIGHTS_FILE}"
     values = read_json(where, path / CONFIG_FILE)
     config = _Config.of(f"{where}: {path / CONFIG_FILE}", values)
     architecture, known = _architecture(config), (*_TRANSCODERS, *_SAES, *_TRAINED)
@@ -182,8 +185,10 @@ def read(path: Path, record: Conversion, options: Mapping[str, Any]) -> FoldedWe
     if architecture.startswith("jumprelu") or tracked:
         layout["topk_threshold" if tracked else "threshold"] = "threshold"
     tensors = dict(read_safetensors(where, path / WEIGHTS_FILE))
-    _drop_scaling_factor(in_file, tensors, record)
+    scaling_factor = _scaling_factors(in_file, tensors, config, record)
     fields = from_layout(in_file, tensors, layout, record)
+    if scaling_factor is not None:
+        fields["W_dec"] = (fields["W_dec"].double() * scaling_factor[:, None]).float()
     rescale = config.rescale_acts_by_decoder_norm
     rescaled = bool(tracked if rescale is None else rescale) and (tracked or topk)
     trained = tracked or "decoder_init_norm" in values
@@ -196,14 +201,16 @@ def read(path: Path, record: Conversion, options: Mapping[str, Any]) -> FoldedWe
         record.add("reads the heads of hook_z flattened", "note")
     fields["threshold"] = _threshold(in_file, fields.get("threshold"), topk, tracked)
     if rescaled:
-        fields.update(_fold_norms(in_file, fields, record))
+        fields = with_unit_decoder(in_file, fields, record, "rescale_acts_by_decoder_norm")
     # Transcoders never subtract b_dec; SAEs do unless told otherwise.
     subtracts = is_sae if config.apply_b_dec_to_input is None else config.apply_b_dec_to_input
     config.require("apply_b_dec_to_input", is_sae or not subtracts, f"false of a {architecture}, as SAELens does")
     metadata = _Metadata.of(config.where + ": metadata" * bool(config.metadata), config.metadata or values)
     k, widths = _noted(metadata)
     if topk:
-        k = _topk_k(config, architecture)
+        k = _topk_k(config) or options.get("k")
+        if k is None:
+            raise config.refusal("k", f"a whole number of latents a token for {architecture}; give it: k= (--k)")
     elif tracked and config.k is not None:
         k = nearest_whole(config.k)
     widths = [width for width in config.matryoshka_widths or widths if width <= d_sae]
@@ -233,13 +240,21 @@ def _architecture(config: _Config) -> Any:
     return config.architecture
 
 
-def _drop_scaling_factor(where: str, tensors: dict[str, Tensor], record: Conversion) -> None:
+def _scaling_factors(where: str, tensors: dict[str, Tensor], config: _Config, record: Conversion) -> Tensor | None:
+    """[d_sae] fp64 or None: by what a finetuned SAE multiplies each activation before it decodes."""
     factor = tensors.pop("scaling_factor", None)
     if factor is None:
-        return
-    if not bool((factor == 1).all()):
-        raise ValueError(f"{where}: scaling_factor: expected ones (a finetuned scale is not read), got others")
-    record.add("scaling_factor of ones left out", "layout")
+        return None
+    if bool((factor == 1).all()):
+        record.add("scaling_factor of ones left out", "layout")
+        return None
+    rows = tensors["W_dec"].shape[:1] if "W_dec" in tensors else None
+    if not config.finetuning_scaling_factor or factor.shape != rows:
+        raise ValueError(
+            f"{where}: scaling_factor: expected ones, or one a latent with finetuning_scaling_factor true in {CONFIG_FILE}"
+        )
+    record.add("scaling_factor was folded into W_dec: activations are those before it", "rounding")
+    return factor.double()
 
 
 def _threshold(where: str, threshold: Tensor | None, topk: bool, tracked: bool) -> Tensor | None:
@@ -252,11 +267,10 @@ def _threshold(where: str, threshold: Tensor | None, topk: bool, tracked: bool) 
     return None if topk and not bool(threshold > 0) else threshold.reshape(())
 
 
-def _topk_k(config: _Config, architecture: str) -> int:
+def _topk_k(config: _Config) -> int | None:
     k = config.k or _Note.of(f"{config.where}: activation_fn_kwargs", config.activation_fn_kwargs).k
-    if not isinstance(k, int):
-        raise config.refusal("k", f"a whole number of latents a token for {architecture}")
-    return k
+    config.require("k", k is None or isinstance(k, int), "a whole number of latents a token")
+    return k  # type: ignore[return-value]
 
 
 def _noted(metadata: _Metadata) -> tuple[int | None, list[int]]:
@@ -265,19 +279,6 @@ def _noted(metadata: _Metadata) -> tuple[int | None, list[int]]:
     own = _Note.of(f"{where}.transcoder", metadata.transcoder)
     saelens = _Note.of(f"{where}.training_architecture_details", metadata.training_architecture_details)
     return nearest_whole(own.k or saelens.k), own.widths or saelens.matryoshka_widths or []
-
-
-def _fold_norms(where: str, fields: Mapping[str, Tensor], record: Conversion) -> dict[str, Tensor]:
-    """The fields of an SAE that selects by activations times the decoder's norms, with a decoder of norm 1."""
-    norms = torch.linalg.vector_norm(fields["W_dec"].double(), dim=1)
-    record.add("rescale_acts_by_decoder_norm: the decoder's norms were folded into W_enc, b_enc and W_dec", "rounding")
-    if bool((norms == 0).any()):
-        raise ValueError(f"{where}: W_dec: expected no row of zeros with rescale_acts_by_decoder_norm, found some")
-    return {
-        "W_enc": (fields["W_enc"].double() * norms[:, None]).float(),
-        "b_enc": (fields["b_enc"].double() * norms).float(),
-        "W_dec": (fields["W_dec"].double() / norms[:, None]).float(),
-    }
 
 
 def _fold_scale(

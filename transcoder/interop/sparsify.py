@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +12,9 @@ from typing import Any
 import torch
 
 from transcoder.interop.conversion_record import Conversion
-from transcoder.interop.files import read_json, read_safetensors, write_json, write_safetensors
-from transcoder.interop.folded_weights import FoldedWeights
-from transcoder.interop.foreign_config import Flag, ForeignConfig, Size, Whole
+from transcoder.interop.files import locate, read_json, read_safetensors, write_json, write_safetensors
+from transcoder.interop.folded_weights import FoldedWeights, Hooks
+from transcoder.interop.foreign_config import Flag, ForeignConfig, Size, Text, Whole
 from transcoder.interop.layout import from_layout, to_layout
 
 TESTED = "eai-sparsify 1.3.3"
@@ -37,6 +39,14 @@ class _Config(ForeignConfig):
     d_in: Size = None
     num_latents: Size = None
     expansion_factor: Whole = None
+    # Ours.
+    source_hook: Text = None
+    target_hook: Text = None
+    model_name: Text = None
+
+
+_PARTS = {"": "", "mlp": "mlp.", "attn": "attn.", "self_attn": "attn.", "attention": "attn."}
+"""Modules of a block, and where their hooks are."""
 
 
 def write(weights: FoldedWeights, folder: Path, record: Conversion, options: Mapping[str, Any]) -> None:
@@ -58,21 +68,31 @@ def write(weights: FoldedWeights, folder: Path, record: Conversion, options: Map
         "skip_connection": weights.W_skip is not None,
         "transcode": True,
         "d_in": weights.d_in,
+        # Not read by sparsify, which has the place in the folder's name.
+        "source_hook": weights.hooks.source,
+        "target_hook": weights.hooks.target,
+        "model_name": weights.hooks.model_name,
     }
+    match = re.fullmatch(r"blocks\.(\d+)\.mlp\.hook_out", weights.hooks.target or "")
+    if match is not None:
+        record.add(f"sparsify's folder of this hookpoint would be called layers.{match[1]}.mlp", "note")
     write_safetensors(folder / WEIGHTS_FILE, to_layout(weights, _LAYOUT))
     write_json(folder / CONFIG_FILE, config)
 
 
 def read(path: Path, record: Conversion, options: Mapping[str, Any]) -> FoldedWeights:
-    """A folder that `SparseCoder.save_to_disk` wrote."""
-    where, in_file = "sparsify import", f"sparsify import: {path / WEIGHTS_FILE}"
+    """A folder that `SparseCoder.save_to_disk` wrote; its name says the hookpoint, config.json next to it the model."""
+    where = "sparsify import"
+    path = locate(where, path, (CONFIG_FILE,)).parent
+    in_file = f"{where}: {path / WEIGHTS_FILE}"
     config = _Config.of(f"{where}: {path / CONFIG_FILE}", read_json(where, path / CONFIG_FILE))
     if config.activation == "groupmax":
         record.change("activation groupmax keeps one latent a group, TopK the k largest")
     else:
         config.require("activation", config.activation == "topk" and not config.signed, "'topk' unsigned")
-    if config.k is None:
-        raise config.refusal("k", "a whole number of latents a token")
+    k = config.k or options.get("k")
+    if k is None:
+        raise config.refusal("k", "a whole number of latents a token; give it: k= (--k)")
     layout = {name: field for name, field in _LAYOUT.items() if name != "W_skip" or config.skip_connection}
     fields = from_layout(in_file, read_safetensors(where, path / WEIGHTS_FILE), layout, record)
     d_sae, d_in = fields["W_enc"].shape
@@ -83,14 +103,34 @@ def read(path: Path, record: Conversion, options: Mapping[str, Any]) -> FoldedWe
         raise ValueError(
             f"{config.where}: says expansion_factor = {config.expansion_factor}, the weights have {d_sae} / {d_in}"
         )
-    config.require("k", config.k <= d_sae, f"at most the {d_sae} latents")
+    config.require("k", k <= d_sae, f"at most the {d_sae} latents")
     if config.multi_topk:
         record.change(
-            f"with multi_topk the library's forward returns the reconstruction of 4 k = {4 * config.k} latents "
-            f"(and no skip connection); imported is k = {config.k}, which its encode and decode compute",
+            f"with multi_topk the library's forward returns the reconstruction of 4 k = {4 * k} latents "
+            f"(and no skip connection); imported is k = {k}, which its encode and decode compute",
             "With multi_topk: false in cfg.json its forward is that function too.",
         )
     if not config.transcode:
         record.add("a sparse autoencoder: b_dec is subtracted from the input first", "note")
     input_bias = None if config.transcode else fields["b_dec"].clone()
-    return FoldedWeights(**fields, input_bias=input_bias, activation="topk", k=config.k)
+    hooks = _hooks(path, config, bool(config.transcode))
+    return FoldedWeights(**fields, input_bias=input_bias, activation="topk", k=k, hooks=hooks)
+
+
+def _hooks(folder: Path, config: _Config, transcode: bool) -> Hooks:
+    """Of the config where we wrote it; else the hookpoint, the folder's name, is a module of the model: a transcoder reads its
+    input and writes its output, an autoencoder does both at the output."""
+    run: dict[str, Any] = {}
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        run = read_json("sparsify import", folder.parent / "config.json")
+    name = config.model_name or (run.get("model") if isinstance(run.get("model"), str) else None)
+    if config.source_hook is not None:
+        return Hooks(config.source_hook, config.target_hook, name)
+    match = re.fullmatch(r"(?:[a-z_]+\.)*?(?:layers|h|blocks)[._](\d+)\.?(\w*)", folder.name)
+    part = None if match is None else _PARTS.get(match[2])
+    if match is None or part is None:
+        embedded = "hook_embed" if folder.name in ("embed_tokens", "wte", "embed_in") and not transcode else None
+        return Hooks(embedded, embedded, name)
+    block = f"blocks.{match[1]}."
+    into, out = ("hook_resid_pre", "hook_resid_post") if part == "" else (part + "hook_in", part + "hook_out")
+    return Hooks(block + (into if transcode else out), block + out, name)

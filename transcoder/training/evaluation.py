@@ -13,6 +13,7 @@ from transcoder.activations.masking import find_sinks
 from transcoder.activations.rows import Substitute
 from transcoder.antidup.merge_cost import MergeResult, MergeTest
 from transcoder.antidup.running_mass import PositionMass
+from transcoder.antidup.workload import ENCODED, TESTED
 from transcoder.kernels import SparseCodes, nested_loss, sparse_decode
 from transcoder.model import Transcoder
 from transcoder.training.baselines import LinearBaseline
@@ -113,6 +114,17 @@ def merge_test(
             error = sparse_decode(codes, transcoder.W_dec, transcoder.b_dec) - target
             test.update(codes, error, transcoder.normalize_target(batch.target))
         return test.result()
+
+
+def merge_test_work(
+    transcoder: Transcoder, heldout: Sequence[ActivationBatch], i: Tensor, j: Tensor, tokens: int | None = None
+) -> float:
+    """Work of `merge_test` with these arguments, see `antidup.workload`."""
+    config, held = transcoder.config, sum(map(len, heldout))
+    seen = held if tokens is None else min(tokens, held)
+    encoder = seen * config.d_sae * config.d_in
+    rows = seen * torch.cat([i, j]).unique().numel() * config.d_out
+    return ENCODED * encoder + rows + TESTED * 2 * i.numel() * seen * config.k / config.d_sae
 
 
 def _evaluate(

@@ -20,10 +20,11 @@ from transcoder.antidup import ActivationSampleCollector, CorrelationMonitor
 from transcoder.antidup.ledger import LedgerError
 from transcoder.antidup.merge_cost import MergeResult
 from transcoder.antidup.monitor import Judge
+from transcoder.antidup.workload import SEARCH, TEST, step_work
 from transcoder.files import replace_atomically
 from transcoder.phases import phase
 from transcoder.training.baselines import LinearBaseline
-from transcoder.training.evaluation import cross_entropy, evaluate, merge_test
+from transcoder.training.evaluation import cross_entropy, evaluate, merge_test, merge_test_work
 from transcoder.training.layer_trainer import LayerTrainer, StepView
 from transcoder.training.recycling import Recycler
 from transcoder.training.run_state import Stateful
@@ -81,16 +82,23 @@ class CorrelationReports(Observer):
         return self.calendar.reporting(step) or self.calendar.searching(step)
 
     def see(self, view: StepView) -> None:
+        config = self.layer.transcoder.config
         for micro in view.micro_batches:
             self.monitor.evidence.add(micro.measured)
-            batch = micro.batch
-            self.monitor.update_correlations(micro.codes, view.step, sequences=batch.sequences, weights=batch.weights)
+            batch, codes = micro.batch, micro.codes
+            self.monitor.update_correlations(codes, view.step, sequences=batch.sequences, weights=batch.weights)
+            self.monitor.work.earn(step_work(len(batch), config.d_sae, config.d_in, codes.nnz))
 
     def act(self, run: Trainer) -> None:
-        judge, step, weights = self._judge(run), run.step, self.layer.transcoder
+        step, weights, work = run.step, self.layer.transcoder, self.monitor.work
+        # What acts on the result, and what stays as it is, rests on the present weights.
+        whole = self.calendar.last(step) or self.calendar.recycling(step)
+        search, test = whole or work.affords(SEARCH), whole or work.affords(TEST)
+        judge = self._judge(run)
         if not self.calendar.reporting(step):
-            with phase("anti-duplication: target pairs"):
-                self.monitor.refresh_targets(judge)
+            if search:
+                with phase("anti-duplication: target pairs"):
+                    self.monitor.refresh_targets(judge, test=test)
             return
         run.write(
             "correlation report",
@@ -100,21 +108,26 @@ class CorrelationReports(Observer):
                 judge,
                 W_enc=weights.W_enc.detach(),
                 cosines_by_block=not self.calendar.last(step),
+                search=search,
+                test=test,
             ),
         )
 
     def _judge(self, run: Trainer) -> Judge | None:
         """The merge test on held-out tokens, on all of them at the end; of latents that are too rare for those, on the training
         tokens since the pair was found."""
-        tokens = self.monitor.section.merge_test_tokens
-        if tokens == 0 or not run.parts.data.heldout:
+        tokens: int | None = self.monitor.section.merge_test_tokens
+        heldout = run.parts.data.heldout
+        if tokens == 0 or not heldout:
             return None
-        evidence, transcoder = self.monitor.evidence, self.layer.transcoder
-        last = self.calendar.last(run.step)
+        evidence, transcoder, work = self.monitor.evidence, self.layer.transcoder, self.monitor.work
+        if self.calendar.last(run.step):
+            tokens = None
 
         def judge(i: Tensor, j: Tensor) -> MergeResult:
             with self.layer.autocast():
-                found = merge_test(transcoder, run.parts.data.heldout, i, j, None if last else tokens)
+                found = merge_test(transcoder, heldout, i, j, tokens)
+            work.spend(TEST, merge_test_work(transcoder, heldout, i, j, tokens))
             return evidence.completed(found, transcoder.W_dec, transcoder.widths)
 
         return judge

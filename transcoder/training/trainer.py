@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from transcoder.activations import ActivationBatch, ActivationStream
-from transcoder.config import RunConfig
+from transcoder.config import ConfigError, RunConfig
 from transcoder.files import local_path, replace_atomically
 from transcoder.model import Transcoder
 from transcoder.phases import phase
@@ -106,6 +106,10 @@ def opened_run(
 ) -> Iterator[Trainer]:
     """A run in its locked folder before its first step, whose steps the caller takes: `train` or `advance`. Arguments and
     errors as `train_transcoder`."""
+    if config.activations.layers is not None:
+        raise ConfigError(
+            "activations.layers: expected null, for a run whose steps the caller takes; `train_transcoder` trains layer sets"
+        )
     device = device_of(config.model.device)
     config = as_started(config, run_dir, resume)
     check_switches(config, batches, heldout)
