@@ -235,13 +235,14 @@ class HookedModel:
         layer then reads what earlier ones made of it. All logits exist at once: see `sequences_at_a_time`.
         """
         substitutes = {} if substitute is None else substitute if isinstance(substitute, Mapping) else {0: substitute}
-        logits = self._logits(tokens, substitutes)
+        logits = self.logits(tokens, substitutes)
         return torch.nn.functional.cross_entropy(
             logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none"
         ).view(tokens.shape[0], -1)
 
     @torch.no_grad()
-    def _logits(self, tokens: Tensor, substitutes: Mapping[int, Substitute]) -> Tensor:
+    def logits(self, tokens: Tensor, substitutes: Mapping[int, Substitute]) -> Tensor:
+        """[S, L, vocabulary], `substitutes` by the number of their pair, as in `next_token_losses`."""
         with self._lock:
             self._captured.clear()
             self._substitutes, self._whole = substitutes, True
@@ -264,7 +265,7 @@ class HookedModel:
         tokens = torch.zeros(1, 8, dtype=torch.int64, device=self._device)
         changed = tokens.clone()
         changed[0, -1] = 1
-        before, after = self._logits(tokens, {})[:, :-1].float(), self._logits(changed, {})[:, :-1].float()
+        before, after = self.logits(tokens, {})[:, :-1].float(), self.logits(changed, {})[:, :-1].float()
         if not torch.allclose(before, after, rtol=0, atol=1e-4 * float(before.std())):
             return "the model predicts a token from those behind it as well"
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import re
@@ -25,7 +26,7 @@ from transcoder.activations.documents import (
 from transcoder.activations.language_model import HookedModel
 from transcoder.activations.packing import Packed, Packer
 from transcoder.activations.record_sources import record_sources
-from transcoder.activations.rows import Pass, Substitute, grid
+from transcoder.activations.rows import Group, Pass, Substitute, grid
 from transcoder.activations.vocabulary import Vocabulary
 from transcoder.config import RunConfig
 
@@ -198,6 +199,27 @@ class ModelActivations(ActivationSource):
             if seen >= tokens:
                 break
         return {name: total / max(1, count) for name, total in zip(substitutes, totals.tolist(), strict=True)}
+
+    def heldout_groups(self, layer: int, tokens: int, sequences: int) -> Iterator[Group]:
+        """See `ActivationStream.heldout_groups`."""
+        if self._model.without_head is not None:
+            logger.warning("no cross-entropy: %s", self._model.without_head)
+            return
+        special = torch.tensor(self.vocabulary.special_ids, dtype=torch.int64, device=self._device)
+
+        def run(text: Tensor, substitute: Substitute | None) -> Tensor:
+            return self._model.logits(text, {} if substitute is None else {layer: substitute})
+
+        seen = 0
+        for packed in self._sequences_from_start(heldout=True):
+            # Three sets of logits and what is computed of them exist at once.
+            size = min(sequences, max(1, self._model.sequences_at_a_time(packed.tokens.shape[1]) // 4))
+            columns = (torch.from_numpy(c).to(self._device).split(size) for c in (packed.tokens, packed.valid))
+            for text, valid in zip(*columns, strict=True):
+                yield text, valid & ~torch.isin(text, special), functools.partial(run, text)
+                seen += text.numel()
+                if seen >= tokens:
+                    return
 
     def unembedding(self, layer: int) -> Tensor | str:
         """As `HookedModel.unembedding`."""

@@ -66,6 +66,11 @@ class ProgressBar:
         elif self._enabled and (step >= self._total or time.monotonic() - self._shown_at >= self._plain_seconds):
             self._line()
 
+    @property
+    def latest(self) -> dict[str, float]:
+        """The newest value of every metric."""
+        return dict(self._seen)
+
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()

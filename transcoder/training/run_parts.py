@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +39,7 @@ class TrainingData:
 class RunParts:
     """Everything that a run is made of, before any state is restored.
 
-    Args: as `train_transcoder`; `stack` closes the activation stream.
+    Args: as `train_transcoder`; `stack` closes the activation stream, which `build` makes of the config.
     """
 
     def __init__(
@@ -50,6 +50,7 @@ class RunParts:
         batches: Iterable[ActivationBatch] | None,
         heldout: Sequence[ActivationBatch] | None,
         stack: ExitStack,
+        build: Callable[..., ActivationStream] = build_stream,
     ) -> None:
         anti, shape, seed = config.antidup, config.transcoder, config.training.seed
         logs = run_dir / "anti_duplication_logs"
@@ -57,7 +58,7 @@ class RunParts:
         enabled[POSITIONS], enabled[REGULARIZER] = anti.positions_act, anti.regularizer_acts
         ledger = self.ledger = StepLedger(enabled, run_dir / "usage.json")
         if batches is None:
-            data = self.data = _open_stream(config, device, ledger, logs, stack)
+            data = self.data = _open_stream(config, device, ledger, logs, stack, build)
             if isinstance(data.source, ActivationStream):
                 config = config.replace({"activations.mask_norm_multiple": data.source.mask_norm_multiple})
         else:
@@ -109,7 +110,12 @@ class RunParts:
 
 
 def _open_stream(
-    config: RunConfig, device: torch.device, ledger: UsageLedger, logs: Path, stack: ExitStack
+    config: RunConfig,
+    device: torch.device,
+    ledger: UsageLedger,
+    logs: Path,
+    stack: ExitStack,
+    build: Callable[..., ActivationStream],
 ) -> TrainingData:
     """The stream of `config.activations`, which `stack` closes, with the sampler of its training tokens if it has one."""
     samples, section, made = config.antidup.samples, config.antidup.positions, list[PositionSampler]()
@@ -120,7 +126,7 @@ def _open_stream(
 
     context = samples.context_tokens if samples.enabled else 0
     thins = sampler if section.enabled and section.train else None
-    stream = build_stream(config, device, position_sampler=thins, context_tokens=context)
+    stream = build(config, device, position_sampler=thins, context_tokens=context)
     stack.callback(stream.close)
     held, sinks = stream.heldout(config.training.evaluation_tokens), stream.heldout_sinks()
     kind, ids, positions = config.activations.kind, stream.special_ids, made[0] if made else None

@@ -290,7 +290,7 @@ def _lacks(saved: Path, dotted: str) -> bool:
 def changed_settings(saved: Path, config: RunConfig) -> list[str]:
     """Names of the settings that change a run's results and differ between `config` and a saved config.yaml."""
     before, now = (as_started(c, saved.parent, resume=True).to_dict() for c in (RunConfig.load(saved), config))
-    sections = ("model.", "activations.", "transcoder.", "training.", "antidup.")
+    sections = ("model.", "activations.", "transcoder.", "training.", "antidup.", "per_layer.")
     names = [name for name, _ in flags() if name.startswith(sections)]
     return [name for name in names if _setting(before, name) != _setting(now, name)]
 
