@@ -72,6 +72,14 @@ FORMATS: dict[str, Format] = {
 }
 EXPORTED = tuple(name for name, known in FORMATS.items() if known.write is not None or name == "circuit-tracer")
 """Those that can be written."""
+_NOT_READ = {
+    "transcoder.safetensors": "It is a transcoder of this library, which Transcoder.from_pretrained reads as it is",
+    "checkpoints/step_*/transcoder.safetensors": "It is the folder of a run; Transcoder.from_pretrained reads its checkpoints",
+    "W_enc_*.safetensors": "It is a cross-layer transcoder, each of whose latents writes into every later layer",
+    "params_layer_*.safetensors": "It is Gemma Scope 2's cross-layer transcoder; transcoder/, transcoder_all/ are of one layer",
+    "*.dcp": "It is a distributed checkpoint: save it in its library as .safetensors first",
+}
+"""What is in folders that no format reads."""
 _EXPORT, _IMPORT = ("source_hook", "target_hook", "model_name"), ("k", "source_hook", "target_hook", "model_name")
 
 
@@ -188,10 +196,15 @@ def read_transcoder(format: str, path: str | Path, *, allow_changed_function: bo
         raise
     except (FileNotFoundError, ValueError) as error:
         fitting = _formats_that_read(where, name)
-        if not fitting:
+        known_as = [what for pattern, what in _NOT_READ.items() if any(where.glob(pattern))]
+        if fitting:
+            told = f"These files are of the format {fitting[0]}: transcoder import {fitting[0]}"
+        elif known_as:
+            told = known_as[0]
+        else:
             raise
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
-        raise kind(f"{error}. These files are of the format {fitting[0]}: transcoder import {fitting[0]}") from error
+        raise kind(f"{error}. {told}") from error
     model = to_transcoder(weights, record, k=k)
     return Imported(model, _named(weights.hooks, given), record)
 
