@@ -35,8 +35,6 @@ logger = logging.getLogger(__name__)
 _LOOKED_AT = 100
 """Documents of which one must be usable at the start."""
 
-logger = logging.getLogger(__name__)
-
 
 class ModelActivations(ActivationSource):
     """Runs the language model over packed text.
