@@ -40,6 +40,7 @@ from transcoder.training.start_checks import (
     as_started,
     check_folder,
     check_length,
+    check_one_process,
     check_switches,
     device_of,
     say_backend,
@@ -124,6 +125,7 @@ def opened_run(
         raise ConfigError(
             "activations.layers: expected null, for a run whose steps the caller takes; `train_transcoder` trains layer sets"
         )
+    check_one_process()
     device = device_of(config.model.device)
     config = as_started(config, run_dir, resume)
     check_switches(config, batches, heldout)
