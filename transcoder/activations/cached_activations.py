@@ -26,7 +26,7 @@ from transcoder.activations.shards import (
     write_shard,
 )
 from transcoder.activations.vocabulary import Vocabulary
-from transcoder.config import RunConfig
+from transcoder.config import ActivationsSection, RunConfig
 from transcoder.files import file_digest, local_path
 
 
@@ -182,6 +182,16 @@ class CachedActivations(ActivationSource):
 
     def progress(self, place: dict[str, Any]) -> dict[str, int]:
         return {"epochs": int(place["epoch"])}
+
+
+def cached_layers(section: ActivationsSection) -> list[int]:
+    """The layers that a cache holds. DataError where it holds one pair of hooks, by no number."""
+    assert section.cached_path is not None  # the configuration checks it
+    folder = local_path(section.cached_path, "activations.cached_path")
+    layers = [layer for layer in widths_of(read_index(folder)) if layer is not None]
+    if not layers:
+        raise DataError(f"{folder / INDEX_NAME}: holds one pair of hooks, not layers; leave activations.layers out")
+    return sorted(layers)
 
 
 @dataclass(frozen=True)
