@@ -47,6 +47,7 @@ ALLOWED: dict[str, set[str]] = {
     "activations": LOW | {"demo"},
     "antidup": LOW | {"activations.batch"},
     "reporting": LOW | {"model", "checkpoint_folder"},
+    "parallel": LOW | {"losses", "model", "selection"},
     "training": LOW | {"losses", "model", "checkpoint_folder", "activations", "antidup", "reporting", "demo"},
     "interop": LOW | {"losses", "model", "checkpoint_folder", "activations", "training", "reporting", "demo"},
     "setting_help": {"config", "settings"},

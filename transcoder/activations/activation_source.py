@@ -11,7 +11,7 @@ from torch import Tensor
 
 from transcoder.activations.documents import DataError
 from transcoder.activations.masking import FIT_TOKENS, SinkMasker
-from transcoder.activations.rows import Chunk, MakePositionChoice, Pass, RowMaker, Substitute, counters_of
+from transcoder.activations.rows import Chunk, Group, MakePositionChoice, Pass, RowMaker, Substitute, counters_of
 from transcoder.activations.vocabulary import Vocabulary
 from transcoder.config import RunConfig
 
@@ -98,6 +98,10 @@ class ActivationSource(ABC):
         """See `ActivationStream.heldout_losses`; of each name, the substitutes by the layer's place in `widths`. None without
         a language model."""
         return None
+
+    def heldout_groups(self, layer: int, tokens: int, sequences: int) -> Iterator[Group]:
+        """See `ActivationStream.heldout_groups`; none without a language model."""
+        return iter(())
 
     def unembedding(self, layer: int) -> Tensor | str:
         """See `ActivationStream.unembedding`."""

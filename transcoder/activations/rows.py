@@ -21,6 +21,11 @@ Substitute = Callable[[Tensor, Tensor], Tensor]
 """(source [T, d_in], target [T, d_out]) -> what a language model goes on with in the place of target."""
 
 
+Group = tuple[Tensor, Tensor, Callable[[Substitute | None], Tensor]]
+"""(tokens [S, L] int64, which of them are neither special nor padding [S, L] bool, the model's logits [S, L, vocabulary] on
+them with what is given at the target hook, None for the model as it is)."""
+
+
 class PositionSample(Protocol):
     """keep [S, L] bool and weights [S, L] fp32."""
 

@@ -17,7 +17,7 @@ from transcoder.activations.batch import ActivationBatch, batch_of, columns_of, 
 from transcoder.activations.buffer import ShuffleBuffer, permutation, to_device
 from transcoder.activations.documents import DataError
 from transcoder.activations.pass_feed import PassFeed
-from transcoder.activations.rows import MakePositionChoice, Substitute
+from transcoder.activations.rows import Group, MakePositionChoice, Substitute
 from transcoder.config import BUFFER_TOKENS, RunConfig
 
 logger = logging.getLogger(__name__)
@@ -157,6 +157,12 @@ class ActivationStream:
         source, layer = self._source.source, self._source.layer
         by_layer = {name: {} if one is None else {layer: one} for name, one in substitutes.items()}
         return source.heldout_losses(by_layer, tokens) if source.holds_out else None
+
+    def heldout_groups(self, tokens: int, sequences: int) -> Iterator[Group]:
+        """About `tokens` tokens of held-out text, at most so many sequences at a time, with the language model to run on them,
+        see `Group`. None where there is no model that predicts the next token, or nothing held out."""
+        source, layer = self._source.source, self._source.layer
+        return source.heldout_groups(layer, tokens, sequences) if source.holds_out else iter(())
 
     def unembedding(self) -> Tensor | str:
         """[d_out, vocabulary] fp32, what the logits read of the target's stream, see `HookedModel.unembedding`; or the reason

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from transcoder.checkpoint_folder import MODEL_FILE, STATE_FILE, candidates
 from transcoder.files import local_path
 from transcoder.interop import (
     circuit_tracer,
@@ -24,6 +25,7 @@ from transcoder.interop.files import new_folder, write_json
 from transcoder.interop.folded_weights import FoldedWeights, Hooks, check_weights, from_transcoder, to_transcoder
 from transcoder.layer_list import layer_folders
 from transcoder.model import Transcoder
+from transcoder.settings import brief
 
 __all__ = [
     "EXPORTED",
@@ -34,6 +36,7 @@ __all__ = [
     "export_transcoder",
     "format_name",
     "import_transcoder",
+    "open_transcoder",
     "read_transcoder",
 ]
 
@@ -74,6 +77,14 @@ FORMATS: dict[str, Format] = {
 }
 EXPORTED = tuple(name for name, known in FORMATS.items() if known.write is not None or name == "circuit-tracer")
 """Those that can be written."""
+_NOT_READ = {
+    "transcoder.safetensors": "It is a transcoder of this library, which Transcoder.from_pretrained reads as it is",
+    "checkpoints/step_*/transcoder.safetensors": "It is the folder of a run; Transcoder.from_pretrained reads its checkpoints",
+    "W_enc_*.safetensors": "It is a cross-layer transcoder, each of whose latents writes into every later layer",
+    "params_layer_*.safetensors": "It is Gemma Scope 2's cross-layer transcoder; transcoder/, transcoder_all/ are of one layer",
+    "*.dcp": "It is a distributed checkpoint: save it in its library as .safetensors first",
+}
+"""What is in folders that no format reads."""
 _EXPORT, _IMPORT = ("source_hook", "target_hook", "model_name"), ("k", "source_hook", "target_hook", "model_name")
 
 
@@ -200,12 +211,51 @@ def read_transcoder(format: str, path: str | Path, *, allow_changed_function: bo
         raise
     except (FileNotFoundError, ValueError) as error:
         fitting = _formats_that_read(where, name)
-        if not fitting:
+        known_as = [what for pattern, what in _NOT_READ.items() if any(where.glob(pattern))]
+        if fitting:
+            told = f"These files are of the format {fitting[0]}: transcoder import {fitting[0]}"
+        elif known_as:
+            told = known_as[0]
+        else:
             raise
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
-        raise kind(f"{error}. These files are of the format {fitting[0]}: transcoder import {fitting[0]}") from error
+        raise kind(f"{error}. {told}") from error
     model = to_transcoder(weights, record, k=k)
     return Imported(model, _named(weights.hooks, given), record)
+
+
+def open_transcoder(
+    path: str | Path, format: str | None = None, *, allow_changed_function: bool = False, **options: Any
+) -> Imported:
+    """A transcoder of this package (a run folder's newest checkpoint, a checkpoint, a saved folder, the hub's org/name) or of
+    any format that `read_transcoder` reads.
+
+    Args:
+        format: None tries all of them.
+        options: as in `read_transcoder`; a format takes those that it knows.
+
+    Raises: ValueError: no format reads it; with what each of them says. Others as `read_transcoder` where a format is named.
+    """
+    where = local_path(path)
+    if format is not None:
+        return read_transcoder(format, path, allow_changed_function=allow_changed_function, **options)
+    own = Conversion("import", "transcoder", str(where))
+    if (where / MODEL_FILE).is_file() or (where / STATE_FILE).is_file() or candidates([where / "checkpoints", where]):
+        source = load_source(where)
+        return Imported(source.model, _named(source.hooks, options), own)
+    if not where.exists():
+        return Imported(Transcoder.from_pretrained(path), _named(Hooks(), options), own)
+    said: dict[str, str] = {}
+    for name, known in FORMATS.items():
+        given = {key: value for key, value in options.items() if key in (*known.import_options, *_IMPORT)}
+        try:
+            return read_transcoder(name, where, allow_changed_function=allow_changed_function, **given)
+        except ChangedFunctionError:
+            raise
+        except (ValueError, TypeError, OSError) as error:
+            said[name] = brief(error, 200)
+    told = "; ".join(f"{name}: {why}" for name, why in said.items())
+    raise ValueError(f"{where}: expected a transcoder of this package or of a format that import reads. {told}")
 
 
 def import_transcoder(format: str, path: str | Path, **options: Any) -> Transcoder:
