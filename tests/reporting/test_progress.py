@@ -18,7 +18,7 @@ METRICS = {
     "duplicates/flagged": 3.0,
     "metrics/tokens_per_second": 41234.0,
 }
-TEXT = "loss 0.531  FVU 0.412  L0 16  dead 2.1%  duplicates 17 (3 flagged)  41.2k tok/s"
+TEXT = "loss 0.531  FVU 0.412  L0 16  dead 2.1%  candidate pairs 17  41.2k tok/s"
 
 
 class Terminal(io.StringIO):
@@ -29,7 +29,7 @@ class Terminal(io.StringIO):
 def test_figures_leave_out_what_is_unknown() -> None:
     assert metrics_text(METRICS) == TEXT
     assert metrics_text({}) == ""
-    assert metrics_text({"metrics/fvu": float("nan"), "duplicates/pairs": 2}) == "FVU nan  duplicates 2"
+    assert metrics_text({"metrics/fvu": float("nan"), "duplicates/pairs": 2}) == "FVU nan  candidate pairs 2"
     assert metrics_text({"sparsity/dead_share": float("inf")}) == "dead inf%"
 
 

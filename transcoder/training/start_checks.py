@@ -7,6 +7,7 @@ import functools
 import itertools
 import logging
 import operator
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,16 @@ FORMER_WAYS = ("antidup.positions.train", "activations.eos_as_bos")
 stand-in for a missing BOS was taken."""
 FOUND = ("activations.mask_norm_multiple",)
 """Settings whose `auto` a run replaces by what it finds: its config.yaml has the value, which a resumed run goes on with."""
+
+
+def check_one_process() -> None:
+    """ConfigError under torchrun: each process would begin the same run in the same folder."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    if "RANK" in os.environ and count != "1":
+        raise ConfigError(
+            f"expected one process, got {count} (WORLD_SIZE, which torchrun sets): a run trains in one process; start it "
+            "without torchrun. docs/scale.md shows a loop of your own over several processes"
+        )
 
 
 def device_of(name: str) -> torch.device:
