@@ -23,6 +23,7 @@ from transcoder.interop.conversion_record import ChangedFunctionError, Conversio
 from transcoder.interop.export_source import HOOKS_FILE, Exportable, load_source
 from transcoder.interop.files import new_folder, write_json
 from transcoder.interop.folded_weights import FoldedWeights, Hooks, check_weights, from_transcoder, to_transcoder
+from transcoder.layer_list import layer_folders
 from transcoder.model import Transcoder
 from transcoder.settings import brief
 
@@ -62,7 +63,11 @@ FORMATS: dict[str, Format] = {
         ("allow_pickle", "threshold"),
     ),
     "circuit-tracer": Format(
-        circuit_tracer.read, circuit_tracer.TESTED, None, ("layer", "n_layers", "scan"), ("layer",)
+        circuit_tracer.read,
+        circuit_tracer.TESTED,
+        None,
+        ("layer", "n_layers", "scan", "activation", "threshold"),
+        ("layer",),
     ),
     "gemma-scope": Format(
         gemma_scope.read, gemma_scope.TESTED, gemma_scope.write, ("norm_weight", "threshold"), ("layer", "norm_weight")
@@ -130,7 +135,8 @@ def export_transcoder(
 
     Args:
         source: a Transcoder, a run folder (its newest checkpoint), a checkpoint, or a saved folder. circuit-tracer takes
-            several: a list, or {layer: source}.
+            several: a list, or {layer: source}. A layer set's folder is all of its layers: one set for circuit-tracer, for
+            other formats a folder for each layer in `out_dir`.
         format: one of `EXPORTED`: saelens, sparsify, dictionary-learning, circuit-tracer, gemma-scope, original.
         out_dir: a folder that does not exist or is empty.
         allow_changed_function: write what the format can hold where it cannot hold the same function.
@@ -151,14 +157,23 @@ def export_transcoder(
     given = _options(f"{name} export", options, (*known.export_options, *_EXPORT))
     out = local_path(out_dir)
     record = Conversion("export", name, str(out), allow_changed_function, known.tested)
-    folded = [_folded(one, record, given) for one in _several(name, source)]
+    layers = layer_folders(local_path(source)) if isinstance(source, (str, Path)) else {}
+    several = list(layers.values()) or _several(name, source)
+    folded = [_folded(one, record, given) for one in several]
     for weights in folded:
         check_weights(f"{name} export", weights)
     with new_folder(f"{name} export", out, record) as folder:
-        if known.write is not None:
+        if known.write is None:
+            by_layer = _by_layer(layers or source, folded, given)
+            circuit_tracer.write_set(by_layer, folder, record, given, dict(zip(by_layer, several, strict=True)))
+        elif not layers:
             known.write(folded[0], folder, record, given)
-        else:
-            circuit_tracer.write_set(_by_layer(source, folded, given), folder, record, given)
+        for layer, weights in zip(layers, folded, strict=False):
+            if known.write is not None:
+                # sparsify names a folder by the module that it stands for.
+                place = folder / f"layers.{layer}.mlp"
+                place.mkdir()
+                known.write(weights, place, record, given)
     return record
 
 
