@@ -13,6 +13,7 @@ import torch
 from transcoder.activations import ActivationBatch, ActivationStream, build_stream
 from transcoder.antidup import ActivationSampleCollector, CorrelationMonitor, PositionSampler, UsageLedger
 from transcoder.config import RunConfig
+from transcoder.reporting.progress import stage
 from transcoder.training import observers as observe
 from transcoder.training.layer_trainer import LayerTrainer
 from transcoder.training.nonfinite import StepLedger
@@ -126,8 +127,10 @@ def _open_stream(
 
     context = samples.context_tokens if samples.enabled else 0
     thins = sampler if section.enabled and section.train else None
+    stage("loading the language model and the text")
     stream = build(config, device, position_sampler=thins, context_tokens=context)
     stack.callback(stream.close)
+    stage("reading held-out text")
     held, sinks = stream.heldout(config.training.evaluation_tokens), stream.heldout_sinks()
     kind, ids, positions = config.activations.kind, stream.special_ids, made[0] if made else None
     return TrainingData(kind, stream, held, sinks, ids, stream.sequence_length, positions)

@@ -18,15 +18,16 @@ from transcoder.activations.pass_feed import PassFeed
 from transcoder.activations.stream import layer_stream, open_source, resolved_layers
 from transcoder.config import BUFFER_TOKENS, ConfigError, RunConfig
 from transcoder.files import local_path, replace_atomically
-from transcoder.layer_list import layer_configs
+from transcoder.layer_list import LAYERS_FOLDER, layer_configs
 from transcoder.model import Transcoder
 from transcoder.phases import phase
 from transcoder.reporting import MetricsWriter, ProgressBar
+from transcoder.reporting.progress import stage
 from transcoder.settings import brief
 from transcoder.training.checkpoint import CheckpointStore, Loaded
 from transcoder.training.checkpointing import Saver
 from transcoder.training.initial_weights import begin_from
-from transcoder.training.layer_set import DIVERGENCE, LAYERS_FOLDER, LayerSet, buffer_tokens, layers_folder
+from transcoder.training.layer_set import DIVERGENCE, LayerSet, buffer_tokens, layers_folder
 from transcoder.training.layer_trainer import StepView
 from transcoder.training.nonfinite import BadSteps
 from transcoder.training.run_end import write_run_report, write_summary
@@ -39,6 +40,7 @@ from transcoder.training.start_checks import (
     as_started,
     check_folder,
     check_length,
+    check_one_process,
     check_switches,
     device_of,
     say_backend,
@@ -123,6 +125,7 @@ def opened_run(
         raise ConfigError(
             "activations.layers: expected null, for a run whose steps the caller takes; `train_transcoder` trains layer sets"
         )
+    check_one_process()
     device = device_of(config.model.device)
     config = as_started(config, run_dir, resume)
     check_switches(config, batches, heldout)
@@ -201,9 +204,11 @@ class Trainer:
         """Steps until the last one or a signal; then the run's summary and page. What was trained is saved in any case."""
         steps = self.config.training.steps
         self.parts.metrics_log.begin(self.tokens)
+        stage("taking the first steps (the C++ backend is compiled once, about 20 s)")
         try:
-            while self.step < steps and stop.signal is None:
-                self.advance()
+            with self.parts.metrics_log.shares.running():
+                while self.step < steps and stop.signal is None:
+                    self.advance()
         except Exception as error:
             self.rescue()
             if not isinstance(error, StopIteration):
@@ -217,6 +222,7 @@ class Trainer:
     def end(self, signal: str | None) -> RunResult:
         """Summary and page, after the last step or where `signal` stopped the run, whose state is then saved."""
         finished = self.step >= self.config.training.steps
+        self.bar.close()
         if not finished and signal != DIVERGENCE:
             self.catch_up()
             self.save(wait=True)
@@ -284,6 +290,7 @@ class Trainer:
         """Restore the newest checkpoint, or fit the normalisation; check that the files of this run, and of as many like it as
         there are `runs`, will fit; open the logs."""
         loaded, begun = self.saver.store.latest() if resume else None, None
+        stage("fitting the normalisation" if loaded is None else f"going on from step {loaded.step:,}")
         if loaded is None:
             for layer in self.layers:
                 layer.fit_normalization(self.source)
