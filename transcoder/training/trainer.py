@@ -206,8 +206,9 @@ class Trainer:
         self.parts.metrics_log.begin(self.tokens)
         stage("taking the first steps (the C++ backend is compiled once, about 20 s)")
         try:
-            while self.step < steps and stop.signal is None:
-                self.advance()
+            with self.parts.metrics_log.shares.running():
+                while self.step < steps and stop.signal is None:
+                    self.advance()
         except Exception as error:
             self.rescue()
             if not isinstance(error, StopIteration):
