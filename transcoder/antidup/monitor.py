@@ -27,6 +27,7 @@ from transcoder.antidup.correlation_report import (
     distinct_latents,
     effective_size,
     histogram,
+    merged_groups,
     pair_entries,
     report_metrics,
 )
@@ -235,7 +236,7 @@ class CorrelationMonitor:
             "pairs_untested": total if verdicts is None else total - int(verdicts.known.sum()),
             "components": components,
             "candidate_components": wider,
-            "distinct_latents": distinct_latents(live, components),
+            "distinct_latents": distinct_latents(live, merged_groups(pairs, verdicts, components)),
             "distinct_latents_candidates": distinct_latents(live, wider),
             "share_of_live_with_neighbour": min(1.0, paired / live) if live else 0.0,
             "effective_dictionary_size": known.effective_size,
