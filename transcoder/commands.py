@@ -91,27 +91,66 @@ CONVERSION = (
 @command(
     argument("config CONFIG", "a YAML file, or a preset's name: demo, gemma-2-2b-layer8"),
     argument("--out DIR", "run folder (default: runs/<name>)"),
+    argument("--seeds S,S,...", "train once a seed, into DIR-seed0, DIR-seed1, ...: what compare wants"),
     RESUME,
     words="CONFIG ",
 )
 def train(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
     """Train a transcoder."""
-    return _train(RunConfig.load(options.config, overrides), options)
+    config = RunConfig.load(options.config, overrides)
+    if options.seeds is None:
+        return _train(config, _out(options, config.name), options.resume)
+    seeds = _whole_numbers("--seeds", options.seeds)
+    runs = {
+        seed: _out(options, config.name).with_name(f"{_out(options, config.name).name}-seed{seed}") for seed in seeds
+    }
+    if not options.resume:
+        for out in runs.values():
+            _refuse_used_folder(out)
+    for seed, out in runs.items():
+        code = _train(config.replace({"training.seed": seed, "name": f"{config.name}-seed{seed}"}), out, options.resume)
+        if code != Exit.OK:
+            return code
+    print(
+        f"to compare with another method: transcoder compare {config.name}={','.join(map(str, runs.values()))} OTHER=..."
+    )
+    return Exit.OK
+
+
+def _whole_numbers(flag: str, text: str) -> list[int]:
+    """Different whole numbers with commas between."""
+    try:
+        found = [int(word) for word in text.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"{flag}: expected whole numbers with commas between, got {text!r}") from error
+    if len(set(found)) != len(found):
+        raise ConfigError(f"{flag}: expected different numbers, got {text!r}")
+    return found
 
 
 @command(argument("--out DIR", "run folder (default: runs/demo)"), RESUME, words="")
 def demo(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
     """Train the demo: the shipped model, this Python's own source as text."""
-    return _train(RunConfig.load("demo", overrides), options)
+    config = RunConfig.load("demo", overrides)
+    return _train(config, _out(options, config.name), options.resume)
 
 
-def _train(config: RunConfig, options: argparse.Namespace) -> int:
-    out = _out(options, config.name)
-    if not options.resume:
+def _train(config: RunConfig, out: Path, resume: bool) -> int:
+    if not resume:
         _refuse_used_folder(out)
-    from transcoder.training import train_transcoder
+    elif _is_done(config, out):
+        print(
+            f"{out}: finished at step {config.training.steps:,} already; `transcoder report {out}` draws its page again"
+        )
+        _print_verdict(out)
+        return Exit.OK
+    from transcoder.reporting.progress import stages
 
-    result = train_transcoder(config, out, resume=options.resume)
+    with stages(config.logging.progress) as stage:
+        stage("loading PyTorch")
+        from transcoder.training import train_transcoder
+
+        result = train_transcoder(config, out, resume=resume)
     if not result.finished:
         # A closed pipe does not change the exit code of the run.
         with contextlib.suppress(BrokenPipeError):
@@ -119,21 +158,39 @@ def _train(config: RunConfig, options: argparse.Namespace) -> int:
             print(f"run folder: {result.run_dir}\n{stopped}; the state is saved, add --resume to go on")
         return Exit.STOPPED
     print(f"run folder: {result.run_dir}")
-    print("fraction of variance unexplained on held-out non-sink tokens (lower is better):")
-    for key, label in (
-        ("evaluation/fvu", "transcoder"),
-        ("evaluation/fvu_with_sinks", "  of all tokens"),
-        ("evaluation/baseline_linear_fvu", "least-squares linear map"),
-        ("evaluation/baseline_mean_fvu", "mean"),
-    ):
-        if key in result.summary:
-            print(f"  {label:<26}{result.summary[key]:.4f}")
-    if "evaluation/ce_recovered" in result.summary:
-        recovered = result.summary["evaluation/ce_recovered"]
-        print(f"cross-entropy recovered with the transcoder in the layer's place: {recovered:.1%}")
-    if result.report is not None:
-        print(f"report: {result.report}")
+    _print_verdict(result.run_dir)
     return Exit.OK
+
+
+def _is_done(config: RunConfig, out: Path) -> bool:
+    """Whether the folder holds this run, finished, with its page: told without torch."""
+    from transcoder.reporting import Run
+
+    if not (out / "config.yaml").is_file():
+        return False
+    saved, multiple = RunConfig.load(out / "config.yaml"), "activations.mask_norm_multiple"
+    if config.activations.mask_norm_multiple == "auto":
+        # The run's file has the value that was found.
+        config = config.replace({multiple: saved.activations.mask_norm_multiple})
+    if saved != config:
+        return False
+    run = Run(out)
+    whole = (out / "report.html").exists() or not config.logging.report
+    return run.finished and whole and run.last_step == config.training.steps
+
+
+def _print_verdict(out: Path) -> None:
+    """How the run went, in the words of its page."""
+    from transcoder.reporting import Run
+    from transcoder.reporting.layer_sets import layer_folders, set_lines
+    from transcoder.reporting.verdict import verdict_lines
+
+    run = Run(out, empty_ok=True)
+    lines = verdict_lines(run)
+    # Of a layer set these are means; its page leads to each layer's.
+    print(*([f"mean over layers: {lines[0]}", *set_lines(run.final)] if layer_folders(out) else lines), sep="\n")
+    if (out / "report.html").exists():
+        print(f"report: {out / 'report.html'}")
 
 
 @command(
@@ -163,10 +220,7 @@ def sweep(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
     """Train with several k; show duplicates, decoder cosines and FVU against k. A k that is too large makes duplicates."""
     config = RunConfig.load(options.config, overrides)
     out = _out(options, f"sweep-{config.name}")
-    try:
-        ks = [int(word) for word in options.k.split(",")]
-    except ValueError as error:
-        raise ConfigError(f"sweep: --k: expected whole numbers with commas between, got {options.k!r}") from error
+    ks = _whole_numbers("sweep: --k", options.k)
     from transcoder.training.sweep import format_sweep, sweep_k
 
     print(format_sweep(sweep_k(config, ks, out)))
@@ -205,6 +259,104 @@ def _refuse_used_folder(out: Path, resumable: bool = True) -> None:
 
 # -- what a run has written
 # ---------------------------------------------------------------------------------------------------
+
+
+FORMAT = f"the weights' format, of {FORMATS} (default: found out)"
+WEIGHTS = "a run folder, a checkpoint, a saved transcoder, org/name of the hub, or the files of another library"
+
+
+@command(
+    argument("weights WEIGHTS", WEIGHTS),
+    argument(
+        "config CONFIG", "as in train (default: the run's own, or what the weights say of their place)", nargs="?"
+    ),
+    argument("--out DIR", "folder of the report (default: runs/evaluate-<name of the weights>)"),
+    argument("--format FORMAT", FORMAT),
+    CONVERSION[0],
+    argument("--norm-weight FILE", NORM_WEIGHT),
+    argument("--layer", "circuit-tracer, gemma-scope: which layer", type=int),
+    argument("--k", "latents a token, where the files do not say", type=int),
+    argument("--allow-pickle", PICKLE, action="store_true", default=None),
+    words="WEIGHTS [CONFIG] ",
+)
+def evaluate(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
+    """Measure any weights on held-out text: FVU, L0, cross-entropy recovered, dead, duplicates, SAEBench's core metrics."""
+    from transcoder.interop.formats import open_transcoder
+
+    found = open_transcoder(
+        options.weights, options.format, **_given(options, "weights", "config", "out", "format", "debug")
+    )
+    weights = local_path(options.weights)
+    config = _config_of_weights(weights, found.hooks, options.config, overrides)
+    out = Path("runs") / config.name if options.out is None else local_path(options.out, "--out")
+    if not (out / "summary.json").is_file() or "evaluated" not in (out / "summary.json").read_text(encoding="utf-8"):
+        _refuse_used_folder(out, resumable=False)
+    from transcoder.training.evaluate_weights import evaluate_weights
+
+    summary = evaluate_weights(found.transcoder, config, out, origin=str(options.weights))
+    for key, label in MEASURED.items():
+        if key in summary:
+            print(f"{label:<64}{summary[key]:.4f}")
+    if config.logging.report:
+        print(f"report: {out / 'report.html'}")
+    return Exit.OK
+
+
+MEASURED = {
+    "evaluation/fvu": "fraction of variance unexplained, held-out non-sink tokens",
+    "evaluation/l0": "active latents a token (L0)",
+    "evaluation/dead_share": "share of latents that never fire there",
+    "evaluation/ce_recovered": "cross-entropy recovered",
+    "heldout_duplicates/pairs": "pairs of latents above the correlation threshold",
+    "heldout_duplicates/mergeable": "of these, duplicates",
+    "saebench/ce_loss_score": "SAEBench: CE loss score",
+    "saebench/kl_div_score": "SAEBench: KL divergence score",
+    "saebench/explained_variance": "SAEBench: explained variance",
+    "saebench/cossim": "SAEBench: cosine similarity",
+    "saebench/l0": "SAEBench: L0",
+    "saebench/l1": "SAEBench: L1",
+    "saebench/l2_ratio": "SAEBench: L2 ratio",
+    "saebench/frac_alive": "SAEBench: share alive",
+}
+
+
+def _config_of_weights(weights: Path, hooks: Any, given: str | None, overrides: dict[str, Any]) -> RunConfig:
+    """CONFIG, else the config of the run that the weights are of; what it leaves open the weights say themselves."""
+    from transcoder.config import load_yaml
+    from transcoder.settings import set_dotted
+
+    homes = (place / "config.yaml" for place in (weights, *weights.parents[:2]))
+    own = next((file for file in homes if file.is_file()), None)
+    source = own if given is None else given
+    values = {} if source is None else load_yaml(source)
+    activations = values.get("activations") or {}
+    if isinstance(activations, dict) and activations.get("layers") is not None:
+        # Of a layer set, the weights know their own hooks.
+        values["activations"] = {
+            k: v for k, v in activations.items() if k not in ("layers", "source_hook", "target_hook")
+        }
+    known = {
+        "model.name": hooks.model_name,
+        "activations.source_hook": hooks.source,
+        "activations.target_hook": hooks.target or hooks.source,
+        "activations.sequence_length": hooks.context_size,
+        "activations.prepend_bos": hooks.prepend_bos,
+    }
+    for dotted, value in known.items():
+        section, _, field = dotted.partition(".")
+        if value is not None and field not in (values.get(section) or {}):
+            set_dotted(values, dotted, value)
+    for dotted, value in overrides.items():
+        set_dotted(values, dotted, value)
+    for dotted in ("model.name", "activations.source_hook", "activations.target_hook"):
+        section, _, field = dotted.partition(".")
+        if field not in (values.get(section) or {}):
+            raise ConfigError(
+                f"evaluate: {weights} does not say where it belongs ({dotted}): give a CONFIG, or --model.name, "
+                "--activations.source_hook and --activations.target_hook"
+            )
+    name = "".join(c if c.isalnum() or c in "._-" else "-" for c in weights.name)
+    return RunConfig.from_dict({**values, "name": f"evaluate-{name}"})
 
 
 METHOD = "a run folder; or NAME=RUN,RUN,... for a method's runs over seeds, compared with intervals over seeds"
@@ -285,6 +437,7 @@ def report(options: argparse.Namespace, _: dict[str, Any]) -> int:
 
 
 SOURCE = "a run folder (its newest checkpoint), a checkpoint, or a saved transcoder; several for circuit-tracer"
+ACTIVATION = "circuit-tracer: topk keeps TopK, which its releases read as ReLU (default: threshold)"
 ARCHITECTURE = "saelens: topk writes a TopK transcoder as its SAE; transcoder, skip_transcoder a plain ReLU"
 
 
@@ -295,6 +448,7 @@ ARCHITECTURE = "saelens: topk writes a TopK transcoder as its SAE; transcoder, s
     *CONVERSION,
     argument("--layer", "circuit-tracer: the layer, where the source hook does not name it", type=int),
     argument("--n-layers", "circuit-tracer: layers of the model; those without a run are zeros", type=int),
+    argument("--activation NAME", ACTIVATION),
     argument("--architecture NAME", ARCHITECTURE),
     argument("--threshold", "for TopK as thresholds: the one to use (default: the tracked one)", type=float),
 )

@@ -71,9 +71,8 @@ class ActivationsSection(Section, where="activations."):
     [source hook, target hook]. `{layer}` in the hooks' names is the place of its number, or else the layer number in them.
     Each layer gets a run folder of its own under layers/. null trains the one pair of hooks."""
     dataset: str = "stdlib"
-    """`stdlib` (this Python's own standard library), a text/JSONL/Parquet file or folder, or a hub dataset's name."""
+    """`stdlib` (this Python's own standard library), a file or folder of text or rows, or a hub dataset's name."""
     dataset_config: str | None = None
-    """Configuration (subset) of a hub dataset."""
     dataset_split: str = "train"
     text_column: str = "text"
     tokens_column: str | None = None
@@ -82,7 +81,11 @@ class ActivationsSection(Section, where="activations."):
     """Share of the documents that only evaluation sees, chosen by a stable hash of their place in the dataset."""
     sequence_length: Annotated[int, "[2, inf)"] = 128
     """Tokens a sequence."""
+    keep_rows: bool = False
+    """Keep each record as a sequence of its own, cut or padded to sequence_length (padding is left out), packing none."""
     prepend_bos: bool = True
+    eos_as_bos: bool = False
+    """Let EOS stand in for a BOS that the tokenizer does not have, as TransformerLens does."""
     sequences_per_forward: Positive = 32
     """Sequences in one forward pass of the language model."""
     buffer_tokens: Positive | None = None
@@ -92,19 +95,16 @@ class ActivationsSection(Section, where="activations."):
     """The buffer is refilled when this share of it has been consumed; the rest stays and mixes with the new tokens."""
     prefetch: Count = 2
     """Forward passes of the language model that may run ahead of training; 0 runs them inside the training step. Beyond this
-    number, passes run ahead until the rows of the buffer's next refill are ready, so that a refill does not wait. The device
-    then holds at most those rows (refill_fraction * buffer_tokens, in whole batches) and one pass in addition to the buffer."""
+    number they run ahead until the buffer's next refill (refill_fraction * buffer_tokens rows) is ready on the device."""
     mask_bos: bool = True
     """Drop special tokens (BOS, EOS, PAD and the tokenizer's others) at every position."""
     mask_norm_multiple: Annotated[float, "(1, inf)"] | Literal["auto"] | None = "auto"
-    """Drop tokens whose source norm exceeds this multiple of the median over non-pad tokens; null keeps them. `auto` takes the
-    norm from which on a group of tokens stands apart, found on the first tokens of the text (10 where none does); the run's
-    config.yaml has the number."""
+    """Drop tokens whose source norm exceeds this multiple of the median over non-pad tokens; null keeps them. `auto` finds
+    where a group stands apart, on the first tokens (10 where none does); the run's config.yaml has the number."""
     mask_position_zero: bool = False
     """Drop the first token of each sequence."""
     allow_changed_data: bool = False
-    """Let a run resume although its text or its cache changed since it was started (refused otherwise). It continues at the
-    saved position in the changed data."""
+    """Let a run resume at its place in text or a cache that changed since it was started; refused otherwise."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -32,9 +32,15 @@ def spread(y: Tensor) -> Tensor:
     that is 0 too: the result is finite and positive for every batch.
     """
     variance, size = (y - y.mean(0)).square().mean(), y.square().mean()
-    rounding = (8 * torch.finfo(y.dtype).eps) ** 2 * size
-    instead = torch.where(size >= torch.finfo(y.dtype).tiny, size, torch.ones_like(size))
-    return torch.where((variance > rounding) & (variance >= torch.finfo(y.dtype).tiny), variance, instead)
+    return never_zero(variance, size)
+
+
+def never_zero(variance: Tensor, size: Tensor) -> Tensor:
+    """`variance`, or where it is rounding only the mean square `size`, or 1 where that is 0 too."""
+    tiny = torch.finfo(size.dtype).tiny
+    rounding = (8 * torch.finfo(size.dtype).eps) ** 2 * size
+    instead = torch.where(size >= tiny, size, torch.ones_like(size))
+    return torch.where((variance > rounding) & (variance >= tiny), variance, instead)
 
 
 def reconstruction_loss(
@@ -65,17 +71,23 @@ def reconstruction_loss(
         whole = target if explained is None else explained
         variance = spread(whole)
         mse = nested.per_prefix.detach()
-    if convention == "saelens":
-        loss = nested.value * target.shape[1]
-    elif convention == "dictionary_learning":
-        loss = nested.value * (target.shape[1] / len(widths))
-    elif convention == "fvu":
-        loss = nested.value / (sum(prefix_weights) * variance)
-    elif convention == "mse":
-        loss = nested.value / sum(prefix_weights)
-    else:
-        raise ValueError(f"convention: expected one of {', '.join(CONVENTIONS)}, got {convention!r}")
+    loss = by_convention(nested.value, prefix_weights, convention, target.shape[1], variance)
     return Reconstruction(loss, mse, mse / variance, nested.residual, variance)
+
+
+def by_convention(
+    value: Tensor, prefix_weights: Sequence[float], convention: Convention, d_out: int, variance: Tensor
+) -> Tensor:
+    """The loss of a convention of `reconstruction_loss` from `value` = sum_p w_p m_p. `variance` is read by `fvu` only."""
+    if convention == "saelens":
+        return value * d_out
+    if convention == "dictionary_learning":
+        return value * (d_out / len(prefix_weights))
+    if convention == "fvu":
+        return value / (sum(prefix_weights) * variance)
+    if convention == "mse":
+        return value / sum(prefix_weights)
+    raise ValueError(f"convention: expected one of {', '.join(CONVENTIONS)}, got {convention!r}")
 
 
 def penalty_scale(convention: Convention, d_out: int, prefix_weights: Sequence[float]) -> float:
@@ -118,9 +130,22 @@ def auxk_loss(
     codes = topk_encode(x, W_enc[dead], b_enc[dead], k)
     no_bias = residual.new_zeros(residual.shape[1])
     mse = nested_loss(codes, W_dec[dead], no_bias, -residual, [dead.numel()], token_weights=token_weights).value
+    return auxk_by_convention(mse, residual, dead.numel(), aux_k, target_variance, convention, spread)
+
+
+def auxk_by_convention(
+    mse: Tensor,
+    residual: Tensor,
+    dead: int,
+    aux_k: int,
+    target_variance: Tensor,
+    convention: Convention,
+    spread_of: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """The loss of a convention of `auxk_loss` from the mean square error of the reconstruction by `dead` latents."""
     if convention == "dictionary_learning":
-        return mse / spread(residual)
-    scale = min(dead.numel() / aux_k, 1.0)
+        return mse / spread_of(residual)
+    scale = min(dead / aux_k, 1.0)
     if convention == "saelens":
         return mse * (scale * residual.shape[1])
     return mse * scale / target_variance if convention == "fvu" else mse * scale

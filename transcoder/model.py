@@ -14,7 +14,7 @@ from transcoder.dictionary_config import TranscoderConfig
 from transcoder.files import local_path
 from transcoder.kernels import SparseCodes, sparse_decode
 from transcoder.kernels.checks import Checks, check_finite_rows, check_float_matrix, check_mode
-from transcoder.losses import auxk_loss, penalty_scale, reconstruction_loss
+from transcoder.losses import Reconstruction, auxk_loss, penalty_scale, reconstruction_loss
 from transcoder.phases import phase
 from transcoder.pretrained import check_tensors, local_folder, read_config, read_weights, write_pair
 from transcoder.selection import SELECTIONS, Selected
@@ -75,6 +75,8 @@ class Transcoder(nn.Module):
         super().__init__()
         self.config = config
         self.selection = SELECTIONS[config.activation](config)
+        self.in_one_process = True
+        """Whether its tensors are whole. One-op updates need that."""
         for name, (shape, dtype) in _tensors_of(config).items():
             # Dtype and device are explicit: a process may have set other defaults.
             zeros = torch.zeros(shape, dtype=dtype, device="cpu")
@@ -156,28 +158,14 @@ class Transcoder(nn.Module):
         with phase("encode"):
             codes, penalty = self._select(x, token_weights)
         target = self._without_skip(x, y)
-        weights = tuple(config.prefix_weights or ())
-        rec = reconstruction_loss(
-            codes, self.W_dec, self.b_dec, target, self.widths, weights, config.loss, token_weights, explained=y
-        )
+        rec = self._reconstruction(codes, target, y, token_weights)
         loss, aux = rec.loss, torch.zeros((), dtype=rec.loss.dtype, device=x.device)
         if self._dead_ids is not None and config.aux_latents > 0 and config.aux_coefficient > 0:
             with phase("AuxK"):
-                aux = auxk_loss(
-                    x,
-                    rec.residual,
-                    self.W_enc,
-                    self.b_enc,
-                    self.W_dec,
-                    self._dead_ids,
-                    config.aux_latents,
-                    rec.target_variance,
-                    config.loss,
-                    token_weights,
-                )
+                aux = self._auxk(x, rec, self._dead_ids, token_weights)
             loss = loss + config.aux_coefficient * aux
         if penalty is not None:
-            penalty = penalty_factor * penalty_scale(config.loss, config.d_out, weights) * penalty
+            penalty = penalty_factor * penalty_scale(config.loss, config.d_out, config.prefix_weights or ()) * penalty
             loss = loss + penalty
             penalty = penalty.detach()
         if self.training:
@@ -260,6 +248,12 @@ class Transcoder(nn.Module):
         grad = self.W_dec.grad
         if grad is not None:
             grad.addcmul_((grad * self.W_dec).sum(1, keepdim=True), self.W_dec, value=-1)
+
+    def clip_gradients(self, limit: float, bad: Tensor | None = None) -> Tensor:
+        """Scale the gradients so that their global norm is at most `limit`. Returns the norm before that, 0-dim.
+
+        bad: 0-dim bool; a step that has it set anywhere is bad everywhere (`transcoder.parallel`)."""
+        return torch.nn.utils.clip_grad_norm_(self.parameters(), limit).detach()
 
     @torch.no_grad()
     def normalize_decoder(self) -> None:
@@ -370,6 +364,28 @@ class Transcoder(nn.Module):
         if self.training:
             return self.selection.select(*weights, token_weights)
         return Selected(self.selection.encode(*weights))
+
+    def _reconstruction(
+        self, codes: SparseCodes, target: Tensor, explained: Tensor, token_weights: Tensor | None
+    ) -> Reconstruction:
+        config = self.config
+        return reconstruction_loss(
+            codes,
+            self.W_dec,
+            self.b_dec,
+            target,
+            self.widths,
+            config.prefix_weights or (),
+            config.loss,
+            token_weights,
+            explained=explained,
+        )
+
+    def _auxk(self, x: Tensor, rec: Reconstruction, dead: Tensor, token_weights: Tensor | None) -> Tensor:
+        weights, config = (self.W_enc, self.b_enc, self.W_dec), self.config
+        return auxk_loss(
+            x, rec.residual, *weights, dead, config.aux_latents, rec.target_variance, config.loss, token_weights
+        )
 
     def residual_target(self, x: Tensor, y: Tensor) -> Tensor:
         """The target of the dictionary alone, normalised [B, d_out]: y minus the skip connection, from raw x and y."""

@@ -32,6 +32,8 @@ def local_folder(name: str | Path, revision: str | None = None) -> Path:
         FileNotFoundError: the hub has no such repository or revision, or cannot be reached and the cache has none.
     """
     path = local_path(name)
+    if path.name == WEIGHTS_FILE and path.is_file():
+        path = path.parent
     hub = isinstance(name, str) and _HUB_NAME.fullmatch(name) is not None
     if revision is not None and not hub:
         raise ValueError(f"revision: expected a hub name org/name with it, got {str(name)!r}")
@@ -68,7 +70,9 @@ def read_config(folder: Path) -> tuple[Path, dict[str, Any]]:
     if path.is_file():
         values = _json_object(path)
         if values.pop("format", None) != FORMAT or values.pop("version", None) != VERSION:
-            raise ValueError(f"{path}: not a transcoder config of version {VERSION}")
+            raise ValueError(
+                f"{path}: not a transcoder config of version {VERSION}; of another library: transcoder import FORMAT PATH"
+            )
         return path, values
     path = folder / CHECKPOINT_STATE_FILE
     if path.is_file():
@@ -78,7 +82,12 @@ def read_config(folder: Path) -> tuple[Path, dict[str, Any]]:
             raise ValueError(f"{path}: expected a checkpoint's state with summary.transcoder, an object; found none")
         return path, found
     checkpoints = candidates([folder / "checkpoints", folder])
-    hint = f"; it is a run's folder: give a checkpoint of it, the newest is {checkpoints[0][1]}" if checkpoints else ""
+    foreign = "; weights of another library: transcoder import FORMAT PATH --out DIR" if any(folder.glob("*")) else ""
+    hint = (
+        f"; it is a run's folder: give a checkpoint of it, the newest is {checkpoints[0][1]}"
+        if checkpoints
+        else foreign
+    )
     raise FileNotFoundError(f"expected {CONFIG_FILE} or a checkpoint's {CHECKPOINT_STATE_FILE} in {folder}{hint}")
 
 

@@ -78,12 +78,14 @@ class Selection(ABC):
     def track(self, threshold: Tensor, codes: SparseCodes) -> None:
         """Move `threshold`, in place, towards the smallest active value of a training batch. Reads nothing back."""
         if codes.nnz:
-            active = codes.values > 0
-            smallest = torch.where(active, codes.values, torch.full_like(codes.values, torch.inf)).min()
-            smallest = smallest.to(threshold.dtype)
-            moved = torch.lerp(threshold, smallest, self.config.threshold_rate)
-            moved = torch.where(threshold < 0, smallest, moved)
-            threshold.copy_(torch.where(torch.isfinite(smallest), moved, threshold))
+            self.move(threshold, smallest_active(codes.values))
+
+    def move(self, threshold: Tensor, smallest: Tensor) -> None:
+        """Move `threshold`, in place, towards `smallest` (0-dim); infinity, where no value is active, leaves it."""
+        smallest = smallest.to(threshold.dtype)
+        moved = torch.lerp(threshold, smallest, self.config.threshold_rate)
+        moved = torch.where(threshold < 0, smallest, moved)
+        threshold.copy_(torch.where(torch.isfinite(smallest), moved, threshold))
 
     def penalty_factor(self, step: int) -> float:
         """Factor on the penalty in the step of index `step`, for its warm-up."""
@@ -91,6 +93,11 @@ class Selection(ABC):
 
     def finish_update(self, threshold: Tensor, before: Tensor) -> None:  # noqa: B027
         """Correct a trained `threshold`, in place, after the optimizer has changed it from `before`."""
+
+
+def smallest_active(values: Tensor) -> Tensor:
+    """The smallest positive number of values [nnz], nnz >= 1, 0-dim; infinity where there is none."""
+    return torch.where(values > 0, values, torch.full_like(values, torch.inf)).min()
 
 
 class TopK(Selection):

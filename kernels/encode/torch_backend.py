@@ -140,11 +140,11 @@ def _topk_ids(activations: Tensor, k: int) -> Tensor:
 
 def _topk_ids_static(activations: Tensor, k: int) -> Tensor:
     """`_topk_ids` without a host read."""
-    keep = _first_reaching(activations, activations.topk(k, dim=1).values[:, -1:], k)
+    keep = first_reaching(activations, activations.topk(k, dim=1).values[:, -1:], k)
     return torch.nonzero_static(keep, size=keep.shape[0] * k)[:, 1].view(-1, k)
 
 
-def _first_reaching(values: Tensor, smallest: Tensor, k: int) -> Tensor:
+def first_reaching(values: Tensor, smallest: Tensor, k: int) -> Tensor:
     """Which k of the last dimension are chosen, `smallest` being the k-th: those above it, then the first that equal it."""
     nan, last_is_nan = values.isnan(), smallest.isnan()
     above = (values > smallest) | (nan & ~last_is_nan)
@@ -210,7 +210,7 @@ def _largest(values: Tensor, flat: Tensor, wanted: int) -> tuple[Tensor, Tensor]
     top = values.topk(wanted, sorted=False).values
     # `min` would return a NaN that was chosen for being largest: it is the smallest only where all are NaN.
     smallest = torch.where(top.isnan().all(), torch.nan, top.nan_to_num(nan=torch.inf, posinf=torch.inf).min())
-    keep = _first_reaching(values, smallest, wanted)
+    keep = first_reaching(values, smallest, wanted)
     return values[keep], flat[keep]
 
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.activations.streams import files
 from transcoder.activations import ActivationStream, build_stream
 from transcoder.activations.documents import is_heldout
 from transcoder.activations.language_model import HookedModel
 from transcoder.activations.packing import Packer
-from transcoder.activations.record_sources import FileRecords
 from transcoder.config import RunConfig
 
 CPU = torch.device("cpu")
@@ -151,9 +151,7 @@ def packed(jsonl: Path, hooked: HookedModel) -> Callable[[int], Tensor]:
     """packed(n): the first n training sequences [n, 16] of the default test run, straight from the packer."""
 
     def pack(count: int) -> Tensor:
-        packer = Packer(
-            FileRecords(jsonl, "text", None), hooked.vocabulary, 16, True, lambda d: not is_heldout(d.index, 0.2)
-        )
+        packer = Packer(files(jsonl, "text", None), hooked.vocabulary, 16, True, lambda d: not is_heldout(d.index, 0.2))
         found = packer.pack(count)
         assert found is not None
         return torch.from_numpy(found.tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +11,14 @@ from torch import Tensor
 
 from transcoder.activations import ActivationBatch, ActivationStream
 from transcoder.activations.batch import columns_of
+from transcoder.activations.local_files import local_data
 from transcoder.activations.packing import sequence_ids
+from transcoder.activations.record_sources import FileRecords
+
+
+def files(path: Path, text_column: str, tokens_column: str | None) -> FileRecords:
+    """The records of a local path in one of the formats that are read here."""
+    return FileRecords(local_data(path, None, "train"), text_column, tokens_column)
 
 
 def same(a: ActivationBatch, b: ActivationBatch) -> bool:

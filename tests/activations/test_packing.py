@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from tests.activations.streams import files
 from transcoder.activations.documents import RECORD_BLOCK_LENGTH, DataError, Document
 from transcoder.activations.language_model import HookedModel
 from transcoder.activations.packing import Packer, sequence_ids
-from transcoder.activations.record_sources import FileRecords
 from transcoder.activations.vocabulary import Vocabulary
 
 PAD, EOS, BOS = 0, 1, 2
@@ -25,7 +25,7 @@ def vocabulary(hooked: HookedModel) -> Vocabulary:
 @pytest.fixture
 def make_packer(jsonl: Path, vocabulary: Vocabulary) -> Callable[..., Packer]:
     def make(length: int = 16, prepend_bos: bool = True, keep: Callable[[Document], bool] | None = None) -> Packer:
-        return Packer(FileRecords(jsonl, "text", None), vocabulary, length, prepend_bos, keep or (lambda _: True))
+        return Packer(files(jsonl, "text", None), vocabulary, length, prepend_bos, keep or (lambda _: True))
 
     return make
 
@@ -79,7 +79,7 @@ def test_every_epoch_has_the_same_sequences_and_ids(
 def test_data_shorter_than_a_sequence_go_round_in_it(tmp_path: Path, vocabulary: Vocabulary) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"ids": [5, 6, 1]}\n')
-    packer = Packer(FileRecords(path, "text", "ids"), vocabulary, 9, True, lambda _: True)
+    packer = Packer(files(path, "text", "ids"), vocabulary, 9, True, lambda _: True)
     packed = packer.pack(2)
     assert packed is not None
     assert packed.tokens.tolist() == [[BOS, 5, 6, 1, 5, 6, 1, 5, 6]] * 2
@@ -99,7 +99,7 @@ def test_the_cursor_of_a_very_long_document_stays_within_its_bound(tmp_path: Pat
     path = tmp_path / "a.jsonl"
     length = 5 * RECORD_BLOCK_LENGTH // 2
     path.write_text(json.dumps({"ids": [5] * length}) + "\n")
-    packer = Packer(FileRecords(path, "text", "ids"), vocabulary, 16, False, lambda _: True)
+    packer = Packer(files(path, "text", "ids"), vocabulary, 16, False, lambda _: True)
     for _ in range(length // (16 * 4096) + 3):
         packed = packer.pack(4096)
         assert packed is not None
@@ -170,7 +170,7 @@ def test_only_kept_documents_are_packed(make_packer: Callable[..., Packer], voca
 def test_an_epoch_without_a_usable_document_is_an_error(tmp_path: Path, vocabulary: Vocabulary) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": ""}\n' * 3)
-    packer = Packer(FileRecords(path, "text", None), vocabulary, 16, True, lambda _: True)
+    packer = Packer(files(path, "text", None), vocabulary, 16, True, lambda _: True)
     with pytest.raises(DataError, match="3 records were skipped"):
         packer.pack(1)
 
@@ -178,7 +178,7 @@ def test_an_epoch_without_a_usable_document_is_an_error(tmp_path: Path, vocabula
 def test_tokenised_documents_keep_their_ids(tmp_path: Path, vocabulary: Vocabulary) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"ids": [5, 6, 7]}\n{"ids": []}\n{"ids": [8, 1]}\n')
-    packer = Packer(FileRecords(path, "text", "ids"), vocabulary, 8, True, lambda _: True)
+    packer = Packer(files(path, "text", "ids"), vocabulary, 8, True, lambda _: True)
     packed = packer.pack(1)
     assert packed is not None
     assert packed.tokens.tolist() == [[BOS, 5, 6, 7, EOS, 8, EOS, 5]]
@@ -202,14 +202,14 @@ def test_bad_ids_are_an_error_that_names_the_document(
 ) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"ids": ' + ids + "}\n")
-    packer = Packer(FileRecords(path, "text", "ids"), vocabulary, 8, True, lambda _: True)
+    packer = Packer(files(path, "text", "ids"), vocabulary, 8, True, lambda _: True)
     with pytest.raises(DataError, match=message):
         packer.pack(1)
 
 
 def test_bos_is_asked_of_a_tokenizer_that_has_one(jsonl: Path) -> None:
-    with pytest.raises(DataError, match="no BOS"):
-        Packer(FileRecords(jsonl, "text", None), Vocabulary(None, 300), 16, True, lambda _: True)
+    with pytest.raises(DataError, match="no BOS is known"):
+        Packer(files(jsonl, "text", None), Vocabulary(None, 300), 16, True, lambda _: True)
 
 
 def test_display_strings(vocabulary: Vocabulary) -> None:
@@ -227,3 +227,105 @@ def test_display_strings(vocabulary: Vocabulary) -> None:
 def test_special_ids(vocabulary: Vocabulary) -> None:
     assert vocabulary.special_ids == [0, 1, 2, 3]
     assert (vocabulary.bos_id, vocabulary.eos_id, vocabulary.pad_id) == (BOS, EOS, PAD)
+
+
+def rows_packer(path: Path, vocabulary: Vocabulary, rows: list[list[int]], prepend_bos: bool = True) -> Packer:
+    path.write_text("".join(json.dumps({"ids": row}) + "\n" for row in rows))
+    return Packer(files(path, "text", "ids"), vocabulary, 6, prepend_bos, lambda _: True, rows=True)
+
+
+@pytest.mark.parametrize("prepend_bos", [True, False])
+def test_kept_rows_are_sequences(
+    tmp_path: Path, vocabulary: Vocabulary, prepend_bos: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [
+        [BOS, 5, 6, 7, 8, 9],
+        [5, 6, 7, PAD, PAD],
+        [BOS, 5],
+        [PAD, PAD, 8, 9],
+        [],
+        [PAD, PAD],
+        [5, 6, 7, 8, 9, 10, 11],
+    ]
+    packer = rows_packer(tmp_path / "a.jsonl", vocabulary, rows, prepend_bos)
+    packed = packer.pack(9)
+    assert packed is not None
+    bos = [BOS] if prepend_bos else []
+    whole = [[BOS, 5, 6, 7, 8, 9], [*bos, 5, 6, 7], [BOS, 5], [*bos, 8, 9], [*bos, 5, 6, 7, 8, 9, 10][:6]]
+    found = [tokens[valid].tolist() for tokens, valid in zip(packed.tokens, packed.valid, strict=True)]
+    assert found == (whole * 2)[:9]
+    assert (packed.tokens[~packed.valid] == PAD).all()
+    assert packed.documents[:5].max(1).tolist() == [0, 1, 2, 3, 6]
+    assert (packed.documents[~packed.valid] == -1).all()
+    assert packer.counts()["cut_rows"] == 1
+    assert "rows of more than sequence_length = 6 tokens are cut" in caplog.text
+    once = rows_packer(tmp_path / "b.jsonl", vocabulary, rows, prepend_bos)
+    first, last = once.pack(4, repeat=False), once.pack(4, repeat=False)
+    assert first is not None
+    assert last is not None
+    assert (len(first.tokens), len(last.tokens), once.pack(4, repeat=False)) == (4, 1, None)
+
+
+def test_kept_rows_go_on_from_a_saved_cursor(tmp_path: Path, vocabulary: Vocabulary) -> None:
+    rows = [[5 + n, 6, 7 + n] for n in range(7)]
+    packer = rows_packer(tmp_path / "a.jsonl", vocabulary, rows)
+    packer.pack(3)
+    again = rows_packer(tmp_path / "a.jsonl", vocabulary, rows)
+    again.load_state_dict(packer.state_dict())
+    for _ in range(6):
+        a, b = packer.pack(3), again.pack(3)
+        assert a is not None
+        assert b is not None
+        assert np.array_equal(a.tokens, b.tokens)
+        assert np.array_equal(a.documents, b.documents)
+    assert packer.counts() == again.counts()
+
+
+def test_each_token_knows_its_document(
+    make_packer: Callable[..., Packer], vocabulary: Vocabulary, documents: list[str]
+) -> None:
+    packer = make_packer()
+    pieces: dict[int, list[int]] = {}
+    while packer.epoch < 1:
+        packed = packer.pack(3)
+        assert packed is not None
+        for token, document in zip(packed.tokens[:, 1:].ravel(), packed.documents[:, 1:].ravel(), strict=True):
+            pieces.setdefault(int(document), []).append(int(token))
+        assert (packed.documents[:, 0] == packed.documents[:, 1]).all()
+    for index in range(20, 60):
+        assert pieces[index] == [*vocabulary.encode(Document(index, "", documents[index])).tolist(), EOS]
+
+
+def test_padding_at_the_ends_of_lists_is_left_out(vocabulary: Vocabulary) -> None:
+    def ids(*given: int) -> list[int]:
+        return vocabulary.encode(Document(0, "", list(given))).tolist()
+
+    assert ids(PAD, PAD, 5, PAD, 6, PAD) == [5, PAD, 6]
+    assert ids(PAD, PAD) == []
+    vocabulary = Vocabulary(None, 300)
+    assert ids(PAD, 5) == [PAD, 5]
+    vocabulary.pad_id = vocabulary.eos_id = 1
+    assert ids(5, 1, 6, 1, 1, 1) == [5, 1, 6, 1]
+    assert ids(1, 1, 5) == [1, 5]
+
+
+def test_a_bos_that_stands_in_is_refused_unless_allowed(jsonl: Path, hooked: HookedModel) -> None:
+    tokenizer = hooked._bridge.tokenizer
+    stand_in = Vocabulary(tokenizer, 300, bos_stands_in=True)
+    with pytest.raises(DataError, match=r"no BOS token; set it to false, or activations\.eos_as_bos to true"):
+        Packer(files(jsonl, "text", None), stand_in, 16, True, lambda _: True)
+    assert Packer(files(jsonl, "text", None), stand_in, 16, True, lambda _: True, eos_as_bos=True).pack(1) is not None
+
+
+def test_a_tokenizer_of_another_model_is_refused(hooked: HookedModel, caplog: pytest.LogCaptureFixture) -> None:
+    import copy
+
+    tokenizer = copy.deepcopy(hooked._bridge.tokenizer)
+    size = len(tokenizer)
+    Vocabulary(tokenizer, size).check()
+    with pytest.raises(DataError, match="not this model's tokenizer"):
+        Vocabulary(tokenizer, size - 3).check()
+    tokenizer.add_tokens(["<extra>"], special_tokens=True)
+    assert not caplog.text
+    Vocabulary(tokenizer, size).check()
+    assert "1 added tokens that the model does not embed, such as '<extra>'" in caplog.text

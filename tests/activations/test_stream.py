@@ -287,7 +287,7 @@ def test_closing_and_the_global_generator(build: Callable[..., ActivationStream]
         ({"sequence_length": 129}, DataError, "at most 128 tokens"),
         ({"source_hook": "blocks.1.hook_resid_mdi"}, ModelError, "nearest"),
         ({"dataset": "/nowhere/at.txt"}, DataError, "no file or folder"),
-        ({"dataset": "{folder}/compressed.txt"}, DataError, "no usable document .1 records"),
+        ({"dataset": "{folder}/compressed.txt"}, DataError, "compressed.txt is damaged, or cut off"),
         ({"dataset": "{folder}/ids.jsonl", "tokens_column": "ids"}, DataError, "ids.jsonl line 1.*has 999"),
         ({"context_tokens": -1}, ValueError, "context_tokens"),
     ],

@@ -11,9 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.reporting.conftest import synthetic_run
+from tests.reporting.conftest import synthetic_run, write_latents
 from transcoder.reporting import Run, compare_runs, write_report
 from transcoder.reporting.compare_page import write_run_comparison
+from transcoder.reporting.verdict import verdict_lines
 
 LATENTS = 18_432
 OpenPage = Callable[..., Any]
@@ -60,7 +61,7 @@ def test_a_planted_pair_is_found_by_clicking(open_page: OpenPage, address: str, 
     row.get_by_role("button", name=f"Contexts of {pair['i']} and {pair['j']} side by side").click()
     cards = page.locator("#pairs tr.detail .card")
     cards.nth(1).locator(".ctx").first.wait_for()
-    assert cards.locator("h4").all_inner_texts() == [f"Latent {pair['i']}", f"Latent {pair['j']}"]
+    assert cards.locator("h4").all_inner_texts() == [str(pair["i"]), str(pair["j"])]
     first, second = (set(cards.nth(n).locator(".ctx .here").all_inner_texts()) for n in (0, 1))
     assert first & second, "a planted pair fires on the same words"
     left, right = (cards.nth(n).bounding_box() for n in (0, 1))
@@ -112,16 +113,68 @@ def test_search_and_filters(open_page: OpenPage, address: str, run_with_hostile_
     count.filter(has_text=f"{sum(i < 64 for i in texts)} of {every} latents").wait_for()
     page.locator("#latent-prefix").select_option(label="all")
     page.locator("#latent-group").select_option(label="in any group")
-    grouped = {i for g in Run(run_with_hostile_tokens).correlation["candidate_components"] for i in g}
+    grouped = {i for g in Run(run_with_hostile_tokens).heldout_duplicates["components"] for i in g}
     count.filter(has_text=f"{len(grouped)} of {every} latents").wait_for()
 
 
-def test_pairs_are_filtered(open_page: OpenPage, address: str, run_with_hostile_tokens: Path) -> None:
-    pairs = Run(run_with_hostile_tokens).correlation["pairs"]
+def test_the_first_screen_answers_in_the_words_of_the_terminal(
+    open_page: OpenPage, address: str, run_with_hostile_tokens: Path
+) -> None:
     page = open_page(address)
-    page.locator("#pair-flagged").check()
-    assert page.locator("#pairs tbody tr").count() == sum(p["flagged"] for p in pairs)
-    page.locator("#pair-flagged").uncheck()
+    answers = page.locator(".answer")
+    said = [" ".join(answers.nth(n).inner_text().split("\n")) for n in range(3)]
+    assert said == verdict_lines(Run(run_with_hostile_tokens))
+    assert all(answers.nth(n).bounding_box()["y"] < 400 for n in range(3))
+    page.locator(".worst .ctx").nth(3).wait_for()
+    assert page.locator(".worst .chip").all_inner_texts() == ["10", "12"], "the strongest pair that is a duplicate"
+
+
+def test_every_token_is_shaded_by_its_activation(open_page: OpenPage, address: str) -> None:
+    page = open_page(address)
+    page.evaluate("location.hash = '#latent-10'")
+    page.locator("#latent-card h4", has_text="Latent 10").wait_for()
+    row = page.locator("#latent-card .ctx").first
+    marks = row.locator("mark")
+    assert marks.count() == 2
+    shade = [float(marks.nth(n).evaluate("n => n.style.getPropertyValue('--s')")) for n in range(2)]
+    assert shade == [pytest.approx(0.1 + 0.62 * 0.25, abs=0.01), pytest.approx(0.72, abs=0.01)]
+    assert "here" in str(marks.nth(1).get_attribute("class"))
+    signs = "".join(page.locator("#latent-card .ws").all_inner_texts())
+    assert "·" in signs
+    assert "↵" in signs
+
+
+def test_search_puts_latents_that_fire_on_the_match_first(open_page: OpenPage, tmp_path: Path) -> None:
+    """Latent 3 has the word in every context and fires beside it; latent 5 fires on it in two."""
+    run = synthetic_run(tmp_path / "run", steps=100, latents=3)
+    file = run / "activation_samples" / "samples.parquet"
+    rows = [row for row in pq.read_table(file).to_pylist() if row["latent"] in (3, 5, 10)]
+    for n, row in enumerate(rows):
+        if row["latent"] == 3:
+            row["tokens"][10] = " zebra"
+        if row["latent"] == 5 and n % 8 == 0:
+            row["tokens"][14] = " zebra"
+    pq.write_table(pa.Table.from_pylist(rows, schema=pq.read_schema(file)), file)
+    page = open_page(write_report(run).as_uri())
+    page.locator("#latent-search").fill("zebra")
+    page.locator(".latents .count", has_text="2 of").wait_for()
+    assert page.locator("#latent-list .row b").all_inner_texts() == ["5", "3"]
+
+
+def test_a_dead_latent_is_called_dead(open_page: OpenPage, tmp_path: Path) -> None:
+    run = synthetic_run(tmp_path / "run", steps=100, latents=3)
+    write_latents(run, [0 if n == 100 else 9 for n in range(512)], 70)
+    page = open_page(write_report(run).as_uri())
+    page.evaluate("location.hash = '#latent-100'")
+    page.locator("#latent-card", has_text="Dead: it did not fire on 70 tokens.").wait_for()
+
+
+def test_pairs_are_filtered(open_page: OpenPage, address: str, run_with_hostile_tokens: Path) -> None:
+    pairs = Run(run_with_hostile_tokens).heldout_duplicates["pairs"]
+    page = open_page(address)
+    page.locator("#pair-duplicate").check()
+    assert page.locator("#pairs tbody tr").count() == sum(p["verdict"] == "duplicate" for p in pairs)
+    page.locator("#pair-duplicate").uncheck()
     page.locator("#pair-search").fill(str(pairs[-1]["j"]))
     assert page.locator("#pairs tbody tr").count() == 1
 

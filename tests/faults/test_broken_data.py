@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.activations.streams import files
 from transcoder.activations import retry
 from transcoder.activations.documents import DataError, Reader, RecordSource
+from transcoder.activations.local_files import local_data
 from transcoder.activations.record_sources import FileRecords, HubRecords, record_sources
 from transcoder.activations.retry import RetriedRecords
 from transcoder.config import ActivationsSection
@@ -55,7 +57,7 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> Pauses:
 
 def source_of(kind: str, folder: Path) -> RecordSource:
     if kind == "files":
-        return RetriedRecords(FileRecords(folder, "text", None))
+        return RetriedRecords(files(folder, "text", None))
     return RetriedRecords(HubRecords(str(folder), None, "train", "text", None))
 
 
@@ -100,7 +102,7 @@ def test_wrong_data_are_not_tried_again(folder: Path, pauses: Pauses) -> None:
             raise DataError("line 3: wrong")
 
     with pytest.raises(DataError, match="line 3: wrong"):
-        list(Reader(RetriedRecords(Wrong(folder, "text", None))))
+        list(Reader(RetriedRecords(Wrong(local_data(folder, None, "train"), "text", None))))
     assert pauses.seconds == []
 
 
@@ -117,7 +119,7 @@ def test_a_damaged_parquet_file_is_named(tmp_path: Path, pauses: Pauses) -> None
     path.write_bytes(data)
     found: list[object] = []
     with pytest.raises(DataError, match=r"a\.parquet.*damaged"):
-        found.extend(document.content for document in Reader(RetriedRecords(FileRecords(path, "text", None))))
+        found.extend(document.content for document in Reader(RetriedRecords(files(path, "text", None))))
     assert pauses.seconds == []
     assert found == [f"document {n} " + "x" * (n % 7) for n in range(len(found))]
     assert 0 < len(found) < 2000

@@ -81,6 +81,32 @@ def test_gemma_scope_2(affine: bool, config: dict[str, Any] | None, tmp_path: Pa
         assert found.transcoder.config.k == (20 if config else N)
 
 
+@pytest.mark.parametrize(
+    ("place", "config", "hooks"),
+    [
+        ("layer_9/mlp_out_x/transcoder/layer_5_width_16k", None, ("blocks.5.mlp.hook_in", "blocks.5.hook_mlp_out")),
+        ("attn_out_all/layer_5_width_16k_l0_small", None, ("blocks.5.attn.hook_z", "blocks.5.attn.hook_z")),
+        ("resid_post/layer_5_width_16k_l0_small", None, ("blocks.5.hook_resid_post", "blocks.5.hook_resid_post")),
+        ("x", {"hf_hook_point_in": "model.layers.3.output", "type": "sae"}, ("blocks.3.hook_resid_post",) * 2),
+        (
+            "x",
+            {
+                "hf_hook_point_in": "model.language_model.layers.3.pre_feedforward_layernorm.output",
+                "type": "transcoder",
+            },
+            ("blocks.3.mlp.hook_in", "blocks.3.hook_mlp_out"),
+        ),
+        ("x", {**GEMMA_2}, ("blocks.5.mlp.hook_in", "blocks.5.hook_mlp_out")),
+    ],
+)
+def test_where_gemma_scope_2_belongs(
+    place: str, config: dict[str, Any] | None, hooks: tuple[str, str], tmp_path: Path
+) -> None:
+    write(tmp_path / place, gemma_2(), config, "params.safetensors")
+    found = read_transcoder("gemma-scope", tmp_path / place)
+    assert (found.hooks.source, found.hooks.target) == hooks
+
+
 @torch.no_grad()
 def test_gemma_scope_2_at_the_norm_before_its_weight(tmp_path: Path) -> None:
     w, norm = gemma_2(True), 1 + draw(D)
@@ -333,6 +359,22 @@ def test_states_that_a_training_leaves_on_its_way(tmp_path: Path) -> None:
     check(read_transcoder("dictionary-learning", tmp_path / "interrupted").transcoder(X), 2 * want)
 
 
+@torch.no_grad()
+def test_files_of_other_publishers_without_a_config(tmp_path: Path) -> None:
+    w = {"encoder_linear.weight": draw(N, D), "encoder_linear.bias": draw(N)}
+    w |= {"decoder_linear.weight": draw(D, N), "decoder_linear.bias": draw(D)}
+    file = write(tmp_path / "Llama-3.1-8B-Instruct-SAE-l19", w, None, "Llama-3.1-8B-Instruct-SAE-l19.pth")
+    found = read_transcoder("dictionary-learning", file / "Llama-3.1-8B-Instruct-SAE-l19.pth")
+    acts = (X @ w["encoder_linear.weight"].T + w["encoder_linear.bias"]).relu()
+    check(found.transcoder(X), acts @ w["decoder_linear.weight"].T + w["decoder_linear.bias"])
+    assert found.hooks.source == "blocks.19.hook_resid_post"
+    w = {"W_enc": draw(N, D), "b_enc": draw(N), "W_dec": draw(D, N), "b_dec": draw(D)}
+    folder = write(tmp_path / f"SAE-Res-Qwen3-1.7B-Base-W32K-L0_{K}", w, None, "layer3.sae.pt")
+    found = read_transcoder("dictionary-learning", folder / "layer3.sae.pt")
+    check(found.transcoder(X), top_k((X @ w["W_enc"].T + w["b_enc"]).relu()) @ w["W_dec"].T + w["b_dec"])
+    assert found.hooks.source == "blocks.3.hook_resid_post"
+
+
 # --- circuit-tracer ---
 
 
@@ -504,3 +546,18 @@ def test_an_error_names_the_format_that_fits(tmp_path: Path, capsys: pytest.Capt
     )
     with pytest.raises(FileNotFoundError, match="of the format dictionary-learning"):
         read_transcoder("saelens", tmp_path / "run")
+
+
+def test_what_no_format_reads_is_told_apart(tmp_path: Path) -> None:
+    Transcoder(TranscoderConfig(D, D, N, K)).save_pretrained(tmp_path / "own")
+    with pytest.raises(FileNotFoundError, match=r"Transcoder\.from_pretrained reads as it is"):
+        read_transcoder("saelens", tmp_path / "own")
+    assert Transcoder.from_pretrained(tmp_path / "own" / "transcoder.safetensors").config.d_sae == N
+    write(tmp_path / "clt", {"W_enc_0": draw(N, D)}, None, "W_enc_0.safetensors")
+    with pytest.raises(FileNotFoundError, match="cross-layer transcoder"):
+        read_transcoder("circuit-tracer", tmp_path / "clt")
+    write(tmp_path / "clt2", gemma_2(), None, "params_layer_0.safetensors")
+    with pytest.raises(FileNotFoundError, match="transcoder_all/"):
+        read_transcoder("gemma-scope", tmp_path / "clt2")
+    with pytest.raises(FileNotFoundError, match="transcoder import FORMAT"):
+        Transcoder.from_pretrained(tmp_path / "clt")

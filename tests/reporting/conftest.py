@@ -18,6 +18,7 @@ import pytest
 
 from transcoder.config import RunConfig
 from transcoder.reporting import MetricsWriter
+from transcoder.training.heldout_pairs import report_metrics
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -83,6 +84,7 @@ def synthetic_run(
     _samples(path, done, draw, latents, pairs, hostile)
     _usage(path, done)
     if not interrupted:
+        final |= _heldout(path, done)
         summary = {
             "name": config.name,
             "step": done,
@@ -216,6 +218,37 @@ def _correlation(path: Path, done: int, draw: random.Random) -> list[tuple[int, 
     return pairs
 
 
+def _heldout(path: Path, done: int) -> dict[str, float]:
+    """heldout_duplicates.json with the pairs of the newest correlation report, and its metrics."""
+    report = json.loads(max(path.glob("anti_duplication_logs/correlation_step_*.json")).read_text())
+    kept = ("i", "j", "correlation", "lower", "upper", "cosine", "jaccard", "support", "sequences", "merge_share")
+    pairs = [{name: pair[name] for name in (*kept, "merge_fvu_change")} for pair in report["pairs"]]
+    for n, pair in enumerate(pairs):
+        pair["decoder_cosine"] = 0.97 if n % 2 else 0.1
+        pair["merge_share_error"] = None if pair["merge_share"] is None else 0.01
+        pair["verdict"] = ("undecided", "duplicate", "correlated")[n % 3]
+        pair["kind"] = ("twin" if n % 2 else "split") if n % 3 == 1 else None
+    said = [pair["verdict"] for pair in pairs] + [pair["kind"] for pair in pairs]
+    verdicts = {name: said.count(name) for name in ("duplicate", "twin", "split", "correlated", "undecided")}
+    groups = [[pair["i"], pair["j"]] for pair in pairs if pair["verdict"] == "duplicate"]
+    same = ("d_sae", "live_latents", "thresholds", "pairs_total", "candidate_components", "histogram")
+    cosines = ("share_of_live_with_neighbour", "effective_dictionary_size", "decoder_cosine", "encoder_cosine")
+    found = {
+        "schema_version": 1,
+        "step": done,
+        "tokens": 65536,
+        **{name: report[name] for name in (*same, *cosines)},
+        "pairs": pairs,
+        "verdicts": verdicts,
+        "components": groups,
+        "distinct_latents": 505 - len(groups),
+        "duplicate_share_of_live": 2 * len(groups) / 505,
+        "share_judged": 0.9,
+    }
+    (path / "heldout_duplicates.json").write_text(json.dumps(found))
+    return report_metrics(found)
+
+
 def _samples(
     path: Path, done: int, draw: random.Random, latents: int, pairs: list[tuple[int, int]], hostile: bool
 ) -> None:
@@ -249,6 +282,9 @@ def _samples(
             rows["context"].append(ids)
             rows["anchor"].append(14)
             rows["tokens"].append(context)
+            fires = [math.nan if i < 0 else 0.0 for i in ids]
+            fires[12], fires[14] = rows["activation"][-1] / 4, rows["activation"][-1]
+            rows["activations"].append(fires)
     folder = path / "activation_samples"
     folder.mkdir()
     pq.write_table(pa.table(rows, schema=SCHEMA), folder / "samples.parquet")
@@ -264,6 +300,23 @@ def _samples(
         "file": "samples.parquet",
     }
     (folder / "summary.json").write_text(json.dumps(summary))
+
+
+def write_latents(path: Path, fired: list[int], tokens: int) -> None:
+    """latents.parquet of a run whose latents fired so often."""
+    count = len(fired)
+    lists = {name: pa.array([["<b>up</b>"]] * count, pa.list_(pa.string())) for name in ("promoted", "suppressed")}
+    columns = {
+        "latent": pa.array(range(count), pa.int32()),
+        "tokens_fired": pa.array(fired, pa.int64()),
+        "max_activation": pa.array([0.5 * (n > 0) for n in fired], pa.float32()),
+        "histogram": pa.array([[n] + [0] * 19 for n in fired], pa.list_(pa.int32())),
+        "quantiles": pa.array([[0.1, 0.2, 0.3, 0.4]] * count, pa.list_(pa.float32())),
+        **lists,
+        **{f"{name}_logits": pa.array([[1.5]] * count, pa.list_(pa.float32())) for name in lists},
+    }
+    about = {b"transcoder": json.dumps({"tokens": tokens, "why": {"something": "a reason"}}).encode()}
+    pq.write_table(pa.table(columns).replace_schema_metadata(about), path / "latents.parquet")
 
 
 def hash_id(word: str) -> int:
@@ -317,5 +370,6 @@ SCHEMA = pa.schema(
         ("context", pa.list_(pa.int32())),
         ("anchor", pa.int16()),
         ("tokens", pa.list_(pa.string())),
+        ("activations", pa.list_(pa.float32())),
     ]
 )

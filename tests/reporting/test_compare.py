@@ -50,13 +50,11 @@ def test_figures_are_those_of_the_folders(runs: tuple[Path, Path]) -> None:
     assert fvu["differences"] == [None, fvu["values"][1] - fvu["values"][0]]
     assert fvu["verdicts"] == [None, "better" if fvu["differences"][1] < 0 else "worse"]
     speed = row(comparison, "metrics/tokens_per_second")
-    assert speed["values"][0] == a.metrics.get("metrics/tokens_per_second").median()
-    assert speed["verdicts"][1] == ("better" if speed["differences"][1] > 0 else "worse")
+    assert speed["values"][0] == a.metrics.get("metrics/tokens_per_second").rate()
+    assert speed["verdicts"][1] is None, "machines and their load differ"
     names = [r["name"] for r in comparison["figures"]]
     assert names[1:5] == [f"evaluation/fvu_prefix_{w}" for w in (64, 192, 448, 512)]
-    assert {"metrics/l0", "sparsity/dead_share", "duplicates/flagged", "duplicates/effective_dictionary_size"} <= {
-        *names
-    }
+    assert {"metrics/l0", "sparsity/dead_share", "duplicates/flagged", "heldout_duplicates/mergeable"} <= {*names}
     assert row(comparison, "metrics/l0")["verdicts"] == [None, None], "neither more nor less is better"
 
 
@@ -68,7 +66,7 @@ def test_missing_is_never_zero(runs: tuple[Path, Path]) -> None:
     assert pairs["verdicts"] == [None, None]
     text = format_comparison(comparison)
     (line,) = [line for line in text.splitlines() if line.startswith("Candidate pairs")]
-    assert line.split()[2:] == ["4", "–", "–"]
+    assert line.split()[4:] == ["4", "–", "–"]
     assert "baseline: correlation report the correlation monitor was switched off" in text
     assert "antidup.monitor.enabled: true | false" in text
     assert "training.seed: 0 | 1" in text
@@ -80,9 +78,8 @@ def test_duplicates_come_from_the_report_where_no_figure_was_logged(runs: tuple[
     (path / "metrics.jsonl").unlink()
     (path / "summary.json").unlink()
     comparison = compare_runs(runs[0], path)
-    for name in ("pairs", "flagged", "effective_dictionary_size"):
+    for name in ("pairs", "flagged"):
         assert row(comparison, f"duplicates/{name}")["differences"] == [None, 0.0]
-        assert row(comparison, f"duplicates/{name}")["verdicts"][1] == "same"
     assert row(comparison, "evaluation/fvu")["values"][1] is None
 
 

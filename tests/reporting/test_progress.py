@@ -18,7 +18,7 @@ METRICS = {
     "duplicates/flagged": 3.0,
     "metrics/tokens_per_second": 41234.0,
 }
-TEXT = "loss 0.531  FVU 0.412  L0 16  dead 2.1%  duplicates 17 (3 flagged)  41.2k tok/s"
+TEXT = "loss 0.531  FVU 0.412  L0 16  dead 2.1%  candidate pairs 17  41.2k tok/s"
 
 
 class Terminal(io.StringIO):
@@ -28,8 +28,10 @@ class Terminal(io.StringIO):
 
 def test_figures_leave_out_what_is_unknown() -> None:
     assert metrics_text(METRICS) == TEXT
+    shares = {"time/language_model_share": 0.614, "time/transcoder_share": 0.34, "time/antidup_share": 0.041}
+    assert metrics_text(shares) == "time model 61%, transcoder 34%, anti-dup 4%"
     assert metrics_text({}) == ""
-    assert metrics_text({"metrics/fvu": float("nan"), "duplicates/pairs": 2}) == "FVU nan  duplicates 2"
+    assert metrics_text({"metrics/fvu": float("nan"), "duplicates/pairs": 2}) == "FVU nan  candidate pairs 2"
     assert metrics_text({"sparsity/dead_share": float("inf")}) == "dead inf%"
 
 

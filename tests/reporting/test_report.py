@@ -12,18 +12,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 import yaml
 
+from tests.reporting.conftest import write_latents
 from tests.reporting.page_tree import Page, read
-from transcoder.antidup.window import SequenceCounts
-from transcoder.kernels import SparseCodes
 from transcoder.reporting import Run, latent_cards, sections, write_report
 from transcoder.reporting.page import environment, plotly
-from transcoder.reporting.sections import SEQUENCES_COUNTABLE
+from transcoder.reporting.verdict import verdicts
 
 SECTIONS = ["overview", "curves", "prefixes", "duplicates", "positions", "latents", "settings"]
 
@@ -46,16 +43,18 @@ def test_overview_tells_figures_baselines_and_verdicts(page: Page, finished_run:
     own = run.metric("evaluation/fvu")
     assert own is not None
     assert f"{own:.4g}" in page.words
-    assert "is below the best linear map's" in page.words
+    assert [a.words for a in page.sections["overview"].one("dl", "answers").all("dd")] == [
+        v.text for v in verdicts(run)
+    ]
     told = page.tiles
     assert "Cross-entropy recovered" not in told, "no language model was at hand"
-    assert int(told["Mergeable pairs"]) == run.correlation["pairs_mergeable"]
+    assert int(told["Duplicate pairs"]) == run.heldout_duplicates["verdicts"]["duplicate"]
     assert "no effect (positions_resampled is 0); file anti_duplication_logs/positions.json is not there" in page.words
     for verdict in ("used", "not proven", "off"):
         assert verdict in page.words
     assert run.missing == []
     missing = {m.what for m in run.lacking}
-    assert missing == {"held-out facts of each latent", "checkpoint"}, "what the synthetic folder really lacks"
+    assert missing == {"facts of each latent", "checkpoint"}, "what the synthetic folder really lacks"
     assert all(what in page.words for what in missing)
 
 
@@ -67,11 +66,11 @@ def test_curves_have_values_and_a_text(page: Page) -> None:
         "FVU per prefix",
         "L0",
         "Dead latents",
-        "Duplicate pairs",
+        "Candidate pairs",
         "Throughput",
         "FVU by prefix width",
         "Correlation of latent pairs",
-        "Groups of correlated latents",
+        "What merging the listed pairs would cost",
     }
     prefixes = charts["FVU per prefix"]
     lines = prefixes.figure["data"]
@@ -84,20 +83,15 @@ def test_curves_have_values_and_a_text(page: Page) -> None:
 
 
 def test_duplicates_are_sorted_and_link_to_their_latents(page: Page, finished_run: Path) -> None:
-    pairs = Run(finished_run).correlation["pairs"]
+    pairs = Run(finished_run).heldout_duplicates["pairs"]
     rows = [row.attributes for row in page.sections["duplicates"].all("tr") if "data-pair" in row.attributes]
     expected = sorted(pairs, key=lambda p: -p["correlation"])
     assert [row["data-pair"] for row in rows] == [f"{p['i']}-{p['j']}" for p in expected]
-    tests = {None: "not tested", True: "duplicate", False: "no duplicate"}
-    assert [row["data-test"] for row in rows] == [tests[p["mergeable"]] for p in expected]
-    assert ["data-flagged" in row for row in rows] == [p["flagged"] for p in expected]
+    assert [row["data-verdict"] for row in rows] == [p["verdict"] for p in expected]
     index, cards = page.index, page.cards
     for pair in pairs:
-        assert pair["j"] in index["partners"][str(pair["i"])]
+        assert [pair["j"], pair["kind"] or pair["verdict"]] in index["partners"][str(pair["i"])]
         assert {pair["i"], pair["j"]} <= cards.keys()
-    graph = page.charts["Groups of correlated latents"]
-    assert {tuple(map(int, row[:2])) for row in graph.rows} == {(p["i"], p["j"]) for p in pairs}
-    assert set(graph.figure["data"][-1]["customdata"]) == {i for p in pairs for i in (p["i"], p["j"])}
 
 
 def test_nothing_is_loaded_and_only_the_own_scripts_may_run(page: Page, finished_run: Path) -> None:
@@ -217,7 +211,7 @@ def test_an_empty_folder_gets_a_page_that_names_everything(tmp_path: Path) -> No
         "summary.json",
         "correlation report",
         "activation samples",
-        "held-out facts of each latent",
+        "facts of each latent",
         "checkpoint",
     ):
         assert name in page.words
@@ -255,17 +249,7 @@ def test_the_byte_bound_holds_whatever_the_setting(
 
 def test_a_latent_that_is_not_sampled_is_still_listed(make_run: Callable[..., Path]) -> None:
     run = make_run(steps=200)
-    rows = range(512)
-    columns = {
-        "latent": pa.array(rows, pa.int32()),
-        "tokens_fired": pa.array([i % 7 for i in rows], pa.int64()),
-        "max_activation": pa.array([0.5] * 512, pa.float32()),
-        "histogram": pa.array([[i % 7] + [0] * 19 for i in rows], pa.list_(pa.int32())),
-        **{name: pa.array([["<b>up</b>"]] * 512, pa.list_(pa.string())) for name in ("promoted", "suppressed")},
-        **{f"{n}_logits": pa.array([[1.5]] * 512, pa.list_(pa.float32())) for n in ("promoted", "suppressed")},
-    }
-    about = {b"transcoder": json.dumps({"tokens": 70, "why": {"something": "a reason"}}).encode()}
-    pq.write_table(pa.table(columns).replace_schema_metadata(about), run / "latents.parquet")
+    write_latents(run, [i % 7 for i in range(512)], 70)
     page = read(write_report(run))
     index, cards = page.index, page.cards
     assert index["ids"] is None
@@ -308,7 +292,7 @@ def test_a_report_of_another_shape_is_drawn_as_far_as_it_goes(
     read(write_report(path))
 
 
-def test_contexts_shade_what_other_samples_say(page: Page) -> None:
+def test_every_token_of_a_context_is_shaded(page: Page) -> None:
     index, cards = page.index, page.cards
     ids = index["ids"] or list(range(index["count"]))
     shaded = 0
@@ -370,28 +354,6 @@ def test_a_penalty_of_nothing_is_a_finding_and_a_term_not_evaluated_a_fault(make
     assert "the correlation term was never evaluated" in words
 
 
-def test_sequences_beyond_what_can_be_counted_are_said_to_be_more(make_run: Callable[..., Path]) -> None:
-    run = make_run()
-    file = sorted(run.glob("anti_duplication_logs/correlation_step_*.json"))[-1]
-    report = json.loads(file.read_text())
-    every = torch.arange(10**5)
-    counts = SequenceCounts(2, torch.device("cpu"))
-    counts.update(SparseCodes.from_dense(torch.ones(len(every), 2)), every)
-    full = int(counts.distinct(torch.tensor([0]), torch.tensor([1])))
-    assert full == SEQUENCES_COUNTABLE
-    for pair, number in zip(report["pairs"], (full, full - 1), strict=False):
-        pair["sequences"] = number
-    file.write_text(json.dumps(report))
-    (table,) = [t for t in read(write_report(run)).sections["duplicates"].all("table") if t.attributes.get("id")]
-    assert [row[6] for row in table.rows][:2] == ["≥ 1,420", "1,419"]
-
-
-def test_groups_of_flagged_and_of_candidate_pairs_are_told_apart(page: Page) -> None:
-    assert "latents joined by flagged pairs" in page.words
-    assert "latents joined by candidate or flagged pairs" in page.words
-    assert "Distinct latents, flagged pairs merged" in page.words
-
-
 @pytest.mark.parametrize("chooses", ["samples", "training", None])
 def test_the_page_says_what_positions_were_drawn_for_and_what_that_cost(
     finished_run: Path, tmp_path: Path, chooses: str | None
@@ -404,7 +366,7 @@ def test_the_page_says_what_positions_were_drawn_for_and_what_that_cost(
     (run_dir / "anti_duplication_logs" / "positions.json").write_text(json.dumps(drawn))
     section = sections.positions(Run(run_dir))
     chart = repr(section["charts"][-1])
-    tiles = dict(section["tiles"])
+    tiles = dict(sections.data_facts(Run(run_dir)))
     if chooses == "samples":
         assert "drawn for samples" in chart
         assert "Training keeps every token" in chart

@@ -13,14 +13,12 @@ import numpy as np
 import pytest
 import torch
 
+from tests.reporting.conftest import write_latents
 from transcoder import Run, Transcoder, TranscoderConfig
-from transcoder.antidup import CorrelationMonitor, UsageLedger
-from transcoder.config import CheckpointSection, MonitorSection
-from transcoder.kernels import topk_encode
+from transcoder.config import CheckpointSection
 from transcoder.reporting import RunPartMissingError
 from transcoder.reporting.latents import Latents
 from transcoder.training.checkpoint import CheckpointStore
-from transcoder.usage import REQUIRED_EFFECTS
 
 WIDTHS, TOKENS = (64, 192, 448, 512), 3 * 256
 MakeRun = Callable[..., Path]
@@ -30,37 +28,21 @@ def small_transcoder() -> Transcoder:
     return Transcoder(TranscoderConfig(d_in=12, d_out=12, d_sae=WIDTHS[-1], k=4, widths=list(WIDTHS)), seed=3)
 
 
-def add_checkpoint(run_dir: Path, step: int, monitor: bool = True) -> torch.Tensor:
-    """A checkpoint as a trainer writes it; returns [d_sae] how often each latent fired."""
+def add_checkpoint(run_dir: Path, step: int) -> None:
+    """A checkpoint as a trainer writes it."""
     model = small_transcoder()
     with torch.no_grad():
         # Latent 9 points where latent 4 does, so that each is the other's nearest.
         model.W_dec[9] = 3 * model.W_dec[4]
-    fired = torch.zeros(WIDTHS[-1], dtype=torch.int64)
-    ledger = UsageLedger(dict.fromkeys(REQUIRED_EFFECTS, True), run_dir / "elsewhere" / "usage.json")
-    counted = CorrelationMonitor(
-        MonitorSection(enabled=True, block_tokens=TOKENS // 2), WIDTHS[-1], "cpu", run_dir / "elsewhere", ledger
-    )
-    (run_dir / "elsewhere").mkdir(exist_ok=True)
-    for n in range(3):
-        codes = topk_encode(
-            torch.randn(256, 12, generator=torch.Generator().manual_seed(n)), model.W_enc, model.b_enc, 4
-        )
-        fired += (codes.to_dense() > 0).sum(0)
-        counted.update_correlations(codes, n)
-        # The second block is closed here, so that counts stand in two.
-        if n == 1:
-            counted.report(n)
-    tree = {"monitor": counted.state_dict()} if monitor else {}
     summary = {"transcoder": model.config.to_dict()}
-    CheckpointStore(run_dir, CheckpointSection(keep_last=5)).save(step, model.state_dict(), tree, summary)
-    return fired
+    CheckpointStore(run_dir, CheckpointSection(keep_last=5)).save(step, model.state_dict(), {}, summary)
 
 
 @pytest.fixture(scope="module")
 def folder(make_run: MakeRun) -> Path:
     path = make_run(hostile=True)
     add_checkpoint(path, 600)
+    write_latents(path, [i % 90 for i in range(512)], TOKENS)
     return path
 
 
@@ -116,34 +98,28 @@ def test_a_latent(run: Run, folder: Path) -> None:
         assert context.activations[context.anchor] == context.activation
         assert context.tokens[0] != ""
     assert latent.pairs[0].other(3) == 5
-    assert latent.group == 0
-    assert run.duplicates.groups[0] == [3, 5]
+    assert latent.group is None, "it is in a pair, but in no group of duplicates"
     assert latent.mergeable == {5: None}
     assert run.latents[10].mergeable == {12: True}
+    assert run.duplicates.groups[run.latents[10].group] == [10, 12]
     unpaired = run.latents[510]
     assert (unpaired.group, len(unpaired.pairs)) == (None, 0)
 
 
-def test_samples_of_one_sequence_shade_each_other(run: Run) -> None:
-    found = 0
-    for latent in run.latents[run.latents.group >= 0]:
-        kept = {(c.sequence, c.position): c.activation for c in reversed(latent.contexts)}
-        for context in latent.contexts:
-            known = np.flatnonzero(np.isfinite(context.activations))
-            found += len(known) - 1
-            for n in set(known) - {context.anchor}:
-                assert context.activations[n] == kept[context.sequence, context.position - context.anchor + n]
-    assert found > 0
+def test_every_token_of_a_context_has_its_activation(run: Run) -> None:
+    for context in run.latents[3].contexts:
+        assert context.activations[context.anchor - 2] == pytest.approx(context.activation / 4)
+        assert context.firing_on(context.tokens[context.anchor]) == pytest.approx(context.activation)
 
 
-def test_density_and_neighbours_are_the_checkpoints(make_run: MakeRun) -> None:
-    path = make_run(steps=100)
-    fired = add_checkpoint(path, 100).numpy()
+def test_density_is_that_of_the_final_weights_and_neighbours_are_the_checkpoints(make_run: MakeRun) -> None:
+    path, fired = make_run(steps=100), [i % 7 for i in range(512)]
+    add_checkpoint(path, 100)
+    write_latents(path, fired, TOKENS)
     run = Run(path)
-    assert run.checkpoint.firings.tokens == TOKENS
     np.testing.assert_array_equal(run.latents.firings, fired)
-    np.testing.assert_allclose(run.latents.density, fired / TOKENS)
-    assert run.latents[7].firings == fired[7]
+    np.testing.assert_allclose(run.latents.density, np.asarray(fired) / TOKENS)
+    assert "dead: did not fire" in repr(run.latents[7])
     decoder = run.checkpoint.decoder
     unit = decoder / np.linalg.norm(decoder, axis=1, keepdims=True)
     near = run.latents[4].neighbours(5)
@@ -165,7 +141,7 @@ def test_the_table_filters_sorts_and_searches(run: Run) -> None:
     every = run.latents
     assert every.filter(prefix=1).id.tolist() == list(range(64, 192))
     paired = every.filter(group=True)
-    assert set(paired.id) == {x for p in run.duplicates for x in (p.i, p.j)}
+    assert set(paired.id) == {x for p in run.duplicates.mergeable for x in (p.i, p.j)}
     assert every.filter(group=0).id.tolist() == run.duplicates.groups[0]
     assert len(every.filter(group=False)) + len(paired) == 512
     dense = every.filter(density=(0.01, None))
@@ -176,7 +152,7 @@ def test_the_table_filters_sorts_and_searches(run: Run) -> None:
     assert strongest[0].max_activation == np.nanmax(every.max_activation)
     assert np.isnan(strongest.max_activation[-1])
     assert every.sort("id", descending=True)[0].id == 511
-    assert paired.filter(prefix=0)[0].id == 3
+    assert paired.filter(prefix=0)[0].id == 10
     assert every[5:8].id.tolist() == [5, 6, 7]
     assert every[[3, 2]].id.tolist() == [3, 2]
     assert len(every[[]]) == 0
@@ -186,8 +162,11 @@ def test_the_table_filters_sorts_and_searches(run: Run) -> None:
     texts = {latent.id: [c.text.lower() for c in latent.contexts] for latent in sampled(run)}
     for found in (every.search(word), every.search(word.upper())):
         assert set(found.id) == {n for n, some in texts.items() if any(word.lower() in text for text in some)}
-    counts = [sum(word.lower() in c.text.lower() for c in latent.contexts) for latent in found]
-    assert counts == sorted(counts, reverse=True)
+    scores = [
+        sum(c.firing_on(word) for c in latent.contexts) / len(latent.contexts) / latent.max_activation
+        for latent in found
+    ]
+    assert scores == pytest.approx(sorted(scores, reverse=True))
     assert len(paired.search(word)) <= len(found)
     assert len(every.search("no such text anywhere")) == 0
     with pytest.raises(ValueError, match=r"prefix: expected one of 0 \(width 64\)"):
@@ -204,18 +183,16 @@ def test_the_table_filters_sorts_and_searches(run: Run) -> None:
 
 def test_duplicates(run: Run) -> None:
     found = run.duplicates
-    report = run.correlation
+    report = run.heldout_duplicates
+    assert found.final
     assert len(found) == found.total == report["pairs_total"]
     assert [p.correlation for p in found] == sorted((p["correlation"] for p in report["pairs"]), reverse=True)
     first = found[0]
     assert first.lower < first.correlation < first.upper
-    assert (first.flagged, first.blocks_above, first.verdict) == (True, 4, "not tested")
-    assert [p.verdict for p in found[1:3]] == ["mergeable", "not mergeable"]
-    assert len(found.flagged) == report["pairs_flagged"]
-    assert len(found.mergeable) == report["pairs_mergeable"]
+    assert [p.said for p in found[:3]] == ["undecided", "twin", "correlated"]
+    assert len(found.mergeable) == report["verdicts"]["duplicate"]
     assert found.of(5)[0] == first
-    assert found.groups == report["candidate_components"]
-    assert found.flagged_groups == report["components"]
+    assert found.groups == report["components"]
     assert len(found.histogram.edges) == len(found.histogram.counts) + 1
     left, right = first.latents
     assert (left.id, right.id) == (first.i, first.j)
@@ -271,7 +248,7 @@ def test_what_is_missing_says_why(make_run: MakeRun) -> None:
         run.duplicates  # noqa: B018
     with pytest.raises(RunPartMissingError, match="no checkpoint: checkpoints/ holds none"):
         run.transcoder()
-    with pytest.raises(RunPartMissingError, match="no checkpoint"):
+    with pytest.raises(RunPartMissingError, match=r"no firing counts: .*written when a run finishes"):
         run.latents.density  # noqa: B018
     # What is there is there, and every representation draws what it can.
     assert len(run.latents) == 512
@@ -279,11 +256,9 @@ def test_what_is_missing_says_why(make_run: MakeRun) -> None:
     assert "prefix 1 (width 192)" in repr(run.latents[100])
     assert "no contexts" in repr(run)
     assert run.latents[100]._repr_html_()
-    add_checkpoint(path, 90, monitor=False)
+    add_checkpoint(path, 90)
     run.refresh()
     assert run.transcoder().config.d_sae == 512
-    with pytest.raises(RunPartMissingError, match="no firing counts: the correlation monitor"):
-        run.latents.density  # noqa: B018
     assert list(run.latents.frame()) == ["prefix"]
 
 
@@ -399,7 +374,7 @@ def test_a_plot_without_its_part_says_what_is_missing(make_run: MakeRun) -> None
     with pytest.raises(RunPartMissingError, match="no metrics: not in the folder"):
         run.metrics["metrics/fvu"]
     assert "there are no curves" in repr(run.metrics)
-    with pytest.raises(RunPartMissingError, match="no checkpoint"):
+    with pytest.raises(RunPartMissingError, match="no firing counts"):
         run.plot_density()
 
 

@@ -60,9 +60,9 @@ def test_both_dictionaries_are_measured_alike(validated: tuple[Path, ValidationR
     """The baseline has no monitor: its duplicates are counted after training, as the other's are."""
     out, result = validated
     rows = {row["name"]: row for row in json.loads((out / "comparison.json").read_text())["figures"]}
-    for name in ("pairs", "share_of_live", "effective_dictionary_size"):
+    for name in ("mergeable", "correlated", "distinct_latents", "effective_dictionary_size"):
         assert all(isinstance(v, (int, float)) for v in rows[f"heldout_duplicates/{name}"]["values"]), name
-    assert "Candidate pairs, held-out" in result.format()
+    assert "Duplicate pairs" in result.format()
 
 
 def test_held_out_duplicates_are_the_pairs_that_are_there() -> None:

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transcoder.activations.batch import ActivationBatch
 from transcoder.activations.documents import DataError
 from transcoder.activations.masking import FIT_TOKENS, SinkMasker
-from transcoder.activations.rows import Chunk, MakePositionChoice, Pass, RowMaker, Substitute, counters_of
+from transcoder.activations.rows import Chunk, Group, MakePositionChoice, Pass, RowMaker, Substitute, counters_of
 from transcoder.activations.vocabulary import Vocabulary
 from transcoder.config import RunConfig
 
@@ -100,9 +99,18 @@ class ActivationSource(ABC):
         a language model."""
         return None
 
+    def heldout_groups(self, layer: int, tokens: int, sequences: int) -> Iterator[Group]:
+        """See `ActivationStream.heldout_groups`; none without a language model."""
+        return iter(())
+
     def unembedding(self, layer: int) -> Tensor | str:
         """See `ActivationStream.unembedding`."""
         return "the run had no language model at hand"
+
+    def set_multiple(self, layer: int, multiple: float | str | None) -> None:
+        """Mask a layer's norms above this multiple of the median, unless it is `auto`."""
+        if multiple != "auto":
+            self.maskers[layer].multiple = None if multiple is None else float(multiple)
 
     def fit_masks(self, tokens: int) -> list[dict[str, Any]]:
         """Find the norm that `mask_norm_multiple: auto` masks from, of each layer, on at least `tokens` tokens from where the
@@ -179,15 +187,6 @@ class LayerSource:
     def record(self, chunk: Chunk) -> None:
         """Told of each chunk that is taken for training."""
         self._rows.record(chunk.sample)
-
-    def passes(self, heldout: bool) -> Iterator[tuple[ActivationBatch, ActivationBatch]]:
-        """(rows, sinks) of the held-out data, or else of the training data, pass by pass, once from their start whatever the
-        cursor; no position sampling."""
-        maker = RowMaker(self.source.maskers[self.layer], self.context_tokens, None)
-        for passes in self.source.from_start(heldout):
-            trains = self.source.trains(passes[0])
-            made = maker.make(passes[self.layer], None if trains is None else trains != heldout)
-            yield made.rows, made.sinks
 
     def cursor(self, place: dict[str, Any]) -> dict[str, Any]:
         """A place of the source and this layer's totals up to it."""

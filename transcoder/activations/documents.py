@@ -7,7 +7,8 @@ module knows no tokenizer and no model.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
@@ -16,8 +17,16 @@ RECORD_BLOCK_LENGTH = 1 << 18
 must carry."""
 
 
+MASK_COLUMN = "attention_mask"
+"""The column, beside one of token ids, that marks padding by 0."""
+
+
 class DataError(ValueError):
     """Data that cannot be read or used. The message names the file or document and says what to do."""
+
+
+class Unusable(Exception):
+    """A document that cannot be used and is skipped. The message is the reason, in a few words that are the same for each."""
 
 
 class Messages(list[dict[str, Any]]):
@@ -48,6 +57,8 @@ class Record:
     name: str
     content: str | Messages | list[int] | None
     why: str = ""
+    lost_bytes: int = 0
+    """Bytes that are left out of the text because they are no UTF-8."""
 
 
 Records: TypeAlias = Iterator[tuple[Record, dict[str, Any]]]
@@ -73,6 +84,7 @@ class Reader:
 
     Attributes:
         reasons: {why: records skipped for it}.
+        lost_bytes: bytes of texts that were no UTF-8 and are left out.
     """
 
     def __init__(self, source: RecordSource, state: dict[str, Any] | None = None) -> None:
@@ -80,6 +92,7 @@ class Reader:
         self._place = state["records"]
         self._index, self._blocks = int(state["index"]), int(state["blocks"])
         self.reasons = reasons_of(state["skipped"])
+        self.lost_bytes = int(state.get("lost_bytes", 0))
         self._documents = self._read(source.read(self._place))
 
     @property
@@ -96,10 +109,11 @@ class Reader:
     def _read(self, records: Records) -> Iterator[Document]:
         for record, place in records:
             index, given = self._index, self._blocks
+            self.lost_bytes += 0 if given else record.lost_bytes
             content = record.content
             why = record.why if content is None else _why_not(content)
             if content is None or why:
-                self.reasons[why] = self.reasons.get(why, 0) + 1
+                self.skip(why)
                 self._finish_record(place)
                 continue
             for number, (block, ends) in enumerate(_blocks(content), start=1):
@@ -111,12 +125,22 @@ class Reader:
                 if number > given:
                     yield Document(index, record.name, block, ends)
 
+    def skip(self, why: str) -> None:
+        """Count a record that is skipped."""
+        self.reasons[why] = self.reasons.get(why, 0) + 1
+
     def _finish_record(self, place: dict[str, Any]) -> None:
         self._place, self._blocks = place, 0
         self._index += 1
 
     def state(self) -> dict[str, Any]:
-        return {"records": self._place, "blocks": self._blocks, "index": self._index, "skipped": dict(self.reasons)}
+        lost = {"lost_bytes": self.lost_bytes} if self.lost_bytes else {}
+        return {
+            "records": self._place,
+            "blocks": self._blocks,
+            "index": self._index,
+            "skipped": dict(self.reasons),
+        } | lost
 
 
 def is_heldout(index: int, fraction: float) -> bool:
@@ -170,3 +194,67 @@ def _blocks(content: str | Messages | list[int]) -> Iterator[tuple[str | Message
     while rest:
         block, rest = cut(rest, RECORD_BLOCK_LENGTH)
         yield block, not rest
+
+
+def record_of(name: str, row: Mapping[str, Any], column: str, tokens: bool) -> Record:
+    """A record of a row's value in a column. A conversation is kept as its messages; a value of another type says so. Of token
+    ids, those that the row's `attention_mask` marks as padding are left out."""
+    value = row.get(column)
+    if value is None:
+        return Record(name, None, "missing or null")
+    if tokens:
+        ids, mask = list(value) if isinstance(value, (list, tuple)) else [value], row.get(MASK_COLUMN)
+        if mask is None:
+            return Record(name, ids)
+        if not isinstance(mask, (list, tuple)) or len(mask) != len(ids):
+            return Record(name, None, f"{MASK_COLUMN} of another length")
+        return Record(name, [i for i, used in zip(ids, mask, strict=True) if used])
+    if isinstance(value, str):
+        return Record(name, value)
+    if isinstance(value, list) and all(isinstance(turn, dict) and turn.keys() & {"role", "from"} for turn in value):
+        return _conversation(name, value)
+    kind = "a list" if isinstance(value, list) else type(value).__name__
+    return Record(name, None, f"{kind} instead of text")
+
+
+_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bard": "assistant"}
+"""Roles of ShareGPT's layout (`from`, `value`) by their usual names."""
+
+
+def _conversation(name: str, turns: list[dict[str, Any]]) -> Record:
+    """Messages as chat templates take them: no null fields (Parquet writes every field of every message), the text of a
+    content given in parts joined, arguments of tool calls as mappings, ShareGPT's names as the usual ones."""
+    if not turns:
+        return Record(name, None, "no messages")
+    messages = Messages()
+    for turn in turns:
+        message = {key: value for key, value in turn.items() if value is not None}
+        if "role" not in message:
+            message = {"role": _ROLES.get(str(turn.get("from")), turn.get("from")), "content": turn.get("value")}
+        content = message.get("content", "")
+        if isinstance(content, list):
+            parts: list[Any] = [part.get("text") if isinstance(part, dict) else part for part in content]
+            if not all(isinstance(part, str) for part in parts):
+                return Record(name, None, "a message with a part that is no text")
+            content = "".join(parts)
+        calls = [call for call in message.get("tool_calls", []) if call]
+        if calls:
+            message["tool_calls"] = [_called(call) for call in calls]
+        else:
+            message.pop("tool_calls", None)
+        messages.append({**message, "content": content or ""})
+    if not any(message["content"].strip() or "tool_calls" in message for message in messages):
+        return Record(name, None, "messages without content")
+    return Record(name, messages)
+
+
+def _called(call: dict[str, Any]) -> dict[str, Any]:
+    """A tool call whose arguments, JSON text in OpenAI's layout, are the mapping that templates write out."""
+    function = call.get("function")
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"])
+    except ValueError:
+        return call
+    return {**call, "function": {**function, "arguments": arguments}}

@@ -17,7 +17,7 @@ from torch import Tensor
 from transcoder.activations.direct_effect import unembedding_at
 from transcoder.activations.model_name import ModelError, check_library, resolve_model_name
 from transcoder.activations.rows import Substitute
-from transcoder.activations.vocabulary import Vocabulary
+from transcoder.activations.vocabulary import Vocabulary, no_tokenizer, own_tokenizer
 from transcoder.settings import brief
 
 LOGITS = 1 << 27
@@ -78,9 +78,11 @@ class HookedModel:
         check_library()
         from transformer_lens.model_bridge import TransformerBridge
 
+        own = own_tokenizer(folder)
+        given = {} if own is not None else {"tokenizer": no_tokenizer()}
         try:
             with contextlib.nullcontext() if progress else _no_progress_bars():
-                bridge = TransformerBridge.boot_transformers(folder, device=str(device), dtype=dtype)
+                bridge = TransformerBridge.boot_transformers(folder, device=str(device), dtype=dtype, **given)
         except Exception as error:
             # Loading raises many types: a torn weight file, an architecture without an adapter, no network
             # half-way.
@@ -101,7 +103,10 @@ class HookedModel:
         self._pair_of_target = {hook: n for n, hook in enumerate(targets)}
         self.max_length: int | None = getattr(bridge.cfg, "n_ctx", None)
         size = int(bridge.cfg.d_vocab)
-        self.vocabulary = Vocabulary(bridge.tokenizer, size)
+        # The bridge gives a tokenizer without BOS its EOS as one.
+        stands_in = own is not None and own.bos_token_id is None
+        self.vocabulary = Vocabulary(None if own is None else bridge.tokenizer, size, bos_stands_in=stands_in)
+        self.vocabulary.check()
         self._attach()
         try:
             with self._lock:
@@ -110,6 +115,8 @@ class HookedModel:
                 found = self._take_pairs(tokens)
         except RuntimeError as error:
             # Some of the bridge's attentions mix types in half precision.
+            if dtype == torch.float32 or isinstance(error, torch.OutOfMemoryError):
+                raise
             raise ModelError(f"model.dtype: {name!r} does not run in {dtype}: {brief(error)}; try float32") from error
         for source, target in self.pairs:
             if order.index(source) > order.index(target):
@@ -230,13 +237,14 @@ class HookedModel:
         layer then reads what earlier ones made of it. All logits exist at once: see `sequences_at_a_time`.
         """
         substitutes = {} if substitute is None else substitute if isinstance(substitute, Mapping) else {0: substitute}
-        logits = self._logits(tokens, substitutes)
+        logits = self.logits(tokens, substitutes)
         return torch.nn.functional.cross_entropy(
             logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none"
         ).view(tokens.shape[0], -1)
 
     @torch.no_grad()
-    def _logits(self, tokens: Tensor, substitutes: Mapping[int, Substitute]) -> Tensor:
+    def logits(self, tokens: Tensor, substitutes: Mapping[int, Substitute]) -> Tensor:
+        """[S, L, vocabulary], `substitutes` by the number of their pair, as in `next_token_losses`."""
         with self._lock:
             self._captured.clear()
             self._substitutes, self._whole = substitutes, True
@@ -259,7 +267,7 @@ class HookedModel:
         tokens = torch.zeros(1, 8, dtype=torch.int64, device=self._device)
         changed = tokens.clone()
         changed[0, -1] = 1
-        before, after = self._logits(tokens, {})[:, :-1].float(), self._logits(changed, {})[:, :-1].float()
+        before, after = self.logits(tokens, {})[:, :-1].float(), self.logits(changed, {})[:, :-1].float()
         if not torch.allclose(before, after, rtol=0, atol=1e-4 * float(before.std())):
             return "the model predicts a token from those behind it as well"
         return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import logging
 import re
 from collections.abc import Iterator, Mapping
@@ -12,14 +14,26 @@ import torch
 from torch import Tensor
 
 from transcoder.activations.activation_source import ActivationSource
-from transcoder.activations.documents import DataError, Document, Reader, RecordSource, is_heldout, reasons_in_words
+from transcoder.activations.documents import (
+    DataError,
+    Document,
+    Reader,
+    RecordSource,
+    Unusable,
+    is_heldout,
+    reasons_in_words,
+)
 from transcoder.activations.language_model import HookedModel
 from transcoder.activations.packing import Packed, Packer
 from transcoder.activations.record_sources import record_sources
-from transcoder.activations.rows import Pass, Substitute, grid
+from transcoder.activations.rows import Group, Pass, Substitute, grid
+from transcoder.activations.vocabulary import Vocabulary
 from transcoder.config import RunConfig
 
 logger = logging.getLogger(__name__)
+
+_LOOKED_AT = 100
+"""Documents of which one must be usable at the start."""
 
 
 class ModelActivations(ActivationSource):
@@ -36,10 +50,7 @@ class ModelActivations(ActivationSource):
         reader = Reader(self._training_source)
         first = next(reader, None)
         if first is None:
-            raise DataError(
-                f"activations.dataset: {section.dataset!r} holds no usable document ({reasons_in_words(reader.reasons)}); text "
-                "must be plain UTF-8, JSONL or Parquet, and lists of token ids need activations.tokens_column"
-            )
+            raise self._no_document(reader)
         self._model = model = HookedModel(
             config.model.name,
             [pair.source for pair in section.pairs],
@@ -48,7 +59,7 @@ class ModelActivations(ActivationSource):
             device,
             config.logging.progress,
         )
-        model.vocabulary.encode(first)  # ids of another vocabulary show here rather than in the first pass
+        self._check_start(model.vocabulary, [first, *itertools.islice(reader, _LOOKED_AT - 1)], reader)
         longest = model.max_length
         if longest is not None and section.sequence_length > longest:
             raise DataError(
@@ -77,6 +88,35 @@ class ModelActivations(ActivationSource):
         self.holds_out = self._fraction > 0 or self._heldout_source is not self._training_source
         self._packer = self._pack(self._training_source, self._is_for_training)
 
+    def _no_document(self, reader: Reader) -> DataError:
+        return DataError(
+            f"activations.dataset: {self._section.dataset!r} holds no usable document ({reasons_in_words(reader.reasons)}); "
+            "lists of token ids need activations.tokens_column"
+        )
+
+    def _check_start(self, vocabulary: Vocabulary, documents: list[Document], reader: Reader) -> None:
+        """What does not fit the model shows on the first documents rather than in the first pass."""
+        ids = None
+        for document in documents:
+            try:
+                ids = vocabulary.encode(document)
+                break
+            except Unusable as error:
+                reader.skip(str(error))
+        if ids is None:
+            raise self._no_document(reader)
+        section = self._section
+        if (
+            section.tokens_column
+            and not section.keep_rows
+            and len(ids)
+            and ids[0] == vocabulary.bos_id != vocabulary.eos_id
+        ):
+            logger.warning(
+                "activations.tokens_column: the lists begin with BOS and are packed one after another all the same; set "
+                "activations.keep_rows to true to keep each as a sequence of its own"
+            )
+
     def identity(self, layer: int) -> dict[str, Any]:
         (source, target), (d_in, d_out) = self._model.pairs[layer], self.widths[layer]
         return {**self._identity, "source_hook": source, "target_hook": target, "d_in": d_in, "d_out": d_out}
@@ -88,7 +128,16 @@ class ModelActivations(ActivationSource):
         return None if None in digests else " ".join(map(str, digests))
 
     def _pack(self, source: RecordSource, keep: Any) -> Packer:
-        return Packer(source, self.vocabulary, self._section.sequence_length, self._section.prepend_bos, keep)
+        section = self._section
+        return Packer(
+            source,
+            self.vocabulary,
+            section.sequence_length,
+            section.prepend_bos,
+            keep,
+            section.eos_as_bos,
+            section.keep_rows,
+        )
 
     def _is_for_training(self, document: Document) -> bool:
         return not is_heldout(document.index, self._fraction)
@@ -149,6 +198,27 @@ class ModelActivations(ActivationSource):
                 break
         return {name: total / max(1, count) for name, total in zip(substitutes, totals.tolist(), strict=True)}
 
+    def heldout_groups(self, layer: int, tokens: int, sequences: int) -> Iterator[Group]:
+        """See `ActivationStream.heldout_groups`."""
+        if self._model.without_head is not None:
+            logger.warning("no cross-entropy: %s", self._model.without_head)
+            return
+        special = torch.tensor(self.vocabulary.special_ids, dtype=torch.int64, device=self._device)
+
+        def run(text: Tensor, substitute: Substitute | None) -> Tensor:
+            return self._model.logits(text, {} if substitute is None else {layer: substitute})
+
+        seen = 0
+        for packed in self._sequences_from_start(heldout=True):
+            # Three sets of logits and what is computed of them exist at once.
+            size = min(sequences, max(1, self._model.sequences_at_a_time(packed.tokens.shape[1]) // 4))
+            columns = (torch.from_numpy(c).to(self._device).split(size) for c in (packed.tokens, packed.valid))
+            for text, valid in zip(*columns, strict=True):
+                yield text, valid & ~torch.isin(text, special), functools.partial(run, text)
+                seen += text.numel()
+                if seen >= tokens:
+                    return
+
     def unembedding(self, layer: int) -> Tensor | str:
         """As `HookedModel.unembedding`."""
         return self._model.unembedding(layer)
@@ -167,7 +237,7 @@ class ModelActivations(ActivationSource):
         pairs = self._model.forward_pairs(tokens)
         sequences, length = packed.tokens.shape
         positions, ids = grid(torch.from_numpy(packed.ids).to(self._device), length)
-        valid = torch.from_numpy(packed.valid).to(self._device).view(-1)
+        valid, documents = (torch.from_numpy(c).to(self._device).view(-1) for c in (packed.valid, packed.documents))
         return [
             Pass(
                 source=source.flatten(0, 1),
@@ -178,6 +248,7 @@ class ModelActivations(ActivationSource):
                 valid=valid,
                 shape=(sequences, length),
                 where=where,
+                documents=documents,
             )
             for source, target in pairs
         ]
@@ -198,4 +269,5 @@ class ModelActivations(ActivationSource):
             f"skipped_{re.sub(r'[^a-z0-9]+', '_', why.lower())}": count
             for why, count in packer.get("skipped_reasons", {}).items()
         }
-        return {n: int(packer[n]) for n in ("documents", "skipped_documents", "epochs", "sequences")} | reasons
+        counted = ("documents", "skipped_documents", "epochs", "sequences", "cut_rows", "lost_bytes")
+        return {name: int(packer[name]) for name in counted if name in packer} | reasons

@@ -150,3 +150,33 @@ def check_library() -> None:
             f"environment has {have}: pip install 'transformer-lens>=3.9,<5', in an environment of its own where another "
             "library pins the older one"
         )
+
+
+def layer_count(name: str) -> int:
+    """Number of layers of the language model `model.name`, from its config alone.
+
+    Raises:
+        ModelError: no such model, or its config does not say.
+    """
+    from transformers import AutoConfig
+
+    place = resolve_model_name(name)
+    try:
+        config = AutoConfig.from_pretrained(place if Path(place).is_dir() else _official_name(place))
+        return int(config.get_text_config().num_hidden_layers)
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelError(
+            f"model.name: the config of {name!r} does not say how many layers it has: {brief(error)}"
+        ) from error
+
+
+def known_layer_count(name: str) -> int | None:
+    """As `layer_count`, of a model that is on this machine; None where it is not, or does not say. Asks no hub."""
+    from transformers import AutoConfig
+
+    try:
+        place = language_model_path() if name == "demo" else name
+        config = AutoConfig.from_pretrained(str(place), local_files_only=True)
+        return int(config.get_text_config().num_hidden_layers)
+    except (OSError, ValueError, AttributeError):
+        return None

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from transcoder.activations.activation_source import ActivationSource, LayerSource
 from transcoder.activations.batch import ActivationBatch
 from transcoder.activations.prefetch import Prefetcher
-from transcoder.activations.rows import Chunk, RowMaker
+from transcoder.activations.rows import Chunk, Pass, RowMaker
 
 logger = logging.getLogger(__name__)
 
+KEPT_BYTES = 1 << 30
+"""Activations of passes from the start of the data that are kept for other layers."""
 Heldout = tuple[list[ActivationBatch], list[ActivationBatch]]
 """Rows and sinks, pass by pass."""
 
@@ -50,6 +54,8 @@ class PassFeed:
         self._made = 0
         """Passes up to the place of the source."""
         self._heldout: dict[tuple[int, int], Heldout] = {}
+        self._kept: dict[bool, tuple[Iterator[list[Pass]], list[list[Pass]]]] = {}
+        """By whether they are held out: passes from the start of the data, and those made of them so far."""
 
     def join(self, source: LayerSource, refill_rows: int, most_rows: int) -> int:
         """A layer's number for the other methods. `refill_rows`: what it takes at once."""
@@ -91,6 +97,7 @@ class PassFeed:
         reader.left = True
         reader.waiting.clear()
         if all(other.left for other in self._readers):
+            self._kept.clear()
             self._stop()
 
     def heldout(self, number: int, wanted: int) -> Heldout:
@@ -100,6 +107,35 @@ class PassFeed:
         if (layer.layer, wanted) not in self._heldout:
             self._read_heldout(layer.context_tokens, wanted)
         return self._heldout.pop((layer.layer, wanted))
+
+    def passes(self, number: int, heldout: bool) -> Iterator[ActivationBatch]:
+        """A layer's rows of the held-out data, or else of the training data, pass by pass, once from their start whatever the
+        cursors; no position sampling. The first passes are kept for the other layers, as far as `KEPT_BYTES` goes."""
+        layer = self._readers[number].source
+        maker = RowMaker(self.source.maskers[layer.layer], layer.context_tokens, None)
+        for passes in self._from_start(heldout):
+            trains = self.source.trains(passes[layer.layer])
+            made = maker.make(passes[layer.layer], None if trains is None else trains != heldout)
+            if len(made.rows):
+                yield made.rows
+
+    def _from_start(self, heldout: bool) -> Iterator[list[Pass]]:
+        if len(self._readers) == 1:
+            yield from self.source.from_start(heldout)
+            return
+        going, kept = self._kept.setdefault(heldout, (self.source.from_start(heldout), []))
+        for number in itertools.count():
+            if number == len(kept):
+                if (passes := next(going, None)) is None:
+                    return
+                kept.append(passes)
+                if len(kept) * sum(self.source.activation_bytes) * len(passes[0].tokens) > KEPT_BYTES:
+                    break
+            yield kept[number]
+        # More than is kept: from here on each layer has passes of its own.
+        behind = kept.pop()
+        self._kept[heldout] = (itertools.chain([behind], going), kept)
+        yield from itertools.islice(self.source.from_start(heldout), len(kept), None)
 
     def _read_heldout(self, context_tokens: int, wanted: int) -> None:
         makers = [RowMaker(masker, context_tokens, None) for masker in self.source.maskers]

@@ -6,14 +6,27 @@ import copy
 import difflib
 import functools
 import hashlib
+import io
 import itertools
 import json
+import logging
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from transcoder.activations.documents import DataError, Messages, Record, Records, RecordSource, cut
+from transcoder.activations.documents import MASK_COLUMN, DataError, Record, Records, RecordSource, cut, record_of
+from transcoder.activations.local_files import (
+    READ,
+    LocalData,
+    encoding_of,
+    format_of,
+    is_saved,
+    local_data,
+    reading,
+    visible_files,
+)
 from transcoder.activations.retry import RetriedRecords
 from transcoder.config import ActivationsSection
 from transcoder.demo.stdlib_text import iter_documents, source_files
@@ -25,8 +38,8 @@ FILE_BLOCK_CHARACTERS = 1 << 14
 WHOLE_BYTES = 1 << 28
 """Files of together at most this size (256 MiB) are hashed whole, in well under a second."""
 BLOCKS, BLOCK_BYTES = 16, 1 << 16
-_JSON_SUFFIXES = (".jsonl", ".json")
-_RECORD_SUFFIXES = (*_JSON_SUFFIXES, ".parquet")
+
+logger = logging.getLogger(__name__)
 
 
 def record_sources(section: ActivationsSection) -> tuple[RecordSource, RecordSource, float]:
@@ -47,29 +60,33 @@ def record_sources(section: ActivationsSection) -> tuple[RecordSource, RecordSou
             )
         return StdlibRecords("train"), StdlibRecords("heldout"), 0.0
     path = local_path(name, "activations.dataset")
+    columns = section.text_column, section.tokens_column
     source: RecordSource
     if path.exists():
-        source = FileRecords(path, section.text_column, section.tokens_column)
+        data = local_data(path, section.dataset_config, section.dataset_split)
+        if data.format in ("datasets", "disk"):
+            source = HubRecords(str(path), section.dataset_config, section.dataset_split, *columns, data)
+        else:
+            source = FileRecords(data, *columns)
     elif _looks_like_path(name):
         raise DataError(
-            f"activations.dataset: no file or folder at {name!r}; give an existing text, JSONL or Parquet "
-            "file, a folder of them, 'stdlib', or the name of a Hugging Face dataset"
+            f"activations.dataset: no file or folder at {name!r}; give an existing file or folder ({READ}), 'stdlib', or the "
+            "name of a Hugging Face dataset"
         )
     else:
         name = name.removeprefix("hf:")
         here = local_path(name, "activations.dataset")
-        source = HubRecords(
-            str(here) if here.exists() else name, section.dataset_config, section.dataset_split, section.text_column,
-            section.tokens_column,
-        )  # fmt: skip
+        local = str(here) if here.exists() else name
+        # A folder that `save_to_disk` wrote has no files that `load_dataset` reads.
+        saved = local_data(here, None, section.dataset_split) if here.is_dir() and is_saved(here) else None
+        source = HubRecords(local, section.dataset_config, section.dataset_split, *columns, saved)
     source = RetriedRecords(source)
     return source, source, section.heldout_fraction
 
 
 def _looks_like_path(name: str) -> bool:
-    suffix = Path(name).suffix.lower()
     many_parts = name.count("/") > 1 and not name.startswith("hf:")
-    return name.startswith((".", "~", os.sep)) or many_parts or suffix in (".txt", *_RECORD_SUFFIXES)
+    return name.startswith((".", "~", os.sep)) or many_parts or format_of(Path(name)) is not None
 
 
 class StdlibRecords:
@@ -89,38 +106,35 @@ class StdlibRecords:
 
 
 class FileRecords:
-    """Text, JSONL and Parquet: one file, or every file below a folder in the order of their paths.
+    """Text, JSON and Parquet files, in the order of their names.
 
-    A line of `.jsonl` or `.json` and a row of `.parquet` is a document (its `text_column`, or `tokens_column` if that is
-    set); any other file is plain UTF-8 text, read in blocks that end at a line where they can. Hidden files
-    are left out.
+    A line of a JSON file (or an object of the one list in it) and a row of a Parquet file is a document (its `text_column`, or
+    `tokens_column` if that is set); any other file is plain text, read in blocks that end at a line where they can, without the
+    bytes that are no UTF-8.
     """
 
-    def __init__(self, path: Path, text_column: str, tokens_column: str | None) -> None:
+    def __init__(self, data: LocalData, text_column: str, tokens_column: str | None) -> None:
         self._column = tokens_column or text_column
         self._tokens = tokens_column is not None
-        self._files = [path] if path.is_file() else _files_below(path)
-        self._folder = path.parent if path.is_file() else path
-        if not self._files:
-            raise DataError(f"activations.dataset: no file below {str(path)!r}; it needs text, JSONL or Parquet files")
-        if self._tokens and not any(f.suffix in _RECORD_SUFFIXES for f in self._files):
+        self._files, self._folder, self._text = data.files, data.root, data.format == "text"
+        if self._tokens and self._text:
             raise DataError(
-                f"activations.tokens_column: only JSONL and Parquet files have columns, and {str(path)!r} "
-                "has none of them"
+                f"activations.tokens_column: only files of rows have columns, and {str(data.root)!r} has none of them"
             )
         self._check_columns()
 
     def _check_columns(self) -> None:
         field = "tokens_column" if self._tokens else "text_column"
-        for path in self._files:
+        for path in () if self._text else self._files:
             names: list[str] | None = None
-            if path.suffix == ".parquet":
+            if format_of(path) == "parquet":
                 names = _parquet(path).schema_arrow.names
-            elif path.suffix in _JSON_SUFFIXES and path.stat().st_size:
-                first = next((r for r in itertools.islice(_json_lines(path), 100) if r is not None), None)
+            elif path.stat().st_size:
+                first = next((r for r in itertools.islice(_json_rows(path), 100) if isinstance(r, dict)), None)
                 if first is None:
                     raise DataError(
-                        f"activations.dataset: {path} is not JSON lines: none of its first lines is an object"
+                        f"activations.dataset: {path} is not JSON lines, nor a list of objects: none of its first lines is an "
+                        "object"
                     )
                 names = list(first)
             if names is not None:
@@ -142,27 +156,19 @@ class FileRecords:
         )
 
     def _read_file(self, path: Path, skip: int) -> Iterator[Record]:
-        if path.suffix == ".parquet":
-            for row, value in enumerate(_parquet_column(path, self._column, skip), start=skip):
-                yield _record(f"{path} row {row}", value, self._tokens)
-        elif path.suffix in _JSON_SUFFIXES:
-            for line, record in enumerate(itertools.islice(_json_lines(path), skip, None), start=skip + 1):
-                where = f"{path} line {line}"
-                if record is None:
-                    yield Record(where, None, "not a JSON object")
-                else:
-                    yield _record(where, record.get(self._column), self._tokens)
-        elif self._tokens:
-            yield Record(str(path), None, "a file without columns")
+        if self._text:
+            for block, (text, lost) in enumerate(itertools.islice(_text_blocks(path), skip, None), start=skip):
+                yield Record(f"{path} block {block}", text, lost_bytes=lost)
+        elif format_of(path) == "parquet":
+            for row, values in enumerate(_parquet_rows(path, self._column, self._tokens, skip), start=skip):
+                yield record_of(f"{path} row {row}", values, self._column, self._tokens)
         else:
-            for block, text in enumerate(itertools.islice(_text_blocks(path), skip, None), start=skip):
-                yield Record(f"{path} block {block}", text, "not UTF-8")
-
-
-def _files_below(folder: Path) -> list[Path]:
-    found = (p for p in folder.rglob("*") if p.is_file())
-    visible = (p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts))
-    return sorted(visible, key=lambda p: p.relative_to(folder).as_posix())
+            for line, found in enumerate(itertools.islice(_json_rows(path), skip, None), start=skip + 1):
+                where = f"{path} line {line}"
+                if isinstance(found, str):
+                    yield Record(where, None, found)
+                else:
+                    yield record_of(where, found, self._column, self._tokens)
 
 
 def _parquet(path: Path) -> Any:
@@ -175,11 +181,12 @@ def _parquet(path: Path) -> Any:
         raise DataError(f"activations.dataset: {path} is not a readable Parquet file: {error}") from error
 
 
-def _parquet_column(path: Path, column: str, skip: int) -> Iterator[Any]:
+def _parquet_rows(path: Path, column: str, tokens: bool, skip: int) -> Iterator[dict[str, Any]]:
+    """The rows' values of the column, and of token ids their mask where there is one."""
     import pyarrow
 
     try:
-        yield from _parquet_values(path, column, skip)
+        yield from _parquet_values(path, [column, MASK_COLUMN] if tokens else [column], skip)
     except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError) as error:
         raise DataError(f"activations.dataset: {path} is damaged in the middle: {error}") from error
     except OSError as error:
@@ -189,58 +196,92 @@ def _parquet_column(path: Path, column: str, skip: int) -> Iterator[Any]:
         raise DataError(f"activations.dataset: {path} is damaged in the middle: {error}") from error
 
 
-def _parquet_values(path: Path, column: str, skip: int) -> Iterator[Any]:
+def _parquet_values(path: Path, columns: list[str], skip: int) -> Iterator[dict[str, Any]]:
     with _parquet(path) as file:
+        columns = [name for name in columns if name in file.schema_arrow.names]
         for group in range(file.num_row_groups):
             rows = file.metadata.row_group(group).num_rows
             if skip >= rows:
                 skip -= rows
                 continue
-            for batch in file.iter_batches(batch_size=256, row_groups=[group], columns=[column]):
-                values = batch.column(0)
-                taken = min(skip, len(values))
+            for batch in file.iter_batches(batch_size=256, row_groups=[group], columns=columns):
+                taken = min(skip, len(batch))
                 skip -= taken
-                yield from values.slice(taken).to_pylist()
+                yield from batch.slice(taken).to_pylist()
 
 
-def _json_lines(path: Path) -> Iterator[dict[str, Any] | None]:
-    """The object of each line; None for a line that is not one, so that line numbers stay places."""
-    with path.open("rb") as file:
+def _json_rows(path: Path) -> Iterator[dict[str, Any] | str]:
+    """The object of each line, or those of the list that the file is; for a line that is not one the reason, so that line
+    numbers stay places."""
+    with reading(path) as file:
+        head = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")
+    if head.startswith(b"[") and (rows := _json_list(path)) is not None:
+        yield from (row if isinstance(row, dict) else "not a JSON object" for row in rows)
+        return
+    with reading(path) as file:
         for line in file:
             try:
                 value = json.loads(line)
+            except UnicodeDecodeError:
+                yield "not UTF-8"
+                continue
             except ValueError:
                 value = None
-            yield value if isinstance(value, dict) else None
+            yield value if isinstance(value, dict) else "not a JSON object"
 
 
-def _text_blocks(path: Path) -> Iterator[str | None]:
-    """The file in blocks cut at line ends; None, and nothing more, where it stops being UTF-8."""
-    with path.open(encoding="utf-8-sig") as file:
+def _json_list(path: Path) -> list[Any] | None:
+    """The list that a whole file is; None where it is not one."""
+    try:
+        with reading(path) as file:
+            found = json.load(file)
+    except ValueError:
+        return None
+    return found if isinstance(found, list) else None
+
+
+def _text_blocks(path: Path) -> Iterator[tuple[str, int]]:
+    """The file in blocks cut at line ends, and of each the number of bytes that are left out because they are no UTF-8."""
+    encoding, told = encoding_of(path), False
+    errors = "ignore" if encoding == "utf-16" else "surrogateescape"
+    with reading(path) as binary, io.TextIOWrapper(binary, encoding=encoding, errors=errors) as file:
         rest = ""
         while True:
-            try:
-                read = file.read(FILE_BLOCK_CHARACTERS)
-            except UnicodeDecodeError:
-                yield None
-                return
+            read = file.read(FILE_BLOCK_CHARACTERS)
             rest += read
             while len(rest) > FILE_BLOCK_CHARACTERS or (rest and not read):
                 block, rest = cut(rest, FILE_BLOCK_CHARACTERS)
-                yield block
+                kept = _BAD_BYTES.sub("", block)
+                if len(kept) < len(block) and not told:
+                    told = True
+                    logger.warning(
+                        "%s: bytes that are not UTF-8 are left out of the text, and counted (lost_bytes)", path
+                    )
+                yield kept, len(block) - len(kept)
             if not read:
                 return
+
+
+_BAD_BYTES = re.compile("[\udc80-\udcff]")
 
 
 class HubRecords:
     """A dataset of Hugging Face `datasets`, streamed: not downloaded whole; resuming seeks by shard."""
 
-    def __init__(self, name: str, config: str | None, split: str, text_column: str, tokens_column: str | None) -> None:
-        self._name, self._config, self._split = name, config, split
+    def __init__(
+        self,
+        name: str,
+        config: str | None,
+        split: str,
+        text_column: str,
+        tokens_column: str | None,
+        data: LocalData | None = None,
+    ) -> None:
+        self._name, self._config, self._split, self._data = name, config, split, data
         self._local = Path(name).exists()
         self._column = tokens_column or text_column
         self._tokens = tokens_column is not None
-        self._dataset = _load_streaming(name, config, split)
+        self._dataset = self._load()
         self._listed = self.digest() if self._local else None
         names = self._dataset.column_names
         if names is None:
@@ -257,12 +298,21 @@ class HubRecords:
 
     def _read_from(self, dataset: Any, first: int) -> Records:
         for number, row in enumerate(dataset, start=first):
-            record = _record(f"dataset {self._name!r} record {number}", row.get(self._column), self._tokens)
+            record = record_of(f"dataset {self._name!r} record {number}", row, self._column, self._tokens)
             yield record, {"record": number + 1, "dataset": dataset.state_dict()}
+
+    def _load(self) -> Any:
+        data = self._data
+        if data is None:
+            return _load_streaming(self._name, self._config, self._split)
+        if data.format == "disk":
+            return _load_saved(data.root, self._split)
+        files = {self._split: [str(file) for file in data.files]}
+        return _load_streaming(data.module, None, self._split, data_files=files, **(data.options or {}))
 
     def _load_again(self) -> Any:
         """As the first time, and a folder's files are listed again: one that is missing for a moment is an error."""
-        dataset = _load_streaming(self._name, self._config, self._split)
+        dataset = self._load()
         if self._local and self.digest() != self._listed:
             raise FileNotFoundError(f"the files of {self._name} are not those that were there at first")
         return dataset
@@ -271,7 +321,7 @@ class HubRecords:
         """The repository's commit, or the files of a local folder; None where the hub was not asked."""
         folder = Path(self._name)
         if folder.exists():
-            files = [folder] if folder.is_file() else _files_below(folder)
+            files = self._data.files if self._data else [folder] if folder.is_file() else visible_files(folder)
             return files_digest(
                 (path.name if folder.is_file() else str(path.relative_to(folder)), path) for path in files
             )
@@ -280,14 +330,39 @@ class HubRecords:
         return None if HF_HUB_OFFLINE else _check_hub_dataset(self._name)
 
 
-def _load_streaming(name: str, config: str | None, split: str) -> Any:
+def _load_saved(folder: Path, split: str) -> Any:
+    """What `save_to_disk` wrote, as a stream; of several splits one."""
+    import datasets
+
+    try:
+        found = datasets.load_from_disk(str(folder))
+    except Exception as error:  # dozens of types, as from load_dataset
+        raise DataError(
+            f"activations.dataset: {str(folder)!r} looks like a folder of save_to_disk, and load_from_disk does not read it: "
+            f"{type(error).__name__}: {brief(error)}; write it again, or as Parquet by to_parquet"
+        ) from error
+    if isinstance(found, datasets.DatasetDict):
+        if split not in found:
+            raise DataError(
+                f"activations.dataset_split: {str(folder)!r} has the splits {', '.join(map(repr, found))}, got {split!r}"
+            )
+        found = found[split]
+    elif split != "train" and str(found.split) != split:
+        raise DataError(
+            f"activations.dataset_split: {str(folder)!r} was saved as one data set, without splits; expected 'train', got "
+            f"{split!r}"
+        )
+    return found.to_iterable_dataset()
+
+
+def _load_streaming(name: str, config: str | None, split: str, **how: Any) -> Any:
     import datasets
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
-    if not Path(name).exists() and not HF_HUB_OFFLINE:
+    if not how and not Path(name).exists() and not HF_HUB_OFFLINE:
         _check_hub_dataset(name)
     try:
-        return datasets.load_dataset(name, config, split=split, streaming=True)
+        return datasets.load_dataset(name, config, split=split, streaming=True, **how)
     except Exception as error:
         # `datasets` raises dozens of types here (missing, gated, bad split or configuration, no network).
         raise DataError(
@@ -319,20 +394,6 @@ def _check_column(field: str, column: str, names: Iterable[str], where: str) -> 
         close = difflib.get_close_matches(column, names, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise DataError(f"activations.{field}: no column {column!r} in {where}; it has {names}{hint}")
-
-
-def _record(name: str, value: Any, tokens: bool) -> Record:
-    """A record of the value of a column. A conversation is kept as its messages; a value of another type says so."""
-    if value is None:
-        return Record(name, None, "missing or null")
-    if tokens:
-        return Record(name, list(value) if isinstance(value, (list, tuple)) else [value])
-    if isinstance(value, str):
-        return Record(name, value)
-    if isinstance(value, list) and value and all(isinstance(turn, dict) and "role" in turn for turn in value):
-        return Record(name, Messages(value))
-    kind = "a list" if isinstance(value, list) else type(value).__name__
-    return Record(name, None, f"{kind} instead of text")
 
 
 def files_digest(files: Iterable[tuple[str, Path]], whole_bytes: int = WHOLE_BYTES) -> str:

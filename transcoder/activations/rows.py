@@ -21,6 +21,11 @@ Substitute = Callable[[Tensor, Tensor], Tensor]
 """(source [T, d_in], target [T, d_out]) -> what a language model goes on with in the place of target."""
 
 
+Group = tuple[Tensor, Tensor, Callable[[Substitute | None], Tensor]]
+"""(tokens [S, L] int64, which of them are neither special nor padding [S, L] bool, the model's logits [S, L, vocabulary] on
+them with what is given at the target hook, None for the model as it is)."""
+
+
 class PositionSample(Protocol):
     """keep [S, L] bool and weights [S, L] fp32."""
 
@@ -58,6 +63,7 @@ class Pass:
         padding.
         shape: (S, L) where the tokens are S whole sequences of length L.
         where: what an error calls this pass.
+        documents: [T] int64, the place of each token's document in its data, -1 on padding; None where that is not known.
     """
 
     source: Tensor
@@ -68,6 +74,7 @@ class Pass:
     valid: Tensor
     shape: tuple[int, int] | None
     where: str
+    documents: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,7 +17,7 @@ from transcoder.activations.batch import ActivationBatch, batch_of, columns_of, 
 from transcoder.activations.buffer import ShuffleBuffer, permutation, to_device
 from transcoder.activations.documents import DataError
 from transcoder.activations.pass_feed import PassFeed
-from transcoder.activations.rows import MakePositionChoice, Substitute
+from transcoder.activations.rows import Group, MakePositionChoice, Substitute
 from transcoder.config import BUFFER_TOKENS, RunConfig
 
 logger = logging.getLogger(__name__)
@@ -141,7 +141,7 @@ class ActivationStream:
     def passes(self, heldout: bool) -> Iterator[ActivationBatch]:
         """The held-out non-sink tokens, or else those of the training text, once from their start, in the order of the text: a
         forward pass of the language model at a time, of unequal sizes. Does not move the stream."""
-        return (rows for rows, _ in self._source.passes(heldout) if len(rows))
+        return self._feed.passes(self._number, heldout)
 
     def heldout_sinks(self) -> ActivationBatch | None:
         """The tokens masked out of the sequences that `heldout` read last, for metrics of their own; or None."""
@@ -157,6 +157,12 @@ class ActivationStream:
         source, layer = self._source.source, self._source.layer
         by_layer = {name: {} if one is None else {layer: one} for name, one in substitutes.items()}
         return source.heldout_losses(by_layer, tokens) if source.holds_out else None
+
+    def heldout_groups(self, tokens: int, sequences: int) -> Iterator[Group]:
+        """About `tokens` tokens of held-out text, at most so many sequences at a time, with the language model to run on them,
+        see `Group`. None where there is no model that predicts the next token, or nothing held out."""
+        source, layer = self._source.source, self._source.layer
+        return source.heldout_groups(layer, tokens, sequences) if source.holds_out else iter(())
 
     def unembedding(self) -> Tensor | str:
         """[d_out, vocabulary] fp32, what the logits read of the target's stream, see `HookedModel.unembedding`; or the reason
@@ -330,6 +336,20 @@ def build_stream(
     return layer_stream(
         PassFeed(source, config.activations.prefetch), 0, config, device, position_sampler, context_tokens
     )
+
+
+def resolved_layers(config: RunConfig) -> RunConfig:
+    """`config` with the layers that `all` stands for: those of the model, or of the cache."""
+    section = config.activations
+    if section.layers != "all":
+        return config
+    if section.kind == "cached":
+        from transcoder.activations.cached_activations import cached_layers
+
+        return config.replace({"activations.layers": cached_layers(section)})
+    from transcoder.activations.model_name import layer_count
+
+    return config.replace({"activations.layers": list(range(layer_count(config.model.name)))})
 
 
 def open_source(config: RunConfig, device: torch.device) -> ActivationSource:

@@ -2,16 +2,45 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from transcoder.activations.documents import DataError, Document, Messages
+from transcoder.activations.documents import DataError, Document, Messages, Unusable
 from transcoder.settings import brief
 
+logger = logging.getLogger(__name__)
+
 Ids = npt.NDArray[np.int32]
+
+
+_TOKENIZER_FILES = ("tokenizer*", "*vocab*", "merges*", "spiece*", "*.model", "*.tiktoken")
+
+
+def own_tokenizer(model: str) -> Any | None:
+    """The tokenizer of a model (folder or hub name) as its files have it; None where there is none. Without its files
+    transformers may make an empty one."""
+    from transformers import AutoTokenizer
+
+    folder = Path(model)
+    if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except Exception:  # dozens of types, as for a model
+        return None
+
+
+def no_tokenizer() -> Any:
+    """What TransformerLens is given in the place of a tokenizer that a model does not have: it would refuse the model."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"-": 0}, unk_token="-")))
 
 
 class Vocabulary:
@@ -21,14 +50,18 @@ class Vocabulary:
         tokenizer: a `PreTrainedTokenizerBase`, or None where only ids are known.
         size: the number of ids that the model embeds.
         special_ids: the ids that count as special; empty takes the tokenizer's.
+        bos_stands_in: the tokenizer's BOS is one that TransformerLens put there, its EOS.
 
     Attributes:
         special_ids: sorted ids of BOS, EOS, PAD and the tokenizer's other special tokens.
         bos_id, eos_id, pad_id: None where the tokenizer has none.
+        bos_stands_in: `bos_id` is the EOS of a tokenizer that has no BOS.
     """
 
-    def __init__(self, tokenizer: Any | None, size: int, special_ids: Sequence[int] = ()) -> None:
-        self.size = size
+    def __init__(
+        self, tokenizer: Any | None, size: int, special_ids: Sequence[int] = (), bos_stands_in: bool = False
+    ) -> None:
+        self.size, self.bos_stands_in = size, bos_stands_in
         self._tokenizer = tokenizer
         found = special_ids or getattr(tokenizer, "all_special_ids", ())
         self.special_ids = sorted({int(i) for i in found if i is not None and 0 <= int(i) < size})
@@ -36,12 +69,42 @@ class Vocabulary:
         self.eos_id: int | None = getattr(tokenizer, "eos_token_id", None)
         self.pad_id: int | None = getattr(tokenizer, "pad_token_id", None)
 
+    @property
+    def has_tokenizer(self) -> bool:
+        return self._tokenizer is not None
+
+    def check(self) -> None:
+        """Compare the tokenizer's ids with the model's: a warning where only added tokens lie outside, which text may not have.
+
+        Raises:
+            DataError: ordinary tokens or BOS lie outside: it is another model's tokenizer.
+        """
+        if self._tokenizer is None:
+            return
+        outside = {word: i for word, i in self._tokenizer.get_vocab().items() if i >= self.size}
+        if self.bos_id is not None and self.bos_id >= self.size and not self.bos_stands_in:
+            outside.setdefault(str(self._tokenizer.bos_token), self.bos_id)
+        added = {*self._tokenizer.get_added_vocab(), *self._tokenizer.all_special_tokens} - {self._tokenizer.bos_token}
+        if not outside.keys() <= added:
+            raise DataError(
+                f"model.name: the tokenizer has ids up to {max(outside.values())} and the model embeds {self.size} "
+                f"({len(outside)} tokens lie outside, such as {next(iter(outside))!r}): it is not this model's tokenizer; put "
+                "the right one into the model's folder, or read ids by activations.tokens_column from a folder without one"
+            )
+        told = [word for word, i in outside.items() if i != self.bos_id and i != self.eos_id and i != self.pad_id]
+        if told:
+            logger.warning(
+                "the tokenizer has %d added tokens that the model does not embed, such as %r: text that holds them is refused",
+                len(told),
+                told[0],
+            )
+
     def encode(self, document: Document) -> Ids:
         """[n] int32 token ids of a document, without BOS or EOS.
 
         Raises:
             DataError: an id outside the vocabulary, an entry that is no whole number, or text without a
-                tokenizer.
+                tokenizer. Unusable: messages that the chat template refuses.
         """
         if isinstance(document.content, (str, Messages)):
             if self._tokenizer is None:
@@ -62,7 +125,7 @@ class Vocabulary:
                 f"{document.name}: expected a list of whole-number token ids in activations.tokens_column, got "
                 f"{str(document.content)[:80]}"
             )
-        return self._check_range(document, ids)
+        return self._check_range(document, self._unpadded(ids))
 
     def _conversation(self, document: Document) -> str:
         """The messages of a document as the tokenizer's chat template writes them, without its BOS: packing adds that."""
@@ -75,10 +138,18 @@ class Vocabulary:
         try:
             text = tokenizer.apply_chat_template(list(document.content), tokenize=False)
         except Exception as error:  # a template raises what it likes
-            raise DataError(
-                f"{document.name}: the tokenizer's chat template does not take these messages: {brief(error)}"
-            ) from error
+            raise Unusable(f"refused by the chat template ({brief(error, 80)})") from error
         return str(text).removeprefix(getattr(tokenizer, "bos_token", None) or "")
+
+    def _unpadded(self, ids: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """A list of ids without the padding at its ends. Of a tokenizer that pads with EOS or BOS, one of them stays."""
+        if self.pad_id is None or not len(ids) or self.pad_id not in (ids[0], ids[-1]):
+            return ids
+        inside = (ids != self.pad_id).nonzero()[0]
+        if not len(inside):
+            return ids[:0]
+        doubles = int(self.pad_id in (self.eos_id, self.bos_id))
+        return ids[max(0, inside[0] - doubles) : inside[-1] + 1 + doubles]
 
     def _check_range(self, document: Document, ids: npt.NDArray[Any]) -> Ids:
         if not len(ids):

@@ -30,7 +30,17 @@ _LAYOUTS = {
     "BatchTopKSAE": {**_LINEAR, "b_dec": "b_dec", "threshold": "threshold"},
     "MatryoshkaBatchTopKSAE": {**_OWN, "threshold": "threshold"},
     "JumpReluAutoEncoder": {**_OWN, "threshold": "threshold"},
+    # Of other publishers, files of the same kind without a config.
+    "Goodfire": {
+        "encoder_linear.weight": "W_enc",
+        "encoder_linear.bias": "b_enc",
+        "decoder_linear.weight": "W_dec.T",
+        "decoder_linear.bias": "b_dec",
+    },
+    "Qwen Scope": {"W_enc": "W_enc", "b_enc": "b_enc", "W_dec": "W_dec.T", "b_dec": "b_dec"},
 }
+_READ_X = ("AutoEncoderNew", "JumpReluAutoEncoder", "Goodfire", "Qwen Scope")
+"""Those that do not subtract b_dec from the input."""
 _COUNTS = {
     "AutoEncoderTopK": ("k",),
     "BatchTopKSAE": ("k",),
@@ -98,7 +108,8 @@ def write(weights: FoldedWeights, folder: Path, record: Conversion, options: Map
 
 def read(path: Path, record: Conversion, options: Mapping[str, Any]) -> FoldedWeights:
     """A folder with ae.pt (and config.json, there or one folder up), or such a file, checkpoints/ae_N.pt too, or the state that
-    an interrupted training left in ae.pt. Options: allow_pickle; threshold, of a BatchTopK whose file has none."""
+    an interrupted training left in ae.pt; Goodfire's and Qwen Scope's files. Options: allow_pickle; threshold, of a BatchTopK
+    whose file has none."""
     where = "dictionary-learning import"
     file = locate(where, path, (WEIGHTS_FILE, "ae.safetensors", "ae_*.pt", "checkpoints/ae_*.pt"))
     saved = read_state(where, file, bool(options.get("allow_pickle")))
@@ -126,18 +137,22 @@ def read(path: Path, record: Conversion, options: Mapping[str, Any]) -> FoldedWe
             raise ValueError(f"{where}: {file}: group_sizes: expected positive sizes that sum to {d_sae}, got {sizes}")
         record.add("group sizes became cumulative widths", "layout")
         widths = tuple(accumulate(sizes)) if len(sizes) > 1 else None
-    if name not in ("AutoEncoderNew", "JumpReluAutoEncoder"):
+    if name not in _READ_X:
         fields["input_bias"] = fields["b_dec"].clone()
     final = file.name == WEIGHTS_FILE and saved is state
     k = _k(f"{where}: {file}", fields.pop("k", None), trainer, final, record) or options.get("k")
     threshold = fields.pop("threshold", None)
-    if name == "AutoEncoderTopK":
+    if name == "Qwen Scope" and k is None and (match := re.search(r"L0_(\d+)", str(file))) is not None:
+        k = int(match[1])
+    if name in ("AutoEncoderTopK", "Qwen Scope"):
         selection: dict[str, Any] = {"activation": "topk", "threshold": threshold}
     elif sparse:
         selection = batch_topk_at_inference(threshold, k, options, record)
     else:
         selection = {"activation": "threshold", "threshold": torch.tensor(0.0) if threshold is None else threshold}
     source = _hook(trainer.submodule_name)
+    if match := re.search(r"-l(\d+)[-./]" if name == "Goodfire" else r"layer(\d+)\.sae\.", str(file)):
+        source = source or f"blocks.{match[1]}.hook_resid_post"
     target = _hook(trainer.submodule_name_out) or source
     return FoldedWeights(**fields, **selection, k=k, widths=widths, hooks=Hooks(source, target, trainer.lm_name))
 

@@ -27,19 +27,21 @@ from transcoder.interop.foreign_config import Flag, ForeignConfig, Mean, Size, T
 from transcoder.interop.layout import from_layout, to_layout
 
 TESTED = "google's files as sae-lens 6.54.12 and circuit-tracer 0.4.1 and 0.5.0 read them"
+READ, READ_BEHIND, WRITTEN = "ln2.hook_normalized", "mlp.hook_in", "hook_mlp_out"
 WEIGHTS_FILE = "params.npz"
 _LAYOUT = {"W_enc": "W_enc.T", "W_dec": "W_dec", "b_enc": "b_enc", "b_dec": "b_dec", "threshold": "threshold"}
 WEIGHTS_FILE_2, CONFIG_FILE_2 = "params.safetensors", "config.json"
 _LAYOUT_2 = {name.lower(): field for name, field in _LAYOUT.items()} | {"affine_skip_connection": "W_skip.T"}
-_SITES = {
-    # The first generation has them in the repository's name, the second in a folder's.
-    r"-pt-res\b|-it-res\b|\bresid_post": "hook_resid_post",
-    r"-pt-att\b|-it-att\b|\battn_out": "attn.hook_z",
-    r"-pt-mlp\b|-it-mlp\b|\bmlp_out": "hook_mlp_out",
+_SITES = {"res": "hook_resid_post", "resid_post": "hook_resid_post", "att": "attn.hook_z", "attn_out": "attn.hook_z"}
+_SITES |= {"mlp": "hook_mlp_out", "mlp_out": "hook_mlp_out"}
+"""Where sparse autoencoders read and write: the end of the first generation's repositories, the second's folders."""
+_HF_HOOKS = {
+    "pre_feedforward_layernorm.output": READ_BEHIND,
+    "post_feedforward_layernorm.output": WRITTEN,
+    "output": "hook_resid_post",
+    "self_attn.o_proj.input": "attn.hook_z",
 }
-"""Where sparse autoencoders read and write, by what is in their path."""
 _FLOATING = ("float32", "float16", "float64")
-READ, READ_BEHIND, WRITTEN = "ln2.hook_normalized", "mlp.hook_in", "hook_mlp_out"
 
 
 def write(weights: FoldedWeights, folder: Path, record: Conversion, options: Mapping[str, Any]) -> None:
@@ -119,12 +121,9 @@ def read(path: Path, record: Conversion, options: Mapping[str, Any]) -> FoldedWe
         affine = "W_skip" in fields
         config.require("affine_connection", config.affine_connection in (None, affine), f"{affine}, as in the weights")
     record.add("W_enc transposed to a latent a row", "layout")
-    layer = options.get("layer")
-    if layer is None and (match := re.search(r"layer_(\d+)", str(file))) is not None:
-        layer = int(match[1])
+    layer, own, target = _place(config, file, second)
+    layer = options.get("layer", layer)
     prefix = "" if layer is None else f"blocks.{layer}."
-    site = next((hook for pattern, hook in _SITES.items() if re.search(pattern, str(file.parent))), None)
-    own = site or (READ_BEHIND if second else READ)
     wanted = (options.get("source_hook") or prefix + own).removeprefix(prefix)
     fields |= _moved(where, fields, own, wanted, layer, options, record)
     # The folders are called average_l0_N, the second generation's config says it: the nearest thing to a k that there is.
@@ -134,8 +133,26 @@ def read(path: Path, record: Conversion, options: Mapping[str, Any]) -> FoldedWe
         record.add(f"k = {k}, the average L0 that its publishers give, for further training", "note")
     hooks = Hooks(model_name=_model_name(config, file))
     if layer is not None:
-        hooks = replace(hooks, source=prefix + wanted, target=prefix + (site or WRITTEN))
+        hooks = replace(hooks, source=prefix + wanted, target=prefix + target)
     return FoldedWeights(**fields, activation="threshold", k=k, hooks=hooks)
+
+
+def _place(config: _Config, file: Path, second: bool) -> tuple[int | None, str, str]:
+    """(layer, source hook, target hook) within the block: of the config, else of the path."""
+    match = re.search(r"layers\.(\d+)\.(.+)$", config.hf_hook_point_in or "")
+    if match is not None and match[2] in _HF_HOOKS:
+        source = _HF_HOOKS[match[2]]
+        out = (config.hf_hook_point_out or "").partition(f"layers.{match[1]}.")[2]
+        return int(match[1]), source, _HF_HOOKS.get(out, WRITTEN if config.type == "transcoder" else source)
+    layers = re.findall(r"layer_(\d+)", str(file))
+    layer = int(layers[-1]) if layers else None
+    pattern = (
+        r"(resid_post|attn_out|mlp_out)(?:_all)?/[^/]+$"
+        if second
+        else r"gemma-scope-\w+-(?:pt|it)-(res|att|mlp)(?:-\w+)?/"
+    )
+    site = re.search(pattern, file.parent.as_posix() + "/" * (not second))
+    return (layer, _SITES[site[1]], _SITES[site[1]]) if site else (layer, READ_BEHIND if second else READ, WRITTEN)
 
 
 def _config(where: str, file: Path) -> _Config:

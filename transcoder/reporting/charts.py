@@ -27,7 +27,6 @@ LOG_RATIO = 12.0
 """Positive values that span more than this are drawn on a logarithmic axis."""
 TABLE_ROWS = 24
 """Rows of a line chart's table, spread evenly over its longest line."""
-GRAPH_TABLE_ROWS = 200
 TITLE_CHARACTERS = 40
 """An axis title is broken at this length: a narrow chart would cut it."""
 
@@ -72,7 +71,7 @@ class Chart:
     """A chart as the page shows it.
 
     Fields:
-        look: "lines", "bars", "intervals" or "graph": its class in the style sheet.
+        look: "lines", "bars", "points" or "intervals": its class in the style sheet.
         data, layout: for `Plotly.react`, without the template.
         spoken: the chart in one sentence, for a screen reader.
         head, rows: its values as a table of texts.
@@ -256,55 +255,6 @@ def interval_chart(title: str, rows: Sequence[dict[str, Any]], *, x_label: str) 
     spoken = "; ".join(f"{row['label']}: {interval_words(row)}" for row in rows)
     texts = [[row["label"], *(number(row[name]) for name in ("mean", "low", "high"))] for row in rows]
     return Chart(title, "intervals", traces, layout, spoken, ["", "mean", "low", "high"], texts)
-
-
-Edge = tuple[int, int, float, bool, bool]
-"""A pair of latents: (latent, latent, correlation, flagged, mergeable)."""
-
-
-def graph_chart(title: str, groups: Sequence[Sequence[int]], edges: Sequence[Edge], *, spoken: str, note: str) -> Chart:
-    """Groups of latents, each drawn as a circle; the circles stand in rows, the largest group first."""
-    place: dict[int, tuple[float, float]] = {}
-    radii = [0.7 if len(g) == 2 else max(0.9, 1.15 * len(g) / math.pi) for g in groups]
-    wide = max(8.0, 1.1 * math.sqrt(sum((2 * r + 1.6) * (2 * r + 1.2) for r in radii)))
-    left = top = row_height = 0.0
-    for group, radius in zip(groups, radii, strict=True):
-        if left > 0 and left + 2 * radius > wide:
-            left, top, row_height = 0.0, top - row_height - 1.2, 0.0
-        for n, latent in enumerate(group):
-            turn = 2 * math.pi * n / len(group) + (0 if len(group) == 2 else math.pi / 2)
-            place[latent] = (left + radius + radius * math.cos(turn), top - radius - radius * math.sin(turn))
-        left += 2 * radius + 1.6
-        row_height = max(row_height, 2 * radius)
-    traces = []
-    for flagged, mergeable in ((False, False), (False, True), (True, False), (True, True)):
-        color = "--c1" if mergeable else "--muted" if flagged else "--muted/0.45"
-        # A point that is not a number parts the lines.
-        ends = [
-            p for i, j, _, *kind in edges if kind == [flagged, mergeable] for p in (place[i], place[j], (math.nan,) * 2)
-        ]
-        line = {"color": color, "width": 4.5 if flagged else 2}
-        traces.append(
-            _scatter(_shorts(x for x, _ in ends), [y for _, y in ends], mode="lines", hoverinfo="skip", line=line)
-        )
-    marker = {"size": 9 if len(place) > 60 else 12, "color": "--c0", "line": {"color": "--panel", "width": 1.5}}
-    names = {"text": list(map(str, place)), "customdata": list(place), "textposition": "top center"}
-    names |= {"mode": "markers" if len(place) > 90 else "markers+text", "textfont": {"size": 10, "color": "--muted"}}
-    x, y = zip(*place.values(), strict=True)
-    traces.append(
-        _scatter(_shorts(x), y, marker=marker, cliponaxis=False, hovertemplate="latent %{text}<extra></extra>", **names)
-    )
-    hidden = {"visible": False, "scaleanchor": "x"}
-    layout = {
-        "height": 560,
-        "margin": {"l": 14, "r": 14, "t": 18, "b": 8},
-        "xaxis": {"visible": False},
-        "yaxis": hidden,
-    }
-    head = ["latent", "latent", "correlation", "flagged", "mergeable"]
-    yes = ("no", "yes")
-    rows = [[str(i), str(j), _text(r), yes[f], yes[m]] for i, j, r, f, m in edges[:GRAPH_TABLE_ROWS]]
-    return Chart(title, "graph", traces, layout, spoken, head, rows, note=note)
 
 
 def interval_words(row: dict[str, Any]) -> str:

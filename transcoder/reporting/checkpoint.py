@@ -1,19 +1,18 @@
-"""What a run's newest checkpoint tells of its latents, read without torch: how often each fired, the nearest decoder rows."""
+"""The decoder of a run's newest checkpoint and its nearest rows, read without torch."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from transcoder.checkpoint_folder import (
     MODEL_FILE,
-    TRAINER_FILE,
     CheckpointError,
     candidates,
     read_state,
@@ -24,18 +23,6 @@ NEIGHBOURS = 8
 MOST_PRODUCTS = 4e11
 """Multiplications that looking for neighbours may take: about ten seconds of one core."""
 TILE_ROWS = 256
-
-
-class Firings(NamedTuple):
-    """How often latents fired in the monitor's last full block and the one in progress.
-
-    Fields:
-        counts: [d_sae] int64, tokens on which each latent fired.
-        tokens: tokens that were looked at.
-    """
-
-    counts: NDArray[np.int64]
-    tokens: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,33 +36,11 @@ class Checkpoint:
 
     path: Path
     step: int
-    _monitor: Any
 
     @cached_property
     def decoder(self) -> NDArray[np.float32]:
         """[d_sae, d_out] float32: a latent is a row."""
-        return self._tensor(MODEL_FILE, "W_dec").astype(np.float32, copy=False)
-
-    @property
-    def firings(self) -> Firings:
-        """Raises: RunPartMissingError: the correlation monitor, which counts them, was off or saw no token."""
-        if self.known_firings is None:
-            off = "was switched off" if self._monitor is None else f"had seen no token yet at step {self.step}"
-            raise RunPartMissingError(
-                f"checkpoint {str(self.path)!r} has no firing counts: the correlation monitor, which counts them, {off}"
-            )
-        return self.known_firings
-
-    @cached_property
-    def known_firings(self) -> Firings | None:
-        """`firings`, or None where no monitor counted any."""
-        monitor = self._monitor if isinstance(self._monitor, Mapping) else {}
-        parts = [name for name in ("block", "past") if name in monitor]
-        tokens = sum(int(monitor[name]["tokens_offered"]) for name in parts)
-        if tokens == 0:
-            return None
-        counts = [self._tensor(TRAINER_FILE, f"monitor/{name}/moments/count").astype(np.int64) for name in parts]
-        return Firings(np.sum(counts, axis=0), tokens)
+        return self._tensor("W_dec").astype(np.float32, copy=False)
 
     def neighbours(self, latents: Sequence[int], count: int = NEIGHBOURS) -> dict[int, list[tuple[int, float]]]:
         """Of each latent the others whose decoder rows point most nearly the same way, (id, cosine), nearest first.
@@ -102,29 +67,27 @@ class Checkpoint:
         unit: NDArray[np.float32] = self.decoder / np.maximum(length, np.finfo(np.float32).tiny)
         return unit
 
-    def _tensor(self, file: str, name: str) -> NDArray[Any]:
+    def _tensor(self, name: str) -> NDArray[Any]:
         from safetensors import SafetensorError, safe_open
 
         try:
-            with safe_open(self.path / file, framework="np") as tensors:
+            with safe_open(self.path / MODEL_FILE, framework="np") as tensors:
                 found: NDArray[Any] = tensors.get_tensor(name)
                 return found
         except (OSError, ValueError, SafetensorError) as error:
             # A run that goes on deletes its older checkpoints.
             raise RunPartMissingError(
-                f"checkpoint {str(self.path)!r}: {name} of {file} cannot be read: {error}; "
+                f"checkpoint {str(self.path)!r}: {name} of {MODEL_FILE} cannot be read: {error}; "
                 "run.refresh() looks for the newest checkpoint again"
             ) from error
 
 
 def newest_readable(run_dir: Path) -> Checkpoint | None:
-    """The newest checkpoint whose state and counts can be read, or None; its checksums are not looked at."""
+    """The newest checkpoint whose state can be read, or None; its checksums are not looked at."""
     for _, path in candidates([run_dir / "checkpoints"]):
         try:
-            found = read_checkpoint(path)
-            found.known_firings  # noqa: B018 - reads the counts: they may be lacking where the state is whole
-            return found
-        except (OSError, ValueError, LookupError, CheckpointError):
+            return read_checkpoint(path)
+        except (OSError, ValueError, CheckpointError):
             # Of another version, or half deleted by the run that goes on: an older one may do.
             continue
     return None
@@ -133,4 +96,4 @@ def newest_readable(run_dir: Path) -> Checkpoint | None:
 def read_checkpoint(path: Path) -> Checkpoint:
     """The checkpoint in a folder, see `checkpoint_folder.read_state` for what it raises."""
     state = read_state(path)
-    return Checkpoint(path, int(state["step"]), state["trainer"].get("monitor"))
+    return Checkpoint(path, int(state["step"]))

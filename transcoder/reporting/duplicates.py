@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, overload
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 from transcoder.reporting.format import MISSING, number, percent, real, whole
 from transcoder.reporting.tables import SHOWN, ShownAsTable, html_table
+from transcoder.reporting.verdict import VERDICTS, duplicate_kind, pair_verdict
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -19,18 +21,7 @@ if TYPE_CHECKING:
     from transcoder.reporting.latents import Latent
     from transcoder.reporting.run import Run
 
-HEAD = (
-    "i",
-    "j",
-    "correlation",
-    "95 % interval",
-    "cosine",
-    "support",
-    "blocks",
-    "flagged",
-    "merge test",
-    "cost of folding",
-)
+HEAD = ("i", "j", "correlation", "95 % interval", "decoder cosine", "tokens", "cost of merging", "verdict")
 
 
 class Histogram(NamedTuple):
@@ -46,14 +37,15 @@ class Pair:
 
     Fields:
         i, j: latent ids, i < j.
-        correlation: Pearson's, over the tokens of the live view; `lower` and `upper` bound it at 95 %.
+        correlation: Pearson's, of their activations; `lower` and `upper` bound it at 95 %.
         cosine, jaccard: of the two activation columns, and of the sets of tokens on which they fire.
+        decoder_cosine: of their decoder rows.
         support: tokens on which either fires. `sequences`: how many sequences they stand in.
-        blocks_above: of the disjoint blocks remembered, in how many the lower bound was above the threshold (persistence).
-        flagged: held in enough blocks to be called a duplicate.
-        mergeable: the merge test's verdict on held-out tokens; None where it was not put to the test or says nothing.
-        merge_share: what folding costs, as a share of what leaving the latent out costs.
-        merge_fvu_change: the change of the held-out FVU by folding.
+        merge_share: cost of one latent in the place of both, as a share of what the dropped one is worth, on held-out tokens;
+            `merge_share_error` is its standard error, `merge_fvu_change` the change of the FVU.
+        verdict: "duplicate", "correlated" or "undecided", see `reporting.verdict`.
+        kind: of a duplicate: "twin" (same direction) or "split" (fire together, write different directions).
+        flagged: held in enough blocks of the training text; blocks_above: in how many (None in a report of held-out tokens).
     """
 
     i: int
@@ -63,19 +55,33 @@ class Pair:
     upper: float | None
     cosine: float | None
     jaccard: float | None
+    decoder_cosine: float | None
     support: int | None
     sequences: int | None
+    merge_share: float | None
+    merge_share_error: float | None
+    merge_fvu_change: float | None
     blocks_above: int | None
     flagged: bool
-    mergeable: bool | None
-    merge_share: float | None
-    merge_fvu_change: float | None
+    verdict: str
+    kind: str | None
     _run: Run = dataclasses.field(repr=False, compare=False)
 
     @property
-    def verdict(self) -> str:
-        """ "mergeable", "not mergeable" or "not tested"."""
-        return {True: "mergeable", False: "not mergeable", None: "not tested"}[self.mergeable]
+    def mergeable(self) -> bool | None:
+        """Whether it is a duplicate; None where that is undecided."""
+        return {"duplicate": True, "correlated": False}.get(self.verdict)
+
+    @property
+    def said(self) -> str:
+        """The verdict in a word or two: "twin", "split", "correlated", ..."""
+        return self.kind or self.verdict
+
+    @property
+    def cost(self) -> str:
+        """The cost of merging with its error."""
+        error = "" if self.merge_share_error is None else f" ± {percent(self.merge_share_error)}"
+        return percent(self.merge_share) + error
 
     @property
     def latents(self) -> tuple[Latent, Latent]:
@@ -94,12 +100,10 @@ class Pair:
             str(self.j),
             f"{self.correlation:.3f}",
             f"{self.lower:.3f} to {self.upper:.3f}" if known else MISSING,
-            number(self.cosine),
+            number(self.decoder_cosine),
             number(self.support),
-            number(self.blocks_above),
-            "flagged" if self.flagged else "",
-            self.verdict,
-            percent(self.merge_share),
+            self.cost,
+            self.said,
         )
 
     def _repr_html_(self) -> str:
@@ -114,29 +118,31 @@ _WHOLE = ("i", "j", "support", "sequences", "blocks_above")
 def _read_pair(run: Run, row: object) -> Pair | None:
     if not isinstance(row, dict):
         return None
-    known = {name: (whole if name in _WHOLE else real)(row.get(name)) for name in _FIELDS}
+    known: dict[str, Any] = {name: (whole if name in _WHOLE else real)(row.get(name)) for name in _FIELDS}
     if known["i"] is None or known["j"] is None or known["correlation"] is None:
         return None
-    flags = {"flagged": row.get("flagged") is True, "mergeable": None}
-    if isinstance(row.get("mergeable"), bool):
-        flags["mergeable"] = row["mergeable"]
-    return Pair(**{**known, **flags}, _run=run)  # type: ignore[arg-type]
+    # A report of training says what the merge test cost, and leaves the verdict to its reader.
+    verdict = row["verdict"] if row.get("verdict") in VERDICTS else pair_verdict(known["merge_share"])
+    kind = duplicate_kind(known["decoder_cosine"]) if verdict == "duplicate" else None
+    return Pair(**{**known, "flagged": row.get("flagged") is True, "verdict": verdict, "kind": kind}, _run=run)
 
 
 class Duplicates(ShownAsTable, Sequence[Pair]):
     """Pairs above the threshold, strongest first; indexed, sliced and iterated like a list.
 
-    The report holds at most `antidup.monitor.max_reported_pairs` of them; `total` counts all.
+    Of a finished run they are counted on held-out tokens with the final weights (`final`); of one that is still training, in
+    its newest correlation report. At most `antidup.monitor.max_reported_pairs` are listed; `total` counts all.
 
     Args:
-        run: whose newest correlation report is read; one without a report has no pairs.
+        run: one without a report has no pairs.
         pairs: those that are left of the report's; None takes all that can be read.
     """
 
     HEAD = HEAD
 
     def __init__(self, run: Run, pairs: Iterable[Pair] | None = None) -> None:
-        self._run, self.report = run, run.correlation
+        self._run, self.report = run, run.heldout_duplicates or run.correlation
+        self.final = bool(run.heldout_duplicates)
         if pairs is None:
             read = [p for row in _list(self.report.get("pairs")) if (p := _read_pair(run, row)) is not None]
             pairs = sorted(read, key=lambda p: (-p.correlation, p.i, p.j))
@@ -168,18 +174,9 @@ class Duplicates(ShownAsTable, Sequence[Pair]):
 
     @property
     def groups(self) -> list[list[int]]:
-        """Latents joined by candidate or flagged pairs, the largest group first."""
-        return self.candidate_groups or self.flagged_groups
-
-    @property
-    def candidate_groups(self) -> list[list[int]]:
-        """`groups` as a report of today lists them; an older one has only those of flagged pairs."""
-        return self._groups("candidate_components")
-
-    @property
-    def flagged_groups(self) -> list[list[int]]:
-        """Latents joined by flagged pairs only."""
-        return self._groups("components")
+        """Latents joined by duplicate pairs, the largest group first; of a run in training by candidate pairs."""
+        found = self._groups("components" if self.final else "candidate_components")
+        return found or ([] if self.final else self._groups("components"))
 
     @property
     def histogram(self) -> Histogram:
@@ -197,6 +194,7 @@ class Duplicates(ShownAsTable, Sequence[Pair]):
 
     @property
     def mergeable(self) -> Duplicates:
+        """The duplicates: twins and splits."""
         return self._some(p for p in self if p.mergeable)
 
     def of(self, latent: int) -> Duplicates:
@@ -220,7 +218,11 @@ class Duplicates(ShownAsTable, Sequence[Pair]):
         least = self.thresholds.get("correlation")
         what = "" if least is None else f" above a correlation of {number(least)}"
         count = f"{len(self)} of {self.total:,}" if len(self) != self.total else f"{self.total:,}"
-        return f"{count} duplicate pairs{what}, at step {self.step:,}"
+        if not self.final:
+            return f"{count} candidate pairs{what} in training, at step {self.step:,}"
+        verdicts = Counter(p.verdict for p in self)
+        said = ", ".join(f"{verdicts[verdict]} {verdict}" for verdict in VERDICTS)
+        return f"{count} pairs{what} on held-out tokens: {said}"
 
     def _some(self, pairs: Iterable[Pair]) -> Duplicates:
         return Duplicates(self._run, pairs)

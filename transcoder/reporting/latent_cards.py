@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,6 @@ from transcoder.reporting.format import whole
 from transcoder.reporting.page import pack
 from transcoder.reporting.run import Run
 from transcoder.reporting.samples import Context, SampleTable
-from transcoder.reporting.sections import LISTED_PAIRS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,11 +28,14 @@ MAX_BYTES = 6_000_000
 CHUNK = 128
 """Latents in a chunk: the page unpacks a chunk when one of its latents is opened."""
 SAMPLES_OF_A_KIND = 12
+LEAST_CONTEXTS = 5
+"""Strongest contexts without which a latent is not shown as one to begin with."""
 TOKENS_BEFORE, TOKENS_AFTER = 28, 12
 TOKEN_CHARACTERS = 48
 BYTES_A_ROW, BYTES_A_TOKEN = 16, 2
 """A guess of what a context takes when packed, to choose how many latents are read at all."""
-BINS = 20
+LISTED_PAIRS = 500
+"""Pairs on the page; the JSON report has the rest."""
 
 
 @dataclass(eq=False)
@@ -56,20 +59,20 @@ def build(run: Run) -> LatentCards:
 
     index: {"ids": [...] | null (null: 0 to count - 1), "count", "widths", "peak": [...], "density": [...] | null,
         "samples": [...], "group": [...] (0: none), "chunk": [...] (-1: no card), "word": [...] (-1: none), "words": [...],
-        "partners": {id: [ids]}}
+        "partners": {id: [[id, what the pair is], ...]}, "tokens": looked at,
+        "interesting": six ids to begin with}
     A chunk is {"words": [...], "cards": [[id, rows, facts], ...]}; a row of a card is [is top, activation, position,
-    sequence, column of the token, [word numbers], [[column, strength 0..1], ...]].
+    sequence, column of the token, [word numbers], [[column, strength 0..1] where above 0, ...]].
     """
-    samples, facts, checkpoint = run.samples, run.heldout_latents, run.unverified_checkpoint
+    samples, facts = run.samples, run.heldout_latents
     found = Duplicates(run)
     pairs = [(p.i, p.j) for p in found[:LISTED_PAIRS]]
-    firings = None if checkpoint is None else checkpoint.known_firings
     sampled = _by_latent([], []) if samples is None else _by_latent(samples.activation, samples.latent)
     heldout = _by_latent([], []) if facts is None else _by_latent(facts.peak, facts.latent)
-    # Of held-out tokens, else of the last that the monitor saw before the checkpoint.
-    density = _by_latent([], []) if firings is None else _by_latent(firings.counts / firings.tokens, None)
-    if facts is not None and facts.tokens:
-        density = _by_latent(facts.fired / facts.tokens, facts.latent).combine_first(density)
+    counted = facts is not None and facts.tokens > 0
+    density = (
+        _by_latent(facts.fired / facts.tokens, facts.latent) if facts is not None and counted else _by_latent([], [])
+    )
     paired = _by_latent([0] * 2 * len(pairs), [i for pair in pairs for i in pair])
     ids = sampled.index.union(heldout.index).union(density.index).union(paired.index).unique()
     place = {int(i): n for n, i in enumerate(ids)}
@@ -78,15 +81,15 @@ def build(run: Run) -> LatentCards:
     group = np.zeros(len(ids), np.int64)
     for number, members in enumerate(found.groups, 1):
         group[[place[i] for i in members if i in place]] = number
-    partners: dict[str, list[int]] = {}
-    for i, j in pairs:
-        partners.setdefault(str(i), []).append(j)
-        partners.setdefault(str(j), []).append(i)
+    partners: dict[str, list[list[Any]]] = {}
+    for pair in found[:LISTED_PAIRS]:
+        for latent in (pair.i, pair.j):
+            partners.setdefault(str(latent), []).append([pair.other(latent), pair.said])
     cards = LatentCards({}, sampled=sampled.index.nunique())
-    chunk, word, words = (
-        _fill(cards, run, samples, _choose(run, samples, pairs), place)
+    chunk, word, words, begin_with = (
+        _fill(cards, run, samples, _choose(run, samples, pairs), place, density)
         if samples is not None
-        else (np.full(len(ids), -1), np.full(len(ids), -1), [])
+        else (np.full(len(ids), -1), np.full(len(ids), -1), [], [])
     )
     cards.index = {
         "ids": None if len(ids) and int(ids[-1]) == len(ids) - 1 else ids.tolist(),
@@ -100,16 +103,17 @@ def build(run: Run) -> LatentCards:
         "word": word.tolist(),
         "words": words,
         "partners": {i: found[:8] for i, found in partners.items()},
+        "tokens": 0 if facts is None else facts.tokens,
+        "interesting": begin_with,
     }
     return cards
 
 
-def _by_latent(values: ArrayLike, latents: ArrayLike | None) -> pd.Series[float]:
-    """float64 values by latent ids, int64; None: of all latents in order."""
+def _by_latent(values: ArrayLike, latents: ArrayLike) -> pd.Series[float]:
+    """float64 values by latent ids, int64."""
     import pandas as pd
 
-    index = None if latents is None else np.asarray(latents, np.int64)
-    return pd.Series(np.asarray(values, np.float64), index)
+    return pd.Series(np.asarray(values, np.float64), np.asarray(latents, np.int64))
 
 
 def packed(value: Any) -> str:
@@ -140,9 +144,15 @@ def _choose(run: Run, samples: SampleTable, pairs: Sequence[tuple[int, int]]) ->
 
 
 def _fill(
-    cards: LatentCards, run: Run, samples: SampleTable, chosen: list[int], place: dict[int, int]
-) -> tuple[NDArray[np.int64], NDArray[np.int64], list[str]]:
-    """Pack the cards of the chosen latents; returns the columns `chunk` and `word` of the index, and the `words`."""
+    cards: LatentCards,
+    run: Run,
+    samples: SampleTable,
+    chosen: list[int],
+    place: dict[int, int],
+    density: pd.Series[float],
+) -> tuple[NDArray[np.int64], NDArray[np.int64], list[str], list[int]]:
+    """Pack the cards of the chosen latents; returns the columns `chunk` and `word` of the index, the `words`, and the latents
+    to begin with."""
     chunk, word = np.full((2, len(place)), -1)
     contexts = _contexts(samples, chosen)
     facts = {} if run.heldout_latents is None else run.heldout_latents.details(chosen)
@@ -168,7 +178,7 @@ def _fill(
         chunk[[place[latent] for latent in part]] = len(cards.chunks)
         cards.chunks.append(text)
         cards.with_contexts += len(part)
-    return chunk, word, list(peaks)
+    return chunk, word, list(peaks), interesting({i: contexts[i] for i in chosen if chunk[place[i]] >= 0}, density)
 
 
 def _contexts(samples: SampleTable, chosen: list[int]) -> dict[int, list[Context]]:
@@ -177,22 +187,45 @@ def _contexts(samples: SampleTable, chosen: list[int]) -> dict[int, list[Context
     for latent in chosen:
         rows = samples.rows_of(latent)
         top = samples.top[rows]
-        shown += [rows[top][:SAMPLES_OF_A_KIND], rows[~top][:SAMPLES_OF_A_KIND]]
+        others = rows[~top]
+        # Evenly over the activations, strong and weak ones.
+        others = others[np.linspace(0, len(others) - 1, min(SAMPLES_OF_A_KIND, len(others))).astype(int)]
+        shown += [rows[top][:SAMPLES_OF_A_KIND], others]
     found: dict[int, list[Context]] = {latent: [] for latent in chosen}
     for context in samples.read_contexts(np.concatenate(shown)):
         found[context.latent].append(context)
     return found
 
 
+def interesting(contexts: dict[int, list[Context]], density: pd.Series[float], count: int = 6) -> list[int]:
+    """Up to `count` latents whose strongest contexts say something at a glance: they fire on words rather than whitespace, in
+    contexts that differ, on alike tokens, neither once nor everywhere; no two on the same word."""
+    ranked = []
+    for latent, found in contexts.items():
+        top = [c for c in found if c.kind == "top"]
+        words = [c.tokens[c.anchor].strip().lower() for c in top]
+        lettered = sum(sum(map(str.isalpha, word)) >= 2 for word in words)
+        share = float(density.get(latent, np.nan))
+        if len(top) < LEAST_CONTEXTS or lettered < 0.8 * len(top) or share < 1e-4 or share > 0.05:
+            continue
+        varied = len({"".join(c.tokens[max(0, c.anchor - 4) : c.anchor + 3]) for c in top}) / len(top)
+        (word, often), *_ = Counter(words).most_common(1)
+        ranked.append((varied * lettered / len(top) * (0.5 + 0.5 * often / len(top)), -latent, word))
+    chosen: dict[str, int] = {}
+    for _, latent, word in sorted(ranked, reverse=True):
+        chosen.setdefault(word, -latent)
+    return list(chosen.values())[:count]
+
+
 def _row(context: Context, peak: float, words: dict[str, int]) -> list[Any]:
     """A context, packed; its new words are added to `words`."""
     begin = max(0, context.anchor - TOKENS_BEFORE)
     window = slice(begin, context.anchor + TOKENS_AFTER + 1)
-    shades = np.clip(context.activations[window] / peak, 0, 1)
+    shades = np.nan_to_num(np.clip(context.activations[window] / peak, 0, 1)).round(2)
     numbers = [words.setdefault(_shorten(token), len(words)) for token in context.tokens[window]]
     (activation,) = _rounded([context.activation], 4)
     place = [context.position, context.sequence, context.anchor - begin]
-    known = [[n, round(float(shades[n]), 2)] for n in np.flatnonzero(np.isfinite(shades)).tolist()]
+    known = [[n, float(shades[n])] for n in np.flatnonzero(shades).tolist()]
     return [int(context.kind == "top"), activation, *place, numbers, known]
 
 
@@ -205,6 +238,7 @@ def _facts(details: dict[str, Any] | None, near: list[tuple[int, float]] | None)
 
     return {
         "histogram": [int(v) for v in details["histogram"]] if details else [],
+        "quantiles": _rounded(details.get("quantiles", ()), 4) if details else [],
         "near": [[i, *_rounded([cosine], 3)] for i, cosine in near or ()],
         "up": words("promoted"),
         "down": words("suppressed"),

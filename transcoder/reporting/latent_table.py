@@ -1,4 +1,4 @@
-"""latents.parquet: what the trained transcoder says of each latent on held-out tokens, written once at the end of a run."""
+"""latents.parquet: what the final weights say of each latent, written once at the end of a run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FILE_NAME = "latents.parquet"
 NUMBERS = ("latent", "tokens_fired", "max_activation")
 LISTS = ("histogram", "promoted", "promoted_logits", "suppressed", "suppressed_logits")
 ABOUT = b"transcoder"
-"""Key of the file's own metadata: JSON with "tokens" (held-out tokens counted) and "why" (what is lacking: reason)."""
+"""Key of the file's own metadata: JSON with "tokens" (tokens counted) and "why" (what is lacking: reason)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,8 +25,8 @@ class LatentTable:
     """Every latent's row, in order of ids.
 
     Fields:
-        fired: int64, held-out tokens it fired on; peak: float64, its highest activation there.
-        tokens: held-out tokens in all.
+        fired: int64, tokens it fired on; peak: float64, its highest activation there.
+        tokens: tokens looked at in all.
         why: what the file lacks, and the reason.
     """
 
@@ -42,7 +42,8 @@ class LatentTable:
         import pyarrow.compute as pc
         import pyarrow.parquet as pq
 
-        rows = pq.read_table(self._path, columns=["latent", *LISTS], filters=pc.field("latent").isin(wanted))
+        lists = [*LISTS, *(name for name in ("quantiles",) if name in pq.read_schema(self._path).names)]
+        rows = pq.read_table(self._path, columns=["latent", *lists], filters=pc.field("latent").isin(wanted))
         return {row.pop("latent"): {name: found or [] for name, found in row.items()} for row in rows.to_pylist()}
 
 

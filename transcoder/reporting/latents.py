@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from transcoder.reporting.checkpoint import NEIGHBOURS
 from transcoder.reporting.duplicates import Duplicates
 from transcoder.reporting.format import MISSING, number
+from transcoder.reporting.latent_table import LatentTable
 from transcoder.reporting.parts import RunPartMissingError
 from transcoder.reporting.samples import Context, SampleTable
 from transcoder.reporting.tables import SHOWN, ShownAsTable, safe
@@ -56,14 +57,21 @@ class LatentColumns:
 
     @property
     def firings(self) -> NDArray[np.int64]:
-        """int64: tokens on which each fired in the monitor's last block or two before the checkpoint."""
-        return self.run.checkpoint.firings.counts
+        """int64: tokens on which each fired under the final weights, see `latents.parquet`."""
+        return self._counted.fired
 
     @property
     def density(self) -> NDArray[np.float64]:
-        """float64: share of those tokens."""
-        found = self.run.checkpoint.firings
-        return found.counts / found.tokens
+        """float64: share of those tokens; 0 is dead."""
+        return self._counted.fired / self._counted.tokens
+
+    @property
+    def _counted(self) -> LatentTable:
+        found = self.run.heldout_latents
+        if found is None or not found.tokens:
+            why = next((m.why for m in self.run.lacking if "latent" in m.what), "no token was looked at")
+            raise RunPartMissingError(f"run {str(self.run.path)!r} has no firing counts: {why}")
+        return found
 
     @property
     def samples(self) -> SampleTable:
@@ -93,7 +101,7 @@ class Latent:
 
     Attributes:
         prefix: the narrowest Matryoshka prefix it is in, 0 for the first.
-        firings: tokens on which it fired, of `run.checkpoint.firings.tokens`; density: their share.
+        firings: tokens on which it fired, of `run.heldout_latents.tokens`; density: their share.
         max_activation: the strongest activation kept; None for a latent without samples.
         group: the number of its duplicate group in `run.duplicates.groups`; None where it has no duplicate.
     """
@@ -142,7 +150,7 @@ class Latent:
 
     @property
     def pairs(self) -> Duplicates:
-        """The duplicate pairs it is in, each with bounds, persistence and the merge test's verdict."""
+        """The pairs it is in, each with bounds, the cost of merging and the verdict."""
         return self._columns.run.duplicates.of(self.id)
 
     @property
@@ -173,7 +181,8 @@ class Latent:
         facts = [f"prefix {self.prefix} (width {self.prefix_width:,})"] if len(self._columns.widths) > 1 else []
         firings, peak = self._or_none("firings"), self._or_none("max_activation")
         if firings is not None:
-            facts.append(f"fired on {number(firings)} tokens (density {number(self.density)})")
+            count = f"fired on {number(firings)} tokens (density {number(self.density)})"
+            facts.append(count if firings else "dead: did not fire on the tokens looked at")
         if peak is not None:
             facts.append(f"max activation {number(peak)}")
         return ", ".join(facts)
@@ -189,8 +198,8 @@ class Latent:
     def _relations(self) -> list[str]:
         found = []
         if pairs := self._or_none("pairs"):
-            said = (f"{p.other(self.id)} (correlation {p.correlation:.3f}, {p.verdict})" for p in pairs[:NEIGHBOURS])
-            found.append(f"duplicates: {', '.join(said)}")
+            said = (f"{p.other(self.id)} (correlation {p.correlation:.3f}, {p.said})" for p in pairs[:NEIGHBOURS])
+            found.append(f"pairs: {', '.join(said)}")
         near = self._or_none("neighbours")
         if near is not None:
             found.append(f"decoder neighbours: {', '.join(f'{n} ({cosine:.2f})' for n, cosine in near)}")
@@ -214,11 +223,13 @@ class Latents(ShownAsTable, Sequence[Latent]):
 
     HEAD = ("id", "prefix", "fired", "density", "max activation", "group", "context")
 
-    def __init__(self, columns: LatentColumns, ids: NDArray[np.int64], found: Mapping[int, int] | None = None) -> None:
+    def __init__(
+        self, columns: LatentColumns, ids: NDArray[np.int64], found: Mapping[int, Context] | None = None
+    ) -> None:
         self._columns = columns
         self.id = ids
         self._found = found or {}
-        """Of a search: latent -> the row of its strongest sample that has the text."""
+        """Of a search: latent -> the context in which it fires most on the text."""
 
     def __getattr__(self, name: str) -> NDArray[Any]:
         if name not in COLUMNS:
@@ -243,13 +254,19 @@ class Latents(ShownAsTable, Sequence[Latent]):
         return Latent(self._columns, int(latent))
 
     def search(self, text: str) -> Latents:
-        """Latents with `text` in one of their contexts, upper and lower case alike; those with the most such contexts first."""
-        samples = self._columns.samples
+        """Latents with `text` in one of their contexts, upper and lower case alike; those that fire on it the most first: by
+        the mean over a latent's contexts of its activation on the text, as a share of its strongest."""
+        samples, columns = self._columns.samples, self._columns
         rows = np.flatnonzero(samples.containing(text) & np.isin(samples.latent, self.id))
-        rows = rows[np.argsort(-samples.activation[rows], kind="stable")]
-        found, first, counts = np.unique(samples.latent[rows], return_index=True, return_counts=True)
-        order = np.argsort(-counts, kind="stable")
-        return Latents(self._columns, found[order], dict(zip(found.tolist(), rows[first].tolist(), strict=True)))
+        read = ((c.firing_on(text), c) for c in samples.read_contexts(rows))
+        score, found = np.zeros(columns.d_sae), dict[int, Context]()
+        for firing, context in sorted(read, key=lambda pair: -pair[0]):
+            found.setdefault(context.latent, context)
+            score[context.latent] += firing
+        ids = np.asarray(list(found), dtype=np.int64)
+        kept = np.bincount(samples.latent, minlength=columns.d_sae)[ids]
+        rank = np.argsort(-score[ids] / kept / columns.max_activation[ids], kind="stable")
+        return Latents(columns, ids[rank], found)
 
     def filter(
         self,
@@ -329,10 +346,11 @@ class Latents(ShownAsTable, Sequence[Latent]):
 
     def _context(self, latent: int) -> Context | None:
         """What a search found, else the strongest."""
+        if latent in self._found:
+            return self._found[latent]
         try:
             samples = self._columns.samples
         except RunPartMissingError:
             return None
-        row = self._found.get(latent)
-        found = samples.read_contexts(samples.rows_of(latent)[:1] if row is None else np.asarray([row]))
+        found = samples.read_contexts(samples.rows_of(latent)[:1])
         return found[0] if found else None

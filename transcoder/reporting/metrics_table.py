@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import math
 import os
-import statistics
 import time
 from array import array
 from collections import deque
@@ -60,10 +59,11 @@ class Series:
         tail = [v for v in self.values[-count:] if math.isfinite(v)]
         return math.fsum(tail) / len(tail) if tail else None
 
-    def median(self) -> float | None:
-        """The median over the run without the first value, which carries the start-up."""
-        finite = [v for v in self.values[1:] or self.values if math.isfinite(v)]
-        return statistics.median(finite) if finite else None
+    def rate(self) -> float | None:
+        """The harmonic mean: of rates over equal amounts, the whole amount over the whole time. Without the first value, which
+        carries the start-up."""
+        finite = [v for v in self.values[1:] or self.values if math.isfinite(v) and v > 0]
+        return len(finite) / math.fsum(1 / v for v in finite) if finite else None
 
     def at_steps(self) -> dict[int, float]:
         """Finite values by step; of a step that comes twice, the later line."""

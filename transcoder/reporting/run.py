@@ -151,6 +151,14 @@ class Run:
         return Part({}, self._error_text(what, self._why[what]))
 
     @cached_property
+    def heldout_duplicates(self) -> Part:
+        """heldout_duplicates.json: pairs and verdicts of the final weights; empty where they were not looked at, or the run has
+        gone on since."""
+        found = self._part("duplicates of the final weights", "heldout_duplicates.json", None)
+        last = self.last_step
+        return found if not found or last is None or (whole(found.get("step")) or 0) >= last else Part({})
+
+    @cached_property
     def sampler_positions(self) -> Part:
         """positions.json: what the position sampler saw and drew; empty where there was no sampler."""
         return self._part("sampler positions", "anti_duplication_logs/positions.json", None)
@@ -180,13 +188,11 @@ class Run:
 
     @cached_property
     def heldout_latents(self) -> LatentTable | None:
-        """latents.parquet, what the trained transcoder says of each latent on held-out tokens, or None."""
-        what, file = "held-out facts of each latent", self.path / LATENTS_FILE
+        """latents.parquet, what the final weights say of each latent, or None."""
+        what, file = "facts of each latent", self.path / LATENTS_FILE
         if file.exists():
             return self._parquet(self._why_lacking, what, file, read_latents)
-        if self.setting("logging.report") is False:
-            why = "logging.report is off, and it is made for the report"
-        elif self.finished:
+        if self.finished:
             why = "the run finished, but could not write it (its log says why), or is of an earlier version"
         else:
             why = "it is written when a run finishes"
@@ -341,13 +347,13 @@ class Run:
         metrics.jsonl, else (duplicates) from the newest correlation report; None where none has it.
 
         Args:
-            how: From metrics.jsonl take the "last" value, the "tail_mean" of the last ten, or the "median"
-                of the run.
+            how: From metrics.jsonl take the "last" value, the "tail_mean" of the last ten, or the "rate" over the run: the
+                harmonic mean, tokens over time where the value is tokens per second.
         """
         if name in self._summary_numbers:
             return self._summary_numbers[name]
         series = self.metrics.get(name)
-        value = {"last": series.last, "tail_mean": series.tail_mean, "median": series.median}[how]()
+        value = {"last": series.last, "tail_mean": series.tail_mean, "rate": series.rate}[how]()
         if value is None and name in _REPORTED:
             reported = self.correlation.get(_REPORTED[name])
             value = float(reported) if isinstance(reported, (int, float)) else None
@@ -384,12 +390,13 @@ class Run:
 
     @cached_property
     def duplicates(self) -> Duplicates:
-        """Pairs of latents that rise and fall together, strongest first; `.groups`, `.histogram`, `.flagged`, `.frame()`.
+        """Pairs of latents that rise and fall together, strongest first, each with a verdict; `.mergeable`, `.groups`,
+        `.histogram`, `.frame()`.
 
         Raises:
-            RunPartMissingError: there is no correlation report that can be read.
+            RunPartMissingError: there is no report of them that can be read.
         """
-        if not self.correlation:
+        if not self.heldout_duplicates and not self.correlation:
             raise self.missing_error("duplicates", "correlation report")
         return Duplicates(self)
 

@@ -33,8 +33,8 @@ class Context:
         tokens: display strings, padding left out.
         anchor: the place in `tokens` of the token that the sample was kept for.
         activation: at the anchor.
-        activations: [tokens] float64: what was kept at each token, the latent's other samples of the same sequence included;
-            NaN where none was, which is not a zero.
+        activations: [tokens] float64: the latent's on each token; NaN where it is not known (a masked token; every token but
+            the anchor in samples of training), which is not a zero.
         position: of the anchor in its sequence.
         sequence: number of the sequence, -1 where unknown.
         step: the training step that saw it.
@@ -54,6 +54,18 @@ class Context:
     @property
     def text(self) -> str:
         return "".join(self.tokens)
+
+    def firing_on(self, text: str) -> float:
+        """The strongest known activation on a token of `text`, wherever it is in the context, upper and lower case alike."""
+        ends = np.cumsum([len(token) for token in self.tokens])
+        begins, strongest = ends - [len(token) for token in self.tokens], 0.0
+        joined, wanted = self.text.lower(), text.lower()
+        at = joined.find(wanted)
+        while at >= 0:
+            touched = self.activations[(begins < at + len(wanted)) & (ends > at)]
+            strongest = max(strongest, float(np.nanmax(touched, initial=0.0)))
+            at = joined.find(wanted, at + 1)
+        return strongest
 
     def __repr__(self) -> str:
         return f"{self.activation:9.4g}  {self.marked()}"
@@ -126,39 +138,30 @@ class SampleTable:
 
         order = np.argsort(rows, kind="stable")
         wanted = rows[order]
-        read: list[list[str]] = []
+        read: list[tuple[list[str], NDArray[np.float64] | None]] = []
         with pq.ParquetFile(self._path) as file:
             first = 0
             for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=_text_columns(file)):
                 inside = wanted[np.searchsorted(wanted, first) : np.searchsorted(wanted, first + len(batch))] - first
                 first += len(batch)
                 if len(inside):
-                    read.extend(_token_texts(batch.take(inside)))
+                    read.extend(_token_rows(batch.take(inside)))
         texts = dict(zip(order.tolist(), read, strict=True))
-        kept = {latent: self._activation_at(latent) for latent in np.unique(self.latent[rows]).tolist()}
-        found = (self._context(int(row), texts[n], kept[int(self.latent[row])]) for n, row in enumerate(rows))
+        found = (self._context(int(row), *texts[n]) for n, row in enumerate(rows))
         return [context for context in found if context is not None]
 
-    def _activation_at(self, latent: int) -> dict[tuple[int, int], float]:
-        """(sequence, position) -> activation of one latent's samples; those of unknown sequences are left out, and of two at
-        one place the stronger counts."""
-        rows = self.rows_of(latent)
-        known = rows[self.sequence[rows] >= 0][::-1]
-        places = zip(self.sequence[known].tolist(), self.position[known].tolist(), strict=True)
-        return dict(zip(places, self.activation[known].tolist(), strict=True))
-
-    def _context(self, row: int, texts: list[str], kept: dict[tuple[int, int], float]) -> Context | None:
-        """`kept`: `_activation_at` of the row's latent; samples of one sequence shade each other's contexts."""
+    def _context(self, row: int, texts: list[str], known: NDArray[np.float64] | None) -> Context | None:
+        """`known`: the activation on each token, where the file has it."""
         anchor, position, sequence = int(self.anchor[row]), int(self.position[row]), int(self.sequence[row])
         if not 0 <= anchor < len(texts):
             return None
         begin = next(n for n, token in enumerate(texts) if token != "" or n == anchor)
-        tokens, anchor = texts[begin:], anchor - begin
-        near = np.asarray([kept.get((sequence, position - anchor + n), np.nan) for n in range(len(tokens))])
+        near = np.full(len(texts), np.nan) if known is None or len(known) != len(texts) else known.copy()
         near[anchor] = activation = float(self.activation[row])
         kind: Literal["top", "stratified"] = "top" if self.top[row] else "stratified"
         step, latent = int(self.step[row]), int(self.latent[row])
-        return Context(kind, tokens, anchor, activation, near, position, sequence, step, latent)
+        shown = texts[begin:], anchor - begin, activation, near[begin:]
+        return Context(kind, *shown, position, sequence, step, latent)
 
     def containing(self, text: str) -> NDArray[np.bool_]:
         """[rows] bool: whether `text` is in the row's context, upper and lower case alike; it may span several tokens."""
@@ -168,7 +171,7 @@ class SampleTable:
 
         found: list[NDArray[np.bool_]] = []
         with pq.ParquetFile(self._path) as file:
-            *_, column = _text_columns(file)
+            column = "tokens" if "tokens" in file.schema_arrow.names else "context"
             for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=[column]):
                 if column == "tokens":
                     # Joined by the library: a run keeps millions of tokens.
@@ -223,18 +226,24 @@ def read_columns(path: Path, required: Sequence[str], wanted: Sequence[str]) -> 
 
 
 def _text_columns(file: Any) -> list[str]:
-    return [name for name in ("context", "tokens") if name in file.schema_arrow.names]
+    return [name for name in ("context", "tokens", "activations") if name in file.schema_arrow.names]
 
 
-def _token_texts(batch: Any) -> list[list[str]]:
-    """A row's display strings, "" for padding; token ids in brackets where the file has none. Alike strings are one object."""
+def _token_rows(batch: Any) -> list[tuple[list[str], NDArray[np.float64] | None]]:
+    """Each row's display strings, "" for padding, token ids in brackets where the file has none (alike strings are one object),
+    and its activations."""
     contexts = batch.column("context")
     lengths = contexts.value_lengths().fill_null(0)
     ids = contexts.flatten()
-    strings = batch.column("tokens") if "tokens" in batch.schema.names else None
-    # A file of another writer may have more or fewer strings than ids; then no string belongs to an id.
-    if strings is not None and strings.value_lengths().fill_null(0).equals(lengths):
-        encoded = strings.flatten().fill_null("").dictionary_encode()
+
+    def column(name: str) -> Any:
+        # A file of another writer may have more or fewer entries than ids; then none belongs to an id.
+        found = batch.column(name) if name in batch.schema.names else None
+        return None if found is None or not found.value_lengths().fill_null(0).equals(lengths) else found.flatten()
+
+    strings, activations = column("tokens"), column("activations")
+    if strings is not None:
+        encoded = strings.fill_null("").dictionary_encode()
         spelled = encoded.dictionary.to_pylist()
     else:
         encoded = ids.dictionary_encode()
@@ -242,5 +251,9 @@ def _token_texts(batch: Any) -> list[list[str]]:
     words = np.asarray([*spelled, ""], dtype=object)
     codes = np.asarray(encoded.indices.to_numpy(zero_copy_only=False), np.int64)
     codes = np.where(np.asarray(ids.to_numpy(zero_copy_only=False)) < 0, len(spelled), codes)
-    ends = np.cumsum(lengths.to_numpy(zero_copy_only=False), dtype=np.int64)
-    return [part.tolist() for part in np.split(words[codes], ends[:-1])]
+    ends = np.cumsum(lengths.to_numpy(zero_copy_only=False), dtype=np.int64)[:-1]
+    texts = [part.tolist() for part in np.split(words[codes], ends)]
+    if activations is None:
+        return [(text, None) for text in texts]
+    values = np.split(np.asarray(activations.to_numpy(zero_copy_only=False), np.float64), ends)
+    return list(zip(texts, values, strict=True))

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import yaml
 
 from transcoder.reporting import summary_metrics
-from transcoder.reporting.charts import Chart, Line, bar_chart, graph_chart, line_chart, ordered_colors
+from transcoder.reporting.charts import Chart, Line, bar_chart, line_chart, ordered_colors
 from transcoder.reporting.duplicates import Duplicates
 from transcoder.reporting.format import MISSING, number, percent, real, whole
+from transcoder.reporting.latent_cards import LISTED_PAIRS
 from transcoder.reporting.parts import RunPartMissingError
 from transcoder.reporting.run import Run
 from transcoder.reporting.samples import SampleTable
+from transcoder.reporting.summary_metrics import SummaryMetric
+from transcoder.reporting.verdict import MERGEABLE_SHARE, REFUSED_SHARE, verdicts
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -21,12 +25,6 @@ if TYPE_CHECKING:
 Section = dict[str, Any]
 """What a template is given, by name."""
 
-LISTED_PAIRS = 500
-"""Pairs on the page; the JSON report has the rest."""
-GRAPH_LATENTS = 160
-"""Latents in the drawing of the groups, the largest groups first: more would be a grey cloud."""
-SEQUENCES_COUNTABLE = 1420
-"""What the monitor's bitmaps of 256 bits can count: 256 ln 256. They say this of every larger number."""
 POSITION_BINS = 10
 LEAST_SAMPLES = 4
 """Strongest samples a latent needs before its concentration says anything."""
@@ -49,16 +47,23 @@ class Curve(NamedTuple):
 
 
 FVU_CURVES, PREFIX_CURVES = "Fraction of variance unexplained", "FVU per prefix"
-PAIRS = {"candidates": "duplicates/pairs", "flagged": "duplicates/flagged"}
+PAIRS = {"candidates, in training": "duplicates/pairs", "flagged": "duplicates/flagged"}
+TIME = {
+    "waiting for the language model": "time/language_model_share",
+    "transcoder": "time/transcoder_share",
+    "against duplicates": "time/antidup_share",
+    "files": "time/files_share",
+}
 CURVES = (
     Curve("Loss", "loss", summary_metrics.LOSSES, allow_log=True),
     Curve(FVU_CURVES, "FVU", {"training": "metrics/fvu", "held-out": "evaluation/fvu"}, from_zero=True),
     Curve(PREFIX_CURVES, "FVU", {}, from_zero=True),
     Curve("L0", "latents a token", {"L0": "metrics/l0"}),
     Curve("Dead latents", "% of latents", {"dead": "sparsity/dead_share"}, from_zero=True, scale=100),
-    Curve("Duplicate pairs", "pairs", PAIRS, from_zero=True),
+    Curve("Candidate pairs", "pairs", PAIRS, from_zero=True),
     Curve("Effective dictionary size", "latents", {"effective size": "duplicates/effective_dictionary_size"}),
     Curve("Throughput", "tokens/s", {"tokens/s": "metrics/tokens_per_second"}, from_zero=True),
+    Curve("Time of the run", "% of the time", TIME, from_zero=True, scale=100),
     Curve("Learning rate", "rate", {"learning rate": "details/learning_rate"}),
     Curve("Gradient norm before clipping", "norm", {"gradient norm": "details/gradient_norm"}, allow_log=True),
     Curve("Selection threshold", "activation", {"threshold": "metrics/topk_threshold"}),
@@ -67,42 +72,63 @@ SPARSE_FAMILIES = ("evaluation/", "duplicates/")
 """Metrics that are not logged at every logging step: their points are marked."""
 
 
+TILES = (
+    summary_metrics.TRAINING_FVU,
+    summary_metrics.L0,
+    summary_metrics.DEAD,
+    summary_metrics.DUPLICATES,
+    summary_metrics.DISTINCT,
+    summary_metrics.DICTIONARY_SIZE,
+    summary_metrics.TOKENS_PER_SECOND,
+)
+FOUND = (
+    summary_metrics.DUPLICATES,
+    summary_metrics.TWINS,
+    summary_metrics.SPLITS,
+    summary_metrics.CORRELATED,
+    summary_metrics.UNDECIDED,
+    summary_metrics.DUPLICATE_SHARE,
+    summary_metrics.JUDGED,
+    summary_metrics.DISTINCT,
+)
+
+
 def overview(run: Run) -> Section:
-    metrics = [
-        summary_metrics.TRAINING_FVU,
-        summary_metrics.L0,
-        summary_metrics.DEAD,
-        summary_metrics.PAIRS,
-        summary_metrics.FLAGGED,
-        summary_metrics.MERGEABLE,
-        summary_metrics.DICTIONARY_SIZE,
-        summary_metrics.TOKENS_PER_SECOND,
-    ]
-    if summary_metrics.CE_RECOVERED.of(run) is not None:
-        # Only where a language model was at hand.
-        metrics.insert(0, summary_metrics.CE_RECOVERED)
+    recovered = summary_metrics.CE_RECOVERED
+    # Only where a language model was at hand.
+    metrics = [recovered, *TILES] if recovered.of(run) is not None else list(TILES)
     baselines = (summary_metrics.HELDOUT_FVU, summary_metrics.LINEAR_BASELINE, summary_metrics.MEAN_BASELINE)
+    found = Duplicates(run)
     return {
+        "answers": verdicts(run),
         "baselines": [(metric, metric.of(run)) for metric in baselines],
-        "tiles": [(metric.label, metric.text(metric.of(run)), metric.meaning) for metric in metrics],
+        "tiles": tiles(run, metrics),
+        "curve": _curve(run, CURVES[1]),
+        "worst": next(iter(found.mergeable), next(iter(found), None)),
         "missing": [*run.missing, *run.lacking],
         "verdicts": run.ledger,
     }
 
 
+def tiles(run: Run, metrics: Iterable[SummaryMetric]) -> list[tuple[str, str, str]]:
+    return [(metric.label.strip(), metric.text(metric.of(run)), metric.meaning) for metric in metrics]
+
+
 def curves(run: Run) -> Section:
-    drawn = [
-        line_chart(
-            curve.title,
-            _prefix_lines(run) if curve.title == PREFIX_CURVES else _lines(run, curve),
-            y_label=curve.unit,
-            references=_baselines(run) if curve.title == FVU_CURVES else (),
-            from_zero=curve.from_zero,
-            allow_log=curve.allow_log,
-        )
-        for curve in CURVES
-    ]
+    # The overview shows the FVU.
+    drawn = [_curve(run, curve) for curve in CURVES if curve.title != FVU_CURVES]
     return {"charts": drawn, "empty": "" if any(drawn) else "No metrics were logged, so there are no curves."}
+
+
+def _curve(run: Run, curve: Curve) -> Chart | None:
+    return line_chart(
+        curve.title,
+        _prefix_lines(run) if curve.title == PREFIX_CURVES else _lines(run, curve),
+        y_label=curve.unit,
+        references=_baselines(run) if curve.title == FVU_CURVES else (),
+        from_zero=curve.from_zero,
+        allow_log=curve.allow_log,
+    )
 
 
 def _lines(run: Run, curve: Curve) -> list[Line]:
@@ -167,15 +193,12 @@ def duplicates(run: Run) -> Section:
     found = Duplicates(run)
     pairs = found[:LISTED_PAIRS]
     return {
-        "report": found.report,
+        "found": found,
         "why": _why_missing(run, "correlation report"),
+        "tiles": tiles(run, FOUND),
         "pairs": pairs,
-        "tests": {True: "duplicate", False: "no duplicate", None: "not tested"},
-        "countable": SEQUENCES_COUNTABLE,
-        "graph": _graph(pairs),
         "charts": [_histogram(found), _merge_costs(pairs)],
-        "groups": found.flagged_groups,
-        "candidate_groups": found.candidate_groups,
+        "trained": run.correlation,
     }
 
 
@@ -189,43 +212,28 @@ def _histogram(found: Duplicates) -> Chart | None:
         y_label="pairs",
         log=True,
         marks=[] if threshold is None else [(threshold, f"threshold {number(threshold)}")],
+        note="All pairs that fired together; the table has those that fire often enough, too.",
     )
 
 
 def _merge_costs(pairs: Duplicates) -> Chart | None:
-    """How many of the listed pairs fold at which cost; a cost outside 0 to 1 counts in the outermost bin."""
+    """How many of the listed pairs merge at which cost; a cost outside 0 to 1 counts in the outermost bin."""
     shares = [p.merge_share for p in pairs if p.merge_share is not None]
     counts, edges = np.histogram(np.clip(shares, 0, 1), 10, (0, 1))
     return bar_chart(
-        "What folding the listed pairs would cost",
+        "What merging the listed pairs would cost",
         edges.tolist(),
         [("pairs", counts.tolist(), "c2")],
         x_label="share of the dropped latent's worth (1: all of it, or more)",
         y_label="pairs",
-        marks=[(0.1, "← duplicates")],
+        marks=[(MERGEABLE_SHARE, "← duplicates"), (REFUSED_SHARE, "correlated →")],
     )
-
-
-def _graph(pairs: Duplicates) -> Chart | None:
-    groups: list[list[int]] = []
-    total = pairs.groups
-    for group in total:
-        if groups and sum(map(len, groups)) + len(group) > GRAPH_LATENTS:
-            break
-        groups.append(group[:GRAPH_LATENTS])
-    if not groups:
-        return None
-    known = {i for g in groups for i in g}
-    edges = [(p.i, p.j, p.correlation, p.flagged, p.mergeable is True) for p in pairs if {p.i, p.j} <= known]
-    spoken = f"{len(total)} groups; {len(groups)} drawn, the largest of {len(groups[0])} latents"
-    note = "A thick line is a flagged pair, an orange one folds at little cost. A latent opens its card."
-    return graph_chart("Groups of correlated latents", groups, edges, spoken=spoken, note=note)
 
 
 def positions(run: Run) -> Section:
     samples = run.samples
     if samples is None:
-        return {"tiles": _sinks(run)}
+        return {}
     shares = concentration(samples)
     counts, edges = np.histogram(shares, POSITION_BINS, (0, 1))
     concentrated = bar_chart(
@@ -237,7 +245,7 @@ def positions(run: Run) -> Section:
         note=f"{number(len(shares))} latents with at least {LEAST_SAMPLES} strongest samples.",
     )
     charts = [_sample_positions(run), concentrated, _drawn_positions(run)]
-    return {"tiles": _sinks(run), "charts": charts, "locked": shares.index[shares == 1.0].tolist()}
+    return {"charts": charts, "locked": shares.index[shares == 1.0].tolist()}
 
 
 def _sample_positions(run: Run) -> Chart | None:
@@ -288,7 +296,7 @@ def concentration(samples: SampleTable) -> pd.Series[float]:
     return counts["max"] / counts["sum"]
 
 
-def _sinks(run: Run) -> list[tuple[str, str]]:
+def data_facts(run: Run) -> list[tuple[str, str]]:
     facts = [("Kept samples at sink tokens", percent(real(run.sample_summary.get("sink_fraction"))))]
     special, seen = real(run.sampler_positions.get("special_seen")), run.sampler_positions.get("seen")
     total = sum(real(v) or 0.0 for v in seen) if isinstance(seen, list) else 0.0
@@ -315,6 +323,7 @@ def latents(run: Run) -> Section:
 
 def settings(run: Run) -> Section:
     return {
+        "data": data_facts(run),
         "config": yaml.safe_dump(dict(run.config), sort_keys=False, allow_unicode=True) if run.config else "",
         "logged": [[name, number(run.metric(name))] for name in run.metric_names()],
         "events": [

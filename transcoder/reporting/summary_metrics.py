@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from transcoder.reporting.format import number, percent
@@ -17,7 +17,7 @@ class SummaryMetric:
     label: str
     meaning: str
     better: Literal["lower", "higher", "neither"] = "neither"
-    how: Literal["last", "tail_mean", "median"] = "last"
+    how: Literal["last", "tail_mean", "rate"] = "last"
     """What of metrics.jsonl stands for the run's end where summary.json does not say, see `Run.metric`."""
     share: bool = False
 
@@ -85,42 +85,71 @@ DEAD = SummaryMetric(
     "lower",
     share=True,
 )
-PAIRS = SummaryMetric(
-    "duplicates/pairs", "Candidate pairs", "Pairs above the correlation threshold, with enough support.", "lower"
-)
-FLAGGED = SummaryMetric(
-    "duplicates/flagged", "Flagged pairs", "Candidates whose lower bound held in enough disjoint blocks.", "lower"
-)
-MERGEABLE = SummaryMetric(
-    "duplicates/mergeable",
-    "Mergeable pairs",
-    "Candidates that fold into one latent, on held-out tokens, at a tenth or less of what the dropped one is worth.",
+_HELDOUT = "On held-out tokens, with the final weights."
+DUPLICATES = SummaryMetric(
+    "heldout_duplicates/mergeable",
+    "Duplicate pairs",
+    f"One latent could do the work of both. {_HELDOUT}",
     "lower",
 )
-PAIRED_SHARE = SummaryMetric(
-    "duplicates/share_of_live",
-    "Live latents with a neighbour",
-    "Share of live latents that are in a candidate pair.",
+TWINS = SummaryMetric(
+    "heldout_duplicates/twins", "  twins", f"Duplicates that write the same direction. {_HELDOUT}", "lower"
+)
+SPLITS = SummaryMetric(
+    "heldout_duplicates/splits",
+    "  splits",
+    f"Duplicates that fire together and write different directions. {_HELDOUT}",
+    "lower",
+)
+CORRELATED = SummaryMetric(
+    "heldout_duplicates/correlated", "Correlated pairs", f"Above the threshold, but no duplicates. {_HELDOUT}"
+)
+UNDECIDED = SummaryMetric(
+    "heldout_duplicates/undecided", "Undecided pairs", f"Above the threshold; the merge test does not tell. {_HELDOUT}"
+)
+DUPLICATE_SHARE = SummaryMetric(
+    "heldout_duplicates/duplicate_share",
+    "Live latents in a duplicate pair",
+    _HELDOUT,
     "lower",
     share=True,
 )
-DICTIONARY_SIZE = SummaryMetric(
-    "duplicates/effective_dictionary_size",
-    "Effective dictionary size",
-    "Live latents squared over the sum of squared correlations.",
+JUDGED = SummaryMetric(
+    "heldout_duplicates/share_supported",
+    "Live latents that were judged",
+    f"Those that fire often enough for a verdict. {_HELDOUT}",
+    share=True,
+)
+DISTINCT = SummaryMetric(
+    "heldout_duplicates/distinct_latents",
+    "Distinct latents",
+    f"Live latents, each group of duplicates counted once. {_HELDOUT}",
     "higher",
 )
-HELDOUT_DUPLICATES = tuple(
-    replace(
-        metric,
-        name=f"heldout_{metric.name}",
-        label=f"{metric.label}, held-out",
-        meaning=f"{metric.meaning} Counted after training on held-out tokens, in every run alike (transcoder validate).",
-    )
-    for metric in (PAIRS, MERGEABLE, PAIRED_SHARE, DICTIONARY_SIZE)
+DICTIONARY_SIZE = SummaryMetric(
+    "heldout_duplicates/effective_dictionary_size",
+    "Effective dictionary size",
+    f"Live latents squared over the sum of squared correlations. {_HELDOUT}",
+    "higher",
+)
+CANDIDATES = SummaryMetric(
+    "duplicates/pairs",
+    "Candidate pairs, in training",
+    "Above the threshold on the stream of training tokens, while the weights changed.",
+    "neither",
+)
+FLAGGED = SummaryMetric(
+    "duplicates/flagged",
+    "Flagged pairs, in training",
+    "Candidates whose lower bound held in enough disjoint blocks of the training tokens: those that the penalty acts on first.",
+    "neither",
 )
 TOKENS_PER_SECOND = SummaryMetric(
-    "metrics/tokens_per_second", "Tokens per second", "Median over the run.", "higher", "median"
+    "metrics/tokens_per_second",
+    "Tokens per second",
+    "Tokens trained on over the time that they took. Machines and their load differ: no verdict.",
+    "neither",
+    "rate",
 )
 
 SUMMARY_METRICS = (
@@ -132,12 +161,17 @@ SUMMARY_METRICS = (
     TRAINING_FVU,
     L0,
     DEAD,
-    PAIRS,
-    FLAGGED,
-    MERGEABLE,
-    PAIRED_SHARE,
+    DUPLICATES,
+    TWINS,
+    SPLITS,
+    CORRELATED,
+    UNDECIDED,
+    DUPLICATE_SHARE,
+    JUDGED,
+    DISTINCT,
     DICTIONARY_SIZE,
-    *HELDOUT_DUPLICATES,
+    CANDIDATES,
+    FLAGGED,
     TOKENS_PER_SECOND,
 )
 LOSSES = {

@@ -50,8 +50,9 @@ class Saver(contextlib.AbstractContextManager["Saver"]):
         self._snapshots = Snapshots()
         self._step_in_flight = -1
 
-    def reserve(self, parts: RunParts) -> int:
-        """Check that the run's files will fit, and hold room for its last state. Returns what a checkpoint takes at most.
+    def reserve(self, parts: RunParts, runs: int = 1) -> int:
+        """Check that the files of this run, and of as many like it as there are `runs`, will fit; hold room for its last state.
+        Returns what a checkpoint takes at most.
 
         Raises:
             CheckpointError: they will not; with the settings that would fit.
@@ -67,7 +68,8 @@ class Saver(contextlib.AbstractContextManager["Saver"]):
         whole = weights + baseline + sum(part.state_bytes_at_most() for part in bounded)
         reserve = weights + source.essential_bytes_at_most() + CHECKPOINT_SLACK if section.reserve else 0
         samples = 0 if parts.samples is None else parts.samples.state_bytes_at_most()
-        self.store.check_space(whole, self._config.training.steps, log_bytes(self._config, samples) + reserve)
+        others = runs * (log_bytes(self._config, samples) + reserve)
+        self.store.check_space(runs * whole, self._config.training.steps, others)
         self.store.hold_reserve(reserve)
         return whole
 

@@ -47,13 +47,15 @@ def optimizer_step(
         group["lr"] = lr
     trained = transcoder.threshold if transcoder.selection.trains_threshold else None
     before = None if trained is None else trained.detach().clone()
-    module = one_op_for(optimizer.param_groups[0]["params"]) if _is_plain(optimizer) else None
+    module = None
+    if transcoder.in_one_process and _is_plain(optimizer):
+        module = one_op_for(optimizer.param_groups[0]["params"])
     if module is not None:
         norm = _in_one_op(module, transcoder, optimizer, limit, bad)
     else:
         transcoder.remove_parallel_gradient()
-        norm = torch.nn.utils.clip_grad_norm_(transcoder.parameters(), limit)
-        _update(transcoder, optimizer, norm.detach(), bad)
+        norm = transcoder.clip_gradients(limit, bad)
+        _update(transcoder, optimizer, norm, bad)
     if trained is not None and before is not None:
         transcoder.selection.finish_update(trained, before)
     optimizer.zero_grad(set_to_none=True)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from transcoder.activations import ActivationStream
 from transcoder.files import replace_atomically
+from transcoder.reporting.progress import stage
 from transcoder.reporting.report_subprocess import write_report_apart
 from transcoder.training.describe_latents import describe_latents, tokens_to_look_at
 
@@ -51,6 +52,7 @@ def write_run_report(run: Trainer, finished: bool) -> Path | None:
     if not run.config.logging.report:
         return None
     run.writer.flush()
+    stage("writing report.html")
     try:
         # After an interrupt this process may soon be killed: the page is then finished without it.
         path = write_report_apart(run.run_dir, REPORT_SECONDS if finished else INTERRUPTED_REPORT_SECONDS)
@@ -66,6 +68,7 @@ def describe_final_weights(run: Trainer) -> dict[str, float]:
     """Contexts, histograms, densities and duplicates of the final weights, see `describe_latents`: their metrics. What goes
     wrong costs a warning."""
     tokens = tokens_to_look_at(run.config, run.tokens)
+    stage(f"looking at the final weights on up to {tokens:,} tokens")
     data = run.source if isinstance(run.source, ActivationStream) else run.parts.data.heldout
     try:
         layer = run.layers[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch
 from transcoder.activations import ActivationBatch, ActivationStream, build_stream
 from transcoder.antidup import ActivationSampleCollector, CorrelationMonitor, PositionSampler, UsageLedger
 from transcoder.config import RunConfig
+from transcoder.reporting.progress import stage
 from transcoder.training import observers as observe
 from transcoder.training.layer_trainer import LayerTrainer
 from transcoder.training.nonfinite import StepLedger
@@ -39,7 +40,7 @@ class TrainingData:
 class RunParts:
     """Everything that a run is made of, before any state is restored.
 
-    Args: as `train_transcoder`; `stack` closes the activation stream.
+    Args: as `train_transcoder`; `stack` closes the activation stream, which `build` makes of the config.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class RunParts:
         batches: Iterable[ActivationBatch] | None,
         heldout: Sequence[ActivationBatch] | None,
         stack: ExitStack,
+        build: Callable[..., ActivationStream] = build_stream,
     ) -> None:
         anti, shape, seed = config.antidup, config.transcoder, config.training.seed
         logs = run_dir / "anti_duplication_logs"
@@ -57,7 +59,7 @@ class RunParts:
         enabled[POSITIONS], enabled[REGULARIZER] = anti.positions_act, anti.regularizer_acts
         ledger = self.ledger = StepLedger(enabled, run_dir / "usage.json")
         if batches is None:
-            data = self.data = _open_stream(config, device, ledger, logs, stack)
+            data = self.data = _open_stream(config, device, ledger, logs, stack, build)
             if isinstance(data.source, ActivationStream):
                 config = config.replace({"activations.mask_norm_multiple": data.source.mask_norm_multiple})
         else:
@@ -109,7 +111,12 @@ class RunParts:
 
 
 def _open_stream(
-    config: RunConfig, device: torch.device, ledger: UsageLedger, logs: Path, stack: ExitStack
+    config: RunConfig,
+    device: torch.device,
+    ledger: UsageLedger,
+    logs: Path,
+    stack: ExitStack,
+    build: Callable[..., ActivationStream],
 ) -> TrainingData:
     """The stream of `config.activations`, which `stack` closes, with the sampler of its training tokens if it has one."""
     samples, section, made = config.antidup.samples, config.antidup.positions, list[PositionSampler]()
@@ -120,8 +127,10 @@ def _open_stream(
 
     context = samples.context_tokens if samples.enabled else 0
     thins = sampler if section.enabled and section.train else None
-    stream = build_stream(config, device, position_sampler=thins, context_tokens=context)
+    stage("loading the language model and the text")
+    stream = build(config, device, position_sampler=thins, context_tokens=context)
     stack.callback(stream.close)
+    stage("reading held-out text")
     held, sinks = stream.heldout(config.training.evaluation_tokens), stream.heldout_sinks()
     kind, ids, positions = config.activations.kind, stream.special_ids, made[0] if made else None
     return TrainingData(kind, stream, held, sinks, ids, stream.sequence_length, positions)

@@ -7,6 +7,7 @@ import functools
 import itertools
 import logging
 import operator
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,21 @@ MAY_CHANGE = (
 """Settings that a resumed run may be given other values of: they do not change its results, or say so in their help."""
 FORMER_DEFAULTS = {"antidup.regularizer.orthogonality_weight": 0.01}
 """Defaults that changed with the version that added `antidup.positions.train`, as they were before it."""
+FORMER_WAYS = ("antidup.positions.train", "activations.eos_as_bos")
+"""Settings that are on in a resumed run of a version before them: the sampler drew the training tokens, and TransformerLens'
+stand-in for a missing BOS was taken."""
 FOUND = ("activations.mask_norm_multiple",)
 """Settings whose `auto` a run replaces by what it finds: its config.yaml has the value, which a resumed run goes on with."""
+
+
+def check_one_process() -> None:
+    """ConfigError under torchrun: each process would begin the same run in the same folder."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    if "RANK" in os.environ and count != "1":
+        raise ConfigError(
+            f"expected one process, got {count} (WORLD_SIZE, which torchrun sets): a run trains in one process; start it "
+            "without torchrun. docs/scale.md shows a loop of your own over several processes"
+        )
 
 
 def device_of(name: str) -> torch.device:
@@ -260,7 +274,7 @@ def as_started(config: RunConfig, run_dir: Path, resume: bool) -> RunConfig:
     kept: dict[str, Any] = {}
     if resume and saved.exists():
         before, now, defaults = (c.to_dict() for c in (RunConfig.load(saved), config, RunConfig()))
-        older = _drew_training_tokens(saved)
+        older = _lacks(saved, "antidup.positions.train")
         former = {name: _setting(before, name) for name in length_defaults(config)} | (FORMER_DEFAULTS if older else {})
         kept = {
             name: value
@@ -268,25 +282,26 @@ def as_started(config: RunConfig, run_dir: Path, resume: bool) -> RunConfig:
             if _setting(before, name) == value and _setting(now, name) == _setting(defaults, name)
         }
         kept |= {name: _setting(before, name) for name in FOUND if _setting(now, name) == "auto"}
-        kept |= {"antidup.positions.train": True} if older else {}
+        kept |= {name: True for name in FORMER_WAYS if _lacks(saved, name)}
     config = config.replace(kept) if kept else config
     values = config.to_dict()
     unset = {name: value for name, value in length_defaults(config).items() if _setting(values, name) is None}
     return config.replace(unset) if unset else config
 
 
-def _drew_training_tokens(saved: Path) -> bool:
-    """Whether a config.yaml is of a version whose position sampler drew the training tokens without a setting for it."""
+def _lacks(saved: Path, dotted: str) -> bool:
+    """Whether a config.yaml is of a version without this setting."""
     values: Any = load_yaml(saved)
-    for section in ("antidup", "positions"):
+    *sections, name = dotted.split(".")
+    for section in sections:
         values = values.get(section) if isinstance(values, dict) else None
-    return not isinstance(values, dict) or "train" not in values
+    return not isinstance(values, dict) or name not in values
 
 
 def changed_settings(saved: Path, config: RunConfig) -> list[str]:
     """Names of the settings that change a run's results and differ between `config` and a saved config.yaml."""
     before, now = (as_started(c, saved.parent, resume=True).to_dict() for c in (RunConfig.load(saved), config))
-    sections = ("model.", "activations.", "transcoder.", "training.", "antidup.")
+    sections = ("model.", "activations.", "transcoder.", "training.", "antidup.", "per_layer.")
     names = [name for name, _ in flags() if name.startswith(sections)]
     return [name for name in names if _setting(before, name) != _setting(now, name)]
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,15 +14,20 @@ from typing import Any
 import torch
 
 from transcoder.activations import ActivationBatch, ActivationStream
-from transcoder.config import ConfigError, RunConfig
+from transcoder.activations.pass_feed import PassFeed
+from transcoder.activations.stream import layer_stream, open_source, resolved_layers
+from transcoder.config import BUFFER_TOKENS, ConfigError, RunConfig
 from transcoder.files import local_path, replace_atomically
+from transcoder.layer_list import LAYERS_FOLDER, layer_configs
 from transcoder.model import Transcoder
 from transcoder.phases import phase
 from transcoder.reporting import MetricsWriter, ProgressBar
+from transcoder.reporting.progress import stage
 from transcoder.settings import brief
 from transcoder.training.checkpoint import CheckpointStore, Loaded
 from transcoder.training.checkpointing import Saver
 from transcoder.training.initial_weights import begin_from
+from transcoder.training.layer_set import DIVERGENCE, LayerSet, buffer_tokens, layers_folder
 from transcoder.training.layer_trainer import StepView
 from transcoder.training.nonfinite import BadSteps
 from transcoder.training.run_end import write_run_report, write_summary
@@ -34,6 +40,7 @@ from transcoder.training.start_checks import (
     as_started,
     check_folder,
     check_length,
+    check_one_process,
     check_switches,
     device_of,
     say_backend,
@@ -61,6 +68,8 @@ class RunResult:
     transcoder: Transcoder = field(repr=False)
     heldout: Sequence[ActivationBatch] = field(repr=False)
     """What evaluation read, on the run's device."""
+    layers: Mapping[int, RunResult] = field(default_factory=dict)
+    """Of a layer set, each layer's own; `transcoder` and `heldout` are then those of the first."""
 
 
 def train_transcoder(
@@ -72,6 +81,7 @@ def train_transcoder(
     heldout: Sequence[ActivationBatch] | None = None,
 ) -> RunResult:
     """Train one transcoder and leave a run folder: config, metrics, checkpoints, anti-duplication reports, samples, report.
+    With `activations.layers`, one for each layer, with such a folder each under layers/.
 
     Args:
         config: the run, see `transcoder.config`.
@@ -92,6 +102,11 @@ def train_transcoder(
         CheckpointError: the disk cannot take a checkpoint.
     """
     run_dir = Path("runs") / config.name if out is None else local_path(out)
+    if config.activations.layers is not None:
+        if batches is not None:
+            raise ConfigError("activations.layers: expected null with `batches`, which are of one layer")
+        with StopRequest() as stop, opened_set(config, run_dir, resume) as layers:
+            return layers.train(stop, RunResult)
     with StopRequest() as stop, opened_run(config, run_dir, batches, heldout, resume) as run:
         return run.train(stop)
 
@@ -110,6 +125,7 @@ def opened_run(
         raise ConfigError(
             "activations.layers: expected null, for a run whose steps the caller takes; `train_transcoder` trains layer sets"
         )
+    check_one_process()
     device = device_of(config.model.device)
     config = as_started(config, run_dir, resume)
     check_switches(config, batches, heldout)
@@ -122,6 +138,44 @@ def opened_run(
         run.prepare(resume)
         lock.begun = True
         yield run
+
+
+@contextmanager
+def opened_set(config: RunConfig, run_dir: Path, resume: bool = False) -> Iterator[LayerSet]:
+    """The runs of a layer set in their locked folders before their first step. Arguments and errors as `train_transcoder`."""
+    device = device_of(config.model.device)
+    config = resolved_layers(config)
+    say_backend(device)
+    with ExitStack() as stack:
+        lock = stack.enter_context(FolderLock(run_dir))
+        check_folder(run_dir, config, resume)
+        source = open_source(config, device)
+        feed = PassFeed(source, config.activations.prefetch)
+        started = next((run_dir / LAYERS_FOLDER).glob("*/config.yaml"), None) if resume else None
+        if started is not None:
+            buffer = RunConfig.load(started).activations.buffer_tokens or BUFFER_TOKENS
+        else:
+            buffer = config.activations.buffer_tokens or buffer_tokens(source, config, device)
+        folders = {layer: layers_folder(run_dir, layer) for layer in layer_configs(config, buffer)}
+        configs = {
+            layer: as_started(own, folders[layer], resume) for layer, own in layer_configs(config, buffer).items()
+        }
+        for place, own in enumerate(configs.values()):
+            source.set_multiple(place, own.activations.mask_norm_multiple)
+        check_switches(next(iter(configs.values())), None, None)
+        locks, runs = [lock], {}
+        for place, (layer, own) in enumerate(configs.items()):
+            locks.append(stack.enter_context(FolderLock(folders[layer])))
+            check_folder(folders[layer], own, resume)
+            build = functools.partial(layer_stream, feed, place)
+            parts = RunParts(own, folders[layer], device, None, None, stack, build)
+            runs[layer] = Trainer(parts.config, folders[layer], device, parts, stack)
+        for run in runs.values():
+            run.prepare(resume, len(runs))
+        layers = LayerSet(config, run_dir, runs, source, stack)
+        for one in locks:
+            one.begun = True
+        yield layers
 
 
 class Trainer:
@@ -150,22 +204,29 @@ class Trainer:
         """Steps until the last one or a signal; then the run's summary and page. What was trained is saved in any case."""
         steps = self.config.training.steps
         self.parts.metrics_log.begin(self.tokens)
+        stage("taking the first steps (the C++ backend is compiled once, about 20 s)")
         try:
-            while self.step < steps and stop.signal is None:
-                self.advance()
+            with self.parts.metrics_log.shares.running():
+                while self.step < steps and stop.signal is None:
+                    self.advance()
         except Exception as error:
-            self._rescue()
+            self.rescue()
             if not isinstance(error, StopIteration):
                 raise
             raise TrainingDataError(
                 f"training data ended after {self.step} of {steps} steps: expected an endless iterator; the state is "
                 "saved, so with more data --resume goes on"
             ) from None
-        finished = self.step >= steps
-        if not finished:
+        return self.end(stop.signal)
+
+    def end(self, signal: str | None) -> RunResult:
+        """Summary and page, after the last step or where `signal` stopped the run, whose state is then saved."""
+        finished = self.step >= self.config.training.steps
+        self.bar.close()
+        if not finished and signal != DIVERGENCE:
             self.catch_up()
             self.save(wait=True)
-        stopped_by = None if finished else stop.signal
+        stopped_by = None if finished else signal
         summary = write_summary(self, finished, stopped_by)
         report = write_run_report(self, finished)
         transcoder, heldout = self.layers[0].transcoder, self.parts.data.heldout
@@ -225,9 +286,11 @@ class Trainer:
 
     # -- before the first step and after the last -------------------------------------------------------------------
 
-    def prepare(self, resume: bool) -> None:
-        """Restore the newest checkpoint, or fit the normalisation; check that the run's files will fit; open the logs."""
+    def prepare(self, resume: bool, runs: int = 1) -> None:
+        """Restore the newest checkpoint, or fit the normalisation; check that the files of this run, and of as many like it as
+        there are `runs`, will fit; open the logs."""
         loaded, begun = self.saver.store.latest() if resume else None, None
+        stage("fitting the normalisation" if loaded is None else f"going on from step {loaded.step:,}")
         if loaded is None:
             for layer in self.layers:
                 layer.fit_normalization(self.source)
@@ -243,7 +306,7 @@ class Trainer:
                     "start a new run with another --out"
                 ) from error
             check_length(self.config, self.run_dir, self.step)
-        budget = self.saver.reserve(self.parts)
+        budget = self.saver.reserve(self.parts, runs)
         self._folder = self.run_dir.stat().st_ino
         self.write_config()
         enter, config = self._stack.enter_context, self.config
@@ -287,7 +350,12 @@ class Trainer:
         model = dict(layer.transcoder.state_dict())
         self.saver.save(self.step, model, lambda: trainer_tree(self._stateful(), more), summary, metric, wait)
 
-    def _rescue(self) -> None:
+    def leave(self) -> None:
+        """Take no more of a stream that other layers read too."""
+        if isinstance(self.source, ActivationStream):
+            self.source.close()
+
+    def rescue(self) -> None:
         """The run is about to fail for a reason of its data or files: what was trained since the last checkpoint is kept."""
         try:
             self.catch_up()

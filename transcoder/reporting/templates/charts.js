@@ -49,10 +49,6 @@ const chart = (box) => {
     const { data: traces, layout } = colored(box.querySelector("script").textContent);
     layout.template = colored(JSON.stringify(data.look));
     await Plotly.react(plot, traces, layout, { displayModeBar: false, responsive: true, doubleClick: false, showTips: false });
-    if (box.matches(".graph") && !box.dataset.clicks) {
-      box.dataset.clicks = "1";
-      plot.on("plotly_click", (e) => { if (e.points[0].customdata !== undefined) openLatent(e.points[0].customdata); });
-    }
   };
   box.redraw = () => { stale = true; box.draw(); };
   // New values from a live page: everything but the plot itself is taken over.

@@ -1,6 +1,6 @@
 // Every latent in a list that draws only the rows in view, with the card of the chosen one next to it.
 const ROW = 44;
-const EMPTY_INDEX = { ids: [], count: 0, widths: [], peak: [], density: null, samples: [], group: [], chunk: [], word: [], words: [], partners: {} };
+const EMPTY_INDEX = { ids: [], count: 0, widths: [], peak: [], density: null, samples: [], group: [], chunk: [], word: [], words: [], partners: {}, tokens: 0, interesting: [] };
 const openIndex = async (prefixNames) => {
   const text = await packedText("latent-index");
   const raw = text === null ? EMPTY_INDEX : JSON.parse(await unpack(text));
@@ -11,7 +11,8 @@ const openIndex = async (prefixNames) => {
   return { ...raw, ids, prefix, prefixName: (id) => prefixNames[prefix(id)] ?? "–", place };
 };
 
-// Texts of a latent's card, lower case, by place in the index; read while the page rests, and at once when a search needs them.
+// By place in the index: a latent's contexts in lower case, each with where it fires in it, and its promoted and suppressed
+// tokens; read while the page rests, and at once when a search needs them.
 const texts = { at: [], reading: null, done: false };
 const readTexts = () => {
   texts.reading ??= (async () => {
@@ -19,14 +20,35 @@ const readTexts = () => {
     for (let n = 0; n <= Math.max(-1, ...store.index.chunk); n++) {
       const chunk = await readChunk(n);
       for (const [id, rows, facts] of chunk.cards) {
-        const contexts = rows.map((row) => row[5].map((w) => chunk.words[w]).join(""));
-        found[store.index.place(id)] = [...contexts, ...[...facts.up, ...facts.down].map(([word]) => word)].join("\n").toLowerCase();
+        const contexts = rows.map(([, , , , , words, strengths]) => {
+          const tokens = words.map((w) => chunk.words[w]);
+          const ends = [];
+          for (const token of tokens) ends.push((ends.at(-1) ?? 0) + token.length);
+          return { text: tokens.join("").toLowerCase(), fires: strengths.map(([n, s]) => [ends[n] - tokens[n].length, ends[n], s]) };
+        });
+        found[store.index.place(id)] = { contexts, words: [...facts.up, ...facts.down].map(([word]) => word).join("\n").toLowerCase() };
       }
       await new Promise((rested) => setTimeout(rested, 0));
     }
     if (found === texts.at) texts.done = true;
   })();
   return texts.reading;
+};
+
+// How much a latent fires on a text: the mean over its contexts of the strongest activation on it, as a share of its highest; a
+// little where it only promotes it or stands beside it; -1 where it has nothing of it.
+const firingOn = (known, text) => {
+  if (!known) return -1;
+  let sum = 0, met = known.words.includes(text);
+  for (const { text: context, fires } of known.contexts) {
+    let strongest = 0;
+    for (let at = context.indexOf(text); at >= 0; at = context.indexOf(text, at + 1)) {
+      met = true;
+      for (const [begin, end, strength] of fires) if (begin < at + text.length && end > at) strongest = Math.max(strongest, strength);
+    }
+    sum += strongest;
+  }
+  return met ? sum / Math.max(1, known.contexts.length) : -1;
 };
 
 const DENSITIES = { dead: [-1, 0], rare: [0, 0.001], some: [0.001, 0.01], often: [0.01, 0.1], dense: [0.1, 2] };
@@ -41,18 +63,21 @@ const select = (index, { text, prefix, density, group, order }) => {
   const digits = /^\d+$/.test(text);
   const band = DENSITIES[density];
   const found = [];
+  const firing = new Map();
   for (let n = 0; n < index.ids.length; n++) {
     const id = index.ids[n];
     if (prefix !== "" && index.prefix(id) !== Number(prefix)) continue;
     if (band && !(index.density && index.density[n] > band[0] && index.density[n] <= band[1])) continue;
     if (group === "any" ? !index.group[n] : group !== "" && index.group[n] !== Number(group)) continue;
-    if (text && !(digits && String(id).startsWith(text)) && !texts.at[n]?.includes(text)) continue;
+    if (text) firing.set(n, firingOn(texts.at[n], text));
+    if (text && !(digits && String(id).startsWith(text)) && firing.get(n) < 0) continue;
     found.push(n);
   }
   if (ORDERS[order]) {
     const keys = new Map(found.map((n) => [n, ORDERS[order](index, n)]));
     found.sort((x, y) => keys.get(x) - keys.get(y) || x - y);
   }
+  else if (text) found.sort((x, y) => firing.get(y) - firing.get(x) || x - y);
   if (digits) found.sort((x, y) => (String(index.ids[y]) === text) - (String(index.ids[x]) === text));
   return found;
 };
@@ -68,9 +93,10 @@ const latents = (box) => {
 
   const row = (at) => {
     const n = found[at], id = index.ids[n];
-    const word = index.word[n] < 0 ? make("span", "peak none") : make("span", "peak", ...shown(index.words[index.word[n]].replace(/ {3,}/g, " ⋯ ")));
+    const word = index.word[n] < 0 ? make("span", "peak none") : make("span", "peak", ...shown(index.words[index.word[n]]));
     const node = make("div", "row", make("b", "", String(id)), word,
       make("span", "num", index.density ? percent(index.density[n]) : ""), make("span", "num", number(index.peak[n])));
+    if (index.density?.[n] === 0) node.append(make("span", "pill", "dead"));
     if (index.group[n]) node.append(make("span", "pill warn", `group ${index.group[n]}`));
     node.style.transform = `translateY(${at * ROW}px)`;
     node.addEventListener("click", () => choose(id));
@@ -105,13 +131,16 @@ const latents = (box) => {
       if (mine === asked) pass();
     }
   };
-  const choose = (id) => {
+  const show = (id) => {
     chosen = id;
     const top = found.indexOf(index.place(id)) * ROW;
     if (top >= 0) list.scrollTop = Math.min(top, Math.max(list.scrollTop, top + ROW - list.clientHeight));
     paint();
     const text = search.value.trim().toLowerCase();
-    fillCard(card, id, true, /^\d+$/.test(text) ? "" : text);
+    fillCard(card, id, "full", /^\d+$/.test(text) ? "" : text);
+  };
+  const choose = (id) => {
+    show(id);
     try { history.replaceState(null, "", `#latent-${id}`); } catch { /* not everywhere from disk */ }
   };
 
@@ -147,12 +176,12 @@ const latents = (box) => {
     index = store.index = await openIndex([...prefix.options].slice(1).map((option) => option.text));
     await filter();
     wanted ??= linked();
-    if (chosen >= 0) fillCard(card, chosen, true);
+    store.opened();
+    // Of a live page: the latent that was open may have no contexts any more.
+    if (chosen >= 0 && index.chunk[index.place(chosen)] >= 0) show(chosen);
     else if (wanted !== null) openLatent(wanted);
     else if (found.length) {
-      chosen = index.ids[found.find((n) => index.chunk[n] >= 0) ?? found[0]];
-      paint();
-      fillCard(card, chosen, true);
+      show(index.interesting[0] ?? index.ids[found.find((n) => index.chunk[n] >= 0) ?? found[0]]);
     }
     (window.requestIdleCallback ?? setTimeout)(readTexts);
   };

@@ -18,7 +18,7 @@ $("theme").addEventListener("click", () => {
 });
 
 // What the templates rendered becomes alive.
-const parts = { "figure.chart": chart, ".pairs": pairs, ".latents": latents };
+const parts = { "figure.chart": chart, ".pairs": pairs, ".latents": latents, ".brief": briefCard };
 const enliven = (root) => {
   for (const [selector, start] of Object.entries(parts)) {
     for (const node of [root, ...root.querySelectorAll(selector)]) if (node.matches(selector)) start(node);

@@ -7,16 +7,16 @@ const pairs = (box) => {
   const count = box.querySelector(".count");
   const all = count.textContent;
   const more = box.querySelector("button.more");
-  const [search, flagged, duplicate] = box.querySelectorAll("input");
+  const [search, duplicate] = box.querySelectorAll("input");
   let limit = PAGE;
 
-  const detail = ({ pair, test, fold }) => {
-    const words = test === "not tested"
-      ? "This pair was not put before the merge test: too few held-out tokens fired on it, or it is too far down the list."
-      : `Folding the two into one would cost ${fold} of what the dropped latent is worth on held-out tokens: ${test}.`;
+  const detail = ({ pair, verdict, cost }) => {
+    const words = cost === "–"
+      ? "Not tested: too few held-out tokens fired on this pair, or it is too far down the list."
+      : `One latent in the place of both would cost ${cost} of the weaker one's contribution on held-out tokens: ${verdict}.`;
     const sides = pair.split("-").map((id) => {
       const side = make("article", "card");
-      fillCard(side, Number(id), false);
+      fillCard(side, Number(id), "side");
       return side;
     });
     const cell = make("td", "", make("p", "note", words), make("div", "sides", ...sides));
@@ -26,7 +26,7 @@ const pairs = (box) => {
   const draw = () => {
     const id = search.value.trim();
     const found = rows.filter(({ dataset }) => (id === "" || dataset.pair.split("-").includes(id))
-      && (!flagged.checked || "flagged" in dataset) && (!duplicate.checked || dataset.test === "duplicate"));
+      && (!duplicate.checked || dataset.verdict === "duplicate"));
     const none = make("td", "note", "No pair matches.");
     none.colSpan = box.querySelectorAll("th").length;
     body.replaceChildren(...found.slice(0, limit).flatMap((row) => {

@@ -1,0 +1,83 @@
+"""A dictionary over gloo processes against one process that holds everything."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from transcoder.config import ConfigError, RunConfig
+from transcoder.parallel import Lanes
+from transcoder.training import train_transcoder
+
+PROGRAM = str(Path(__file__).with_name("ranks.py"))
+ALL = ("codes", "gradients", "training", "a_bad_step_is_bad_everywhere", "files")
+
+
+@pytest.mark.command(PROGRAM, "2", "2", *ALL)
+def test_four_ranks_are_one_process(finished_command: subprocess.CompletedProcess[str]) -> None:
+    assert finished_command.returncode == 0, finished_command.stdout[-8000:]
+    assert "all checks hold" in finished_command.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.command(PROGRAM, "8", "1", *ALL)
+def test_tokens_over_eight(finished_command: subprocess.CompletedProcess[str]) -> None:
+    assert finished_command.returncode == 0, finished_command.stdout[-8000:]
+
+
+@pytest.mark.slow
+@pytest.mark.command(PROGRAM, "1", "8", *ALL)
+def test_latents_over_eight(finished_command: subprocess.CompletedProcess[str]) -> None:
+    assert finished_command.returncode == 0, finished_command.stdout[-8000:]
+
+
+@pytest.mark.parametrize(("d_sae", "lanes", "ranks"), [(48, 8, 1), (48, 8, 4), (40, 8, 8), (7, 1, 1), (24, 12, 3)])
+def test_lanes_hold_every_latent_once(d_sae: int, lanes: int, ranks: int) -> None:
+    parts = [Lanes(d_sae, lanes, ranks, rank) for rank in range(ranks)]
+    whole = torch.arange(d_sae)
+    rows = [part.take(whole) for part in parts]
+    assert torch.equal(torch.cat(rows).sort().values, whole)
+    assert torch.equal(parts[0].join(rows), whole)
+    for part, mine in zip(parts, rows, strict=True):
+        assert torch.equal(part.ids(torch.arange(part.local)), mine)
+        assert torch.equal(mine, mine.sort().values)
+    for width in range(d_sae + 1):
+        counts = [part.width(width) for part in parts]
+        assert counts == [int((mine < width).sum()) for mine in rows]
+        assert max(counts) - min(counts) <= lanes // ranks
+
+
+@pytest.mark.parametrize(
+    ("d_sae", "lanes", "ranks", "named"),
+    [(50, 8, 2, "d_sae.*8, got 50"), (48, 8, 3, "lanes.*3, got 8"), (48, 0, 1, "d_sae")],
+)
+def test_sizes_that_do_not_divide_are_refused(d_sae: int, lanes: int, ranks: int, named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        Lanes(d_sae, lanes, ranks, 0)
+
+
+@pytest.mark.slow
+def test_the_documented_loop_runs(tmp_path: Path) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "scale.md").read_text(encoding="utf-8")
+    (program,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "loop.py").write_text(program, encoding="utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4", "--standalone", "loop.py"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "loss of rank 0's tokens: " in done.stdout
+    assert (tmp_path / "sharded" / "transcoder.safetensors").exists()
+
+
+def test_a_run_under_torchrun_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(ConfigError, match=r"expected one process, got 2 .*without torchrun"):
+        train_transcoder(RunConfig(name="x"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
