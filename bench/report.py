@@ -57,6 +57,13 @@ READING = """## How to read the tables
 - SAELens, sparsify and dictionary_learning are made for GPUs. Where a device below is a CPU, nothing here compares us on a GPU.
 - On fewer activations than a batch here has, or with a model whose forward pass is the larger part, a training run gains less.
 
+### What can be set
+
+- `TRANSCODER_BACKEND` (`auto`, `cpp`, `torch`, `triton`) chooses the ops' backend.
+- `TRANSCODER_SCREEN=bf16` lets a CPU with bf16 units propose TopK's candidates in bf16; the selection stays exact, in fp32.
+- `python -m bench.autotune` prints the fastest launch choices of your GPU as data: paste them into the `config.py` of the op in
+  `kernels/`.
+
 `python -m bench.report` writes this page from `bench/results/*.json`; `python -m bench.measure` makes such a file for the
 machine it runs on (under twenty minutes on two cores). `python -m bench.report A.json B.json` compares two machines or commits.
 No number is typed by hand.

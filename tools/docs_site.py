@@ -26,4 +26,6 @@ def _inside(file: Path) -> str:
         text = re.sub(rf"\[([^\]]+)\]\({re.escape(name)}\)", r"\1", text)
     for source, page in PAGES.items():
         text = text.replace(f"]({source}", f"]({page}")
+    # mkdocs leaves what is written as HTML as it is.
+    text = re.sub(r'href="docs/([^"]+)\.md"', r'href="\1.html"', text)
     return text.replace("](docs/", "](").replace('src="docs/', 'src="')

@@ -445,6 +445,7 @@ def report(options: argparse.Namespace, _: dict[str, Any]) -> int:
 
 
 SOURCE = "a run folder (its newest checkpoint), a checkpoint, or a saved transcoder; several for circuit-tracer"
+ACTIVATION = "circuit-tracer: topk keeps TopK, which its releases read as ReLU (default: threshold)"
 ARCHITECTURE = "saelens: topk writes a TopK transcoder as its SAE; transcoder, skip_transcoder a plain ReLU"
 
 
@@ -455,6 +456,7 @@ ARCHITECTURE = "saelens: topk writes a TopK transcoder as its SAE; transcoder, s
     *CONVERSION,
     argument("--layer", "circuit-tracer: the layer, where the source hook does not name it", type=int),
     argument("--n-layers", "circuit-tracer: layers of the model; those without a run are zeros", type=int),
+    argument("--activation NAME", ACTIVATION),
     argument("--architecture NAME", ARCHITECTURE),
     argument("--threshold", "for TopK as thresholds: the one to use (default: the tracked one)", type=float),
 )

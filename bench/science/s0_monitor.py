@@ -83,7 +83,7 @@ def _heavy(stream: Stream) -> list[Line]:
     low = {pair for pair in flagged if pair[0] + 1 != pair[1] or pair[0] >= 2 * stream.pairs}
     wrong = int((got & (rho <= torch.tensor(0.7))).sum()) + len(low)
     return [
-        at_most("S0", "heavy tails: flags at rho <= 0.70 or between strangers", wrong, 0),
+        at_most("S0", "heavy tails: flags at rho <= 0.70 or between unrelated latents", wrong, 0),
         told("S0", "heavy tails: pairs flagged, support >= 100, by rho", ", ".join(cells)),
         *_calibration(blocks, stream, "heavy tails"),
     ]
@@ -166,7 +166,7 @@ def _flags(
     return [
         at_most(
             "S0",
-            f"{prefix}flags at rho <= 0.70 or between strangers",
+            f"{prefix}flags at rho <= 0.70 or between unrelated latents",
             int(hit[rho <= 0.7].sum()) + len(flagged - planted),
             0,
         ),

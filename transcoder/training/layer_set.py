@@ -16,9 +16,9 @@ from transcoder.activations.activation_source import ActivationSource, row_bytes
 from transcoder.activations.rows import Substitute
 from transcoder.config import BUFFER_TOKENS, RunConfig
 from transcoder.files import replace_atomically
-from transcoder.layer_list import layer_name
+from transcoder.layer_list import LAYERS_FOLDER, layer_name
 from transcoder.reporting import MetricsWriter, ProgressBar
-from transcoder.reporting.layer_sets import LAYERS_FOLDER, mean_over_layers, write_set_report
+from transcoder.reporting.layer_sets import mean_over_layers, write_set_report
 from transcoder.training.disk_space import human_bytes
 from transcoder.training.evaluation import at_inference
 from transcoder.training.nonfinite import TrainingDivergedError

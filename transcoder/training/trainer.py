@@ -18,7 +18,7 @@ from transcoder.activations.pass_feed import PassFeed
 from transcoder.activations.stream import layer_stream, open_source, resolved_layers
 from transcoder.config import BUFFER_TOKENS, ConfigError, RunConfig
 from transcoder.files import local_path, replace_atomically
-from transcoder.layer_list import layer_configs
+from transcoder.layer_list import LAYERS_FOLDER, layer_configs
 from transcoder.model import Transcoder
 from transcoder.phases import phase
 from transcoder.reporting import MetricsWriter, ProgressBar
@@ -27,7 +27,7 @@ from transcoder.settings import brief
 from transcoder.training.checkpoint import CheckpointStore, Loaded
 from transcoder.training.checkpointing import Saver
 from transcoder.training.initial_weights import begin_from
-from transcoder.training.layer_set import DIVERGENCE, LAYERS_FOLDER, LayerSet, buffer_tokens, layers_folder
+from transcoder.training.layer_set import DIVERGENCE, LayerSet, buffer_tokens, layers_folder
 from transcoder.training.layer_trainer import StepView
 from transcoder.training.nonfinite import BadSteps
 from transcoder.training.run_end import write_run_report, write_summary
@@ -206,8 +206,9 @@ class Trainer:
         self.parts.metrics_log.begin(self.tokens)
         stage("taking the first steps (the C++ backend is compiled once, about 20 s)")
         try:
-            while self.step < steps and stop.signal is None:
-                self.advance()
+            with self.parts.metrics_log.shares.running():
+                while self.step < steps and stop.signal is None:
+                    self.advance()
         except Exception as error:
             self.rescue()
             if not isinstance(error, StopIteration):
