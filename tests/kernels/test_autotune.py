@@ -112,7 +112,7 @@ def test_in_the_interpreter() -> None:
 
 
 @pytest.mark.interpreted
-@pytest.mark.parametrize("name", ["gather-4", "nested-slab", "pairs"])
+@pytest.mark.parametrize("name", [pytest.param("gather-4", marks=pytest.mark.slow), "nested-slab", "pairs"])
 def test_real_kernels_are_checked_and_timed(
     name: str, autotune: ModuleType, triton_device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
