@@ -139,13 +139,12 @@ def demo(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
 def _train(config: RunConfig, out: Path, resume: bool) -> int:
     if not resume:
         _refuse_used_folder(out)
-    elif _is_done(config, out):
-        print(
-            f"{out}: finished at step {config.training.steps:,} already; `transcoder report {out}` draws its page again"
-        )
-        _print_verdict(out)
-        return Exit.OK
     from transcoder.reporting.progress import stages
+    from transcoder.reporting.verdict import is_done, said_of
+
+    if resume and is_done(out, config):
+        print(f"{out}: finished already; `transcoder report {out}` draws its page again", *said_of(out), sep="\n")
+        return Exit.OK
 
     with stages(config.logging.progress) as stage:
         stage("loading PyTorch")
@@ -158,40 +157,8 @@ def _train(config: RunConfig, out: Path, resume: bool) -> int:
             stopped = f"stopped by {result.interrupted_by} after step {result.step}"
             print(f"run folder: {result.run_dir}\n{stopped}; the state is saved, add --resume to go on")
         return Exit.STOPPED
-    print(f"run folder: {result.run_dir}")
-    _print_verdict(result.run_dir)
+    print(f"run folder: {result.run_dir}", *said_of(result.run_dir), sep="\n")
     return Exit.OK
-
-
-def _is_done(config: RunConfig, out: Path) -> bool:
-    """Whether the folder holds this run, finished, with its page: told without torch."""
-    from transcoder.reporting import Run
-
-    if not (out / "config.yaml").is_file():
-        return False
-    saved, multiple = RunConfig.load(out / "config.yaml"), "activations.mask_norm_multiple"
-    if config.activations.mask_norm_multiple == "auto":
-        # The run's file has the value that was found.
-        config = config.replace({multiple: saved.activations.mask_norm_multiple})
-    if saved != config:
-        return False
-    run = Run(out)
-    whole = (out / "report.html").exists() or not config.logging.report
-    return run.finished and whole and run.last_step == config.training.steps
-
-
-def _print_verdict(out: Path) -> None:
-    """How the run went, in the words of its page."""
-    from transcoder.reporting import Run
-    from transcoder.reporting.layer_sets import layer_folders, set_lines
-    from transcoder.reporting.verdict import verdict_lines
-
-    run = Run(out, empty_ok=True)
-    lines = verdict_lines(run)
-    # Of a layer set these are means; its page leads to each layer's.
-    print(*([f"mean over layers: {lines[0]}", *set_lines(run.final)] if layer_folders(out) else lines), sep="\n")
-    if (out / "report.html").exists():
-        print(f"report: {out / 'report.html'}")
 
 
 @command(
@@ -370,6 +337,8 @@ def compare(options: argparse.Namespace, _: dict[str, Any]) -> int:
     runs: list[str] = options.runs
     if len(runs) < 2:
         raise ConfigError(f"compare: expected at least two run folders, got {len(runs)}")
+    from transcoder.training.similarity import similarity_text
+
     if any("=" in run and not local_path(run).is_dir() for run in runs):
         methods = _methods(runs)
         from transcoder.reporting.compare import compare_methods, format_methods
@@ -377,14 +346,14 @@ def compare(options: argparse.Namespace, _: dict[str, Any]) -> int:
         comparison: Any = compare_methods(methods)
         print(_colored(format_methods(comparison)))
         for name, folders in methods.items():
-            _print_similarity(folders, name)
+            print(similarity_text(folders, name), end="")
     else:
         folders = [run_folder(run) for run in runs]
         from transcoder.reporting.compare import compare_runs, format_comparison
 
         methods, comparison = {}, compare_runs(*folders)
         print(_colored(format_comparison(comparison)))
-        _print_similarity(folders)
+        print(similarity_text(folders), end="")
     if options.html is not None:
         from transcoder.reporting.compare_page import write_method_comparison, write_run_comparison
 
@@ -411,20 +380,6 @@ def _methods(words: list[str]) -> dict[str, list[Path]]:
             )
         methods[name] = [run_folder(run) for run in runs.split(",")]
     return methods
-
-
-def _print_similarity(folders: list[Path], method: str | None = None) -> None:
-    """CKA between the runs, if each of them has saved the codes that it is computed from."""
-    if len(folders) < 2 or not all((folder / "heldout_codes.safetensors").is_file() for folder in folders):
-        return
-    from transcoder.training.similarity import format_run_similarity, format_seed_similarity, run_similarity
-
-    try:
-        found = run_similarity(folders)
-    except ValueError as error:
-        print(f"\nno CKA between {method or 'these'} runs: {error}")
-        return
-    print("", format_run_similarity(found) if method is None else format_seed_similarity(method, found), sep="\n")
 
 
 REFRESH = "first run its newest checkpoint on its text again, for contexts, histograms, densities and duplicates"
