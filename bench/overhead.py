@@ -1,4 +1,4 @@
-"""python -m bench.overhead [--pairs 5] [--only demo,trainer,roofline] [--sizes 2048,8192] [--json FILE]
+"""python -m bench.overhead [--pairs 5] [--only demo,trainer,roofline] [--sizes 2048,8192] [--json FILE] [--document README.md]
 
 The price of everything against duplicates, which the README quotes. Runs take their turns one after the other, in the other
 order each time, so that a slow machine affects both; a ratio is that of total times, in brackets its 95 % interval over turns.
@@ -26,6 +26,7 @@ from typing import Any
 
 from bench import results, roofline
 from bench.cases import Size
+from bench.document import replace_between
 from bench.monitoring_overhead import PARTS, RARE, runs, seconds_of
 from bench.statistics import whole_ratio
 
@@ -144,6 +145,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--only", default="demo,trainer,roofline", help="parts, with commas between")
     parser.add_argument("--sizes", default=",".join(str(s.d_sae) for s in SIZES), help="trainer: numbers of latents")
     parser.add_argument("--json", type=Path, help="write what was measured to this file")
+    parser.add_argument("--document", type=Path, help="write the table into this document, between its marks")
     options = parser.parse_args(words)
     only, sizes = options.only.split(","), [s for s in SIZES if str(s.d_sae) in options.sizes.split(",")]
     if not set(only) <= {"demo", "trainer", "roofline"} or not sizes:
@@ -154,6 +156,8 @@ def main(words: list[str] | None = None) -> int:
     print("\n".join(table(found)))
     if options.json is not None:
         options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    if options.document is not None:
+        replace_between(options.document, "bench.overhead", "```\n" + "\n".join(table(found)) + "\n```")
     return 0
 
 

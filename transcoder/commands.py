@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import enum
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -314,7 +315,7 @@ def compare(options: argparse.Namespace, _: dict[str, Any]) -> int:
         from transcoder.reporting.compare import compare_methods, format_methods
 
         comparison: Any = compare_methods(methods)
-        print(format_methods(comparison))
+        print(_colored(format_methods(comparison)))
         for name, folders in methods.items():
             _print_similarity(folders, name)
     else:
@@ -322,7 +323,7 @@ def compare(options: argparse.Namespace, _: dict[str, Any]) -> int:
         from transcoder.reporting.compare import compare_runs, format_comparison
 
         methods, comparison = {}, compare_runs(*folders)
-        print(format_comparison(comparison))
+        print(_colored(format_comparison(comparison)))
         _print_similarity(folders)
     if options.html is not None:
         from transcoder.reporting.compare_page import write_method_comparison, write_run_comparison
@@ -330,6 +331,13 @@ def compare(options: argparse.Namespace, _: dict[str, Any]) -> int:
         write = write_method_comparison if methods else write_run_comparison
         print(f"page: {write(comparison, options.html)}")
     return Exit.OK
+
+
+def _colored(table: str) -> str:
+    """On a terminal, "better" green and "worse" red."""
+    if not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
+        return table
+    return table.replace("better", "\x1b[32mbetter\x1b[0m").replace("worse", "\x1b[31mworse\x1b[0m")
 
 
 def _methods(words: list[str]) -> dict[str, list[Path]]:
