@@ -255,76 +255,16 @@ def evaluate(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
         options.weights, options.format, **_given(options, "weights", "config", "out", "format", "debug")
     )
     weights = local_path(options.weights)
-    config = _config_of_weights(weights, found.hooks, options.config, overrides)
+    from transcoder.training.evaluate_weights import config_of_weights, evaluate_weights, format_metrics
+
+    config = config_of_weights(weights, vars(found.hooks), options.config, overrides)
     out = Path("runs") / config.name if options.out is None else local_path(options.out, "--out")
     if not (out / "summary.json").is_file() or "evaluated" not in (out / "summary.json").read_text(encoding="utf-8"):
         _refuse_used_folder(out, resumable=False)
-    from transcoder.training.evaluate_weights import evaluate_weights
-
-    summary = evaluate_weights(found.transcoder, config, out, origin=str(options.weights))
-    for key, label in MEASURED.items():
-        if key in summary:
-            print(f"{label:<64}{summary[key]:.4f}")
+    print(format_metrics(evaluate_weights(found.transcoder, config, out, origin=str(options.weights))))
     if config.logging.report:
         print(f"report: {out / 'report.html'}")
     return Exit.OK
-
-
-MEASURED = {
-    "evaluation/fvu": "fraction of variance unexplained, held-out non-sink tokens",
-    "evaluation/l0": "active latents a token (L0)",
-    "evaluation/dead_share": "share of latents that never fire there",
-    "evaluation/ce_recovered": "cross-entropy recovered",
-    "heldout_duplicates/pairs": "pairs of latents above the correlation threshold",
-    "heldout_duplicates/mergeable": "of these, duplicates",
-    "saebench/ce_loss_score": "SAEBench: CE loss score",
-    "saebench/kl_div_score": "SAEBench: KL divergence score",
-    "saebench/explained_variance": "SAEBench: explained variance",
-    "saebench/cossim": "SAEBench: cosine similarity",
-    "saebench/l0": "SAEBench: L0",
-    "saebench/l1": "SAEBench: L1",
-    "saebench/l2_ratio": "SAEBench: L2 ratio",
-    "saebench/frac_alive": "SAEBench: share alive",
-}
-
-
-def _config_of_weights(weights: Path, hooks: Any, given: str | None, overrides: dict[str, Any]) -> RunConfig:
-    """CONFIG, else the config of the run that the weights are of; what it leaves open the weights say themselves."""
-    from transcoder.config import load_yaml
-    from transcoder.settings import set_dotted
-
-    homes = (place / "config.yaml" for place in (weights, *weights.parents[:2]))
-    own = next((file for file in homes if file.is_file()), None)
-    source = own if given is None else given
-    values = {} if source is None else load_yaml(source)
-    activations = values.get("activations") or {}
-    if isinstance(activations, dict) and activations.get("layers") is not None:
-        # Of a layer set, the weights know their own hooks.
-        values["activations"] = {
-            k: v for k, v in activations.items() if k not in ("layers", "source_hook", "target_hook")
-        }
-    known = {
-        "model.name": hooks.model_name,
-        "activations.source_hook": hooks.source,
-        "activations.target_hook": hooks.target or hooks.source,
-        "activations.sequence_length": hooks.context_size,
-        "activations.prepend_bos": hooks.prepend_bos,
-    }
-    for dotted, value in known.items():
-        section, _, field = dotted.partition(".")
-        if value is not None and field not in (values.get(section) or {}):
-            set_dotted(values, dotted, value)
-    for dotted, value in overrides.items():
-        set_dotted(values, dotted, value)
-    for dotted in ("model.name", "activations.source_hook", "activations.target_hook"):
-        section, _, field = dotted.partition(".")
-        if field not in (values.get(section) or {}):
-            raise ConfigError(
-                f"evaluate: {weights} does not say where it belongs ({dotted}): give a CONFIG, or --model.name, "
-                "--activations.source_hook and --activations.target_hook"
-            )
-    name = "".join(c if c.isalnum() or c in "._-" else "-" for c in weights.name)
-    return RunConfig.from_dict({**values, "name": f"evaluate-{name}"})
 
 
 METHOD = "a run folder; or NAME=RUN,RUN,... for a method's runs over seeds, compared with intervals over seeds"
