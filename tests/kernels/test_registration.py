@@ -441,7 +441,7 @@ def test_in_the_interpreter() -> None:
 
 
 @pytest.mark.interpreted
-@pytest.mark.parametrize("activation", ["topk", "batch_topk"])
+@pytest.mark.parametrize("activation", ["topk", pytest.param("batch_topk", marks=pytest.mark.slow)])
 def test_a_triton_step_never_waits(
     activation: str, triton_device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:

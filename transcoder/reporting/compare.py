@@ -302,17 +302,17 @@ def _labels(runs: list[Run]) -> list[str]:
 
 
 def _different_settings(runs: list[Run]) -> dict[str, list[Any]]:
-    flat = [_flatten(run.config) for run in runs]
+    flat = [flattened(run.config) for run in runs]
     names = dict.fromkeys(name for settings in flat for name in settings)
     rows = {name: [settings.get(name) for settings in flat] for name in names if name != "name"}
     return {name: values for name, values in rows.items() if any(v != values[0] for v in values)}
 
 
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flattened(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, dict):
-            flat.update(_flatten(value, f"{prefix}{name}."))
+            flat.update(flattened(value, f"{prefix}{name}."))
         else:
             flat[f"{prefix}{name}"] = value if isinstance(value, (int, float, str, list, type(None))) else str(value)
     return flat
