@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from transcoder.config import ConfigError, RunConfig
 from transcoder.files import local_path
+from transcoder.layer_list import layer_folders
 
 
 class Exit(enum.IntEnum):
@@ -182,7 +183,7 @@ def _is_done(config: RunConfig, out: Path) -> bool:
 def _print_verdict(out: Path) -> None:
     """How the run went, in the words of its page."""
     from transcoder.reporting import Run
-    from transcoder.reporting.layer_sets import layer_folders, set_lines
+    from transcoder.reporting.layer_sets import set_lines
     from transcoder.reporting.verdict import verdict_lines
 
     run = Run(out, empty_ok=True)
@@ -384,12 +385,24 @@ def compare(options: argparse.Namespace, _: dict[str, Any]) -> int:
         methods, comparison = {}, compare_runs(*folders)
         print(format_comparison(comparison))
         _print_similarity(folders)
+        _compare_layers(folders)
     if options.html is not None:
         from transcoder.reporting.compare_page import write_method_comparison, write_run_comparison
 
         write = write_method_comparison if methods else write_run_comparison
         print(f"page: {write(comparison, options.html)}")
     return Exit.OK
+
+
+def _compare_layers(folders: list[Path]) -> None:
+    """Of layer sets, whose own metrics are means: each layer that all of them have."""
+    sets = [layer_folders(folder) for folder in folders]
+    from transcoder.reporting.compare import compare_runs, format_comparison
+
+    for layer in sorted(set.intersection(*map(set, sets))):
+        layers = [one[layer] for one in sets]
+        print(f"\nlayer {layer}", format_comparison(compare_runs(*layers)), sep="\n")
+        _print_similarity(layers)
 
 
 def _methods(words: list[str]) -> dict[str, list[Path]]:
@@ -431,7 +444,10 @@ def report(options: argparse.Namespace, _: dict[str, Any]) -> int:
     if options.refresh:
         from transcoder.training.describe_latents import refresh
 
-        refresh(folder)
+        for run in list(layer_folders(folder).values()) or [folder]:
+            refresh(run)
+    for layer in layer_folders(folder).values():
+        print(write_report(layer))
     print(write_report(folder))
     return Exit.OK
 
@@ -500,6 +516,10 @@ def _given(options: argparse.Namespace, *own: str) -> dict[str, Any]:
 def watch(options: argparse.Namespace, _: dict[str, Any]) -> int:
     """Show a run while it runs, as its report in a browser on this machine; nothing of it is written or locked."""
     folder = run_folder(options.run_folder)
+    if layers := layer_folders(folder):
+        print(
+            f"a layer set: means over {len(layers)} layers; of one layer: transcoder watch {next(iter(layers.values()))}"
+        )
     if options.terminal:
         from transcoder.reporting.watch_terminal import watch_terminal
 
