@@ -3,7 +3,7 @@
     python docs/attribution_graph.py SET "import os" graphs            # writes graphs/graph.pt, graph.json, features/
     python docs/attribution_graph.py SET "import os" graphs --serve    # and shows them on localhost:8032
 
-Runs in circuit-tracer's environment (`pip install circuit-tracer`); this package is not needed there.
+Runs in circuit-tracer's environment (`pip install circuit-tracer "nnsight<0.7"`); this package is not needed there.
 """
 
 from __future__ import annotations

@@ -90,12 +90,12 @@ def validate(config: RunConfig, out: Path | str) -> ValidationResult:
         if not result.finished:
             ending = f"stopped by {result.interrupted_by} after step {result.step} of {run.training.steps}"
             return ValidationResult({**checks, name: [Check("finished", False, ending)]}, None)
-        layers: dict[int | None, RunResult] = dict(result.layers) or {None: result}
+        layers: list[tuple[int | None, RunResult]] = list(result.layers.items()) or [(None, result)]
         checks |= {
             name if layer is None else f"{name}, layer {layer}": check_run(
                 one.run_dir, _config_of(one.run_dir, run, layer)
             )
-            for layer, one in layers.items()
+            for layer, one in layers
         }
     comparison = compare_runs(out / "baseline", out / "with_antidup")
     write_comparison(comparison, out / "comparison.json")
