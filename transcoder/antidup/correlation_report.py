@@ -148,6 +148,14 @@ def distinct_latents(live: int, components: list[list[int]]) -> int:
     return max(0, live - sum(len(c) - 1 for c in components))
 
 
+def merged_groups(pairs: CorrelatedPairs, verdicts: MergeResult | None, untested: list[list[int]]) -> list[list[int]]:
+    """Groups of latents joined by pairs that passed the merge test; `untested` where there was none."""
+    if verdicts is None:
+        return untested
+    passed = verdicts.mergeable()
+    return connected_components(zip(pairs.i[passed].tolist(), pairs.j[passed].tolist(), strict=True))
+
+
 def effective_size(live: int, survey: Survey, tokens: float) -> float | None:
     """N^2 / sum_ij r_ij^2 over live latents, with the noise N (N - 1) / n of independent latents subtracted from the sum; None
     under a sketch.

@@ -44,6 +44,7 @@ from transcoder.training.start_checks import (
     check_switches,
     device_of,
     say_backend,
+    say_nothing_held_out,
 )
 
 logger = logging.getLogger(__name__)
@@ -135,6 +136,8 @@ def opened_run(
         check_folder(run_dir, config, resume)
         parts = RunParts(config, run_dir, device, batches, heldout, stack)
         run = Trainer(parts.config, run_dir, device, parts, stack)
+        if not run.parts.data.heldout:
+            say_nothing_held_out(config)
         run.prepare(resume)
         lock.begun = True
         yield run

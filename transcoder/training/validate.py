@@ -131,8 +131,9 @@ def _require(condition: object, otherwise: str) -> None:
 
 
 def _settings(run_dir: Path, config: RunConfig) -> str:
-    expected = as_started(config, run_dir, resume=False)
-    _require(RunConfig.load(run_dir / "config.yaml") == expected, "config.yaml differs from the settings of the run")
+    # The run's file has the values that were found for `auto`, and those of what follows the run's length.
+    saved, expected = RunConfig.load(run_dir / "config.yaml"), as_started(config, run_dir, resume=True)
+    _require(saved == expected, "config.yaml differs from the settings of the run")
     return "config.yaml holds the settings of the run"
 
 
