@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from transcoder.config import ConfigError, RunConfig
 from transcoder.files import local_path
+from transcoder.layer_list import layer_folders
 
 
 class Exit(enum.IntEnum):
@@ -294,6 +295,12 @@ def compare(options: argparse.Namespace, _: dict[str, Any]) -> int:
         methods, comparison = {}, compare_runs(*folders)
         print(_colored(format_comparison(comparison)))
         print(similarity_text(folders), end="")
+        sets = [layer_folders(folder) for folder in folders]
+        # A set's own metrics are means: each layer that all of them have.
+        for layer in sorted(set.intersection(*map(set, sets))):
+            layers = [one[layer] for one in sets]
+            print(f"\nlayer {layer}", _colored(format_comparison(compare_runs(*layers))), sep="\n")
+            print(similarity_text(layers), end="")
     if options.html is not None:
         from transcoder.reporting.compare_page import write_method_comparison, write_run_comparison
 
@@ -334,7 +341,10 @@ def report(options: argparse.Namespace, _: dict[str, Any]) -> int:
     if options.refresh:
         from transcoder.training.describe_latents import refresh
 
-        refresh(folder)
+        for run in list(layer_folders(folder).values()) or [folder]:
+            refresh(run)
+    for layer in layer_folders(folder).values():
+        print(write_report(layer))
     print(write_report(folder))
     return Exit.OK
 
@@ -403,6 +413,10 @@ def _given(options: argparse.Namespace, *own: str) -> dict[str, Any]:
 def watch(options: argparse.Namespace, _: dict[str, Any]) -> int:
     """Show a run while it runs, as its report in a browser on this machine; nothing of it is written or locked."""
     folder = run_folder(options.run_folder)
+    if layers := layer_folders(folder):
+        print(
+            f"a layer set: means over {len(layers)} layers; of one layer: transcoder watch {next(iter(layers.values()))}"
+        )
     if options.terminal:
         from transcoder.reporting.watch_terminal import watch_terminal
 

@@ -180,6 +180,8 @@ class LayerSet:
             "step": self.step,
             "finished": finished,
             "interrupted_by": stopped_by,
+            "d_in": next(iter(results.values())).summary["d_in"],
+            "d_out": next(iter(results.values())).summary["d_out"],
             "tokens": max(one.summary["tokens"] for one in results.values()),
             **mean_over_layers(good),
             **(self._cross_entropy() if finished else {}),

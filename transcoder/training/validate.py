@@ -15,7 +15,7 @@ from transcoder.config import RunConfig
 from transcoder.files import local_path
 from transcoder.reporting.compare import compare_runs, format_comparison, write_comparison
 from transcoder.training.start_checks import as_started
-from transcoder.training.trainer import train_transcoder
+from transcoder.training.trainer import RunResult, train_transcoder
 from transcoder.usage import SECTIONS, judge
 
 SAMPLE_COLUMNS = {
@@ -90,10 +90,21 @@ def validate(config: RunConfig, out: Path | str) -> ValidationResult:
         if not result.finished:
             ending = f"stopped by {result.interrupted_by} after step {result.step} of {run.training.steps}"
             return ValidationResult({**checks, name: [Check("finished", False, ending)]}, None)
-        checks[name] = check_run(out / name, run)
+        layers: list[tuple[int | None, RunResult]] = list(result.layers.items()) or [(None, result)]
+        checks |= {
+            name if layer is None else f"{name}, layer {layer}": check_run(
+                one.run_dir, _config_of(one.run_dir, run, layer)
+            )
+            for layer, one in layers
+        }
     comparison = compare_runs(out / "baseline", out / "with_antidup")
     write_comparison(comparison, out / "comparison.json")
     return ValidationResult(checks, comparison)
+
+
+def _config_of(run_dir: Path, run: RunConfig, layer: int | None) -> RunConfig:
+    """A run's config; of a layer of a set its own, which the set made."""
+    return run if layer is None else RunConfig.load(run_dir / "config.yaml")
 
 
 class _Unmet(Exception):
