@@ -17,7 +17,7 @@ from tests.training.planted import config as planted
 from transcoder import RunConfig, train_transcoder
 from transcoder.antidup import ActivationSampleCollector, PositionSampler, UsageLedger
 from transcoder.antidup.ledger import LedgerError
-from transcoder.training.trainer import opened_run
+from transcoder.training.train import opened_run
 from transcoder.usage import REQUIRED_EFFECTS
 
 

@@ -24,8 +24,9 @@ from transcoder.training.evaluation import at_inference
 from transcoder.training.nonfinite import TrainingDivergedError
 
 if TYPE_CHECKING:
+    from transcoder.training.run_end import RunResult
     from transcoder.training.signals import StopRequest
-    from transcoder.training.trainer import RunResult, Trainer
+    from transcoder.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 

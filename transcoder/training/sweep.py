@@ -11,8 +11,9 @@ from transcoder.activations.stream import resolved_layers
 from transcoder.antidup.row_cosines import cosine_tail, random_cosine_tail
 from transcoder.config import ConfigError, RunConfig
 from transcoder.files import local_path, replace_atomically
+from transcoder.training.run_end import RunResult
 from transcoder.training.start_checks import changed_settings
-from transcoder.training.trainer import RunResult, train_transcoder
+from transcoder.training.train import train_transcoder
 
 COLUMNS = (
     ("evaluation/fvu", "FVU"),

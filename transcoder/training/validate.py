@@ -14,8 +14,9 @@ from transcoder.checkpoint_folder import CheckpointError, verify_checkpoint
 from transcoder.config import RunConfig
 from transcoder.files import local_path
 from transcoder.reporting.compare import compare_runs, format_comparison, write_comparison
+from transcoder.training.run_end import RunResult
 from transcoder.training.start_checks import as_started
-from transcoder.training.trainer import RunResult, train_transcoder
+from transcoder.training.train import train_transcoder
 from transcoder.usage import SECTIONS, judge
 
 SAMPLE_COLUMNS = {
