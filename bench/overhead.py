@@ -96,7 +96,7 @@ def predicted(shape: roofline.Shape = LOST) -> dict[str, float]:
     """Seconds of a step on an H100 without a GPU at hand, and what the monitor's update adds."""
     chip = roofline.CHIPS[0]
     # In a process of its own: there Triton is recorded, here the backends of this CPU are in use already.
-    found = f"roofline.rows([roofline.{shape!r}], roofline.CHIPS[:1])"
+    found = f"list(roofline.rows([roofline.{shape!r}], roofline.CHIPS[:1]))"
     program = f"import json; from bench import roofline; print(json.dumps({found}))"
     done = subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.PIPE, text=True)
     rows = json.loads(done.stdout.splitlines()[-1])
