@@ -62,6 +62,8 @@ def fitting(name: str) -> st.SearchStrategy[Any]:
 def of_kind(kind: Any, value: Any) -> bool:
     """Whether a config's leaf is what its annotation says, and finite."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:  # A notation that config.py reads itself.
+        return True
     if origin is typing.Literal:
         return value in args
     if origin is tuple:
@@ -86,7 +88,7 @@ def assert_sound(config: RunConfig, given: dict[str, Any]) -> None:
         assert of_kind(kind, leaf(config, name)), f"{name}: {leaf(config, name)!r} is no {kind}"
     for name, value in given.items():
         found = leaf(config, name)
-        if isinstance(value, (bool, int, float)) and value is not False:
+        if isinstance(value, (bool, int, float)) and value is not False and KINDS[name] is not Any:
             assert found == value, f"{name}: {value!r} became {found!r}"
     assert RunConfig.from_dict(yaml.safe_load(config.to_yaml())) == config
 

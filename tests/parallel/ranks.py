@@ -21,8 +21,9 @@ from transcoder.model import Transcoder
 from transcoder.parallel import ShardedTranscoder
 from transcoder.training.optimizer import make_optimizer, optimizer_step
 
-D_IN, D_OUT, D_SAE, ROWS = 12, 10, 48, 16
-BASE = TranscoderConfig(D_IN, D_OUT, D_SAE, 6, widths=[10, 21, 48], aux_k=5, dead_after_tokens=64)
+D_IN, D_OUT, D_SAE, ROWS = 12, 10, 96, 32
+"""At least 4 tokens and 8 latents a rank of 8: products of fewer are summed in another order by the matrix library."""
+BASE = TranscoderConfig(D_IN, D_OUT, D_SAE, 6, widths=[20, 43, 96], aux_k=5, dead_after_tokens=128)
 
 
 def on_ranks(dp: int, tp: int, names: list[str]) -> None:
