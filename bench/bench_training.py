@@ -6,16 +6,20 @@ import torch
 
 from bench.monitoring_overhead import KINDS, PERIOD, RARE, compared, runs, seconds_of
 
+SECONDS = 30.0
+"""Of rounds where the figures are not kept."""
 
-def bench_training(size, benchmark, record_row):  # type: ignore[no-untyped-def]
+
+def bench_training(size, benchmark, record_row, pytestconfig):  # type: ignore[no-untyped-def]
     """Steps of the trainer itself, batches and logs included, with the anti-duplication parts on and off. A warm-up of one
     round, then as many as hold everything once."""
     # The ledger is verified at the end of a run, which these runs do not reach.
     with runs(size, KINDS, {"antidup.verify_at_step": 10_000}) as opened:
-        for run in opened.values():
-            seconds_of(run, PERIOD)
-        # As many periods as the rarest work needs: at the larger size that takes minutes.
-        rounds = RARE // PERIOD
+        warm_up = sum(seconds_of(run, PERIOD) for run in opened.values())
+        # As many periods as the rarest work needs, which at the larger size takes minutes: for a file that is kept. Whole turns
+        # of it are `python -m bench.overhead`.
+        needed = RARE // PERIOD
+        rounds = needed if pytestconfig.option.bench_json else max(2, min(needed, int(SECONDS / warm_up)))
         taken: dict[str, list[float]] = {kind: [] for kind in opened}
 
         def others() -> None:

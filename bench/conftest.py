@@ -1,6 +1,6 @@
 """`pytest bench/`: every row is checked against its reference, then timed together with its peers and its floor.
 
-    pytest bench/ [--bench-size cpu|cuda|tiny] [--bench-seconds 8] [--bench-json FILE] [--bench-peers eager,compiled,...]
+    pytest bench/ [--bench-size cpu|cuda|tiny] [--bench-seconds 2] [--bench-json FILE] [--bench-peers eager,compiled,...]
 
 Sizes follow the device unless they are given. What is written to FILE is read by `python -m bench.measure` and
 `python -m bench.report`; docs/performance.md says how to read it.
@@ -37,7 +37,7 @@ _failed: dict[str, str] = {}
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("bench/")
     group.addoption("--bench-size", choices=sorted(SIZES), default=machine.device().type, help="which sizes to run")
-    group.addoption("--bench-seconds", type=float, default=6.0, help="seconds of rounds a row (at least 5 rounds)")
+    group.addoption("--bench-seconds", type=float, default=2.0, help="seconds of rounds a row (at least 5 rounds)")
     group.addoption("--bench-json", type=Path, help="write what was measured to this file")
     group.addoption("--bench-peers", default=",".join(peers.NAMES), help="peers to run, with commas between")
 
@@ -60,7 +60,7 @@ def compare(benchmark, record_row, request: pytest.FixtureRequest) -> Callable[.
         race = contest.race
         benchmark.pedantic(race.first, setup=race.others, rounds=rounds, iterations=1, warmup_rounds=0)
         found = contest.row()
-        benchmark.extra_info.update(floor=found["floor"])
+        benchmark.extra_info.update(floor=found["floor"], ratios=results.ratios_of(found))
         record_row(found)
         _skipped.update(contest.skipped)
         if contest.wrong:
@@ -106,7 +106,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    for line in results.table(_rows):
+    for line in (*results.table(_rows), *results.closing_table(_rows)):
         terminalreporter.write_line(line)
     for name, why in sorted(_skipped.items()):
         terminalreporter.write_line(f"skipped {name}: {why}")

@@ -10,11 +10,11 @@ verdicts    The backends that `auto` selects on this GPU (`transcoder.kernels.gp
 checker     The memory and race checker (`compute-sanitizer`, where it is installed) over the Triton checks on small shapes.
 benchmarks  `pytest bench/`, its rows taken into the JSON; after checks that passed, or with `--only benchmarks`.
 
-Every part is a separate process with a time limit, several at a time on a GPU: most of their time is compilation. A crash or a
-hang loses only its part, and results before it are kept. The JSON (bench/results/native/<device>.json) is written after every
-part, so that a machine that is taken away leaves what it had; stages that `--only` leaves out stay in it where code and
-versions are the same. Exit status 1 if any check failed or did not end. Without a GPU it does the same on the CPU (no verdicts,
-no checker), so that the command itself stays tested.
+Every part is a separate process with a time limit, several at a time on a GPU: most of their time is compilation. A crash
+or a hang loses only its part, and results before it are kept. The JSON (bench/results/native/<device>.json) is written
+after every part, so that a machine that is taken away leaves what it had; stages that `--only` leaves out stay in it where
+code and versions are the same. Exit status 1 if any check failed or did not end, or the benchmarks could not run. Without a
+GPU it does the same on the CPU (no verdicts, no checker), so that the command itself stays tested.
 
 On a bare machine with PyTorch: `pip install --no-deps --no-build-isolation -e .` first; nothing is downloaded.
 """
@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import itertools
 import json
 import os
@@ -53,6 +54,8 @@ STAGES = ("checks", "verdicts", "checker", "benchmarks")
 LIMITS = {"checks": 240.0, "verdicts": 120.0, "checker": 120.0}
 """Time limit of a part in seconds, cut to the rest of `--minutes`, so that one hang does not use up the time on the machine.
 Estimates; the benchmarks get the rest."""
+STOPPED = "stopped at the time limit"
+NO_PYTEST = "pytest is not installed: install it (or a wheel that you bring), or leave the benchmarks out by --only"
 GRACE = 20.0
 """Seconds for a stopped process to write its results before it is killed."""
 
@@ -197,6 +200,10 @@ def tell(part: str, device: torch.device, shapes: list[tuple[int, int, int, int]
         if problem is not None and "CUDA error" in problem:
             break  # later results are not reliable
     print(json.dumps({"ended": True}), flush=True)
+
+
+def have_pytest() -> bool:
+    return importlib.util.find_spec("pytest") is not None
 
 
 def hear_interrupts() -> None:
@@ -346,6 +353,8 @@ class Check:
         if bad and len(self.args.only) > 1:
             why = f"not after {' and '.join(bad)} that failed; --only benchmarks runs them all the same"
             return self.note("benchmarks", None, {"skipped": why})
+        if not have_pytest():
+            return self.note("benchmarks", None, {"ended": NO_PYTEST})
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "rows.json"
             words = [sys.executable, "-m", "pytest", "bench", "-q", f"--bench-json={file}", "-p", "no:cacheprovider"]
@@ -353,7 +362,7 @@ class Check:
             # After SIGINT, pytest still writes the rows measured so far.
             in_time = ended(process, self.limit("benchmarks"), signal.SIGINT)
             rows = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        how = f"exit {process.returncode}" if in_time else "stopped at the time limit"
+        how = f"exit {process.returncode}" if in_time else STOPPED
         return self.note("benchmarks", None, {"ended": how, **rows})
 
 
@@ -379,12 +388,19 @@ def main() -> int:
         return 0
     hear_interrupts()
     print(f"{machine.name()}, {machine.versions()}, seed {args.seed}", flush=True)
+    if "benchmarks" in args.only and not have_pytest():
+        print(f"benchmarks: {NO_PYTEST}", flush=True)
     check = Check(device, args)
     for stage in STAGES:
         if stage in args.only:
             getattr(check, stage)()
     print(f"written: {check.out}")
-    return int(not all(green(check.found.get(stage, {})) for stage in ("checks", "checker")))
+    measured = check.found.get("benchmarks", {}) if "benchmarks" in args.only else {}
+    # Stopped at the time limit they have written what they had.
+    broken = measured.get("ended", "exit 0") not in ("exit 0", STOPPED)
+    if broken:
+        print(f"FAILED benchmarks: {measured['ended']}", flush=True)
+    return int(broken or not all(green(check.found.get(stage, {})) for stage in ("checks", "checker")))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from bench.statistics import mean, whole_ratio
 from transcoder.activations import ActivationBatch
 from transcoder.config import RunConfig
 from transcoder.training.profile import QUIET
-from transcoder.training.trainer import opened_run
+from transcoder.training.train import opened_run
 
 PARTS = ("regularizer", "positions", "monitor", "samples", "recycle")
 KINDS: dict[str, tuple[str, ...]] = {

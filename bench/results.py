@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -122,3 +122,28 @@ def table(rows: Iterable[dict[str, Any]]) -> Iterator[str]:
                     f"{ratio['median']:7.2f} x ours [{ratio['low']:.2f}, {ratio['high']:.2f}]"
                     f"{seconds['median'] / floor:8.2f} x floor{memory}"
                 )
+
+
+def ratios_of(row: Mapping[str, Any]) -> dict[str, float]:
+    """{variant: its time as a multiple of ours, "floor": ours as a multiple of the floor}, forward and backward together where
+    there are both; medians."""
+    found: dict[str, float] = {}
+    for name, variant in row.get("variants", {}).items():
+        if "wrong" in variant:
+            continue
+        direction = "both" if "both" in variant["seconds"] else "forward"
+        if direction in variant["ratio"]:
+            found[name] = variant["ratio"][direction]["median"]
+        if "floor" not in found and variant["ours"]:
+            found["floor"] = variant["seconds"][direction]["median"] / row["floor"][direction]["seconds"]
+    return found
+
+
+def closing_table(rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    """A line a row: ours as a multiple of the floor, each other variant as a multiple of ours."""
+    yield ""
+    yield "In all (x: times as long as ours, forward and backward together; the trainer: as long as with everything off):"
+    for row in rows:
+        kinds = {kind: one["ratio"]["total"] for kind, one in row.get("kinds", {}).items()}
+        cells = [f"{name} {ratio:.2f}x" for name, ratio in (kinds or ratios_of(row)).items() if ratio != 1]
+        yield f"  {label(row):<50} " + ", ".join(cell.replace("floor ", "of the floor: ours ") for cell in cells)

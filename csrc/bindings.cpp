@@ -68,6 +68,10 @@ TORCH_LIBRARY(transcoder_cpp, m) {
       "group, Tensor? token_weights, Tensor(a!) sums) -> ()",
       add_by_group);
   cpu(
+      "pair_penalty(Tensor values, Tensor order, Tensor row_of, Tensor latent_ptr, Tensor i, Tensor j, float margin, "
+      "Tensor? token_weights, int tokens) -> (float, Tensor)",
+      pair_penalty);
+  cpu(
       "offer_samples(Tensor group, Tensor score, Tensor activation, Tensor rows, Tensor tokens, Tensor positions, "
       "Tensor? sequences, Tensor contexts, int step, int window, Tensor(a!) own_score, Tensor(b!) own_activation, "
       "Tensor(c!) own_token, Tensor(d!) own_position, Tensor(e!) own_sequence, Tensor(f!) own_step, Tensor(g!) "

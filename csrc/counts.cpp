@@ -160,4 +160,78 @@ void add_by_group(const Tensor& values, const Tensor& order, const Tensor& row_o
   });
 }
 
+// The pair penalty (antidup/penalties.py): the mean over P pairs of relu(c - margin)^2, c the cosine of the activations of i and
+// j over the batch, and its gradient at each entry (0 where it does not fire). Entries by latent as in `add_by_group`. Pair by
+// pair, at the cost of both latents' firings.
+tuple<double, Tensor> pair_penalty(const Tensor& values, const Tensor& order, const Tensor& row_of, const Tensor& latent_ptr,
+                                   const Tensor& i, const Tensor& j, double margin, const optional<Tensor>& token_weights,
+                                   int64_t tokens) {
+  const int64_t entries = values.numel(), latents = latent_ptr.numel() - 1, pairs = i.numel();
+  check_shape("j", j, {pairs});
+  check_shape("order", order, {entries});
+  check_shape("row_of", row_of, {entries});
+  check_rows(latent_ptr, entries);
+  check_ids(order, entries);
+  check_ids(row_of, tokens);
+  check_ids(i, latents);
+  check_ids(j, latents);
+  if (token_weights) check_shape("token_weights", *token_weights, {tokens});
+  const double* weight = token_weights ? in<double>(*token_weights) : nullptr;
+  const int64_t *of = in<int64_t>(order), *row = in<int64_t>(row_of), *ptr = in<int64_t>(latent_ptr);
+  double total = 0;
+  Tensor gradient = at::zeros({entries}, values.options());
+  with_type(values, [&](auto type) {
+    using T = decltype(type);
+    const T* value = in<T>(values);
+    const auto fired = [&](int64_t n) { return std::max(0.0, static_cast<double>(value[of[n]])); };
+    const auto counts = [&](int64_t n) { return weight ? weight[row[n]] : 1.0; };
+    // 1 / the length of each latent's activations, once it is asked for; the entries' slopes, by latent.
+    std::vector<double> inverse(latents, -1.0), own(latents, 0.0), slope(entries, 0.0);
+    const auto length = [&](int64_t latent) {
+      if (inverse[latent] < 0) {
+        double square = 0;
+        for (int64_t n = ptr[latent]; n < ptr[latent + 1]; ++n) square += fired(n) * fired(n) * counts(n);
+        inverse[latent] = square > 0 ? 1 / std::sqrt(square) : 0;
+      }
+      return inverse[latent];
+    };
+    const auto both = [&](int64_t left, int64_t right, auto&& met) {
+      const int64_t end = ptr[left + 1], other_end = ptr[right + 1];
+      for (int64_t a = ptr[left], b = ptr[right]; a < end && b < other_end;) {
+        if (row[a] == row[b]) {
+          met(a, b);
+          ++a;
+          ++b;
+        } else {
+          row[a] < row[b] ? ++a : ++b;
+        }
+      }
+    };
+    for (int64_t p = 0; p < pairs; ++p) {
+      const int64_t left = in<int64_t>(i)[p], right = in<int64_t>(j)[p];
+      const double scale = length(left) * length(right);
+      double product = 0;
+      both(left, right, [&](int64_t a, int64_t b) { product += fired(a) * fired(b) * counts(a); });
+      const double cosine = product * scale, excess = cosine - margin;
+      if (!(excess > 0)) continue;
+      total += excess * excess;
+      const double rise = 2 * excess / static_cast<double>(pairs);
+      both(left, right, [&](int64_t a, int64_t b) {
+        slope[a] += rise * scale * fired(b);
+        slope[b] += rise * scale * fired(a);
+      });
+      own[left] += rise * cosine * inverse[left] * inverse[left];
+      own[right] += rise * cosine * inverse[right] * inverse[right];
+    }
+    T* to = out<T>(gradient);
+    for (int64_t latent = 0; latent < latents; ++latent) {
+      if (own[latent] == 0) continue;
+      for (int64_t n = ptr[latent]; n < ptr[latent + 1]; ++n) {
+        if (fired(n) > 0) to[of[n]] = static_cast<T>((slope[n] - own[latent] * fired(n)) * counts(n));
+      }
+    }
+  });
+  return {pairs > 0 ? total / static_cast<double>(pairs) : 0.0, gradient};
+}
+
 }  // namespace transcoder

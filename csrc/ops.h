@@ -59,6 +59,9 @@ int64_t mark_places(const Tensor& values, const Tensor& ids, const Tensor& row_p
                  const optional<Tensor>& token_weights, int64_t bits, Tensor marks);
 void add_by_group(const Tensor& values, const Tensor& order, const Tensor& row_of, const Tensor& latent_ptr, const Tensor& i,
                   const Tensor& j, const Tensor& group, const optional<Tensor>& token_weights, Tensor sums);
+tuple<double, Tensor> pair_penalty(const Tensor& values, const Tensor& order, const Tensor& row_of, const Tensor& latent_ptr,
+                                   const Tensor& i, const Tensor& j, double margin, const optional<Tensor>& token_weights,
+                                   int64_t tokens);
 
 // samples.cpp
 int64_t offer_samples(const Tensor& group, const Tensor& score, const Tensor& activation, const Tensor& rows,

@@ -58,6 +58,30 @@ def add_by_group(codes: SparseCodes, i: Tensor, j: Tensor, group: Tensor, weight
     )
 
 
+def pair_penalty(
+    codes: SparseCodes, i: Tensor, j: Tensor, margin: float, weights: Tensor | None
+) -> tuple[float, Tensor]:
+    """(value, gradient [nnz] with respect to the codes' values) of `antidup.penalties.pair_penalty`.
+
+    Args:
+        i, j: [P] int64.   weights: [B] or None.
+    """
+    weights = None if weights is None else weights.detach().double().contiguous()
+    order = codes.by_latent()
+    found: tuple[float, Tensor] = torch.ops.transcoder_cpp.pair_penalty(
+        readable(codes),
+        order.permutation,
+        order.rows,
+        order.latent_ptr,
+        i.contiguous(),
+        j.contiguous(),
+        margin,
+        weights,
+        codes.shape[0],
+    )
+    return found
+
+
 def offer_samples(
     group: Tensor,
     score: Tensor,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -31,6 +32,9 @@ _finished = pytest.StashKey[dict[str, subprocess.CompletedProcess[str]]]()
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "command(*words, **environment): what the fixture `finished_command` runs")
     config.stash[_finished] = {}
+    # A shell's background job ignores SIGINT, and so would every process that a test starts and interrupts.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # One core a worker: threads of two workers that wait for each other take both.
     torch.set_num_threads(1)
 

@@ -12,7 +12,10 @@ import pytest
 from transcoder import cli, config
 from transcoder.config import ConfigError, RunConfig
 
-FORMATS = "expected one of saelens, sparsify, dictionary-learning, circuit-tracer, gemma-scope, original, got 'onnx'"
+FORMATS = (
+    "expected one of saelens, sparsify, dictionary-learning, circuit-tracer, gemma-scope, original, llama-scope, "
+    "got 'onnx'"
+)
 
 WORDS: list[tuple[str, list[str]]] = [
     # Unknown names.

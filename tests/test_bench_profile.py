@@ -16,7 +16,7 @@ from transcoder.config import ConfigError, RunConfig
 from transcoder.phases import PhaseClock, phase
 from transcoder.training import train_transcoder
 from transcoder.training.profile import REST, TRACED, WARM_UP, profile_run
-from transcoder.training.trainer import opened_run
+from transcoder.training.train import opened_run
 
 TINY = Size(64, 16, 128, 4)
 STEPS = 8

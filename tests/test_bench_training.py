@@ -6,9 +6,10 @@ import math
 
 import pytest
 
-from bench import whole_run
+from bench import overhead, whole_run
 from bench.cases import Size
 from bench.monitoring_overhead import DUE, PERIOD, RARE, compared, runs, seconds_of
+from bench.roofline import Shape
 from bench.statistics import mean, ratios, summary, whole_ratio
 from transcoder.config import RunConfig
 
@@ -73,3 +74,18 @@ def test_a_round_holds_one_report_and_five_hold_the_rest() -> None:
     # Once in RARE steps, beside the verification of the first round, which is the one that warms up.
     assert len(set(wrote[:-1])) == 1
     assert wrote[-1] > wrote[-2]
+
+
+def test_the_overhead_is_that_of_runs_in_turn() -> None:
+    found = overhead.trainer(TINY, pairs=2, steps=3)
+    assert list(found) == ["off", "monitor", "all"]
+    assert found["off"]["wall"]["ratio"] == {"total": 1.0, "low": 1.0, "high": 1.0}
+    assert all(len(clock["seconds"]) == 2 for kind in found.values() for clock in kind.values())
+    lines = overhead.table({"trainer": {"tiny": found}, "roofline": overhead.predicted(Shape(1024, 2304, 18432, 48))})
+    assert [line.split(":")[0] for line in lines[1:]] == [
+        "trainer tiny",
+        "trainer tiny",
+        "predicted, H100, B 1024, d 2304, N 18432, k 48",
+    ]
+    with pytest.raises(SystemExit):
+        overhead.main(["--pairs", "4"])

@@ -152,3 +152,15 @@ def test_a_part_tells_each_check(gpu_check: ModuleType, capsys: pytest.CaptureFi
     *checks, last = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [c["check"].split()[:2] for c in checks] == [["decode", "torch"]] * 3
     assert last == {"ended": True}
+
+
+def test_without_pytest_the_benchmarks_fail_loudly(
+    gpu_check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu_check, "have_pytest", lambda: False)
+    monkeypatch.setattr(gpu_check, "hear_interrupts", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["gpu_check", "--only", "benchmarks", "--out", str(tmp_path / "out.json")])
+    assert gpu_check.main() == 1
+    said = capsys.readouterr().out
+    assert said.count(gpu_check.NO_PYTEST) == 2, "at the start and at the end"
+    assert json.loads((tmp_path / "out.json").read_text())["benchmarks"] == {"ended": gpu_check.NO_PYTEST}

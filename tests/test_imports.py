@@ -49,7 +49,7 @@ ALLOWED: dict[str, set[str]] = {
     "reporting": LOW | {"model", "checkpoint_folder"},
     "parallel": LOW | {"losses", "model", "selection"},
     "training": LOW | {"losses", "model", "checkpoint_folder", "activations", "antidup", "reporting", "demo"},
-    "interop": LOW | {"losses", "model", "checkpoint_folder", "activations", "training"},
+    "interop": LOW | {"losses", "model", "checkpoint_folder", "activations", "training", "reporting", "demo"},
     "setting_help": {"config", "settings"},
     "doctor": LOW | {"__init__", "demo"},
     "cli": {"__init__", "commands", "config", "setting_help"},

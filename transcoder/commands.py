@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import enum
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 
 from transcoder.config import ConfigError, RunConfig
 from transcoder.files import local_path
+from transcoder.layer_list import layer_folders
 
 
 class Exit(enum.IntEnum):
@@ -138,13 +140,12 @@ def demo(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
 def _train(config: RunConfig, out: Path, resume: bool) -> int:
     if not resume:
         _refuse_used_folder(out)
-    elif _is_done(config, out):
-        print(
-            f"{out}: finished at step {config.training.steps:,} already; `transcoder report {out}` draws its page again"
-        )
-        _print_verdict(out)
-        return Exit.OK
     from transcoder.reporting.progress import stages
+    from transcoder.reporting.verdict import is_done, said_of
+
+    if resume and is_done(out, config):
+        print(f"{out}: finished already; `transcoder report {out}` draws its page again", *said_of(out), sep="\n")
+        return Exit.OK
 
     with stages(config.logging.progress) as stage:
         stage("loading PyTorch")
@@ -157,40 +158,8 @@ def _train(config: RunConfig, out: Path, resume: bool) -> int:
             stopped = f"stopped by {result.interrupted_by} after step {result.step}"
             print(f"run folder: {result.run_dir}\n{stopped}; the state is saved, add --resume to go on")
         return Exit.STOPPED
-    print(f"run folder: {result.run_dir}")
-    _print_verdict(result.run_dir)
+    print(f"run folder: {result.run_dir}", *said_of(result.run_dir), sep="\n")
     return Exit.OK
-
-
-def _is_done(config: RunConfig, out: Path) -> bool:
-    """Whether the folder holds this run, finished, with its page: told without torch."""
-    from transcoder.reporting import Run
-
-    if not (out / "config.yaml").is_file():
-        return False
-    saved, multiple = RunConfig.load(out / "config.yaml"), "activations.mask_norm_multiple"
-    if config.activations.mask_norm_multiple == "auto":
-        # The run's file has the value that was found.
-        config = config.replace({multiple: saved.activations.mask_norm_multiple})
-    if saved != config:
-        return False
-    run = Run(out)
-    whole = (out / "report.html").exists() or not config.logging.report
-    return run.finished and whole and run.last_step == config.training.steps
-
-
-def _print_verdict(out: Path) -> None:
-    """How the run went, in the words of its page."""
-    from transcoder.reporting import Run
-    from transcoder.reporting.layer_sets import layer_folders, set_lines
-    from transcoder.reporting.verdict import verdict_lines
-
-    run = Run(out, empty_ok=True)
-    lines = verdict_lines(run)
-    # Of a layer set these are means; its page leads to each layer's.
-    print(*([f"mean over layers: {lines[0]}", *set_lines(run.final)] if layer_folders(out) else lines), sep="\n")
-    if (out / "report.html").exists():
-        print(f"report: {out / 'report.html'}")
 
 
 @command(
@@ -287,76 +256,16 @@ def evaluate(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
         options.weights, options.format, **_given(options, "weights", "config", "out", "format", "debug")
     )
     weights = local_path(options.weights)
-    config = _config_of_weights(weights, found.hooks, options.config, overrides)
+    from transcoder.training.evaluate_weights import config_of_weights, evaluate_weights, format_metrics
+
+    config = config_of_weights(weights, vars(found.hooks), options.config, overrides)
     out = Path("runs") / config.name if options.out is None else local_path(options.out, "--out")
     if not (out / "summary.json").is_file() or "evaluated" not in (out / "summary.json").read_text(encoding="utf-8"):
         _refuse_used_folder(out, resumable=False)
-    from transcoder.training.evaluate_weights import evaluate_weights
-
-    summary = evaluate_weights(found.transcoder, config, out, origin=str(options.weights))
-    for key, label in MEASURED.items():
-        if key in summary:
-            print(f"{label:<64}{summary[key]:.4f}")
+    print(format_metrics(evaluate_weights(found.transcoder, config, out, origin=str(options.weights))))
     if config.logging.report:
         print(f"report: {out / 'report.html'}")
     return Exit.OK
-
-
-MEASURED = {
-    "evaluation/fvu": "fraction of variance unexplained, held-out non-sink tokens",
-    "evaluation/l0": "active latents a token (L0)",
-    "evaluation/dead_share": "share of latents that never fire there",
-    "evaluation/ce_recovered": "cross-entropy recovered",
-    "heldout_duplicates/pairs": "pairs of latents above the correlation threshold",
-    "heldout_duplicates/mergeable": "of these, duplicates",
-    "saebench/ce_loss_score": "SAEBench: CE loss score",
-    "saebench/kl_div_score": "SAEBench: KL divergence score",
-    "saebench/explained_variance": "SAEBench: explained variance",
-    "saebench/cossim": "SAEBench: cosine similarity",
-    "saebench/l0": "SAEBench: L0",
-    "saebench/l1": "SAEBench: L1",
-    "saebench/l2_ratio": "SAEBench: L2 ratio",
-    "saebench/frac_alive": "SAEBench: share alive",
-}
-
-
-def _config_of_weights(weights: Path, hooks: Any, given: str | None, overrides: dict[str, Any]) -> RunConfig:
-    """CONFIG, else the config of the run that the weights are of; what it leaves open the weights say themselves."""
-    from transcoder.config import load_yaml
-    from transcoder.settings import set_dotted
-
-    homes = (place / "config.yaml" for place in (weights, *weights.parents[:2]))
-    own = next((file for file in homes if file.is_file()), None)
-    source = own if given is None else given
-    values = {} if source is None else load_yaml(source)
-    activations = values.get("activations") or {}
-    if isinstance(activations, dict) and activations.get("layers") is not None:
-        # Of a layer set, the weights know their own hooks.
-        values["activations"] = {
-            k: v for k, v in activations.items() if k not in ("layers", "source_hook", "target_hook")
-        }
-    known = {
-        "model.name": hooks.model_name,
-        "activations.source_hook": hooks.source,
-        "activations.target_hook": hooks.target or hooks.source,
-        "activations.sequence_length": hooks.context_size,
-        "activations.prepend_bos": hooks.prepend_bos,
-    }
-    for dotted, value in known.items():
-        section, _, field = dotted.partition(".")
-        if value is not None and field not in (values.get(section) or {}):
-            set_dotted(values, dotted, value)
-    for dotted, value in overrides.items():
-        set_dotted(values, dotted, value)
-    for dotted in ("model.name", "activations.source_hook", "activations.target_hook"):
-        section, _, field = dotted.partition(".")
-        if field not in (values.get(section) or {}):
-            raise ConfigError(
-                f"evaluate: {weights} does not say where it belongs ({dotted}): give a CONFIG, or --model.name, "
-                "--activations.source_hook and --activations.target_hook"
-            )
-    name = "".join(c if c.isalnum() or c in "._-" else "-" for c in weights.name)
-    return RunConfig.from_dict({**values, "name": f"evaluate-{name}"})
 
 
 METHOD = "a run folder; or NAME=RUN,RUN,... for a method's runs over seeds, compared with intervals over seeds"
@@ -369,27 +278,42 @@ def compare(options: argparse.Namespace, _: dict[str, Any]) -> int:
     runs: list[str] = options.runs
     if len(runs) < 2:
         raise ConfigError(f"compare: expected at least two run folders, got {len(runs)}")
+    from transcoder.training.similarity import similarity_text
+
     if any("=" in run and not local_path(run).is_dir() for run in runs):
         methods = _methods(runs)
         from transcoder.reporting.compare import compare_methods, format_methods
 
         comparison: Any = compare_methods(methods)
-        print(format_methods(comparison))
+        print(_colored(format_methods(comparison)))
         for name, folders in methods.items():
-            _print_similarity(folders, name)
+            print(similarity_text(folders, name), end="")
     else:
         folders = [run_folder(run) for run in runs]
         from transcoder.reporting.compare import compare_runs, format_comparison
 
         methods, comparison = {}, compare_runs(*folders)
-        print(format_comparison(comparison))
-        _print_similarity(folders)
+        print(_colored(format_comparison(comparison)))
+        print(similarity_text(folders), end="")
+        sets = [layer_folders(folder) for folder in folders]
+        # A set's own metrics are means: each layer that all of them have.
+        for layer in sorted(set.intersection(*map(set, sets))):
+            layers = [one[layer] for one in sets]
+            print(f"\nlayer {layer}", _colored(format_comparison(compare_runs(*layers))), sep="\n")
+            print(similarity_text(layers), end="")
     if options.html is not None:
         from transcoder.reporting.compare_page import write_method_comparison, write_run_comparison
 
         write = write_method_comparison if methods else write_run_comparison
         print(f"page: {write(comparison, options.html)}")
     return Exit.OK
+
+
+def _colored(table: str) -> str:
+    """On a terminal, "better" green and "worse" red."""
+    if not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
+        return table
+    return table.replace("better", "\x1b[32mbetter\x1b[0m").replace("worse", "\x1b[31mworse\x1b[0m")
 
 
 def _methods(words: list[str]) -> dict[str, list[Path]]:
@@ -405,20 +329,6 @@ def _methods(words: list[str]) -> dict[str, list[Path]]:
     return methods
 
 
-def _print_similarity(folders: list[Path], method: str | None = None) -> None:
-    """CKA between the runs, if each of them has saved the codes that it is computed from."""
-    if len(folders) < 2 or not all((folder / "heldout_codes.safetensors").is_file() for folder in folders):
-        return
-    from transcoder.training.similarity import format_run_similarity, format_seed_similarity, run_similarity
-
-    try:
-        found = run_similarity(folders)
-    except ValueError as error:
-        print(f"\nno CKA between {method or 'these'} runs: {error}")
-        return
-    print("", format_run_similarity(found) if method is None else format_seed_similarity(method, found), sep="\n")
-
-
 REFRESH = "first run its newest checkpoint on its text again, for contexts, histograms, densities and duplicates"
 
 
@@ -431,12 +341,16 @@ def report(options: argparse.Namespace, _: dict[str, Any]) -> int:
     if options.refresh:
         from transcoder.training.describe_latents import refresh
 
-        refresh(folder)
+        for run in list(layer_folders(folder).values()) or [folder]:
+            refresh(run)
+    for layer in layer_folders(folder).values():
+        print(write_report(layer))
     print(write_report(folder))
     return Exit.OK
 
 
 SOURCE = "a run folder (its newest checkpoint), a checkpoint, or a saved transcoder; several for circuit-tracer"
+ACTIVATION = "circuit-tracer: topk keeps TopK, which its releases read as ReLU (default: threshold)"
 ARCHITECTURE = "saelens: topk writes a TopK transcoder as its SAE; transcoder, skip_transcoder a plain ReLU"
 
 
@@ -447,6 +361,7 @@ ARCHITECTURE = "saelens: topk writes a TopK transcoder as its SAE; transcoder, s
     *CONVERSION,
     argument("--layer", "circuit-tracer: the layer, where the source hook does not name it", type=int),
     argument("--n-layers", "circuit-tracer: layers of the model; those without a run are zeros", type=int),
+    argument("--activation NAME", ACTIVATION),
     argument("--architecture NAME", ARCHITECTURE),
     argument("--threshold", "for TopK as thresholds: the one to use (default: the tracked one)", type=float),
 )
@@ -498,6 +413,10 @@ def _given(options: argparse.Namespace, *own: str) -> dict[str, Any]:
 def watch(options: argparse.Namespace, _: dict[str, Any]) -> int:
     """Show a run while it runs, as its report in a browser on this machine; nothing of it is written or locked."""
     folder = run_folder(options.run_folder)
+    if layers := layer_folders(folder):
+        print(
+            f"a layer set: means over {len(layers)} layers; of one layer: transcoder watch {next(iter(layers.values()))}"
+        )
     if options.terminal:
         from transcoder.reporting.watch_terminal import watch_terminal
 

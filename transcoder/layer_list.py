@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from transcoder.settings import ConfigError, Section, convert, refusal
 
 LAYERS = "activations.layers"
+LAYERS_FOLDER = "layers"
+"""In a set's run folder: the run folders of its layers."""
 EXPECTED = "layers such as 8, 0-25, [2, 3], all, or a list of [source hook, target hook]"
 PLACE = "{layer}"
 MOST = 10_000
@@ -106,6 +109,13 @@ def layer_configs(config: Any, buffer_tokens: int) -> dict[int, Any]:
         layer: config.replace({**shared, "name": f"{config.name}-{layer_name(layer)}", **own})
         for layer, own in layer_values(config).items()
     }
+
+
+def layer_folders(path: str | Path) -> dict[int, Path]:
+    """{layer: its run folder} of a layer set's folder, in order; empty for any other folder."""
+    folder = Path(path) / LAYERS_FOLDER
+    found = [p for p in folder.glob("*") if re.fullmatch(r"\d{2,}", p.name) and (p / "config.yaml").is_file()]
+    return {int(p.name): p for p in sorted(found, key=lambda p: int(p.name))}
 
 
 def layer_name(layer: int) -> str:

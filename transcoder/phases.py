@@ -14,6 +14,7 @@ import torch
 
 _IDLE = nullcontext()
 _clock: PhaseClock | None = None
+_shares: TimeShares | None = None
 
 
 def phase(name: str) -> AbstractContextManager[object]:
@@ -22,7 +23,76 @@ def phase(name: str) -> AbstractContextManager[object]:
         return _IDLE
     if _clock is not None:
         return _clock.phase(name)
-    return torch.profiler.record_function(name) if torch.autograd._profiler_enabled() else _IDLE
+    if torch.autograd._profiler_enabled():
+        return torch.profiler.record_function(name)
+    return _IDLE if _shares is None else _shares.phase(name)
+
+
+GROUPS = ("language_model", "transcoder", "antidup", "files")
+_FILES = ("checkpoint", "logging", "anti-duplication: sample files", "anti-duplication: ledger")
+
+
+def group_of(name: str) -> str:
+    """Which of `GROUPS` a phase belongs to. Waiting for a batch is waiting for the language model."""
+    if name == "batch":
+        return "language_model"
+    if name in _FILES:
+        return "files"
+    return "antidup" if name.startswith("anti-duplication") else "transcoder"
+
+
+class TimeShares:
+    """Seconds of the host's thread in each of `GROUPS`, each without those of phases inside it; a microsecond a phase.
+
+    On a GPU the host is ahead of the device: a share is then the time for which the host was held up.
+    """
+
+    def __init__(self) -> None:
+        self._thread = threading.get_ident()
+        self.seconds = dict.fromkeys(GROUPS, 0.0)
+        self._open: list[str] = []
+        self._since = time.perf_counter()
+
+    @contextmanager
+    def running(self) -> Iterator[TimeShares]:
+        """Inside the `with` block `phase` reports to this."""
+        global _shares
+        before, _shares = _shares, self
+        self._thread, self._since = threading.get_ident(), time.perf_counter()
+        try:
+            yield self
+        finally:
+            _shares = before
+
+    def phase(self, name: str) -> AbstractContextManager[object]:
+        return _InGroup(self, group_of(name)) if threading.get_ident() == self._thread else _IDLE
+
+    def taken(self) -> dict[str, float]:
+        """Share of the time since the last call, {"time/<group>_share"}; empty where none has passed."""
+        self.count()
+        total = sum(self.seconds.values())
+        found = {f"time/{name}_share": spent / total for name, spent in self.seconds.items()} if total > 0 else {}
+        self.seconds = dict.fromkeys(GROUPS, 0.0)
+        return found
+
+    def count(self) -> None:
+        """Add the time since the last change to the group that is open; outside all phases it is the transcoder's."""
+        now = time.perf_counter()
+        self.seconds[self._open[-1] if self._open else "transcoder"] += now - self._since
+        self._since = now
+
+
+class _InGroup:
+    def __init__(self, shares: TimeShares, group: str) -> None:
+        self._shares, self._group = shares, group
+
+    def __enter__(self) -> None:
+        self._shares.count()
+        self._shares._open.append(self._group)
+
+    def __exit__(self, *_: object) -> None:
+        self._shares.count()
+        self._shares._open.pop()
 
 
 class PhaseClock:

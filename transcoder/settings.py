@@ -88,12 +88,12 @@ def brief(error: BaseException, most: int = 300) -> str:
 def nearest(name: str, known: Iterable[str]) -> str:
     """The end of an error about an unknown name: the known name that is nearest, or else all of them."""
     known = list(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    # The first of equal last parts: a field of a section whose user remembers the field only.
+    by_last = {k.rsplit(".", 1)[-1]: k for k in reversed(known)}
+    last = name.rsplit(".", 1)[-1]
+    close = [by_last[last]] if name == last and last in by_last else difflib.get_close_matches(name, known, 1, 0.5)
     if not close:
-        # Also match the last part alone, for a user who remembers the field but not its section.
-        by_last = {k.rsplit(".", 1)[-1]: k for k in known}
-        last = difflib.get_close_matches(name.rsplit(".", 1)[-1], list(by_last), n=1, cutoff=0.6)
-        close = [by_last[match] for match in last]
+        close = [by_last[match] for match in difflib.get_close_matches(last, list(by_last), 1, 0.6)]
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
 
 

@@ -73,11 +73,38 @@ def _row(stage: str, name: str, found: list[Found]) -> Line:
     return told(stage, name, "  ".join(f"{n} {_mean(found, n):.3g}{of_mean(_each(found, n))}" for n in names))
 
 
-def s1_sinks(quick: bool, seed: int) -> list[Line]:
-    """Constant BOS at packed positions, and 100x-norm tokens in mid-sequence: with and without the mask."""
-    steps, seeds = _runs(quick, seed)
+PLANTED_SINKS = [(times, share) for times in (3, 6, 30) for share in (0.005, 0.02, 0.05)]
+
+
+def _sinks_found(seeds: list[int]) -> list[Line]:
+    """Of sinks of each planted norm and share, in mid-sequence, how many the mask finds; and what it takes where there are
+    none."""
     lines = []
-    kinds = {"BOS": Sinks(bos_every=1 / 64), "BOS and loud tokens": Sinks(bos_every=1 / 64, norm_share=1 / 256)}
+    for times, share in [*PLANTED_SINKS, (0, 0.0)]:
+        missed, wrong = [], []
+        for s in seeds:
+            toy = Toy(independent(FEATURES, TRUE_L0), FEATURES, s, Sinks(norm_share=share, norm_times=times))
+            batch, _, sink = toy.heldout()
+            masked = ~toy.let_through(batch)
+            missed.append(100 * float((~masked[sink]).double().mean()) if share else 0.0)
+            wrong.append(100 * float((masked & ~sink).double().mean()))
+        name = f"{100 * share:g} % of tokens at {times} times the norm" if share else "no sinks"
+        if share:
+            lines.append(at_most("S1", f"{name}: not masked", max(missed), 1, " %"))
+        lines.append(at_most("S1", f"{name}: ordinary tokens masked", max(wrong), 0.5 if share else 0.1, " %"))
+    return lines
+
+
+def s1_sinks(quick: bool, seed: int) -> list[Line]:
+    """Constant BOS at packed positions, and loud tokens in mid-sequence, of 100 and of 3 times the norm: with and without the
+    mask; and what the mask finds of other norms and shares."""
+    steps, seeds = _runs(quick, seed)
+    lines = _sinks_found(seeds)
+    kinds = {
+        "BOS": Sinks(bos_every=1 / 64),
+        "BOS and loud tokens": Sinks(bos_every=1 / 64, norm_share=1 / 256),
+        "tokens of 3 times the norm": Sinks(norm_share=0.02, norm_times=3),
+    }
     if quick:
         del kinds["BOS"]
     for name, sinks in kinds.items():

@@ -6,6 +6,7 @@ than dimensions, so no linear map separates them. Each stage defines which featu
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -45,7 +46,9 @@ class Sinks:
     bos_every: float = 0.0
     """Share of tokens that are BOS, anywhere in a packed sequence: a constant vector."""
     norm_share: float = 0.0
-    """Share of ordinary tokens whose activation is one direction of 100 times the usual norm."""
+    """Share of ordinary tokens, anywhere in a sequence, whose activation is one direction of a larger norm."""
+    norm_times: float = 0.0
+    """That norm over the usual one; 0 adds a vector of about 100 times to the token's own activation."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class Toy:
     seed: int
     sinks: Sinks = field(default_factory=Sinks)
     masked: bool = True
-    """Drop what `SinkMasker` finds by id and by norm, as the activation stream does."""
+    """Drop what `SinkMasker` finds by id and by norm, which it fits to the stream's tokens, as the activation stream does."""
 
     def directions(self) -> tuple[Tensor, Tensor]:
         """(u, v), each [features, D], unit rows."""
@@ -77,8 +80,14 @@ class Toy:
         loud = (torch.rand(count, generator=g) < self.sinks.norm_share) & ~bos
         ids[bos] = BOS
         x[bos], y[bos] = bos_x, bos_y
-        x[loud] = x[loud] + 40 * loud_x
-        y[loud] = y[loud] + 40 * loud_y
+        if self.sinks.norm_times:
+            # A few per cent of the direction's length come from the token.
+            for values, direction in ((x, loud_x), (y, loud_y)):
+                size = self.sinks.norm_times * float(values.norm(dim=1).median())
+                values[loud] = size * (direction / direction.norm() + 0.02 * values[loud] / values.norm(dim=1).median())
+        else:
+            x[loud] = x[loud] + 40 * loud_x
+            y[loud] = y[loud] + 40 * loud_y
         place = key * count + torch.arange(count)
         batch = ActivationBatch(x, y, ids, place % SEQUENCE, place // SEQUENCE)
         return batch, amplitude, bos | loud
@@ -103,11 +112,19 @@ class Toy:
         valid = torch.ones(len(batch), dtype=torch.bool)
         if not self.masked:
             return valid
-        masker = SinkMasker(ActivationsSection(), [BOS], VOCABULARY, None, torch.device("cpu"))
-        return ~masker.find(batch.source, batch.tokens, batch.positions, valid).any
+        return ~_masker(self).find(batch.source, batch.tokens, batch.positions, valid).any
 
     def heldout(self) -> tuple[ActivationBatch, Tensor, Tensor]:
         return self.tokens(HELDOUT_TOKENS, 1 << 20)
+
+
+@functools.cache
+def _masker(toy: Toy) -> SinkMasker:
+    masker = SinkMasker(ActivationsSection(), [BOS], VOCABULARY, None, torch.device("cpu"))
+    batch, _, _ = toy.tokens(1 << 14, 1 << 21)
+    valid = torch.ones(len(batch), dtype=torch.bool)
+    masker.fit(**masker.candidates(batch.source, batch.tokens, batch.positions, valid))
+    return masker
 
 
 def select(batch: ActivationBatch, rows: Any) -> ActivationBatch:

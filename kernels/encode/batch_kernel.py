@@ -7,6 +7,7 @@ are computed again in full and the selection is made once more over everything; 
 
 state [levels + 1, 4] int64: (key, position, wanted, settled) before each level. Selected entries have a larger key, or the same
 key and a position that is not larger. Each program works out the digit of the level before for itself; the first stores it.
+Atomic additions count or reserve places that only a later launch reads: relaxed, they need no fence.
 """
 
 # Triton types a kernel's arguments at the launch.
@@ -128,7 +129,7 @@ def radix_level(
                     )
                     number += digit_counts(key, position, cut_key, cut_position, SHIFT, PARENT, BY_POSITION)
             bins = tl.arange(0, BINS)
-            tl.atomic_add(histogram + LEVEL * BINS + bins, number, mask=number > 0)
+            tl.atomic_add(histogram + LEVEL * BINS + bins, number, mask=number > 0, sem="relaxed")
 
 
 @triton.jit
@@ -148,10 +149,10 @@ def list_open_cells(
     is_open = reached & (key > 0) & (tile + kept * tiles < d_sae)
     number = tl.sum(is_open.to(tl.int32), axis=0)
     if number > 0:
-        first = tl.atomic_add(open_count, number)
+        first = tl.atomic_add(open_count, number, sem="relaxed")
         tl.store(open_cell + first + tl.cumsum(is_open.to(tl.int32), axis=0) - 1, cell, mask=is_open)
-    tl.atomic_add(totals, tl.sum((inside & (is_open == 0)).to(tl.int64), axis=0))
-    tl.atomic_add(totals + 1, number.to(tl.int64))
+    tl.atomic_add(totals, tl.sum((inside & (is_open == 0)).to(tl.int64), axis=0), sem="relaxed")
+    tl.atomic_add(totals + 1, number.to(tl.int64), sem="relaxed")
 
 
 @triton.jit
@@ -178,7 +179,7 @@ def take(key, position, cut_key, cut_position, found_position, found_key, found_
     number = ours.to(tl.int64)
     total = tl.sum(number, axis=0)
     if total > 0:
-        at = tl.atomic_add(found_count, total) + tl.cumsum(number, axis=0) - 1
+        at = tl.atomic_add(found_count, total, sem="relaxed") + tl.cumsum(number, axis=0) - 1
         tl.store(found_position + at, position, mask=ours & (at < wanted))
         tl.store(found_key + at, key, mask=ours & (at < wanted))
 

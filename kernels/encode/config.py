@@ -64,8 +64,8 @@ PRODUCT: dict[str, dict[str, ProductLaunch]] = {
 
 One set serves any number of tokens. Predicted for an H100 by bench.roofline's model, 18432 latents, bf16: up to 64 tokens the
 product waits 30 us for W_enc from memory, and the half of its tile that has no token costs matrix units that were idle anyway
-(18 us in all). At 4096 tokens these tiles read 5.4 GB through the second-level cache (0.99 ms if that gives 5.5 TB/s, against
-0.59 ms of products); 128 x 256 would read 4.1 GB (0.74 ms) with one program a multiprocessor. Which of the two is faster has to
+(18 us in all). At 4096 tokens these tiles read 5.4 GB through the second-level cache (0.77 ms if that gives 7.1 TB/s, against
+0.59 ms of products); 128 x 256 would read 4.1 GB (0.58 ms) with one program a multiprocessor. Which of the two is faster has to
 be measured first: `python -m bench.autotune --only product-half`."""
 SIMILAR = {"sm_8": "sm_80", "sm_10": "sm_100", "sm_11": "sm_100", "sm_12": "sm_120", "gfx": "gfx942"}
 """Prefix of an architecture without an entry -> the entry of a similar one. All others take the one that requires least."""

@@ -191,7 +191,7 @@ def select_rows(
     tl.store(cuts + 2 * row, cut)
     tl.store(cuts + 2 * row + 1, last)
     if failing > 0:
-        tl.store(failed + tl.atomic_add(failed_count, 1), row.to(tl.int32))
+        tl.store(failed + tl.atomic_add(failed_count, 1, sem="relaxed"), row.to(tl.int32))
 
 
 @triton.jit
@@ -238,8 +238,8 @@ def rescan_rows(
     """
     listed = tl.load(failed_count)
     if tl.program_id(0) == 0:
-        tl.atomic_add(totals, (rows_total - listed).to(tl.int64))
-        tl.atomic_add(totals + 1, listed.to(tl.int64))
+        tl.atomic_add(totals, (rows_total - listed).to(tl.int64), sem="relaxed")
+        tl.atomic_add(totals + 1, listed.to(tl.int64), sem="relaxed")
     lane = tl.arange(0, CHUNK)
     places = tl.arange(0, BN)
     for item in range(tl.program_id(0), listed, tl.num_programs(0)):

@@ -106,7 +106,7 @@ def test_the_hooks_have_what_the_module_reads_and_writes(made: Made) -> None:
     torch.testing.assert_close(target, seen["target"], rtol=1e-5, atol=1e-5)
 
 
-def test_hook_mlp_out_is_what_the_residual_stream_gets(made: Made) -> None:
+def test_the_residual_stream_gets_hook_mlp_out_and_hook_attn_out(made: Made) -> None:
     if made.name in ("gptj", "neox-parallel", "phi"):
         # Attention and MLP read the same stream: there is none between them.
         with pytest.raises(ModelError, match="hook_resid_mid"):
@@ -115,6 +115,8 @@ def test_hook_mlp_out_is_what_the_residual_stream_gets(made: Made) -> None:
     before, out = made.hooked("hook_resid_mid", "hook_mlp_out").forward(text())
     _, after = made.hooked("hook_resid_mid", "hook_resid_post").forward(text())
     torch.testing.assert_close(after - before, out, rtol=1e-4, atol=1e-5)
+    start, attention = made.hooked("hook_resid_pre", "hook_attn_out").forward(text())
+    torch.testing.assert_close(before - start, attention, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("target", ["mlp.hook_out", "hook_mlp_out"])

@@ -317,3 +317,49 @@ def test_what_a_model_gives_can_be_cached_and_trained_on(make_config: Config, tm
             for name in ("source", "target", "tokens", "positions", "sequences"):
                 assert torch.equal(getattr(x, name), getattr(y, name))
         assert a.decode_tokens(x.tokens.tolist()) == b.decode_tokens(x.tokens.tolist())
+
+
+def test_what_is_held_out_of_a_cache_shares_no_document_with_what_trains(
+    make_config: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "a.jsonl"
+    # A token's id is its document's.
+    path.write_text("".join(json.dumps({"ids": [10 + n] * (3 + n % 40)}) + "\n" for n in range(200)))
+    live = make_config(dataset=str(path), tokens_column="ids", heldout_fraction=0.2)
+    cache_activations(live, tmp_path / "cache", tokens=4500, device=CPU, shard_tokens=640)
+    cached = live.replace({"activations.kind": "cached", "activations.cached_path": str(tmp_path / "cache")})
+    with build_stream(cached, CPU) as stream:
+        trained: set[int] = set()
+        while stream.counters()["epochs"] < 2:
+            trained |= set(next(stream).tokens.tolist())
+        held = {int(token) for batch in stream.heldout(10_000) for token in batch.tokens}
+    assert len(held) > 10
+    assert len(trained) > 3 * len(held)
+    assert not held & trained
+    # The writer's own held-out documents are not there.
+    assert not {token - 10 for token in held | trained if is_heldout(token - 10, 0.2)}
+    assert "does not say which document" not in caplog.text
+
+
+def test_a_cache_without_documents_says_that_it_holds_out_by_sequence(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with stream_of(folder):
+        assert "this cache does not say which document a token is from" in caplog.text
+    caplog.clear()
+    with stream_of(folder, heldout_fraction=0.0):
+        assert "document" not in caplog.text
+
+
+def test_padding_of_kept_rows_stays_padding_in_a_cache(make_config: Config, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"ids": [5 + n % 200] * (3 + n % 9)}) + "\n" for n in range(60)))
+    live = make_config(dataset=str(path), tokens_column="ids", keep_rows=True, heldout_fraction=0.0)
+    cache_activations(live, tmp_path / "cache", tokens=900, device=CPU)
+    cached = live.replace({"activations.kind": "cached", "activations.cached_path": str(tmp_path / "cache")})
+    with build_stream(live, CPU) as a, build_stream(cached, CPU) as b:
+        for _ in range(10):
+            x, y = next(a), next(b)
+            assert torch.equal(x.tokens, y.tokens)
+            assert torch.equal(x.source, y.source)
+            assert 0 not in x.tokens

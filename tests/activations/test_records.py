@@ -316,11 +316,20 @@ def test_folders_of_save_to_disk_are_read(tmp_path: Path, documents: list[str]) 
 
 
 def test_a_folder_of_plain_text_of_any_name_is_text(tmp_path: Path) -> None:
-    for name in ("README.md", "a.rst", "b.py", "c"):
+    for name in ("README.md", "LICENSE", "a.rst", "b.py", "c"):
         (tmp_path / name).write_text(name)
+    assert contents(tmp_path / "README.md") == ["README.md"]
     assert contents(tmp_path) == ["a.rst", "b.py", "c"]
     (tmp_path / "d.txt").write_text("d")
     assert contents(tmp_path) == ["d"]
+    (tmp_path / "e").mkdir()
+    for name, text in (("README.md", "---\nconfigs:\n- config_name: x\n  data_files: none/*\n---\n"), ("LICENSE", "")):
+        (tmp_path / "e" / name).write_text(text)
+        with pytest.raises(DataError, match="finds no data in the folder"):
+            contents(tmp_path / "e")
+    (tmp_path / "e" / "README.md").write_text("# none")
+    with pytest.raises(DataError, match=r"no data in .*only LICENSE"):
+        contents(tmp_path / "e")
 
 
 def test_an_attention_mask_leaves_padding_out(tmp_path: Path) -> None:

@@ -18,7 +18,11 @@ def figures(run_dir: Path) -> list[dict[str, Any]]:
     """The lines of the log, but for clocks and events."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     clocks = ("time", "metrics/tokens_per_second")
-    return [{k: v for k, v in line.items() if k not in clocks} for line in lines if "event" not in line]
+    return [
+        {k: v for k, v in line.items() if k not in clocks and not k.startswith("time/")}
+        for line in lines
+        if "event" not in line
+    ]
 
 
 @pytest.mark.slow

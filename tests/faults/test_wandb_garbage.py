@@ -53,7 +53,7 @@ def server(answer: bytes) -> Iterator[tuple[int, list[int]]]:
 def test_garbage_neither_stops_nor_slows_a_run(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(follower, "CLOSE_SECONDS", 3.0)
+    monkeypatch.setattr(follower, "CLOSE_SECONDS", 12.0)
     with server(ANSWERS[kind]) as (port, given):
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
         use(ONLINE, tmp_path / "run")

@@ -37,7 +37,10 @@ PEERS = {
     "dictionary-learning": "dictionary-learning==0.1.0",
     # 0.4.1 was never on PyPI; this is the fork that is, with the same file format.
     "circuit-tracer": "circuit-tracer==0.5.0",
+    "sae-bench": "sae-bench==0.6.0",
 }
+ALONE = {"sparsify": ("eai-delphi==0.1.3",)}
+"""Installed without its dependencies: only the loader of delphi is called, which needs none of vllm and bitsandbytes."""
 
 UNFIT = ("torchvision",)
 """What a library pulls in and none of it needs here: PyPI's torchvision is built for GPUs and cannot load beside a CPU build of
@@ -59,7 +62,7 @@ def environment(library: str, into: Path | None = None, torch_backend: str | Non
     """
     folder = (into or ROOT / ".interop").resolve()
     parts = {
-        "packages": [TORCH, PEERS[library], *TOOLS],
+        "packages": [TORCH, PEERS[library], *TOOLS, *ALONE.get(library, ())],
         "torch_backend": torch_backend,
         "python": platform.python_version(),
         "checkout": str(ROOT),
@@ -80,6 +83,8 @@ def environment(library: str, into: Path | None = None, torch_backend: str | Non
     backend = ["--torch-backend", torch_backend] if torch_backend else []
     install = [uv, "pip", "install", "--quiet", "--python", str(python), *backend]
     _call([*install, TORCH, PEERS[library], "-e", str(ROOT), *TOOLS], settings)
+    if library in ALONE:
+        _call([*install, "--no-deps", *ALONE[library]], settings)
     _call([uv, "pip", "uninstall", "--quiet", "--python", str(python), *UNFIT], settings)
     done.write_text(json.dumps(parts, indent=1, sort_keys=True), encoding="utf-8")
     return python

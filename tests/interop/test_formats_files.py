@@ -331,7 +331,11 @@ def saved_run(folder: Path, **settings: Any) -> tuple[Path, Transcoder]:
 @torch.no_grad()
 def test_the_commands(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint, model = saved_run(tmp_path / "run")
-    assert main(["export", str(checkpoint), "--to", name]) == 0
+    short = ["--n-layers", "4"] if name == "circuit-tracer" else []
+    if short:
+        assert main(["export", str(checkpoint), "--to", name]) == 2
+        assert "none for [0, 2, 3]" in capsys.readouterr().err
+    assert main(["export", str(checkpoint), "--to", name, *short]) == 0
     written = tmp_path / "run" / "exports" / name.replace("_", "-")
     assert f"written: {written}" in capsys.readouterr().out
     record = json.loads((written / "conversion.json").read_text())
@@ -344,10 +348,8 @@ def test_the_commands(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "function same" in capsys.readouterr().out
     torch.testing.assert_close(Transcoder.from_pretrained(tmp_path / "in")(X), model(X), rtol=1e-4, atol=1e-4)
     # What was imported knows where it belongs, and can leave again.
-    assert (
-        main(["export", str(tmp_path / "in"), "--to", "circuit-tracer", "--layer", "1", "--out", str(tmp_path / "set")])
-        == 0
-    )
+    out = ["--layer", "1", "--n-layers", "4", "--out", str(tmp_path / "set")]
+    assert main(["export", str(tmp_path / "in"), "--to", "circuit-tracer", *out]) == 0
     assert main(again) == 2
     assert "not empty" in capsys.readouterr().err
 

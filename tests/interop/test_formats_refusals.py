@@ -294,9 +294,11 @@ def test_circuit_tracer_sets_that_do_not_fit_together(tmp_path: Path) -> None:
     out = tmp_path / "out"
     one, other = small(), small(activation="topk")
     with pytest.raises(ValueError, match="one config for all layers, got activations threshold, topk"):
-        export_transcoder({0: one, 1: other}, "circuit-tracer", out, **HOOKS)
+        export_transcoder({0: one, 1: other}, "circuit-tracer", out, activation="topk", **HOOKS)
     with pytest.raises(ValueError, match="got k of TopK 2, 3"):
-        export_transcoder({0: other, 1: small(activation="topk", k=2)}, "circuit-tracer", out, **HOOKS)
+        export_transcoder(
+            {0: other, 1: small(activation="topk", k=2)}, "circuit-tracer", out, activation="topk", **HOOKS
+        )
     with pytest.raises(ValueError, match="one transcoder a layer"):
         export_transcoder([one, one], "circuit-tracer", out, **HOOKS)
     with pytest.raises(ValueError, match="expected more than the highest layer 4"):

@@ -98,7 +98,9 @@ MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 def exported(model: Transcoder, name: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
         out = Path(folder) / "out"
-        record = export_transcoder(model, name, out, **HOOKS)
+        # A set of circuit-tracer's keeps TopK only where it is asked to.
+        keep = {"activation": "topk"} if name == "circuit-tracer" else {}
+        record = export_transcoder(model, name, out, **HOOKS, **keep)
         assert record.function != "changed"
         yield out
 

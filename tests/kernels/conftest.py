@@ -50,7 +50,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     again = [item for item in items if "interpreted_again" in getattr(item, "fixturenames", ())]
     files = sorted({str(item.path) for item in again})
-    options = ("-m", "pytest", "-q", "-m", "interpreted", "-p", "no:cacheprovider", "-p", "no:xdist")
+    options = ("-m", "pytest", "-q", "-m", "interpreted and not slow", "-p", "no:cacheprovider", "-p", "no:xdist")
     for item in again:
         # One process for all files, since each imports torch and triton anew; one a file where workers share them.
         mine = [str(item.path)] if "PYTEST_XDIST_WORKER" in os.environ else files

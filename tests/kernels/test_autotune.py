@@ -112,7 +112,10 @@ def test_in_the_interpreter() -> None:
 
 
 @pytest.mark.interpreted
-@pytest.mark.parametrize("name", ["gather-4", "nested-slab", "pairs"])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param("gather-4", marks=pytest.mark.slow), pytest.param("nested-slab", marks=pytest.mark.slow), "pairs"],
+)
 def test_real_kernels_are_checked_and_timed(
     name: str, autotune: ModuleType, triton_device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import pytest
@@ -140,4 +141,7 @@ def test_selection_by_batch(target: str, compile_kernel: Callable) -> None:
     for function, constants in cases:
         made = compile_kernel(function, types("bf16"), {**common, **constants}, target, num_warps=config.RADIX_WARPS)
         assert made.spilled == 0
+        assert not re.search(r"\bfence\b|\bmembar\b|acq_rel|buffer_wbl2|buffer_inv", made.code), (
+            "an addition needs no fence"
+        )
         assert made.shared <= made.shared_limit

@@ -511,7 +511,7 @@ def ops_on_the_cpu() -> list[Tensor]:
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="one instruction set on this architecture")
-@pytest.mark.parametrize("name", ["base", "avx2"])
+@pytest.mark.parametrize("name", [pytest.param("base", marks=pytest.mark.slow), "avx2"])
 def test_narrower_instruction_sets_agree(name: str, tmp_path: Path) -> None:
     """A CPU without AVX-512 must see the same selections, and sums that differ by rounding alone."""
     code = f"""

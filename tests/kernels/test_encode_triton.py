@@ -182,7 +182,7 @@ def test_topk_of_flat_negative_and_sparse_rows(
     spread=st.integers(1, 4),
     seed=st.integers(0, 10**6),
 )
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @pytest.mark.interpreted
 def test_topk_with_too_few_kept_is_rescanned_and_exact(
     select: Select,
@@ -239,8 +239,8 @@ def test_topk_in_chunks_of_entries(select: Select, kept: int, monkeypatch: pytes
     monkeypatch.setattr(config, "SELECT_CHUNK", 32)
     monkeypatch.setattr(config, "RESCAN_CHUNK", 16)
     monkeypatch.setattr(config, "kept_entries", lambda *_, **__: kept)
-    x, W, b = whole_numbers(3, 3, 90, seed=2)
-    same(select("topk", x, W, b, 33), torch_backend.select_topk(x, W, b, 33))
+    x, W, b = whole_numbers(2, 3, 70, seed=2)
+    same(select("topk", x, W, b, 20), torch_backend.select_topk(x, W, b, 20))
 
 
 @pytest.mark.interpreted
@@ -258,8 +258,7 @@ def test_topk_reads_strided_inputs(select: Select) -> None:
     same(found, expected)
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("kept", [1, 5])
+@pytest.mark.parametrize(("bad", "kept"), [(float("nan"), 1), (float("inf"), 1), (float("nan"), 5), (float("-inf"), 5)])
 @pytest.mark.interpreted
 def test_topk_bad_numbers_are_seen_and_stay_in_range(
     select: Select, bad: float, kept: int, monkeypatch: pytest.MonkeyPatch
@@ -428,7 +427,11 @@ def test_threshold_drops_nan_as_the_comparison_does(select: Select) -> None:
     ],
     ids=["topk", "batch", "threshold"],
 )
-@pytest.mark.parametrize("shape", [(1, 1, 5), (9, 5, 33), (130, 3, 4)])
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 1, 5), (9, 5, 33), pytest.param((130, 3, 4), marks=pytest.mark.slow)],
+    ids=["one", "odd", "split"],  # test_decode_triton splits a segment every day
+)
 def test_gradients_match_the_float64_reference(
     op: Callable[..., SparseCodes],
     reference: Callable[..., Tensor],

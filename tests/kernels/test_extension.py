@@ -80,6 +80,7 @@ def box(tmp_path: Path) -> Box:
     return Box(tmp_path)
 
 
+@pytest.mark.slow
 def test_concurrent_first_uses_compile_once_and_a_broken_entry_again(box: Box) -> None:
     ends = [finished(process) for process in [box.start() for _ in range(2)]]
     assert [out for out, _ in ends] == ["cpp None"] * 2

@@ -53,9 +53,23 @@ def _fresh_compiler() -> None:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("rows", [ROWS, 1, 0])
-@pytest.mark.parametrize("which", ["topk", "batch_topk", "threshold"])
+EVERY_DAY = {
+    ("topk", ROWS, torch.float32),
+    ("topk", 0, torch.float64),
+    ("batch_topk", 1, torch.bfloat16),
+    ("threshold", ROWS, torch.float64),
+    ("threshold", 0, torch.float32),
+}
+"""Each op, each dtype and each number of rows; the other combinations are slow."""
+COMBINATIONS = itertools.product(
+    ("topk", "batch_topk", "threshold"), (ROWS, 1, 0), (torch.float32, torch.float64, torch.bfloat16)
+)
+
+
+@pytest.mark.parametrize(
+    ("which", "rows", "dtype"),
+    [pytest.param(*c, marks=() if c in EVERY_DAY else pytest.mark.slow) for c in COMBINATIONS],
+)
 def test_opcheck_of_the_encode_ops(which: str, rows: int, dtype: torch.dtype, cpu_backend: str) -> None:
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     op, argument = {
@@ -84,7 +98,15 @@ def some_codes(dtype: torch.dtype = torch.float32) -> SparseCodes:
     return batch_topk_encode(x, W, b, K)
 
 
-@pytest.mark.parametrize("needs", [[True, True, True], [False, True, True], [True, False, False], [False, False, True]])
+@pytest.mark.parametrize(
+    "needs",
+    [
+        [True, True, True],
+        pytest.param([False, True, True], marks=pytest.mark.slow),
+        pytest.param([True, False, False], marks=pytest.mark.slow),
+        [False, False, True],
+    ],
+)
 def test_opcheck_of_the_gradient_ops(needs: list[bool], cpu_backend: str) -> None:
     codes, x, W = some_codes(), draw(ROWS, D_IN), draw(D_SAE, D_IN)
     parts, order = (codes.values, codes.indices, codes.row_ptr), list(codes.by_latent())
@@ -94,8 +116,17 @@ def test_opcheck_of_the_gradient_ops(needs: list[bool], cpu_backend: str) -> Non
     torch.library.opcheck(decode.DECODE_GRADIENTS, (draw(ROWS, D_OUT), *parts, order, W_dec, needs, cpu_backend))
 
 
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("widths", [WIDTHS, [8, 24], [48]])
+@pytest.mark.parametrize(
+    ("widths", "weighted"),
+    [
+        (WIDTHS, True),
+        ([8, 24], False),
+        *(
+            pytest.param(*c, marks=pytest.mark.slow)
+            for c in ((WIDTHS, False), ([8, 24], True), ([48], False), ([48], True))
+        ),
+    ],
+)
 def test_opcheck_of_decode_and_the_nested_loss(widths: list[int], weighted: bool, cpu_backend: str) -> None:
     codes = some_codes()
     values, order = codes.values.clone().requires_grad_(), list(codes.by_latent())
@@ -410,7 +441,7 @@ def test_in_the_interpreter() -> None:
 
 
 @pytest.mark.interpreted
-@pytest.mark.parametrize("activation", ["topk", "batch_topk"])
+@pytest.mark.parametrize("activation", ["topk", pytest.param("batch_topk", marks=pytest.mark.slow)])
 def test_a_triton_step_never_waits(
     activation: str, triton_device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -431,7 +431,7 @@ def test_in_the_interpreter() -> None:
 
 
 @pytest.mark.interpreted
-@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("weighted", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_backend_triton_counts_watched_pairs_too(weighted: bool, triton_device: torch.device) -> None:
     z = tokens(240, 34)
     weights = weights_of(240, "weights") if weighted else None

@@ -19,6 +19,13 @@ PROGRAM = str(Path(__file__).with_name("ranks.py"))
 ALL = ("codes", "gradients", "training", "a_bad_step_is_bad_everywhere", "files")
 
 
+@pytest.mark.command(PROGRAM, "1", "2", "codes", "gradients", "files")
+def test_two_ranks_are_one_process(finished_command: subprocess.CompletedProcess[str]) -> None:
+    assert finished_command.returncode == 0, finished_command.stdout[-8000:]
+    assert "all checks hold" in finished_command.stdout
+
+
+@pytest.mark.slow
 @pytest.mark.command(PROGRAM, "2", "2", *ALL)
 def test_four_ranks_are_one_process(finished_command: subprocess.CompletedProcess[str]) -> None:
     assert finished_command.returncode == 0, finished_command.stdout[-8000:]

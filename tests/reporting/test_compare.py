@@ -230,7 +230,7 @@ def test_the_page_of_runs(make_run: Callable[..., Path], tmp_path: Path) -> None
     comparison = compare_runs(*runs)
     page = read(write_run_comparison(comparison, tmp_path / "new" / "both.html"))
     assert list(page.sections) == ["metrics", "paired", "curves", "settings", "missing"]
-    metrics = page.sections["metrics"].one("table")
+    metrics = page.sections["metrics"].all("table")[-1]
     assert [row[0] for row in metrics.rows] == [
         f"{row['label'].strip()} {row['meaning']}" for row in comparison["figures"]
     ]

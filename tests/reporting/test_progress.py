@@ -28,6 +28,8 @@ class Terminal(io.StringIO):
 
 def test_figures_leave_out_what_is_unknown() -> None:
     assert metrics_text(METRICS) == TEXT
+    shares = {"time/language_model_share": 0.614, "time/transcoder_share": 0.34, "time/antidup_share": 0.041}
+    assert metrics_text(shares) == "time model 61%, transcoder 34%, anti-dup 4%"
     assert metrics_text({}) == ""
     assert metrics_text({"metrics/fvu": float("nan"), "duplicates/pairs": 2}) == "FVU nan  candidate pairs 2"
     assert metrics_text({"sparsity/dead_share": float("inf")}) == "dead inf%"

@@ -13,7 +13,7 @@ import torch
 
 from transcoder.activations.language_model import HookedModel
 from transcoder.config import ConfigError, RunConfig
-from transcoder.reporting.layer_sets import layer_folders
+from transcoder.layer_list import layer_folders
 from transcoder.tensor_file import read_tensors
 from transcoder.training import train_transcoder
 from transcoder.training.trainer import Trainer

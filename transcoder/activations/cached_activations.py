@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,10 @@ from transcoder.activations.vocabulary import Vocabulary
 from transcoder.config import ActivationsSection, RunConfig
 from transcoder.files import file_digest, local_path
 
+logger = logging.getLogger(__name__)
+
+_DOCUMENTS = 1 << 40
+
 
 @dataclass(frozen=True)
 class _Shard:
@@ -38,6 +43,7 @@ class _Shard:
     tokens: Tensor
     positions: Tensor
     sequences: Tensor
+    documents: Tensor | None
 
 
 class CachedActivations(ActivationSource):
@@ -45,7 +51,8 @@ class CachedActivations(ActivationSource):
 
     A pass is `sequences_per_forward * sequence_length` tokens (the index's sequence length where it gives
     one). Sinks are masked as they are for a model: by the index's special ids, by norm and by position. What
-    is held out is chosen by a hash of the sequence's id, so that training and evaluation share no sequence.
+    is held out is chosen by a hash of the document's place, so that training and evaluation share no document; in a cache
+    that does not name documents by a hash of the sequence's id, with a warning.
     """
 
     def __init__(self, config: RunConfig, device: torch.device) -> None:
@@ -84,6 +91,13 @@ class CachedActivations(ActivationSource):
             "data": files_digest((entry["file"], self._folder / entry["file"]) for entry in index["shards"]),
         }
         self.holds_out = self._fraction > 0
+        self._by_document = all(read_header(self._folder / entry["file"]).documents for entry in index["shards"])
+        if self.holds_out and not self._by_document:
+            logger.warning(
+                "activations.cached_path: this cache does not say which document a token is from, so tokens are held out by "
+                "sequence: other sequences of the same document train, and held-out FVU is lower than on new text. Write the "
+                "cache again, or give write_shard the documents"
+            )
         self._verified: set[str] = set()
         self._shard_number = self._row = self._epoch = 0
         self._shard: tuple[int, _Shard] | None = None
@@ -112,8 +126,11 @@ class CachedActivations(ActivationSource):
                 yield self._read(shard, begin, min(begin + self.pass_rows, len(shard.tokens)))
 
     def trains(self, found: Pass) -> Tensor:
-        ids, place = found.sequences.unique(return_inverse=True)
-        trains = torch.tensor([not is_heldout(int(i), self._fraction) for i in ids.tolist()], device=ids.device)
+        column = found.documents if self._by_document and found.documents is not None else found.sequences
+        # The documents that the writer held out are not in the cache: those held out of it are drawn by another hash.
+        shift = _DOCUMENTS if self._by_document else 0
+        ids, place = column.unique(return_inverse=True)
+        trains = torch.tensor([not is_heldout(i + shift, self._fraction) for i in ids.tolist()], device=ids.device)
         return trains[place]
 
     def _read(self, shard: _Shard, begin: int, end: int) -> list[Pass]:
@@ -137,7 +154,8 @@ class CachedActivations(ActivationSource):
                 f"{where}: the index says whole sequences of {length} tokens, and positions do not run 0 to "
                 f"{length - 1} here"
             )
-        valid = torch.ones_like(tokens, dtype=torch.bool)
+        documents = None if shard.documents is None else shard.documents[begin:end].to(self._device)
+        valid = torch.ones_like(tokens, dtype=torch.bool) if documents is None else documents >= 0
         return [
             Pass(
                 source=source,
@@ -148,6 +166,7 @@ class CachedActivations(ActivationSource):
                 valid=valid,
                 shape=shape,
                 where=where,
+                documents=documents,
             )
             for source, target in pairs
         ]
@@ -169,10 +188,10 @@ class CachedActivations(ActivationSource):
         tokens, positions = read_column(path, "tokens"), read_column(path, "positions")
         if len(tokens) and (int(tokens.min()) < 0 or int(tokens.max()) >= self.vocabulary.size):
             raise DataError(f"{path}: token ids must lie in [0, {self.vocabulary.size}), the index's vocab_size")
-        sequences = (
-            read_column(path, "sequences") if read_header(path).sequences else _number_sequences(positions, number)
-        )
-        return _Shard(path, tokens, positions, sequences)
+        header = read_header(path)
+        sequences = read_column(path, "sequences") if header.sequences else _number_sequences(positions, number)
+        documents = read_column(path, "documents") if header.documents else None
+        return _Shard(path, tokens, positions, sequences, documents)
 
     def place(self) -> dict[str, Any]:
         return {"shard": self._shard_number, "row": self._row, "epoch": self._epoch}
@@ -249,7 +268,7 @@ def _tokenizer(index: Mapping[str, Any]) -> Any | None:
 
     try:
         return AutoTokenizer.from_pretrained(
-            str(language_model_path()) if name == "demo" else str(name), local_files_only=True
+            str(language_model_path() if name == "demo" else local_path(name, "model")), local_files_only=True
         )
     except (OSError, ValueError, ImportError):
         return None
@@ -261,7 +280,7 @@ def cache_activations(
     """Run the model that `config` names over its training documents and write shards and index of whole sequences.
 
     Sinks are written too (a reader masks them by its own settings); held-out documents are not, so a cache has an
-    evaluation set of its own, by sequence.
+    evaluation set of its own, by document.
 
     Args:
         config: sections `model` and `activations` of kind `model`.
@@ -291,7 +310,8 @@ def cache_activations(
             written += len(waiting[-1][0].tokens)
         if written >= tokens or sum(len(passes[0].tokens) for passes in waiting) >= shard_tokens:
             columns: dict[str, Any] = {
-                name: torch.cat([getattr(passes[0], name) for passes in waiting]) for name in PASS_COLUMNS[2:]
+                name: torch.cat([getattr(passes[0], name) for passes in waiting])
+                for name in (*PASS_COLUMNS[2:], "documents")
             }
             for name in PASS_COLUMNS[:2]:
                 by_layer = {

@@ -24,10 +24,11 @@ class _Gain(NamedTuple):
     gain: Tensor
     centred: bool
 
-    def before(self, weight: Tensor) -> Tensor:
-        """[width, n]: this map, then `weight` [width, n]."""
-        product = self.gain[:, None] * weight
-        return product - product.mean(0, keepdim=True) if self.centred else product
+    def put_before_(self, weight: Tensor) -> None:
+        """Makes `weight` [width, n] this map, then `weight`. In place: an unembedding takes gigabytes."""
+        weight.mul_(self.gain[:, None])
+        if self.centred:
+            weight.sub_(weight.mean(0, keepdim=True))
 
 
 def unembedding_at(hook: str, width: int, bridge: Any, replace: Replace) -> Tensor | str:
@@ -46,13 +47,13 @@ def unembedding_at(hook: str, width: int, bridge: Any, replace: Replace) -> Tens
     # What the residual stream gets of a part's own output: a norm may lie between them.
     added = re.sub(r"(mlp|attn)\.hook_out$", r"hook_\1_out", hook)
     last = f"blocks.{int(bridge.cfg.n_layers) - 1}.hook_resid_post"
-    found = weight.float()
+    found = weight.detach().to(torch.float32, copy=True)
     for written, read in ((last, "unembed.hook_in"), (hook, added)):
         if written != read and read in bridge.hook_dict:
             step = _measure(written, read, replace, width, found.device)
             if isinstance(step, str):
                 return step
-            found = step.before(found)
+            step.put_before_(found)
     return found
 
 

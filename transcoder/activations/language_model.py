@@ -115,6 +115,8 @@ class HookedModel:
                 found = self._take_pairs(tokens)
         except RuntimeError as error:
             # Some of the bridge's attentions mix types in half precision.
+            if dtype == torch.float32 or isinstance(error, torch.OutOfMemoryError):
+                raise
             raise ModelError(f"model.dtype: {name!r} does not run in {dtype}: {brief(error)}; try float32") from error
         for source, target in self.pairs:
             if order.index(source) > order.index(target):

@@ -61,7 +61,7 @@ def local_data(path: Path, config: str | None, split: str) -> LocalData:
                 f"activations.dataset: {str(path)!r} is one file, which has neither configurations nor splits: expected "
                 f"dataset_config null and dataset_split 'train', got {config!r} and {split!r}"
             )
-        return _decided(path.parent, [path], [])
+        return _decided(path.parent, [path], [], named=True)
     path = _snapshot(path)
     if is_saved(path):
         return LocalData(path, visible_files(path), "disk")
@@ -170,29 +170,30 @@ def _splits(folder: Path, config: str | None) -> dict[str, list[Path]]:
 
     readme, base = folder / "README.md", folder.resolve()
     head = readme.read_text(encoding="utf-8", errors="replace").split("\n---", 1)[0] if readme.is_file() else ""
+    described = config is not None or (head.startswith("---") and "\nconfigs:" in head)
     try:
-        if config is not None or (head.startswith("---") and "\nconfigs:" in head):
+        if described:
             found = datasets.load_dataset_builder(str(base), config).config.data_files
         else:
             found = DataFilesDict.from_patterns(get_data_patterns(str(base)), base_path=str(base))
     except Exception as error:  # dozens of types, as from load_dataset
-        if not isinstance(error, FileNotFoundError) or config is not None:
-            raise DataError(
-                f"activations.dataset: Hugging Face datasets cannot read the folder {str(folder)!r} (dataset_config "
-                f"{config!r}): {type(error).__name__}: {brief(error)}"
-            ) from error
-        found = {"train": [str(base / file.relative_to(folder)) for file in visible_files(folder)]}
+        raise DataError(
+            f"activations.dataset: Hugging Face datasets finds no data in the folder {str(folder)!r} (dataset_config "
+            f"{config!r}): {type(error).__name__}: {brief(error)}. What is read: {READ}"
+        ) from error
     return {
         str(split): [folder / Path(file).relative_to(base) for file in files] for split, files in (found or {}).items()
     }
 
 
-def _decided(root: Path, files: list[Path], left_out: list[Path]) -> LocalData:
-    """`files` as the data that they are; those of `left_out` belong to no split."""
+def _decided(root: Path, files: list[Path], left_out: list[Path], named: bool = False) -> LocalData:
+    """`files` as the data that they are; those of `left_out` belong to no split. `named`: the user named the one file."""
     formats = {file: format_of(file) for file in files}
     rows = [file for file in files if formats[file] in ("lines", "parquet", "datasets")]
     texts = [file for file in files if formats[file] == "text"]
-    kept = rows or texts or files
+    kept = rows or texts or [file for file in files if named or not _is_paper(file)]
+    if not kept:
+        raise DataError(f"activations.dataset: no data in {str(root)!r}, only {files[0].name}; what is read: {READ}")
     for file in () if rows else kept:
         _require_text(file)
     unread = [file for file in [*files, *left_out] if file not in set(kept) and file.name != "README.md"]
@@ -220,6 +221,10 @@ def _decided(root: Path, files: list[Path], left_out: list[Path]) -> LocalData:
             f"and {different[0].name}: put those to train on into a folder of their own"
         )
     return LocalData(root, rows, "datasets", module, options)
+
+
+def _is_paper(file: Path) -> bool:
+    return file.name.upper().startswith(("README", "LICENSE", "LICENCE"))
 
 
 def _module(files: list[Path]) -> tuple[str, dict[str, Any]]:

@@ -237,7 +237,7 @@ class ModelActivations(ActivationSource):
         pairs = self._model.forward_pairs(tokens)
         sequences, length = packed.tokens.shape
         positions, ids = grid(torch.from_numpy(packed.ids).to(self._device), length)
-        valid = torch.from_numpy(packed.valid).to(self._device).view(-1)
+        valid, documents = (torch.from_numpy(c).to(self._device).view(-1) for c in (packed.valid, packed.documents))
         return [
             Pass(
                 source=source.flatten(0, 1),
@@ -248,6 +248,7 @@ class ModelActivations(ActivationSource):
                 valid=valid,
                 shape=(sequences, length),
                 where=where,
+                documents=documents,
             )
             for source, target in pairs
         ]

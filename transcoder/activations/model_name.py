@@ -168,3 +168,15 @@ def layer_count(name: str) -> int:
         raise ModelError(
             f"model.name: the config of {name!r} does not say how many layers it has: {brief(error)}"
         ) from error
+
+
+def known_layer_count(name: str) -> int | None:
+    """As `layer_count`, of a model that is on this machine; None where it is not, or does not say. Asks no hub."""
+    from transformers import AutoConfig
+
+    try:
+        place = language_model_path() if name == "demo" else name
+        config = AutoConfig.from_pretrained(str(place), local_files_only=True)
+        return int(config.get_text_config().num_hidden_layers)
+    except (OSError, ValueError, AttributeError):
+        return None

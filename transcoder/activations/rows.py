@@ -63,6 +63,7 @@ class Pass:
         padding.
         shape: (S, L) where the tokens are S whole sequences of length L.
         where: what an error calls this pass.
+        documents: [T] int64, the place of each token's document in its data, -1 on padding; None where that is not known.
     """
 
     source: Tensor
@@ -73,6 +74,7 @@ class Pass:
     valid: Tensor
     shape: tuple[int, int] | None
     where: str
+    documents: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)

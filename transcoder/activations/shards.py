@@ -20,9 +20,9 @@ INDEX_NAME = "index.json"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _MATRIX = re.compile(r"(source|target)(?:\.(\d+))?")
 """Names of the columns [T, width], all of one of `DTYPES`: `source` and `target`, or `source.8` and `target.8` by layer."""
-_VECTORS = ("tokens", "positions", "sequences")
+_VECTORS = ("tokens", "positions", "sequences", "documents")
 """Columns [T] of whole numbers, written as int64."""
-_OPTIONAL = {"sequences"}
+_OPTIONAL = {"sequences", "documents"}
 
 
 Matrices = Tensor | Mapping[int, Tensor]
@@ -36,6 +36,7 @@ def write_shard(
     tokens: Tensor,
     positions: Tensor,
     sequences: Tensor | None = None,
+    documents: Tensor | None = None,
 ) -> Path:
     """Write one shard; a killed writer leaves no torn one under its name.
 
@@ -45,6 +46,8 @@ def write_shard(
         tokens, positions: [T] whole numbers, in the order of the text. Keep sinks: the reader masks them.
         sequences: [T] ids of the packed sequences, unique over all shards; None: a sequence begins where
             positions do not go up.
+        documents: [T] the document of each token, unique over all shards, -1 on padding; what is held out is chosen by
+            document then, else by sequence.
 
     Raises:
         ValueError, TypeError: shapes, types or lengths that do not agree, or a name that does not end in
@@ -66,7 +69,7 @@ def write_shard(
                 f"{list(one.shape)} {one.dtype} and {list(other.shape)} {other.dtype}"
             )
         columns |= dict(zip(matrix_names(layer), (one, other), strict=True))
-    for name, value in zip(_VECTORS, (tokens, positions, sequences), strict=True):
+    for name, value in zip(_VECTORS, (tokens, positions, sequences, documents), strict=True):
         if value is not None:
             columns[name] = value.to(torch.int64)
     lengths = {name: value.shape[0] for name, value in columns.items()}
@@ -183,6 +186,7 @@ class Header:
     dtype: str
     tokens: int
     sequences: bool
+    documents: bool
 
     @property
     def kind(self) -> str:
@@ -258,7 +262,7 @@ def read_header(path: Path) -> Header:
     for layer in layers:
         source, target = matrix_names(layer)
         widths[layer] = (shapes[source][1], shapes[target][1])
-    return Header(widths, dtypes[matrices[0]], tokens, "sequences" in shapes)
+    return Header(widths, dtypes[matrices[0]], tokens, "sequences" in shapes, "documents" in shapes)
 
 
 def read_column(path: Path, name: str) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -136,9 +137,23 @@ def _tests(verdicts: MergeResult, listed: int) -> list[dict[str, Any]]:
     return tests
 
 
+def report_text(report: Mapping[str, Any]) -> str:
+    """As JSON, a field a line: what json.dumps makes with an indent takes fifty times as long."""
+    lines = (f"{json.dumps(name)}: {json.dumps(value, allow_nan=False)}" for name, value in report.items())
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
 def distinct_latents(live: int, components: list[list[int]]) -> int:
     """Live latents with each component counted once."""
     return max(0, live - sum(len(c) - 1 for c in components))
+
+
+def merged_groups(pairs: CorrelatedPairs, verdicts: MergeResult | None, untested: list[list[int]]) -> list[list[int]]:
+    """Groups of latents joined by pairs that passed the merge test; `untested` where there was none."""
+    if verdicts is None:
+        return untested
+    passed = verdicts.mergeable()
+    return connected_components(zip(pairs.i[passed].tolist(), pairs.j[passed].tolist(), strict=True))
 
 
 def effective_size(live: int, survey: Survey, tokens: float) -> float | None:

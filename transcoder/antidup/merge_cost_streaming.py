@@ -25,6 +25,8 @@ MOST_FIRINGS = 4096
 their number. 3 rows of d_out numbers each, about 0.35 GB moved at d_out 2304, a tenth of a millisecond at 3 TB/s. Of a batch
 with more, only the first tokens that fit are used. That is rare: latents that held-out tokens had no verdict for fire on fewer
 than 10 of thousands of tokens."""
+EVERY_STEP = 64
+"""Most pairs that are looked at in every step: looking for firings takes longer than the few that there are."""
 MOST_READ = 512
 """The same on a CPU, where it is half a millisecond at d_out 512."""
 SUMS = ("square_i", "square_j", "along_i", "along_j", "cross_i", "cross_j", "product", "target")
@@ -69,17 +71,25 @@ class MergeEvidence:
 
     @torch.no_grad()
     def measure(
-        self, codes: SparseCodes, residual: Tensor, target: Tensor, W_dec: Tensor, weights: Tensor | None = None
+        self,
+        codes: SparseCodes,
+        residual: Tensor,
+        target: Tensor,
+        W_dec: Tensor,
+        weights: Tensor | None = None,
+        step: int = 0,
     ) -> Measured | None:
-        """The sums of the pairs over B training tokens; None without pairs.
+        """The sums of the pairs over B training tokens; None without pairs, and of more than `EVERY_STEP` pairs in three of
+        four steps.
 
         Args:
             codes: (B, d_sae) of the forward pass.
             residual, target: [B, d_out] reconstruction minus target, and the target.
             W_dec: [d_sae, d_out] in the same units, with rows of unit norm, as the forward pass used it.
             weights: [B] importance weights; None weighs every token 1.
+            step: the training step.
         """
-        if len(self) == 0:
+        if len(self) == 0 or (len(self) > EVERY_STEP and step % 4):
             return None
         w = None if weights is None else weights.detach().double()
         residual, W_dec = residual.detach().float(), W_dec.detach()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,14 +26,17 @@ from transcoder.antidup.correlation_report import (
     distinct_latents,
     effective_size,
     histogram,
+    merged_groups,
     pair_entries,
     report_metrics,
+    report_text,
 )
 from transcoder.antidup.flags import MAX_PAIRS, FlagBook, Pair
 from transcoder.antidup.ledger import UsageLedger
 from transcoder.antidup.merge_cost import MergeResult
 from transcoder.antidup.merge_cost_streaming import MergeEvidence
-from transcoder.antidup.pair_errors import PairJackknife, correlation_bounds, most_pairs
+from transcoder.antidup.pair_errors import PairJackknife, lower_bounds, most_pairs
+from transcoder.antidup.row_cosines import cosine_work
 from transcoder.antidup.window import (
     BLOCK_TOKENS,
     SequenceCounts,
@@ -191,6 +193,8 @@ class CorrelationMonitor:
         closes = self._block.statistics.tokens_offered >= self._block_tokens
         survey = self._close_block() if closes else None
         with_cosines = closes or not cosines_by_block
+        if with_cosines:
+            self.work.spend(SEARCH, sum(cosine_work(rows) for rows in (W_dec, W_enc) if rows is not None))
         view, beside = self._view()
         flagged = sorted(self._book.flagged)
         known = self._known
@@ -235,7 +239,7 @@ class CorrelationMonitor:
             "pairs_untested": total if verdicts is None else total - int(verdicts.known.sum()),
             "components": components,
             "candidate_components": wider,
-            "distinct_latents": distinct_latents(live, components),
+            "distinct_latents": distinct_latents(live, merged_groups(pairs, verdicts, components)),
             "distinct_latents_candidates": distinct_latents(live, wider),
             "share_of_live_with_neighbour": min(1.0, paired / live) if live else 0.0,
             "effective_dictionary_size": known.effective_size,
@@ -461,14 +465,10 @@ class CorrelationMonitor:
         # Of very many pairs not all are listed: those that were above in earlier blocks are looked at first.
         earlier = self._book.remembered()
         pairs, often = listed_pairs(survey.pairs, earlier, block.sequences, block.statistics, [], section)
-        columns = (pairs.i, pairs.j, pairs.correlation, pairs.support)
-        above = [
-            (i, j)
-            for i, j, r, support, seen in zip(*(c.tolist() for c in columns), often, strict=True)
-            if support >= section.min_support
-            and (seen is None or seen >= section.min_sequences)
-            and correlation_bounds(r, support)[0] > section.correlation_threshold
-        ]
+        enough = torch.tensor([n is None or n >= section.min_sequences for n in often], device=self.device).bool()
+        enough &= pairs.support >= section.min_support
+        enough &= lower_bounds(pairs.correlation, pairs.support) > section.correlation_threshold
+        above = list(zip(pairs.i[enough].tolist(), pairs.j[enough].tolist(), strict=True))
         above.sort(key=lambda pair: pair not in earlier)
         limited = above[: 2 * most_candidates(self.d_sae)]
         released = block.released(sorted(self._book.flagged), section.release_threshold)
@@ -495,5 +495,5 @@ class CorrelationMonitor:
 
     def _write(self, step: int, report: dict[str, Any]) -> None:
         path = self._out_dir / f"correlation_step_{step:08d}.json"
-        replace_atomically(path, json.dumps(report, indent=1, allow_nan=False) + "\n")
+        replace_atomically(path, report_text(report))
         self._ledger.record_file(_NAME, path)

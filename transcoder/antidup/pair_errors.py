@@ -44,6 +44,13 @@ def correlation_bounds(correlation: float, support: int, error: float | None = N
     return min(correlation, math.tanh(z - half)), max(correlation, math.tanh(z + half))
 
 
+def lower_bounds(correlation: Tensor, support: Tensor) -> Tensor:
+    """[P] lower bounds of `correlation_bounds` by the rule of thumb."""
+    z = torch.atanh(correlation.clamp(-NEARLY_ONE, NEARLY_ONE))
+    half = TWO_SIDED_95 * STANDARD_ERROR / (support - 3).clamp(min=1).double().sqrt()
+    return torch.where(support > 3, torch.minimum(correlation, torch.tanh(z - half)), -1.0)
+
+
 def pooled_lower_bound(blocks: Sequence[tuple[float, float, float]]) -> float:
     """Lower 95 % bound of the correlation over disjoint blocks, each (r, its standard error, weight).
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from transcoder.antidup.row_cosines import nearest_rows
 from transcoder.antidup.running_mass import MIN_FIRINGS, POSITION_BINS, PositionMass, SinkMass
-from transcoder.kernels import SparseCodes, nearest_cpp
+from transcoder.kernels import SparseCodes, counts_cpp, nearest_cpp
 from transcoder.kernels.correlation.torch_backend import add_at
 
 TILE_NUMBERS = 1 << 22
@@ -46,6 +46,9 @@ def pair_penalty(codes: SparseCodes, i: Tensor, j: Tensor, margin: float, weight
     Args:
         i, j: [P] int64, P >= 1.
     """
+    if counts_cpp.runs(codes):
+        value, at_entries = counts_cpp.pair_penalty(codes, i, j, margin, weights)
+        return Penalty(_wide(codes.values).new_tensor(value), at_entries)
     values = _wide(codes.values)
     batch, pairs = codes.shape[0], i.numel()
     x, slot = _columns(codes, torch.cat([i, j]), values)

@@ -41,6 +41,11 @@ def cosine_tail(rows: Tensor) -> dict[str, float] | None:
     return {name: float(ordered[round(q * (ordered.numel() - 1))]) for name, q in QUANTILES.items()}
 
 
+def cosine_work(rows: Tensor) -> float:
+    """Multiply-adds of `cosine_tail`."""
+    return float(min(rows.shape[0], MOST_ROWS) * rows.numel())
+
+
 def random_cosine_tail(count: int, width: int) -> dict[str, float] | None:
     """Expected `cosine_tail` of `count` independent random directions in `width` dimensions, for comparison.
     None below two.

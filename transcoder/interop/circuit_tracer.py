@@ -10,14 +10,18 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 import yaml
 from torch import Tensor
 
+from transcoder.activations.model_name import known_layer_count
+from transcoder.demo import language_model_path
 from transcoder.files import WRITING
 from transcoder.interop import gemma_scope
+from transcoder.interop.circuit_tracer_features import FOLDER, SCAN, write_features
 from transcoder.interop.conversion_record import Conversion
 from transcoder.interop.files import existing, locate, read_safetensors, write_safetensors
 from transcoder.interop.folded_weights import FoldedWeights, Hooks
@@ -59,13 +63,20 @@ class _Layer(ForeignConfig):
 
 
 def write_set(
-    by_layer: Mapping[int, FoldedWeights], folder: Path, record: Conversion, options: Mapping[str, Any]
+    by_layer: Mapping[int, FoldedWeights],
+    folder: Path,
+    record: Conversion,
+    options: Mapping[str, Any],
+    sources: Mapping[int, object] = MappingProxyType({}),
 ) -> None:
-    """One file a layer.
+    """One file a layer; and of layers whose source is a run's folder, what the viewer shows of their features.
 
-    Options: n_layers (of the model: a replacement model asks for every one of them), scan (a name).
+    Options: n_layers (of the model: a replacement model asks for every one of them), scan (a name), activation ("topk": keep
+    TopK; else it is turned into thresholds, which is another function), threshold (for that).
     """
-    by_layer = {layer: _checked(weights, layer, record) for layer, weights in sorted(by_layer.items())}
+    if (wanted := options.get("activation")) not in (None, "topk", "threshold"):
+        raise ValueError(f"circuit-tracer export: activation: expected 'threshold' or 'topk', got {wanted!r}")
+    by_layer = {layer: _checked(weights, layer, record, options) for layer, weights in sorted(by_layer.items())}
     some = next(iter(by_layer.values()))
     shared: dict[str, set[str]] = {
         "activations": {weights.activation for weights in by_layer.values()},
@@ -78,7 +89,7 @@ def write_set(
                 f"circuit-tracer export: a set has one config for all layers, got {name} {', '.join(sorted(values))}; "
                 "export them apart"
             )
-    n_layers = options.get("n_layers") or max(by_layer) + 1
+    n_layers = options.get("n_layers") or _all_layers(by_layer)
     if n_layers <= max(by_layer):
         raise ValueError(
             f"circuit-tracer export: n_layers: expected more than the highest layer {max(by_layer)}, got {n_layers}"
@@ -93,7 +104,9 @@ def write_set(
             f"{spare} latents of zeros added: its TopK has no ReLU, and chooses them before a negative value", "layout"
         )
         record.add(
-            "TopK sets are read by circuit-tracer's main branch (tag v0.5.0) only: 0.4.1 takes them for ReLU", "note"
+            "TopK sets are read by circuit-tracer's main branch (tag v0.5.0) only, from the hub: 0.4.1, the 0.5.0 on PyPI, and "
+            "a config with paths of files take them for ReLU, without a word",
+            "note",
         )
     missing = [layer for layer in range(n_layers) if layer not in by_layer]
     if missing:
@@ -104,12 +117,19 @@ def write_set(
             what = f"{weights.d_sae} latents padded with zeros to {width}: one width for all layers"
             record.add(f"layer {layer}: {what}", "layout")
         write_safetensors(folder / f"layer_{layer}.safetensors", _tensors(weights, some, width, skip))
+    runs = {n: Path(one) for n, one in sources.items() if isinstance(one, (str, Path)) and _is_run(Path(one))}
+    features = sum(write_features(run, layer, folder / FOLDER) for layer, run in runs.items())
+    if features:
+        record.add(
+            f"{FOLDER}/: what circuit-tracer's viewer shows of {features} latents; copy it beside the graphs", "note"
+        )
     config: dict[str, Any] = {
         "model_kind": "transcoder_set",
-        "model_name": some.hooks.model_name,
+        # The shipped model has no name that another library knows.
+        "model_name": str(language_model_path()) if some.hooks.model_name == "demo" else some.hooks.model_name,
         "feature_input_hook": source,
         "feature_output_hook": target,
-        "scan": options.get("scan") or folder.name.removeprefix(WRITING),
+        "scan": options.get("scan") or (SCAN if features else folder.name.removeprefix(WRITING)),
         **({"activation": "topk", "k": some.k} if some.activation == "topk" else {}),
         # Not read by circuit-tracer; ours takes the padding off again.
         "unpadded_widths": {layer: weights.d_sae for layer, weights in by_layer.items()},
@@ -119,8 +139,32 @@ def write_set(
     (folder / CONFIG_FILE).write_bytes(yaml.safe_dump(config, sort_keys=False).encode())
 
 
-def _checked(weights: FoldedWeights, layer: int, record: Conversion) -> FoldedWeights:
+def _is_run(path: Path) -> bool:
+    return (path / "config.yaml").is_file() and (path / "checkpoints").is_dir()
+
+
+def _all_layers(by_layer: Mapping[int, FoldedWeights]) -> int:
+    """The number of layers, of the model where it is known: ValueError where some have no transcoder."""
+    name = next(iter(by_layer.values())).hooks.model_name
+    known = None if name is None else known_layer_count(name)
+    missing = [layer for layer in range(known or 0) if layer not in by_layer]
+    if missing:
+        raise ValueError(
+            f"circuit-tracer export: expected a transcoder for each of the {known} layers of {name}, none for {missing}: a "
+            "replacement model takes the place of every MLP. Train all of them (--activations.layers all), or give n_layers= "
+            f"(--n-layers {known}) to fill the others with zeros, which leaves their whole output to error nodes"
+        )
+    return known or max(by_layer) + 1
+
+
+def _checked(weights: FoldedWeights, layer: int, record: Conversion, options: Mapping[str, Any]) -> FoldedWeights:
     weights.check_one_width(f"circuit-tracer export: layer {layer}: a set")
+    if options.get("activation") != "topk":
+        why = "circuit-tracer's releases and its sets by path read a TopK set as ReLU, so sets have thresholds"
+        instead = (
+            "Or keep TopK with activation='topk' (--activation topk), for sets that its main branch reads from the hub."
+        )
+        weights = weights.as_thresholds(record, options.get("threshold"), why, instead)
     if weights.activation == "threshold":
         weights = weights.with_latent_thresholds()
     elif weights.threshold is not None:

@@ -23,6 +23,7 @@ from transcoder.interop.conversion_record import ChangedFunctionError, Conversio
 from transcoder.interop.export_source import HOOKS_FILE, Exportable, load_source
 from transcoder.interop.files import new_folder, write_json
 from transcoder.interop.folded_weights import FoldedWeights, Hooks, check_weights, from_transcoder, to_transcoder
+from transcoder.layer_list import layer_folders
 from transcoder.model import Transcoder
 from transcoder.settings import brief
 
@@ -62,7 +63,11 @@ FORMATS: dict[str, Format] = {
         ("allow_pickle", "threshold"),
     ),
     "circuit-tracer": Format(
-        circuit_tracer.read, circuit_tracer.TESTED, None, ("layer", "n_layers", "scan"), ("layer",)
+        circuit_tracer.read,
+        circuit_tracer.TESTED,
+        None,
+        ("layer", "n_layers", "scan", "activation", "threshold"),
+        ("layer",),
     ),
     "gemma-scope": Format(
         gemma_scope.read, gemma_scope.TESTED, gemma_scope.write, ("norm_weight", "threshold"), ("layer", "norm_weight")
@@ -130,7 +135,8 @@ def export_transcoder(
 
     Args:
         source: a Transcoder, a run folder (its newest checkpoint), a checkpoint, or a saved folder. circuit-tracer takes
-            several: a list, or {layer: source}.
+            several: a list, or {layer: source}. A layer set's folder is all of its layers: one set for circuit-tracer, for
+            other formats a folder for each layer in `out_dir`.
         format: one of `EXPORTED`: saelens, sparsify, dictionary-learning, circuit-tracer, gemma-scope, original.
         out_dir: a folder that does not exist or is empty.
         allow_changed_function: write what the format can hold where it cannot hold the same function.
@@ -151,14 +157,23 @@ def export_transcoder(
     given = _options(f"{name} export", options, (*known.export_options, *_EXPORT))
     out = local_path(out_dir)
     record = Conversion("export", name, str(out), allow_changed_function, known.tested)
-    folded = [_folded(one, record, given) for one in _several(name, source)]
+    layers = layer_folders(local_path(source)) if isinstance(source, (str, Path)) else {}
+    several = list(layers.values()) or _several(name, source)
+    folded = [_folded(one, record, given) for one in several]
     for weights in folded:
         check_weights(f"{name} export", weights)
     with new_folder(f"{name} export", out, record) as folder:
-        if known.write is not None:
+        if known.write is None:
+            by_layer = _by_layer(layers or source, folded, given)
+            circuit_tracer.write_set(by_layer, folder, record, given, dict(zip(by_layer, several, strict=True)))
+        elif not layers:
             known.write(folded[0], folder, record, given)
-        else:
-            circuit_tracer.write_set(_by_layer(source, folded, given), folder, record, given)
+        for layer, weights in zip(layers, folded, strict=False):
+            if known.write is not None:
+                # sparsify names a folder by the module that it stands for.
+                place = folder / f"layers.{layer}.mlp"
+                place.mkdir()
+                known.write(weights, place, record, given)
     return record
 
 
@@ -180,33 +195,40 @@ def read_transcoder(format: str, path: str | Path, *, allow_changed_function: bo
         ValueError: a file is torn, of another format, or does not fit; it names what was expected, what was found, and what
             to do.
     """
-    name = format_name(format)
+    name, where = format_name(format), local_path(path)
+    if not where.exists():
+        raise FileNotFoundError(f"{name} import: {where}: expected a folder or file of this format, there is none")
+    try:
+        return _read(name, where, allow_changed_function, options)
+    except ChangedFunctionError:
+        raise
+    except (FileNotFoundError, ValueError) as error:
+        hint = _what_it_is(where, name)
+        if not hint:
+            raise
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(f"{error}. {hint}") from error
+
+
+def _read(name: str, where: Path, allow_changed_function: bool, options: Mapping[str, Any]) -> Imported:
     known = FORMATS[name]
     given = _options(f"{name} import", options, (*known.import_options, *_IMPORT))
     k = given.get("k")
     if k is not None and (isinstance(k, bool) or not isinstance(k, int) or k < 1):
         raise ValueError(f"{name} import: k: expected a whole number of at least 1, got {k!r}")
-    where = local_path(path)
-    if not where.exists():
-        raise FileNotFoundError(f"{name} import: {where}: expected a folder or file of this format, there is none")
     record = Conversion("import", name, str(where), allow_changed_function, known.tested)
-    try:
-        weights = known.read(where, record, given)
-    except ChangedFunctionError:
-        raise
-    except (FileNotFoundError, ValueError) as error:
-        fitting = _formats_that_read(where, name)
-        known_as = [what for pattern, what in _NOT_READ.items() if any(where.glob(pattern))]
-        if fitting:
-            told = f"These files are of the format {fitting[0]}: transcoder import {fitting[0]}"
-        elif known_as:
-            told = known_as[0]
-        else:
-            raise
-        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
-        raise kind(f"{error}. {told}") from error
-    model = to_transcoder(weights, record, k=k)
-    return Imported(model, _named(weights.hooks, given), record)
+    weights = known.read(where, record, given)
+    return Imported(to_transcoder(weights, record, k=k), _named(weights.hooks, given), record)
+
+
+def _what_it_is(where: Path, tried: str) -> str:
+    """For errors: the format that reads these files, or what they are where none does; "" where that is not known."""
+    for name, known in FORMATS.items():
+        if name != tried:
+            with contextlib.suppress(Exception):
+                known.read(where, Conversion("import", name, str(where), allow_changed_function=True), {})
+                return f"These files are of the format {name}: transcoder import {name}"
+    return next((what for pattern, what in _NOT_READ.items() if any(where.glob(pattern))), "")
 
 
 def open_transcoder(
@@ -234,7 +256,7 @@ def open_transcoder(
     for name, known in FORMATS.items():
         given = {key: value for key, value in options.items() if key in (*known.import_options, *_IMPORT)}
         try:
-            return read_transcoder(name, where, allow_changed_function=allow_changed_function, **given)
+            return _read(name, where, allow_changed_function, given)
         except ChangedFunctionError:
             raise
         except (ValueError, TypeError, OSError) as error:
@@ -249,17 +271,6 @@ def import_transcoder(format: str, path: str | Path, **options: Any) -> Transcod
     Equivalent to: `read_transcoder(format, path, **options).transcoder`.
     """
     return read_transcoder(format, path, **options).transcoder
-
-
-def _formats_that_read(path: Path, tried: str) -> list[str]:
-    """The other formats whose reader takes these files, whatever it changes."""
-    found = []
-    for name in FORMATS:
-        if name != tried:
-            with contextlib.suppress(Exception):
-                FORMATS[name].read(path, Conversion("import", name, str(path), allow_changed_function=True), {})
-                found.append(name)
-    return found
 
 
 def _several(name: str, source: Exportable | Sequence[Exportable] | Mapping[int, Exportable]) -> list[Exportable]:

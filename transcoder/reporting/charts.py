@@ -233,6 +233,28 @@ def bar_chart(
     return Chart(title, "bars", traces, layout, spoken, head, rows, [(label, c) for label, _, c in groups], note)
 
 
+def point_chart(title: str, points: Sequence[tuple[str, float, float]], *, x_label: str, y_label: str) -> Chart | None:
+    """Points (label, x, y), each with its label; None where there are fewer than two."""
+    if len(points) < 2:
+        return None
+    labels, x, y = zip(*points, strict=True)
+    more = {
+        "mode": "markers+text",
+        "text": list(map(_plain, labels)),
+        "textposition": "top center",
+        "cliponaxis": False,
+    }
+    marker = {"size": 10, "color": [f"--c{n % 6}" for n in range(len(points))]}
+    trace = _scatter(_shorts(x), y, marker=marker, hovertemplate="%{text}: %{x}, %{y}<extra></extra>", **more)
+    layout = {
+        "xaxis": _axis(x_label, **_value_axis(x, False, False)),
+        "yaxis": _axis(y_label, **_value_axis(y, False, False)),
+    }
+    rows = [[label, _text(a), _text(b)] for label, a, b in points]
+    spoken = "; ".join(f"{label}: {number(b)} at {number(a)}" for label, a, b in points)
+    return Chart(title, "points", [trace], layout, spoken, ["", x_label, y_label], rows)
+
+
 def interval_chart(title: str, rows: Sequence[dict[str, Any]], *, x_label: str) -> Chart | None:
     """Means with their intervals, one a row: {"label", "mean", "low", "high", "verdict"}; None without rows."""
     if not rows:

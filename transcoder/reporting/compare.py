@@ -13,11 +13,20 @@ from transcoder.files import local_path, replace_atomically
 from transcoder.reporting.format import MISSING, number
 from transcoder.reporting.run import Run
 from transcoder.reporting.statistics import half_width, interval
-from transcoder.reporting.summary_metrics import HELDOUT_FVU, L0, SUMMARY_METRICS, TRAINING_FVU, SummaryMetric
+from transcoder.reporting.summary_metrics import (
+    DEAD,
+    DUPLICATES,
+    HELDOUT_FVU,
+    L0,
+    SUMMARY_METRICS,
+    TRAINING_FVU,
+    SummaryMetric,
+)
 from transcoder.reporting.tables import ruled_table
 
 SCHEMA_VERSION = 1
 PAIRED = (TRAINING_FVU, HELDOUT_FVU, L0)
+SUMMARY = (HELDOUT_FVU, L0, DUPLICATES, DEAD)
 BLOCKS = 10
 MARKS = {"better": " +", "worse": " -"}
 LEAST_STEPS = 2 * BLOCKS
@@ -119,7 +128,33 @@ def format_comparison(comparison: dict[str, Any]) -> str:
     lines = [ruled_table(head, rows)]
     if not two:
         lines.append(f"In brackets: difference from {runs[0]['label']}.")
-    return "\n".join([*lines, *_paired_lines(comparison), *_setting_lines(comparison), *_missing_lines(comparison)])
+    return "\n".join(
+        [
+            *summary_lines(comparison),
+            "",
+            *lines,
+            *_paired_lines(comparison),
+            *_setting_lines(comparison),
+            *_missing_lines(comparison),
+        ]
+    )
+
+
+def summary_lines(comparison: dict[str, Any]) -> list[str]:
+    """What changed from the first run to each other one, in a sentence."""
+    first, *others = (run["label"] for run in comparison["runs"])
+    rows = {row["name"]: row for row in comparison["figures"]}
+    lines = []
+    for n, label in enumerate(others, 1):
+        said = []
+        for metric in SUMMARY:
+            row = rows.get(metric.name)
+            if row is not None and row["differences"][n] is not None:
+                verdict = row["verdicts"][n]
+                change = f"{metric.text(row['values'][0])} to {metric.text(row['values'][n])}"
+                said.append(f"{metric.label} {change}" + (f" ({verdict})" if verdict else ""))
+        lines.append(f"From {first} to {label}: {'; '.join(said) or 'no metric in common'}.")
+    return lines
 
 
 def format_methods(comparison: dict[str, Any]) -> str:
@@ -133,7 +168,7 @@ def format_methods(comparison: dict[str, Any]) -> str:
         rows.append([row["label"], *cells])
     note = (
         f"In brackets: mean difference from {comparison['methods'][0]} over {comparison['seeds']} seeds, paired, with its 95 % "
-        "interval; + better, - worse, nothing where the interval holds 0. Of twenty such intervals one misses by chance."
+        "interval; + better, - worse, nothing where the interval holds 0. About 1 in 20 of these intervals is wrong by chance."
     )
     return f"{ruled_table(['', *comparison['methods']], rows)}\n{note}"
 
@@ -267,17 +302,17 @@ def _labels(runs: list[Run]) -> list[str]:
 
 
 def _different_settings(runs: list[Run]) -> dict[str, list[Any]]:
-    flat = [_flatten(run.config) for run in runs]
+    flat = [flattened(run.config) for run in runs]
     names = dict.fromkeys(name for settings in flat for name in settings)
     rows = {name: [settings.get(name) for settings in flat] for name in names if name != "name"}
     return {name: values for name, values in rows.items() if any(v != values[0] for v in values)}
 
 
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flattened(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, dict):
-            flat.update(_flatten(value, f"{prefix}{name}."))
+            flat.update(flattened(value, f"{prefix}{name}."))
         else:
             flat[f"{prefix}{name}"] = value if isinstance(value, (int, float, str, list, type(None))) else str(value)
     return flat
@@ -304,7 +339,7 @@ def _paired_lines(comparison: dict[str, Any]) -> list[str]:
                 lines.append(f"  {row['label']}: {pair} {d['mean']:+.4g}{interval} {where}")
     if not lines:
         return []
-    head = "Paired by step, mean [95 % interval, from 20 steps on] (noise between batches, not between seeds):"
+    head = "Paired by step, mean [95 % interval; needs at least 20 logged steps] (does not include seed-to-seed variation):"
     return ["", head, *lines]
 
 

@@ -7,21 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from transcoder.files import local_path, replace_atomically
-from transcoder.reporting.charts import Chart, Line, interval_chart, interval_words, line_chart
-from transcoder.reporting.compare import mean_text, metric_named
+from transcoder.reporting.charts import Chart, Line, interval_chart, interval_words, line_chart, point_chart
+from transcoder.reporting.compare import mean_text, metric_named, summary_lines
 from transcoder.reporting.format import number
 from transcoder.reporting.page import render, render_page
 from transcoder.reporting.run import Run
 from transcoder.reporting.sections import Section
+from transcoder.reporting.summary_metrics import HELDOUT_FVU, L0
 
 CURVES = (
     ("metrics/fvu", "Training FVU", "FVU"),
     ("evaluation/fvu", "Held-out FVU", "FVU"),
     ("metrics/l0", "L0", "latents a token"),
     ("sparsity/dead_share", "Dead latents, share", "share"),
-    ("duplicates/pairs", "Candidate pairs", "pairs"),
-    ("duplicates/flagged", "Flagged pairs", "pairs"),
-    ("duplicates/effective_dictionary_size", "Effective dictionary size", "latents"),
+    ("duplicates/pairs", "Candidate pairs, in training", "pairs"),
     ("metrics/tokens_per_second", "Throughput", "tokens/s"),
 )
 COLORS = 6
@@ -36,7 +35,7 @@ def write_run_comparison(comparison: dict[str, Any], path: str | Path) -> Path:
     """
     labels = [run["label"] for run in comparison["runs"]]
     parts = {
-        "metrics": _metrics(comparison, labels),
+        "metrics": {**_metrics(comparison, labels), "charts": [_frontier(comparison, labels)]},
         "paired": _paired(comparison, labels),
         "curves": _curves(labels, [Run(run["path"], empty_ok=True) for run in comparison["runs"]]),
         "settings": _settings(comparison, labels),
@@ -82,13 +81,21 @@ def _table(head: Sequence[str], rows: list[list[Any]], caption: str, numeric: Se
 
 def _metrics(comparison: dict[str, Any], labels: list[str]) -> Section:
     lead = (
-        f"Differences are from {labels[0]}. A verdict only says which number is better; how sure that is, is said under paired "
-        "differences, and over seeds by `transcoder compare NAME=RUN,RUN NAME=RUN,RUN`."
+        f"{' '.join(summary_lines(comparison))} Colours only say which number is better than {labels[0]}'s; see Paired "
+        "differences for confidence intervals, and `transcoder train --seeds` for runs to compare over seeds."
     )
     rows = [
         _metric_row(row, "values", metric_named(row).text, metric_named(row).signed) for row in comparison["figures"]
     ]
     return {"lead": lead, "table": _table(["", *labels], rows, "Final metrics", range(1, len(labels) + 1))}
+
+
+def _frontier(comparison: dict[str, Any], labels: list[str]) -> Chart | None:
+    """Held-out FVU against L0: a dictionary is better to the left and below."""
+    values = {row["name"]: row["values"] for row in comparison["figures"]}
+    known = zip(labels, values.get(L0.name, ()), values.get(HELDOUT_FVU.name, ()), strict=False)
+    points = [(label, x, y) for label, x, y in known if x is not None and y is not None]
+    return point_chart("Held-out FVU against L0", points, x_label="L0, latents a token", y_label="FVU")
 
 
 def _metric_row(
@@ -98,7 +105,8 @@ def _metric_row(
     cells = [{"text": row["label"].strip(), "note": row["meaning"]}]
     for value, d, verdict in zip(row[values], row["differences"], row["verdicts"], strict=True):
         notes = [] if d is None else [difference(d), verdict]
-        cells.append({"text": text(value), "note": ", ".join(filter(None, notes))})
+        look = {"better": "good", "worse": "bad"}.get(verdict or "", "")
+        cells.append({"text": text(value), "note": ", ".join(filter(None, notes)), "look": look})
     return cells
 
 
@@ -117,7 +125,7 @@ def _paired(comparison: dict[str, Any], labels: list[str]) -> Section:
         charts.append(interval_chart(row["label"], found, x_label=f"difference from {labels[0]}"))
     lead = (
         "Mean differences at the steps that all runs logged, in the second half of them, with 95 % intervals from twenty steps "
-        "on. They cover the noise between batches; seeds are another matter."
+        "on. They cover the noise between batches, not seed-to-seed variation."
     )
     head = ["Metric", "Run", "Difference, mean [95 %]", "Steps", "From step"]
     return {"lead": lead, "charts": charts, "table": _table(head, rows, "Paired differences", [2, 3, 4])}
@@ -152,7 +160,7 @@ def _method_metrics(comparison: dict[str, Any]) -> Section:
     methods = comparison["methods"]
     lead = (
         f"Means over {comparison['seeds']} seeds; below each the paired difference from {methods[0]} with its 95 % interval. "
-        "Better and worse are said only where the interval leaves 0 out; of twenty such intervals one misses by chance."
+        "Better and worse are said only where the interval leaves 0 out; about 1 in 20 of these intervals is wrong by chance."
     )
     rows = [_metric_row(row, "means", mean_text, interval_words) for row in comparison["figures"]]
     return {"lead": lead, "table": _table(["", *methods], rows, "Means over seeds", range(1, len(methods) + 1))}

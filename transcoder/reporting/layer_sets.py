@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transcoder.files import local_path, replace_atomically
+from transcoder.files import replace_atomically
+from transcoder.layer_list import LAYERS_FOLDER, layer_folders
 from transcoder.reporting.format import number, percent, real
 from transcoder.reporting.run import Run
 
-LAYERS_FOLDER = "layers"
 COLUMNS = (
     ("evaluation/fvu", "FVU", number),
     ("evaluation/baseline_linear_fvu", "linear map's FVU", number),
@@ -22,13 +21,6 @@ COLUMNS = (
     ("duplicates/mergeable", "mergeable", number),
 )
 """Of each layer: its own metrics, held-out where the name says evaluation."""
-
-
-def layer_folders(path: str | Path) -> dict[int, Path]:
-    """{layer: its run folder} of a layer set's folder, in order; empty for any other folder."""
-    folder = local_path(path) / LAYERS_FOLDER
-    found = [p for p in folder.glob("*") if re.fullmatch(r"\d{2,}", p.name) and (p / "config.yaml").is_file()]
-    return {int(p.name): p for p in sorted(found, key=lambda p: int(p.name))}
 
 
 def mean_over_layers(metrics: Mapping[int, Mapping[str, Any]]) -> dict[str, float]:

@@ -13,6 +13,12 @@ from typing import Any, TextIO
 from transcoder.reporting.format import clock, thousands
 
 PLAIN_SECONDS = 10.0
+SHARES = {
+    "time/language_model_share": "model",
+    "time/transcoder_share": "transcoder",
+    "time/antidup_share": "anti-dup",
+    "time/files_share": "files",
+}
 
 
 _say: Callable[[str | None], None] | None = None
@@ -165,4 +171,7 @@ def metrics_text(metrics: Mapping[str, float]) -> str:
         parts.append(f"candidate pairs {metrics['duplicates/pairs']:.0f}")
     if "metrics/tokens_per_second" in metrics:
         parts.append(f"{thousands(metrics['metrics/tokens_per_second'])} tok/s")
+    shares = [(label, metrics[name]) for name, label in SHARES.items() if name in metrics]
+    if shares:
+        parts.append("time " + ", ".join(f"{label} {100 * share:.0f}%" for label, share in shares))
     return "  ".join(parts)

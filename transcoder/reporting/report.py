@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from transcoder.files import replace_atomically
+from transcoder.layer_list import layer_folders
 from transcoder.reporting import latent_cards, sections
 from transcoder.reporting.format import clock, number, real
 from transcoder.reporting.latent_cards import LatentCards
@@ -34,6 +35,10 @@ def write_report(run_dir: str | Path) -> Path:
     Raises:
         FileNotFoundError: `run_dir` is no folder.
     """
+    if layer_folders(run_dir):
+        from transcoder.reporting.layer_sets import write_set_report
+
+        return write_set_report(run_dir)
     run = Run(run_dir, empty_ok=True)
     core, cards = payload(run)
     page = render_page(core, chunk_elements(cards.packed_index, cards.chunks))

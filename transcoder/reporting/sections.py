@@ -48,6 +48,12 @@ class Curve(NamedTuple):
 
 FVU_CURVES, PREFIX_CURVES = "Fraction of variance unexplained", "FVU per prefix"
 PAIRS = {"candidates, in training": "duplicates/pairs", "flagged": "duplicates/flagged"}
+TIME = {
+    "waiting for the language model": "time/language_model_share",
+    "transcoder": "time/transcoder_share",
+    "against duplicates": "time/antidup_share",
+    "files": "time/files_share",
+}
 CURVES = (
     Curve("Loss", "loss", summary_metrics.LOSSES, allow_log=True),
     Curve(FVU_CURVES, "FVU", {"training": "metrics/fvu", "held-out": "evaluation/fvu"}, from_zero=True),
@@ -57,6 +63,7 @@ CURVES = (
     Curve("Candidate pairs", "pairs", PAIRS, from_zero=True),
     Curve("Effective dictionary size", "latents", {"effective size": "duplicates/effective_dictionary_size"}),
     Curve("Throughput", "tokens/s", {"tokens/s": "metrics/tokens_per_second"}, from_zero=True),
+    Curve("Time of the run", "% of the time", TIME, from_zero=True, scale=100),
     Curve("Learning rate", "rate", {"learning rate": "details/learning_rate"}),
     Curve("Gradient norm before clipping", "norm", {"gradient norm": "details/gradient_norm"}, allow_log=True),
     Curve("Selection threshold", "activation", {"threshold": "metrics/topk_threshold"}),

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from transcoder.reporting.format import number, percent
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from transcoder.config import RunConfig
     from transcoder.reporting.run import Run
 
 VERDICTS = ("duplicate", "correlated", "undecided")
@@ -154,3 +157,31 @@ def meaning(run: Run) -> Verdict:
 
 def counted(count: float, noun: str) -> str:
     return f"{number(count)} {noun}{'' if count == 1 else 's'}"
+
+
+def said_of(out: Path) -> list[str]:
+    """The lines that end the output of a run in a terminal: in the words of its page, and where that is."""
+    from transcoder.reporting.layer_sets import layer_folders, set_lines
+    from transcoder.reporting.run import Run
+
+    run = Run(out, empty_ok=True)
+    lines = verdict_lines(run)
+    if layer_folders(out):
+        # Of a layer set these are means; its page leads to each layer's.
+        lines = [f"mean over layers: {lines[0]}", *set_lines(run.final)]
+    return [*lines, *([f"report: {out / 'report.html'}"] if (out / "report.html").exists() else [])]
+
+
+def is_done(out: Path, config: RunConfig) -> bool:
+    """Whether the folder holds the run of these settings, finished, with its page. Needs no torch."""
+    from transcoder.reporting.compare import flattened
+    from transcoder.reporting.run import Run
+
+    if not (out / "config.yaml").is_file():
+        return False
+    run, asked = Run(out), flattened(config.to_dict())
+    # The run's file has the values that were found for `auto`, and those that follow its length.
+    held = flattened(run.config)
+    same = held.keys() == asked.keys() and all(asked[name] in (value, None, "auto") for name, value in held.items())
+    whole = (out / "report.html").exists() or not config.logging.report
+    return same and run.finished and whole and run.last_step == config.training.steps

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from transcoder.activations import build_stream
-from transcoder.config import ConfigError, RunConfig
+from transcoder.config import ConfigError, RunConfig, load_yaml
 from transcoder.files import local_path, replace_atomically
 from transcoder.model import Transcoder
 from transcoder.reporting import write_report
+from transcoder.settings import set_dotted
 from transcoder.training.describe_latents import describe_latents
 from transcoder.training.evaluation import cross_entropy, evaluate
 from transcoder.training.saebench import saebench_core
@@ -18,6 +20,69 @@ from transcoder.training.start_checks import as_started, device_of, say_backend
 
 OF_THE_WEIGHTS = ("d_sae", "k", "activation", "widths", "skip")
 """Settings of the dictionary that its weights decide."""
+
+MEASURED = {
+    "evaluation/fvu": "fraction of variance unexplained, held-out non-sink tokens",
+    "evaluation/l0": "active latents a token (L0)",
+    "evaluation/dead_share": "share of latents that never fire there",
+    "evaluation/ce_recovered": "cross-entropy recovered",
+    "heldout_duplicates/pairs": "pairs of latents above the correlation threshold",
+    "heldout_duplicates/mergeable": "of these, duplicates",
+    "saebench/ce_loss_score": "SAEBench: CE loss score",
+    "saebench/kl_div_score": "SAEBench: KL divergence score",
+    "saebench/explained_variance": "SAEBench: explained variance",
+    "saebench/cossim": "SAEBench: cosine similarity",
+    "saebench/l0": "SAEBench: L0",
+    "saebench/l1": "SAEBench: L1",
+    "saebench/l2_ratio": "SAEBench: L2 ratio",
+    "saebench/frac_alive": "SAEBench: share alive",
+}
+"""What `format_metrics` prints, with labels."""
+
+
+def config_of_weights(
+    weights: Path, hooks: Mapping[str, Any], given: str | None, overrides: Mapping[str, Any]
+) -> RunConfig:
+    """CONFIG, else the config of the run that the weights are of; what it leaves open the weights say themselves.
+
+    Args:
+        hooks: fields of `interop.folded_weights.Hooks`.
+        given: CONFIG, a file or a preset.   overrides: settings by dotted names.
+
+    Raises: ConfigError: neither says where the weights belong.
+    """
+    homes = (place / "config.yaml" for place in (weights, *weights.parents[:2]))
+    own = next((file for file in homes if file.is_file()), None)
+    source = own if given is None else given
+    values = {} if source is None else load_yaml(source)
+    activations = values.get("activations") or {}
+    if isinstance(activations, dict) and activations.get("layers") is not None:
+        # Of a layer set, the weights know their own hooks.
+        values["activations"] = {
+            k: v for k, v in activations.items() if k not in ("layers", "source_hook", "target_hook")
+        }
+    known = {
+        "model.name": hooks["model_name"],
+        "activations.source_hook": hooks["source"],
+        "activations.target_hook": hooks["target"] or hooks["source"],
+        "activations.sequence_length": hooks["context_size"],
+        "activations.prepend_bos": hooks["prepend_bos"],
+    }
+    for dotted, value in known.items():
+        section, _, field = dotted.partition(".")
+        if value is not None and field not in (values.get(section) or {}):
+            set_dotted(values, dotted, value)
+    for dotted, value in overrides.items():
+        set_dotted(values, dotted, value)
+    for dotted in ("model.name", "activations.source_hook", "activations.target_hook"):
+        section, _, field = dotted.partition(".")
+        if field not in (values.get(section) or {}):
+            raise ConfigError(
+                f"evaluate: {weights} does not say where it belongs ({dotted}): give a CONFIG, or --model.name, "
+                "--activations.source_hook and --activations.target_hook"
+            )
+    name = "".join(c if c.isalnum() or c in "._-" else "-" for c in weights.name)
+    return RunConfig.from_dict({**values, "name": f"evaluate-{name}"})
 
 
 def evaluate_weights(
@@ -84,3 +149,8 @@ def evaluate_weights(
     if config.logging.report:
         write_report(run_dir)
     return summary
+
+
+def format_metrics(summary: Mapping[str, Any]) -> str:
+    """Of what `evaluate_weights` returns, one line for each of `MEASURED`."""
+    return "\n".join(f"{label:<64}{summary[key]:.4f}" for key, label in MEASURED.items() if key in summary)

@@ -37,13 +37,13 @@ def write_latent_facts(
     Columns: latent int32, tokens_fired int64 and max_activation float32 on the tokens of `firings`, histogram list<int32> (20
     bins of activation from 0 to its maximum), quantiles list<float32> of its activations (25, 50, 75, 95 %), promoted and
     suppressed list<string> with their logits list<float32>. The logits are a decoder row's direct effect
-    through the final norm's weight and the unembedding, less their mean over the vocabulary. Columns that could not be
-    computed are empty; the file's metadata says why.
+    through the model's norms at a fixed scale and the unembedding, less their mean over the vocabulary. Columns that could
+    not be computed are empty; the file's metadata says why.
 
     Args:
         firings: of these weights; of no tokens leaves the first columns 0.
         shown: [n] int64 latents that get tokens; None is all of them.
-        unembedding: [d_model, vocabulary], the final norm's weight folded in; or why there is none.
+        unembedding: [d_out, vocabulary], a row's effect on the logits, see `HookedModel.unembedding`; or why there is none.
 
     Raises:
         OSError: the file could not be written.

@@ -16,16 +16,17 @@ from transcoder.activations.activation_source import ActivationSource, row_bytes
 from transcoder.activations.rows import Substitute
 from transcoder.config import BUFFER_TOKENS, RunConfig
 from transcoder.files import replace_atomically
-from transcoder.layer_list import layer_name
+from transcoder.layer_list import LAYERS_FOLDER, layer_name
 from transcoder.reporting import MetricsWriter, ProgressBar
-from transcoder.reporting.layer_sets import LAYERS_FOLDER, mean_over_layers, write_set_report
+from transcoder.reporting.layer_sets import mean_over_layers, write_set_report
 from transcoder.training.disk_space import human_bytes
 from transcoder.training.evaluation import at_inference
 from transcoder.training.nonfinite import TrainingDivergedError
 
 if TYPE_CHECKING:
+    from transcoder.training.run_end import RunResult
     from transcoder.training.signals import StopRequest
-    from transcoder.training.trainer import RunResult, Trainer
+    from transcoder.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -180,6 +181,8 @@ class LayerSet:
             "step": self.step,
             "finished": finished,
             "interrupted_by": stopped_by,
+            "d_in": next(iter(results.values())).summary["d_in"],
+            "d_out": next(iter(results.values())).summary["d_out"],
             "tokens": max(one.summary["tokens"] for one in results.values()),
             **mean_over_layers(good),
             **(self._cross_entropy() if finished else {}),

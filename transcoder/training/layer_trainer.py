@@ -134,7 +134,7 @@ class LayerTrainer:
                 (loss / len(batches)).backward()
             bad |= ~torch.isfinite(loss.detach())
             with phase("logging"):
-                seen.append(self._view(out, batch, loss))
+                seen.append(self._view(out, batch, loss, step))
         section = self.config.training
         lr = learning_rate(step, section, self.peak)
         with phase("optimizer"):
@@ -186,7 +186,7 @@ class LayerTrainer:
             )
 
     @torch.no_grad()
-    def _view(self, out: StepOutput, batch: ActivationBatch, loss: Tensor) -> MicroBatch:
+    def _view(self, out: StepOutput, batch: ActivationBatch, loss: Tensor, step: int) -> MicroBatch:
         codes = out.codes.detach()
         values = {
             "losses/overall_loss": loss.detach(),
@@ -207,7 +207,8 @@ class LayerTrainer:
         measured = None
         if self.monitor is not None:
             target = self.transcoder.normalize_target(batch.target)
-            measured = self.monitor.evidence.measure(codes, out.residual, target, self.transcoder.W_dec, batch.weights)
+            decoder, weights = self.transcoder.W_dec, batch.weights
+            measured = self.monitor.evidence.measure(codes, out.residual, target, decoder, weights, step)
         return MicroBatch(batch, codes, values, measured)
 
 

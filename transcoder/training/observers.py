@@ -22,7 +22,7 @@ from transcoder.antidup.merge_cost import MergeResult
 from transcoder.antidup.monitor import Judge
 from transcoder.antidup.workload import SEARCH, TEST, step_work
 from transcoder.files import replace_atomically
-from transcoder.phases import phase
+from transcoder.phases import TimeShares, phase
 from transcoder.training.baselines import LinearBaseline
 from transcoder.training.evaluation import cross_entropy, evaluate, merge_test, merge_test_work
 from transcoder.training.layer_trainer import LayerTrainer, StepView
@@ -293,6 +293,8 @@ class MetricsLog(Observer):
         self.meters = Meters(layer.device)
         super().__init__(layer, calendar, meters=self.meters)
         self._since = (time.monotonic(), 0)
+        self.shares = TimeShares()
+        """Of the time since the last line, while `running`."""
 
     def begin(self, tokens: int) -> None:
         """The first interval starts now."""
@@ -322,6 +324,7 @@ class MetricsLog(Observer):
         metrics["details/learning_rate"] = learning_rate(run.step - 1, run.config.training, self.layer.peak)
         if now > before:
             metrics["metrics/tokens_per_second"] = (run.tokens - seen) / (now - before)
+        metrics |= self.shares.taken()
         metrics["details/bad_steps"] = float(run.bad_steps.count)
         for observer in run.observers:
             metrics.update(observer.metrics())

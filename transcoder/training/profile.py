@@ -16,7 +16,8 @@ from transcoder.activations import ActivationBatch
 from transcoder.config import ConfigError, RunConfig
 from transcoder.phases import PhaseClock
 from transcoder.training.observers import Checkpoints, CorrelationReports, Samples
-from transcoder.training.trainer import Trainer, opened_run
+from transcoder.training.train import opened_run
+from transcoder.training.trainer import Trainer
 
 WARM_UP = 10
 """Steps before the clock starts: first calls compile, allocate, and fill the buffers of data."""

@@ -1,14 +1,17 @@
-"""What a run writes when it ends: summary.json, and the report with what only the model can say of each latent."""
+"""How a run ends, and what it writes then: summary.json, and the report with what only the model can say of each latent."""
 
 from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transcoder.activations import ActivationStream
+from transcoder.activations import ActivationBatch, ActivationStream
 from transcoder.files import replace_atomically
+from transcoder.model import Transcoder
 from transcoder.reporting.progress import stage
 from transcoder.reporting.report_subprocess import write_report_apart
 from transcoder.training.describe_latents import describe_latents, tokens_to_look_at
@@ -20,6 +23,26 @@ logger = logging.getLogger(__name__)
 
 REPORT_SECONDS, INTERRUPTED_REPORT_SECONDS = 900.0, 20.0
 """How long a run waits for its page at its end, and at an interrupt."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended."""
+
+    run_dir: Path
+    step: int
+    """Optimizer steps done."""
+    finished: bool
+    interrupted_by: str | None
+    """Name of the signal that stopped it; its state is saved, resume goes on."""
+    summary: dict[str, Any]
+    """Final metrics, as in summary.json."""
+    report: Path | None
+    transcoder: Transcoder = field(repr=False)
+    heldout: Sequence[ActivationBatch] = field(repr=False)
+    """What evaluation read, on the run's device."""
+    layers: Mapping[int, RunResult] = field(default_factory=dict)
+    """Of a layer set, each layer's own; `transcoder` and `heldout` are then those of the first."""
 
 
 def write_summary(run: Trainer, finished: bool, interrupted_by: str | None) -> dict[str, Any]:

@@ -1,5 +1,5 @@
-"""SAEBench's core metrics by its definitions (Karvonen et al. 2025, arXiv:2503.09532; sae_bench.evals.core), for transcoders:
-its activation and reconstruction are here the target and the transcoder's output."""
+"""SAEBench's core metrics by its definitions (Karvonen et al. 2025, arXiv:2503.09532; sae-bench 0.6.0), for transcoders: its
+activation and reconstruction are here the target and the transcoder's output."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transcoder.model import Transcoder
 from transcoder.training.evaluation import at_inference
 
 PROMPTS = 16
-"""Sequences of a batch, as there: its mean is the one in `explained_variance`."""
+"""Sequences of a batch, as there: its mean is the one in `explained_variance_legacy`."""
 
 
 @torch.no_grad()
@@ -30,14 +30,16 @@ def saebench_core(transcoder: Transcoder, model: ActivationStream, tokens: int) 
         ce_loss_with_sae, ce_loss_without_sae, ce_loss_with_ablation: cross-entropy in nats of the next token, with the output,
             the target itself, zeros in the layer's place.   ce_loss_score: (ablation - sae) / (ablation - without).
         kl_div_with_sae, kl_div_with_ablation: KL(model || changed model) in nats.   kl_div_score: (ablation - sae) / ablation.
-        explained_variance: 1 - |y - y_hat|^2 / |y - m|^2 of each token.   cossim: of y and y_hat.
+        explained_variance: 1 - mean |y - y_hat|^2 / (s - (s / d_out)^2) with s = mean |y|^2. So it stands there, where the
+            squared mean of y is meant; `evaluation/explained_variance` has that.
+        explained_variance_legacy: 1 - |y - y_hat|^2 / |y - m|^2 of each token.   cossim: of y and y_hat.
         l2_norm_in |y|, l2_norm_out |y_hat|, l2_ratio |y_hat| / |y|.
         relative_reconstruction_bias: mean |y_hat|^2 / mean of y times y_hat.
         l0, l1: number and sum of active latents, in the units of the latents.
     frac_alive: share of the latents that are active on one of these tokens.
     """
     per_token: dict[str, list[Tensor]] = defaultdict(list)
-    bias: list[Tensor] = []
+    per_batch: dict[str, list[Tensor]] = defaultdict(list)
     fired = torch.zeros(transcoder.config.d_sae, dtype=torch.bool, device=transcoder.W_dec.device)
 
     def stand_in(counted: Tensor, source: Tensor, target: Tensor) -> Tensor:
@@ -54,9 +56,11 @@ def saebench_core(transcoder: Transcoder, model: ActivationStream, tokens: int) 
         per_token["l2_norm_out"].append(norm_out)
         per_token["l2_ratio"].append(norm_out / torch.where(norm_in < 1e-4, 1.0, norm_in))
         per_token["cossim"].append(dot / (norm_in * norm_out))
-        around = (y - y.mean(0)).square().sum(1)
-        per_token["explained_variance"].append(1 - (y - y_hat).square().sum(1) / around)
-        bias.append(norm_out.square().mean() / dot.mean())
+        error = (y - y_hat).square().sum(1)
+        per_token["explained_variance_legacy"].append(1 - error / (y - y.mean(0)).square().sum(1))
+        per_batch["error"].append(error.mean())
+        per_batch["size"].append(norm_in.square().mean())
+        per_batch["bias"].append(norm_out.square().mean() / dot.mean())
         return torch.where(counted[:, None], output, target)
 
     with at_inference(transcoder):
@@ -77,7 +81,9 @@ def saebench_core(transcoder: Transcoder, model: ActivationStream, tokens: int) 
     if not per_token:
         return {}
     metrics = {name: _mean(torch.cat(values)) for name, values in per_token.items()}
-    metrics["relative_reconstruction_bias"] = _mean(torch.stack(bias))
+    bias, size, error = (_mean(torch.stack(per_batch[name])) for name in ("bias", "size", "error"))
+    metrics["relative_reconstruction_bias"] = bias
+    metrics["explained_variance"] = 1 - error / (size - (size / transcoder.config.d_out) ** 2)
     metrics["frac_alive"] = float(fired.double().mean())
     ablated, ours, original = (metrics[f"ce_loss_{n}"] for n in ("with_ablation", "with_sae", "without_sae"))
     kl_ablated = metrics["kl_div_with_ablation"]

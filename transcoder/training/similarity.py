@@ -161,6 +161,18 @@ def run_similarity(runs: Sequence[Path]) -> dict[str, Any]:
     }
 
 
+def similarity_text(folders: Sequence[Path], method: str | None = None) -> str:
+    """CKA between the runs (of a method's seeds) with a line end, if each of them has saved the codes that it is computed from;
+    else nothing."""
+    if len(folders) < 2 or not all((folder / CODES_FILE).is_file() for folder in folders):
+        return ""
+    try:
+        found = run_similarity(folders)
+    except ValueError as error:
+        return f"\nno CKA between {method or 'these'} runs: {error}\n"
+    return f"\n{format_run_similarity(found) if method is None else format_seed_similarity(method, found)}\n"
+
+
 def format_run_similarity(found: Mapping[str, Any]) -> str:
     """CKA of each run with the first one, for a terminal."""
     lines = [f"CKA with {Path(found['runs'][0]).name} on {found['tokens']} held-out tokens, +- 1 standard error:"]

@@ -16,7 +16,7 @@ import torch
 
 from transcoder.activations import ActivationBatch
 from transcoder.antidup.window import BLOCK_TOKENS
-from transcoder.config import ConfigError, RunConfig, flags, load_yaml
+from transcoder.config import ActivationsSection, ConfigError, RunConfig, flags, load_yaml
 from transcoder.kernels.backend import why_slower
 from transcoder.settings import brief
 from transcoder.training.schedule import learning_rate, length_defaults, peak_learning_rate
@@ -232,6 +232,19 @@ def check_folder(run_dir: Path, config: RunConfig, resume: bool) -> None:
                 "started; leave them out, or give the values of that file where a default has changed since, or start a new "
                 "run with another --out"
             )
+
+
+def say_nothing_held_out(config: RunConfig) -> None:
+    """Name what waits for held-out text in a run that has none."""
+    waits = ["evaluation (training.evaluation_every, checkpoint.keep_best)"]
+    if config.antidup.monitor.enabled:
+        waits.append("the merge test (antidup.monitor.merge_test_tokens), without which duplicates have no verdict")
+    logger.warning(
+        "activations.heldout_fraction is %g and nothing is held out: there is no %s; %g would act",
+        config.activations.heldout_fraction,
+        " and no ".join(waits),
+        ActivationsSection.heldout_fraction,
+    )
 
 
 def check_length(config: RunConfig, run_dir: Path, step: int) -> None:

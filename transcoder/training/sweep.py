@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from transcoder.activations.stream import resolved_layers
 from transcoder.antidup.row_cosines import cosine_tail, random_cosine_tail
 from transcoder.config import ConfigError, RunConfig
 from transcoder.files import local_path, replace_atomically
+from transcoder.training.run_end import RunResult
 from transcoder.training.start_checks import changed_settings
-from transcoder.training.trainer import train_transcoder
+from transcoder.training.train import train_transcoder
 
 COLUMNS = (
     ("evaluation/fvu", "FVU"),
@@ -52,6 +54,7 @@ def sweep_k(config: RunConfig, ks: Sequence[int], out: Path | str) -> dict[str, 
     """
     if not ks or len(set(ks)) != len(ks):
         raise ConfigError(f"sweep: k: expected one or more different numbers, got {list(ks)}")
+    config = resolved_layers(config)
     runs = {k: config.replace({"transcoder.k": k, "name": f"{config.name}-k{k}"}) for k in ks}
     out, rows = local_path(out), []
     for k, run in runs.items():
@@ -71,7 +74,7 @@ def sweep_k(config: RunConfig, ks: Sequence[int], out: Path | str) -> dict[str, 
                 )
             metrics = {
                 **result.summary,
-                **{f"decoder_cosine/{n}": v for n, v in (cosine_tail(result.transcoder.W_dec) or {}).items()},
+                **_decoder_cosines(result),
             }
             kept = {name: metrics.get(name) for name in (*dict(COLUMNS), "d_out")}
             replace_atomically(done, json.dumps({"k": k, **kept}, indent=2))
@@ -80,6 +83,12 @@ def sweep_k(config: RunConfig, ks: Sequence[int], out: Path | str) -> dict[str, 
     found = {"schema_version": 1, "runs": rows, "random": random_cosine_tail(config.transcoder.d_sae, d_out)}
     replace_atomically(out / "sweep.json", json.dumps(found, indent=2))
     return found
+
+
+def _decoder_cosines(result: RunResult) -> dict[str, float]:
+    """Quantiles of the decoder's cosines; of a layer set their means over layers."""
+    tails = [cosine_tail(one.transcoder.W_dec) or {} for one in result.layers.values() or [result]]
+    return {f"decoder_cosine/{name}": sum(tail[name] for tail in tails) / len(tails) for name in tails[0]}
 
 
 def format_sweep(found: dict[str, Any]) -> str:

@@ -1,25 +1,18 @@
-"""train_transcoder: one run from a config to a folder of results, resumable bit for bit."""
+"""Trainer: a run's loop, and what the loop needs."""
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from transcoder.activations import ActivationBatch, ActivationStream
-from transcoder.activations.pass_feed import PassFeed
-from transcoder.activations.stream import layer_stream, open_source, resolved_layers
-from transcoder.config import BUFFER_TOKENS, ConfigError, RunConfig
-from transcoder.files import local_path, replace_atomically
-from transcoder.layer_list import layer_configs
-from transcoder.model import Transcoder
+from transcoder.activations import ActivationStream
+from transcoder.config import RunConfig
+from transcoder.files import replace_atomically
 from transcoder.phases import phase
 from transcoder.reporting import MetricsWriter, ProgressBar
 from transcoder.reporting.progress import stage
@@ -27,155 +20,22 @@ from transcoder.settings import brief
 from transcoder.training.checkpoint import CheckpointStore, Loaded
 from transcoder.training.checkpointing import Saver
 from transcoder.training.initial_weights import begin_from
-from transcoder.training.layer_set import DIVERGENCE, LAYERS_FOLDER, LayerSet, buffer_tokens, layers_folder
+from transcoder.training.layer_set import DIVERGENCE
 from transcoder.training.layer_trainer import StepView
 from transcoder.training.nonfinite import BadSteps
-from transcoder.training.run_end import write_run_report, write_summary
-from transcoder.training.run_folder import FolderLock
+from transcoder.training.run_end import RunResult, write_run_report, write_summary
 from transcoder.training.run_parts import RunParts
 from transcoder.training.run_state import Stateful, restore_parts, trainer_tree
 from transcoder.training.signals import StopRequest
 from transcoder.training.sources import TrainingDataError
 from transcoder.training.start_checks import (
-    as_started,
-    check_folder,
     check_length,
-    check_one_process,
-    check_switches,
-    device_of,
-    say_backend,
 )
 
 logger = logging.getLogger(__name__)
 
 AHEAD = 2
 """Steps that the device may be ahead of the host: so many finite flags may still be on their way. On a CPU none is."""
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """How a run ended."""
-
-    run_dir: Path
-    step: int
-    """Optimizer steps done."""
-    finished: bool
-    interrupted_by: str | None
-    """Name of the signal that stopped it; its state is saved, resume goes on."""
-    summary: dict[str, Any]
-    """Final metrics, as in summary.json."""
-    report: Path | None
-    transcoder: Transcoder = field(repr=False)
-    heldout: Sequence[ActivationBatch] = field(repr=False)
-    """What evaluation read, on the run's device."""
-    layers: Mapping[int, RunResult] = field(default_factory=dict)
-    """Of a layer set, each layer's own; `transcoder` and `heldout` are then those of the first."""
-
-
-def train_transcoder(
-    config: RunConfig,
-    out: Path | str | None = None,
-    resume: bool = False,
-    *,
-    batches: Iterable[ActivationBatch] | None = None,
-    heldout: Sequence[ActivationBatch] | None = None,
-) -> RunResult:
-    """Train one transcoder and leave a run folder: config, metrics, checkpoints, anti-duplication reports, samples, report.
-    With `activations.layers`, one for each layer, with such a folder each under layers/.
-
-    Args:
-        config: the run, see `transcoder.config`.
-        out: run folder; None is runs/<name>.
-        resume: go on from the folder's newest good checkpoint (from the start where there is none). Without it a folder
-            that holds a run is refused.
-        batches: train on these instead of config.activations: any iterable of ActivationBatch. It resumes exactly only if
-            it has `state_dict` and `load_state_dict`.
-        heldout: only with `batches`: what evaluation reads; None takes the first `training.evaluation_tokens` of `batches`
-            away from training.
-
-    Raises:
-        ConfigError, ValueError, TypeError: settings or data that cannot be trained on, before any work is done; a field of
-            `batches` by name.
-        FileExistsError: the folder holds a run and `resume` is off.  RunLockedError: another process is using it.
-        LedgerError: an enabled anti-duplication part was not called, had no effect or wrote nothing.
-        TrainingDivergedError: more than training.max_bad_steps steps were NaN or Inf, or the weights overflowed.
-        CheckpointError: the disk cannot take a checkpoint.
-    """
-    run_dir = Path("runs") / config.name if out is None else local_path(out)
-    if config.activations.layers is not None:
-        if batches is not None:
-            raise ConfigError("activations.layers: expected null with `batches`, which are of one layer")
-        with StopRequest() as stop, opened_set(config, run_dir, resume) as layers:
-            return layers.train(stop, RunResult)
-    with StopRequest() as stop, opened_run(config, run_dir, batches, heldout, resume) as run:
-        return run.train(stop)
-
-
-@contextmanager
-def opened_run(
-    config: RunConfig,
-    run_dir: Path,
-    batches: Iterable[ActivationBatch] | None = None,
-    heldout: Sequence[ActivationBatch] | None = None,
-    resume: bool = False,
-) -> Iterator[Trainer]:
-    """A run in its locked folder before its first step, whose steps the caller takes: `train` or `advance`. Arguments and
-    errors as `train_transcoder`."""
-    if config.activations.layers is not None:
-        raise ConfigError(
-            "activations.layers: expected null, for a run whose steps the caller takes; `train_transcoder` trains layer sets"
-        )
-    check_one_process()
-    device = device_of(config.model.device)
-    config = as_started(config, run_dir, resume)
-    check_switches(config, batches, heldout)
-    say_backend(device)
-    with ExitStack() as stack:
-        lock = stack.enter_context(FolderLock(run_dir))
-        check_folder(run_dir, config, resume)
-        parts = RunParts(config, run_dir, device, batches, heldout, stack)
-        run = Trainer(parts.config, run_dir, device, parts, stack)
-        run.prepare(resume)
-        lock.begun = True
-        yield run
-
-
-@contextmanager
-def opened_set(config: RunConfig, run_dir: Path, resume: bool = False) -> Iterator[LayerSet]:
-    """The runs of a layer set in their locked folders before their first step. Arguments and errors as `train_transcoder`."""
-    device = device_of(config.model.device)
-    config = resolved_layers(config)
-    say_backend(device)
-    with ExitStack() as stack:
-        lock = stack.enter_context(FolderLock(run_dir))
-        check_folder(run_dir, config, resume)
-        source = open_source(config, device)
-        feed = PassFeed(source, config.activations.prefetch)
-        started = next((run_dir / LAYERS_FOLDER).glob("*/config.yaml"), None) if resume else None
-        if started is not None:
-            buffer = RunConfig.load(started).activations.buffer_tokens or BUFFER_TOKENS
-        else:
-            buffer = config.activations.buffer_tokens or buffer_tokens(source, config, device)
-        folders = {layer: layers_folder(run_dir, layer) for layer in layer_configs(config, buffer)}
-        configs = {
-            layer: as_started(own, folders[layer], resume) for layer, own in layer_configs(config, buffer).items()
-        }
-        for place, own in enumerate(configs.values()):
-            source.set_multiple(place, own.activations.mask_norm_multiple)
-        check_switches(next(iter(configs.values())), None, None)
-        locks, runs = [lock], {}
-        for place, (layer, own) in enumerate(configs.items()):
-            locks.append(stack.enter_context(FolderLock(folders[layer])))
-            check_folder(folders[layer], own, resume)
-            build = functools.partial(layer_stream, feed, place)
-            parts = RunParts(own, folders[layer], device, None, None, stack, build)
-            runs[layer] = Trainer(parts.config, folders[layer], device, parts, stack)
-        for run in runs.values():
-            run.prepare(resume, len(runs))
-        layers = LayerSet(config, run_dir, runs, source, stack)
-        for one in locks:
-            one.begun = True
-        yield layers
 
 
 class Trainer:
@@ -206,8 +66,9 @@ class Trainer:
         self.parts.metrics_log.begin(self.tokens)
         stage("taking the first steps (the C++ backend is compiled once, about 20 s)")
         try:
-            while self.step < steps and stop.signal is None:
-                self.advance()
+            with self.parts.metrics_log.shares.running():
+                while self.step < steps and stop.signal is None:
+                    self.advance()
         except Exception as error:
             self.rescue()
             if not isinstance(error, StopIteration):

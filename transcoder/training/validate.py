@@ -14,8 +14,9 @@ from transcoder.checkpoint_folder import CheckpointError, verify_checkpoint
 from transcoder.config import RunConfig
 from transcoder.files import local_path
 from transcoder.reporting.compare import compare_runs, format_comparison, write_comparison
+from transcoder.training.run_end import RunResult
 from transcoder.training.start_checks import as_started
-from transcoder.training.trainer import train_transcoder
+from transcoder.training.train import train_transcoder
 from transcoder.usage import SECTIONS, judge
 
 SAMPLE_COLUMNS = {
@@ -90,10 +91,21 @@ def validate(config: RunConfig, out: Path | str) -> ValidationResult:
         if not result.finished:
             ending = f"stopped by {result.interrupted_by} after step {result.step} of {run.training.steps}"
             return ValidationResult({**checks, name: [Check("finished", False, ending)]}, None)
-        checks[name] = check_run(out / name, run)
+        layers: list[tuple[int | None, RunResult]] = list(result.layers.items()) or [(None, result)]
+        checks |= {
+            name if layer is None else f"{name}, layer {layer}": check_run(
+                one.run_dir, _config_of(one.run_dir, run, layer)
+            )
+            for layer, one in layers
+        }
     comparison = compare_runs(out / "baseline", out / "with_antidup")
     write_comparison(comparison, out / "comparison.json")
     return ValidationResult(checks, comparison)
+
+
+def _config_of(run_dir: Path, run: RunConfig, layer: int | None) -> RunConfig:
+    """A run's config; of a layer of a set its own, which the set made."""
+    return run if layer is None else RunConfig.load(run_dir / "config.yaml")
 
 
 class _Unmet(Exception):
@@ -120,8 +132,9 @@ def _require(condition: object, otherwise: str) -> None:
 
 
 def _settings(run_dir: Path, config: RunConfig) -> str:
-    expected = as_started(config, run_dir, resume=False)
-    _require(RunConfig.load(run_dir / "config.yaml") == expected, "config.yaml differs from the settings of the run")
+    # The run's file has the values that were found for `auto`, and those of what follows the run's length.
+    saved, expected = RunConfig.load(run_dir / "config.yaml"), as_started(config, run_dir, resume=True)
+    _require(saved == expected, "config.yaml differs from the settings of the run")
     return "config.yaml holds the settings of the run"
 
 

@@ -41,6 +41,21 @@ def test_ours_is_a_sparse_coder_of_theirs(tmp_path: Path, skip: bool) -> None:
 
 
 @torch.no_grad()
+def test_delphis_loader_takes_our_folder_of_a_hookpoint(tmp_path: Path) -> None:
+    loader = pytest.importorskip("delphi.sparse_coders.load_sparsify", reason="delphi is not installed here")
+    model, x = transcoder("topk", skip=True), inputs(200, 16)
+    export_transcoder(model, "sparsify", tmp_path / "set" / "layers.1.mlp")
+    block = torch.nn.ModuleDict({"mlp": torch.nn.Identity()})
+    language_model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([block, block])})
+    language_model.device = torch.device("cpu")
+    encoders, transcode = loader.load_sparsify_hooks(language_model, str(tmp_path / "set"), ["layers.1.mlp"])
+    assert transcode
+    ((name, encode),) = encoders.items()
+    assert name == "layers.1.mlp"
+    check_same(model.encode(x).to_dense(), encode(x), x)
+
+
+@torch.no_grad()
 def test_batch_topk_is_refused_and_on_request_becomes_their_topk(tmp_path: Path) -> None:
     model = transcoder("batch_topk")
     with pytest.raises(ChangedFunctionError, match="sparsify knows TopK only"):

@@ -69,6 +69,18 @@ class Arrived:
 
 
 @pytest.fixture
+def watching() -> Callable[[set[str]], Any]:
+    """warp_races.watching."""
+    spec = importlib.util.spec_from_file_location("warp_races", Path(__file__).with_name("warp_races.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    run: Callable[[set[str]], Any] = module.watching
+    return run
+
+
+@pytest.fixture
 def plant(tmp_path: Path) -> Iterator[Callable[[str, str, str], int]]:
     """plant(module, right, wrong): the module with one piece of its text replaced takes its place in all modules that use it.
     Returns the number of the first line that differs."""

@@ -244,7 +244,8 @@ PLANTED: list[tuple[str, str, str, str, str, Callable[[], None]]] = [
     ("oob_read", "tl.load(W_at", "encode.kernel", "inside = depth < d_in - start", "inside = depth <= d_in - start", topk),
     (VALUE, "", "encode.kernel", "is_open = wanted & (slot % kept == kept - 1)", "is_open = wanted & (slot < 0)", topk),
     (
-        "race", "tl.store(failed_count", "encode.kernel", "tl.store(failed + tl.atomic_add(failed_count, 1), row.to(tl.int32))",
+        "race", "tl.store(failed_count", "encode.kernel",
+        "tl.store(failed + tl.atomic_add(failed_count, 1, sem=\"relaxed\"), row.to(tl.int32))",
         "n = tl.load(failed_count)\n        tl.store(failed_count, n + 1)\n        tl.store(failed + n, row.to(tl.int32))",
         topk,
     ),
@@ -253,7 +254,8 @@ PLANTED: list[tuple[str, str, str, str, str, Callable[[], None]]] = [
     ("", "", "encode.kernel", "row * k + place, value, mask=start + lane < count)", "row * k + place, value)", topk),
     ("", "+ place,", "encode.kernel", "[None, :] & (rows < rows_total)[:, None]", "[None, :]", threshold),
     (
-        "race", "", "encode.batch_kernel", "tl.atomic_add(histogram + LEVEL * BINS + bins, number, mask=number > 0)",
+        "race", "", "encode.batch_kernel",
+        "tl.atomic_add(histogram + LEVEL * BINS + bins, number, mask=number > 0, sem=\"relaxed\")",
         "tl.store(histogram + LEVEL * BINS + bins, tl.load(histogram + LEVEL * BINS + bins) + number)", batch_topk,
     ),
     (VALUE, "", "encode.batch_kernel", "dtype=tl.int32), mask=places < kept)", "dtype=tl.int32), mask=places < 0)", batch_topk),
@@ -262,12 +264,13 @@ PLANTED: list[tuple[str, str, str, str, str, Callable[[], None]]] = [
         "key = tl.load(kept_key + cell * kept + kept - 1)", batch_topk,
     ),
     (
-        "race", "tl.store(found_count", "encode.batch_kernel", "at = tl.atomic_add(found_count, total) + tl.cumsum",
+        "race", "tl.store(found_count", "encode.batch_kernel",
+        "at = tl.atomic_add(found_count, total, sem=\"relaxed\") + tl.cumsum",
         "tl.store(found_count, tl.load(found_count) + total)\n        at = tl.load(found_count) - total + tl.cumsum",
         batch_topk,
     ),
     (
-        "race", "tl.store(open_count", "encode.batch_kernel", "first = tl.atomic_add(open_count, number)",
+        "race", "tl.store(open_count", "encode.batch_kernel", "first = tl.atomic_add(open_count, number, sem=\"relaxed\")",
         "first = tl.load(open_count)\n        tl.store(open_count, first + number)", batch_topk,
     ),
     (
@@ -342,3 +345,21 @@ def test_a_planted_fault_is_found(number: int, plant: Callable[[str, str, str], 
     else:
         assert kind in ("", VALUE), str(found)
         assert VALUE in str(found), str(found)
+
+
+def test_warps_of_a_program_wait_for_each_other(watching: Callable[[set[str]], Any]) -> None:
+    """In the kernels whose threads hand each other data through memory."""
+    with watching({"rescan_rows", "order_rows", "adam_rows"}) as found:
+        topk(4)
+        adam_of_long_rows()
+    assert found == {"rescan_rows": {}, "order_rows": {}, "adam_rows": {}}
+
+
+def test_a_missing_barrier_is_found(
+    plant: Callable[[str, str, str], int], watching: Callable[[set[str]], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    after = "            tl.debug_barrier()\n            count += BN"
+    plant("encode.kernel", after, after.replace("tl.debug_barrier()", "pass"))
+    with watching({"rescan_rows"}) as found:
+        topk(4)
+    assert any("tl.store(mine + count + places" in a for a, _ in found["rescan_rows"]), found

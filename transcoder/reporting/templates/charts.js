@@ -25,7 +25,7 @@ const color = (name) => {
   const hex = getComputedStyle(document.documentElement).getPropertyValue(variable).trim();
   return opacity ? `rgba(${[1, 3, 5].map((n) => parseInt(hex.slice(n, n + 2), 16)).join(",")},${opacity})` : hex;
 };
-const colored = (json) => JSON.parse(json, (key, value) => (/color$/.test(key) && String(value).startsWith("--") ? color(value) : value));
+const colored = (json) => JSON.parse(json, (key, value) => (typeof value === "string" && /^--[a-z]/.test(value) && (/color$/.test(key) || /^\d+$/.test(key)) ? color(value) : value));
 
 const visible = new IntersectionObserver((entries) => {
   for (const { target, isIntersecting } of entries) {
