@@ -57,6 +57,6 @@ def test_every_cell_runs(tmp_path: Path) -> None:
     assert all(base64.b64decode(picture).startswith(b"\x89PNG") for picture in shown["png"])
     pages = "\n".join(shown["html"])
     assert len(shown["html"]) == 7
-    told = ("80 of 80 steps", "256 latents", "max activation", "duplicate pairs above", "Correlation monitor")
+    told = ("80 of 80 steps", "256 latents", "max activation", "pairs above", "Correlation monitor")
     assert [words for words in told if words not in pages] == []
     assert "[]" in shown["text"], "run.missing: a whole run lacks nothing"
