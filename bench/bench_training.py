@@ -7,7 +7,7 @@ import torch
 from bench.monitoring_overhead import KINDS, PERIOD, RARE, compared, runs, seconds_of
 
 SECONDS = 30.0
-"""Of rounds where the figures are not kept."""
+"""Of rounds whose measurements are not kept."""
 
 
 def bench_training(size, benchmark, record_row, pytestconfig):  # type: ignore[no-untyped-def]

@@ -77,7 +77,7 @@ def of_libraries(found: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def speed(found: dict[str, Any]) -> Any:
-    """The picture of the first screen: the step's time beside the libraries', at the largest size."""
+    """The picture of the first screen: the step's time compared with the libraries', at the largest size."""
     kinds = of_libraries(found)
     if not kinds:
         return None

@@ -109,7 +109,10 @@ def render(found: Sequence[dict[str, Any]]) -> str:
     for one in found:
         lines += _short(one)
     if all(one["device"].get("kind", "cpu") == "cpu" for one in found):
-        lines += ["No GPU has been measured yet: there, `python -m bench.measure` adds its figures to this page.", ""]
+        lines += [
+            "No GPU has been measured yet: there, `python -m bench.measure` adds its measurements to this page.",
+            "",
+        ]
     lines.append(READING)
     for one in found:
         lines += _device(one)
@@ -126,15 +129,15 @@ def _short(found: dict[str, Any]) -> Iterator[str]:
     about = found["device"]
     yield f"**{about['name']}, {about['cores']} cores**"
     yield ""
-    yield f"![Time of a training step beside other libraries]({PLOTS}/{about['slug']}-speed.svg)"
+    yield f"![Time of a training step compared with other libraries]({PLOTS}/{about['slug']}-speed.svg)"
     yield ""
     for kind, bars in kinds.items():
         ours = bars.pop("this package", None)
         others = sorted(bars.items(), key=lambda item: item[1]["ratio"]["forward"]["median"])
-        beside = ", ".join(f"{who} {one['ratio']['forward']['median']:.1f}" for who, one in others)
-        if ours is not None and beside:
+        slower = ", ".join(f"{who} {one['ratio']['forward']['median']:.1f}" for who, one in others)
+        if ours is not None and slower:
             milliseconds = 1e3 * ours["seconds"]["forward"]["median"]
-            yield f"- A training step with {kind}: {milliseconds:.0f} ms. Times as long: {beside}."
+            yield f"- A training step with {kind}: {milliseconds:.0f} ms. Times as long: {slower}."
     rows = [row for row in found["rows"]["rows"] if row["operation"] == "step"]
     slower = [
         row["variants"][name]["seconds"]["forward"]["median"] / row["floor"]["forward"]["seconds"]

@@ -103,6 +103,15 @@ int64_t mark_places(const Tensor& values, const Tensor& ids, const Tensor& row_p
   return pairs;
 }
 
+// Entries by latent: `order`, their rows, and where each latent's begin.
+static void check_by_latent(const Tensor& order, const Tensor& row_of, const Tensor& latent_ptr, int64_t entries, int64_t tokens) {
+  check_shape("order", order, {entries});
+  check_shape("row_of", row_of, {entries});
+  check_rows(latent_ptr, entries);
+  check_ids(order, entries);
+  check_ids(row_of, tokens);
+}
+
 // For each pair (i, j) and the group [0, groups) of each token, sums [6, P, groups] of: weight; weight times value and its
 // square of i; the same of j; and the product. Tokens on which neither fires add to the first alone, the same for every pair.
 // The entries by latent: `order`, their rows, and where each latent's begin.
@@ -112,14 +121,10 @@ void add_by_group(const Tensor& values, const Tensor& order, const Tensor& row_o
   TORCH_CHECK_VALUE(sums.dim() == 3, "add_by_group: sums: expected [6, P, groups], got ", sums.sizes());
   const int64_t groups = sums.size(2);
   check_shape("sums", sums, {6, pairs, groups});
-  check_shape("j", j, {pairs});
-  check_shape("order", order, {entries});
-  check_shape("row_of", row_of, {entries});
-  check_rows(latent_ptr, entries);
-  check_ids(order, entries);
-  check_ids(row_of, tokens);
+  check_by_latent(order, row_of, latent_ptr, entries, tokens);
   check_ids(i, latents);
   check_ids(j, latents);
+  check_shape("j", j, {pairs});
   check_ids(group, groups);
   if (token_weights) check_shape("token_weights", *token_weights, {tokens});
   const double* weight = token_weights ? in<double>(*token_weights) : nullptr;
@@ -167,14 +172,10 @@ tuple<double, Tensor> pair_penalty(const Tensor& values, const Tensor& order, co
                                    const Tensor& i, const Tensor& j, double margin, const optional<Tensor>& token_weights,
                                    int64_t tokens) {
   const int64_t entries = values.numel(), latents = latent_ptr.numel() - 1, pairs = i.numel();
-  check_shape("j", j, {pairs});
-  check_shape("order", order, {entries});
-  check_shape("row_of", row_of, {entries});
-  check_rows(latent_ptr, entries);
-  check_ids(order, entries);
-  check_ids(row_of, tokens);
+  check_by_latent(order, row_of, latent_ptr, entries, tokens);
   check_ids(i, latents);
   check_ids(j, latents);
+  check_shape("j", j, {pairs});
   if (token_weights) check_shape("token_weights", *token_weights, {tokens});
   const double* weight = token_weights ? in<double>(*token_weights) : nullptr;
   const int64_t *of = in<int64_t>(order), *row = in<int64_t>(row_of), *ptr = in<int64_t>(latent_ptr);

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 if not os.path.isdir(os.path.join(__path__[0], "kernels")):
-    # A checkout on sys.path (the current folder, say) hides an installed package: there kernels/ lies beside this folder.
+    # A checkout on sys.path (the current folder, say) hides an installed package: there kernels/ lies next to this folder.
     __path__.append(os.path.dirname(__path__[0]))
 
 _HOMES = {

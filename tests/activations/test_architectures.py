@@ -166,6 +166,7 @@ def test_the_direct_effect_is_the_finite_difference_of_the_models_logits(made: M
         assert found[0] > 0
 
 
+@pytest.mark.parametrize("made", ["gpt2", "llama", "gemma2", "olmo2"], indirect=True)
 def test_half_precision_gives_the_same_effect(made: Made) -> None:
     full = made.hooked("hook_resid_pre", "mlp.hook_out").unembedding()
     if made.name == "olmo2":
@@ -214,6 +215,7 @@ def test_a_model_without_a_head_for_the_next_token_is_told(
     assert model.unembedding() == model.without_head
 
 
+@pytest.mark.parametrize("made", ["gpt2", "neox-parallel", "gemma2"], indirect=True)
 def test_a_refused_pair_names_pairs_that_work(made: Made) -> None:
     for source, target in (("mlp.hook_out", "mlp.hook_in"), ("hook_resid_pre", "attn.hook_pattern")):
         with pytest.raises(ModelError, match=r"Pairs that this model has: ") as refusal:

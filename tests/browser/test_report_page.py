@@ -145,7 +145,7 @@ def test_every_token_is_shaded_by_its_activation(open_page: OpenPage, address: s
 
 
 def test_search_puts_latents_that_fire_on_the_match_first(open_page: OpenPage, tmp_path: Path) -> None:
-    """Latent 3 has the word in every context and fires beside it; latent 5 fires on it in two."""
+    """Latent 3 has the word in every context and fires next to it; latent 5 fires on it in two."""
     run = synthetic_run(tmp_path / "run", steps=100, latents=3)
     file = run / "activation_samples" / "samples.parquet"
     rows = [row for row in pq.read_table(file).to_pylist() if row["latent"] in (3, 5, 10)]
@@ -314,6 +314,6 @@ def test_runs_beside_each_other(open_page: OpenPage, run_with_hostile_tokens: Pa
         write_run_comparison(compare_runs(run_with_hostile_tokens, other), tmp_path / "both.html").as_uri()
     )
     see_everything(page)
-    assert page.locator("#metrics th").all_inner_texts()[-3:] == ["", "hostile", "other"]
+    assert page.locator("#metrics th >> visible=true").all_inner_texts() == ["", "hostile", "other"]
     assert page.locator("#paired figure.chart").count() == 3
     assert "transcoder.k" in page.inner_text("#settings")

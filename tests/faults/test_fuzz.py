@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from transcoder.config import CheckpointSection, ConfigError, RunConfig, flags, parse_flag
+from transcoder.layer_list import LAYERS, parse_layers
 from transcoder.training.checkpoint import CheckpointError, CheckpointStore
 
 NAMES = [name for name, _ in flags()]
@@ -62,8 +63,6 @@ def fitting(name: str) -> st.SearchStrategy[Any]:
 def of_kind(kind: Any, value: Any) -> bool:
     """Whether a config's leaf is what its annotation says, and finite."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if kind is Any:  # A notation that config.py reads itself.
-        return True
     if origin is typing.Literal:
         return value in args
     if origin is tuple:
@@ -84,11 +83,19 @@ def leaf(config: RunConfig, dotted: str) -> Any:
 
 def assert_sound(config: RunConfig, given: dict[str, Any]) -> None:
     """Accepted means understood: every field of its kind, what was given is what is there, and YAML brings it back."""
+    layers = leaf(config, LAYERS)
+    assert parse_layers(list(layers) if isinstance(layers, tuple) else layers) == layers
+    rules = {name: leaf(config, name) for name in KINDS if name.startswith("per_layer.")}
+    # Rules by layer are read with the layers that they speak of, which refuses wrong ones; without layers there are none.
+    assert layers is not None or not any(rule is not None for rule in rules.values())
     for name, kind in KINDS.items():
-        assert of_kind(kind, leaf(config, name)), f"{name}: {leaf(config, name)!r} is no {kind}"
+        assert name == LAYERS or name in rules or of_kind(kind, leaf(config, name)), (
+            f"{name}: {leaf(config, name)!r} is no {kind}"
+        )
     for name, value in given.items():
         found = leaf(config, name)
-        if isinstance(value, (bool, int, float)) and value is not False and KINDS[name] is not Any:
+        value = parse_layers(value) if name == LAYERS else value
+        if isinstance(value, (bool, int, float, tuple)) and value is not False:
             assert found == value, f"{name}: {value!r} became {found!r}"
     assert RunConfig.from_dict(yaml.safe_load(config.to_yaml())) == config
 

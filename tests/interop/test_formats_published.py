@@ -413,7 +413,7 @@ def test_a_set_that_lists_where_its_layers_are(tmp_path: Path) -> None:
     listed = [
         "files/layer_0.safetensors",
         "files/layer_1/params.safetensors",
-        "hf://nobody/nothing/layer_2/params.npz?revision=x",
+        "hf://owner/missing/layer_2/params.npz?revision=x",
     ]
     for transcoders in (
         listed,
@@ -433,10 +433,10 @@ def test_a_set_that_lists_where_its_layers_are(tmp_path: Path) -> None:
 def test_a_link_that_cannot_be_fetched_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    config = {"model_kind": "transcoder_set", "transcoders": ["hf://nobody/nothing/layer_0/params.npz"]}
+    config = {"model_kind": "transcoder_set", "transcoders": ["hf://owner/missing/layer_0/params.npz"]}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     with pytest.raises(
-        FileNotFoundError, match=r"hf://nobody/nothing/layer_0/params\.npz could not be fetched.*by hand"
+        FileNotFoundError, match=r"hf://owner/missing/layer_0/params\.npz could not be fetched.*by hand"
     ):
         read_transcoder("circuit-tracer", tmp_path)
 

@@ -52,7 +52,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     files = sorted({str(item.path) for item in again})
     options = ("-m", "pytest", "-q", "-m", "interpreted and not slow", "-p", "no:cacheprovider", "-p", "no:xdist")
     for item in again:
-        # One process for all files, since each imports torch and triton anew; one a file where workers share them.
+        # One process for all files, since each imports torch and triton again; one a file where workers share them.
         mine = [str(item.path)] if "PYTEST_XDIST_WORKER" in os.environ else files
         item.add_marker(pytest.mark.command(*options, *mine, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES=""))
     if INTERPRETED or torch.cuda.is_available():

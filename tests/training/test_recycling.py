@@ -159,8 +159,9 @@ def recycling(**settings: Any) -> RunConfig:
             "training.lr": 3e-3,
             "training.evaluation_tokens": 4 * BATCH,
             "antidup.positions.enabled": False,
-            # Samples of training, not those of a last look by the final weights.
+            # Samples of all of training, not those of a last look by the final weights.
             "logging.report_tokens": 0,
+            "antidup.samples.forget_after": 1.0,
             "antidup.regularizer.enabled": False,
             "antidup.monitor.block_tokens": 20 * BATCH,
             "antidup.monitor.correlation_save_frequency": 25,
@@ -192,6 +193,7 @@ def test_a_run_recycles_and_resumes_exactly(tmp_path: Path) -> None:
     samples = pq.read_table(tmp_path / "whole" / "activation_samples" / "samples.parquet").to_pylist()
     began = {line["dropped"]: line["step"] for line in recycled}
     of_freed = [(began[row["latent"]], row["step"]) for row in samples if row["latent"] in began]
+    assert of_freed
     assert all(step >= begin for begin, step in of_freed)  # none of what the latent was before
     # The same run, lost after its checkpoint of step 400.
     cut = shutil.copytree(tmp_path / "whole", tmp_path / "cut")

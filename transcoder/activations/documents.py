@@ -18,7 +18,7 @@ must carry."""
 
 
 MASK_COLUMN = "attention_mask"
-"""The column, beside one of token ids, that marks padding by 0."""
+"""The column that marks the padding of a column of token ids by 0."""
 
 
 class DataError(ValueError):

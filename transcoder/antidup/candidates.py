@@ -54,11 +54,11 @@ def listed_pairs(
     always: set[Pair],
     seen: SequenceCounts,
     view: FeatureCorrelation,
-    beside: list[FeatureCorrelation],
+    past: list[FeatureCorrelation],
     section: MonitorSection,
 ) -> tuple[CorrelatedPairs, list[int | None]]:
     """Those of `found` that are candidates (of very many the most telling) and the pairs `always`, sorted, and each one's
-    distinct sequences, None where they are not known; all of the tokens in `view` and `beside`."""
+    distinct sequences, None where they are not known; all of the tokens in `view` and `past`."""
     keep = found.correlation > section.correlation_threshold
     distinct = seen.distinct(found.i, found.j)
     if distinct is not None:
@@ -68,7 +68,7 @@ def listed_pairs(
     extra = sorted(always - set(zip(listed.i.tolist(), listed.j.tolist(), strict=True)))
     if extra:
         i, j = (torch.tensor(side, device=view.device) for side in zip(*extra, strict=True))
-        parts.append(view.statistics(i, j, beside=beside))
+        parts.append(view.statistics(i, j, beside=past))
     pairs = sorted_pairs(parts, view.d_sae, view.device)
     distinct = seen.distinct(pairs.i, pairs.j)
     return pairs, [None] * len(pairs) if distinct is None else distinct.tolist()
@@ -113,11 +113,9 @@ class KnownPairs:
             unlisted = max(0, survey.total - len(listed))
         return cls(listed.i, listed.j, unlisted, survey.histogram, size)
 
-    def now(
-        self, view: FeatureCorrelation, beside: list[FeatureCorrelation], section: MonitorSection
-    ) -> CorrelatedPairs:
+    def now(self, view: FeatureCorrelation, past: list[FeatureCorrelation], section: MonitorSection) -> CorrelatedPairs:
         """Those of the pairs that are still candidates."""
-        found = view.statistics(self.i, self.j, beside=beside)
+        found = view.statistics(self.i, self.j, beside=past)
         enough = kept(found, section.correlation_threshold, section.min_support)
         return sorted_pairs([enough], view.d_sae, view.device)
 

@@ -195,18 +195,18 @@ class CorrelationMonitor:
         with_cosines = closes or not cosines_by_block
         if with_cosines:
             self.work.spend(SEARCH, sum(cosine_work(rows) for rows in (W_dec, W_enc) if rows is not None))
-        view, beside = self._view()
+        view, past = self._view()
         flagged = sorted(self._book.flagged)
         known = self._known
         if survey is None and known is not None and not search:
-            found = known.now(view, beside, section)
+            found = known.now(view, past, section)
         else:
             survey = survey or self._survey()
             found = survey.pairs
         pairs, sequences = self._listed(found, self._book.flagged)
-        live = int((view.counts(beside=beside) > 0).sum())
+        live = int((view.counts(beside=past) > 0).sum())
         if survey is not None:
-            size = effective_size(live, survey, view.effective_tokens(beside=beside))
+            size = effective_size(live, survey, view.effective_tokens(beside=past))
             known = self._known = KnownPairs.of(survey, pairs, self.d_sae, size)
         assert known is not None
         errors = self._own_errors(pairs)
@@ -381,13 +381,13 @@ class CorrelationMonitor:
         return self._block.statistics, [self._past.statistics]
 
     def _survey(self) -> Survey:
-        view, beside = self._view()
-        return self._search(view, beside)
+        view, past = self._view()
+        return self._search(view, past)
 
-    def _search(self, view: FeatureCorrelation, beside: list[FeatureCorrelation]) -> Survey:
+    def _search(self, view: FeatureCorrelation, past: list[FeatureCorrelation]) -> Survey:
         threshold, support = self.section.correlation_threshold, self.section.min_support
-        found = view.survey(threshold, support, EDGES.to(self.device), beside=beside, most=MOST_MINED)
-        cells = self.d_sae * (self.d_sae - 1) / 2 * (1 + len(beside))
+        found = view.survey(threshold, support, EDGES.to(self.device), beside=past, most=MOST_MINED)
+        cells = self.d_sae * (self.d_sae - 1) / 2 * (1 + len(past))
         self.work.spend(SEARCH, CELL * cells + FOUND * min(found.total, 2 * MOST_MINED))
         return found
 
@@ -411,8 +411,8 @@ class CorrelationMonitor:
             return
         if self._fading is not None:
             # A decaying sketch proposes pairs of its own time span and cannot watch pairs.
-            view, beside = self._by_blocks()
-            survey = self._search(view, beside)
+            view, past = self._by_blocks()
+            survey = self._search(view, past)
         assert survey.candidates is not None
         i, j = (torch.cat([part, flagged[n]]) for n, part in enumerate(survey.candidates))
         self._block.statistics.watch(i, j)

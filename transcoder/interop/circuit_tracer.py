@@ -121,7 +121,7 @@ def write_set(
     features = sum(write_features(run, layer, folder / FOLDER) for layer, run in runs.items())
     if features:
         record.add(
-            f"{FOLDER}/: what circuit-tracer's viewer shows of {features} latents; copy it beside the graphs", "note"
+            f"{FOLDER}/: what circuit-tracer's viewer shows of {features} latents; copy it to the graphs", "note"
         )
     config: dict[str, Any] = {
         "model_kind": "transcoder_set",

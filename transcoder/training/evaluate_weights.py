@@ -88,7 +88,7 @@ def config_of_weights(
 def evaluate_weights(
     transcoder: Transcoder, config: RunConfig, out: str | Path, *, origin: str, step: int = 0
 ) -> dict[str, Any]:
-    """Evaluate a transcoder on held-out text, whoever trained it, and write into `out` config.yaml, summary.json, report.html
+    """Evaluate a transcoder of any origin on held-out text, and write into `out` config.yaml, summary.json, report.html
     and what `describe_latents` writes.
 
     Args:

@@ -76,12 +76,17 @@ def cross_entropy(transcoder: Transcoder, model: ActivationStream, tokens: int) 
     }
     with at_inference(transcoder):
         found = model.heldout_losses(substitutes, tokens)
+    return cross_entropy_metrics(found, "evaluation")
+
+
+def cross_entropy_metrics(found: dict[str, float] | None, room: str) -> dict[str, float]:
+    """Losses by what stands in for the layers as metrics, and the share that is recovered of what leaving them out costs."""
     if found is None:
         return {}
-    metrics = {f"evaluation/ce_{name}": value for name, value in found.items()}
+    metrics = {f"{room}/ce_{name}": value for name, value in found.items()}
     span = found["zero"] - found["model"]
     if span > 0:
-        metrics["evaluation/ce_recovered"] = (found["zero"] - found["transcoder"]) / span
+        metrics[f"{room}/ce_recovered"] = (found["zero"] - found["transcoder"]) / span
     return metrics
 
 

@@ -86,7 +86,7 @@ def _put(given: Transcoder, transcoder: Transcoder) -> list[str]:
     threshold = old["threshold"]
     by_latent = threshold.clamp_min(0).expand(len(alive)) * alive
     if bool((threshold < 0).all()):
-        pass  # no batch has set it: it begins anew
+        pass  # no batch has set it: it starts unset
     elif new["threshold"].dim() == 1:
         weights["threshold"] = by_latent
     elif even:

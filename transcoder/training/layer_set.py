@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,11 +20,11 @@ from transcoder.layer_list import LAYERS_FOLDER, layer_name
 from transcoder.reporting import MetricsWriter, ProgressBar
 from transcoder.reporting.layer_sets import mean_over_layers, write_set_report
 from transcoder.training.disk_space import human_bytes
-from transcoder.training.evaluation import at_inference
+from transcoder.training.evaluation import at_inference, cross_entropy_metrics
 from transcoder.training.nonfinite import TrainingDivergedError
+from transcoder.training.run_end import RunResult
 
 if TYPE_CHECKING:
-    from transcoder.training.run_end import RunResult
     from transcoder.training.signals import StopRequest
     from transcoder.training.trainer import Trainer
 
@@ -106,7 +106,7 @@ class LayerSet:
         left = [run.step for layer, run in self.runs.items() if layer not in self.ended]
         return min(left, default=max(run.step for run in self.runs.values()))
 
-    def train(self, stop: StopRequest, result: Callable[..., RunResult]) -> RunResult:
+    def train(self, stop: StopRequest) -> RunResult:
         """Steps until the last one or a signal; then each layer's summary and page, and the set's."""
         for run in self.runs.values():
             run.parts.metrics_log.begin(run.tokens)
@@ -132,7 +132,7 @@ class LayerSet:
         report = write_set_report(self.run_dir) if self.config.logging.report else None
         first = next(iter(results.values()))
         finished = all(one.finished for layer, one in results.items() if layer not in self.ended)
-        return result(
+        return RunResult(
             self.run_dir, self.step, finished, stopped_by, summary, report, first.transcoder, first.heldout, results
         )
 
@@ -252,13 +252,7 @@ def set_cross_entropy(transcoders: Mapping[int, Any], source: ActivationSource, 
             },
             tokens,
         )
-    if found is None:
-        return {}
-    metrics = {f"set/ce_{name}": value for name, value in found.items()}
-    span = found["zero"] - found["model"]
-    if span > 0:
-        metrics["set/ce_recovered"] = (found["zero"] - found["transcoder"]) / span
-    return metrics
+    return cross_entropy_metrics(found, "set")
 
 
 def layers_folder(run_dir: Path, layer: int) -> Path:

@@ -64,7 +64,7 @@ def train_transcoder(
         if batches is not None:
             raise ConfigError("activations.layers: expected null with `batches`, which are of one layer")
         with StopRequest() as stop, opened_set(config, run_dir, resume) as layers:
-            return layers.train(stop, RunResult)
+            return layers.train(stop)
     with StopRequest() as stop, opened_run(config, run_dir, batches, heldout, resume) as run:
         return run.train(stop)
 

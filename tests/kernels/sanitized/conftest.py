@@ -24,7 +24,7 @@ if not HAVE:
 
 @pytest.fixture(scope="session", autouse=True)
 def session() -> Iterator[Any]:
-    """ttsem's session: it runs every launch inside, as for sm_90. Memory that nobody wrote is NaN, or a huge integer, in the
+    """ttsem's session: it runs every launch inside, as for sm_90. Uninitialised memory is NaN, or a huge integer, in the
     forward pass (ttsem) and the backward pass (PyTorch's own switch)."""
     from ttsem import sanitize
 

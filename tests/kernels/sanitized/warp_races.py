@@ -79,7 +79,7 @@ class WarpRaces(races.RaceInterp):  # type: ignore[misc]
             if other == warp or "store" not in (kind, before) or instance == self.instance:
                 continue
             both = np.intersect1d(words, theirs, assume_unique=True)
-            # A warp that took part in the other operation with its own copy of the words waits for nobody.
+            # A warp that took part in the other operation with its own copy of the words does not wait.
             own = [w for n, _, w, i, _ in self.open if i == instance and n == warp]
             if both.size and not (own and np.isin(both, np.concatenate(own)).all()):
                 self.found[there, where] = self.found.get((there, where), 0) + int(both.size)

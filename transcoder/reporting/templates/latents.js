@@ -36,7 +36,7 @@ const readTexts = () => {
 };
 
 // How much a latent fires on a text: the mean over its contexts of the strongest activation on it, as a share of its highest; a
-// little where it only promotes it or stands beside it; -1 where it has nothing of it.
+// little where it only promotes it or stands next to it; -1 where it has nothing of it.
 const firingOn = (known, text) => {
   if (!known) return -1;
   let sum = 0, met = known.words.includes(text);
