@@ -12,9 +12,9 @@ LARGEST = 2048
 
 
 def bench_training(size, benchmark, record_row, pytestconfig):  # type: ignore[no-untyped-def]
-    """Steps of the trainer itself, batches and logs included, with the anti-duplication parts on and off. For a file that is kept,
-    a warm-up of one round, then as many as hold the rarest work once; else two rounds of two kinds, at a size where that takes
-    seconds. Whole turns of the rarest work are `python -m bench.overhead`."""
+    """Steps of the trainer itself, batches and logs included, with the anti-duplication parts on and off. For a file that is
+    kept, a warm-up of one round, then as many as hold the rarest work once; else two rounds of two kinds, at a size where that
+    takes seconds. Whole turns of the rarest work are `python -m bench.overhead`."""
     kept = bool(pytestconfig.option.bench_json)
     if not kept and size.d_sae > LARGEST:
         pytest.skip(f"takes minutes above {LARGEST} latents: with --bench-json, or python -m bench.overhead")
