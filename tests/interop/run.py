@@ -3,8 +3,9 @@
     python tests/interop/run.py                      # all of them
     python tests/interop/run.py saelens sparsify     # these
 
-The environments are made first where they are missing (environment.py). In each run the files named for its library,
-`test_<library>*.py`; what is skipped there is listed with its reason, and a library of which no test ran fails.
+The environments are made first where they are missing (environment.py); as many libraries as there are cores are tested at a
+time. In each run the files named for its library, `test_<library>*.py`; what is skipped there is listed with its reason, and a
+library of which no test ran fails.
 """
 
 from __future__ import annotations
@@ -14,25 +15,30 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from environment import PEERS, ROOT, environment
 
 TESTS = ROOT / "tests" / "interop" / "conformance"
+_ONE_AT_A_TIME = threading.Lock()
+"""Environments are made one after another: they share uv and its cache."""
 
 
 def run(library: str, into: Path | None, torch_backend: str | None) -> bool:
     """Make, test, print one line; the whole output too where something failed."""
     began = time.monotonic()
     try:
-        python = environment(library, into, torch_backend)
+        with _ONE_AT_A_TIME:
+            python = environment(library, into, torch_backend)
     except subprocess.CalledProcessError as error:
         print(f"{library}: no environment: {error}")
         return False
     made = time.monotonic()
     # Hubs answer nothing in these tests, and asking them would cost their timeouts.
-    settings = {**os.environ, "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
+    settings = {"OMP_NUM_THREADS": "1", **os.environ, "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
     files = sorted(map(str, TESTS.glob(f"test_{library.replace('-', '_')}*.py")))
     done = subprocess.run(
         [str(python), "-m", "pytest", "-q", "-rs", "--no-fold-skipped", *(files or [str(TESTS)])],
@@ -65,7 +71,10 @@ def main() -> None:
     unknown = set(given.library) - set(PEERS)
     if unknown:
         parser.error(f"no library {', '.join(sorted(unknown))}; there are {', '.join(PEERS)}")
-    results = [run(library, given.into, given.torch_backend) for library in given.library or PEERS]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        results = list(
+            pool.map(lambda library: run(library, given.into, given.torch_backend), given.library or list(PEERS))
+        )
     sys.exit(0 if all(results) else 1)
 
 
