@@ -93,7 +93,8 @@ def test_a_signal_to_one_process_and_a_resume_in_one_keep_the_batches_and_the_we
         [load_file(run / "checkpoints" / "step_00000024" / f"{name}.safetensors") for name in ("transcoder", "trainer")]
         for run in (stopped, whole)
     )
-    assert found[0].keys() == expected[0].keys() and found[1].keys() == expected[1].keys()
+    for part, wanted_part in zip(found, expected, strict=True):
+        assert part.keys() == wanted_part.keys()
     for name, value in expected[0].items():
         wanted = value.double()
         assert (found[0][name].double() - wanted).abs().max() <= 1e-5 * wanted.abs().max().clamp_min(1), name
