@@ -1,7 +1,7 @@
 """Train and export a small set of the shipped model, and write what its evaluation says: `set_to_trace.py FOLDER`.
 
-circuit-tracer pins an older TransformerLens than a run needs, so the set is trained by the Python that runs tests/interop/run.py
-and traced in circuit-tracer's environment.
+circuit-tracer pins an older TransformerLens than a run needs, so the Python that runs tests/interop/run.py trains the set,
+which is traced in the environment of circuit-tracer.
 """
 
 from __future__ import annotations
