@@ -25,7 +25,7 @@ from transcoder.activations.language_model import layer_of
 from transcoder.activations.model_name import resolve_model_name
 from transcoder.activations.stream import build_stream
 
-PASSES = 8
+PASSES = 4
 """Of a round: what fills the half of the stream's buffer that a refill takes."""
 
 
