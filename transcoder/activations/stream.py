@@ -353,7 +353,13 @@ def resolved_layers(config: RunConfig) -> RunConfig:
 
 
 def open_source(config: RunConfig, device: torch.device) -> ActivationSource:
-    """The passes of all layers that a configuration describes. Errors as `build_stream`."""
+    """The passes of all layers that a configuration describes; for a cross-layer transcoder the layers as one. Errors as
+    `build_stream`."""
+    if config.activations.cross_layer:
+        from transcoder.activations.all_layers import AllLayers
+
+        layers = open_source(config.replace({"activations.cross_layer": False}), device)
+        return AllLayers(config, device, layers)
     if config.activations.kind == "cached":
         from transcoder.activations.cached_activations import CachedActivations
 

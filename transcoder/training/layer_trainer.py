@@ -20,6 +20,7 @@ from transcoder.kernels import SparseCodes
 from transcoder.losses import penalty_scale
 from transcoder.model import StepOutput, Transcoder
 from transcoder.phases import phase
+from transcoder.training.cross_layer import confine
 from transcoder.training.nonfinite import Flag, StateBefore, StepLedger, TrainingDivergedError, flag_of
 from transcoder.training.optimizer import make_optimizer, optimizer_step
 from transcoder.training.run_state import Stateful
@@ -87,6 +88,8 @@ class LayerTrainer:
         self.config, self.device, self.monitor, self.index = config, device, monitor, index
         shape, seed = config.transcoder, config.training.seed
         self.transcoder = Transcoder(shape.config(d_in, d_out), seed=seed, device=device)
+        if config.activations.cross_layer:
+            confine(self.transcoder, len(config.activations.pairs))
         self.peak = peak_learning_rate(config)
         self.optimizer = make_optimizer(self.transcoder, config.training, self.peak)
         self.regularizer: DiversityRegularizer | None = None

@@ -39,7 +39,8 @@ def train_transcoder(
     heldout: Sequence[ActivationBatch] | None = None,
 ) -> RunResult:
     """Train one transcoder and leave a run folder: config, metrics, checkpoints, anti-duplication reports, samples, report.
-    With `activations.layers`, one for each layer, with such a folder each under layers/.
+    With `activations.layers`, one for each layer, with such a folder each under layers/; with `activations.cross_layer` one of
+    all layers.
 
     Args:
         config: the run, see `transcoder.config`.
@@ -60,9 +61,9 @@ def train_transcoder(
         CheckpointError: the disk cannot take a checkpoint.
     """
     run_dir = Path("runs") / config.name if out is None else local_path(out)
-    if config.activations.layers is not None:
-        if batches is not None:
-            raise ConfigError("activations.layers: expected null with `batches`, which are of one layer")
+    if config.activations.layers is not None and batches is not None:
+        raise ConfigError("activations.layers: expected null with `batches`, which are of one layer")
+    if config.activations.layers is not None and not config.activations.cross_layer:
         with StopRequest() as stop, opened_set(config, run_dir, resume) as layers:
             return layers.train(stop)
     with StopRequest() as stop, opened_run(config, run_dir, batches, heldout, resume) as run:
@@ -79,13 +80,13 @@ def opened_run(
 ) -> Iterator[Trainer]:
     """A run in its locked folder before its first step, whose steps the caller takes: `train` or `advance`. Arguments and
     errors as `train_transcoder`."""
-    if config.activations.layers is not None:
+    if config.activations.layers is not None and not config.activations.cross_layer:
         raise ConfigError(
             "activations.layers: expected null, for a run whose steps the caller takes; `train_transcoder` trains layer sets"
         )
     check_one_process()
     device = device_of(config.model.device)
-    config = as_started(config, run_dir, resume)
+    config = as_started(resolved_layers(config), run_dir, resume)
     check_switches(config, batches, heldout)
     say_backend(device)
     with ExitStack() as stack:

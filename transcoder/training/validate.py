@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transcoder.activations.stream import resolved_layers
 from transcoder.antidup import validate_correlation_report
 from transcoder.checkpoint_folder import CheckpointError, verify_checkpoint
 from transcoder.config import RunConfig
@@ -80,7 +81,7 @@ def validate(config: RunConfig, out: Path | str) -> ValidationResult:
         LedgerError: in the run with the parts on, one was not really used. ConfigError and others as
             `train_transcoder`.
     """
-    out = local_path(out)
+    out, config = local_path(out), resolved_layers(config)
     checks: dict[str, list[Check]] = {}
     for name, enabled in (("with_antidup", True), ("baseline", False)):
         switches = {f"antidup.{section}.enabled": enabled for section in SECTIONS.values()}
