@@ -43,8 +43,7 @@ _REPORTED = {
     "duplicates/effective_dictionary_size": "effective_dictionary_size",
 }
 """Metrics that the correlation report has too, under these names."""
-OF_LAYERS = ("usage.json", "correlation report", "activation samples")
-"""What the folder of a layer set does not have: it lies in its layers' folders."""
+OF_LAYERS = {"usage.json", "correlation report", "activation samples"}
 
 
 class Run:
@@ -256,14 +255,17 @@ class Run:
                 f"is of an earlier session, which ended at step {self.earlier_session}: "
                 f"the values shown are the last in {FILE_NAME}"
             )
-        elsewhere = OF_LAYERS if layer_folders(self.path) else ()
+        # Weights that were only measured were not trained here; the parts of a layer set lie in its layers' folders.
+        training = {FILE_NAME, "usage.json", "correlation report"} if "evaluated" in self.summary else set()
+        elsewhere = OF_LAYERS if layer_folders(self.path) else training
         return [Missing(what, reason) for what, reason in {**self._why, **why}.items() if what not in elsewhere]
 
     @property
     def lacking(self) -> list[Missing]:
         """What the cards of the latents go without, and why. Reads the files that `missing` does not."""
         _ = self.heldout_latents, self.unverified_checkpoint
-        return [Missing(what, why) for what, why in self._why_lacking.items()]
+        other = {"checkpoint"} if "evaluated" in self.summary else set()
+        return [Missing(what, why) for what, why in self._why_lacking.items() if what not in other]
 
     def missing_error(self, what: str, *listed: str) -> RunPartMissingError:
         """The error for `what`; the reason is that of the first of `listed` which `missing` has."""
