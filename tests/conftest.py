@@ -12,6 +12,7 @@ from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from importlib.util import module_from_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -50,15 +51,26 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         config.option.dist = "loadgroup"
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of one command come first, since they take longest, and go to one worker, which runs the command once."""
+# Before xdist's own, which reads the groups. That of tests/kernels, which adds commands, is registered later and so called first.
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
+    """Tests of one command come first, since they take longest, and go to one worker, which runs the command once. So do the
+    tests of a file that has a fixture of its own for them all: each worker would make it again."""
     items.sort(key=lambda item: item.get_closest_marker("command") is None)
+    shared = {item.path for item in items if any(_is_of_its_file(item, name) for name in item.fixturenames)}
     for item in items:
         mark = item.get_closest_marker("command")
+        if mark is None and item.path in shared:
+            item.add_marker(pytest.mark.xdist_group(str(item.path)))
         if mark is not None:
             item.add_marker(pytest.mark.xdist_group(_key(mark)))
             item.add_marker(pytest.mark.timeout(LIMIT + 60), append=False)
+
+
+def _is_of_its_file(item: pytest.Function, fixture: str) -> bool:
+    """Whether the item's file defines this fixture with the scope of the file."""
+    found = item._fixtureinfo.name2fixturedefs.get(fixture, ())
+    return any(f.scope == "module" and f.baseid == item.nodeid.partition("::")[0] for f in found)
 
 
 def _key(mark: pytest.Mark) -> str:
@@ -94,6 +106,24 @@ def finished_command(request: pytest.FixtureRequest, tmp_path: Path) -> subproce
                 out = process.communicate()[0] + f"\nkilled after {LIMIT:.0f} s"
         known[_key(mark)] = subprocess.CompletedProcess(words, process.returncode, out, "")
     return known[_key(mark)]
+
+
+@pytest.fixture(scope="session")
+def _loaded_models() -> dict[str, Any]:
+    return {}
+
+
+@pytest.fixture
+def shared_models(_loaded_models: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A language model that several streams of the tests read is loaded once: a pass leaves nothing behind in it."""
+    from transcoder.activations import model_activations
+
+    load = model_activations.HookedModel
+
+    def loaded_once(*what: Any) -> Any:
+        return _loaded_models.get(repr(what)) or _loaded_models.setdefault(repr(what), load(*what))
+
+    monkeypatch.setattr(model_activations, "HookedModel", loaded_once)
 
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
