@@ -48,29 +48,32 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         return
     if whole and getattr(config.option, "numprocesses", 0) is None and not config.option.usepdb:
         config.option.numprocesses = min(MOST_WORKERS, os.cpu_count() or 1)
-        config.option.dist = "loadgroup"
+        config.option.dist = "loadscope"
+        # In the order of collection: xdist's own begins with the files of most tests, which are not the longest.
+        config.option.loadscopereorder = False
 
 
-# Before xdist's own, which reads the groups. That of tests/kernels, which adds commands, is registered later and so called first.
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
-    """Tests of one command come first, since they take longest, and go to one worker, which runs the command once. So do the
-    tests of a file that has a fixture of its own for them all: each worker would make it again."""
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of one command come first, since they take longest."""
     items.sort(key=lambda item: item.get_closest_marker("command") is None)
-    shared = {item.path for item in items if any(_is_of_its_file(item, name) for name in item.fixturenames)}
     for item in items:
-        mark = item.get_closest_marker("command")
-        if mark is None and item.path in shared:
-            item.add_marker(pytest.mark.xdist_group(str(item.path)))
-        if mark is not None:
-            item.add_marker(pytest.mark.xdist_group(_key(mark)))
+        if item.get_closest_marker("command") is not None:
             item.add_marker(pytest.mark.timeout(LIMIT + 60), append=False)
 
 
-def _is_of_its_file(item: pytest.Function, fixture: str) -> bool:
-    """Whether the item's file defines this fixture with the scope of the file."""
-    found = item._fixtureinfo.name2fixturedefs.get(fixture, ())
-    return any(f.scope == "module" and f.baseid == item.nodeid.partition("::")[0] for f in found)
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file's tests go to one worker: each would make the file's fixtures again. So do those that share the process of
+    tests/kernels/conftest.py. xdist's own groups are not seen by pytest 9.2."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file, _, test = nodeid.partition("::")
+            return test if test == "test_in_the_interpreter" else file
+
+    return ByFile(config, log)
 
 
 def _key(mark: pytest.Mark) -> str:

@@ -14,8 +14,6 @@ from typing import Any
 import pytest
 import torch
 
-# One process makes what these tests read.
-pytestmark = pytest.mark.xdist_group("roofline")
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = {
     *("topk_encode forward", "batch_topk_encode forward", "feature-major order", "encode backward"),
