@@ -134,7 +134,7 @@ def _together(old: Mapping[str, Measurement], new: Mapping[str, Measurement]) ->
 
 def _measurements(found: dict[str, Any], seconds: bool) -> Iterator[tuple[str, Measurement]]:
     for row in found.get("rows", {}).get("rows", []):
-        yield from _trainer(row, found["rows"], seconds) if row["operation"] == "training" else _row(row)
+        yield from _kinds(row, found["rows"], seconds) if "kinds" in row else _row(row)
     run = found.get("whole_run", {})
     for kind, one in run.get("kinds", {}).items():
         yield from _kind(f"whole run, {kind}", one, run, seconds)
@@ -157,9 +157,12 @@ def _row(row: dict[str, Any]) -> Iterator[tuple[str, Measurement]]:
                 yield f"{label(row)}, {name}, {kind} memory", Measurement(size, size, size, "bytes")
 
 
-def _trainer(row: dict[str, Any], section: dict[str, Any], seconds: bool) -> Iterator[tuple[str, Measurement]]:
+def _kinds(row: dict[str, Any], section: dict[str, Any], seconds: bool) -> Iterator[tuple[str, Measurement]]:
     for kind, one in row["kinds"].items():
-        yield from _kind(f"trainer, {kind}, N{row['size']['d_sae']}", one, section, seconds)
+        what = (
+            f"trainer, {kind}, N{row['size']['d_sae']}" if row["operation"] == "training" else f"{label(row)}, {kind}"
+        )
+        yield from _kind(what, one, section, seconds)
 
 
 def _kind(what: str, one: dict[str, Any], section: dict[str, Any], seconds: bool) -> Iterator[tuple[str, Measurement]]:

@@ -145,7 +145,7 @@ def peers(found: dict[str, Any]) -> Any:
 
 def floor(found: dict[str, Any]) -> Any:
     """Our time as a multiple of the floor, by operation and size."""
-    rows = [row for row in found.get("rows", {}).get("rows", []) if row["operation"] != "training"]
+    rows = [row for row in found.get("rows", {}).get("rows", []) if "variants" in row]
     if not rows:
         return None
     figure, axes = _figure(height=0.8 + 0.25 * len(rows))

@@ -225,7 +225,7 @@ def _sections(found: dict[str, Any]) -> Iterator[str]:
 
 
 def _rows(found: dict[str, Any]) -> Iterator[str]:
-    rows = [row for row in found["rows"]["rows"] if row["operation"] != "training"]
+    rows = [row for row in found["rows"]["rows"] if "variants" in row]
     slug = found["device"]["slug"]
     yield "### The whole training step"
     yield ""

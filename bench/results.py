@@ -70,6 +70,8 @@ def rounded(value: Any) -> Any:
 
 def label(row: dict[str, Any]) -> str:
     """`step batch_topk nested, B1024-d512-N8192-k32`: identifies a row across files."""
+    if "shape" in row:
+        return f"{row['operation']}, {row['shape']}"
     size = row["size"]
     shape = f"B{size['rows']}-d{size['d']}-N{size['d_sae']}-k{size['k']}"
     words = [row["operation"], row.get("activation", ""), "nested" if len(row.get("widths", ())) > 1 else ""]
@@ -104,7 +106,7 @@ def table(rows: Iterable[dict[str, Any]]) -> Iterator[str]:
             step, ratio = one["seconds_per_step"], one["ratio"]
             yield (
                 f"  {kind:<40} step     {1e3 * step['total']:10.3f} ms [{1e3 * step['low']:.2f}, {1e3 * step['high']:.2f}]"
-                f"  {ratio['total']:.3f} x off [{ratio['low']:.3f}, {ratio['high']:.3f}]  "
+                f"  {ratio['total']:.3f} x {row.get('of', 'off')} [{ratio['low']:.3f}, {ratio['high']:.3f}]  "
                 f"{one['tokens_per_second']:,.0f} tokens/s"
             )
         for name, variant in row.get("variants", {}).items():

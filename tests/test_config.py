@@ -196,6 +196,15 @@ def test_dates_in_a_file_are_text(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("name: 2026-01-31\nmodel: {name: 2026-01-31}\n")
     config = RunConfig.load(tmp_path / "run.yaml")
     assert (config.name, config.model.name) == ("2026-01-31", "2026-01-31")
+    (tmp_path / "run.yaml").write_text("name: 0_1\ntraining: {steps: 010, lr: 1:30}\n")
+    with pytest.raises(ConfigError, match=r"training\.lr: expected a number, got '1:30'"):
+        RunConfig.load(tmp_path / "run.yaml")
+    (tmp_path / "run.yaml").write_text("name: 007\ntraining: {steps: 010}\n")
+    config = RunConfig.load(tmp_path / "run.yaml")
+    assert (config.name, config.training.steps) == ("007", 10)
+    (tmp_path / "run.yaml").write_text("training.steps: 10\n")
+    with pytest.raises(ConfigError, match="it is the key 'steps' below 'training'"):
+        RunConfig.load(tmp_path / "run.yaml")
     (tmp_path / "run.yaml").write_text("training: {steps: 2026-01-31}\n")
     with pytest.raises(ConfigError, match=r"training\.steps: expected a whole number, got '2026-01-31'"):
         RunConfig.load(tmp_path / "run.yaml")

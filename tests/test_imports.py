@@ -47,8 +47,9 @@ ALLOWED: dict[str, set[str]] = {
     "activations": LOW | {"demo"},
     "antidup": LOW | {"activations.batch"},
     "reporting": LOW | {"model", "checkpoint_folder"},
-    "parallel": LOW | {"losses", "model", "selection"},
-    "training": LOW | {"losses", "model", "checkpoint_folder", "activations", "antidup", "reporting", "demo"},
+    "parallel": LOW | {"activations.batch", "losses", "model", "selection"},
+    "training": LOW
+    | {"losses", "model", "checkpoint_folder", "activations", "antidup", "parallel", "reporting", "demo"},
     "interop": LOW | {"losses", "model", "checkpoint_folder", "activations", "training", "reporting", "demo"},
     "setting_help": {"config", "settings"},
     "doctor": LOW | {"__init__", "demo"},

@@ -38,6 +38,7 @@ _CODES: dict[str, int] = {
     "LedgerError": Exit.LEDGER,
     "CheckpointError": Exit.FAILED,
     "TrainingDivergedError": Exit.FAILED,
+    "RankError": Exit.FAILED,
     "RunLockedError": Exit.INPUT,
     "SweepStopped": Exit.STOPPED,
     "ValueError": Exit.INPUT,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import enum
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -138,7 +139,9 @@ def demo(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
 
 
 def _train(config: RunConfig, out: Path, resume: bool) -> int:
-    if not resume:
+    # Under torchrun the first process looks at the folder once all have met, and speaks for them.
+    first = os.environ.get("RANK", "0") == "0"
+    if not resume and os.environ.get("WORLD_SIZE", "1") == "1":
         _refuse_used_folder(out)
     from transcoder.reporting.progress import stages
     from transcoder.reporting.verdict import is_done, said_of
@@ -147,11 +150,14 @@ def _train(config: RunConfig, out: Path, resume: bool) -> int:
         print(f"{out}: finished already; `transcoder report {out}` draws its page again", *said_of(out), sep="\n")
         return Exit.OK
 
-    with stages(config.logging.progress) as stage:
+    with stages(config.logging.progress and first) as stage:
         stage("loading PyTorch")
         from transcoder.training import train_transcoder
 
+        logging.disable(logging.NOTSET if first else logging.WARNING)
         result = train_transcoder(config, out, resume=resume)
+    if not first:
+        return Exit.OK if result.finished else Exit.STOPPED
     if not result.finished:
         # A closed pipe does not change the exit code of the run.
         with contextlib.suppress(BrokenPipeError):

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 import yaml
 
 from transcoder import settings
-from transcoder.dictionary_config import Activation, DictionarySettings, TranscoderConfig
+from transcoder.dictionary_config import Activation, DictionarySettings, ParallelSection, TranscoderConfig
 from transcoder.layer_list import LayerHooks, PerLayerSection, layer_hooks, layer_values, parse_layers
 from transcoder.settings import (
     ConfigError,
@@ -434,6 +434,7 @@ class RunConfig(Section):
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     logging: LoggingSection = field(default_factory=LoggingSection)
     per_layer: PerLayerSection = field(default_factory=PerLayerSection)
+    parallel: ParallelSection = field(default_factory=ParallelSection)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -41,6 +41,16 @@ class JumpReLUSettings(Section, where="transcoder.jumprelu."):
 
 
 @dataclass(frozen=True)
+class ParallelSection(Section, where="parallel."):
+    """A run in several processes, which torchrun starts, see docs/scale.md."""
+
+    streams: Positive | None = None
+    """Streams of text that the batches are made of, each with its share of documents, of the batch and of the shuffle buffer; a
+    multiple of the number of processes. null is 1 for one process and 8 under torchrun. Fixed for a run, which then trains on
+    the same batches in any number of processes."""
+
+
+@dataclass(frozen=True)
 class DictionarySettings(Section):
     """Shape and training rules of a dictionary, without its input and output sizes. Errors name the field."""
 

@@ -167,6 +167,9 @@ def build(cls: Any, values: Any, name: str = "") -> Any:
     prefix, kinds = f"{name}." if name else "", field_types(cls)
     for key in values:
         if key not in kinds:
+            if not name and isinstance(key, str) and key in {leaf for leaf, _ in flags(cls)}:
+                section, _, field = key.rpartition(".")
+                raise ConfigError(f"unknown key {key!r}: in a configuration it is the key {field!r} below {section!r}")
             known = [prefix + field for field in kinds] if name else [leaf for leaf, _ in flags(cls)]
             raise ConfigError(f"unknown key {prefix + str(key)!r}{nearest(prefix + str(key), [*known, *kinds])}")
     return cls(**{key: convert(kinds[key], value, prefix + key) for key, value in values.items()})

@@ -102,14 +102,21 @@ def missing_effects(name: str, effect: Mapping[str, Any]) -> list[str]:
             missing.append(f"no effect ({key} was never recorded)")
         elif not math.isfinite(_number(value)):
             missing.append(f"no effect ({key} is {value})")
-        elif value == 0 and key not in MAY_BE_ZERO and not no_pairs_possible(effect):
+        elif value == 0 and key not in MAY_BE_ZERO and not nothing_possible(effect):
             missing.append(f"no effect ({key} is 0)")
     return missing + (_missing_terms(effect) if name == REGULARIZER else [])
 
 
-def no_pairs_possible(effect: Mapping[str, Any]) -> bool:
-    """Whether the monitor recorded that no token can have two latents (k = 1, or one latent)."""
-    return effect.get("pairs_possible") == 0
+NOTHING_POSSIBLE: Mapping[str, str] = {
+    "pairs_possible": "no token can have two latents (k = 1, or one latent): there are no pairs to see",
+    "positions_beyond_minimum": "no bin of a batch has more tokens than are drawn in any case: there is none to leave out",
+}
+"""Effects whose total of 0 says that a part had nothing to act on, and the sentence for usage.json."""
+
+
+def nothing_possible(effect: Mapping[str, Any]) -> str | None:
+    """Why a part had nothing to act on; None if it had."""
+    return next((why for key, why in NOTHING_POSSIBLE.items() if effect.get(key) == 0), None)
 
 
 def _missing_terms(effect: Mapping[str, Any]) -> list[str]:

@@ -106,6 +106,19 @@ def test_the_hooks_have_what_the_module_reads_and_writes(made: Made) -> None:
     torch.testing.assert_close(target, seen["target"], rtol=1e-5, atol=1e-5)
 
 
+def test_attention_is_the_models_own_where_no_hook_is_inside_it(made: Made) -> None:
+    model = made.hooked("mlp.hook_in", "mlp.hook_out")
+    assert model._bridge.original_model.config._attn_implementation == made.model.config._attn_implementation
+    long = torch.arange(96).view(2, 48) % VOCABULARY  # beyond the sliding windows
+    with torch.no_grad():
+        expected = made.model(long, output_hidden_states=True, use_cache=False)
+    torch.testing.assert_close(model.logits(long, {}), expected.logits, rtol=1e-4, atol=1e-4)
+    inside = {"gpt2": "attn.hook_q", "llama": "attn.hook_rot_q"}.get(made.name)
+    if inside is not None:
+        # It fires only where the bridge computes attention step by step.
+        assert made.hooked(inside, "hook_attn_out")._bridge.original_model.config._attn_implementation == "eager"
+
+
 def test_the_residual_stream_gets_hook_mlp_out_and_hook_attn_out(made: Made) -> None:
     if made.name in ("gptj", "neox-parallel", "phi"):
         # Attention and MLP read the same stream: there is none between them.

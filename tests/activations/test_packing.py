@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.activations.streams import files
-from transcoder.activations.documents import RECORD_BLOCK_LENGTH, DataError, Document
+from transcoder.activations.documents import RECORD_BLOCK_LENGTH, DataError, Document, Unusable
 from transcoder.activations.language_model import HookedModel
 from transcoder.activations.packing import Packer, sequence_ids
 from transcoder.activations.vocabulary import Vocabulary
@@ -301,12 +301,39 @@ def test_padding_at_the_ends_of_lists_is_left_out(vocabulary: Vocabulary) -> Non
         return vocabulary.encode(Document(0, "", list(given))).tolist()
 
     assert ids(PAD, PAD, 5, PAD, 6, PAD) == [5, PAD, 6]
-    assert ids(PAD, PAD) == []
+    with pytest.raises(Unusable, match="only padding"):
+        ids(PAD, PAD)
     vocabulary = Vocabulary(None, 300)
     assert ids(PAD, 5) == [PAD, 5]
     vocabulary.pad_id = vocabulary.eos_id = 1
     assert ids(5, 1, 6, 1, 1, 1) == [5, 1, 6, 1]
     assert ids(1, 1, 5) == [1, 5]
+
+
+def test_special_ids_that_the_model_does_not_embed_are_not_written(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"ids": [3, 4, 9, 9]}\n{"ids": [5]}\n')
+    vocabulary = Vocabulary(None, 9)
+    vocabulary.bos_id, vocabulary.pad_id, vocabulary.eos_id = 2, 9, 10
+    for rows in (False, True):
+        packed = Packer(files(tmp_path, "text", "ids"), vocabulary, 8, True, lambda _: True, rows=rows).pack(
+            2, repeat=False
+        )
+        assert packed is not None
+        assert packed.tokens.tolist() == (
+            [[2, 3, 4, 0, 0, 0, 0, 0], [2, 5, 0, 0, 0, 0, 0, 0]] if rows else [[2, 3, 4, 2, 5, 2, 0, 0]]
+        )
+
+
+def test_a_second_bos_is_warned_of_once(
+    tmp_path: Path, vocabulary: Vocabulary, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "a.jsonl").write_text(f'{{"ids": [{BOS}, 5]}}\n' * 3)
+    source = files(tmp_path, "text", "ids")
+    for rows, prepend in ((True, True), (False, False)):
+        Packer(source, vocabulary, 4, prepend, lambda _: True, rows=rows).pack(3, repeat=False)
+    assert not caplog.text
+    Packer(source, vocabulary, 4, True, lambda _: True).pack(3, repeat=False)
+    assert caplog.text.count("begins with BOS already") == 1
 
 
 def test_a_bos_that_stands_in_is_refused_unless_allowed(jsonl: Path, hooked: HookedModel) -> None:

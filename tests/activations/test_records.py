@@ -92,14 +92,15 @@ def test_stdlib_splits_are_disjoint_and_resume() -> None:
 
 def test_unusable_records_are_skipped_and_counted(tmp_path: Path) -> None:
     lines = ['{"text": "good"}', '{"text": ""}', '{"text": " \\n"}', "not json", '{"text": null}', "[1]"]
+    lines = ['{"id": 1}', *lines, ""]
     lines += ['{"text": 5}', '{"text": "bin\\u0000ary"}', '{"text": "last"}']
     (tmp_path / "a.jsonl").write_bytes("\n".join(lines).encode() + b'\n{"text": "\xff"}')
     (tmp_path / "d.jsonl").write_bytes(b"")
     reader = Reader(files(tmp_path, "text", None))
-    assert [(d.index, d.content) for d in reader] == [(0, "good"), (8, "last")]
-    assert reader.skipped == 8
+    assert [(d.index, d.content) for d in reader] == [(1, "good"), (10, "last")]
+    assert reader.skipped == 10
     assert reader.reasons == {
-        "blank": 2, "not a JSON object": 2, "missing or null": 1, "int instead of text": 1, "binary": 1, "not UTF-8": 1,
+        "blank": 3, "not a JSON object": 2, "missing or null": 2, "int instead of text": 1, "binary": 1, "not UTF-8": 1,
     }  # fmt: skip
 
 
@@ -241,7 +242,7 @@ def compressed(name: str, data: bytes) -> bytes:
 @pytest.mark.parametrize(
     "name",
     ["a.jsonl", "a.JSONL", "a.json", "a.ndjson", "a.jsonl.gz", "a.Jsonl.BZ2", "a.json.xz", "a.jsonl.zst", "array.json", "a.csv",
-     "a.TSV", "a.csv.gz", "a.arrow", "a.PARQUET", "a.zip"],
+     "a.TSV", "a.csv.gz", "a.arrow", "a.PARQUET", "a.zip", "a.utf16.jsonl"],
 )  # fmt: skip
 @pytest.mark.parametrize("folder", [False, True])
 def test_every_common_suffix_is_read_in_any_case(tmp_path: Path, documents: list[str], name: str, folder: bool) -> None:
@@ -268,7 +269,7 @@ def test_every_common_suffix_is_read_in_any_case(tmp_path: Path, documents: list
         }.get(kind, lines)
         if name == "array.json":
             text = json.dumps([{"text": d} for d in documents], indent=1)
-        path.write_bytes(compressed(name, text.encode()))
+        path.write_bytes(compressed(name, text.encode("utf-16" if "utf16" in name else "utf-8")))
     if folder:
         (tmp_path / "README.md").write_text("not read")
         (tmp_path / "LICENSE").write_text("not read")
@@ -308,11 +309,35 @@ def test_folders_of_save_to_disk_are_read(tmp_path: Path, documents: list[str]) 
     assert contents(tmp_path / "two") == documents
     assert contents(tmp_path / "two", dataset_split="test") == documents[3:4]
     assert contents(tmp_path / "two", tokens_column="ids") == [[n] for n in range(60)]
+    saved.with_format("numpy", columns=["ids"]).save_to_disk(str(tmp_path / "in" / "formatted"))
+    assert contents(tmp_path / "in" / "formatted", tokens_column="ids") == [[n] for n in range(60)]
+    assert contents(tmp_path / "in" / "formatted") == documents
+    with pytest.raises(DataError, match=r"give one of them, as '.*formatted'"):
+        contents(tmp_path / "in")
     assert record_sources(ActivationsSection(dataset=f"hf:{tmp_path / 'one'}"))[0].digest()
     with pytest.raises(DataError, match=r"has the splits 'train', 'test', got 'x'"):
         contents(tmp_path / "two", dataset_split="x")
     with pytest.raises(DataError, match="saved as one data set"):
         contents(tmp_path / "one", dataset_split="x")
+
+
+@pytest.mark.parametrize("content", [b"", b"text\n1,2\n3,4,5\n", b'text\n"open', "text\nété\n".encode("latin-1")])
+def test_a_table_that_is_none_is_refused_at_once(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.csv").write_bytes(content)
+    with pytest.raises(DataError, match=r"a\.csv' is not what Hugging Face datasets reads"):
+        contents(tmp_path / "a.csv")
+
+
+def test_a_link_to_a_folder_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("there", "here"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "there" / "a.txt").write_text("a")
+    (tmp_path / "here" / "link").symlink_to(tmp_path / "there")
+    with pytest.raises(DataError, match=r"here/link, is not followed"):
+        contents(tmp_path / "here")
+    (tmp_path / "here" / "b.txt").write_text("b")
+    assert contents(tmp_path / "here") == ["b"]
+    assert "links to folders are not followed" in caplog.text
 
 
 def test_a_folder_of_plain_text_of_any_name_is_text(tmp_path: Path) -> None:

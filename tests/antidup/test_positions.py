@@ -16,7 +16,7 @@ from torch import Tensor
 
 from transcoder.antidup import PositionSampler, UsageLedger
 from transcoder.config import PositionsSection
-from transcoder.usage import REQUIRED_EFFECTS
+from transcoder.usage import REQUIRED_EFFECTS, judge
 
 SECTION = PositionsSection()
 BOS, PAD = 1, 0
@@ -233,6 +233,16 @@ def test_keeping_everything_weighs_everything_one(tmp_path: Path) -> None:
     effect = part._ledger.record()["components"]["position_sampler"]["effect"]
     assert effect["positions_resampled"] == 0
     assert effect["positions_drawn"] == 300
+
+
+def test_batches_too_small_to_leave_a_token_out_are_no_fault(tmp_path: Path) -> None:
+    part = sampler(SECTION, tmp_path)
+    for step in range(3):
+        assert bool(part.sample_positions(torch.full((1, 1), 9), step).keep.all())
+    part.save(3)
+    record = part._ledger.record()["components"]["position_sampler"]
+    assert "none to leave out" in record["effect"]["finding"]
+    assert judge("position_sampler", record, tmp_path).lacking == []
 
 
 def test_shapes_and_types_of_a_sample(tmp_path: Path) -> None:

@@ -7,13 +7,16 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from transcoder.config import ConfigError, RunConfig
 from transcoder.parallel import Lanes
-from transcoder.training import train_transcoder
+from transcoder.training.profile import profile_run
+from transcoder.training.start_checks import check_for_ranks, check_streams, in_ranks
 
 PROGRAM = str(Path(__file__).with_name("ranks.py"))
 ALL = ("codes", "gradients", "training", "a_bad_step_is_bad_everywhere", "files")
@@ -82,9 +85,40 @@ def test_the_documented_loop_runs(tmp_path: Path) -> None:
     assert (tmp_path / "sharded" / "transcoder.safetensors").exists()
 
 
-def test_a_run_under_torchrun_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("settings", "processes", "named"),
+    [
+        ({"transcoder.activation": "jumprelu"}, 2, "transcoder.activation: expected topk or batch_topk, got jumprelu"),
+        ({"activations.layers": [0, 1]}, 2, r"activations\.layers: expected null in a run of 2 processes"),
+        ({}, 3, r"parallel\.streams: expected a multiple of the number of processes, 3, got 8"),
+        (
+            {"parallel.streams": 5},
+            5,
+            r"parallel\.streams: expected 1 or a divisor of training.batch_size = 1024, got 5",
+        ),
+        (
+            {"antidup.positions.enabled": True, "antidup.positions.train": True},
+            2,
+            r"with antidup\.positions\.train, got 8",
+        ),
+        ({"activations.kind": "cached", "activations.cached_path": "x"}, 2, "with cached activations.* got 8"),
+    ],
+)
+def test_what_several_processes_cannot_do_is_refused_by_name(
+    settings: dict[str, Any], processes: int, named: str
+) -> None:
+    config = RunConfig.load("demo", settings)
+
+    def start() -> None:
+        check_for_ranks(config, processes, False)
+        check_streams(in_ranks(config, SimpleNamespace(rank=1, count=processes)), False)  # type: ignore[arg-type]
+
+    with pytest.raises(ConfigError, match=named):
+        start()
+
+
+def test_other_commands_are_refused_under_torchrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(ConfigError, match=r"expected one process, got 2 .*without torchrun"):
-        train_transcoder(RunConfig(name="x"), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
+        profile_run(RunConfig.load("demo"), 1)

@@ -66,8 +66,19 @@ def local_data(path: Path, config: str | None, split: str) -> LocalData:
     if is_saved(path):
         return LocalData(path, visible_files(path), "disk")
     every = visible_files(path)
+    saved = next((file.parent for file in every if is_saved(file.parent)), None)
+    if saved is not None:
+        raise DataError(
+            f"activations.dataset: {str(path)!r} holds folders of save_to_disk: give one of them, as {str(saved)!r}"
+        )
+    linked = [str(found) for found in path.rglob("*") if found.is_symlink() and found.is_dir()]
     if not every:
-        raise DataError(f"activations.dataset: no file below {str(path)!r}; what is read: {READ}")
+        links = f" (a link to a folder, such as {linked[0]}, is not followed: give the folder itself)" if linked else ""
+        raise DataError(f"activations.dataset: no file below {str(path)!r}{links}; what is read: {READ}")
+    if linked:
+        logger.warning(
+            "activations.dataset: links to folders are not followed: %s", brief(ValueError(", ".join(linked)))
+        )
     splits = _splits(path, config)
     if split not in splits:
         raise DataError(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import logging
 import re
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -86,7 +88,17 @@ class ModelActivations(ActivationSource):
             "data": self._digest(),
         }
         self.holds_out = self._fraction > 0 or self._heldout_source is not self._training_source
+        self._number, self._count = 0, 1
+        self._turn = threading.Lock()
         self._packer = self._pack(self._training_source, self._is_for_training)
+
+    def part(self, number: int, count: int) -> ModelActivations:
+        """The same model over every `count`-th document, from the one at place `number` on."""
+        part = copy.copy(self)
+        part._number, part._count = number, count
+        part._identity = {**self._identity, "stream": f"{number} of {count}"}
+        part._packer = part._pack(part._training_source, part._is_for_training)
+        return part
 
     def _no_document(self, reader: Reader) -> DataError:
         return DataError(
@@ -140,15 +152,17 @@ class ModelActivations(ActivationSource):
         )
 
     def _is_for_training(self, document: Document) -> bool:
-        return not is_heldout(document.index, self._fraction)
+        return document.index % self._count == self._number and not is_heldout(document.index, self._fraction)
 
     def _is_for_evaluation(self, document: Document) -> bool:
         return self._fraction == 0 or is_heldout(document.index, self._fraction)
 
     def next_pass(self) -> list[Pass]:
-        packed = self._packer.pack(self._section.sequences_per_forward)
-        assert packed is not None  # it repeats for ever
-        return self._run(packed, f"forward pass at sequence {packed.first_sequence}")
+        # Parts share the tokenizer, which one thread at a time may use.
+        with self._turn:
+            packed = self._packer.pack(self._section.sequences_per_forward)
+            assert packed is not None  # it repeats for ever
+            return self._run(packed, f"forward pass at sequence {packed.first_sequence}")
 
     def from_start(self, heldout: bool) -> Iterator[list[Pass]]:
         kind = "held-out" if heldout else "training"

@@ -101,7 +101,9 @@ class Packer:
             )
         self._source, self._vocabulary, self._length, self._keep = source, vocabulary, length, keep
         self._bos = vocabulary.bos_id if prepend_bos else None
-        self._separator = vocabulary.eos_id if vocabulary.eos_id is not None else vocabulary.bos_id
+        known = [i for i in (vocabulary.eos_id, vocabulary.bos_id) if i is not None and i < vocabulary.size]
+        self._separator = known[0] if known else None
+        self._told_bos = False
         self._reader: Reader | None = None
         self._rows = rows
         self._body = length - prepend_bos
@@ -182,7 +184,9 @@ class Packer:
         return tokens, places
 
     def _blank(self, rows: int, length: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        pad = self._vocabulary.pad_id if self._vocabulary.pad_id is not None else 0
+        pad = self._vocabulary.pad_id
+        # Many users add a padding token to the tokenizer and no row to the embedding.
+        pad = pad if pad is not None and pad < self._vocabulary.size else 0
         return np.full((rows, length), pad, np.int64), np.full((rows, length), -1, np.int64)
 
     def _next(self, repeat: bool) -> tuple[Ids, npt.NDArray[np.int64]] | None:
@@ -228,6 +232,13 @@ class Packer:
         except Unusable as error:
             reader.skip(str(error))
             return np.empty(0, np.int32)
+        if self._bos is not None and len(ids) and ids[0] == self._bos and not self._rows and not self._told_bos:
+            self._told_bos = True
+            logger.warning(
+                "%s begins with BOS already, and sequences are given one more: for rows made as sequences set "
+                "activations.keep_rows to true, for others activations.prepend_bos to false",
+                document.name,
+            )
         if document.ends:
             self._documents += 1
             if self._separator is not None and len(ids) and ids[-1] != self._separator and not self._rows:

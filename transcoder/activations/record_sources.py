@@ -130,13 +130,14 @@ class FileRecords:
             if format_of(path) == "parquet":
                 names = _parquet(path).schema_arrow.names
             elif path.stat().st_size:
-                first = next((r for r in itertools.islice(_json_rows(path), 100) if isinstance(r, dict)), None)
-                if first is None:
+                found = [row for row in itertools.islice(_json_rows(path), 100) if isinstance(row, dict)]
+                if not found:
                     raise DataError(
                         f"activations.dataset: {path} is not JSON lines, nor a list of objects: none of its first lines is an "
                         "object"
                     )
-                names = list(first)
+                # A field may be absent from some of the records.
+                names = list(dict.fromkeys(name for row in found for name in row))
             if names is not None:
                 _check_column(field, self._column, names, str(path))
 
@@ -214,12 +215,13 @@ def _json_rows(path: Path) -> Iterator[dict[str, Any] | str]:
     """The object of each line, or those of the list that the file is; for a line that is not one the reason, so that line
     numbers stay places."""
     with reading(path) as file:
-        head = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")
+        head = file.read(64).lstrip(b"\xef\xbb\xbf\xff\xfe\0 \t\r\n")
     if head.startswith(b"[") and (rows := _json_list(path)) is not None:
         yield from (row if isinstance(row, dict) else "not a JSON object" for row in rows)
         return
+    wide = encoding_of(path) == "utf-16"
     with reading(path) as file:
-        for line in file:
+        for line in io.TextIOWrapper(file, "utf-16", "replace", newline="\n") if wide else file:
             try:
                 value = json.loads(line)
             except UnicodeDecodeError:
@@ -227,7 +229,7 @@ def _json_rows(path: Path) -> Iterator[dict[str, Any] | str]:
                 continue
             except ValueError:
                 value = None
-            yield value if isinstance(value, dict) else "not a JSON object"
+            yield value if isinstance(value, dict) else "not a JSON object" if line.strip() else "blank"
 
 
 def _json_list(path: Path) -> list[Any] | None:
@@ -285,7 +287,7 @@ class HubRecords:
         self._listed = self.digest() if self._local else None
         names = self._dataset.column_names
         if names is None:
-            names = list(next(iter(self._dataset), {}))
+            names = list(next(self._rows(self._dataset), {}))
             self._dataset = None
         _check_column("tokens_column" if self._tokens else "text_column", self._column, names, f"dataset {name!r}")
 
@@ -297,9 +299,21 @@ class HubRecords:
         return self._read_from(dataset, int(state["record"]) if state else 0)
 
     def _read_from(self, dataset: Any, first: int) -> Records:
-        for number, row in enumerate(dataset, start=first):
+        for number, row in enumerate(self._rows(dataset), start=first):
             record = record_of(f"dataset {self._name!r} record {number}", row, self._column, self._tokens)
             yield record, {"record": number + 1, "dataset": dataset.state_dict()}
+
+    def _rows(self, dataset: Any) -> Iterator[dict[str, Any]]:
+        """The rows. Local files that `datasets` cannot make rows of are at fault, whatever it raises, unless a disk fails."""
+        try:
+            yield from dataset
+        except Exception as error:
+            if not self._local or isinstance(error, OSError):
+                raise
+            raise DataError(
+                f"activations.dataset: {self._name!r} is not what Hugging Face datasets reads by its name: "
+                f"{type(error).__name__}: {brief(error)}; files of text and tables have to be UTF-8"
+            ) from error
 
     def _load(self) -> Any:
         data = self._data
@@ -352,7 +366,8 @@ def _load_saved(folder: Path, split: str) -> Any:
             f"activations.dataset_split: {str(folder)!r} was saved as one data set, without splits; expected 'train', got "
             f"{split!r}"
         )
-    return found.to_iterable_dataset()
+    # A format that was set (torch, pandas, some of the columns) is saved with the data.
+    return found.with_format(None).to_iterable_dataset()
 
 
 def _load_streaming(name: str, config: str | None, split: str, **how: Any) -> Any:

@@ -264,6 +264,10 @@ class ActivationStream:
     def _identity(self) -> dict[str, Any]:
         return {**self._source.identity, "buffer_tokens": self._capacity, "batch_size": self._batch_size}
 
+    def totals(self) -> tuple[dict[str, float], dict[str, int]]:
+        """(totals of rows, counts of documents): what `counters` is made of."""
+        return self._cursor["totals"], self._source.source.progress(self._cursor)
+
     def counters(self) -> dict[str, float]:
         """Numbers up to the last pass that the buffer took in (for `look_ahead` too): documents,
         skipped_documents and skipped_<why> for each reason, epochs, sequences, passes, tokens_seen, masked_by_id,
@@ -272,6 +276,9 @@ class ActivationStream:
         the tokens and of the squared norms).
         """
         return self._source.counters(self._cursor)
+
+    def share_counters(self) -> None:
+        """Let `counters` give those of all processes, which call this together."""
 
     def decode_tokens(self, ids: Sequence[int]) -> list[str]:
         """One display string for each id."""

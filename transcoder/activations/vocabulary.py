@@ -104,7 +104,7 @@ class Vocabulary:
 
         Raises:
             DataError: an id outside the vocabulary, an entry that is no whole number, or text without a
-                tokenizer. Unusable: messages that the chat template refuses.
+                tokenizer. Unusable: messages that the chat template refuses, or a list of padding alone.
         """
         if isinstance(document.content, (str, Messages)):
             if self._tokenizer is None:
@@ -125,7 +125,10 @@ class Vocabulary:
                 f"{document.name}: expected a list of whole-number token ids in activations.tokens_column, got "
                 f"{str(document.content)[:80]}"
             )
-        return self._check_range(document, self._unpadded(ids))
+        unpadded = self._unpadded(ids)
+        if len(ids) and not len(unpadded):
+            raise Unusable("only padding")
+        return self._check_range(document, unpadded)
 
     def _conversation(self, document: Document) -> str:
         """The messages of a document as the tokenizer's chat template writes them, without its BOS: packing adds that."""

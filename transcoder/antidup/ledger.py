@@ -16,7 +16,15 @@ import torch
 from torch import Tensor
 
 from transcoder.files import local_path, replace_atomically
-from transcoder.usage import MONITOR, REGULARIZER, REQUIRED_EFFECTS, judge, no_pairs_possible, zero_penalty_finding
+from transcoder.usage import (
+    MONITOR,
+    POSITIONS,
+    REGULARIZER,
+    REQUIRED_EFFECTS,
+    judge,
+    nothing_possible,
+    zero_penalty_finding,
+)
 
 
 class LedgerError(RuntimeError):
@@ -103,9 +111,10 @@ class UsageLedger:
         finding = zero_penalty_finding(effect)
         if finding is not None:
             effect["finding"] = finding
-        seen = components[MONITOR]["effect"]
-        if no_pairs_possible(seen):
-            seen["finding"] = "no token can have two latents (k = 1, or one latent): there are no pairs to see"
+        for name in (MONITOR, POSITIONS):
+            effect = components[name]["effect"]
+            if (finding := nothing_possible(effect)) is not None:
+                effect["finding"] = finding
         return {"components": components}
 
     def write(self) -> Path:

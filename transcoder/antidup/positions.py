@@ -30,12 +30,14 @@ class PositionSample:
         weights: [S, L] fp32 importance weights, 0 where not drawn, of mean about 1 over the drawn.
         counts: [2, bins + 1] int64, positions seen and drawn per bin, special tokens last.
         resampled: 0-dim int64, drawn positions with an inclusion probability below 1.
+        beyond_minimum: 0-dim int64, ordinary tokens that bins have beyond those that are drawn from each in any case.
     """
 
     keep: Tensor
     weights: Tensor
     counts: Tensor
     resampled: Tensor
+    beyond_minimum: Tensor
 
 
 class PositionSampler:
@@ -126,7 +128,11 @@ class PositionSampler:
         counts[0].index_add_(0, stratum.flatten(), torch.ones_like(stratum).flatten())
         counts[1].index_add_(0, stratum.flatten(), keep.flatten().long())
         # Only positions with an inclusion probability below 1 count as resampled.
-        sample = PositionSample(keep, weights, counts, (keep & (chance < 1)).sum())
+        at_least = max(1, self.section.min_samples_per_bin)
+        sizes = self._sizes(stratum)[:, :-1]
+        sample = PositionSample(
+            keep, weights, counts, (keep & (chance < 1)).sum(), (sizes - at_least).clamp(min=0).sum()
+        )
         if record:
             self.record(sample)
         return sample
@@ -142,6 +148,7 @@ class PositionSampler:
             positions_seen=sample.keep.numel(),
             positions_drawn=sample.counts[1].sum(),
             positions_resampled=sample.resampled,
+            positions_beyond_minimum=sample.beyond_minimum,
         )
 
     def _strata(self, batch_tokens: Tensor, positions: Tensor | None = None) -> Tensor:
@@ -151,9 +158,12 @@ class PositionSampler:
         bins = (place * self.section.bins // max(1, length)).clamp(0, self.section.bins - 1)
         return torch.where(self._special.marked(batch_tokens), self.section.bins, bins)
 
+    def _sizes(self, stratum: Tensor) -> Tensor:
+        """[S, bins + 1]: tokens of each stratum."""
+        return torch.stack([(stratum == b).sum(1) for b in range(self.section.bins + 1)], 1)
+
     def _inclusion(self, stratum: Tensor) -> Tensor:
-        section = self.section
-        sizes = torch.stack([(stratum == b).sum(1) for b in range(section.bins + 1)], 1)
+        section, sizes = self.section, self._sizes(stratum)
         ordinary = sizes[:, :-1]
         # Rounding the running total gives every bin a whole number of draws and the sequence its share.
         running = (ordinary.cumsum(1).double() * section.keep_fraction + 0.5).floor()

@@ -72,7 +72,7 @@ class ShardedTranscoder(Transcoder):
 
     def gather(self) -> Transcoder:
         """The whole transcoder, on every rank, on the device of the shards."""
-        self._agree_on_counters()
+        self.agree_on_counters()
         whole = Transcoder(self.config).to(self.W_enc.device, self.W_enc.dtype)
         whole.load_state_dict({name: self._joined(name, part) for name, part in self.state_dict().items()})
         return whole.train(self.training)
@@ -222,14 +222,15 @@ class ShardedTranscoder(Transcoder):
             dist.all_reduce(smallest, dist.ReduceOp.MIN, group=group)
         self.selection.move(self.threshold, smallest)
 
-    def _agree_on_counters(self) -> None:
+    def agree_on_counters(self) -> None:
+        """Let `tokens_since_fired` count the tokens of all ranks, which call it together."""
         if self.copies > 1:
             dist.all_reduce(self.tokens_since_fired, dist.ReduceOp.MIN, group=self.dp)
 
     @torch.no_grad()
     def refresh_dead(self) -> int:
         """As `Transcoder.refresh_dead`, for all ranks together. Returns the number of dead latents of the dictionary."""
-        self._agree_on_counters()
+        self.agree_on_counters()
         return super().refresh_dead()
 
     def _list_dead(self) -> int:

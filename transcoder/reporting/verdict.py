@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import statistics
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from transcoder.checkpoint_folder import CheckpointError, find_checkpoint, read_state
 from transcoder.reporting.format import number, percent
 
 if TYPE_CHECKING:
@@ -173,7 +175,8 @@ def said_of(out: Path) -> list[str]:
 
 
 def is_done(out: Path, config: RunConfig) -> bool:
-    """Whether the folder holds the run of these settings, finished, with its page. Needs no torch."""
+    """Whether the folder holds the run of these settings, finished, with its last checkpoint and its page. Needs no torch."""
+    from transcoder.layer_list import layer_folders
     from transcoder.reporting.compare import flattened
     from transcoder.reporting.run import Run
 
@@ -184,4 +187,19 @@ def is_done(out: Path, config: RunConfig) -> bool:
     held = flattened(run.config)
     same = held.keys() == asked.keys() and all(asked[name] in (value, None, "auto") for name, value in held.items())
     whole = (out / "report.html").exists() or not config.logging.report
-    return same and run.finished and whole and run.last_step == config.training.steps
+    if not (same and run.finished and whole and run.last_step == config.training.steps):
+        return False
+    ended = run.final.get("ended", {})
+    folders = [folder for folder in layer_folders(out).values() if folder.name not in ended] or [out]
+    return all(_last_checkpoint(folder) == run.last_step for folder in folders)
+
+
+def _last_checkpoint(folder: Path) -> int | None:
+    """The step of the newest good checkpoint of a run; None where there is none."""
+    try:
+        with warnings.catch_warnings():
+            # What is wrong with one is said where the run goes on.
+            warnings.simplefilter("ignore")
+            return int(read_state(find_checkpoint(folder))["step"])
+    except (FileNotFoundError, CheckpointError):
+        return None

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -25,6 +26,9 @@ from transcoder.training.optimizer import make_optimizer, optimizer_step
 from transcoder.training.run_state import Stateful
 from transcoder.training.schedule import learning_rate, peak_learning_rate
 from transcoder.training.sources import BatchSource
+
+if TYPE_CHECKING:
+    from transcoder.parallel.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +74,7 @@ class LayerTrainer:
         special_ids: token ids that count as sinks.
         logs: folder of `regularizer.jsonl`.
         index: place in the run's list of layer trainers.
+        ranks: the processes that each train on a part of every batch; what is seen and penalised is the whole.
     """
 
     def __init__(
@@ -83,10 +88,14 @@ class LayerTrainer:
         special_ids: Sequence[int],
         logs: Path,
         index: int = 0,
+        ranks: Ranks | None = None,
     ) -> None:
         self.config, self.device, self.monitor, self.index = config, device, monitor, index
+        self.ranks = ranks
         shape, seed = config.transcoder, config.training.seed
         self.transcoder = Transcoder(shape.config(d_in, d_out), seed=seed, device=device)
+        if ranks is not None:
+            self.transcoder = ranks.shared(self.transcoder)
         self.peak = peak_learning_rate(config)
         self.optimizer = make_optimizer(self.transcoder, config.training, self.peak)
         self.regularizer: DiversityRegularizer | None = None
@@ -129,6 +138,8 @@ class LayerTrainer:
                     token_weights=batch.weights,
                     penalty_factor=self.transcoder.selection.penalty_factor(step),
                 )
+            if self.ranks is not None:
+                out, batch = self.ranks.whole(out, batch)
             loss = self._penalized(out, batch, step, micro)
             with phase("backward"):
                 (loss / len(batches)).backward()

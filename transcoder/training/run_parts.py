@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,6 +22,9 @@ from transcoder.training.recycling import Recycler
 from transcoder.training.schedule import Calendar
 from transcoder.training.sources import BatchSource, own_data
 from transcoder.usage import POSITIONS, REGULARIZER, SECTIONS
+
+if TYPE_CHECKING:
+    from transcoder.parallel.ranks import Ranks
 
 
 @dataclass
@@ -52,6 +56,7 @@ class RunParts:
         heldout: Sequence[ActivationBatch] | None,
         stack: ExitStack,
         build: Callable[..., ActivationStream] = build_stream,
+        ranks: Ranks | None = None,
     ) -> None:
         anti, shape, seed = config.antidup, config.transcoder, config.training.seed
         logs = run_dir / "anti_duplication_logs"
@@ -78,11 +83,12 @@ class RunParts:
             samples = ActivationSampleCollector(
                 anti.samples, shape.d_sae, device, seed, folder, special, data.sequence_length, ledger, chosen, keep
             )
+        self.ranks = ranks
         self.config = config
         """With the values that `auto` stood for."""
         self.monitor, self.samples = monitor, samples
         d_in, d_out = data.source.d_in, data.source.d_out
-        layer = LayerTrainer(config, d_in, d_out, device, ledger, monitor, data.special_ids, logs)
+        layer = LayerTrainer(config, d_in, d_out, device, ledger, monitor, data.special_ids, logs, ranks=ranks)
         if monitor is not None and layer.transcoder.selection.most_a_token == 1:
             ledger.record_no_pairs_possible()
         self.layers = [layer]

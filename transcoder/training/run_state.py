@@ -33,11 +33,17 @@ def essential_tree(tree: Mapping[str, Any]) -> dict[str, Any]:
     A run resumed from it trains on, but not to the same bits: what is left out starts from nothing.
     """
     kept = {name: part for name, part in tree.items() if name not in WATCHING}
-    source = dict(kept["source"])
-    if "buffer" in source:
-        # An activation stream: its rows are made again from the place behind them, which are then not trained on.
-        source |= {"pending": {}, "peeked": {}, "buffer": {**source["buffer"], "rows": {}}}
-    return {**kept, "source": source, "essential": True}
+    return {**kept, "source": _without_rows(kept["source"]), "essential": True}
+
+
+def _without_rows(source: Mapping[str, Any]) -> dict[str, Any]:
+    """Of an activation stream, the state in which its rows are made again from the place behind them, which are then not
+    trained on."""
+    if "streams" in source:
+        return {"streams": {name: _without_rows(stream) for name, stream in source["streams"].items()}}
+    if "buffer" not in source:
+        return dict(source)
+    return {**source, "pending": {}, "peeked": {}, "buffer": {**source["buffer"], "rows": {}}}
 
 
 def restore_parts(parts: Mapping[str, Stateful], tree: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ import operator
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,6 +20,9 @@ from transcoder.config import ActivationsSection, ConfigError, RunConfig, flags,
 from transcoder.kernels.backend import why_slower
 from transcoder.settings import brief
 from transcoder.training.schedule import learning_rate, length_defaults, peak_learning_rate
+
+if TYPE_CHECKING:
+    from transcoder.parallel.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -33,18 +36,77 @@ FORMER_DEFAULTS = {"antidup.regularizer.orthogonality_weight": 0.01}
 FORMER_WAYS = ("antidup.positions.train", "activations.eos_as_bos")
 """Settings that are on in a resumed run of a version before them: the sampler drew the training tokens, and TransformerLens'
 stand-in for a missing BOS was taken."""
+STREAMS = 8
+"""`parallel.streams` under torchrun where it is null."""
 FOUND = ("activations.mask_norm_multiple",)
 """Settings whose `auto` a run replaces by what it finds: its config.yaml has the value, which a resumed run goes on with."""
 
 
+def under_torchrun() -> bool:
+    """Whether this is one of several processes that torchrun has started."""
+    return "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+
+
 def check_one_process() -> None:
-    """ConfigError under torchrun: each process would begin the same run in the same folder."""
-    count = os.environ.get("WORLD_SIZE", "1")
-    if "RANK" in os.environ and count != "1":
+    """ConfigError under torchrun, for what only `train` and `demo` do in several processes."""
+    if under_torchrun():
         raise ConfigError(
-            f"expected one process, got {count} (WORLD_SIZE, which torchrun sets): a run trains in one process; start it "
-            "without torchrun. docs/scale.md shows a loop of your own over several processes"
+            f"expected one process, got {os.environ['WORLD_SIZE']} (WORLD_SIZE, which torchrun sets): of the commands only "
+            "`train` and `demo` run in several; start this one without torchrun"
         )
+
+
+def check_for_ranks(config: RunConfig, processes: int, own_batches: bool) -> None:
+    """ConfigError for what a run in several processes cannot do (the list in docs/scale.md), before the model is loaded."""
+    wrong = [
+        (own_batches, "batches: expected none"),
+        (config.activations.layers is not None, "activations.layers: expected null"),
+        (
+            config.transcoder.activation == "jumprelu",
+            "transcoder.activation: expected topk or batch_topk, got jumprelu",
+        ),
+    ]
+    for found, said in wrong:
+        if found:
+            raise ConfigError(f"{said} in a run of {processes} processes; start it without torchrun")
+
+
+def in_ranks(config: RunConfig, ranks: Ranks) -> RunConfig:
+    """The config of one of a run's processes: `parallel.streams` is set, and only the first one writes to the terminal and to
+    services, and draws the report.
+
+    Raises: ConfigError where the processes cannot share the streams evenly.
+    """
+    streams = config.parallel.streams or STREAMS
+    if streams % ranks.count:
+        raise ConfigError(
+            f"parallel.streams: expected a multiple of the number of processes, {ranks.count}, got {streams}; it is fixed for "
+            "a run"
+        )
+    quiet: dict[str, Any] = {
+        "logging.progress": False,
+        "logging.wandb": "off",
+        "logging.tensorboard": False,
+        "logging.report": False,
+        "logging.report_tokens": 0,
+    }
+    return config.replace({"parallel.streams": streams, **(quiet if ranks.rank else {})})
+
+
+def check_streams(config: RunConfig, own_batches: bool) -> None:
+    """ConfigError where the data cannot be read as `parallel.streams` streams."""
+    streams, batch = config.parallel.streams or 1, config.training.batch_size
+    if streams == 1:
+        return
+    wrong = [
+        (own_batches, "with `batches`: they are one stream"),
+        (config.activations.kind == "cached", "with cached activations, whose shards are one stream"),
+        (config.antidup.positions.enabled and config.antidup.positions.train, "with antidup.positions.train"),
+        (batch % streams != 0, f"or a divisor of training.batch_size = {batch}"),
+    ]
+    for found, said in wrong:
+        if found:
+            raise ConfigError(f"parallel.streams: expected 1 {said}, got {streams}")
 
 
 def device_of(name: str) -> torch.device:
@@ -295,6 +357,8 @@ def as_started(config: RunConfig, run_dir: Path, resume: bool) -> RunConfig:
             if _setting(before, name) == value and _setting(now, name) == _setting(defaults, name)
         }
         kept |= {name: _setting(before, name) for name in FOUND if _setting(now, name) == "auto"}
+        if config.parallel.streams is None:
+            kept["parallel.streams"] = _setting(before, "parallel.streams")
         kept |= {name: True for name in FORMER_WAYS if _lacks(saved, name)}
     config = config.replace(kept) if kept else config
     values = config.to_dict()
@@ -314,7 +378,7 @@ def _lacks(saved: Path, dotted: str) -> bool:
 def changed_settings(saved: Path, config: RunConfig) -> list[str]:
     """Names of the settings that change a run's results and differ between `config` and a saved config.yaml."""
     before, now = (as_started(c, saved.parent, resume=True).to_dict() for c in (RunConfig.load(saved), config))
-    sections = ("model.", "activations.", "transcoder.", "training.", "antidup.", "per_layer.")
+    sections = ("model.", "activations.", "transcoder.", "training.", "antidup.", "per_layer.", "parallel.")
     names = [name for name, _ in flags() if name.startswith(sections)]
     return [name for name in names if _setting(before, name) != _setting(now, name)]
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
-from transcoder.activations import ActivationBatch
+from transcoder.activations import ActivationBatch, ActivationStream
 from transcoder.activations.pass_feed import PassFeed
-from transcoder.activations.stream import layer_stream, open_source, resolved_layers
+from transcoder.activations.stream import build_stream, layer_stream, open_source, resolved_layers
 from transcoder.config import BUFFER_TOKENS, ConfigError, RunConfig
 from transcoder.files import local_path
 from transcoder.layer_list import LAYERS_FOLDER, layer_configs
@@ -21,13 +23,20 @@ from transcoder.training.signals import StopRequest
 from transcoder.training.start_checks import (
     as_started,
     check_folder,
+    check_for_ranks,
     check_one_process,
+    check_streams,
     check_switches,
     device_of,
+    in_ranks,
     say_backend,
     say_nothing_held_out,
+    under_torchrun,
 )
 from transcoder.training.trainer import Trainer
+
+if TYPE_CHECKING:
+    from transcoder.parallel.ranks import Ranks
 
 
 def train_transcoder(
@@ -59,6 +68,8 @@ def train_transcoder(
         TrainingDivergedError: more than training.max_bad_steps steps were NaN or Inf, or the weights overflowed.
         CheckpointError: the disk cannot take a checkpoint.
     """
+    if under_torchrun():
+        return _train_in_ranks(config, out, resume, batches)
     run_dir = Path("runs") / config.name if out is None else local_path(out)
     if config.activations.layers is not None:
         if batches is not None:
@@ -69,6 +80,23 @@ def train_transcoder(
         return run.train(stop)
 
 
+def _train_in_ranks(
+    config: RunConfig, out: Path | str | None, resume: bool, batches: Iterable[ActivationBatch] | None
+) -> RunResult:
+    """`train_transcoder` in one of the processes that torchrun has started."""
+    from transcoder.parallel.ranks import Ranks, device_of_rank
+
+    device = device_of(device_of_rank(config.model.device))
+    with Ranks.joined(device) as ranks, ExitStack() as stack:
+        check_for_ranks(config, ranks.count, batches is not None)
+        run_dir = Path("runs") / config.name if out is None else local_path(out)
+        if ranks.rank:
+            # Every process looks at training as one alone does; the files of the first are the run's.
+            run_dir = Path(stack.enter_context(TemporaryDirectory())) / "run"
+        with StopRequest() as stop, opened_run(config, run_dir, resume=resume, ranks=ranks) as run:
+            return run.train(stop)
+
+
 @contextmanager
 def opened_run(
     config: RunConfig,
@@ -76,22 +104,33 @@ def opened_run(
     batches: Iterable[ActivationBatch] | None = None,
     heldout: Sequence[ActivationBatch] | None = None,
     resume: bool = False,
+    ranks: Ranks | None = None,
 ) -> Iterator[Trainer]:
     """A run in its locked folder before its first step, whose steps the caller takes: `train` or `advance`. Arguments and
-    errors as `train_transcoder`."""
+    errors as `train_transcoder`; `ranks` are the processes that share it, of which the first has the folder."""
     if config.activations.layers is not None:
         raise ConfigError(
             "activations.layers: expected null, for a run whose steps the caller takes; `train_transcoder` trains layer sets"
         )
-    check_one_process()
-    device = device_of(config.model.device)
-    config = as_started(config, run_dir, resume)
+    if ranks is None:
+        check_one_process()
+    device = device_of(config.model.device) if ranks is None else ranks.device
+    if ranks is None or ranks.rank == 0:
+        config = as_started(config, run_dir, resume)
+    if ranks is not None:
+        config = in_ranks(ranks.from_first(lambda: config), ranks)
     check_switches(config, batches, heldout)
+    check_streams(config, batches is not None)
     say_backend(device)
     with ExitStack() as stack:
         lock = stack.enter_context(FolderLock(run_dir))
         check_folder(run_dir, config, resume)
-        parts = RunParts(config, run_dir, device, batches, heldout, stack)
+        build: Callable[..., ActivationStream] = build_stream
+        if (config.parallel.streams or 1) > 1:
+            from transcoder.activations.text_streams import streams_of_text
+
+            build = functools.partial(streams_of_text, processes=ranks)
+        parts = RunParts(config, run_dir, device, batches, heldout, stack, build, ranks)
         run = Trainer(parts.config, run_dir, device, parts, stack)
         if not run.parts.data.heldout:
             say_nothing_held_out(config)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -34,6 +36,7 @@ from transcoder.training.start_checks import (
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 AHEAD = 2
 """Steps that the device may be ahead of the host: so many finite flags may still be on their way. On a CPU none is."""
 
@@ -49,6 +52,7 @@ class Trainer:
     ) -> None:
         self.config, self.run_dir, self.device, self.parts, self._stack = config, run_dir, device, parts, stack
         self.source, self.layers, self.observers = parts.data.source, parts.layers, parts.observers
+        self.ranks = parts.ranks
         self.saver = Saver(CheckpointStore(run_dir, config.checkpoint), config)
         self.step = self.tokens = 0
         """Optimizer steps done, and tokens of those that were good."""
@@ -65,19 +69,28 @@ class Trainer:
         steps = self.config.training.steps
         self.parts.metrics_log.begin(self.tokens)
         stage("taking the first steps (the C++ backend is compiled once, about 20 s)")
+        signal = None
         try:
             with self.parts.metrics_log.shares.running():
-                while self.step < steps and stop.signal is None:
+                while self.step < steps and (signal := self._stopped_by(stop)) is None:
                     self.advance()
         except Exception as error:
-            self.rescue()
+            if self.ranks is None or self.ranks.agreed:
+                self.rescue()
             if not isinstance(error, StopIteration):
                 raise
             raise TrainingDataError(
                 f"training data ended after {self.step} of {steps} steps: expected an endless iterator; the state is "
                 "saved, so with more data --resume goes on"
             ) from None
-        return self.end(stop.signal)
+        return self._together(lambda: self.end(signal))
+
+    def _stopped_by(self, stop: StopRequest) -> str | None:
+        return stop.signal if self.ranks is None else self.ranks.signal(stop.signal)
+
+    def _together(self, work: Callable[[], T]) -> T:
+        """`work()`. Where it fails in one of several processes, it fails in all."""
+        return work() if self.ranks is None else self.ranks.together(work)
 
     def end(self, signal: str | None) -> RunResult:
         """Summary and page, after the last step or where `signal` stopped the run, whose state is then saved."""
@@ -86,6 +99,9 @@ class Trainer:
         if not finished and signal != DIVERGENCE:
             self.catch_up()
             self.save(wait=True)
+        if self.ranks is not None:
+            # What follows looks at the weights in each process for itself.
+            self.layers[0].transcoder = self.ranks.gathered(self.layers[0].transcoder)
         stopped_by = None if finished else signal
         summary = write_summary(self, finished, stopped_by)
         report = write_run_report(self, finished)
@@ -103,15 +119,16 @@ class Trainer:
         self.saver.flush(0.0)
         due = [observer for observer in self.observers if observer.due(self.step)]
         if due:
-            self._settle()
+            self._together(self._settle)
         for observer in due:
             with phase(observer.act_phase):
-                observer.act(self)
+                self._together(functools.partial(observer.act, self))
 
     def _train_step(self) -> None:
         """One step of every dictionary on the same batches. Reads nothing from the device."""
         with phase("batch"):
-            batches = [next(self.source) for _ in range(self.config.training.accumulation)]
+            count = self.config.training.accumulation
+            batches = self._together(lambda: [next(self.source) for _ in range(count)])
         self._unseen.extend(layer.step(self.step, batches) for layer in self.layers)
         self.look(AHEAD * len(self.layers))
 
@@ -137,19 +154,24 @@ class Trainer:
         must not replace a good checkpoint, nor fail in a report's JSON."""
         self.look(0)
         for layer in self.layers:
+            if self.ranks is not None:
+                self.ranks.agree_on_counters(layer.transcoder)
             layer.check_weights(self.step)
 
     def _settle(self) -> None:
         """Before anything is read or written; a run of too many bad steps ends here."""
         self.catch_up()
         self.bad_steps.check(self.config.training.max_bad_steps, self.step)
+        if self.ranks is not None and isinstance(self.source, ActivationStream):
+            self.source.share_counters()
 
     # -- before the first step and after the last -------------------------------------------------------------------
 
     def prepare(self, resume: bool, runs: int = 1) -> None:
         """Restore the newest checkpoint, or fit the normalisation; check that the files of this run, and of as many like it as
         there are `runs`, will fit; open the logs."""
-        loaded, begun = self.saver.store.latest() if resume else None, None
+        store, begun = self.saver.store, None
+        loaded = None if not resume else store.latest() if self.ranks is None else self.ranks.from_first(store.latest)
         stage("fitting the normalisation" if loaded is None else f"going on from step {loaded.step:,}")
         if loaded is None:
             for layer in self.layers:
@@ -166,7 +188,7 @@ class Trainer:
                     "start a new run with another --out"
                 ) from error
             check_length(self.config, self.run_dir, self.step)
-        budget = self.saver.reserve(self.parts, runs)
+        budget = self.saver.reserve(self.parts, runs) if self.ranks is None or self.ranks.rank == 0 else 0
         self._folder = self.run_dir.stat().st_ino
         self.write_config()
         enter, config = self._stack.enter_context, self.config
@@ -208,7 +230,13 @@ class Trainer:
         shape, latest = layer.transcoder.config.to_dict(), self.parts.evaluation.latest
         summary = {"transcoder": shape, "config": self.config.to_dict(), **latest}
         model = dict(layer.transcoder.state_dict())
-        self.saver.save(self.step, model, lambda: trainer_tree(self._stateful(), more), summary, metric, wait)
+        if self.ranks is None:
+            self.saver.save(self.step, model, lambda: trainer_tree(self._stateful(), more), summary, metric, wait)
+            return
+        # All processes give their streams; the first one writes.
+        tree = trainer_tree(self._stateful(), more)
+        if self.ranks.rank == 0:
+            self.saver.save(self.step, model, lambda: tree, summary, metric, wait)
 
     def leave(self) -> None:
         """Take no more of a stream that other layers read too."""
