@@ -1,8 +1,13 @@
 """python -m bench.remedy_study [--seeds 5] [--steps 600] [--out runs/realistic]: remedies on a real language model, over seeds.
+python -m bench.remedy_study --model FOLDER --text FILE --layer 8 --out runs/real: the same on another model.
 
-Trains the shipped model's transcoder without the sink mask, with it, and with it and one remedy each; measures all of them
-on the same held-out non-sink tokens; writes the paired differences with their intervals as tables and figures into
-docs/anti-duplication.md. Finished runs are kept, so a stopped command can be resumed.
+Trains a transcoder of a layer (hook_resid_mid -> hook_mlp_out; without --model of the package's own model) without
+the sink mask, with it, with it and one remedy each, and with all; measures all of them on the same held-out non-sink tokens;
+writes the paired differences with their intervals as tables and a plot. Without --model they go into docs/anti-duplication.md,
+else into --document. Finished runs are kept, so a stopped command can be resumed.
+
+Pairs are counted three times: as the run's own report of held-out tokens does (candidates, mergeable), and independently of the
+package's statistics, by a product of all codes in float64; flags of the run's last report are compared with the latter.
 """
 
 from __future__ import annotations
@@ -22,13 +27,14 @@ from bench.document import ANTI_DUPLICATION, replace_between
 from transcoder import ActivationBatch, RunConfig, Transcoder, train_transcoder
 from transcoder.activations import ActivationStream, build_stream, cache_activations
 from transcoder.reporting.statistics import interval
-from transcoder.training.evaluation import cross_entropy, evaluate
+from transcoder.training.evaluation import at_inference, cross_entropy, evaluate
 from transcoder.training.heldout_pairs import heldout_duplicates
 
 PRESET = "demo"
 CACHE_TOKENS = 600_000
 CE_TOKENS = 16_384
 HELDOUT_TOKENS = 65_536
+BELOW = {"07": 0.7, "08": 0.8}
 OFF = {f"antidup.{part}.enabled": False for part in ("regularizer", "positions", "samples", "recycle")}
 PENALTY = {"antidup.regularizer.enabled": True, "antidup.regularizer.all_pairs_weight": 0.0}
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -52,10 +58,23 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "antidup.monitor.blocks_to_flag": 1,
         "antidup.monitor.blocks_remembered": 2,
     },
+    "everything": {
+        **PENALTY,
+        **{f"antidup.{part}.enabled": True for part in ("positions", "samples", "recycle")},
+        "antidup.regularizer.orthogonality_weight": 0.0,
+        "antidup.recycle.every": 50,
+    },
 }
 FIGURES = {
+    "fresh/pairs": "pairs, float64",
     "heldout_duplicates/pairs": "candidate pairs",
     "heldout_duplicates/mergeable": "mergeable pairs",
+    "heldout_duplicates/twins": "twins",
+    "heldout_duplicates/splits": "splits",
+    "fresh/flagged": "flagged at the end",
+    "fresh/flagged_below_07": "share of them below 0.7",
+    "fresh/flagged_below_08": "share of them below 0.8",
+    "fresh/recall_085": "found of the pairs above 0.85",
     "evaluation/sink_only_latents": "sink-only latents",
     "evaluation/fvu": "FVU",
     "evaluation/fvu_prefix_256": "FVU, prefix 256",
@@ -74,14 +93,28 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--k", type=int, default=16)
     parser.add_argument("--out", type=Path, default=Path("runs/realistic"))
     parser.add_argument("--only", type=int, help="train this seed only and write no document (to share the work)")
-    parser.add_argument("--document", type=Path, default=ANTI_DUPLICATION)
+    parser.add_argument("--model", help="a local Hugging Face folder or a hub name; needs --text")
+    parser.add_argument("--text", help="file, folder or hub dataset of text for --model")
+    parser.add_argument("--layer", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=CACHE_TOKENS, help="of the cache that all runs train on")
+    parser.add_argument("--lr", type=float, help="learning rate of all runs; default: the package's")
+    parser.add_argument("--variants", default=",".join(VARIANTS), help="must have mask")
+    parser.add_argument("--document", type=Path, help="has the marks of bench.remedy_study")
     options = parser.parse_args(arguments)
+    if (options.model is None) != (options.text is None):
+        parser.error("--model and --text: expected both or neither")
+    chosen = options.variants.split(",")
+    if "mask" not in chosen or not set(chosen) <= set(VARIANTS):
+        parser.error(f"--variants: expected mask and some of {', '.join(VARIANTS)}, got {options.variants}")
+    if options.document is None and options.model is None:
+        options.document = ANTI_DUPLICATION
     seeds = range(options.seeds) if options.only is None else [options.only]
-    measured = {name: [run(options, name, seed) for seed in seeds] for name in VARIANTS}
+    measured = {name: [run(options, name, seed) for seed in seeds] for name in chosen}
     if options.only is None:
         found = {"steps": options.steps, "k": options.k, "seeds": options.seeds, "runs": measured}
         (options.out / "realistic.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        write_document(found, options.document)
+        if options.document is not None:
+            write_document(found, options.document)
         print(table(found))
     return 0
 
@@ -90,15 +123,27 @@ def slug(variant: str) -> str:
     return "-".join(re.findall(r"\w+", variant))
 
 
+def of_model(options: argparse.Namespace) -> dict[str, Any]:
+    """Settings of the model, its layer and its text."""
+    hooks = {"source": "hook_resid_mid", "target": "hook_mlp_out"}
+    found = {f"activations.{side}_hook": f"blocks.{options.layer}.{hook}" for side, hook in hooks.items()}
+    found["logging.progress"] = False
+    if options.model is not None:
+        found |= {"model.name": options.model, "activations.dataset": options.text}
+    return found
+
+
 def settings(options: argparse.Namespace, variant: str, seed: int) -> RunConfig:
     return RunConfig.load(
         PRESET,
         {
+            **of_model(options),
             "name": f"{slug(variant)}-{seed}",
             "activations.kind": "cached",
             "activations.cached_path": str(options.out / "cache"),
             "transcoder.k": options.k,
             "training.steps": options.steps,
+            "training.lr": options.lr,
             "training.seed": seed,
             "training.evaluation_every": 0,
             "training.evaluation_tokens": 16_384,
@@ -106,9 +151,10 @@ def settings(options: argparse.Namespace, variant: str, seed: int) -> RunConfig:
             # Blocks of 60 steps: a flag rests on three of them.
             "antidup.monitor.block_tokens": 60_000,
             "antidup.monitor.correlation_save_frequency": 50,
+            # Every pair is listed, so that flags can be compared.
+            "antidup.monitor.max_reported_pairs": 1_000_000,
             "checkpoint.every": options.steps,
             "checkpoint.keep_last": 1,
-            "logging.progress": False,
             **OFF,
             **VARIANTS[variant],
         },
@@ -123,33 +169,81 @@ def run(options: argparse.Namespace, variant: str, seed: int) -> dict[str, float
         raise SystemExit(f"{folder} was trained with other settings: choose another --out, or delete it")
     if not done.is_file():
         if not (options.out / "cache" / "index.json").is_file():
-            text = RunConfig.load(PRESET, {"logging.progress": False})
-            cache_activations(text, options.out / "cache", tokens=CACHE_TOKENS, device=torch.device("cpu"))
+            text = RunConfig.load(PRESET, of_model(options))
+            cache_activations(text, options.out / "cache", tokens=options.tokens, device=torch.device("cpu"))
         trained = train_transcoder(settings(options, variant, seed), folder, resume=(folder / "config.yaml").is_file())
         if not trained.finished:
             raise SystemExit("stopped; the same command goes on")
-        done.write_text(json.dumps(measure(trained.transcoder.eval()), indent=1), encoding="utf-8")
+        batches = heldout(tuple(sorted(of_model(options).items())))
+        found = measure(trained.transcoder.eval(), *batches) | flags_on(trained.transcoder, batches[1], folder)
+        done.write_text(json.dumps(found, indent=1), encoding="utf-8")
         print(f"{variant}, seed {seed}: {done.read_text()}", flush=True)
     figures: dict[str, float] = json.loads(done.read_text(encoding="utf-8"))
     return figures
 
 
 @functools.cache
-def heldout() -> tuple[ActivationStream, list[ActivationBatch], ActivationBatch | None]:
-    """(the language model's stream, held-out tokens with the mask on, the sinks among them)."""
-    config = RunConfig.load(PRESET, {"logging.progress": False, "activations.prefetch": 0})
+def heldout(
+    model: tuple[tuple[str, Any], ...],
+) -> tuple[ActivationStream, list[ActivationBatch], ActivationBatch | None]:
+    """(the language model's stream, held-out tokens with the mask on, the sinks among them); `model`: of `of_model`."""
+    config = RunConfig.load(PRESET, {**dict(model), "activations.prefetch": 0})
     stream = build_stream(config, torch.device("cpu"))
     return stream, stream.heldout(HELDOUT_TOKENS), stream.heldout_sinks()
 
 
-def measure(transcoder: Transcoder) -> dict[str, float]:
+def measure(
+    transcoder: Transcoder, stream: ActivationStream, batches: list[ActivationBatch], sinks: ActivationBatch | None
+) -> dict[str, float]:
     """Metrics on the same held-out tokens for every variant: the non-sink tokens, and the sinks, which masked variants are also
     given."""
-    stream, batches, sinks = heldout()
     found = evaluate(transcoder, batches, sinks)
     found |= heldout_duplicates(transcoder, batches, RunConfig.load(PRESET).antidup.monitor)
     found |= cross_entropy(transcoder, stream, CE_TOKENS)
     found["dead"] = 1 - found["evaluation/live_share"]
+    return found
+
+
+@torch.no_grad()
+def correlations(transcoder: Transcoder, batches: list[ActivationBatch]) -> tuple[Any, Any]:
+    """(r, support), each [d_sae, d_sae] float64 arrays: correlations of the final weights' codes, and tokens on which at least
+    one of two latents fires, by one product over all tokens; nothing of the package but the codes."""
+    import numpy as np
+    from scipy.sparse import csr_matrix, vstack
+
+    parts = []
+    with at_inference(transcoder):
+        for batch in batches:
+            codes = transcoder.encode(batch.source)
+            entries = (codes.values.double().numpy(), codes.indices.numpy(), codes.row_ptr.numpy())
+            parts.append(csr_matrix(entries, shape=(len(batch), transcoder.config.d_sae)))
+    z = vstack(parts)
+    fires = (z > 0).astype(np.float64)
+    together, mean = (fires.T @ fires).toarray(), np.asarray(z.mean(0)).ravel()
+    covariance = (z.T @ z).toarray() / z.shape[0] - np.outer(mean, mean)
+    spread = np.sqrt(np.maximum(np.diag(covariance), 1e-300))
+    counts = np.diag(together)
+    return covariance / np.outer(spread, spread) * np.outer(counts > 0, counts > 0), counts[:, None] + counts - together
+
+
+def flags_on(transcoder: Transcoder, batches: list[ActivationBatch], folder: Path) -> dict[str, float]:
+    """fresh/...: pairs above 0.8 on 100 tokens or more; of the last report the flags, the shares of them below 0.7 and 0.8, and
+    the share of all pairs above 0.85 that it lists. Shares are left out where there is nothing to share."""
+    import numpy as np
+
+    r, support = correlations(transcoder, batches)
+    upper = np.triu(support >= 100, 1)
+    found = {"fresh/pairs": float((upper & (r > 0.8)).sum())}
+    files = sorted((folder / "anti_duplication_logs").glob("correlation_step_*.json"))
+    if files:
+        listed = json.loads(files[-1].read_text(encoding="utf-8"))["pairs"]
+        flagged = np.array([r[p["i"], p["j"]] for p in listed if p["flagged"] and support[p["i"], p["j"]] >= 100])
+        high = set(zip(*(side.tolist() for side in np.nonzero(upper & (r > 0.85))), strict=True))
+        found["fresh/flagged"] = float(len(flagged))
+        if len(flagged):
+            found |= {f"fresh/flagged_below_{name}": float((flagged < bound).mean()) for name, bound in BELOW.items()}
+        if high:
+            found["fresh/recall_085"] = len(high & {(p["i"], p["j"]) for p in listed}) / len(high)
     return found
 
 

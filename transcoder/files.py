@@ -50,6 +50,13 @@ def local_path(path: str | Path, name: str = "path") -> Path:
     return found
 
 
+def lfs_hint(path: Path) -> str:
+    """What to do where `path` is only the pointer that Git LFS leaves in the place of a file; empty otherwise."""
+    with path.open("rb") as file:
+        pointer = file.read(24) == b"version https://git-lfs."
+    return "; it is a pointer of Git LFS, not the file: run `git lfs pull` in its repository" if pointer else ""
+
+
 class WrittenFile(NamedTuple):
     """Size and checksum of a file."""
 

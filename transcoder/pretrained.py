@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from transcoder.checkpoint_folder import candidates
-from transcoder.files import local_path, replacing_all
+from transcoder.files import lfs_hint, local_path, replacing_all
 from transcoder.settings import brief
 from transcoder.tensor_file import write_tensors
 
@@ -109,7 +109,7 @@ def read_weights(folder: Path, expected: Mapping[str, tuple[tuple[int, ...], tor
     try:
         tensors = load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{path}: not a safetensors file, or a torn one: {brief(error)}") from error
+        raise ValueError(f"{path}: not a safetensors file, or a torn one: {brief(error)}{lfs_hint(path)}") from error
     check_tensors(str(path), tensors, {name: shape for name, (shape, _) in expected.items()})
     for name, (_, dtype) in expected.items():
         tensor = tensors[name]

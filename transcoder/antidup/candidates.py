@@ -84,6 +84,12 @@ def flagged_first(pairs: CorrelatedPairs, flagged: set[Pair]) -> Tensor:
     return torch.tensor(late, dtype=torch.bool, device=pairs.i.device).sort(stable=True).indices
 
 
+def above(pairs: CorrelatedPairs, among: set[Pair], threshold: float) -> set[Pair]:
+    """Those of `among` that are in `pairs` with a correlation above the threshold."""
+    keep = pairs.correlation > threshold
+    return among.intersection(zip(pairs.i[keep].tolist(), pairs.j[keep].tolist(), strict=True))
+
+
 def first_of_each(i: Tensor, j: Tensor, d_sae: int) -> tuple[Tensor, Tensor]:
     """Each distinct pair at its first place."""
     key, inverse = torch.unique(i * d_sae + j, return_inverse=True)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transcoder.antidup.flags import FlagBook
+from transcoder.antidup.flags import FlagBook, Pair
 from transcoder.antidup.merge_cost import MergeResult
 from transcoder.antidup.pair_errors import correlation_bounds
 from transcoder.antidup.row_cosines import cosine_tail, random_cosine_tail
@@ -78,6 +78,7 @@ def pair_entries(
     errors: list[float | None],
     verdicts: MergeResult | None,
     book: FlagBook,
+    flagged: set[Pair],
     most: int,
 ) -> list[dict[str, Any]]:
     """The report's entries of the first `most` pairs.
@@ -86,7 +87,7 @@ def pair_entries(
         sequences: distinct sequences of each pair, None where not known.
         errors: each pair's own standard error of atanh(r); None takes the rule of thumb.
         verdicts: of the merge test, one a pair; None where nothing was tested.
-        book: gives the number of blocks in which a pair was above the threshold, and whether it is flagged.
+        book: gives the number of blocks in which a pair was above the threshold.
     """
     tests = [_untested()] * min(most, len(pairs)) if verdicts is None else _tests(verdicts, min(most, len(pairs)))
     columns = (pairs.i, pairs.j, pairs.correlation, pairs.cosine, pairs.jaccard, pairs.support)
@@ -107,7 +108,7 @@ def pair_entries(
                 "upper": upper,
                 "bounds": "rule" if error is None else "jackknife",
                 "blocks_above": book.blocks_above((i, j)),
-                "flagged": (i, j) in book.flagged,
+                "flagged": (i, j) in flagged,
                 **test,
             }
         )

@@ -13,6 +13,7 @@ from transcoder.antidup.candidates import (
     MOST_MINED,
     KnownPairs,
     Verdicts,
+    above,
     first_of_each,
     flagged_first,
     listed_pairs,
@@ -81,8 +82,8 @@ class CorrelationMonitor:
     flags use the pair's own error. Bounds of other pairs use a rule of thumb.
 
     A candidate has correlation > threshold, support >= min_support and, where sequences are known, at least
-    min_sequences distinct ones (linear counting). A flag rests on the lower 95 % bound in disjoint blocks:
-    see `FlagBook`.
+    min_sequences distinct ones (linear counting). A flag rests on the lower 95 % bound in disjoint blocks, see `FlagBook`, and
+    counts while the live view, which older weights have left, is above the threshold too.
 
     Args:
         section: thresholds and block length. Beyond 32768 latents the statistics are sketched.
@@ -110,6 +111,8 @@ class CorrelationMonitor:
         """The last full block, which with the one in progress is the live view; None before the first block closes."""
         self._fading = self._statistics(section.halflife_tokens) if section.halflife_tokens is not None else None
         self._book = self._new_book()
+        self._flagged: set[Pair] = set()
+        """Of the book's pairs, those that were above the threshold in the live view of the last report."""
         self._tokens = 0
         self._targets = nothing(self.device)
         self._known: KnownPairs | None = None
@@ -152,7 +155,7 @@ class CorrelationMonitor:
 
         Returns: the number of pairs of `target_pairs`.
         """
-        survey = self._survey()
+        survey = self._search(*self._view())
         pairs, _ = self._listed(survey.pairs, self._book.flagged)
         self._known = KnownPairs.of(survey, pairs, self.d_sae)
         self._watch(survey, pairs)
@@ -196,14 +199,14 @@ class CorrelationMonitor:
         if with_cosines:
             self.work.spend(SEARCH, sum(cosine_work(rows) for rows in (W_dec, W_enc) if rows is not None))
         view, past = self._view()
-        flagged = sorted(self._book.flagged)
         known = self._known
         if survey is None and known is not None and not search:
             found = known.now(view, past, section)
         else:
-            survey = survey or self._survey()
+            survey = survey or self._search(view, past)
             found = survey.pairs
         pairs, sequences = self._listed(found, self._book.flagged)
+        flagged = self._flagged = above(pairs, self._book.flagged, section.correlation_threshold)
         live = int((view.counts(beside=past) > 0).sum())
         if survey is not None:
             size = effective_size(live, survey, view.effective_tokens(beside=past))
@@ -213,9 +216,8 @@ class CorrelationMonitor:
         if survey is not None:
             self._watch(survey, pairs)
         paired = torch.cat([pairs.i, pairs.j]).unique().numel()
-        components = connected_components(flagged)
+        components = connected_components(sorted(flagged))
         verdicts = self._tested(pairs, judge, test)
-        # `pairs` has the flagged ones too.
         wider = connected_components(zip(pairs.i.tolist(), pairs.j.tolist(), strict=True))
         total = len(pairs) + known.unlisted
         report: dict[str, Any] = {
@@ -231,7 +233,7 @@ class CorrelationMonitor:
                 "min_support": section.min_support,
                 "min_sequences": section.min_sequences,
             },
-            "pairs": pair_entries(pairs, sequences, errors, verdicts, self._book, section.max_reported_pairs),
+            "pairs": pair_entries(pairs, sequences, errors, verdicts, self._book, flagged, section.max_reported_pairs),
             "pairs_total": total,
             "pairs_flagged": len(flagged),
             "pairs_mergeable": None if verdicts is None else int(verdicts.mergeable().sum()),
@@ -265,7 +267,7 @@ class CorrelationMonitor:
         it right after the report."""
         found = self._judged
         pairs = zip(found.kept.tolist(), found.dropped.tolist(), strict=True)
-        flagged = [(min(pair), max(pair)) in self._book.flagged for pair in pairs]
+        flagged = [(min(pair), max(pair)) in self._flagged for pair in pairs]
         chosen = found.mergeable() & torch.tensor(flagged, dtype=torch.bool, device=self.device)
         return found.at(torch.where(chosen, found.cost_share, torch.inf).argsort(stable=True)[: int(chosen.sum())])
 
@@ -379,10 +381,6 @@ class CorrelationMonitor:
         if self._block.statistics.tokens_offered == 0:
             return self._past.statistics, []
         return self._block.statistics, [self._past.statistics]
-
-    def _survey(self) -> Survey:
-        view, past = self._view()
-        return self._search(view, past)
 
     def _search(self, view: FeatureCorrelation, past: list[FeatureCorrelation]) -> Survey:
         threshold, support = self.section.correlation_threshold, self.section.min_support

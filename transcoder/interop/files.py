@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transcoder.files import file_digest, replacing_folder
+from transcoder.files import file_digest, lfs_hint, replacing_folder
 from transcoder.interop.conversion_record import RECORD_FILE, Conversion
 from transcoder.tensor_file import read_tensors, write_tensors
 
@@ -77,7 +77,8 @@ def read_safetensors(where: str, path: Path) -> dict[str, Tensor]:
     try:
         return read_tensors(path)
     except ValueError as error:
-        raise ValueError(f"{where}: {path} cannot be read: {error}. A torn download? Fetch it again") from error
+        todo = lfs_hint(path) or ". A torn download? Fetch it again"
+        raise ValueError(f"{where}: {path} cannot be read: {error}{todo}") from error
 
 
 def read_pickle(where: str, path: Path, allow_pickle: bool = False) -> dict[str, Any]:
