@@ -69,9 +69,11 @@ def choices(architecture: str) -> list[Choice]:
 def _product(architecture: str, inputs: str, dtype: torch.dtype) -> Choice:
     current = encode_config.product_launch(architecture, inputs)
     candidates = tuple(
-        replace(current, rows=rows, latents=latents, depth=depth, warps=warps, stages=stages, reason="")
-        for rows, latents, depth, warps, stages in itertools.product(
-            (64, 128), (64, 128, 256), (32, 64), (4, 8), (2, 3, 4)
+        replace(
+            current, rows=rows, latents=latents, depth=depth, warps=warps, stages=stages, described=described, reason=""
+        )
+        for rows, latents, depth, warps, stages, described in itertools.product(
+            (64, 128), (64, 128, 256), (32, 64), (4, 8), (2, 3, 4), (False, True) if current.described else (False,)
         )
         # 32 to 128 sums a thread: fewer leave the units idle, more do not fit its registers.
         if 32 <= rows * latents // (32 * warps) <= 128

@@ -130,11 +130,15 @@ def recording(architecture: str, multiprocessors: int) -> Iterator[Recorder]:
     """
     import triton
     from torch._subclasses.fake_tensor import FakeTensorMode
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
     from transcoder.kernels import registration, triton_support, use_backend
 
     def note(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        recorder.events.append(Launch(self.fn.__name__, tuple(grid), {**dict(zip(self.arg_names, args)), **kwargs}))  # noqa: B905
+        # A descriptor stands for its tensor.
+        tensors = [arg.base if isinstance(arg, TensorDescriptor) else arg for arg in args]
+        named = dict(zip(self.arg_names, tensors))  # noqa: B905
+        recorder.events.append(Launch(self.fn.__name__, tuple(grid), named | kwargs))
 
     recorder = Recorder()
     with ExitStack() as stack:

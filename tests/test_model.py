@@ -346,6 +346,7 @@ def rewrite(folder: Path, **changes: object) -> None:
     [
         (b"", "not a safetensors file"),
         (b"not safetensors at all", "not a safetensors file"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n", "run `git lfs pull`"),
         (None, "not a safetensors file"),
         ({"W_enc": torch.zeros(4, 3)}, "missing: W_dec"),
         ({"extra": torch.zeros(1)}, "not expected: extra"),

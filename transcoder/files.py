@@ -50,6 +50,13 @@ def local_path(path: str | Path, name: str = "path") -> Path:
     return found
 
 
+def lfs_hint(path: Path) -> str:
+    """What to do where `path` is only the pointer that Git LFS leaves in the place of a file; empty otherwise."""
+    with path.open("rb") as file:
+        pointer = file.read(24) == b"version https://git-lfs."
+    return "; it is a pointer of Git LFS, not the file: run `git lfs pull` in its repository" if pointer else ""
+
+
 class WrittenFile(NamedTuple):
     """Size and checksum of a file."""
 
@@ -188,3 +195,19 @@ def _remove_leftovers(path: Path) -> None:
         if pid.isdecimal() and not process_is_alive(int(pid)):
             with contextlib.suppress(OSError):
                 leftover.unlink(missing_ok=True)
+
+
+def read_json_object(path: Path, where: str = "") -> dict[str, Any]:
+    """A file's JSON object. `where` begins the errors.
+
+    Raises:
+        FileNotFoundError: no such file.   ValueError: it is no JSON object.
+    """
+    named = f"{where}: {path}" if where else str(path)
+    try:
+        values = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{named}: expected a JSON object: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{named}: expected a JSON object, got {type(values).__name__}")
+    return values

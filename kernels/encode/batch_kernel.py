@@ -159,6 +159,7 @@ def list_open_cells(
 def rescan_cells(
     x, W, b, kept_key, fresh, open_cell, open_count, d_in, d_sae, tiles, kept, x_row, x_col, W_row, W_col,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """fresh [., BN]: every key of the listed cells, without those that the first pass kept."""
     places = tl.arange(0, BN)
@@ -166,7 +167,7 @@ def rescan_cells(
         cell = tl.load(open_cell + item)
         key = row_tile_keys(
             x, W, b, (cell // tiles).to(tl.int32), (cell % tiles).to(tl.int32), tiles, d_in, d_sae,
-            x_row, x_col, W_row, W_col, BM, BN, BK, EVEN, PRECISION,
+            x_row, x_col, W_row, W_col, BM, BN, BK, EVEN, PRECISION, DESCRIBED,
         )  # fmt: skip
         tl.store(fresh + (tl.zeros((), dtype=tl.int64) + item) * BN + places, key)
         tl.store(kept_key + cell * kept + places, tl.full((BN,), -1, dtype=tl.int32), mask=places < kept)

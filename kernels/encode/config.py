@@ -22,6 +22,8 @@ class ProductLaunch:
     reason: str
     group: int = 8
     """Row blocks that go through the tiles of W_enc together: 8 blocks of x stay in the outer cache."""
+    described: bool = False
+    """Blocks of x and W_enc come by descriptors (TMA) where their shape, strides and addresses allow it."""
 
 
 FLOAT_REASON = "exact fp32 products run on the FMA units: 32 sums a thread; shared memory is no limit"
@@ -35,7 +37,9 @@ PRODUCT: dict[str, dict[str, ProductLaunch]] = {
         "half": ProductLaunch(
             128, 128, 64, 8, 3,
             "wgmma; 128 registers and 96 KiB, no stack: two programs a multiprocessor, so that one keeps its best while the "
-            "other multiplies. 128 x 256 takes 239 registers: one program, nothing hides behind its epilogue",
+            "other multiplies. 128 x 256 takes 239 registers: one program, nothing hides behind its epilogue. By descriptors: "
+            "122 registers, and 88 instead of 100 instructions a step of the product",
+            described=True,
         ),
         "tf32": ProductLaunch(128, 128, 32, 8, 3, "wgmma; 128 registers and 96 KiB, no stack: two programs a multiprocessor"),
         "float": ProductLaunch(64, 64, 32, 4, 3, FLOAT_REASON + "; 128 registers, 32 KiB: four programs a multiprocessor"),

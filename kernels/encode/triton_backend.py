@@ -78,7 +78,7 @@ def select_topk(x: Tensor, W: Tensor, b: Tensor, k: int) -> Selection:
             kernel.rescan_rows[(min(number, part.programs),)](
                 *part.operands, kept_key, kept_place, picked, picked_count, cuts, failed, failed_count, _totals_on(x.device),
                 number, part.d_in, d_sae, part.tiles, kept, k, stride, *part.strides, **part.tile_options,
-                CHUNK=config.RESCAN_CHUNK,
+                DESCRIBED=part.described, CHUNK=config.RESCAN_CHUNK,
             )  # fmt: skip
             kernel.order_rows[(number,)](
                 picked, picked_count, values[start * k :], indices[start * k :], k, stride,
@@ -127,7 +127,7 @@ def select_batch_topk(x: Tensor, W: Tensor, b: Tensor, k: int) -> Selection:
                 )  # fmt: skip
                 batch_kernel.rescan_cells[(max(1, min(most_open, product.programs)),)](
                     *product.operands, kept_key, fresh, open_cell, open_count, product.d_in, d_sae, tiles, kept,
-                    *product.strides, **product.tile_options,
+                    *product.strides, DESCRIBED=product.described, **product.tile_options,
                 )  # fmt: skip
         position = torch.full((wanted,), torch.iinfo(torch.int64).max, dtype=torch.int64, device=device)
         key = torch.zeros(wanted, dtype=torch.int32, device=device)
@@ -164,7 +164,7 @@ def _above_threshold(
     step = threshold.stride(0) if threshold.dim() else 0
     with product.on_device():
         kernel.above_threshold[product.grid()](
-            *product.operands, threshold, bounds, bounds if values is None else values,
+            product.x, product.W, product.b, threshold, bounds, bounds if values is None else values,
             bounds if indices is None else indices, product.rows, product.d_in, product.d_sae, product.tiles, step,
             *product.strides, GROUP=product.launch.group, WRITE=values is not None, **product.tile_options,
         )  # fmt: skip
@@ -262,11 +262,29 @@ class Product:
         launch = _launch(x.device, x.dtype, self.precision)
         self.launch = adapt(launch) if adapt else launch
         self.tiles = cdiv(self.d_sae, self.launch.latents)
+        self.described = self.launch.described and self._fits_descriptors()
+
+    def _fits_descriptors(self) -> bool:
+        """Whole blocks only, so that no descriptor reaches beyond W; 16-byte addresses and strides, as the hardware asks."""
+        launch, x, W = self.launch, self.x, self.W
+        whole = self.d_sae % launch.latents == 0 and self.d_in % launch.depth == 0
+        # Columns of the matrix of tiles are counted in 32 bits.
+        small = self.tiles * self.d_in < 1 << 31
+        aligned = x.data_ptr() % 16 == W.data_ptr() % 16 == x.stride(0) * x.element_size() % 16 == 0
+        return whole and small and aligned and x.stride(1) == 1 and x.stride(0) >= self.d_in and W.is_contiguous()
 
     @property
-    def operands(self) -> tuple[Tensor, Tensor, Tensor]:
-        """x, W and b, whose numbers are next to each other: kernels know strides of matrices only."""
-        return self.x, self.W, self.b
+    def operands(self) -> tuple[Any, Any, Tensor]:
+        """x, W and b of keep_tile_best and what computes its tiles again; b's numbers are next to each other: kernels know
+        strides of matrices only."""
+        if not (self.described and self.rows):
+            return self.x, self.W, self.b
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        launch, columns = self.launch, self.tiles * self.d_in
+        x = TensorDescriptor(self.x, [self.rows, self.d_in], [self.x.stride(0), 1], [launch.rows, launch.depth])
+        W = TensorDescriptor(self.W, [launch.latents, columns], [columns, 1], [launch.latents, launch.depth])
+        return x, W, self.b
 
     @property
     def strides(self) -> tuple[int, ...]:
@@ -310,7 +328,7 @@ class Product:
         if self.rows:
             kernel.keep_tile_best[self.grid()](
                 *self.operands, kept_key, kept_place, self.rows, self.d_in, self.d_sae, self.tiles, kept,
-                *self.strides, GROUP=self.launch.group, **self.tile_options,
+                *self.strides, GROUP=self.launch.group, DESCRIBED=self.described, **self.tile_options,
             )  # fmt: skip
         return kept_key, kept_place
 

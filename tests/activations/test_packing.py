@@ -12,7 +12,7 @@ from tests.activations.streams import files
 from transcoder.activations.documents import RECORD_BLOCK_LENGTH, DataError, Document, Unusable
 from transcoder.activations.language_model import HookedModel
 from transcoder.activations.packing import Packer, sequence_ids
-from transcoder.activations.vocabulary import Vocabulary
+from transcoder.activations.vocabulary import Vocabulary, bytes_spelled
 
 PAD, EOS, BOS = 0, 1, 2
 
@@ -218,7 +218,9 @@ def test_display_strings(vocabulary: Vocabulary) -> None:
     assert len(shown) == len(ids) + 1
     assert shown[0] == "<bos>"
     assert "".join(shown[1:]).startswith("the fox")
-    # Half a character has no text of its own; it is still shown.
+    # Half a character has no text of its own; its bytes are shown.
+    assert bytes_spelled("ĠÃ") == " <0xC3>"
+    assert bytes_spelled("åĨĻæ") == "写<0xE6>"
     assert all(shown)
     assert Vocabulary(None, 300).decode_tokens([5, 7]) == ["5", "7"]
     assert vocabulary.decode_tokens([100_000]) == ["100000"]

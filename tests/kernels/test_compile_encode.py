@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 
@@ -70,6 +72,7 @@ def product_options(launch: config.ProductLaunch, precision: str) -> tuple[dict,
         "x_col": 1,
         "W_col": 1,
         "CHUNK": config.RESCAN_CHUNK,
+        "DESCRIBED": False,
     }
     return constants, {"num_warps": launch.warps, "num_stages": launch.stages}
 
@@ -105,6 +108,76 @@ def test_products(name: str, inputs: str, target: str, compile_kernel: Callable)
         # Two programs a multiprocessor: the epilogue of one behind the product of the other.
         assert 2 * made.registers * launch.warps * 32 <= REGISTER_FILE
         assert 2 * made.shared <= made.shared_limit
+
+
+class Seen(NamedTuple):
+    """What ptxas makes of a kernel of the product for sm_90, bf16."""
+
+    registers: int
+    shared: int
+    instructions: int
+    a_step: int
+    """Instructions of one step of the product, 64 deep."""
+    barriers: int
+
+
+TABLE = {
+    ("keep_tile_best", False): Seen(128, 98304, 1400, 104, 7),
+    ("keep_tile_best", True): Seen(128, 98328, 1330, 92, 15),
+    ("rescan_rows", True): Seen(232, 98328, 2100, 96, 46),
+    ("rescan_cells", True): Seen(232, 98328, 1520, 96, 28),
+}
+"""(kernel, by descriptors) -> the most that is allowed. Seen with triton 3.9 in the first two rows: 128 and 122 registers,
+1,344 and 1,272 instructions, 100 and 88 of them a step."""
+
+
+@pytest.mark.parametrize(
+    ("name", "described"),
+    [row if row[0] == "keep_tile_best" else pytest.param(*row, marks=pytest.mark.slow) for row in TABLE],
+)
+def test_the_product_on_sm_90_is_what_the_table_says(name: str, described: bool, compile_kernel: Callable) -> None:
+    from transcoder.kernels.encode import batch_kernel, kernel
+
+    launch = config.product_launch("sm_90", "half")
+    constants, options = product_options(launch, "ieee")
+    kinds = types("bf16")
+    if described:
+        constants["DESCRIBED"] = True
+        kinds["x"] = f"tensordesc<bf16[{launch.rows}, {launch.depth}]>"
+        kinds["W"] = f"tensordesc<bf16[{launch.latents}, {launch.depth}]>"
+    function = getattr(kernel, name, None) or getattr(batch_kernel, name)
+    made = compile_kernel(function, kinds, constants, "sm_90", **options)
+    code = instructions(made.machine())
+    loop = step_of_the_product(code)
+    code = [text for text in code if not text.startswith(".L")]
+    number = {what: sum(text.startswith(what) for text in code) for what in ("UTMALDG", "LDGSTS", "HGMMA", "BAR")}
+    # A turn of the loop may hold several steps, each with 64 / 16 wgmma.
+    a_step = len(loop) / (sum(text.startswith("HGMMA") for text in loop) / (launch.depth / 16))
+    print(
+        f"{name}, described {described}: {made.registers} registers, {len(code)} instructions, {a_step} a step, {number}"
+    )
+    assert made.spilled == 0
+    assert number["HGMMA"] >= 4
+    assert (number["UTMALDG"] >= 2 and number["LDGSTS"] == 0) if described else number["LDGSTS"] > 0
+    most = TABLE[name, described]
+    seen = Seen(made.registers, made.shared, len(code), math.ceil(a_step), number["BAR"])
+    assert all(got <= allowed for got, allowed in zip(seen, most, strict=True)), seen
+
+
+def instructions(machine: str) -> list[str]:
+    """Labels and instructions, without their predicates, of a disassembly."""
+    found = re.findall(r"^(\.L_x_\d+):|^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z].*)$", machine, re.MULTILINE)
+    return [label or text for label, text in found]
+
+
+def step_of_the_product(code: list[str]) -> list[str]:
+    """The smallest loop that multiplies."""
+    loops = []
+    for end, text in enumerate(code):
+        target = re.match(r"BRA.*?(\.L_x_\d+)", text)
+        if target and target[1] in code[:end]:
+            loops.append([t for t in code[code.index(target[1]) : end + 1] if not t.startswith(".L")])
+    return min((loop for loop in loops if any(t.startswith("HGMMA") for t in loop)), key=len)
 
 
 def test_selection_by_rows(target: str, compile_kernel: Callable) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -293,6 +294,51 @@ def test_topk_repeats_bit_for_bit(select: Select) -> None:
 
 
 # batch_topk
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize(("op", "rows", "d_in", "d_sae"), [("topk", 17, 32, 48), ("batch_topk", 5, 16, 32)])
+def test_described_operands_select_the_same_bits(
+    op: str, rows: int, d_in: int, d_sae: int, triton_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By descriptors and by pointers, with ties, NaN, infinity and tiles that are computed again."""
+    x, W, b = (t.to(triton_device) for t in whole_numbers(rows, d_in, d_sae, 3))
+    x[rows // 2] = x[0]
+    x[-1, 0], W[d_sae // 2, 1] = float("nan"), float("inf")
+    wide = torch.zeros(rows + 1, d_in + 20, device=triton_device)[1:, 4 : 4 + d_in].copy_(x)
+    monkeypatch.setattr(config, "kept_entries", lambda *_, **__: 2)
+    select = getattr(triton_backend, f"select_{op}")
+    found = []
+    for described, rows_of_x in ((False, x), (True, wide)):
+        monkeypatch.setattr(config, "product_launch", lambda *_, d=described: replace(SMALL_TILE, described=d))
+        assert triton_backend.Product(rows_of_x, W, b, op).described == described
+        triton_backend.counters(triton_device, reset=True)
+        chosen = select(rows_of_x, W, b, 7)
+        found.append(chosen._replace(values=chosen.values.view(torch.int32)))
+        assert triton_backend.counters(triton_device).rescanned > 0
+    same(found[1], found[0])
+
+
+@pytest.mark.interpreted
+def test_operands_that_descriptors_cannot_reach_go_by_pointers(
+    triton_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(config, "product_launch", lambda *_: replace(SMALL_TILE, described=True))
+    x, W, b = (t.to(triton_device) for t in inputs(5, 32, 48))
+    more = torch.zeros(5, 33, device=triton_device)
+    cases = {
+        "columns": (x[:, :31], W[:, :31].contiguous()),
+        "latents": (x, W[:47]),
+        "rows of W": (x, torch.zeros(48, 64, device=triton_device)[:, :32]),
+        "columns of W": (x, W.T.contiguous().T),
+        "columns of x": (x.T.contiguous().T, W),
+        "stride of x": (more[:, :32], W),
+        "expanded x": (x[:1].expand(5, 32), W),
+        "address of x": (torch.zeros(5 * 36 + 1, device=triton_device)[1:].view(5, 36)[:, :32], W),
+    }
+    for name, (a, w) in cases.items():
+        assert not triton_backend.Product(a, w, b[: len(w)], name).described, name
+    assert triton_backend.Product(x, W, b, "all").described
 
 
 @pytest.mark.interpreted

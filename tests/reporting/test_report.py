@@ -202,6 +202,26 @@ def test_an_interrupted_run_says_so(make_run: Callable[..., Path]) -> None:
     assert page.root.one("div", "progress").attributes["aria-valuenow"] == "45.0"
 
 
+def test_weights_that_were_only_measured_are_no_run(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    made = make_run(steps=100, latents=3)
+    for name in ("config.yaml", "heldout_duplicates.json"):
+        shutil.copy(made / name, tmp_path)
+    measured = {
+        "evaluated": "other/weights",
+        "step": 0,
+        "finished": True,
+        "evaluation/fvu": 1.2,
+        "evaluation/tokens": 256,
+    }
+    (tmp_path / "summary.json").write_text(json.dumps(measured))
+    text = read(write_report(tmp_path)).words
+    assert "other/weights" in text
+    assert "256 held-out tokens" in text
+    assert "Nothing of the variance of held-out tokens is explained (FVU 1.2)." in text
+    for untrue in ("Transcoder run", "0 of", "metrics.jsonl", "usage.json", "Linear map", "really used"):
+        assert untrue not in text
+
+
 def test_an_empty_folder_gets_a_page_that_names_everything(tmp_path: Path) -> None:
     page = read(write_report(tmp_path))
     for name in (

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -18,6 +20,7 @@ from transcoder import Run, Transcoder, TranscoderConfig
 from transcoder.config import CheckpointSection
 from transcoder.reporting import RunPartMissingError
 from transcoder.reporting.latents import Latents
+from transcoder.reporting.samples import whole_characters
 from transcoder.training.checkpoint import CheckpointStore
 
 WIDTHS, TOKENS = (64, 192, 448, 512), 3 * 256
@@ -383,3 +386,16 @@ def test_plots_without_matplotlib_name_the_line_that_installs_it(run: Run, monke
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ImportError, match="pip install matplotlib"):
         run.plot_loss()
+
+
+def test_characters_of_several_tokens_are_shown_and_found(make_run: MakeRun) -> None:
+    assert whole_characters(["a <0xE6>", "<0x97>", "<0xA5>", "<0xE6>"]) == ["a <0xE6>", "<0x97>", "日", "<0xE6>"]
+    assert whole_characters(["<0x97>", "<0xF0><0x9F>", "<0x99><0x82>!", "<"]) == ["<0x97>", "<0xF0><0x9F>", "🙂!", "<"]
+    path = make_run(steps=100, latents=3)
+    file = path / "activation_samples" / "samples.parquet"
+    rows = pq.read_table(file).to_pylist()
+    rows[4]["tokens"][2:7] = [" <0xE6>", "<0x97>", "<0xA5>", "<0xE6><0x9C>", "<0xAC>"]
+    pq.write_table(pa.Table.from_pylist(rows, schema=pq.read_schema(file)), file)
+    (latent,) = Run(path).latents.search("日本")
+    assert latent.id == rows[4]["latent"]
+    assert any("<0xE6><0x97>日<0xE6><0x9C>本" in repr(context) for context in latent.contexts)

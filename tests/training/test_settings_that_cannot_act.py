@@ -97,6 +97,32 @@ def test_defaults_act_within_the_run(steps: int, batch: int, accumulation: int, 
     assert resolved.antidup.monitor.block_tokens == max(1, min(4_000_000, tokens // 6))
 
 
+@pytest.mark.parametrize(
+    ("values", "found"),
+    [
+        ({"training.steps": 2, "training.warmup_steps": 0}, {"training.steps": 3}),
+        ({"antidup.recycle.enabled": True, "antidup.recycle.until": 0.02}, {"training.steps": 150}),
+        ({"checkpoint.every": 40, "checkpoint.keep_every": 30}, {"checkpoint.keep_every": 40}),
+        ({"checkpoint.every": 20, "checkpoint.keep_every": 30}, {}),
+        ({"checkpoint.every": 200, "checkpoint.keep_every": 50}, {}),
+        ({"transcoder.aux_k": 0, "training.dead_refresh_steps": 1000}, {}),
+    ],
+)
+def test_too_few_steps_for_a_flag_and_other_single_settings(values: dict[str, float], found: dict[str, int]) -> None:
+    short = {
+        "training.steps": 100,
+        "training.dead_refresh_steps": 1,
+        "antidup.recycle.every": 1,
+        "antidup.samples.collect_every": 1,
+        "antidup.monitor.correlation_save_frequency": 1,
+    }
+    config = as_started(RunConfig().replace({**short, **values}), NO_FOLDER, resume=False)
+    assert named(config) == found
+    assert named(as_started(config.replace(found), NO_FOLDER, resume=False)) == {} or values.get(
+        "antidup.recycle.enabled"
+    )
+
+
 def test_the_readmes_example_can_count_a_dead_latent_and_flag_a_pair() -> None:
     text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     (example,) = re.findall(r"```yaml\n(name: my-run.*?)```", text, re.DOTALL)

@@ -86,7 +86,7 @@ class HookedModel:
         own = own_tokenizer(folder)
         given = {} if own is not None else {"tokenizer": no_tokenizer()}
         try:
-            with contextlib.nullcontext() if progress else _no_progress_bars():
+            with _no_progress_bars(but_downloads=progress):
                 bridge = TransformerBridge.boot_transformers(folder, device=str(device), dtype=dtype, **given)
         except Exception as error:
             # Loading raises many types: a torn weight file, an architecture without an adapter, no network
@@ -353,14 +353,18 @@ def _hooks_of_module(bridge: Any, path: str) -> tuple[str, str] | None:
 
 
 @contextlib.contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """Those of transformers and of the hub's client; as they were afterwards."""
+def _no_progress_bars(but_downloads: bool) -> Iterator[None]:
+    """None of transformers' own (a command has its own lines), nor, but for `but_downloads`, of the hub's client; as they were
+    afterwards."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from transformers.utils import logging
 
     ours, hubs = logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
-    logging.disable_progress_bar()
-    disable_progress_bars()
+    logging.disable_progress_bar()  # the hub's too
+    if but_downloads and hubs:
+        enable_progress_bars()
+    else:
+        disable_progress_bars()
     try:
         yield
     finally:

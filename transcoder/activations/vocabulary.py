@@ -178,8 +178,34 @@ class Vocabulary:
     def _display(self, token: int) -> str:
         assert self._tokenizer is not None
         text = self._tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        # A lone byte of a multi-byte character decodes to the replacement mark: the vocabulary's own
-        # spelling says more.
+        # A piece of a character decodes to the replacement mark: the vocabulary's own spelling says which bytes it has.
         if text == "" or "�" in text:
-            return str(self._tokenizer.convert_ids_to_tokens(token))
+            return bytes_spelled(str(self._tokenizer.convert_ids_to_tokens(token)))
         return str(text)
+
+
+def bytes_spelled(piece: str) -> str:
+    """A piece of a byte-level vocabulary as text, its bytes that are no whole character as `<0xE6>`, which is how other
+    vocabularies spell a byte. What is not of such a vocabulary is returned as it is.
+
+    >>> bytes_spelled("Ġæ"), bytes_spelled("▁the")
+    (' <0xE6>', '▁the')
+    """
+    if not set(piece) <= _BYTES.keys():
+        return piece
+    raw = bytes(_BYTES[c] for c in piece)
+    lone = (
+        f"<0x{ord(c) - 0xDC00:02X}>" if "\udc80" <= c <= "\udcff" else c for c in raw.decode("utf-8", "surrogateescape")
+    )
+    return "".join(lone)
+
+
+def _byte_characters() -> dict[str, int]:
+    """How byte-level vocabularies (GPT-2's and its followers) write bytes: printable ones of Latin-1 as they are, the others,
+    in order, as the characters from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(0x100 + n): b for n, b in enumerate(others)}
+
+
+_BYTES = _byte_characters()

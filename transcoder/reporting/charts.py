@@ -234,25 +234,24 @@ def bar_chart(
 
 
 def point_chart(title: str, points: Sequence[tuple[str, float, float]], *, x_label: str, y_label: str) -> Chart | None:
-    """Points (label, x, y), each with its label; None where there are fewer than two."""
+    """Points (label, x, y), named in the legend: labels next to them would lie over each other; None where there are fewer
+    than two."""
     if len(points) < 2:
         return None
     labels, x, y = zip(*points, strict=True)
-    more = {
-        "mode": "markers+text",
-        "text": list(map(_plain, labels)),
-        "textposition": "top center",
-        "cliponaxis": False,
-    }
-    marker = {"size": 10, "color": [f"--c{n % 6}" for n in range(len(points))]}
-    trace = _scatter(_shorts(x), y, marker=marker, hovertemplate="%{text}: %{x}, %{y}<extra></extra>", **more)
+    colors = [f"c{n % 6}" for n in range(len(points))]
+    marker = {"size": 10, "color": [f"--{color}" for color in colors]}
+    more = {"mode": "markers", "text": list(map(_plain, labels)), "hovertemplate": "%{text}: %{x}, %{y}<extra></extra>"}
+    trace = _scatter(_shorts(x), y, marker=marker, **more)
     layout = {
         "xaxis": _axis(x_label, **_value_axis(x, False, False)),
         "yaxis": _axis(y_label, **_value_axis(y, False, False)),
     }
     rows = [[label, _text(a), _text(b)] for label, a, b in points]
     spoken = "; ".join(f"{label}: {number(b)} at {number(a)}" for label, a, b in points)
-    return Chart(title, "points", [trace], layout, spoken, ["", x_label, y_label], rows)
+    return Chart(
+        title, "points", [trace], layout, spoken, ["", x_label, y_label], rows, list(zip(labels, colors, strict=True))
+    )
 
 
 def interval_chart(title: str, rows: Sequence[dict[str, Any]], *, x_label: str) -> Chart | None:

@@ -74,6 +74,11 @@ def payload(run: Run, cards: LatentCards | None = None, version: int = 0) -> tup
 
 def header(run: Run) -> dict[str, Any]:
     """The page's head: {"eyebrow", "title", "pill": (words, look), "facts", "progress": 0..1 | None}."""
+    if weights := run.summary.get("evaluated"):
+        # Weights that were measured: no training is known.
+        facts = [str(weights), f"{number(run.metric('evaluation/tokens'))} held-out tokens"]
+        about = {"eyebrow": "Weights of a transcoder", "title": run.name, "pill": ("measured", "good")}
+        return {**about, "facts": facts, "progress": None}
     last, steps = number(run.last_step), real(run.setting("training.steps")) or 0.0
     facts = [f"{last} of {number(steps)} steps" if steps > 0 else f"{last} steps"]
     if run.tokens is not None:

@@ -252,13 +252,16 @@ class Run:
                 f"is of an earlier session, which ended at step {self.earlier_session}: "
                 f"the values shown are the last in {FILE_NAME}"
             )
-        return [Missing(what, reason) for what, reason in {**self._why, **why}.items()]
+        # Weights that were only measured were not trained here.
+        training = {FILE_NAME, "usage.json", "correlation report"} if "evaluated" in self.summary else set()
+        return [Missing(what, reason) for what, reason in {**self._why, **why}.items() if what not in training]
 
     @property
     def lacking(self) -> list[Missing]:
         """What the cards of the latents go without, and why. Reads the files that `missing` does not."""
         _ = self.heldout_latents, self.unverified_checkpoint
-        return [Missing(what, why) for what, why in self._why_lacking.items()]
+        other = {"checkpoint"} if "evaluated" in self.summary else set()
+        return [Missing(what, why) for what, why in self._why_lacking.items() if what not in other]
 
     def missing_error(self, what: str, *listed: str) -> RunPartMissingError:
         """The error for `what`; the reason is that of the first of `listed` which `missing` has."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +22,8 @@ BATCH_ROWS = 8192
 """Rows of contexts in memory at a time."""
 LINE_CHARACTERS = 100
 """Characters of a context that one line of text shows."""
+_BYTE = re.compile("<0x([0-9A-F]{2})>")
+_UNIT = re.compile(f"{_BYTE.pattern}|[^<]+|<")
 _SHADE = "255,140,0"
 """A colour that can be read on a light page and on a dark one."""
 
@@ -30,7 +34,8 @@ class Context:
 
     Fields:
         kind: "top" for one of its strongest, "stratified" for one drawn over positions.
-        tokens: display strings, padding left out.
+        tokens: display strings, padding left out. Of a character that several tokens make up, the last one has the character,
+            those before it their bytes (`<0xE6>`).
         anchor: the place in `tokens` of the token that the sample was kept for.
         activation: at the anchor.
         activations: [tokens] float64: the latent's on each token; NaN where it is not known (a masked token; every token but
@@ -53,12 +58,18 @@ class Context:
 
     @property
     def text(self) -> str:
-        return "".join(self.tokens)
+        return "".join(self._searched)
+
+    @property
+    def _searched(self) -> list[str]:
+        """The tokens without bytes of a character that a later token completes."""
+        return [_BYTE.sub("", token) for token in self.tokens]
 
     def firing_on(self, text: str) -> float:
         """The strongest known activation on a token of `text`, wherever it is in the context, upper and lower case alike."""
-        ends = np.cumsum([len(token) for token in self.tokens])
-        begins, strongest = ends - [len(token) for token in self.tokens], 0.0
+        sizes = [len(token) for token in self._searched]
+        ends = np.cumsum(sizes)
+        begins, strongest = ends - sizes, 0.0
         joined, wanted = self.text.lower(), text.lower()
         at = joined.find(wanted)
         while at >= 0:
@@ -160,7 +171,7 @@ class SampleTable:
         near[anchor] = activation = float(self.activation[row])
         kind: Literal["top", "stratified"] = "top" if self.top[row] else "stratified"
         step, latent = int(self.step[row]), int(self.latent[row])
-        shown = texts[begin:], anchor - begin, activation, near[begin:]
+        shown = whole_characters(texts[begin:]), anchor - begin, activation, near[begin:]
         return Context(kind, *shown, position, sequence, step, latent)
 
     def containing(self, text: str) -> NDArray[np.bool_]:
@@ -180,6 +191,9 @@ class SampleTable:
                     joined = pa.array(
                         ["".join(f"[{i}]" for i in ids or () if i >= 0) for ids in batch.column(0).to_pylist()]
                     )
+                if not text.isascii():
+                    spelled = ("".join(whole_characters([t])) if t else t for t in joined.to_pylist())
+                    joined = pa.array([t and _BYTE.sub("", t) for t in spelled], type=pa.string())
                 hit = pc.fill_null(pc.match_substring(joined, pattern=text, ignore_case=True), False)
                 found.append(np.asarray(hit.to_numpy(zero_copy_only=False), dtype=bool))
         return np.concatenate(found) if found else np.zeros(0, dtype=bool)
@@ -188,6 +202,32 @@ class SampleTable:
     def _by_latent(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         order = np.lexsort((-self.activation, self.latent))
         return order, self.latent[order]
+
+
+def whole_characters(tokens: list[str]) -> list[str]:
+    """Tokens with the characters that they make up together: the token with a character's last byte gets the character in the
+    place of that byte. Bytes of a character that is cut off stay as they are.
+
+    >>> whole_characters([" <0xE6>", "<0x97>", "<0xA5>", "<0xE6>"])
+    [' <0xE6>', '<0x97>', '日', '<0xE6>']
+    """
+    if not any("<0x" in token for token in tokens):
+        return tokens
+    units = [(n, unit[0], unit[1]) for n, token in enumerate(tokens) for unit in _UNIT.finditer(token)]
+    found, at = [""] * len(tokens), 0
+    while at < len(units):
+        owner, text, lead = units[at]
+        size = 1 if lead is None or lead < "C0" else 2 if lead < "E0" else 3 if lead < "F0" else 4
+        part = units[at : at + size]
+        with contextlib.suppress(ValueError):  # a piece of a character, without the others
+            if lead is not None:
+                text = bytes.fromhex("".join(byte or "text" for _, _, byte in part)).decode()
+                owner, at = part[-1][0], at + size - 1
+                for earlier, spelled, _ in part[:-1]:
+                    found[earlier] += spelled if earlier != owner else ""
+        found[owner] += text
+        at += 1
+    return found
 
 
 def read_samples(path: Path) -> SampleTable:

@@ -226,7 +226,8 @@ def _merge_costs(pairs: Duplicates) -> Chart | None:
         [("pairs", counts.tolist(), "c2")],
         x_label="share of the dropped latent's worth (1: all of it, or more)",
         y_label="pairs",
-        marks=[(MERGEABLE_SHARE, "← duplicates"), (REFUSED_SHARE, "correlated →")],
+        marks=[(MERGEABLE_SHARE, ""), (REFUSED_SHARE, "")],
+        note="Duplicates are left of the first line, correlated pairs right of the second, unless the test's error is large.",
     )
 
 

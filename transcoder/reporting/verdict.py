@@ -91,14 +91,15 @@ def quality(run: Run) -> Verdict:
     against = f"; {', '.join(text for text, _ in known)}" if known else ""
     sinks = run.metric("evaluation/fvu_with_sinks")
     with_sinks = "" if sinks is None else f", with sinks {number(sinks)}"
-    text = (
-        f"{percent(1 - fvu)} of the variance of held-out tokens is explained (FVU {number(fvu)}{with_sinks}{against})."
-    )
+    share = percent(1 - fvu) if fvu < 1 else "Nothing"
+    text = f"{share} of the variance of held-out tokens is explained (FVU {number(fvu)}{with_sinks}{against})."
     beaten = [fvu < value for _, value in known]
     if not all(beaten):
         return Verdict(
             question, "bad", f"NOT better than {'the mean' if not beaten[-1] else 'a linear map'}: {text}{words}"
         )
+    if fvu >= 1:
+        return Verdict(question, "bad", text + words)
     return Verdict(question, "warn" if dead is not None and dead > MANY_DEAD else "good" if known else "", text + words)
 
 

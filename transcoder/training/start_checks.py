@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import itertools
 import logging
+import math
 import operator
 import os
 from collections.abc import Iterable, Sequence
@@ -60,6 +61,7 @@ def check_for_ranks(config: RunConfig, processes: int, own_batches: bool) -> Non
     """ConfigError for what a run in several processes cannot do (the list in docs/scale.md), before the model is loaded."""
     wrong = [
         (own_batches, "batches: expected none"),
+        (":" in config.model.device, f"model.device: expected auto, cuda or cpu, got {config.model.device}"),
         (config.activations.layers is not None, "activations.layers: expected null"),
         (
             config.transcoder.activation == "jumprelu",
@@ -200,7 +202,7 @@ def _name_what_cannot_act(config: RunConfig) -> None:
 
     refresh = training.dead_refresh_steps
     acts_from = min(refresh, steps // 4) if steps > 3 else 1
-    if refresh >= steps > 1:
+    if refresh >= steps > 1 and dictionary.aux_k != 0 and dictionary.aux_coefficient != 0:
         warn("training.dead_refresh_steps", refresh, "AuxK never reads which latents are dead", acts_from)
     dead_after = dictionary.dead_after_tokens
     if dead_after is not None and dead_after > (steps - 1) // acts_from * acts_from * a_step and steps > 1:
@@ -209,9 +211,17 @@ def _name_what_cannot_act(config: RunConfig) -> None:
     if monitor.enabled:
         last = int(anti.recycle.until * steps) if anti.recycle.enabled else steps
         outcome = "flagged" if last == steps else f"flagged by step {last}, after which nothing is recycled"
+        if last < monitor.blocks_to_flag:
+            share = anti.recycle.until if anti.recycle.enabled else 1.0
+            would = next(n for n in itertools.count(steps) if int(share * n) >= monitor.blocks_to_flag)
+            why = f"a flag needs {monitor.blocks_to_flag} blocks of a step at least, so no pair will be {outcome}"
+            warn("training.steps", steps, why, would)
         for name, would in _changes_for_a_flag(config, last).items():
             why = f"a flag needs {monitor.blocks_to_flag} blocks, each closed by a report, so no pair will be {outcome}"
             warn(f"antidup.monitor.{name}", getattr(monitor, name), why, would)
+    every, keep = config.checkpoint.every, config.checkpoint.keep_every
+    if keep is not None and math.lcm(every, keep) > steps and steps % keep:
+        warn("checkpoint.keep_every", keep, "no checkpoint is of a step that is a multiple of it", min(every, steps))
     waits: dict[str, tuple[bool, int | None, int, str]] = {
         "training.warmup_steps": (True, training.warmup_steps, steps, "the learning rate never reaches lr"),
         "training.evaluation_every": (True, training.evaluation_every, steps, "there is one evaluation, at the end"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -55,6 +56,31 @@ def topk(rows: int = 70, k: int = 7) -> None:
     triton_backend.counters("cpu", reset=True)
     compare(lambda: selected(topk_encode(x, W, b, k)))
     assert triton_backend.counters("cpu").rescanned > 0, "no row was computed again"
+
+
+def described() -> None:
+    """Blocks of x and W_enc by descriptors: the bits that pointers give, on whole and broken blocks of rows."""
+    from transcoder.kernels import batch_topk_encode, topk_encode, use_backend
+    from transcoder.kernels.encode import config, triton_backend
+
+    plain = config.product_launch
+    for rows, d, latents in ((70, 64, 320), (5, 32, 64)):
+        x, W, b = encoder(rows, d, latents)
+        found = []
+        for by_descriptors in (False, True):
+            config.product_launch = lambda *kind, by=by_descriptors: replace(
+                plain(*kind), rows=16, latents=32, depth=32, described=by
+            )
+            try:
+                assert triton_backend.Product(x, W, b, "topk_encode").described == by_descriptors
+                triton_backend.counters("cpu", reset=True)
+                with use_backend("triton"):
+                    found.append(selected(topk_encode(x, W, b, 7)) + selected(batch_topk_encode(x, W, b, 3)))
+                assert triton_backend.counters("cpu").rescanned > 0, "nothing was computed again"
+            finally:
+                config.product_launch = plain
+        for want, got in zip(*found, strict=True):
+            assert torch.equal(want, got), "by descriptors: a wrong value"
 
 
 def batch_topk() -> None:
@@ -199,7 +225,7 @@ def layouts() -> None:
 FAMILIES: dict[str, Callable[[], None]] = {
     f.__name__: f
     for f in (
-        topk, batch_topk, threshold, encode_backward, decode, nested,
+        topk, described, batch_topk, threshold, encode_backward, decode, nested,
         correlation, correlation_by_entry, sketch, adam, adam_of_long_rows, layouts,
     )
 }  # fmt: skip
@@ -327,6 +353,8 @@ PLANTED: list[tuple[str, str, str, str, str, Callable[[], None]]] = [
         "g = tl.load(gradient + place)", adam,
     ),
     (VALUE, "", "encode.triton_backend", "x, W, b.contiguous()", "x, W, b", layouts),
+    (VALUE, "", "encode.kernel", "W.load([0, tile * d_in + start])", "W.load([0, tile + start])", described),
+    (VALUE, "", "encode.kernel", "tl.arange(0, BM) == 0)[:, None], order", "tl.arange(0, BM) == 1)[:, None], order", described),
 ]  # fmt: skip
 
 

@@ -21,7 +21,8 @@ const readTexts = () => {
       const chunk = await readChunk(n);
       for (const [id, rows, facts] of chunk.cards) {
         const contexts = rows.map(([, , , , , words, strengths]) => {
-          const tokens = words.map((w) => chunk.words[w]);
+          // Bytes of a character are left out: its last token has it.
+          const tokens = words.map((w) => chunk.words[w].replace(/<0x[0-9A-F]{2}>/g, ""));
           const ends = [];
           for (const token of tokens) ends.push((ends.at(-1) ?? 0) + token.length);
           return { text: tokens.join("").toLowerCase(), fires: strengths.map(([n, s]) => [ends[n] - tokens[n].length, ends[n], s]) };
