@@ -50,8 +50,8 @@ def set_lines(summary: Mapping[str, Any]) -> list[str]:
     return [*lines, *(f"ended: {why}" for why in summary.get("ended", {}).values())]
 
 
-def set_page(run: Run, links: bool = True) -> dict[str, Any]:
-    """What the page of a set shows, see `render_page`: the table of layers, with `links` to their own pages."""
+def set_page(run: Run, header: Mapping[str, Any], links: bool) -> dict[str, Any]:
+    """What the page of a set shows under a run's `header`, see `render_page`: the table of layers, with `links` to their pages."""
     from markupsafe import Markup
 
     from transcoder.reporting.page import render
@@ -60,17 +60,14 @@ def set_page(run: Run, links: bool = True) -> dict[str, Any]:
     for row, folder in zip(rows, layer_folders(run.path).values(), strict=True):
         if links and (folder / "report.html").is_file():
             row[0] = Markup('<a href="{}/{}/report.html">{}</a>').format(LAYERS_FOLDER, folder.name, row[0])
-    steps = real(run.setting("training.steps")) or 0.0
     lead = " ".join(line[0].upper() + line[1:] + "." for line in set_lines(run.final))
     table = {"head": head, "rows": rows, "caption": "Layers", "numeric": range(1, len(head) - 1)}
     return {
         "title": f"{run.name}: layer set",
         "header": {
+            **header,
             "eyebrow": "Layer set",
-            "title": run.name,
-            "pill": (run.status, "good" if run.finished else "warn"),
-            "facts": [f"{len(rows)} layers", f"{number(run.last_step)} of {number(steps)} steps"],
-            "progress": None if run.finished or steps <= 0 else (run.last_step or 0) / steps,
+            "facts": [f"{len(rows)} layers", header["facts"][0]],
         },
         "sections": [
             {"id": "layers", "title": "Layers", "html": render("sections/plain.html", lead=lead, table=table)}

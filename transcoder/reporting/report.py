@@ -53,7 +53,7 @@ def payload(
         live: the page is served while the run goes on, and no other page with it.
     """
     if layer_folders(run.path):
-        return {**set_page(run, links=not live), "version": version}, LatentCards({})
+        return {**set_page(run, header(run), links=not live), "version": version}, LatentCards({})
     known = cards or _guarded("the latents", lambda: latent_cards.build(run), lambda _: LatentCards({}))
 
     def drawn(name: str) -> Any:

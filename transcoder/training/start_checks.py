@@ -61,6 +61,7 @@ def check_for_ranks(config: RunConfig, processes: int, own_batches: bool) -> Non
     """ConfigError for what a run in several processes cannot do (the list in docs/scale.md), before the model is loaded."""
     wrong = [
         (own_batches, "batches: expected none"),
+        (":" in config.model.device, f"model.device: expected auto, cuda or cpu, got {config.model.device}"),
         (config.activations.layers is not None, "activations.layers: expected null"),
         (
             config.transcoder.activation == "jumprelu",
