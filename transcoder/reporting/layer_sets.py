@@ -51,7 +51,7 @@ def set_lines(summary: Mapping[str, Any]) -> list[str]:
 
 
 def set_page(run: Run, header: Mapping[str, Any], links: bool) -> dict[str, Any]:
-    """What the page of a set shows under a run's `header`, see `render_page`: the table of layers, with `links` to their pages."""
+    """What the page of a set shows under a run's `header`, see `render_page`: the table of layers; `links` lead to theirs."""
     from markupsafe import Markup
 
     from transcoder.reporting.page import render
