@@ -117,7 +117,8 @@ def write_set(
             what = f"{weights.d_sae} latents padded with zeros to {width}: one width for all layers"
             record.add(f"layer {layer}: {what}", "layout")
         write_safetensors(folder / f"layer_{layer}.safetensors", _tensors(weights, some, width, skip))
-    runs = {n: Path(one) for n, one in sources.items() if isinstance(one, (str, Path)) and _is_run(Path(one))}
+    folders = {n: Path(one) for n, one in sources.items() if isinstance(one, (str, Path))}
+    runs = {n: f for n, f in folders.items() if (f / "config.yaml").is_file() and (f / "checkpoints").is_dir()}
     features = sum(write_features(run, layer, folder / FOLDER) for layer, run in runs.items())
     if features:
         record.add(
@@ -137,10 +138,6 @@ def write_set(
         "matryoshka_widths": {layer: list(weights.widths) for layer, weights in by_layer.items() if weights.widths},
     }
     (folder / CONFIG_FILE).write_bytes(yaml.safe_dump(config, sort_keys=False).encode())
-
-
-def _is_run(path: Path) -> bool:
-    return (path / "config.yaml").is_file() and (path / "checkpoints").is_dir()
 
 
 def _all_layers(by_layer: Mapping[int, FoldedWeights]) -> int:

@@ -56,23 +56,22 @@ def write_set_report(path: str | Path) -> Path:
     from markupsafe import Markup
 
     from transcoder.reporting.page import render, render_page
+    from transcoder.reporting.report import header
 
     run = Run(path, empty_ok=True)
     head, rows = set_table(run.path)
     for row, folder in zip(rows, layer_folders(run.path).values(), strict=True):
         if (folder / "report.html").is_file():
             row[0] = Markup('<a href="{}/{}/report.html">{}</a>').format(LAYERS_FOLDER, folder.name, row[0])
-    steps = real(run.setting("training.steps")) or 0.0
+    head_of_run = header(run)
     lead = " ".join(line[0].upper() + line[1:] + "." for line in set_lines(run.final))
     table = {"head": head, "rows": rows, "caption": "Layers", "numeric": range(1, len(head) - 1)}
     core = {
         "title": f"{run.name}: layer set",
         "header": {
+            **head_of_run,
             "eyebrow": "Layer set",
-            "title": run.name,
-            "pill": (run.status, "good" if run.finished else "warn"),
-            "facts": [f"{len(rows)} layers", f"{number(run.last_step)} of {number(steps)} steps"],
-            "progress": None if run.finished or steps <= 0 else (run.last_step or 0) / steps,
+            "facts": [f"{len(rows)} layers", head_of_run["facts"][0]],
         },
         "sections": [
             {"id": "layers", "title": "Layers", "html": render("sections/plain.html", lead=lead, table=table)}

@@ -85,15 +85,10 @@ class LayerSet:
         resumed = any(run.step for run in runs.values())
         replace_atomically(run_dir / "config.yaml", config.to_yaml())
         self.writer = stack.enter_context(MetricsWriter(run_dir, config, self.step if resumed else None))
-        self.writer.write_event(
-            "layers", {"layers": list(runs), "buffer_tokens": self._any.config.activations.buffer_tokens}
-        )
+        buffer_tokens = next(iter(runs.values())).config.activations.buffer_tokens
+        self.writer.write_event("layers", {"layers": list(runs), "buffer_tokens": buffer_tokens})
         self._bar = ProgressBar(config.training.steps, self.step, config.logging.progress)
         stack.callback(self._bar.close)
-
-    @property
-    def _any(self) -> Trainer:
-        return next(iter(self.runs.values()))
 
     @property
     def _going(self) -> dict[int, Trainer]:

@@ -155,7 +155,8 @@ class LayerTrainer:
         return StepView(self.index, step, seen, norm, self._ledger.take(), flag_of(bad))
 
     def fit_normalization(self, source: BatchSource) -> None:
-        """Fit the transcoder's normalisation to a sample, which `source` gives to training again."""
+        """Fit the transcoder's normalisation to a sample, which `source` gives to training again. Where the sample's source and
+        target are the same, the encoder begins as the decoder's transpose."""
         shape = self.config.transcoder
         taken = source.look_ahead(shape.normalization_tokens)
         sample = {name: torch.cat([getattr(batch, name) for batch in taken]) for name in ("source", "target")}
@@ -168,6 +169,9 @@ class LayerTrainer:
                 )  # fmt: skip
         if shape.normalize != "none":
             self.transcoder.set_normalization(sample["source"], sample["target"], shape.normalize)
+        if sample["source"].shape == sample["target"].shape and torch.equal(sample["source"], sample["target"]):
+            # An autoencoder: a latent that adds what it fires on reduces the error from the first step on (Gao et al. 2024).
+            self.transcoder.W_enc.data.copy_(self.transcoder.W_dec)
 
     def check_weights(self, step: int) -> None:
         """TrainingDivergedError where a weight is NaN or Inf. Reads the device."""
