@@ -103,6 +103,8 @@ def train(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
     config = RunConfig.load(options.config, overrides)
     if options.seeds is None:
         return _train(config, _out(options, config.name), options.resume)
+    if _several_processes():
+        raise ConfigError("--seeds: expected one run under torchrun; start one after another")
     seeds = _whole_numbers("--seeds", options.seeds)
     runs = {
         seed: _out(options, config.name).with_name(f"{_out(options, config.name).name}-seed{seed}") for seed in seeds
@@ -138,11 +140,15 @@ def demo(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
     return _train(config, _out(options, config.name), options.resume)
 
 
+def _several_processes() -> bool:
+    """As `transcoder.training.start_checks.under_torchrun`, without loading PyTorch."""
+    return "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+
+
 def _train(config: RunConfig, out: Path, resume: bool) -> int:
     # Under torchrun the first process looks at the folder once all have met, and speaks for them.
-    several = "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
-    first = not several or os.environ["RANK"] == "0"
-    if not resume and not several:
+    first = not _several_processes() or os.environ["RANK"] == "0"
+    if not resume and not _several_processes():
         _refuse_used_folder(out)
     from transcoder.reporting.progress import stages
     from transcoder.reporting.verdict import is_done, said_of

@@ -277,6 +277,10 @@ class ActivationStream:
         """
         return self._source.counters(self._cursor)
 
+    def ready(self, batches: int) -> None:
+        """Draw what the next `batches` batches take. Where that fails nothing is lost: what was drawn is due next."""
+        self.look_ahead(batches * self._batch_size)
+
     def share_counters(self) -> None:
         """Let `counters` give those of all processes, which call this together."""
 

@@ -102,6 +102,7 @@ def check_streams(config: RunConfig, own_batches: bool) -> None:
         return
     wrong = [
         (own_batches, "with `batches`: they are one stream"),
+        (config.activations.layers is not None, "with activations.layers"),
         (config.activations.kind == "cached", "with cached activations, whose shards are one stream"),
         (config.antidup.positions.enabled and config.antidup.positions.train, "with antidup.positions.train"),
         (batch % streams != 0, f"or a divisor of training.batch_size = {batch}"),

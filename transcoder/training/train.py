@@ -144,6 +144,7 @@ def opened_run(
 def opened_set(config: RunConfig, run_dir: Path, resume: bool = False) -> Iterator[LayerSet]:
     """The runs of a layer set in their locked folders before their first step. Arguments and errors as `train_transcoder`."""
     check_one_process()
+    check_streams(config, False)
     device = device_of(config.model.device)
     config = resolved_layers(config)
     say_backend(device)

@@ -16,7 +16,7 @@ from transcoder.config import RunConfig
 from transcoder.files import local_path
 from transcoder.reporting.compare import compare_runs, format_comparison, write_comparison
 from transcoder.training.run_end import RunResult
-from transcoder.training.start_checks import as_started
+from transcoder.training.start_checks import as_started, check_one_process
 from transcoder.training.train import train_transcoder
 from transcoder.usage import SECTIONS, judge
 
@@ -81,6 +81,7 @@ def validate(config: RunConfig, out: Path | str) -> ValidationResult:
         LedgerError: in the run with the parts on, one was not really used. ConfigError and others as
             `train_transcoder`.
     """
+    check_one_process()
     out, config = local_path(out), resolved_layers(config)
     checks: dict[str, list[Check]] = {}
     for name, enabled in (("with_antidup", True), ("baseline", False)):
