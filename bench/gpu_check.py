@@ -1,12 +1,14 @@
 """One command for a machine with a GPU: every op natively against its reference, then the benchmarks, one JSON.
 
-    python -m bench.gpu_check [--only checks,verdicts,checker,benchmarks] [--minutes 9] [--out FILE] [--quick] [--seed N]
+    python -m bench.gpu_check [--only checks,verdicts,graph,checker,benchmarks] [--minutes 9] [--out FILE] [--quick] [--seed N]
 
 checks      Each op, each backend that this device has, each dtype, fresh inputs (the seed is printed and recorded), forward and
             gradients against the float64 reference, and twice for bitwise equality. Then whole training steps: compiled in one
             graph they equal the eager step bit for bit; on a GPU they run without waiting for the device, and captured in a
             CUDA graph and replayed on new batches they again equal the eager step bit for bit.
 verdicts    The backends that `auto` selects on this GPU (`transcoder.kernels.gpu_selftest`).
+graph       A whole training step at the reference size, launched by the host and replayed as one CUDA graph: milliseconds until
+            the host has launched it and until the device has done it.
 checker     The memory and race checker (`compute-sanitizer`, where it is installed) over the Triton checks on small shapes.
 benchmarks  `pytest bench/`, its rows taken into the JSON; after checks that passed, or with `--only benchmarks`.
 
@@ -35,7 +37,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +52,15 @@ from transcoder.model import Transcoder, TranscoderConfig
 from transcoder.training.optimizer import make_optimizer, optimizer_step
 
 ROOT = Path(__file__).resolve().parent.parent
-STAGES = ("checks", "verdicts", "checker", "benchmarks")
-LIMITS = {"checks": 240.0, "verdicts": 120.0, "checker": 120.0}
+STAGES = ("checks", "verdicts", "graph", "checker", "benchmarks")
+LIMITS = {"checks": 240.0, "verdicts": 120.0, "graph": 60.0, "checker": 120.0}
 """Time limit of a part in seconds, cut to the rest of `--minutes`, so that one hang does not use up the time on the machine.
 Estimates; the benchmarks get the rest."""
 STOPPED = "stopped at the time limit"
 NO_PYTEST = "pytest is not installed: install it (or a wheel that you bring), or leave the benchmarks out by --only"
+STEP_SIZES = {"B 1024": (1024, 2304, 18432, 48), "B 4096": (4096, 2304, 18432, 48)}
+"""B, d, N, k of the steps that stage `graph` times: those of bench.roofline's predictions."""
+TIMED_STEPS = 10
 GRACE = 20.0
 """Seconds for a stopped process to write its results before it is killed."""
 
@@ -101,12 +106,12 @@ def step_checks(device: torch.device) -> dict[str, Callable[[torch.device, Any, 
     return checks
 
 
-def a_run(device: torch.device, activation: Any, seed: int) -> tuple[Transcoder, Step]:
+SHAPE = TranscoderConfig(96, 80, 512, 12, widths=[64, 256, 512])
+
+
+def a_run(device: torch.device, activation: Any, seed: int, shape: TranscoderConfig = SHAPE) -> tuple[Transcoder, Step]:
     """A model and one training step of it, under autocast as in a run: equal for equal seeds."""
-    widths = [64, 256, 512]
-    model = Transcoder(
-        TranscoderConfig(96, 80, 512, 12, activation=activation, widths=widths), seed=seed, device=device
-    )
+    model = Transcoder(replace(shape, activation=activation), seed=seed, device=device)
     optimizer = make_optimizer(model.train(), TrainingSection(), 1e-3)
     for group in optimizer.param_groups:
         group["capturable"] = device.type == "cuda"
@@ -165,30 +170,78 @@ def check_no_wait(device: torch.device, activation: Any, seed: int) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def check_capture(device: torch.device, activation: Any, seed: int) -> None:
-    (eager, step), (model, captured_step) = a_run(device, activation, seed), a_run(device, activation, seed)
-    warm, fresh = batches(device, seed, 3), batches(device, seed + 1, 4)
-    x, y = (t.clone() for t in warm[0])
+def capture(step: Step, x: Tensor, y: Tensor, warm: list[tuple[Tensor, Tensor]]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """The step on (x, y) as a graph, and its loss, after the warm-up batches went through x and y."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for batch in warm:
             x.copy_(batch[0])
             y.copy_(batch[1])
-            captured_step(x, y)
+            step(x, y)
     torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = step(x, y)
+    return graph, loss
+
+
+def check_capture(device: torch.device, activation: Any, seed: int) -> None:
+    (eager, step), (model, captured_step) = a_run(device, activation, seed), a_run(device, activation, seed)
+    warm, fresh = batches(device, seed, 3), batches(device, seed + 1, 4)
+    x, y = (t.clone() for t in warm[0])
+    graph, loss = capture(captured_step, x, y, warm)
     for batch in warm:
         step(*batch)
     same_state("warm-up", model, eager)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loss = captured_step(x, y)
     for batch in fresh:
         x.copy_(batch[0])
         y.copy_(batch[1])
         graph.replay()
         same_bits("loss of a replayed step", [loss], [step(*batch)])
         same_state("replayed step", model, eager)
+
+
+def step_times(device: torch.device, activation: Any, size: tuple[int, int, int, int], seed: int) -> dict[str, float]:
+    """Milliseconds a step, launched one operation after the other and, on a GPU, replayed as one graph: `host`, until the last
+    launch returns, and `step`, until the device has done all."""
+    rows, d, latents, k = size
+    shape = TranscoderConfig(d, d, latents, k, widths=[latents // 8, latents // 2, 7 * latents // 8, latents])
+    _, step = a_run(device, activation, seed, shape)
+    g = torch.Generator().manual_seed(seed)
+    x, y = (torch.randn(rows, d, generator=g).to(device) for _ in range(2))
+    found = {}
+    for how in ("eager", "graph") if device.type == "cuda" else ("eager",):
+        call: Callable[[], object] = lambda: step(x, y)  # noqa: E731
+        if how == "graph":
+            call = capture(step, x, y, [(x.clone(), y.clone())])[0].replay
+        for _ in range(3):
+            call()
+        wait(device)
+        start = time.perf_counter()
+        for _ in range(TIMED_STEPS):
+            call()
+        launched = time.perf_counter()
+        wait(device)
+        for name, end in (("host", launched), ("step", time.perf_counter())):
+            found[f"{how} {name} ms"] = round(1e3 * (end - start) / TIMED_STEPS, 4)
+    return found
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def tell_times(device: torch.device, sizes: dict[str, tuple[int, int, int, int]], seed: int) -> None:
+    """The process of stage `graph`."""
+    for activation, (name, size) in itertools.product(("topk", "batch_topk"), sizes.items()):
+        start, measured = time.monotonic(), dict[str, float]()
+        timed = lambda a=activation, s=size, m=measured: m.update(step_times(device, a, s, seed))  # noqa: E731
+        problem = outcome("triton" if device.type == "cuda" else "torch", timed)
+        found = {"check": f"{activation} {name}", "problem": problem, "measured": measured}
+        print(json.dumps(found | {"seconds": round(time.monotonic() - start, 2)}), flush=True)
+    print(json.dumps({"ended": True}), flush=True)
 
 
 def tell(part: str, device: torch.device, shapes: list[tuple[int, int, int, int]], seed: int) -> None:
@@ -251,6 +304,9 @@ def run_part(words: list[str], limit: float, **environment: str) -> dict[str, An
         "slowest": {f["check"]: f["seconds"] for f in sorted(done, key=lambda f: -f["seconds"])[:3]},
         "exit": process.returncode,
     }
+    measured = {f["check"]: f["measured"] for f in done if f.get("measured")}
+    if measured:
+        result["measured"] = measured
     if not (found and "ended" in found[-1]):
         how = f"exit {process.returncode}" if in_time else f"stopped after {limit:.0f} s"
         result["unfinished"] = f"{how}, after {done[-1]['check'] if done else 'its start'}"
@@ -334,6 +390,11 @@ class Check:
                 self.note("verdicts", family, asdict(verdict))
         return None
 
+    def graph(self) -> None:
+        if self.device.type != "cuda":
+            return self.note("graph", None, {"skipped": "no GPU"})
+        return self.run("graph", {"triton step": self.words("graph")})
+
     def checker(self) -> None:
         program = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
         if self.device.type != "cuda" or program is None:
@@ -383,6 +444,9 @@ def main() -> int:
         parser.error(f"--only: expected of {', '.join(STAGES)}, got {', '.join(args.only)}")
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
+    if args.part == "graph":
+        tell_times(device, STEP_SIZES, args.seed)
+        return 0
     if args.part is not None:
         tell(args.part, device, SMALL if args.quick or not cuda else SHAPES, args.seed)
         return 0
@@ -400,7 +464,7 @@ def main() -> int:
     broken = measured.get("ended", "exit 0") not in ("exit 0", STOPPED)
     if broken:
         print(f"FAILED benchmarks: {measured['ended']}", flush=True)
-    return int(broken or not all(green(check.found.get(stage, {})) for stage in ("checks", "checker")))
+    return int(broken or not all(green(check.found.get(stage, {})) for stage in ("checks", "graph", "checker")))
 
 
 if __name__ == "__main__":

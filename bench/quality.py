@@ -23,7 +23,8 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -78,6 +79,7 @@ def ours(task: Task, batches: Iterator[Tensor]) -> tuple[Encode, float]:
     from transcoder.training.layer_trainer import LayerTrainer
     from transcoder.training.nonfinite import StepLedger
     from transcoder.training.schedule import length_defaults
+    from transcoder.training.sources import BatchSource
 
     parts = ("regularizer", "positions", "monitor", "samples", "recycle")
     nested = task.kind == "matryoshka"
@@ -101,6 +103,8 @@ def ours(task: Task, batches: Iterator[Tensor]) -> tuple[Encode, float]:
         ledger = StepLedger(dict.fromkeys(REQUIRED_EFFECTS, False), Path(folder) / "usage.json")
         trainer = LayerTrainer(config, width, width, torch.device("cpu"), ledger, None, (), Path(folder))
         nothing = torch.zeros(task.batch, dtype=torch.int64)
+        first = [ActivationBatch(x, x, nothing, nothing)]
+        trainer.fit_normalization(cast(BatchSource, SimpleNamespace(look_ahead=lambda tokens: first)))
         for step in range(task.steps):
             trainer.step(step, [ActivationBatch(x, x, nothing, nothing)])
             if (step + 1) % config.training.dead_refresh_steps == 0:
@@ -267,6 +271,13 @@ def one(task: Task, rows: dict[str, Tensor], out: Path) -> dict[str, Any]:
     return found
 
 
+def at_rates(first: Task, rates: list[float], rows: dict[str, Tensor], out: Path, seeds: int) -> None:
+    """All seeds at these rates and at the default."""
+    for seed in range(seeds):
+        for lr in (*rates, None):
+            one(replace(first, lr=lr, seed=seed), rows, out)
+
+
 def searched(first: Task, rows: dict[str, Tensor], out: Path, seeds: int) -> None:
     """Seed 0 over the grid and beyond it until the best rate is inside and the rates up to a factor 4 away have run; then
     the other seeds at the rates within 4 times of it, and at the default."""
@@ -344,6 +355,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--libraries", default=",".join(KINDS))
     parser.add_argument("--kinds", default="matryoshka,topk")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rates", help="learning rates, with commas, in place of the search for the best")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--d-sae", type=int, default=1024)
@@ -367,7 +379,10 @@ def main(words: list[str] | None = None) -> int:
         rows = load_file(file)
         for kind in [kind for kind in KINDS[library] if kind in kinds]:
             first = Task(library, kind, None, 0, options.steps, options.batch, options.d_sae, options.k)
-            searched(first, rows, options.out, options.seeds)
+            if options.rates is None:
+                searched(first, rows, options.out, options.seeds)
+            else:
+                at_rates(first, [float(rate) for rate in options.rates.split(",")], rows, options.out, options.seeds)
     if not options.here:
         same = (options.steps, options.batch, options.d_sae, options.k)
         every = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(options.out.glob("*.json"))]
@@ -393,6 +408,7 @@ def _there(options: argparse.Namespace, library: str) -> int:
         "libraries": library,
     }
     command = [python, "-m", "bench.quality", "--here"]
+    command += [] if options.rates is None else ["--rates", options.rates]
     for name, value in given.items():
         command += [f"--{name.replace('_', '-')}", str(value)]
     # sparsify decodes eagerly on the CPU only where it is told to, if Triton is installed.

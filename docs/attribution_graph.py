@@ -42,6 +42,8 @@ def main() -> None:
     parser.add_argument("--model", help="the language model, if not the one that the set names")
     parser.add_argument("--serve", action="store_true", help="show the graph in a browser")
     given = parser.parse_args()
+    # circuit-tracer looks for the folder that holds this one, which a bare name does not say.
+    given.out = given.out.resolve()
 
     from circuit_tracer import attribute
     from circuit_tracer.graph import compute_graph_scores

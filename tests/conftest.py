@@ -12,6 +12,7 @@ from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from importlib.util import module_from_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,18 +48,32 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         return
     if whole and getattr(config.option, "numprocesses", 0) is None and not config.option.usepdb:
         config.option.numprocesses = min(MOST_WORKERS, os.cpu_count() or 1)
-        config.option.dist = "loadgroup"
+        config.option.dist = "loadscope"
+        # In the order of collection: xdist's own begins with the files of most tests, which are not the longest.
+        config.option.loadscopereorder = False
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of one command come first, since they take longest, and go to one worker, which runs the command once."""
+    """Tests of one command come first, since they take longest."""
     items.sort(key=lambda item: item.get_closest_marker("command") is None)
     for item in items:
-        mark = item.get_closest_marker("command")
-        if mark is not None:
-            item.add_marker(pytest.mark.xdist_group(_key(mark)))
+        if item.get_closest_marker("command") is not None:
             item.add_marker(pytest.mark.timeout(LIMIT + 60), append=False)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file's tests go to one worker: each would make the file's fixtures again. So do those that share the process of
+    tests/kernels/conftest.py. xdist's own groups are not seen by pytest 9.2."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file, _, test = nodeid.partition("::")
+            return test if test == "test_in_the_interpreter" else file
+
+    return ByFile(config, log)
 
 
 def _key(mark: pytest.Mark) -> str:
@@ -94,6 +109,24 @@ def finished_command(request: pytest.FixtureRequest, tmp_path: Path) -> subproce
                 out = process.communicate()[0] + f"\nkilled after {LIMIT:.0f} s"
         known[_key(mark)] = subprocess.CompletedProcess(words, process.returncode, out, "")
     return known[_key(mark)]
+
+
+@pytest.fixture(scope="session")
+def _loaded_models() -> dict[str, Any]:
+    return {}
+
+
+@pytest.fixture
+def shared_models(_loaded_models: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A language model that several streams of the tests read is loaded once: a pass leaves nothing behind in it."""
+    from transcoder.activations import model_activations
+
+    load = model_activations.HookedModel
+
+    def loaded_once(*what: Any) -> Any:
+        return _loaded_models.get(repr(what)) or _loaded_models.setdefault(repr(what), load(*what))
+
+    monkeypatch.setattr(model_activations, "HookedModel", loaded_once)
 
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]

@@ -84,6 +84,18 @@ def test_a_compiled_step_that_differs_is_seen(gpu_check: ModuleType, monkeypatch
     assert "compiled gradients: result 1 differs" in gpu_check.outcome("torch", check)
 
 
+def test_times_of_a_step_are_told_and_kept(gpu_check: ModuleType) -> None:
+    """Of the eager step: a graph needs a GPU."""
+    words = (
+        "import torch; from bench import gpu_check as g; g.tell_times(torch.device('cpu'), {'B 8': (8, 16, 64, 4)}, 0)"
+    )
+    found = gpu_check.run_part([sys.executable, "-c", words], 120.0)
+    assert gpu_check.green({"graph": found}), found
+    assert set(found["measured"]) == {"topk B 8", "batch_topk B 8"}
+    for times in found["measured"].values():
+        assert 0 < times["eager host ms"] <= times["eager step ms"]
+
+
 def program(*checks: str, then: str = "") -> list[str]:
     """A part that says its checks, then does something else."""
     lines = [json.dumps({"check": name, "problem": None, "seconds": 0.1}) for name in checks]

@@ -20,6 +20,7 @@ KERNELS = {
     *("nested loss forward", "nested loss backward", "correlation sketch", "correlation exact"),
     *("Adam and projection", "whole step, topk", "whole step, batch_topk"),
 }
+END = "== end of one output =="
 ONE = ("--chip", "h100", "--rows", "1024", "--k", "48")
 
 
@@ -32,19 +33,31 @@ def run(*words: str) -> str:
 
 
 @cache
-def report(before: str = "") -> dict[str, Any]:
-    script = f"import bench.roofline\n{before}\nbench.roofline.main(['--json', *{list(ONE)}])"
-    found: dict[str, Any] = json.loads(run("-c", script))
-    return found
+def outputs() -> list[str]:
+    """The report as JSON, its table for one width, and the JSON again after a launch choice changed: one process."""
+    script = f"""
+from dataclasses import replace
+import bench.roofline
+from transcoder.kernels.encode import config
+one = {list(ONE)}
+bench.roofline.main(["--json", *one])
+print({END!r})
+bench.roofline.main([*one, "--latents", "18432"])
+print({END!r})
+config.PRODUCT["sm_90"]["half"] = replace(config.PRODUCT["sm_90"]["half"], group=1)
+bench.roofline.main(["--json", *one, "--latents", "18432"])
+"""
+    return run("-c", script).split(END)
 
 
-def row(kernel: str, latents: int = 18432, before: str = "") -> dict[str, Any]:
-    (found,) = (r for r in report(before)["rows"] if r["kernel"] == kernel and r["shape"]["latents"] == latents)
+def row(kernel: str, latents: int = 18432, output: int = 0) -> dict[str, Any]:
+    rows = json.loads(outputs()[output])["rows"]
+    (found,) = (r for r in rows if r["kernel"] == kernel and r["shape"]["latents"] == latents)
     return found
 
 
 def test_every_kernel_at_every_width_and_no_time_below_its_floor() -> None:
-    found = report()
+    found = json.loads(outputs()[0])
     assert found["predicted"] is True
     for latents in (18432, 131072, 1048576):
         names = {r["kernel"] for r in found["rows"] if r["shape"]["latents"] == latents}
@@ -86,18 +99,14 @@ def test_counts_by_hand() -> None:
 
 
 def test_figures_follow_the_launch_choices() -> None:
-    narrow = (
-        "from dataclasses import replace\nfrom transcoder.kernels.encode import config\n"
-        "config.PRODUCT['sm_90']['half'] = replace(config.PRODUCT['sm_90']['half'], group=1)"
-    )
-    plain, changed = row("topk_encode forward"), row("topk_encode forward", before=narrow)
+    plain, changed = row("topk_encode forward"), row("topk_encode forward", output=2)
     # Every row block then reads all of W_enc from memory by itself.
     assert changed["planned"]["bytes"] - plain["planned"]["bytes"] == 7 * 18432 * 2304 * 2
     assert changed["floor"] == plain["floor"]
 
 
 def test_the_table_says_predicted() -> None:
-    text = run("-m", "bench.roofline", *ONE, "--latents", "18432")
+    text = outputs()[1].strip()
     first, *rest = text.splitlines()
     assert re.match(r"PREDICTED \d{4}-\d\d-\d\d, not measured: no GPU was asked", first)
     titles = [line for line in rest if ", B 1024, d 2304" in line]

@@ -9,21 +9,24 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from transcoder.activations import ActivationBatch
-    from transcoder.antidup import (
-        ActivationSampleCollector,
-        CorrelationMonitor,
-        DiversityRegularizer,
-        PositionSampler,
-        UsageLedger,
-    )
-    from transcoder.config import ConfigError, RunConfig
-    from transcoder.interop.accelerate import accelerate
-    from transcoder.interop.formats import export_transcoder, import_transcoder
-    from transcoder.interop.hub import push_to_hub
-    from transcoder.model import StepOutput, Transcoder, TranscoderConfig
-    from transcoder.reporting import Run
-    from transcoder.training import RunResult, train_transcoder
+    from transcoder.activations import ActivationBatch as ActivationBatch
+    from transcoder.antidup import ActivationSampleCollector as ActivationSampleCollector
+    from transcoder.antidup import CorrelationMonitor as CorrelationMonitor
+    from transcoder.antidup import DiversityRegularizer as DiversityRegularizer
+    from transcoder.antidup import PositionSampler as PositionSampler
+    from transcoder.antidup import UsageLedger as UsageLedger
+    from transcoder.config import ConfigError as ConfigError
+    from transcoder.config import RunConfig as RunConfig
+    from transcoder.interop.accelerate import accelerate as accelerate
+    from transcoder.interop.formats import export_transcoder as export_transcoder
+    from transcoder.interop.formats import import_transcoder as import_transcoder
+    from transcoder.interop.hub import push_to_hub as push_to_hub
+    from transcoder.model import StepOutput as StepOutput
+    from transcoder.model import Transcoder as Transcoder
+    from transcoder.model import TranscoderConfig as TranscoderConfig
+    from transcoder.reporting import Run as Run
+    from transcoder.training import RunResult as RunResult
+    from transcoder.training import train_transcoder as train_transcoder
 
 __version__ = "0.1.0"
 
@@ -52,27 +55,7 @@ _HOMES = {
     "train_transcoder": "transcoder.training",
 }
 
-__all__ = [
-    "ActivationBatch",
-    "ActivationSampleCollector",
-    "ConfigError",
-    "CorrelationMonitor",
-    "DiversityRegularizer",
-    "PositionSampler",
-    "Run",
-    "RunConfig",
-    "RunResult",
-    "StepOutput",
-    "Transcoder",
-    "TranscoderConfig",
-    "UsageLedger",
-    "__version__",
-    "accelerate",
-    "export_transcoder",
-    "import_transcoder",
-    "push_to_hub",
-    "train_transcoder",
-]
+__all__ = ["__version__", *_HOMES]
 
 
 def __getattr__(name: str) -> Any:

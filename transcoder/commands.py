@@ -103,6 +103,8 @@ def train(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
     config = RunConfig.load(options.config, overrides)
     if options.seeds is None:
         return _train(config, _out(options, config.name), options.resume)
+    if _several_processes():
+        raise ConfigError("--seeds: expected one run under torchrun; start one after another")
     seeds = _whole_numbers("--seeds", options.seeds)
     runs = {
         seed: _out(options, config.name).with_name(f"{_out(options, config.name).name}-seed{seed}") for seed in seeds
@@ -138,23 +140,30 @@ def demo(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
     return _train(config, _out(options, config.name), options.resume)
 
 
+def _several_processes() -> bool:
+    """As `transcoder.training.start_checks.under_torchrun`, without loading PyTorch."""
+    return "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+
+
 def _train(config: RunConfig, out: Path, resume: bool) -> int:
     # Under torchrun the first process looks at the folder once all have met, and speaks for them.
-    first = os.environ.get("RANK", "0") == "0"
-    if not resume and os.environ.get("WORLD_SIZE", "1") == "1":
+    first = not _several_processes() or os.environ["RANK"] == "0"
+    if not resume and not _several_processes():
         _refuse_used_folder(out)
     from transcoder.reporting.progress import stages
     from transcoder.reporting.verdict import is_done, said_of
 
     if resume and is_done(out, config):
-        print(f"{out}: finished already; `transcoder report {out}` draws its page again", *said_of(out), sep="\n")
+        if first:
+            print(f"{out}: finished already; `transcoder report {out}` draws its page again", *said_of(out), sep="\n")
         return Exit.OK
 
     with stages(config.logging.progress and first) as stage:
         stage("loading PyTorch")
         from transcoder.training import train_transcoder
 
-        logging.disable(logging.NOTSET if first else logging.WARNING)
+        if not first:
+            logging.disable(logging.WARNING)
         result = train_transcoder(config, out, resume=resume)
     if not first:
         return Exit.OK if result.finished else Exit.STOPPED

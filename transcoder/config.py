@@ -67,9 +67,10 @@ class ActivationsSection(Section, where="activations."):
     target_hook: str = "blocks.2.hook_mlp_out"
     """Hook whose activations the transcoder predicts."""
     layers: Any = None
-    """Train a transcoder for each of these layers from one pass of the language model: `0-25`, `[2, 3]`, `all`, or a list of
-    [source hook, target hook]. `{layer}` in the hooks' names is the place of its number, or else the layer number in them.
-    Each layer gets a run folder of its own under layers/. null trains the one pair of hooks."""
+    """Train a transcoder for each of these layers on the same passes, in run folders under layers/: `0-25`, `[2, 3]`, `all`, or
+    [source hook, target hook] pairs. `{layer}`, or else the layer number in the hooks' names, is the place of the number."""
+    cross_layer: bool = False
+    """Train one cross-layer transcoder on `layers`: each latent reads one layer and writes into it and all later ones."""
     dataset: str = "stdlib"
     """`stdlib` (this Python's own standard library), a file or folder of text or rows, or a hub dataset's name."""
     dataset_config: str | None = None
@@ -443,8 +444,7 @@ class RunConfig(Section):
         batch, buffer = self.training.batch_size, self.activations.buffer_tokens
         if self.activations.kind == "model" and buffer is not None and buffer < batch:
             raise settings.refusal("activations.buffer_tokens", f"at least training.batch_size = {batch}", buffer)
-        if self.activations.layers != "all":
-            layer_values(self)
+        layer_values(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:

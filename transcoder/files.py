@@ -195,3 +195,19 @@ def _remove_leftovers(path: Path) -> None:
         if pid.isdecimal() and not process_is_alive(int(pid)):
             with contextlib.suppress(OSError):
                 leftover.unlink(missing_ok=True)
+
+
+def read_json_object(path: Path, where: str = "") -> dict[str, Any]:
+    """A file's JSON object. `where` begins the errors.
+
+    Raises:
+        FileNotFoundError: no such file.   ValueError: it is no JSON object.
+    """
+    named = f"{where}: {path}" if where else str(path)
+    try:
+        values = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{named}: expected a JSON object: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{named}: expected a JSON object, got {type(values).__name__}")
+    return values

@@ -74,9 +74,14 @@ def layer_values(config: Any) -> dict[int, dict[str, Any]]:
     """{layer: {dotted name: value}}: where the settings of each layer's run differ from the set's. Empty without layers.
 
     Raises:
-        ConfigError: see `layer_hooks` and `PerLayerSection.values`; or values by layer without layers.
+        ConfigError: see `layer_hooks` and `PerLayerSection.values`; values by layer without layers; or a cross-layer transcoder
+            that cannot be.
     """
     section, widths = config.activations, config.transcoder.widths
+    if section.cross_layer:
+        _check_cross_layer(config)
+    if section.layers == "all":
+        return {}
     if section.layers is None and config.per_layer.given:
         raise ConfigError(f"per_layer: gives {', '.join(config.per_layer.given)} by layer, and {LAYERS} is not set")
     pairs = [pair for pair in section.pairs if pair.layer is not None]
@@ -87,6 +92,21 @@ def layer_values(config: Any) -> dict[int, dict[str, Any]]:
             own["transcoder.widths"] = [width * own["transcoder.d_sae"] // config.transcoder.d_sae for width in widths]
         own |= {"activations.source_hook": source, "activations.target_hook": target}
     return found
+
+
+def _check_cross_layer(config: Any) -> None:
+    kinds = "batch_topk or jumprelu, since a latent must be judged before later layers are known,"
+    refused = {
+        f"{LAYERS}: expected layers such as all": config.activations.layers is None,
+        f"transcoder.activation: expected {kinds}": config.transcoder.activation == "topk",
+        "transcoder.skip: expected false": config.transcoder.skip,
+        "antidup.recycle.enabled: expected false": config.antidup.recycle.enabled,
+        "training.init_from: expected null": config.training.init_from is not None,
+        "per_layer: expected nothing": bool(config.per_layer.given),
+    }
+    for text, wrong in refused.items():
+        if wrong:
+            raise ConfigError(f"{text} with activations.cross_layer")
 
 
 def layer_configs(config: Any, buffer_tokens: int) -> dict[int, Any]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from transcoder.checkpoint_folder import candidates
-from transcoder.files import lfs_hint, local_path, replacing_all
+from transcoder.files import lfs_hint, local_path, read_json_object, replacing_all
 from transcoder.settings import brief
 from transcoder.tensor_file import write_tensors
 
@@ -68,7 +68,7 @@ def read_config(folder: Path) -> tuple[Path, dict[str, Any]]:
     """
     path = folder / CONFIG_FILE
     if path.is_file():
-        values = _json_object(path)
+        values = read_json_object(path)
         if values.pop("format", None) != FORMAT or values.pop("version", None) != VERSION:
             raise ValueError(
                 f"{path}: not a transcoder config of version {VERSION}; of another library: transcoder import FORMAT PATH"
@@ -76,7 +76,7 @@ def read_config(folder: Path) -> tuple[Path, dict[str, Any]]:
         return path, values
     path = folder / CHECKPOINT_STATE_FILE
     if path.is_file():
-        summary = _json_object(path).get("summary")
+        summary = read_json_object(path).get("summary")
         found = summary.get("transcoder") if isinstance(summary, dict) else None
         if not isinstance(found, dict):
             raise ValueError(f"{path}: expected a checkpoint's state with summary.transcoder, an object; found none")
@@ -130,13 +130,3 @@ def check_tensors(where: str, tensors: Mapping[str, Tensor], expected: Mapping[s
     for name, shape in expected.items():
         if tuple(tensors[name].shape) != shape:
             raise ValueError(f"{where}: {name}: expected shape {list(shape)}, got {list(tensors[name].shape)}")
-
-
-def _json_object(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: expected a JSON object: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(values).__name__}")
-    return values

@@ -74,7 +74,7 @@ def judge(name: str, record: Mapping[str, Any], folder: Path) -> Usage:
     lacking = [] if _number(calls) > 0 else ["no calls"]
     lacking += missing_effects(name, effect)
     lacking += [] if files else ["no files"]
-    gone = [file for file in files if not _holds_bytes(folder / file)]
+    gone = [file for file in files if not ((folder / file).is_file() and (folder / file).stat().st_size)]
     if len(gone) > MOST_NAMED:
         lacking.append(f"{len(gone)} of its {len(files)} files are not there or empty")
     else:
@@ -148,10 +148,6 @@ def zero_penalty_finding(effect: Mapping[str, Any]) -> str | None:
     if "correlation_evaluations" in effect:
         said.append(f"{effect.get('surveys', 0):.0f} surveys looked for pairs")
     return f"nothing to penalise: {'; '.join(said)}"
-
-
-def _holds_bytes(path: Path) -> bool:
-    return path.is_file() and path.stat().st_size > 0
 
 
 def _number(value: object) -> float:

@@ -117,6 +117,8 @@ def make_config(model_folder: Path, jsonl: Path) -> Callable[..., RunConfig]:
             "buffer_tokens": 256,
             "heldout_fraction": 0.2,
             "prefetch": 0,
+            # `auto` reads 8,192 tokens of every stream before its first batch.
+            "mask_norm_multiple": 10.0,
             **activations,
         }
         return RunConfig.from_dict(
@@ -131,7 +133,7 @@ def make_config(model_folder: Path, jsonl: Path) -> Callable[..., RunConfig]:
 
 
 @pytest.fixture
-def build(make_config: Callable[..., RunConfig]) -> Iterator[Callable[..., ActivationStream]]:
+def build(make_config: Callable[..., RunConfig], shared_models: None) -> Iterator[Callable[..., ActivationStream]]:
     """build(position_sampler=, context_tokens=, **activations): a stream that is closed when the test ends."""
     made: list[ActivationStream] = []
 

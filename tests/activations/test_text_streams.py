@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.activations.streams import same
-from transcoder.activations import ActivationBatch
+from transcoder.activations import ActivationBatch, ActivationStream, DataError
 from transcoder.activations.batch import concatenate
 from transcoder.activations.documents import is_heldout
 from transcoder.activations.model_activations import ModelActivations
@@ -65,6 +66,38 @@ def test_any_number_of_processes_reads_the_same_batches_and_resumes_the_state(fo
         streams(four.replace({"parallel.streams": 2})).load_state_dict(state)
     for stream in (whole, *halves, *resumed):
         stream.close()
+
+
+def test_a_stream_that_fails_takes_no_batch_from_the_others(four: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, other = streams(four), streams(four)
+    assert same(next(whole), next(other))
+    real, calls = ActivationStream._draw, [0]
+
+    def draw(stream: ActivationStream) -> ActivationBatch:
+        calls[0] += 1
+        if calls[0] == 3:
+            raise DataError("the disk is gone")
+        return real(stream)
+
+    monkeypatch.setattr(ActivationStream, "_draw", draw)
+    with pytest.raises(DataError, match="the disk is gone"):
+        next(whole)
+    again = streams(four)
+    again.load_state_dict(whole.state_dict())
+    for _ in range(10):
+        wanted = next(other)
+        assert same(next(whole), wanted)
+        assert same(next(again), wanted)
+    for stream in (whole, other, again):
+        stream.close()
+
+
+def test_a_stream_without_documents_is_named(four: RunConfig, tmp_path: Path) -> None:
+    text = tmp_path / "two.jsonl"
+    text.write_text('{"text": "a b c d e f g"}\n' * 2, encoding="utf-8")
+    config = four.replace({"activations.dataset": str(text), "activations.heldout_fraction": 0.0})
+    with pytest.raises(DataError, match=r"stream 2 of parallel\.streams = 4, .* no usable document"):
+        next(streams(config))
 
 
 def test_each_document_is_of_one_stream(four: RunConfig) -> None:

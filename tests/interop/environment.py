@@ -39,6 +39,8 @@ PEERS = {
     "circuit-tracer": "circuit-tracer==0.5.0",
     "sae-bench": "sae-bench==0.6.0",
 }
+TOGETHER = {"circuit-tracer": ("nnsight==0.6.3",)}
+"""Installed at the same time: circuit-tracer 0.5.0 cannot import its nnsight backend with the newest nnsight, 0.8.1."""
 ALONE = {"sparsify": ("eai-delphi==0.1.3",)}
 """Installed without its dependencies: only the loader of delphi is called, which needs none of vllm and bitsandbytes."""
 
@@ -62,7 +64,7 @@ def environment(library: str, into: Path | None = None, torch_backend: str | Non
     """
     folder = (into or ROOT / ".interop").resolve()
     parts = {
-        "packages": [TORCH, PEERS[library], *TOOLS, *ALONE.get(library, ())],
+        "packages": [TORCH, PEERS[library], *TOOLS, *TOGETHER.get(library, ()), *ALONE.get(library, ())],
         "torch_backend": torch_backend,
         "python": platform.python_version(),
         "checkout": str(ROOT),
@@ -82,7 +84,7 @@ def environment(library: str, into: Path | None = None, torch_backend: str | Non
     _call([uv, "venv", "--quiet", "--python", sys.executable, str(home)], settings)
     backend = ["--torch-backend", torch_backend] if torch_backend else []
     install = [uv, "pip", "install", "--quiet", "--python", str(python), *backend]
-    _call([*install, TORCH, PEERS[library], "-e", str(ROOT), *TOOLS], settings)
+    _call([*install, TORCH, PEERS[library], *TOGETHER.get(library, ()), "-e", str(ROOT), *TOOLS], settings)
     if library in ALONE:
         _call([*install, "--no-deps", *ALONE[library]], settings)
     _call([uv, "pip", "uninstall", "--quiet", "--python", str(python), *UNFIT], settings)

@@ -39,6 +39,8 @@ def run(library: str, into: Path | None, torch_backend: str | None) -> bool:
     made = time.monotonic()
     # Hubs answer nothing in these tests, and asking them would cost their timeouts.
     settings = {"OMP_NUM_THREADS": "1", **os.environ, "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
+    # Trains where a peer pins an older library than a run needs.
+    settings["TRANSCODER_PYTHON"] = sys.executable
     files = sorted(map(str, TESTS.glob(f"test_{library.replace('-', '_')}*.py")))
     done = subprocess.run(
         [str(python), "-m", "pytest", "-q", "-rs", "--no-fold-skipped", *(files or [str(TESTS)])],

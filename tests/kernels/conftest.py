@@ -4,7 +4,6 @@ run again in a process of its own (`interpreted_again`)."""
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 from collections.abc import Callable, Iterator
@@ -52,9 +51,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     files = sorted({str(item.path) for item in again})
     options = ("-m", "pytest", "-q", "-m", "interpreted and not slow", "-p", "no:cacheprovider", "-p", "no:xdist")
     for item in again:
-        # One process for all files, since each imports torch and triton again; one a file where workers share them.
-        mine = [str(item.path)] if "PYTEST_XDIST_WORKER" in os.environ else files
-        item.add_marker(pytest.mark.command(*options, *mine, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES=""))
+        # One process for all files, since each imports torch and triton again.
+        item.add_marker(pytest.mark.command(*options, *files, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES=""))
     if INTERPRETED or torch.cuda.is_available():
         return
     left_out = [item for item in items if item.get_closest_marker("interpreted")]

@@ -89,6 +89,7 @@ def test_the_documented_loop_runs(tmp_path: Path) -> None:
     ("settings", "processes", "named"),
     [
         ({"transcoder.activation": "jumprelu"}, 2, "transcoder.activation: expected topk or batch_topk, got jumprelu"),
+        ({"model.device": "cuda:0"}, 2, "model.device: expected auto, cuda or cpu, got cuda:0"),
         ({"activations.layers": [0, 1]}, 2, r"activations\.layers: expected null in a run of 2 processes"),
         ({}, 3, r"parallel\.streams: expected a multiple of the number of processes, 3, got 8"),
         (

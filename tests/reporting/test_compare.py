@@ -180,7 +180,7 @@ def test_differences_are_paired_by_seed(methods: dict[str, list[Path]]) -> None:
     assert fvu["verdicts"] == [None, "better", "no difference seen"]
     assert row(comparison, "metrics/l0")["verdicts"] == [None, None, None]
     text = format_methods(comparison)
-    assert "-0.021: -0.0235 to -0.0185) +" in text
+    assert "-0.021 [-0.0235, -0.0185]) +" in text
 
 
 def test_one_seed_has_no_interval_and_no_verdict(methods: dict[str, list[Path]]) -> None:

@@ -18,6 +18,7 @@ from transcoder.tensor_file import read_tensors
 from transcoder.training import train_transcoder
 from transcoder.training.trainer import Trainer
 
+pytestmark = pytest.mark.usefixtures("shared_models")
 SMALL: dict[str, Any] = {
     "name": "small",
     "training.steps": 12,
@@ -99,7 +100,7 @@ class Killed(BaseException):
 
 
 def test_a_killed_set_resumes_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = config(activations__layers=[1, 2], checkpoint__asynchronous=False)
+    settings = config(activations__layers=[1, 2], checkpoint__asynchronous=False, activations__mask_norm_multiple=10.0)
     train_transcoder(settings, tmp_path / "whole")
     saves, inner = [], Trainer.save
 
@@ -121,7 +122,9 @@ def test_a_killed_set_resumes_to_the_same_bits(tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_signal_saves_every_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = config(activations__layers="1-2", training__steps=6, antidup__verify_at_step=6)
+    settings = config(
+        activations__layers="1-2", training__steps=6, antidup__verify_at_step=6, activations__mask_norm_multiple=10.0
+    )
     train_transcoder(settings, tmp_path / "whole")
     inner = Trainer.advance
 
@@ -142,7 +145,12 @@ def test_a_signal_saves_every_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_layer_that_diverges_ends_alone_by_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    settings = config(activations__layers="0-1", per_layer__lr=[1e-3, 1e38], training__max_bad_steps=0)
+    settings = config(
+        activations__layers="0-1",
+        per_layer__lr=[1e-3, 1e38],
+        training__max_bad_steps=0,
+        activations__mask_norm_multiple=10.0,
+    )
     result = train_transcoder(settings, tmp_path / "set")
     assert result.finished
     assert result.layers[0].finished

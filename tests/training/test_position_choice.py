@@ -20,6 +20,8 @@ from transcoder.antidup.ledger import LedgerError
 from transcoder.training.train import opened_run
 from transcoder.usage import REQUIRED_EFFECTS
 
+pytestmark = pytest.mark.usefixtures("shared_models")
+
 
 def config(**overrides: Any) -> RunConfig:
     """A short run on the shipped language model."""
@@ -31,6 +33,7 @@ def config(**overrides: Any) -> RunConfig:
         "activations.buffer_tokens": 2048,
         "activations.sequences_per_forward": 8,
         "activations.prefetch": 0,
+        "activations.mask_norm_multiple": 10.0,
         "training.steps": 6,
         "training.batch_size": 256,
         "training.evaluation_tokens": 512,
@@ -48,28 +51,32 @@ def positions_json(run_dir: Path) -> dict[str, Any]:
     return json.loads((run_dir / "anti_duplication_logs" / "positions.json").read_text())
 
 
-@pytest.mark.parametrize("fraction", [0.1, 0.5])
-def test_every_token_trains_unless_training_tokens_are_drawn(tmp_path: Path, fraction: float) -> None:
+def test_every_token_trains_unless_training_tokens_are_drawn(tmp_path: Path) -> None:
     """By default the batches are those of a run without a sampler."""
     ways = {
         "absent": config(antidup__positions__enabled=False),
-        "samples": config(antidup__positions__keep_fraction=fraction),
-        "training": config(antidup__positions__keep_fraction=fraction, antidup__positions__train=True),
+        "samples": config(antidup__positions__keep_fraction=0.1),
+        **{
+            f"training {fraction}": config(antidup__positions__keep_fraction=fraction, antidup__positions__train=True)
+            for fraction in (0.1, 0.5)
+        },
     }
     with ExitStack() as stack:
         runs = {name: stack.enter_context(opened_run(way, tmp_path / name)) for name, way in ways.items()}
         data = {name: run.parts.data for name, run in runs.items()}
         for _ in range(12):
-            absent, samples, training = (next(data[name].source) for name in ways)
+            absent, samples, *training = (next(data[name].source) for name in ways)
             for name in ("source", "target", "tokens", "positions", "sequences"):
                 assert torch.equal(getattr(absent, name), getattr(samples, name)), name
             assert samples.weights is None
-            assert training.weights is not None
+            assert all(batch.weights is not None for batch in training)
         left = {name: data[name].source.counters()["left_by_sampler"] for name in ways}
         seen = {name: data[name].source.counters()["tokens_seen"] for name in ways}
     assert left["absent"] == left["samples"] == 0
     assert seen["absent"] == seen["samples"]
-    assert left["training"] > 0.9 * (1 - fraction) * seen["training"] * 0.95
+    for fraction in (0.1, 0.5):
+        way = f"training {fraction}"
+        assert left[way] > 0.9 * (1 - fraction) * seen[way] * 0.95
     assert data["absent"].positions is None
 
 

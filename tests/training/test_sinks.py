@@ -1,15 +1,22 @@
-"""FVU with and without sinks, and the mask that a resumed run goes on with."""
+"""FVU with and without sinks, the mask that a resumed run goes on with, and the weights that a run begins with."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
 
 from transcoder import ActivationBatch, RunConfig, Transcoder, TranscoderConfig
 from transcoder.training.evaluation import evaluate
+from transcoder.training.layer_trainer import LayerTrainer
+from transcoder.training.nonfinite import StepLedger
+from transcoder.training.sources import BatchSource
 from transcoder.training.start_checks import as_started, changed_settings
+from transcoder.usage import REQUIRED_EFFECTS
 
 
 def batch(count: int, times: float, seed: int) -> ActivationBatch:
@@ -59,3 +66,16 @@ def test_an_earlier_run_keeps_the_bos_that_stood_in(tmp_path: Path) -> None:
     assert as_started(RunConfig(), tmp_path, resume=True).activations.eos_as_bos
     (tmp_path / "config.yaml").write_text("\n".join(lines))
     assert not as_started(RunConfig(), tmp_path, resume=True).activations.eos_as_bos
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_an_autoencoder_begins_with_a_tied_encoder(same: bool, tmp_path: Path) -> None:
+    config = RunConfig().replace({"transcoder.d_sae": 16, "transcoder.k": 4})
+    ledger = StepLedger(dict.fromkeys(REQUIRED_EFFECTS, False), tmp_path / "usage.json")
+    layer = LayerTrainer(config, 8, 8, torch.device("cpu"), ledger, None, (), tmp_path)
+    found = batch(600, 1.0, 0)
+    found = replace(found, target=found.source.clone()) if same else found
+    before = {name: tensor.clone() for name, tensor in layer.transcoder.state_dict().items()}
+    layer.fit_normalization(cast(BatchSource, SimpleNamespace(look_ahead=lambda tokens: [found])))
+    assert torch.equal(layer.transcoder.W_dec, before["W_dec"])
+    assert torch.equal(layer.transcoder.W_enc, before["W_dec" if same else "W_enc"])

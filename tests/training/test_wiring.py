@@ -127,6 +127,7 @@ def test_special_tokens_are_known_to_every_part(tmp_path: Path) -> None:
         "transcoder.widths": None,
         "activations.buffer_tokens": 4096,
         "activations.prefetch": 0,
+        "activations.mask_norm_multiple": 10.0,
         # Else nothing but ordinary tokens would come to training.
         "activations.mask_bos": False,
         "training.steps": 4,

@@ -202,7 +202,8 @@ def _decided(root: Path, files: list[Path], left_out: list[Path], named: bool = 
     formats = {file: format_of(file) for file in files}
     rows = [file for file in files if formats[file] in ("lines", "parquet", "datasets")]
     texts = [file for file in files if formats[file] == "text"]
-    kept = rows or texts or [file for file in files if named or not _is_paper(file)]
+    papers = ("README", "LICENSE", "LICENCE")
+    kept = rows or texts or [file for file in files if named or not file.name.upper().startswith(papers)]
     if not kept:
         raise DataError(f"activations.dataset: no data in {str(root)!r}, only {files[0].name}; what is read: {READ}")
     for file in () if rows else kept:
@@ -232,10 +233,6 @@ def _decided(root: Path, files: list[Path], left_out: list[Path], named: bool = 
             f"and {different[0].name}: put those to train on into a folder of their own"
         )
     return LocalData(root, rows, "datasets", module, options)
-
-
-def _is_paper(file: Path) -> bool:
-    return file.name.upper().startswith(("README", "LICENSE", "LICENCE"))
 
 
 def _module(files: list[Path]) -> tuple[str, dict[str, Any]]:

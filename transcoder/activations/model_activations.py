@@ -160,7 +160,13 @@ class ModelActivations(ActivationSource):
     def next_pass(self) -> list[Pass]:
         # Parts share the tokenizer, which one thread at a time may use.
         with self._turn:
-            packed = self._packer.pack(self._section.sequences_per_forward)
+            try:
+                packed = self._packer.pack(self._section.sequences_per_forward)
+            except DataError as error:
+                if self._count == 1:
+                    raise
+                stream = f"stream {self._number} of parallel.streams = {self._count}, which has every {self._count}th document"
+                raise DataError(f"{stream}: {error}") from None
             assert packed is not None  # it repeats for ever
             return self._run(packed, f"forward pass at sequence {packed.first_sequence}")
 

@@ -34,9 +34,6 @@ class _Reader:
     left: bool = False
     told: bool = False
 
-    def rows_waiting(self) -> int:
-        return sum(len(chunk.rows) for chunk in self.waiting)
-
 
 class PassFeed:
     """The passes of a source in a thread that runs ahead, made into rows for each layer that has joined.
@@ -179,7 +176,7 @@ class PassFeed:
 
     def _drop_surplus(self) -> None:
         for reader in self._readers:
-            while len(reader.waiting) > 1 and reader.rows_waiting() > reader.most_rows:
+            while len(reader.waiting) > 1 and sum(len(chunk.rows) for chunk in reader.waiting) > reader.most_rows:
                 reader.waiting.popleft()
                 if not reader.told:
                     reader.told = True

@@ -277,6 +277,10 @@ class ActivationStream:
         """
         return self._source.counters(self._cursor)
 
+    def ready(self, batches: int) -> None:
+        """Draw what the next `batches` batches take. Where that fails nothing is lost: what was drawn is due next."""
+        self.look_ahead(batches * self._batch_size)
+
     def share_counters(self) -> None:
         """Let `counters` give those of all processes, which call this together."""
 
@@ -360,7 +364,13 @@ def resolved_layers(config: RunConfig) -> RunConfig:
 
 
 def open_source(config: RunConfig, device: torch.device) -> ActivationSource:
-    """The passes of all layers that a configuration describes. Errors as `build_stream`."""
+    """The passes of all layers that a configuration describes; for a cross-layer transcoder the layers as one. Errors as
+    `build_stream`."""
+    if config.activations.cross_layer:
+        from transcoder.activations.all_layers import AllLayers
+
+        layers = open_source(config.replace({"activations.cross_layer": False}), device)
+        return AllLayers(config, device, layers)
     if config.activations.kind == "cached":
         from transcoder.activations.cached_activations import CachedActivations
 

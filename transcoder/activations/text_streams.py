@@ -73,7 +73,13 @@ class TextStreams(ActivationStream):
         self._totals = self._own_totals()
 
     def __next__(self) -> ActivationBatch:
+        # A stream that fails does not take the others' part of its batch with it.
+        self.ready(1)
         return concatenate([next(stream) for stream in self._streams.values()])
+
+    def ready(self, batches: int) -> None:
+        for stream in self._streams.values():
+            stream.ready(batches)
 
     def look_ahead(self, tokens: int) -> list[ActivationBatch]:
         """As of one stream; whole batches, of all processes."""

@@ -206,25 +206,15 @@ class DiversityRegularizer:
             self._evaluated("all_pairs", 1, (given.values.detach() > 0).sum())
         if self._positions is not None:
             given = self._codes(codes, "position_entropy_weight")
-            if batch is None:
-                raise ValueError(
-                    "DiversityRegularizer.apply_penalty: position_entropy_weight is above 0, so expected batch (for its "
-                    "positions), got None"
-                )
             with torch.no_grad():
-                bin_of = self._positions.add(given, batch.positions)
+                bin_of = self._positions.add(given, _needed(batch, "position_entropy_weight", "positions"))
                 found = position_penalty(given, bin_of, self._positions, section.position_entropy_floor)
             add("position_entropy", found, given.values, section.position_entropy_weight)
             self._evaluated("position_entropy", 1, (given.values.detach() > 0).sum())
         if self._sinks is not None:
             given = self._codes(codes, "sink_mass_weight")
-            if batch is None:
-                raise ValueError(
-                    "DiversityRegularizer.apply_penalty: sink_mass_weight is above 0, so expected batch (for its tokens), got "
-                    "None"
-                )
             with torch.no_grad():
-                sink = self._special.marked(batch.tokens)
+                sink = self._special.marked(_needed(batch, "sink_mass_weight", "tokens"))
                 self._sinks.add(given, sink)
                 found = sink_penalty(given, sink, self._sinks, section.sink_mass_allowed)
             add("sink_mass", found, given.values, section.sink_mass_weight)
@@ -366,3 +356,13 @@ class DiversityRegularizer:
             return
         now = torch.where(fires, self._steps, -_LIVE_STEPS)
         self._last_fired.scatter_reduce_(0, codes.indices, now, "amax")
+
+
+def _needed(batch: ActivationBatch | None, setting: str, column: str) -> Tensor:
+    """A column of the batch that the penalty of this setting reads."""
+    if batch is None:
+        raise ValueError(
+            f"DiversityRegularizer.apply_penalty: {setting} is above 0, so expected batch (for its {column}), got None"
+        )
+    found: Tensor = getattr(batch, column)
+    return found

@@ -76,7 +76,7 @@ def write_set(
     """
     if (wanted := options.get("activation")) not in (None, "topk", "threshold"):
         raise ValueError(f"circuit-tracer export: activation: expected 'threshold' or 'topk', got {wanted!r}")
-    by_layer = {layer: _checked(weights, layer, record, options) for layer, weights in sorted(by_layer.items())}
+    by_layer = {layer: checked(weights, layer, record, options) for layer, weights in sorted(by_layer.items())}
     some = next(iter(by_layer.values()))
     shared: dict[str, set[str]] = {
         "activations": {weights.activation for weights in by_layer.values()},
@@ -117,7 +117,8 @@ def write_set(
             what = f"{weights.d_sae} latents padded with zeros to {width}: one width for all layers"
             record.add(f"layer {layer}: {what}", "layout")
         write_safetensors(folder / f"layer_{layer}.safetensors", _tensors(weights, some, width, skip))
-    runs = {n: Path(one) for n, one in sources.items() if isinstance(one, (str, Path)) and _is_run(Path(one))}
+    folders = {n: Path(one) for n, one in sources.items() if isinstance(one, (str, Path))}
+    runs = {n: f for n, f in folders.items() if (f / "config.yaml").is_file() and (f / "checkpoints").is_dir()}
     features = sum(write_features(run, layer, folder / FOLDER) for layer, run in runs.items())
     if features:
         record.add(
@@ -125,8 +126,7 @@ def write_set(
         )
     config: dict[str, Any] = {
         "model_kind": "transcoder_set",
-        # The shipped model has no name that another library knows.
-        "model_name": str(language_model_path()) if some.hooks.model_name == "demo" else some.hooks.model_name,
+        "model_name": model_name(some.hooks),
         "feature_input_hook": source,
         "feature_output_hook": target,
         "scan": options.get("scan") or (SCAN if features else folder.name.removeprefix(WRITING)),
@@ -139,8 +139,9 @@ def write_set(
     (folder / CONFIG_FILE).write_bytes(yaml.safe_dump(config, sort_keys=False).encode())
 
 
-def _is_run(path: Path) -> bool:
-    return (path / "config.yaml").is_file() and (path / "checkpoints").is_dir()
+def model_name(hooks: Hooks) -> str | None:
+    """The language model; the shipped one has no name that another library knows."""
+    return str(language_model_path()) if hooks.model_name == "demo" else hooks.model_name
 
 
 def _all_layers(by_layer: Mapping[int, FoldedWeights]) -> int:
@@ -157,7 +158,7 @@ def _all_layers(by_layer: Mapping[int, FoldedWeights]) -> int:
     return known or max(by_layer) + 1
 
 
-def _checked(weights: FoldedWeights, layer: int, record: Conversion, options: Mapping[str, Any]) -> FoldedWeights:
+def checked(weights: FoldedWeights, layer: int, record: Conversion, options: Mapping[str, Any]) -> FoldedWeights:
     weights.check_one_width(f"circuit-tracer export: layer {layer}: a set")
     if options.get("activation") != "topk":
         why = "circuit-tracer's releases and its sets by path read a TopK set as ReLU, so sets have thresholds"

@@ -71,12 +71,14 @@ def _hooks(settings: dict[str, Any]) -> Hooks:
         value = values.get(name) if isinstance(values, dict) else None
         return value if isinstance(value, kind) else None
 
+    layers = known("activations", "layers", list) if known("activations", "cross_layer", bool) else None
     return Hooks(
         source=known("activations", "source_hook", str),
         target=known("activations", "target_hook", str),
         model_name=known("model", "name", str),
         context_size=known("activations", "sequence_length", int),
         prepend_bos=known("activations", "prepend_bos", bool),
+        layers=None if layers is None else tuple(n for n in layers if isinstance(n, int)),
     )
 
 

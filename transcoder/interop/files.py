@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transcoder.files import file_digest, lfs_hint, replacing_folder
+from transcoder.files import file_digest, lfs_hint, read_json_object, replacing_folder
 from transcoder.interop.conversion_record import RECORD_FILE, Conversion
 from transcoder.tensor_file import read_tensors, write_tensors
 
@@ -62,14 +62,7 @@ def read_json(where: str, path: Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError: no such file.   ValueError: it is no JSON object.
     """
-    existing(where, path, path.name)
-    try:
-        values = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: {path}: expected a JSON object: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{where}: {path}: expected a JSON object, got {type(values).__name__}")
-    return values
+    return read_json_object(existing(where, path, path.name), where)
 
 
 def read_safetensors(where: str, path: Path) -> dict[str, Tensor]:

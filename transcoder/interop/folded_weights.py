@@ -25,6 +25,8 @@ class Hooks:
     model_name: str | None = None
     context_size: int | None = None
     prepend_bos: bool | None = None
+    layers: tuple[int, ...] | None = None
+    """Of a cross-layer transcoder: those that it reads and writes, one after another in its rows. The hooks are of one."""
 
     @property
     def layer(self) -> int | None:

@@ -12,6 +12,7 @@ from transcoder.checkpoint_folder import MODEL_FILE, STATE_FILE, candidates
 from transcoder.files import local_path
 from transcoder.interop import (
     circuit_tracer,
+    circuit_tracer_cross_layer,
     dictionary_learning,
     gemma_scope,
     llama_scope,
@@ -162,8 +163,13 @@ def export_transcoder(
     folded = [_folded(one, record, given) for one in several]
     for weights in folded:
         check_weights(f"{name} export", weights)
+    across = [weights for weights in folded if weights.hooks.layers is not None]
+    if across and (name != "circuit-tracer" or len(folded) > 1):
+        raise ValueError(f"{name} export: a cross-layer transcoder is written for circuit-tracer only, one at a time")
     with new_folder(f"{name} export", out, record) as folder:
-        if known.write is None:
+        if across:
+            circuit_tracer_cross_layer.write(across[0], folder, record, given)
+        elif known.write is None:
             by_layer = _by_layer(layers or source, folded, given)
             circuit_tracer.write_set(by_layer, folder, record, given, dict(zip(by_layer, several, strict=True)))
         elif not layers:

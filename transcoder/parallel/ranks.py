@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,8 @@ from transcoder.parallel.sharded import ShardedTranscoder
 
 T = TypeVar("T")
 
-CAUSE, TOLD = "transcoder/cause", "transcoder/told"
+_RUNS = itertools.count()
+CAUSE, TOLD = "cause", "told"
 """Keys of torchrun's store: why the run ends, and how many processes have said so."""
 CAUSE_SECONDS = 3.0
 """How long a process that lost another one waits for the cause: the store gets it before the connection is closed."""
@@ -53,12 +55,14 @@ class Ranks:
         """The processes that torchrun has started, each with its device. An error that leaves the block is told to the others;
         one that comes of another process's end is raised as a `RankError` that names that process's cause."""
         store, rank, count = next(dist.rendezvous("env://"))
+        # Runs of one process after another do not read each other's keys.
+        store = dist.PrefixStore(f"run {next(_RUNS)}", store)
         if device.type == "cuda":
             torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         wait = datetime.timedelta(minutes=30)
         dist.init_process_group(
-            backend, store=dist.PrefixStore("run", store), rank=rank, world_size=count, timeout=wait
+            backend, store=dist.PrefixStore("group", store), rank=rank, world_size=count, timeout=wait
         )
         ranks = cls(device, store, rank, count)
         try:

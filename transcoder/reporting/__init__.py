@@ -8,12 +8,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from transcoder.reporting.compare import compare_runs, format_comparison, write_comparison
-    from transcoder.reporting.metrics import MetricsWriter
-    from transcoder.reporting.parts import RunPartMissingError
-    from transcoder.reporting.progress import ProgressBar
-    from transcoder.reporting.report import write_report
-    from transcoder.reporting.run import Run
+    from transcoder.reporting.compare import compare_runs as compare_runs
+    from transcoder.reporting.compare import format_comparison as format_comparison
+    from transcoder.reporting.compare import write_comparison as write_comparison
+    from transcoder.reporting.metrics import MetricsWriter as MetricsWriter
+    from transcoder.reporting.parts import RunPartMissingError as RunPartMissingError
+    from transcoder.reporting.progress import ProgressBar as ProgressBar
+    from transcoder.reporting.report import write_report as write_report
+    from transcoder.reporting.run import Run as Run
 
 _HOMES = {
     "MetricsWriter": "metrics",
@@ -26,16 +28,7 @@ _HOMES = {
     "write_report": "report",
 }
 
-__all__ = [
-    "MetricsWriter",
-    "ProgressBar",
-    "Run",
-    "RunPartMissingError",
-    "compare_runs",
-    "format_comparison",
-    "write_comparison",
-    "write_report",
-]
+__all__ = [*_HOMES]
 
 
 def __getattr__(name: str) -> Any:

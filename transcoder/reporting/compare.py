@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from transcoder.files import local_path, replace_atomically
+from transcoder.reporting.charts import interval_words
 from transcoder.reporting.format import MISSING, number
 from transcoder.reporting.run import Run
 from transcoder.reporting.statistics import half_width, interval
@@ -163,7 +164,7 @@ def format_methods(comparison: dict[str, Any]) -> str:
     for row in comparison["figures"]:
         cells = []
         for mean, d, verdict in zip(row["means"], row["differences"], row["verdicts"], strict=True):
-            difference = "" if d is None else f" ({_interval_text(d)}){MARKS.get(verdict, '')}"
+            difference = "" if d is None else f" ({interval_words(d)}){MARKS.get(verdict, '')}"
             cells.append(f"{mean_text(mean)}{difference}")
         rows.append([row["label"], *cells])
     note = (
@@ -244,10 +245,6 @@ def _interval(differences: list[float]) -> dict[str, float | None]:
 
 def mean_text(mean: float | None) -> str:
     return MISSING if mean is None else f"{mean:.4g}"
-
-
-def _interval_text(d: dict[str, float | None]) -> str:
-    return f"{d['mean']:+.3g}" if d["low"] is None else f"{d['mean']:+.3g}: {d['low']:+.3g} to {d['high']:+.3g}"
 
 
 def _check_seeds(methods: Mapping[str, list[Run]]) -> None:

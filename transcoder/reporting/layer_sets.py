@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transcoder.files import replace_atomically
 from transcoder.layer_list import LAYERS_FOLDER, layer_folders
 from transcoder.reporting.format import number, percent, real
 from transcoder.reporting.run import Run
@@ -51,34 +50,29 @@ def set_lines(summary: Mapping[str, Any]) -> list[str]:
     return [*lines, *(f"ended: {why}" for why in summary.get("ended", {}).values())]
 
 
-def write_set_report(path: str | Path) -> Path:
-    """Write the set's report.html: the table of layers, each with a link to its own page. Returns its path."""
+def set_page(run: Run, header: Mapping[str, Any], links: bool) -> dict[str, Any]:
+    """What the page of a set shows under a run's `header`, see `render_page`: the table of layers; `links` lead to theirs."""
     from markupsafe import Markup
 
-    from transcoder.reporting.page import render, render_page
+    from transcoder.reporting.page import render
 
-    run = Run(path, empty_ok=True)
     head, rows = set_table(run.path)
     for row, folder in zip(rows, layer_folders(run.path).values(), strict=True):
-        if (folder / "report.html").is_file():
+        if links and (folder / "report.html").is_file():
             row[0] = Markup('<a href="{}/{}/report.html">{}</a>').format(LAYERS_FOLDER, folder.name, row[0])
-    steps = real(run.setting("training.steps")) or 0.0
     lead = " ".join(line[0].upper() + line[1:] + "." for line in set_lines(run.final))
     table = {"head": head, "rows": rows, "caption": "Layers", "numeric": range(1, len(head) - 1)}
-    core = {
+    return {
         "title": f"{run.name}: layer set",
         "header": {
+            **header,
             "eyebrow": "Layer set",
-            "title": run.name,
-            "pill": (run.status, "good" if run.finished else "warn"),
-            "facts": [f"{len(rows)} layers", f"{number(run.last_step)} of {number(steps)} steps"],
-            "progress": None if run.finished or steps <= 0 else (run.last_step or 0) / steps,
+            "facts": [f"{len(rows)} layers", header["facts"][0]],
         },
         "sections": [
             {"id": "layers", "title": "Layers", "html": render("sections/plain.html", lead=lead, table=table)}
         ],
     }
-    return replace_atomically(run.path / "report.html", render_page(core, {}))
 
 
 def _is_number(value: object) -> bool:

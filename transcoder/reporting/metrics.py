@@ -48,7 +48,8 @@ class MetricsWriter:
             _set_aside(path)
         else:
             dropped, last = drop_after(path, resume_step)
-        earlier = _number_or(last.get("time"), 0.0) if last else 0.0
+        at = last.get("time") if last else None
+        earlier = float(at) if isinstance(at, (int, float)) else 0.0
         self._start = time.monotonic() - earlier
         self._step = resume_step or 0
         self._file = JsonlFile(path, config.logging.max_megabytes << 20)
@@ -136,10 +137,6 @@ def _as_float(name: str, value: object) -> float:
 
 def _spell(value: float) -> str:
     return "nan" if math.isnan(value) else ("inf" if value > 0 else "-inf")
-
-
-def _number_or(value: object, default: float) -> float:
-    return float(value) if isinstance(value, (int, float)) else default
 
 
 def _plain(value: Any) -> Any:

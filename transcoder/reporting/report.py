@@ -12,6 +12,7 @@ from transcoder.layer_list import layer_folders
 from transcoder.reporting import latent_cards, sections
 from transcoder.reporting.format import clock, number, real
 from transcoder.reporting.latent_cards import LatentCards
+from transcoder.reporting.layer_sets import set_page
 from transcoder.reporting.page import chunk_elements, render, render_page
 from transcoder.reporting.run import Run
 
@@ -35,23 +36,24 @@ def write_report(run_dir: str | Path) -> Path:
     Raises:
         FileNotFoundError: `run_dir` is no folder.
     """
-    if layer_folders(run_dir):
-        from transcoder.reporting.layer_sets import write_set_report
-
-        return write_set_report(run_dir)
     run = Run(run_dir, empty_ok=True)
     core, cards = payload(run)
     page = render_page(core, chunk_elements(cards.packed_index, cards.chunks))
     return replace_atomically(run.path / FILE_NAME, page)
 
 
-def payload(run: Run, cards: LatentCards | None = None, version: int = 0) -> tuple[dict[str, Any], LatentCards]:
-    """What the page shows, see `render_page`, and the cards of its latents.
+def payload(
+    run: Run, cards: LatentCards | None = None, version: int = 0, live: bool = False
+) -> tuple[dict[str, Any], LatentCards]:
+    """What the page shows, see `render_page`, and the cards of its latents. A layer set's page leads to those of its layers.
 
     Args:
         cards: the latents where they were built before.
         version: of the cards; a live page reads them again when it changes.
+        live: the page is served while the run goes on, and no other page with it.
     """
+    if layer_folders(run.path):
+        return {**set_page(run, header(run), links=not live), "version": version}, LatentCards({})
     known = cards or _guarded("the latents", lambda: latent_cards.build(run), lambda _: LatentCards({}))
 
     def drawn(name: str) -> Any:

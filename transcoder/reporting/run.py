@@ -15,6 +15,7 @@ import yaml
 
 from transcoder.checkpoint_folder import CheckpointError, candidates, find_checkpoint
 from transcoder.files import local_path
+from transcoder.layer_list import layer_folders
 from transcoder.reporting import plots, run_tables
 from transcoder.reporting.checkpoint import Checkpoint, newest_readable, read_checkpoint
 from transcoder.reporting.duplicates import Duplicates
@@ -42,6 +43,7 @@ _REPORTED = {
     "duplicates/effective_dictionary_size": "effective_dictionary_size",
 }
 """Metrics that the correlation report has too, under these names."""
+OF_LAYERS = {"usage.json", "correlation report", "activation samples"}
 
 
 class Run:
@@ -237,7 +239,8 @@ class Run:
 
     @property
     def missing(self) -> list[Missing]:
-        """What a whole run has and this one lacks, each with `what` and `why`. Reads everything but checkpoints and latents."""
+        """What a whole run has and this one lacks, each with `what` and `why`; of a layer set, what the set itself lacks. Reads
+        everything but checkpoints and latents."""
         for part in ("config", "metrics", "summary", "usage", "correlation", "samples", "sample_summary"):
             getattr(self, part)
         why = {}
@@ -252,9 +255,10 @@ class Run:
                 f"is of an earlier session, which ended at step {self.earlier_session}: "
                 f"the values shown are the last in {FILE_NAME}"
             )
-        # Weights that were only measured were not trained here.
+        # Weights that were only measured were not trained here; the parts of a layer set lie in its layers' folders.
         training = {FILE_NAME, "usage.json", "correlation report"} if "evaluated" in self.summary else set()
-        return [Missing(what, reason) for what, reason in {**self._why, **why}.items() if what not in training]
+        elsewhere = OF_LAYERS if layer_folders(self.path) else training
+        return [Missing(what, reason) for what, reason in {**self._why, **why}.items() if what not in elsewhere]
 
     @property
     def lacking(self) -> list[Missing]:

@@ -72,6 +72,13 @@ CE_RECOVERED = SummaryMetric(
     "higher",
     share=True,
 )
+SET_CE_RECOVERED = SummaryMetric(
+    "set/ce_recovered",
+    "  all layers at once",
+    "Of a layer set: with every layer's transcoder in its place, as in a replacement model.",
+    "higher",
+    share=True,
+)
 TRAINING_FVU = SummaryMetric(
     "metrics/fvu", "Training FVU", "Mean of the last ten logged batches.", "lower", "tail_mean"
 )
@@ -158,6 +165,7 @@ SUMMARY_METRICS = (
     MEAN_BASELINE,
     SINK_FVU,
     CE_RECOVERED,
+    SET_CE_RECOVERED,
     TRAINING_FVU,
     L0,
     DEAD,

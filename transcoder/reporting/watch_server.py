@@ -95,7 +95,7 @@ class LiveReport:
         cards_seen = self._stats(*OF_CARDS)
         changed = cards_seen != self._cards_seen
         version = self._version + changed
-        core, cards = payload(snapshot.run, None if changed else self._cards, version)
+        core, cards = payload(snapshot.run, None if changed else self._cards, version, live=True)
         if snapshot.state in LOOKS:
             core["header"]["pill"] = [snapshot.words, LOOKS[snapshot.state]]
         if snapshot.state == "running" and snapshot.left:

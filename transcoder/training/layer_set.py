@@ -18,7 +18,8 @@ from transcoder.config import BUFFER_TOKENS, RunConfig
 from transcoder.files import replace_atomically
 from transcoder.layer_list import LAYERS_FOLDER, layer_name
 from transcoder.reporting import MetricsWriter, ProgressBar
-from transcoder.reporting.layer_sets import mean_over_layers, write_set_report
+from transcoder.reporting.layer_sets import mean_over_layers
+from transcoder.reporting.report import write_report
 from transcoder.training.disk_space import human_bytes
 from transcoder.training.evaluation import at_inference, cross_entropy_metrics
 from transcoder.training.nonfinite import TrainingDivergedError
@@ -85,15 +86,10 @@ class LayerSet:
         resumed = any(run.step for run in runs.values())
         replace_atomically(run_dir / "config.yaml", config.to_yaml())
         self.writer = stack.enter_context(MetricsWriter(run_dir, config, self.step if resumed else None))
-        self.writer.write_event(
-            "layers", {"layers": list(runs), "buffer_tokens": self._any.config.activations.buffer_tokens}
-        )
+        buffer_tokens = next(iter(runs.values())).config.activations.buffer_tokens
+        self.writer.write_event("layers", {"layers": list(runs), "buffer_tokens": buffer_tokens})
         self._bar = ProgressBar(config.training.steps, self.step, config.logging.progress)
         stack.callback(self._bar.close)
-
-    @property
-    def _any(self) -> Trainer:
-        return next(iter(self.runs.values()))
 
     @property
     def _going(self) -> dict[int, Trainer]:
@@ -129,7 +125,7 @@ class LayerSet:
             raise TrainingDivergedError(f"every layer diverged: {'; '.join(self.ended.values())}")
         summary = self._write_summary(results, stopped_by)
         self.writer.flush()
-        report = write_set_report(self.run_dir) if self.config.logging.report else None
+        report = self._write_report() if self.config.logging.report else None
         first = next(iter(results.values()))
         finished = all(one.finished for layer, one in results.items() if layer not in self.ended)
         return RunResult(
@@ -197,6 +193,15 @@ class LayerSet:
         except OSError as error:
             logger.warning("summary.json of the set could not be written: %s", error)
         return summary
+
+    def _write_report(self) -> Path | None:
+        try:
+            return write_report(self.run_dir)
+        except Exception as error:
+            logger.warning(
+                "report.html of the set could not be written: %s; try `transcoder report %s`", error, self.run_dir
+            )
+            return None
 
     def _cross_entropy(self) -> dict[str, float]:
         """The language model's cross-entropy with every layer's transcoder in its place at once. Whatever goes wrong in the

@@ -21,6 +21,7 @@ from transcoder.kernels import SparseCodes
 from transcoder.losses import penalty_scale
 from transcoder.model import StepOutput, Transcoder
 from transcoder.phases import phase
+from transcoder.training.cross_layer import confine
 from transcoder.training.nonfinite import Flag, StateBefore, StepLedger, TrainingDivergedError, flag_of
 from transcoder.training.optimizer import make_optimizer, optimizer_step
 from transcoder.training.run_state import Stateful
@@ -94,6 +95,8 @@ class LayerTrainer:
         self.ranks = ranks
         shape, seed = config.transcoder, config.training.seed
         self.transcoder = Transcoder(shape.config(d_in, d_out), seed=seed, device=device)
+        if config.activations.cross_layer:
+            confine(self.transcoder, len(config.activations.pairs))
         if ranks is not None:
             self.transcoder = ranks.shared(self.transcoder)
         self.peak = peak_learning_rate(config)
@@ -155,7 +158,8 @@ class LayerTrainer:
         return StepView(self.index, step, seen, norm, self._ledger.take(), flag_of(bad))
 
     def fit_normalization(self, source: BatchSource) -> None:
-        """Fit the transcoder's normalisation to a sample, which `source` gives to training again."""
+        """Fit the transcoder's normalisation to a sample, which `source` gives to training again. Where the sample's source and
+        target are the same, the encoder begins as the decoder's transpose."""
         shape = self.config.transcoder
         taken = source.look_ahead(shape.normalization_tokens)
         sample = {name: torch.cat([getattr(batch, name) for batch in taken]) for name in ("source", "target")}
@@ -168,6 +172,9 @@ class LayerTrainer:
                 )  # fmt: skip
         if shape.normalize != "none":
             self.transcoder.set_normalization(sample["source"], sample["target"], shape.normalize)
+        if sample["source"].shape == sample["target"].shape and torch.equal(sample["source"], sample["target"]):
+            # An autoencoder: a latent that adds what it fires on reduces the error from the first step on (Gao et al. 2024).
+            self.transcoder.W_enc.data.copy_(self.transcoder.W_dec)
 
     def check_weights(self, step: int) -> None:
         """TrainingDivergedError where a weight is NaN or Inf. Reads the device."""

@@ -61,6 +61,7 @@ def check_for_ranks(config: RunConfig, processes: int, own_batches: bool) -> Non
     """ConfigError for what a run in several processes cannot do (the list in docs/scale.md), before the model is loaded."""
     wrong = [
         (own_batches, "batches: expected none"),
+        (":" in config.model.device, f"model.device: expected auto, cuda or cpu, got {config.model.device}"),
         (config.activations.layers is not None, "activations.layers: expected null"),
         (
             config.transcoder.activation == "jumprelu",
@@ -101,6 +102,7 @@ def check_streams(config: RunConfig, own_batches: bool) -> None:
         return
     wrong = [
         (own_batches, "with `batches`: they are one stream"),
+        (config.activations.layers is not None, "with activations.layers"),
         (config.activations.kind == "cached", "with cached activations, whose shards are one stream"),
         (config.antidup.positions.enabled and config.antidup.positions.train, "with antidup.positions.train"),
         (batch % streams != 0, f"or a divisor of training.batch_size = {batch}"),

@@ -12,7 +12,7 @@ from transcoder.antidup.row_cosines import cosine_tail, random_cosine_tail
 from transcoder.config import ConfigError, RunConfig
 from transcoder.files import local_path, replace_atomically
 from transcoder.training.run_end import RunResult
-from transcoder.training.start_checks import changed_settings
+from transcoder.training.start_checks import changed_settings, check_one_process
 from transcoder.training.train import train_transcoder
 
 COLUMNS = (
@@ -52,6 +52,7 @@ def sweep_k(config: RunConfig, ks: Sequence[int], out: Path | str) -> dict[str, 
 
     Raises: ConfigError for a k that cannot be; others as `train_transcoder`. SweepStopped.
     """
+    check_one_process()
     if not ks or len(set(ks)) != len(ks):
         raise ConfigError(f"sweep: k: expected one or more different numbers, got {list(ks)}")
     config = resolved_layers(config)

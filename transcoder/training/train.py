@@ -48,7 +48,8 @@ def train_transcoder(
     heldout: Sequence[ActivationBatch] | None = None,
 ) -> RunResult:
     """Train one transcoder and leave a run folder: config, metrics, checkpoints, anti-duplication reports, samples, report.
-    With `activations.layers`, one for each layer, with such a folder each under layers/.
+    With `activations.layers`, one for each layer, with such a folder each under layers/; with `activations.cross_layer` one of
+    all layers.
 
     Args:
         config: the run, see `transcoder.config`.
@@ -71,9 +72,9 @@ def train_transcoder(
     if under_torchrun():
         return _train_in_ranks(config, out, resume, batches)
     run_dir = Path("runs") / config.name if out is None else local_path(out)
-    if config.activations.layers is not None:
-        if batches is not None:
-            raise ConfigError("activations.layers: expected null with `batches`, which are of one layer")
+    if config.activations.layers is not None and batches is not None:
+        raise ConfigError("activations.layers: expected null with `batches`, which are of one layer")
+    if config.activations.layers is not None and not config.activations.cross_layer:
         with StopRequest() as stop, opened_set(config, run_dir, resume) as layers:
             return layers.train(stop)
     with StopRequest() as stop, opened_run(config, run_dir, batches, heldout, resume) as run:
@@ -108,7 +109,7 @@ def opened_run(
 ) -> Iterator[Trainer]:
     """A run in its locked folder before its first step, whose steps the caller takes: `train` or `advance`. Arguments and
     errors as `train_transcoder`; `ranks` are the processes that share it, of which the first has the folder."""
-    if config.activations.layers is not None:
+    if config.activations.layers is not None and not config.activations.cross_layer:
         raise ConfigError(
             "activations.layers: expected null, for a run whose steps the caller takes; `train_transcoder` trains layer sets"
         )
@@ -116,7 +117,7 @@ def opened_run(
         check_one_process()
     device = device_of(config.model.device) if ranks is None else ranks.device
     if ranks is None or ranks.rank == 0:
-        config = as_started(config, run_dir, resume)
+        config = as_started(resolved_layers(config), run_dir, resume)
     if ranks is not None:
         config = in_ranks(ranks.from_first(lambda: config), ranks)
     check_switches(config, batches, heldout)
@@ -143,6 +144,7 @@ def opened_run(
 def opened_set(config: RunConfig, run_dir: Path, resume: bool = False) -> Iterator[LayerSet]:
     """The runs of a layer set in their locked folders before their first step. Arguments and errors as `train_transcoder`."""
     check_one_process()
+    check_streams(config, False)
     device = device_of(config.model.device)
     config = resolved_layers(config)
     say_backend(device)

@@ -128,7 +128,9 @@ class Trainer:
         """One step of every dictionary on the same batches. Reads nothing from the device."""
         with phase("batch"):
             count = self.config.training.accumulation
-            batches = self._together(lambda: [next(self.source) for _ in range(count)])
+            if self.ranks is not None and isinstance(self.source, ActivationStream):
+                self._together(functools.partial(self.source.ready, count))
+            batches = [next(self.source) for _ in range(count)]
         self._unseen.extend(layer.step(self.step, batches) for layer in self.layers)
         self.look(AHEAD * len(self.layers))
 

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transcoder.activations.stream import resolved_layers
 from transcoder.antidup import validate_correlation_report
 from transcoder.checkpoint_folder import CheckpointError, verify_checkpoint
 from transcoder.config import RunConfig
 from transcoder.files import local_path
 from transcoder.reporting.compare import compare_runs, format_comparison, write_comparison
 from transcoder.training.run_end import RunResult
-from transcoder.training.start_checks import as_started
+from transcoder.training.start_checks import as_started, check_one_process
 from transcoder.training.train import train_transcoder
 from transcoder.usage import SECTIONS, judge
 
@@ -80,7 +81,8 @@ def validate(config: RunConfig, out: Path | str) -> ValidationResult:
         LedgerError: in the run with the parts on, one was not really used. ConfigError and others as
             `train_transcoder`.
     """
-    out = local_path(out)
+    check_one_process()
+    out, config = local_path(out), resolved_layers(config)
     checks: dict[str, list[Check]] = {}
     for name, enabled in (("with_antidup", True), ("baseline", False)):
         switches = {f"antidup.{section}.enabled": enabled for section in SECTIONS.values()}

@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 
+from transcoder import Transcoder, TranscoderConfig
 from transcoder.interop.formats import ChangedFunctionError, export_transcoder, read_transcoder
 
 from .makers import HOOKS, check_same, inputs, transcoder
@@ -128,3 +129,32 @@ def test_gemma_scope_files_read_the_same_in_both(tmp_path: Path) -> None:
     x = inputs(200, 16)
     check_same(model(x), theirs(x), x)
     check_same(theirs(x), read_transcoder("gemma-scope", tmp_path / "out").transcoder(x), x)
+
+
+@torch.no_grad()
+def test_our_cross_layer_transcoder_is_theirs(tmp_path: Path) -> None:
+    from circuit_tracer.transcoder.cross_layer_transcoder import load_clt
+
+    from transcoder.training.cross_layer import confine
+
+    layers, width = 3, 16
+    config = TranscoderConfig(layers * width, layers * width, d_sae=96, k=12, activation="batch_topk")
+    model = Transcoder(config, seed=1)
+    confine(model, layers)
+    model.threshold.fill_(0.4)
+    model.b_dec.copy_(torch.randn(layers * width, generator=torch.Generator().manual_seed(3)))
+    x = inputs(50, layers * width)
+    model.set_normalization(x, 2 * x + 1, "standardize")
+    model.eval().save_pretrained(tmp_path / "run")
+    hooks = {"source_hook": "blocks.0.hook_resid_mid", "target_hook": "blocks.0.hook_mlp_out"}
+    run = {"activations": {"cross_layer": True, "layers": [0, 1, 2], **hooks}}
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(run), encoding="utf-8")
+    record = export_transcoder(tmp_path / "run", "circuit-tracer", tmp_path / "out")
+    assert record.function == "same up to rounding"
+    theirs = load_clt(str(tmp_path / "out"), device=torch.device("cpu"), dtype=torch.float32)
+    by_layer = x.unflatten(1, (layers, width)).transpose(0, 1)
+    features = torch.stack([theirs.encode_layer(by_layer[n], n) for n in range(layers)])
+    # Theirs has the latents of a layer in a row, ours has latent i at layer i mod 3.
+    check_same(model.encode(x).to_dense(), features.permute(1, 2, 0).flatten(1), x)
+    found = theirs.decode(features.to_sparse(), by_layer)
+    check_same(model(x), found.transpose(0, 1).flatten(1), x)
