@@ -28,7 +28,7 @@ from transcoder.cli import main
 from transcoder.commands import COMMANDS
 from transcoder.config import ActivationsSection, ConfigError, RunConfig
 from transcoder.files import file_digest
-from transcoder.reporting.verdict import verdict_lines
+from transcoder.reporting.verdict import is_done, verdict_lines
 from transcoder.setting_help import FIRST
 from transcoder.training.checkpoint import CheckpointStore
 
@@ -159,6 +159,12 @@ def test_train_then_report_then_compare(capsys: pytest.CaptureFixture[str], tmp_
     assert code == 0, err
     assert "finished already" in out
     assert out.splitlines()[1:4] == verdict_lines(Run(run))
+
+    values = yaml.safe_load((run / "config.yaml").read_text())
+    del values["parallel"]  # a run of a version without that section
+    (run / "config.yaml").write_text(yaml.safe_dump(values))
+    assert is_done(run, RunConfig.load(tiny, {"training.seed": 1}))
+    assert not is_done(run, RunConfig.load(tiny, {"training.seed": 2}))
 
     last = find_checkpoint(run)
     before = file_digest(last / "transcoder.safetensors")

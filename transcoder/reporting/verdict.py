@@ -177,6 +177,7 @@ def said_of(out: Path) -> list[str]:
 
 def is_done(out: Path, config: RunConfig) -> bool:
     """Whether the folder holds the run of these settings, finished, with its last checkpoint and its page. Needs no torch."""
+    from transcoder.config import ConfigError, RunConfig
     from transcoder.layer_list import layer_folders
     from transcoder.reporting.compare import flattened
     from transcoder.reporting.run import Run
@@ -184,8 +185,12 @@ def is_done(out: Path, config: RunConfig) -> bool:
     if not (out / "config.yaml").is_file():
         return False
     run, asked = Run(out), flattened(config.to_dict())
+    try:
+        # Settings that a run of an earlier version lacks have their defaults.
+        held = flattened(RunConfig.load(out / "config.yaml").to_dict())
+    except ConfigError:
+        return False
     # The run's file has the values that were found for `auto`, and those that follow its length.
-    held = flattened(run.config)
     same = held.keys() == asked.keys() and all(asked[name] in (value, None, "auto") for name, value in held.items())
     whole = (out / "report.html").exists() or not config.logging.report
     if not (same and run.finished and whole and run.last_step == config.training.steps):
