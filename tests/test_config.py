@@ -69,6 +69,7 @@ def overrides(draw: st.DrawFn) -> dict[str, Any]:
     chosen["transcoder.prefix_weights"] = draw(st.none() | weights)
     chosen["transcoder.k"] = draw(st.integers(1, widths[-1]))
     chosen["activations.cached_path"] = "shards"
+    chosen.pop("activations.cross_layer", None)  # needs activations.layers
     batch = chosen.get("training.batch_size", 1024)
     chosen["activations.buffer_tokens"] = draw(st.integers(batch, 2 * batch))
     monitor, regularizer = "antidup.monitor.", "antidup.regularizer."

@@ -20,7 +20,8 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.rel
 
 
 def blocks(language: str, text: str = README) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.M | re.S)
+    found = re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.M | re.S)
+    return [block.replace("\\\n", " ") for block in found]
 
 
 @pytest.mark.parametrize(
