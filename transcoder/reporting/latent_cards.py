@@ -16,7 +16,7 @@ from transcoder.reporting.duplicates import Duplicates
 from transcoder.reporting.format import whole
 from transcoder.reporting.page import pack
 from transcoder.reporting.run import Run
-from transcoder.reporting.samples import Context, SampleTable
+from transcoder.reporting.samples import SampleTable, Windows
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -154,36 +154,41 @@ def _fill(
     """Pack the cards of the chosen latents; returns the columns `chunk` and `word` of the index, the `words`, and the latents
     to begin with."""
     chunk, word = np.full((2, len(place)), -1)
-    contexts = _contexts(samples, chosen)
+    rows, ends = _shown_rows(samples, chosen)
+    windows = samples.read_windows(rows, TOKENS_BEFORE, TOKENS_AFTER)
     facts = {} if run.heldout_latents is None else run.heldout_latents.details(chosen)
     near = {} if run.unverified_checkpoint is None else run.unverified_checkpoint.neighbours(chosen)
     peaks: dict[str, int] = {}
     spent = 0
     for begin in range(0, len(chosen), CHUNK):
-        part = chosen[begin : begin + CHUNK]
-        local: dict[str, int] = {}
+        part = range(begin, min(begin + CHUNK, len(chosen)))
+        shown = slice(ends[part[0]], ends[part[-1] + 1])
+        words, packed_rows = _rows(samples, rows[shown], windows.part(shown))
         entries = []
-        for latent in part:
-            shown = contexts[latent]
-            peak = max(float(samples.activation[samples.rows_of(latent)[0]]), 1e-12)
-            rows = [_row(context, peak, local) for context in shown]
-            entries.append([latent, rows, _facts(facts.get(latent), near.get(latent))])
-            if shown:
-                strongest = _shorten(shown[0].tokens[shown[0].anchor])
+        for n in part:
+            latent, first = chosen[n], ends[n]
+            own = [row for row in packed_rows[first - shown.start : ends[n + 1] - shown.start] if row is not None]
+            entries.append([latent, own, _facts(facts.get(latent), near.get(latent))])
+            if own:
+                strongest = words[own[0][5][own[0][4]]]
                 word[place[latent]] = peaks.setdefault(strongest, len(peaks))
-        text = packed({"words": list(local), "cards": entries})
+        text = packed({"words": words, "cards": entries})
         spent += len(text)
         if spent > MAX_BYTES:
             break
-        chunk[[place[latent] for latent in part]] = len(cards.chunks)
+        chunk[[place[chosen[n]] for n in part]] = len(cards.chunks)
         cards.chunks.append(text)
         cards.with_contexts += len(part)
-    return chunk, word, list(peaks), interesting({i: contexts[i] for i in chosen if chunk[place[i]] >= 0}, density)
+    top = samples.top[rows] & windows.known
+    tops = {
+        chosen[n]: (np.flatnonzero(top[ends[n] : ends[n + 1]]) + ends[n]).tolist() for n in range(cards.with_contexts)
+    }
+    return chunk, word, list(peaks), interesting(windows, tops, density)
 
 
-def _contexts(samples: SampleTable, chosen: list[int]) -> dict[int, list[Context]]:
-    """The strongest contexts of each kind of the chosen latents."""
-    shown = [np.zeros(0, np.int64)]
+def _shown_rows(samples: SampleTable, chosen: list[int]) -> tuple[NDArray[np.int64], list[int]]:
+    """The strongest samples of each kind of the chosen latents, and where each latent's begin and end among them."""
+    shown, ends = [np.zeros(0, np.int64)], [0]
     for latent in chosen:
         rows = samples.rows_of(latent)
         top = samples.top[rows]
@@ -191,42 +196,66 @@ def _contexts(samples: SampleTable, chosen: list[int]) -> dict[int, list[Context
         # Evenly over the activations, strong and weak ones.
         others = others[np.linspace(0, len(others) - 1, min(SAMPLES_OF_A_KIND, len(others))).astype(int)]
         shown += [rows[top][:SAMPLES_OF_A_KIND], others]
-    found: dict[int, list[Context]] = {latent: [] for latent in chosen}
-    for context in samples.read_contexts(np.concatenate(shown)):
-        found[context.latent].append(context)
-    return found
+        ends.append(ends[-1] + len(shown[-1]) + len(shown[-2]))
+    return np.concatenate(shown), ends
 
 
-def interesting(contexts: dict[int, list[Context]], density: pd.Series[float], count: int = 6) -> list[int]:
+def _rows(samples: SampleTable, rows: NDArray[np.int64], windows: Windows) -> tuple[list[str], list[list[Any] | None]]:
+    """The words of some samples, and each packed; None where its token is not known."""
+    there = windows.word >= 0
+    used, numbers = np.unique(windows.word[there], return_inverse=True)
+    ends = np.cumsum(there.sum(1)).tolist()
+    column = np.cumsum(there, axis=1) - 1
+    peak = np.maximum(_peaks(samples, rows), 1e-12)
+    shade = np.where(there, np.nan_to_num(np.clip(windows.activation / peak[:, None], 0, 1)).round(2), 0.0)
+    at, shaded = np.nonzero(shade)
+    pairs = [list(pair) for pair in zip(column[at, shaded].tolist(), shade[at, shaded].tolist(), strict=True)]
+    pair_ends = np.searchsorted(at, np.arange(1, len(rows) + 1)).tolist()
+    columns = (
+        samples.top[rows].astype(int).tolist(),
+        _rounded(samples.activation[rows].tolist(), 4),
+        samples.position[rows].tolist(),
+        samples.sequence[rows].tolist(),
+        column[:, windows.anchor].tolist(),
+    )
+    plain = numbers.tolist()
+    found: list[list[Any] | None] = []
+    for n, (known, *place) in enumerate(zip(windows.known.tolist(), *columns, strict=True)):
+        begin, pair_begin = (ends[n - 1], pair_ends[n - 1]) if n else (0, 0)
+        found.append([*place, plain[begin : ends[n]], pairs[pair_begin : pair_ends[n]]] if known else None)
+    return [_shorten(windows.words[i]) for i in used.tolist()], found
+
+
+def _peaks(samples: SampleTable, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+    """The strongest activation of each row's latent."""
+    latents, place = np.unique(samples.latent[rows], return_inverse=True)
+    strongest = [samples.activation[samples.rows_of(latent)[0]] for latent in latents.tolist()]
+    return np.asarray(strongest, np.float64)[place]
+
+
+def interesting(windows: Windows, tops: dict[int, list[int]], density: pd.Series[float], count: int = 6) -> list[int]:
     """Up to `count` latents whose strongest contexts say something at a glance: they fire on words rather than whitespace, in
-    contexts that differ, on alike tokens, neither once nor everywhere; no two on the same word."""
+    contexts that differ, on alike tokens, neither once nor everywhere; no two on the same word.
+
+    Args:
+        tops: each latent's strongest contexts, as rows of `windows`.
+    """
     ranked = []
-    for latent, found in contexts.items():
-        top = [c for c in found if c.kind == "top"]
-        words = [c.tokens[c.anchor].strip().lower() for c in top]
+    own = [windows.words[i].strip().lower() if i >= 0 else "" for i in windows.word[:, windows.anchor].tolist()]
+    near = [tuple(ids) for ids in windows.word[:, windows.anchor - 4 : windows.anchor + 3].tolist()]
+    for latent, top in tops.items():
+        words = [own[row] for row in top]
         lettered = sum(sum(map(str.isalpha, word)) >= 2 for word in words)
         share = float(density.get(latent, np.nan))
         if len(top) < LEAST_CONTEXTS or lettered < 0.8 * len(top) or share < 1e-4 or share > 0.05:
             continue
-        varied = len({"".join(c.tokens[max(0, c.anchor - 4) : c.anchor + 3]) for c in top}) / len(top)
+        varied = len({near[row] for row in top}) / len(top)
         (word, often), *_ = Counter(words).most_common(1)
         ranked.append((varied * lettered / len(top) * (0.5 + 0.5 * often / len(top)), -latent, word))
     chosen: dict[str, int] = {}
     for _, latent, word in sorted(ranked, reverse=True):
         chosen.setdefault(word, -latent)
     return list(chosen.values())[:count]
-
-
-def _row(context: Context, peak: float, words: dict[str, int]) -> list[Any]:
-    """A context, packed; its new words are added to `words`."""
-    begin = max(0, context.anchor - TOKENS_BEFORE)
-    window = slice(begin, context.anchor + TOKENS_AFTER + 1)
-    shades = np.nan_to_num(np.clip(context.activations[window] / peak, 0, 1)).round(2)
-    numbers = [words.setdefault(_shorten(token), len(words)) for token in context.tokens[window]]
-    (activation,) = _rounded([context.activation], 4)
-    place = [context.position, context.sequence, context.anchor - begin]
-    known = [[n, float(shades[n])] for n in np.flatnonzero(shades).tolist()]
-    return [int(context.kind == "top"), activation, *place, numbers, known]
 
 
 def _facts(details: dict[str, Any] | None, near: list[tuple[int, float]] | None) -> dict[str, Any]:

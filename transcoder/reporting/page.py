@@ -86,7 +86,8 @@ def render_page(core: Mapping[str, Any], packed: Mapping[str, str], *, live: boo
 
 def pack(data: bytes) -> str:
     """gzip (without a time, so that the same page has the same bytes), base64: nothing in it can end an element."""
-    return base64.b64encode(gzip.compress(data, 6, mtime=0)).decode()
+    # Level 6 takes three times as long for 8 % fewer bytes.
+    return base64.b64encode(gzip.compress(data, 4, mtime=0)).decode()
 
 
 class Library(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -55,6 +56,8 @@ def write_report_apart(run_dir: Path, patience: float) -> Path | None:
 
 def _main() -> None:
     os.nice(10)
+    # A page is millions of small objects without circles, and its memory is bounded.
+    gc.disable()
     try:
         import resource
 

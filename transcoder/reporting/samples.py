@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -141,25 +141,55 @@ class SampleTable:
         return order[begin:end]
 
     def read_contexts(self, rows: NDArray[np.int64]) -> list[Context]:
-        """The contexts of `rows`, in their order; a row whose anchor is outside its context is left out.
+        """The contexts of `rows`, in their order; a row whose anchor is outside its context is left out."""
+        read: dict[int, Context | None] = {}
+        for places, batch in self._batches(rows):
+            strings = batch.strings()
+            read |= {int(p): self._context(int(rows[p]), *strings[n]) for n, p in enumerate(places)}
+        return [context for place in range(len(rows)) if (context := read[place]) is not None]
 
-        Reads the file once, `BATCH_ROWS` rows at a time.
-        """
+    def read_windows(self, rows: NDArray[np.int64], before: int, after: int) -> Windows:
+        """At most `before` and `after` tokens around the token of each of `rows`: many rows at once, without an object for each
+        token."""
+        width = before + 1 + after
+        ids: dict[str, int] = {}
+        word = np.full((len(rows), width), -1, np.int64)
+        activation = np.full((len(rows), width), np.nan)
+        for places, batch in self._batches(rows):
+            ends = np.cumsum(batch.lengths)
+            anchor = self.anchor[rows[places]]
+            column = anchor[:, None] + np.arange(-before, after + 1)
+            inside = (column >= 0) & (column < batch.lengths[:, None])
+            inside &= ((anchor >= 0) & (anchor < batch.lengths))[:, None]
+            at = np.where(inside, (ends - batch.lengths)[:, None] + column, 0)
+            if batch.codes.size:
+                numbers = np.array([ids.setdefault(w, len(ids)) for w in batch.words])
+                word[places] = np.where(inside & (batch.codes[at] != PADDING), numbers[batch.codes[at]], -1)
+                if batch.activations is not None:
+                    activation[places] = np.where(inside, batch.activations[at], np.nan)
+            spelled = np.array(["<0x" in w for w in batch.words], dtype=bool)
+            for n in np.flatnonzero((inside & spelled[batch.codes[at]]).any(1)) if spelled.any() else ():
+                tokens = batch.tokens(n)
+                texts = whole_characters(tokens)
+                for c in np.flatnonzero(inside[n] & (word[places[n]] >= 0)):
+                    word[places[n], c] = ids.setdefault(texts[column[n, c]], len(ids))
+        known = word[:, before] >= 0
+        activation[known, before] = self.activation[rows[known]]
+        return Windows(list(ids), word, activation, before)
+
+    def _batches(self, rows: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], _Tokens]]:
+        """The tokens of `rows` in parts, each with its places among them. Reads the file once, `BATCH_ROWS` rows at a time."""
         import pyarrow.parquet as pq
 
         order = np.argsort(rows, kind="stable")
         wanted = rows[order]
-        read: list[tuple[list[str], NDArray[np.float64] | None]] = []
         with pq.ParquetFile(self._path) as file:
             first = 0
             for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=_text_columns(file)):
-                inside = wanted[np.searchsorted(wanted, first) : np.searchsorted(wanted, first + len(batch))] - first
+                begin, end = np.searchsorted(wanted, [first, first + len(batch)])
+                if begin < end:
+                    yield order[begin:end], _Tokens.of(batch.take(wanted[begin:end] - first))
                 first += len(batch)
-                if len(inside):
-                    read.extend(_token_rows(batch.take(inside)))
-        texts = dict(zip(order.tolist(), read, strict=True))
-        found = (self._context(int(row), *texts[n]) for n, row in enumerate(rows))
-        return [context for context in found if context is not None]
 
     def _context(self, row: int, texts: list[str], known: NDArray[np.float64] | None) -> Context | None:
         """`known`: the activation on each token, where the file has it."""
@@ -269,31 +299,74 @@ def _text_columns(file: Any) -> list[str]:
     return [name for name in ("context", "tokens", "activations") if name in file.schema_arrow.names]
 
 
-def _token_rows(batch: Any) -> list[tuple[list[str], NDArray[np.float64] | None]]:
-    """Each row's display strings, "" for padding, token ids in brackets where the file has none (alike strings are one object),
-    and its activations."""
-    contexts = batch.column("context")
-    lengths = contexts.value_lengths().fill_null(0)
-    ids = contexts.flatten()
+PADDING = 0
+"""The code of no token."""
 
-    def column(name: str) -> Any:
-        # A file of another writer may have more or fewer entries than ids; then none belongs to an id.
-        found = batch.column(name) if name in batch.schema.names else None
-        return None if found is None or not found.value_lengths().fill_null(0).equals(lengths) else found.flatten()
 
-    strings, activations = column("tokens"), column("activations")
-    if strings is not None:
-        encoded = strings.fill_null("").dictionary_encode()
+class _Tokens(NamedTuple):
+    """Tokens of n rows, one after another: `words[codes]` are their display strings ("" for padding; token ids in brackets
+    where the file has none), `lengths` [n] their number in each row, `activations` on each, where the file has them."""
+
+    words: list[str]
+    codes: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+    activations: NDArray[np.float64] | None
+
+    @classmethod
+    def of(cls, batch: Any) -> _Tokens:
+        contexts = batch.column("context")
+        lengths = contexts.value_lengths().fill_null(0)
+        ids = contexts.flatten()
+
+        def column(name: str) -> Any:
+            # A file of another writer may have more or fewer entries than ids; then none belongs to an id.
+            found = batch.column(name) if name in batch.schema.names else None
+            return None if found is None or not found.value_lengths().fill_null(0).equals(lengths) else found.flatten()
+
+        strings, activations = column("tokens"), column("activations")
+        encoded = (ids if strings is None else strings.fill_null("")).dictionary_encode()
         spelled = encoded.dictionary.to_pylist()
-    else:
-        encoded = ids.dictionary_encode()
-        spelled = [f"[{i}]" for i in encoded.dictionary.to_pylist()]
-    words = np.asarray([*spelled, ""], dtype=object)
-    codes = np.asarray(encoded.indices.to_numpy(zero_copy_only=False), np.int64)
-    codes = np.where(np.asarray(ids.to_numpy(zero_copy_only=False)) < 0, len(spelled), codes)
-    ends = np.cumsum(lengths.to_numpy(zero_copy_only=False), dtype=np.int64)[:-1]
-    texts = [part.tolist() for part in np.split(words[codes], ends)]
-    if activations is None:
-        return [(text, None) for text in texts]
-    values = np.split(np.asarray(activations.to_numpy(zero_copy_only=False), np.float64), ends)
-    return list(zip(texts, values, strict=True))
+        codes = np.asarray(encoded.indices.to_numpy(zero_copy_only=False), np.int64) + 1
+        codes = np.where(np.asarray(ids.to_numpy(zero_copy_only=False)) < 0, PADDING, codes)
+        return cls(
+            ["", *(spelled if strings is not None else (f"[{i}]" for i in spelled))],
+            codes,
+            np.asarray(lengths.to_numpy(zero_copy_only=False), np.int64),
+            None if activations is None else np.asarray(activations.to_numpy(zero_copy_only=False), np.float64),
+        )
+
+    def tokens(self, row: int) -> list[str]:
+        end = int(self.lengths[: row + 1].sum())
+        return [self.words[code] for code in self.codes[end - int(self.lengths[row]) : end]]
+
+    def strings(self) -> list[tuple[list[str], NDArray[np.float64] | None]]:
+        """Each row's display strings (alike ones are one object) and its activations."""
+        ends = np.cumsum(self.lengths)[:-1]
+        texts = [part.tolist() for part in np.split(np.asarray(self.words, dtype=object)[self.codes], ends)]
+        if self.activations is None:
+            return [(text, None) for text in texts]
+        return list(zip(texts, np.split(self.activations, ends), strict=True))
+
+
+class Windows(NamedTuple):
+    """Tokens around those of n samples.
+
+    Fields:
+        words: display strings.
+        word: [n, width] int64: which of `words`; -1 where there is no token.
+        activation: [n, width] float64, NaN where it is not known.
+        anchor: the column of the samples' own tokens.
+    """
+
+    words: list[str]
+    word: NDArray[np.int64]
+    activation: NDArray[np.float64]
+    anchor: int
+
+    @property
+    def known(self) -> NDArray[np.bool_]:
+        """[n] bool: whether the sample's own token is known."""
+        return self.word[:, self.anchor] >= 0
+
+    def part(self, rows: slice) -> Windows:
+        return self._replace(word=self.word[rows], activation=self.activation[rows])
