@@ -60,9 +60,9 @@ TORCH_LIBRARY(transcoder_cpp, m) {
       "Tensor(c!) count) -> ()",
       add_moments);
   cpu(
-      "mark_places(Tensor values, Tensor ids, Tensor row_ptr, Tensor place, Tensor? token_weights, int bits, "
+      "mark_sequences(Tensor values, Tensor ids, Tensor row_ptr, Tensor sequences, Tensor? token_weights, int bits, "
       "Tensor(a!) marks) -> int",
-      mark_places);
+      mark_sequences);
   cpu(
       "add_by_group(Tensor values, Tensor order, Tensor row_of, Tensor latent_ptr, Tensor i, Tensor j, Tensor "
       "group, Tensor? token_weights, Tensor(a!) sums) -> ()",

@@ -70,20 +70,19 @@ void add_moments(const Tensor& latent, const Tensor& value, const Tensor& weight
   add(double{});
 }
 
-// marks[latent * bits + place[row]] = 1 where the entry fires on a token of weight above 0. Returns the number of pairs of
-// entries that fire on one token, whatever its weight.
-int64_t mark_places(const Tensor& values, const Tensor& ids, const Tensor& row_ptr, const Tensor& place,
-                    const optional<Tensor>& token_weights, int64_t bits, Tensor marks) {
+// marks[latent * bits + hash_bits(sequences[row]) % bits] = 1 where the entry fires on a token of weight above 0, bits a power
+// of two. Returns the number of pairs of entries that fire on one token, whatever its weight.
+int64_t mark_sequences(const Tensor& values, const Tensor& ids, const Tensor& row_ptr, const Tensor& sequences,
+                       const optional<Tensor>& token_weights, int64_t bits, Tensor marks) {
   const int64_t entries = ids.numel(), rows = row_ptr.numel() - 1;
   check_shape("values", values, {entries});
-  check_shape("place", place, {rows});
+  check_shape("sequences", sequences, {rows});
   check_rows(row_ptr, entries);
-  TORCH_CHECK_VALUE(bits >= 1, "mark_places: bits: expected at least 1, got ", bits);
+  TORCH_CHECK_VALUE(bits >= 1 && (bits & (bits - 1)) == 0, "mark_sequences: bits: expected a power of two, got ", bits);
   check_ids(ids, marks.numel() / bits);
-  check_ids(place, bits);
   if (token_weights) check_shape("token_weights", *token_weights, {rows});
   const double* weight = token_weights ? in<double>(*token_weights) : nullptr;
-  const int64_t *id = in<int64_t>(ids), *ptr = in<int64_t>(row_ptr), *at = in<int64_t>(place);
+  const int64_t *id = in<int64_t>(ids), *ptr = in<int64_t>(row_ptr), *sequence = in<int64_t>(sequences);
   uint8_t* to = out<uint8_t>(marks);
   int64_t pairs = 0;
   with_type(values, [&](auto type) {
@@ -91,11 +90,12 @@ int64_t mark_places(const Tensor& values, const Tensor& ids, const Tensor& row_p
     const T* value = in<T>(values);
     for (int64_t row = 0; row < rows; ++row) {
       const bool counts = !weight || weight[row] > 0;
+      uint8_t* mark = to + (hash_bits(static_cast<uint64_t>(sequence[row])) & static_cast<uint64_t>(bits - 1));
       int64_t fired = 0;
       for (int64_t i = ptr[row]; i < ptr[row + 1]; ++i) {
         if (!(value[i] > 0)) continue;
         ++fired;
-        if (counts) to[id[i] * bits + at[row]] = 1;
+        if (counts) mark[id[i] * bits] = 1;
       }
       pairs += fired * (fired - 1) / 2;
     }

@@ -50,13 +50,21 @@ void sketch_add(const Tensor& latent, const Tensor& token, const Tensor& weighte
                 int64_t tokens, int64_t key, Tensor rows, Tensor ones);
 tuple<Tensor, Tensor, Tensor> similar_rows(const Tensor& left, const Tensor& right, double above, int64_t apart);
 
+// kernels/correlation/counter_rng.py: hash_bits; `key` is its key_state.
+inline uint64_t hash_bits(uint64_t index, uint64_t key = 0) {
+  uint64_t x = index * 0x9E3779B97F4A7C15u + key;
+  x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
+  x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
+  return x ^ (x >> 31);
+}
+
 // counts.cpp
 tuple<Tensor, Tensor, Tensor, Tensor, Tensor> firing_entries(const Tensor& values, const Tensor& ids, const Tensor& row_ptr,
                                                              const optional<Tensor>& token_weights);
 void add_moments(const Tensor& latent, const Tensor& value, const Tensor& weighted, const Tensor& tally, Tensor total,
                  Tensor square, Tensor count);
-int64_t mark_places(const Tensor& values, const Tensor& ids, const Tensor& row_ptr, const Tensor& place,
-                 const optional<Tensor>& token_weights, int64_t bits, Tensor marks);
+int64_t mark_sequences(const Tensor& values, const Tensor& ids, const Tensor& row_ptr, const Tensor& sequences,
+                       const optional<Tensor>& token_weights, int64_t bits, Tensor marks);
 void add_by_group(const Tensor& values, const Tensor& order, const Tensor& row_of, const Tensor& latent_ptr, const Tensor& i,
                   const Tensor& j, const Tensor& group, const optional<Tensor>& token_weights, Tensor sums);
 tuple<double, Tensor> pair_penalty(const Tensor& values, const Tensor& order, const Tensor& row_of, const Tensor& latent_ptr,

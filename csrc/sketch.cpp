@@ -6,14 +6,6 @@
 namespace transcoder {
 namespace {
 
-// kernels/correlation/counter_rng.py: hash_bits. The low 32 bits are signs.
-inline uint32_t sign_bits(uint64_t index, uint64_t key) {
-  uint64_t x = index * 0x9E3779B97F4A7C15u + key;
-  x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
-  x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
-  return static_cast<uint32_t>(x ^ (x >> 31));
-}
-
 struct SimilarMemory {
   Memory<float> scratch, values;
   Memory<int32_t> ids;
@@ -47,7 +39,8 @@ void sketch_add(const Tensor& latent, const Tensor& token, const Tensor& weighte
     for (int64_t i = 0; i < entries; ++i) sorted.data[next[id[i]]++] = {static_cast<float>(weight[i]), static_cast<int32_t>(of[i])};
   }
   std::vector<uint32_t> words(tokens * words_a_token);
-  for (size_t i = 0; i < words.size(); ++i) words[i] = sign_bits(i, static_cast<uint64_t>(key));
+  // The low 32 bits are signs.
+  for (size_t i = 0; i < words.size(); ++i) words[i] = static_cast<uint32_t>(hash_bits(i, static_cast<uint64_t>(key)));
   const auto add = tables().sketching.add_signed;
   float* to = out<float>(rows);
   for_rows(latents, ptr.data(), 0, [&](int64_t first, int64_t last) {

@@ -23,19 +23,19 @@ def readable(codes: SparseCodes) -> Tensor:
     return (values if values.dtype in (torch.float32, torch.float64) else values.float()).contiguous()
 
 
-def mark_places(codes: SparseCodes, place: Tensor, weights: Tensor | None, bits: int, marks: Tensor) -> int:
-    """`marks[latent * bits + place[row]] = 1` where an entry fires on a token of weight above 0, in place. Returns the
-    number of pairs of entries that fire on one token, whatever its weight.
+def mark_sequences(codes: SparseCodes, sequences: Tensor, weights: Tensor | None, bits: int, marks: Tensor) -> int:
+    """`marks[latent * bits + hash_bits(sequences[row]) % bits] = 1` where an entry fires on a token of weight above 0, in
+    place. Returns the number of pairs of entries that fire on one token, whatever its weight.
 
     Args:
-        place: [B] int64 in [0, bits).   weights: [B] or None.   marks: [d_sae * bits] uint8.
+        sequences: [B] int64.   weights: [B] or None.   bits: a power of two.   marks: [d_sae * bits] uint8.
     """
     weights = None if weights is None else weights.double().contiguous()
-    pairs: int = torch.ops.transcoder_cpp.mark_places(
+    pairs: int = torch.ops.transcoder_cpp.mark_sequences(
         readable(codes),
         codes.indices.contiguous(),
         codes.row_ptr.contiguous(),
-        place.contiguous(),
+        sequences.contiguous(),
         weights,
         bits,
         marks,

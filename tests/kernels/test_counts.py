@@ -173,9 +173,9 @@ def test_patterns_that_would_lead_outside_are_refused() -> None:
     values, ids, ptr = torch.ones(2), torch.tensor([0, 5]), torch.tensor([0, 2])
     marks = torch.zeros(5 * 4, dtype=torch.uint8)
     with pytest.raises((ValueError, RuntimeError), match="indices: expected in"):
-        torch.ops.transcoder_cpp.mark_places(values, ids, ptr, torch.zeros(1, dtype=torch.int64), None, 4, marks)
-    with pytest.raises((ValueError, RuntimeError), match="indices: expected in"):
-        torch.ops.transcoder_cpp.mark_places(values, ids % 5, ptr, torch.tensor([4]), None, 4, marks)
+        torch.ops.transcoder_cpp.mark_sequences(values, ids, ptr, torch.zeros(1, dtype=torch.int64), None, 4, marks)
+    with pytest.raises((ValueError, RuntimeError), match="bits: expected a power of two"):
+        torch.ops.transcoder_cpp.mark_sequences(values, ids % 5, ptr, torch.tensor([4]), None, 3, marks)
     with pytest.raises((ValueError, RuntimeError), match="row_ptr: expected"):
         torch.ops.transcoder_cpp.firing_entries(values, ids, torch.tensor([0, 3]), None)
     with pytest.raises((ValueError, RuntimeError), match="indices: expected in"):

@@ -218,7 +218,7 @@ def test_layouts_never_show_to_the_helpers_in_cpp() -> None:
     ) -> list[Tensor]:
         z = SparseCodes(values, ids, ptr, (ROWS, LATENTS))
         marks, sums = torch.zeros(4 * LATENTS, dtype=torch.uint8), torch.zeros(6, i.numel(), 4, dtype=torch.float64)
-        counts_cpp.mark_places(z, place, weights.abs(), 4, marks)
+        counts_cpp.mark_sequences(z, place, weights.abs(), 4, marks)
         counts_cpp.add_by_group(z, i, j, place, weights.abs(), sums)
         return [marks, sums, nearest_cpp.rows_in_zeros(z.to_dense()[:4], i, LATENTS)]
 

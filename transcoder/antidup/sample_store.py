@@ -60,15 +60,24 @@ class Samples(NamedTuple):
         return Samples(**parts, context=context)
 
 
+def strongest_first(group: Tensor, score: Tensor) -> Tensor:
+    """[n] int64: entries by group [n] int64, each group's by falling score [n] fp32 >= 0 (ties: the earlier entry).
+
+    Equivalent to two stable sorts, by score and then by group, in the time of one: the bits of floats that are not negative
+    are in the order of the numbers.
+    """
+    bits = score.contiguous().view(torch.int32).long()
+    return ((group << 32) + (torch.iinfo(torch.int32).max - bits)).sort(stable=True).indices
+
+
 def best_entries(group: Tensor, score: Tensor, groups: int, k: int) -> Tensor:
     """[groups, k] int64: entry numbers of each group's k highest scores (ties: the earlier entry), -1 where
     there are fewer.
 
-    Entries of group `groups` take no part. Two stable sorts; nothing is read by the host.
+    Entries of group `groups` take no part. Nothing is read by the host.
     """
-    by_score = score.sort(descending=True, stable=True).indices
-    sorted_group, within = group[by_score].sort(stable=True)
-    entry = by_score[within]
+    entry = strongest_first(group, score)
+    sorted_group = group[entry]
     first = torch.searchsorted(sorted_group, torch.arange(groups + 1, device=group.device))
     rank = torch.arange(entry.numel(), device=group.device) - first[sorted_group]
     wanted = (sorted_group < groups) & (rank < k)

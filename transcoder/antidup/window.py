@@ -123,10 +123,9 @@ class SequenceCounts:
         if sequences is None:
             return None
         self.known = True
-        place = hash_bits(sequences.long()) & (self.bits - 1)
         if counts_cpp.runs(codes):
-            return counts_cpp.mark_places(codes, place, weights, self.bits, self._map)
-        place = place[codes.rows()]
+            return counts_cpp.mark_sequences(codes, sequences.long(), weights, self.bits, self._map)
+        place = (hash_bits(sequences.long()) & (self.bits - 1))[codes.rows()]
         # A maximum does not depend on the order, and entries that do not fire change nothing.
         fires = codes.values.detach() > 0
         if weights is not None:

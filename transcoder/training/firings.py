@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from transcoder.activations import ActivationBatch
-from transcoder.antidup.sample_store import Samples, best_entries, evenly_chosen, strata_of, without_overlap
+from transcoder.antidup.sample_store import (
+    Samples,
+    best_entries,
+    evenly_chosen,
+    strata_of,
+    strongest_first,
+    without_overlap,
+)
 from transcoder.config import SamplesSection
 from transcoder.kernels.correlation.counter_rng import uniform
 from transcoder.model import Transcoder
@@ -101,8 +108,7 @@ class Firings:
     @cached_property
     def _strongest_first(self) -> Tensor:
         """[E] int64: entries by latent, each latent's by falling activation (ties: the earlier token)."""
-        order = self.value.sort(descending=True, stable=True).indices
-        return order[self.latent[order].sort(stable=True).indices]
+        return strongest_first(self.latent, self.value)
 
     def counts(self) -> LatentCounts:
         """Counts, peaks, histograms and quantiles of all latents."""

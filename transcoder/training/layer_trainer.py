@@ -223,7 +223,7 @@ class LayerTrainer:
             values["losses/diversity_penalty"] = loss.detach() - out.loss.detach()
             values.update(self.regularizer.metrics())
         measured = None
-        if self.monitor is not None:
+        if self.monitor is not None and len(self.monitor.evidence):
             target = self.transcoder.normalize_target(batch.target)
             decoder, weights = self.transcoder.W_dec, batch.weights
             measured = self.monitor.evidence.measure(codes, out.residual, target, decoder, weights, step)
