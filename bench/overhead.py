@@ -5,7 +5,8 @@ order each time, so that a slow machine affects both; a ratio is that of total t
 
 demo      whole runs of `transcoder demo --training.steps 400` up to report.html, everything on and off
 trainer   the trainer on batches that lie ready: turns of 500 steps, which hold five reports, a write of sample files, a
-          checkpoint and a block's close each, after one turn that is not counted
+          checkpoint and a block's close each, after one turn that is not counted. In a turn the runs change places every
+          50 steps: the speed of a machine drifts by more in four seconds than what is measured
 roofline  predicted for an H100 at the lost run's shape, with the language model's pass up to the layer
 
 Each row has the ratio of wall-clock time and that of processor time, which other work on the machine disturbs less. About
@@ -34,6 +35,8 @@ from bench.statistics import whole_ratio
 SIZES = (Size(1024, 128, 2048, 16), Size(1024, 512, 8192, 32))
 KINDS: dict[str, tuple[str, ...]] = {"off": (), "monitor": ("monitor",), "all": PARTS[:4]}
 LEAST_PAIRS = 5
+SLICE = 50
+"""Steps that a run takes before the next run's."""
 DEMO_STEPS = 400
 LOST = roofline.Shape(1024, 2304, 18432, 48)
 LAYERS = 9
@@ -86,9 +89,14 @@ def trainer(size: Size, pairs: int, steps: int = RARE) -> dict[str, Any]:
             seconds_of(run, steps)
         taken: dict[str, list[dict[str, float]]] = {kind: [] for kind in opened}
         for turn in range(pairs):
-            order = list(opened) if turn % 2 == 0 else list(reversed(opened))
-            for kind in order:
-                taken[kind].append(_seconds(lambda kind=kind: seconds_of(opened[kind], steps)))  # type: ignore[misc]
+            whole = {kind: {"wall": 0.0, "processor": 0.0} for kind in opened}
+            for slice_ in range(steps // min(SLICE, steps)):
+                order = list(opened) if (turn + slice_) % 2 == 0 else list(reversed(opened))
+                for kind in order:
+                    part = _seconds(lambda kind=kind: seconds_of(opened[kind], min(SLICE, steps)))  # type: ignore[misc]
+                    whole[kind] = {clock: seconds + part[clock] for clock, seconds in whole[kind].items()}
+            for kind in opened:
+                taken[kind].append(whole[kind])
             print(f"trainer {size}, turn {turn + 1} of {pairs}", flush=True)
     return _compared(taken)
 
