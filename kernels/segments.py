@@ -46,7 +46,11 @@ def row_dots(left: Tensor, table: Tensor, rows: Tensor, ids: Tensor, ptr: Tensor
     sum_mode, no_padding = 0, -1
     # Both contiguous: on some CPUs the sum over strided rows has another order, and other last bits.
     return torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        left.contiguous(), table.to(left.dtype).contiguous(), *(t.contiguous() for t in (ids, ptr, rows)), sum_mode, no_padding
+        left.contiguous(),
+        table.to(left.dtype).contiguous(),
+        *(t.contiguous() for t in (ids, ptr, rows)),
+        sum_mode,
+        no_padding,
     )
 
 
