@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from transcoder.activations import cache_activations
 from transcoder.activations.language_model import HookedModel
 from transcoder.config import ConfigError, RunConfig
 from transcoder.layer_list import layer_folders
@@ -142,6 +143,43 @@ def test_a_signal_saves_every_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert train_transcoder(settings, tmp_path / "stopped", resume=True).finished
     for layer in ("01", "02"):
         assert same_bits(*(weights(tmp_path / run / "layers" / layer) for run in ("whole", "stopped")))
+
+
+@pytest.mark.slow
+def test_a_set_from_a_cache_that_holds_all_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = config(activations__layers=[1, 2], activations__mask_norm_multiple=10.0)
+    cache_activations(made, tmp_path / "cache", tokens=65536, device=torch.device("cpu"))
+    cached = {
+        "activations.kind": "cached",
+        "activations.cached_path": str(tmp_path / "cache"),
+        "activations.heldout_fraction": 0.4,  # whole documents, of which a small cache has few
+        "checkpoint.asynchronous": False,
+    }
+    settings = made.replace(cached)
+    whole = train_transcoder(settings, tmp_path / "whole")
+    assert whole.finished
+    assert whole.summary["evaluation/fvu"] > 0
+
+    # A layer reads its own matrices of the shared shards.
+    hooks = {"activations.source_hook": "blocks.2.hook_resid_mid", "activations.target_hook": "blocks.2.hook_mlp_out"}
+    train_transcoder(settings.replace({"activations.layers": None, **hooks}), tmp_path / "alone")
+    assert same_bits(weights(tmp_path / "whole/layers/02"), weights(tmp_path / "alone"))
+
+    saves, inner = [], Trainer.save
+
+    def killed(self: Trainer, *args: Any, **options: Any) -> None:
+        saves.append(self.step)
+        if len(saves) == 4:
+            raise Killed
+        inner(self, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "save", killed)
+        with pytest.raises(Killed):
+            train_transcoder(settings, tmp_path / "killed")
+    assert train_transcoder(settings, tmp_path / "killed", resume=True).finished
+    for layer in ("01", "02"):
+        assert same_bits(*(weights(tmp_path / run / "layers" / layer) for run in ("whole", "killed")))
 
 
 def test_a_layer_that_diverges_ends_alone_by_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -168,7 +168,7 @@ class SampleTable:
                 if batch.activations is not None:
                     activation[places] = np.where(inside, batch.activations[at], np.nan)
             spelled = np.array(["<0x" in w for w in batch.words], dtype=bool)
-            for n in np.flatnonzero((inside & spelled[batch.codes[at]]).any(1)) if spelled.any() else ():
+            for n in np.flatnonzero((inside & spelled[batch.codes[at]]).any(1)).tolist() if spelled.any() else ():
                 tokens = batch.tokens(n)
                 texts = whole_characters(tokens)
                 for c in np.flatnonzero(inside[n] & (word[places[n]] >= 0)):
