@@ -52,13 +52,14 @@ class TimeShares:
         self.seconds = dict.fromkeys(GROUPS, 0.0)
         self._open: list[str] = []
         self._since = time.perf_counter()
+        self._ran = False
 
     @contextmanager
     def running(self) -> Iterator[TimeShares]:
         """Inside the `with` block `phase` reports to this."""
         global _shares
         before, _shares = _shares, self
-        self._thread, self._since = threading.get_ident(), time.perf_counter()
+        self._thread, self._since, self._ran = threading.get_ident(), time.perf_counter(), True
         try:
             yield self
         finally:
@@ -68,7 +69,10 @@ class TimeShares:
         return _InGroup(self, group_of(name)) if threading.get_ident() == self._thread else _IDLE
 
     def taken(self) -> dict[str, float]:
-        """Share of the time since the last call, {"time/<group>_share"}; empty where none has passed."""
+        """Share of the time since the last call, {"time/<group>_share"}; empty where it never ran, as in a layer of a set,
+        whose time the set counts."""
+        if not self._ran:
+            return {}
         self.count()
         total = sum(self.seconds.values())
         found = {f"time/{name}_share": spent / total for name, spent in self.seconds.items()} if total > 0 else {}

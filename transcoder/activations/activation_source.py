@@ -68,9 +68,9 @@ class ActivationSource(ABC):
         """Of each layer, the next pass over the data, which begin again when they end; sinks and all."""
 
     @abstractmethod
-    def from_start(self, heldout: bool) -> Iterator[list[Pass]]:
+    def from_start(self, heldout: bool, skip: int = 0) -> Iterator[list[Pass]]:
         """Of each layer, each pass that has held-out tokens, or else training tokens, from the start of the data to their
-        end."""
+        end; the first `skip` of them are left out and cost nothing."""
 
     @abstractmethod
     def place(self) -> dict[str, Any]:

@@ -44,8 +44,8 @@ class AllLayers(ActivationSource):
     def next_pass(self) -> list[Pass]:
         return _joined(self._layers.next_pass())
 
-    def from_start(self, heldout: bool) -> Iterator[list[Pass]]:
-        return map(_joined, self._layers.from_start(heldout))
+    def from_start(self, heldout: bool, skip: int = 0) -> Iterator[list[Pass]]:
+        return map(_joined, self._layers.from_start(heldout, skip))
 
     def place(self) -> dict[str, Any]:
         return self._layers.place()

@@ -119,10 +119,13 @@ class CachedActivations(ActivationSource):
             self._shard_number, self._epoch = 0, self._epoch + 1
         return found
 
-    def from_start(self, heldout: bool) -> Iterator[list[Pass]]:
+    def from_start(self, heldout: bool, skip: int = 0) -> Iterator[list[Pass]]:
         for number in range(len(self._index["shards"])):
             shard = self._load(number)
             for begin in range(0, len(shard.tokens), self.pass_rows):
+                if skip > 0:
+                    skip -= 1
+                    continue
                 yield self._read(shard, begin, min(begin + self.pass_rows, len(shard.tokens)))
 
     def trains(self, found: Pass) -> Tensor:

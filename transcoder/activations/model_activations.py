@@ -170,9 +170,9 @@ class ModelActivations(ActivationSource):
             assert packed is not None  # it repeats for ever
             return self._run(packed, f"forward pass at sequence {packed.first_sequence}")
 
-    def from_start(self, heldout: bool) -> Iterator[list[Pass]]:
+    def from_start(self, heldout: bool, skip: int = 0) -> Iterator[list[Pass]]:
         kind = "held-out" if heldout else "training"
-        for number, packed in enumerate(self._sequences_from_start(heldout)):
+        for number, packed in itertools.islice(enumerate(self._sequences_from_start(heldout)), skip, None):
             yield self._run(packed, f"{kind} pass {number} from the start")
 
     def _sequences_from_start(self, heldout: bool) -> Iterator[Packed]:

@@ -132,7 +132,7 @@ class PassFeed:
         # More than is kept: from here on each layer has passes of its own.
         behind = kept.pop()
         self._kept[heldout] = (itertools.chain([behind], going), kept)
-        yield from itertools.islice(self.source.from_start(heldout), len(kept), None)
+        yield from self.source.from_start(heldout, skip=len(kept))
 
     def _read_heldout(self, context_tokens: int, wanted: int) -> None:
         makers = [RowMaker(masker, context_tokens, None) for masker in self.source.maskers]

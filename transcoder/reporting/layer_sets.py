@@ -16,10 +16,10 @@ COLUMNS = (
     ("evaluation/ce_recovered", "CE recovered", percent),
     ("evaluation/l0", "L0", number),
     ("sparsity/dead_share", "dead", percent),
-    ("duplicates/pairs", "pairs", number),
-    ("duplicates/mergeable", "mergeable", number),
+    ("heldout_duplicates/pairs", "correlated pairs", number),
+    ("heldout_duplicates/mergeable", "duplicates", number),
 )
-"""Of each layer: its own metrics, held-out where the name says evaluation."""
+"""Of each layer: its own metrics, those of a finished run on held-out tokens with the final weights."""
 
 
 def mean_over_layers(metrics: Mapping[int, Mapping[str, Any]]) -> dict[str, float]:

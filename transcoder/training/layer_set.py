@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
+import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,13 +20,14 @@ from transcoder.activations.rows import Substitute
 from transcoder.config import BUFFER_TOKENS, RunConfig
 from transcoder.files import replace_atomically
 from transcoder.layer_list import LAYERS_FOLDER, layer_name
+from transcoder.phases import TimeShares
 from transcoder.reporting import MetricsWriter, ProgressBar
 from transcoder.reporting.layer_sets import mean_over_layers
 from transcoder.reporting.report import write_report
 from transcoder.training.disk_space import human_bytes
 from transcoder.training.evaluation import at_inference, cross_entropy_metrics
 from transcoder.training.nonfinite import TrainingDivergedError
-from transcoder.training.run_end import RunResult
+from transcoder.training.run_end import RunResult, write_run_report
 
 if TYPE_CHECKING:
     from transcoder.training.signals import StopRequest
@@ -88,6 +92,8 @@ class LayerSet:
         self.writer = stack.enter_context(MetricsWriter(run_dir, config, self.step if resumed else None))
         buffer_tokens = next(iter(runs.values())).config.activations.buffer_tokens
         self.writer.write_event("layers", {"layers": list(runs), "buffer_tokens": buffer_tokens})
+        self._shares = TimeShares()
+        """Of the time that all layers take together."""
         self._bar = ProgressBar(config.training.steps, self.step, config.logging.progress)
         stack.callback(self._bar.close)
 
@@ -107,12 +113,13 @@ class LayerSet:
         for run in self.runs.values():
             run.parts.metrics_log.begin(run.tokens)
         try:
-            while stop.signal is None and (going := self._going):
-                behind = min(run.step for run in going.values())
-                for layer, run in going.items():
-                    if run.step == behind:
-                        self._advance(layer, run)
-                self._log()
+            with self._shares.running():
+                while stop.signal is None and (going := self._going):
+                    behind = min(run.step for run in going.values())
+                    for layer, run in going.items():
+                        if run.step == behind:
+                            self._advance(layer, run)
+                    self._log()
         except Exception:
             for run in self._going.values():
                 run.rescue()
@@ -120,7 +127,8 @@ class LayerSet:
         stopped_by = stop.signal if self._going else None
         results = {}
         for layer, run in self.runs.items():
-            results[layer] = run.end(DIVERGENCE if layer in self.ended else stopped_by)
+            results[layer] = run.end(DIVERGENCE if layer in self.ended else stopped_by, report=False)
+        results = self._with_reports(results)
         if len(self.ended) == len(self.runs):
             raise TrainingDivergedError(f"every layer diverged: {'; '.join(self.ended.values())}")
         summary = self._write_summary(results, stopped_by)
@@ -166,6 +174,7 @@ class LayerSet:
             for name, value in metrics.items()
             if name in SHOWN
         }
+        means |= self._shares.taken()
         self.writer.write(step, {**means, **shown})
         self._bar.update(step, means)
 
@@ -193,6 +202,15 @@ class LayerSet:
         except OSError as error:
             logger.warning("summary.json of the set could not be written: %s", error)
         return summary
+
+    def _with_reports(self, results: Mapping[int, RunResult]) -> dict[int, RunResult]:
+        """The layers' pages: each is a process of its own, as many at a time as there are cores."""
+        with ThreadPoolExecutor(max_workers=max(1, min(len(results), os.cpu_count() or 1))) as pool:
+            pages = pool.map(lambda layer: write_run_report(self.runs[layer], results[layer].finished), results)
+            return {
+                layer: dataclasses.replace(result, report=page)
+                for (layer, result), page in zip(results.items(), pages, strict=True)
+            }
 
     def _write_report(self) -> Path | None:
         try:

@@ -92,8 +92,9 @@ class Trainer:
         """`work()`. Where it fails in one of several processes, it fails in all."""
         return work() if self.ranks is None else self.ranks.together(work)
 
-    def end(self, signal: str | None) -> RunResult:
-        """Summary and page, after the last step or where `signal` stopped the run, whose state is then saved."""
+    def end(self, signal: str | None, report: bool = True) -> RunResult:
+        """Summary and page (unless `report` is False), after the last step or where `signal` stopped the run, whose state is
+        then saved."""
         finished = self.step >= self.config.training.steps
         self.bar.close()
         if not finished and signal != DIVERGENCE:
@@ -104,9 +105,9 @@ class Trainer:
             self.layers[0].transcoder = self.ranks.gathered(self.layers[0].transcoder)
         stopped_by = None if finished else signal
         summary = write_summary(self, finished, stopped_by)
-        report = write_run_report(self, finished)
+        page = write_run_report(self, finished) if report else None
         transcoder, heldout = self.layers[0].transcoder, self.parts.data.heldout
-        return RunResult(self.run_dir, self.step, finished, stopped_by, summary, report, transcoder, heldout)
+        return RunResult(self.run_dir, self.step, finished, stopped_by, summary, page, transcoder, heldout)
 
     def advance(self) -> None:
         """One step, and what is due after it. Public for callers that take the steps themselves: profiles, benchmarks."""
