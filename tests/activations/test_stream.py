@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -11,9 +12,11 @@ import torch
 from torch import Tensor
 
 from tests.activations.streams import EveryOther, drain, ids_of, same
-from transcoder.activations import ActivationBatch, ActivationStream, DataError, ModelError, build_stream
+from transcoder.activations import ActivationBatch, ActivationStream, DataError, ModelError, build_stream, pass_feed
 from transcoder.activations.documents import is_heldout
 from transcoder.activations.language_model import HookedModel
+from transcoder.activations.pass_feed import PassFeed
+from transcoder.activations.stream import layer_stream, open_source
 from transcoder.config import RunConfig
 
 CPU = torch.device("cpu")
@@ -325,3 +328,33 @@ def test_the_shipped_model_over_the_standard_library() -> None:
         assert all(torch.isfinite(b.source).all() and torch.isfinite(b.target).all() for b in batches)
         text = "".join(stream.decode_tokens(batches[0].tokens.tolist()))
         assert len(text) > 256
+
+
+def test_passes_beyond_what_is_kept_are_not_made_from_the_start_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = RunConfig.from_dict({"training": {"batch_size": 256}, "activations": {"buffer_tokens": 2048}})
+    config = config.replace({"activations.sequences_per_forward": 8, "activations.layers": [0, 1]})
+    config = config.replace({"activations.mask_norm_multiple": 10.0})
+    made: list[int] = []
+    inner = HookedModel.forward_pairs
+
+    def counted(self: HookedModel, tokens: Tensor) -> Any:
+        made.append(len(tokens))
+        return inner(self, tokens)
+
+    monkeypatch.setattr(HookedModel, "forward_pairs", counted)
+
+    def looked_at() -> tuple[list[list[Tensor]], int]:
+        """The first six passes' rows of two layers, and how many passes that took."""
+        feed = PassFeed(open_source(config, CPU), 0)
+        streams = [layer_stream(feed, place, config, CPU) for place in (0, 1)]
+        made.clear()
+        return [[b.source for b in itertools.islice(s.passes(heldout=False), 6)] for s in streams], len(made)
+
+    whole, passes = looked_at()
+    assert passes == 6
+    # Two layers of 128 inputs and 128 outputs in fp32, passes of 8 sequences of 128 tokens: three are kept, a fourth is looked at.
+    monkeypatch.setattr(pass_feed, "KEPT_BYTES", 3 * 2 * 2 * 128 * 4 * 8 * 128)
+    again, passes = looked_at()
+    assert passes == 4 + 3 + 3
+    for one, other in zip(whole, again, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))

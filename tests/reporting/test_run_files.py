@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from transcoder.reporting import Run
+from transcoder.reporting.samples import read_samples
 
 
 def missing(run: Run) -> dict[str, str]:
@@ -122,6 +123,35 @@ def test_samples_by_row(finished_run: Path) -> None:
     contexts = samples.read_contexts(rows)
     assert contexts[0].tokens[contexts[0].anchor] == "<script>alert(1)</script>"
     assert len(contexts[5].tokens) == len(contexts[0].tokens) - 3, "padding is left out"
+
+
+def test_windows_are_contexts_cut_around_the_token(finished_run: Path) -> None:
+    samples = Run(finished_run).samples
+    assert samples is not None
+    rows = np.random.default_rng(0).permutation(len(samples))[:200]
+    before, after = 3, 2
+    windows = samples.read_windows(rows, before, after)
+    assert windows.known.all()
+    for n, context in enumerate(samples.read_contexts(rows)):
+        there = windows.word[n] >= 0
+        begin, end = max(0, context.anchor - before), context.anchor + after + 1
+        assert [windows.words[i] for i in windows.word[n][there]] == context.tokens[begin:end]
+        assert windows.words[windows.word[n, before]] == context.tokens[context.anchor]
+        np.testing.assert_array_equal(windows.activation[n][there], context.activations[begin:end])
+
+
+def test_characters_of_several_tokens_are_whole_in_windows(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    tokens = [["a", " <0xE6>", "<0x97>", "<0xA5>", "b"], ["a", "b", "c", "d", "e"]]
+    columns: dict[str, Any] = {name: [1, 2] for name in ("latent", "position", "sequence", "step", "token")}
+    columns |= {"anchor": [3, 9], "kind": ["top", "top"], "activation": [1.0, 2.0]}
+    columns |= {"context": [[1, 2, 3, 4, 5]] * 2, "tokens": tokens}
+    pq.write_table(pa.table(columns), tmp_path / "samples.parquet")
+    windows = read_samples(tmp_path / "samples.parquet").read_windows(np.array([0, 1]), 2, 1)
+    assert [windows.words[i] for i in windows.word[0]] == [" <0xE6>", "<0x97>", "日", "b"]
+    assert windows.known.tolist() == [True, False], "the second one's token is not in its context"
 
 
 def test_status_is_the_newest_truth(make_run: Callable[..., Path]) -> None:
