@@ -352,7 +352,7 @@ def test_passes_beyond_what_is_kept_are_not_made_from_the_start_again(monkeypatc
 
     whole, passes = looked_at()
     assert passes == 6
-    # Two layers of 128 inputs and 128 outputs in fp32, passes of 8 sequences of 128 tokens: three are kept, a fourth is looked at.
+    # Two layers, 128 inputs and outputs in fp32, 8 sequences of 128 tokens a pass: three are kept, a fourth is looked at.
     monkeypatch.setattr(pass_feed, "KEPT_BYTES", 3 * 2 * 2 * 128 * 4 * 8 * 128)
     again, passes = looked_at()
     assert passes == 4 + 3 + 3
