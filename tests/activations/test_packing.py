@@ -358,3 +358,7 @@ def test_a_tokenizer_of_another_model_is_refused(hooked: HookedModel, caplog: py
     assert not caplog.text
     Vocabulary(tokenizer, size).check()
     assert "1 added tokens that the model does not embed, such as '<extra>'" in caplog.text
+    caplog.clear()
+    tokenizer.add_special_tokens({"eos_token": "<end>"})
+    Vocabulary(tokenizer, size).check()
+    assert f"EOS '<end>' is id {size + 1} and the model embeds {size}: documents are separated by BOS" in caplog.text

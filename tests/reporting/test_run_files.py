@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.reporting.conftest import write_latents
 from transcoder.reporting import Run
 from transcoder.reporting.samples import read_samples
+from transcoder.reporting.verdict import meaning
 
 
 def missing(run: Run) -> dict[str, str]:
@@ -152,6 +154,23 @@ def test_characters_of_several_tokens_are_whole_in_windows(tmp_path: Path) -> No
     windows = read_samples(tmp_path / "samples.parquet").read_windows(np.array([0, 1]), 2, 1)
     assert [windows.words[i] for i in windows.word[0]] == [" <0xE6>", "<0x97>", "日", "b"]
     assert windows.known.tolist() == [True, False], "the second one's token is not in its context"
+
+
+def test_the_last_line_names_latents_that_fire_on_words(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = shutil.copytree(make_run(steps=100, latents=3), tmp_path / "run")
+    own = {0: " cat", 1: "\n", 2: " dog"}
+    rows = [(latent, n, token) for latent, token in own.items() for n in range(12)]
+    columns: dict[str, Any] = {name: [7] * len(rows) for name in ("position", "sequence", "step", "token")}
+    columns |= {"latent": [latent for latent, _, _ in rows], "kind": ["top"] * len(rows), "anchor": [1] * len(rows)}
+    columns |= {"activation": [1.0 + n for _, n, _ in rows], "context": [[n, 5, 6] for _, n, _ in rows]}
+    columns["tokens"] = [[f"word{n}", token, " end"] for _, n, token in rows]
+    pq.write_table(pa.table(columns), path / "activation_samples" / "samples.parquet")
+    # The third fires on nearly every token.
+    write_latents(path, [10, 10, 900], 1000)
+    assert meaning(Run(path)).text == "3 of 3 latents fire on 1,000 tokens. For example 0 on ' cat'."
 
 
 def test_status_is_the_newest_truth(make_run: Callable[..., Path]) -> None:

@@ -91,6 +91,12 @@ class Vocabulary:
                 f"({len(outside)} tokens lie outside, such as {next(iter(outside))!r}): it is not this model's tokenizer; put "
                 "the right one into the model's folder, or read ids by activations.tokens_column from a folder without one"
             )
+        if self.eos_id is not None and self.eos_id >= self.size:
+            between = "BOS" if self.bos_id is not None and self.bos_id < self.size else "nothing"
+            logger.warning(
+                "the tokenizer's EOS %r is id %d and the model embeds %d: documents are separated by %s",
+                self._tokenizer.eos_token, self.eos_id, self.size, between,
+            )  # fmt: skip
         told = [word for word, i in outside.items() if i != self.bos_id and i != self.eos_id and i != self.pad_id]
         if told:
             logger.warning(

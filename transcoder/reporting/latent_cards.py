@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,8 @@ CHUNK = 128
 SAMPLES_OF_A_KIND = 12
 LEAST_CONTEXTS = 5
 """Strongest contexts without which a latent is not shown as one to begin with."""
+LOOKED_AT = 512
+"""Latents among which `telling` looks for some."""
 TOKENS_BEFORE, TOKENS_AFTER = 28, 12
 TOKEN_CHARACTERS = 48
 BYTES_A_ROW, BYTES_A_TOKEN = 16, 2
@@ -183,7 +185,7 @@ def _fill(
     tops = {
         chosen[n]: (np.flatnonzero(top[ends[n] : ends[n + 1]]) + ends[n]).tolist() for n in range(cards.with_contexts)
     }
-    return chunk, word, list(peaks), interesting(windows, tops, density)
+    return chunk, word, list(peaks), interesting(windows, tops, density.to_dict())
 
 
 def _shown_rows(samples: SampleTable, chosen: list[int]) -> tuple[NDArray[np.int64], list[int]]:
@@ -233,7 +235,33 @@ def _peaks(samples: SampleTable, rows: NDArray[np.int64]) -> NDArray[np.float64]
     return np.asarray(strongest, np.float64)[place]
 
 
-def interesting(windows: Windows, tops: dict[int, list[int]], density: pd.Series[float], count: int = 6) -> list[int]:
+def telling(run: Run, count: int = 3) -> list[tuple[int, str]]:
+    """(latent, the token that it fires on most) of up to `count` latents of which this says something, out of `LOOKED_AT` that
+    are spread over the dictionary; none without samples."""
+    samples, facts = run.samples, run.heldout_latents
+    if samples is None or facts is None or not facts.tokens or not len(samples):
+        return []
+    known = np.unique(samples.latent)
+    chosen = known[np.linspace(0, len(known) - 1, min(LOOKED_AT, len(known))).astype(int)].tolist()
+    strongest = [rows[samples.top[rows]][:SAMPLES_OF_A_KIND] for rows in map(samples.rows_of, chosen)]
+    ends = np.cumsum([0, *map(len, strongest)]).tolist()
+    windows = samples.read_windows(np.concatenate(strongest), TOKENS_BEFORE, TOKENS_AFTER)
+    tops = {
+        latent: [row for row in range(begin, end) if windows.known[row]]
+        for latent, begin, end in zip(chosen, ends, ends[1:], strict=False)
+    }
+    density = dict(zip(facts.latent.tolist(), (facts.fired / facts.tokens).tolist(), strict=True))
+
+    def word(latent: int) -> str:
+        ((number, _),) = Counter(windows.word[tops[latent], windows.anchor].tolist()).most_common(1)
+        return _shorten(windows.words[number])
+
+    return [(latent, word(latent)) for latent in interesting(windows, tops, density, count)]
+
+
+def interesting(
+    windows: Windows, tops: dict[int, list[int]], density: Mapping[int, float], count: int = 6
+) -> list[int]:
     """Up to `count` latents whose strongest contexts say something at a glance: they fire on words rather than whitespace, in
     contexts that differ, on alike tokens, neither once nor everywhere; no two on the same word.
 

@@ -149,13 +149,18 @@ def duplicates(run: Run) -> Verdict:
 
 
 def meaning(run: Run) -> Verdict:
+    from transcoder.reporting.latent_cards import telling
+    from transcoder.reporting.tables import visible
+
     question, table = "What do latents mean?", run.heldout_latents
     if table is None or not table.tokens:
         return Verdict(question, "", "Nothing is known of the final weights' activations.")
     fired = int((table.fired > 0).sum())
     dead = len(table.fired) - fired
     text = f"{number(fired)} of {number(len(table.fired))} latents fire on {number(table.tokens)} tokens"
-    return Verdict(question, "", f"{text}; {number(dead)} do not, and are shown as dead." if dead else f"{text}.")
+    text += f"; {number(dead)} do not, and are shown as dead." if dead else "."
+    examples = [f"{latent} on {visible(word)!r}" for latent, word in telling(run)]
+    return Verdict(question, "", f"{text} For example {', '.join(examples)}." if examples else text)
 
 
 def counted(count: float, noun: str) -> str:
