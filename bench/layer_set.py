@@ -1,4 +1,4 @@
-"""python -m bench.layer_set [--steps 150] [--rounds 3] [--peer sparsify] [--json FILE] [--document docs/scale.md]
+"""python -m bench.layer_set [--steps 150] [--rounds 3] [--peer sparsify] [--json FILE] [--document FILE]
 
 Every layer of the shipped model: in one run, in a run for each layer, and by sparsify's own trainer in its environment. All
 train on the same rows of token ids, with the same number of tokens, latents and k (TopK), without evaluation, page and
